@@ -1,1 +1,16 @@
-"""TODO glossary."""
+"""The shared vocabulary: plain values and pure functions. No I/O, no clock, no logging.
+
+trust domain  the authority that identities live under, as `cluster.local`.
+SPIFFE ID     who a workload is: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
+proxy hash    the first 32 hex digits of SHA-256(SPIFFE ID): an identity's name where a URI does not fit.
+workload      one network namespace with its mesh addresses; key `namespace/name`.
+service       a name with virtual addresses (VIPs) and ports; key `namespace/name`.
+endpoint      one workload that serves one service: address, identity, target ports.
+policy        an AuthorizationPolicy: which identities may reach which ports of the workloads it selects.
+document      one YAML document, read with its line numbers (`document`); imports PyYAML, so proxies never do.
+declared ...  a resource as somebody wrote it (`declared`), before its references are checked.
+mesh          all declared resources together, references checked and VIPs allocated (`mesh`).
+record        the body of one message: a service, endpoint, workload or policy, or its tombstone (`records`).
+envelope      what surrounds a record on its topic: schema, epoch, version, time of issue (`messages`).
+topic         where a record is published: `mesh/v1/<trust domain>/...` (`topics`).
+"""

@@ -1,0 +1,53 @@
+"""Labels and the selectors that match them (`matchLabels`: every pair must be there)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from control.api.names import wrong_subdomain
+
+Labels = Mapping[str, str]
+
+CANONICAL_NAME: Final = ("service.istio.io/canonical-name", "app.kubernetes.io/name", "app")
+"""Labels that name a workload's canonical service, first found wins."""
+CANONICAL_REVISION: Final = ("service.istio.io/canonical-revision", "app.kubernetes.io/version", "version")
+APP: Final = ("app", "app.kubernetes.io/name")
+VERSION: Final = ("version", "app.kubernetes.io/version")
+NODE: Final = "kubernetes.io/hostname"
+SERVICE_NAME: Final = "kubernetes.io/service-name"
+"""On an EndpointSlice: the Service it belongs to."""
+
+MAX_LABELS: Final = (
+    64  # of one object; Kubernetes objects rarely have 20, and each is matched by each selector
+)
+
+_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+
+
+def wrong_key(key: str) -> str:
+    """What is wrong with a label key (`[prefix/]name`), or an empty string."""
+    prefix, slash, name = key.rpartition("/")
+    if slash and wrong_subdomain(prefix):
+        return f"{key!r}: the part before '/' must be a DNS name in lower case"
+    if not _NAME.fullmatch(name):
+        return f"{key!r}: a label's name must be 1-63 of letters, digits, '-', '_', '.', not at the ends"
+    return ""
+
+
+def wrong_value(value: str) -> str:
+    """What is wrong with a label value, or an empty string."""
+    if not value or _NAME.fullmatch(value):
+        return ""
+    return f"{value!r}: a label's value must be 0-63 of letters, digits, '-', '_', '.', not at the ends"
+
+
+def selects(selector: Labels, labels: Labels) -> bool:
+    """Whether every pair of the selector is in the labels. An empty selector selects everything."""
+    return all(labels.get(key) == value for key, value in selector.items())
+
+
+def first_of(keys: tuple[str, ...], labels: Labels, default: str) -> str:
+    """The value of the first of these labels that is present and not empty."""
+    return next((labels[key] for key in keys if labels.get(key)), default)

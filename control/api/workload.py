@@ -1,0 +1,116 @@
+"""Services, workloads and endpoints: what a proxy knows of the mesh.
+
+Plain values, equal when their content is. Mappings are read-only by convention, part of equality and not of
+the hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from control.api import labels as label
+from control.api.address import IpAddress
+from control.api.identity import SpiffeId
+from control.api.labels import Labels
+
+CLUSTER_DOMAIN: Final = "cluster.local"
+"""The DNS suffix of service host names. It is not the trust domain, though both are often the same text."""
+
+
+def key(namespace: str, name: str) -> str:
+    """How services and workloads are referred to: `namespace/name`."""
+    return f"{namespace}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """One port of a service. All are TCP."""
+
+    name: str
+    """Empty only where the service has a single port."""
+    port: int
+    target_port: int | str
+    """The workload's port: a number, or a name that the workload maps to one."""
+    app_protocol: str
+    """As declared (`http`, `kubernetes.io/h2c`, ...); empty when not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A name with virtual addresses. No address: a headless service, reached by its workloads' addresses."""
+
+    namespace: str
+    name: str
+    vips: tuple[IpAddress, ...]
+    ports: tuple[ServicePort, ...]
+    labels: Labels = field(hash=False)
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
+
+    @property
+    def hostname(self) -> str:
+        return f"{self.name}.{self.namespace}.svc.{CLUSTER_DOMAIN}"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One workload of the mesh: one network namespace, one sidecar, one identity."""
+
+    namespace: str
+    name: str
+    service_account: str
+    identity: SpiffeId
+    addresses: tuple[IpAddress, ...]
+    """At least one; the first is the one endpoints use unless they say otherwise."""
+    labels: Labels = field(hash=False)
+    ports: Mapping[str, int] = field(hash=False)
+    """Named ports of this workload."""
+    node: str
+    """The host it runs on; empty when not declared."""
+    weight: int
+    """Share of traffic relative to the service's other endpoints, at least 1."""
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
+
+    @property
+    def canonical_service(self) -> str:
+        """Istio's canonical service: by label, else the workload's own name."""
+        return label.first_of(label.CANONICAL_NAME, self.labels, self.name)
+
+    @property
+    def canonical_revision(self) -> str:
+        return label.first_of(label.CANONICAL_REVISION, self.labels, "latest")
+
+    @property
+    def app(self) -> str:
+        """The `app` label, or empty."""
+        return label.first_of(label.APP, self.labels, "")
+
+    @property
+    def version(self) -> str:
+        """The `version` label, or empty."""
+        return label.first_of(label.VERSION, self.labels, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One workload as a backend of one service: what a caller needs to reach it and to know it."""
+
+    service: str
+    """Key of the service."""
+    workload: str
+    """Key of the workload."""
+    address: IpAddress
+    identity: SpiffeId
+    """What its certificate must say, exactly."""
+    ports: Mapping[int, int] = field(hash=False)
+    """Service port -> the workload's port."""
+    weight: int
+    ready: bool
+    """Whether it takes new connections."""
