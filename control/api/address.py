@@ -28,9 +28,7 @@ def parse_address(text: str) -> IpAddress:
     if len(text) > _LONGEST_TEXT:
         raise AddressError("not an IP address: too long")
     if "%" in text:
-        raise AddressError(
-            f"{text!r} has a zone; a mesh address is valid everywhere: drop the part from '%' on"
-        )
+        raise AddressError(f"{text!r} has a zone; a mesh address is valid everywhere: drop the part from '%' on")
     try:
         return _canonical(ipaddress.ip_address(text))
     except ValueError:

@@ -63,9 +63,7 @@ class SpiffeId:
         match segments:
             case ["ns", namespace, "sa", service_account]:
                 return cls(parse_trust_domain(authority), namespace, service_account)
-        raise IdentityError(
-            f"{text!r} is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<account>"
-        )
+        raise IdentityError(f"{text!r} is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<account>")
 
 
 def parse_trust_domain(text: str) -> TrustDomain:

@@ -19,9 +19,7 @@ NODE: Final = "kubernetes.io/hostname"
 SERVICE_NAME: Final = "kubernetes.io/service-name"
 """On an EndpointSlice: the Service it belongs to."""
 
-MAX_LABELS: Final = (
-    64  # of one object; Kubernetes objects rarely have 20, and each is matched by each selector
-)
+MAX_LABELS: Final = 64  # of one object; Kubernetes objects rarely have 20, and each is matched by each selector
 
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 

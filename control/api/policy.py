@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from control.api.address import IpBlock
+from control.api.address import IpBlock, parse_block
 from control.api.labels import Labels, selects
 
 DEFAULT_ROOT_NAMESPACE: Final = "mesh-system"
@@ -115,6 +115,45 @@ class PeerAuthentication:
     mode: MtlsMode
     port_modes: Mapping[int, MtlsMode] = field(hash=False)
     """Port of the workload -> its own mode."""
+
+
+def wrong_pattern(text: str) -> str:
+    """What is wrong with a pattern over names, or an empty string."""
+    if not text:
+        return "an empty pattern matches nothing; write '*' for anything"
+    if text.count("*") > 1 or "*" in text[1:-1]:
+        return f"{text!r}: '*' may stand once, at the beginning or at the end"
+    return ""
+
+
+def canonical_value(key: ConditionKey, text: str) -> str:
+    """The one form of a condition's value. Raises ValueError with what would be right."""
+    match key:
+        case ConditionKey.SOURCE_IP | ConditionKey.DESTINATION_IP:
+            return parse_block(text)
+        case ConditionKey.DESTINATION_PORT:
+            return str(parse_port(text))
+        case ConditionKey.SOURCE_PRINCIPAL:
+            return canonical_principal(text)
+        case ConditionKey.SOURCE_NAMESPACE:
+            if wrong := wrong_pattern(text):
+                raise ValueError(wrong)
+            return text
+
+
+def canonical_principal(text: str) -> str:
+    """A pattern over principals, without the scheme that some people write. Raises ValueError."""
+    pattern = text.removeprefix("spiffe://")
+    if wrong := wrong_pattern(pattern):
+        raise ValueError(wrong)
+    return pattern
+
+
+def parse_port(text: str) -> int:
+    """A port number as Istio's policies write it: in quotes. Raises ValueError."""
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
+        return int(text)
+    raise ValueError(f"{text[:40]!r} is not a port from 1 to 65535")
 
 
 def applies(policy: AuthorizationPolicy, namespace: str, labels: Labels, root_namespace: str) -> bool:

@@ -1,0 +1,115 @@
+"""The envelope around every record: msgpack [schema, epoch, version, issued_at, body].
+
+A body is a mapping of plain values; None is a tombstone, which says that the record is gone. Decoding is strict
+and bounded: any bytes give an Envelope or MessageError, never much memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import msgpack
+
+Value = None | bool | int | str | list["Value"] | dict[str, "Value"]
+Body = dict[str, Value]
+
+SCHEMA: Final = 1
+"""Of the bodies in `records`. A proxy refuses another number rather than guess what a field means."""
+
+MAX_PAYLOAD_BYTES: Final = 256 * 1024  # brokers take 1 MB by default (EMQX, NATS); the largest sane policy is far below
+_MAX_NUMBER: Final = 2**63 - 1
+_MAX_DEPTH: Final = 8  # the deepest body, a policy's, nests 6
+
+
+class MessageError(ValueError):
+    """A payload that is no envelope of ours, or a body that fits in none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """One version of one record."""
+
+    epoch: int
+    """Raised at every start, restore or change of the writer, before its first publish."""
+    version: int
+    """Rises within an epoch. (epoch, version) orders all versions of a record."""
+    issued_at: int
+    """Unix time in seconds by the writer's clock; only ever reported, never decided by."""
+    body: Body | None
+    """None: tombstone."""
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        return (self.epoch, self.version)
+
+
+def encode(envelope: Envelope) -> bytes:
+    """The payload. Raises MessageError for what `decode` would not take back."""
+    _check(envelope)
+    payload: bytes = msgpack.packb(
+        [SCHEMA, envelope.epoch, envelope.version, envelope.issued_at, envelope.body], use_bin_type=True
+    )
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise MessageError(f"a record of {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} fit: split the resource")
+    return payload
+
+
+def decode(payload: bytes) -> Envelope:
+    """The envelope in a payload. Raises MessageError."""
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise MessageError(f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are taken")
+    try:
+        message = msgpack.unpackb(
+            payload, raw=False, strict_map_key=True, max_ext_len=0, object_pairs_hook=_without_duplicates
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise MessageError(f"not msgpack as we write it: {error or type(error).__name__}") from None
+    if type(message) is not list or len(message) != 5:
+        raise MessageError("not an envelope: [schema, epoch, version, issued_at, body]")
+    schema, epoch, version, issued_at, body = message
+    if type(schema) is not int or schema != SCHEMA:
+        raise MessageError(f"schema {schema!r}; this proxy reads schema {SCHEMA} only: upgrade the older side")
+    envelope = Envelope(epoch, version, issued_at, body)
+    _check(envelope)
+    return envelope
+
+
+def _check(envelope: Envelope) -> None:
+    for name, number in (
+        ("epoch", envelope.epoch),
+        ("version", envelope.version),
+        ("issued_at", envelope.issued_at),
+    ):
+        if type(number) is not int or not 0 <= number <= _MAX_NUMBER:
+            raise MessageError(f"{name} is {number!r}; it must be a whole number from 0 to 2^63 - 1")
+    if envelope.body is not None:
+        if type(envelope.body) is not dict:
+            raise MessageError("the body must be a mapping, or nil for a tombstone")
+        _check_value(envelope.body, _MAX_DEPTH)
+
+
+def _check_value(value: object, depth: int) -> None:
+    """Exact types only: an extension or a float would mean something to one side alone."""
+    if depth == 0:
+        raise MessageError(f"the body nests deeper than {_MAX_DEPTH}")
+    if type(value) is dict:
+        for name, item in value.items():
+            if type(name) is not str:
+                raise MessageError(f"a key is {name!r}; keys are text")
+            _check_value(item, depth - 1)
+    elif type(value) is list:
+        for item in value:
+            _check_value(item, depth - 1)
+    elif type(value) is int:
+        if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
+            raise MessageError("a number is beyond 2^63 - 1")
+    elif value is not None and type(value) not in (bool, str):
+        raise MessageError(f"a {type(value).__name__} in the body; only nil, booleans, numbers, text, lists, maps")
+
+
+def _without_duplicates(pairs: list[tuple[str, Value]]) -> Body:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        raise ValueError("a key stands twice in one map")
+    return body

@@ -1,0 +1,396 @@
+"""Services, endpoints, workloads and policies as message bodies, and back: `read(topic, write(x)) == x`.
+
+What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
+every field must be there, none may be added, and every value must be in its canonical form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from control.api import labels as label
+from control.api.address import AddressError, IpAddress, IpBlock, parse_address, parse_block
+from control.api.identity import IdentityError, SpiffeId, TrustDomain, make_id, proxy_hash
+from control.api.messages import Body, Value
+from control.api.names import wrong_dns_label, wrong_subdomain
+from control.api.policy import (
+    Action,
+    AuthorizationPolicy,
+    Condition,
+    ConditionKey,
+    Operation,
+    Rule,
+    Source,
+    canonical_value,
+    wrong_pattern,
+)
+from control.api.topics import EndpointTopic, PolicyTopic, ServiceTopic, Topic, WorkloadTopic
+from control.api.workload import Endpoint, Service, ServicePort, Workload, key
+
+Record = Service | Endpoint | Workload | AuthorizationPolicy
+
+MAX_WEIGHT: Final = 65_535
+
+_T = TypeVar("_T")
+
+
+class RecordError(ValueError):
+    """A message whose content is no record of its topic; the text names the topic and the field."""
+
+
+def topic_of(record: Record) -> Topic:
+    """Where a record is published."""
+    match record:
+        case Service():
+            return ServiceTopic(record.namespace, record.name)
+        case Endpoint():
+            namespace, _, service = record.service.partition("/")
+            return EndpointTopic(namespace, service, record.workload.partition("/")[2])
+        case Workload():
+            return WorkloadTopic(proxy_hash(record.identity), record.name)
+        case AuthorizationPolicy():
+            return PolicyTopic(record.namespace, record.name)
+
+
+def write(record: Record) -> Body:
+    """The body of a record."""
+    match record:
+        case Service():
+            return {
+                "vips": list(record.vips),
+                "ports": [[p.name, p.port, p.target_port, p.app_protocol] for p in record.ports],
+                "labels": dict(record.labels),
+            }
+        case Endpoint():
+            return {
+                "address": record.address,
+                "identity": str(record.identity),
+                "ports": [[port, target] for port, target in record.ports.items()],
+                "weight": record.weight,
+                "ready": record.ready,
+            }
+        case Workload():
+            return {
+                "namespace": record.namespace,
+                "service_account": record.service_account,
+                "addresses": list(record.addresses),
+                "labels": dict(record.labels),
+                "ports": dict(record.ports),
+                "node": record.node,
+                "weight": record.weight,
+            }
+        case AuthorizationPolicy():
+            return {
+                "action": record.action.value,
+                "selector": None if record.selector is None else dict(record.selector),
+                "rules": [_write_rule(rule) for rule in record.rules],
+            }
+
+
+def read(topic: Topic, body: Body, trust_domain: TrustDomain) -> Record:
+    """The record in a body. Raises RecordError (without the topic's name, which the caller knows)."""
+    fields = _Fields(body)
+    record = _read(topic, fields, trust_domain)
+    fields.finish()
+    return record
+
+
+def _read(topic: Topic, fields: _Fields, trust_domain: TrustDomain) -> Record:
+    match topic:
+        case ServiceTopic():
+            return _read_service(topic, fields)
+        case EndpointTopic():
+            return _read_endpoint(topic, fields, trust_domain)
+        case WorkloadTopic():
+            return _read_workload(topic, fields, trust_domain)
+        case PolicyTopic():
+            return _read_policy(topic, fields)
+
+
+class _Fields:
+    """Takes a body apart field by field, so that none is missed, missing or of the wrong type."""
+
+    def __init__(self, body: Value, where: str = "body") -> None:
+        if type(body) is not dict:
+            raise RecordError(f"{where} must be a mapping")
+        self._rest = dict(body)
+        self._where = where
+
+    def take(self, name: str, kind: type[_T]) -> _T:
+        """The value of a field that must be there."""
+        try:
+            value = self._rest.pop(name)
+        except KeyError:
+            raise RecordError(f"{self._where} lacks {name!r}") from None
+        return _typed(value, kind, name)
+
+    def number(self, name: str, low: int, high: int) -> int:
+        return _number(self.take(name, int), low, high, name)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        return tuple(_typed(item, str, name) for item in self.take(name, list))
+
+    def optional_list(self, name: str, check: Callable[[Value, str], _T]) -> tuple[_T, ...]:
+        """An absent field is empty, and an empty one is not written: a policy has one encoding."""
+        if name not in self._rest:
+            return ()
+        items = self.take(name, list)
+        if not items:
+            raise RecordError(f"{name} is empty; it must then be absent")
+        return tuple(check(item, name) for item in items)
+
+    def labels(self, name: str) -> dict[str, str]:
+        return _labels(self.take(name, dict), name)
+
+    def selector(self, name: str) -> dict[str, str] | None:
+        """Labels, or None where everything is meant."""
+        if name in self._rest and self._rest[name] is None:
+            del self._rest[name]
+            return None
+        return self.labels(name)
+
+    def finish(self) -> None:
+        if self._rest:
+            raise RecordError(f"{self._where} has unknown fields: {', '.join(sorted(self._rest))[:200]}")
+
+
+def _typed(value: Value, kind: type[_T], name: str) -> _T:
+    if type(value) is not kind:  # exact: a bool is no number here
+        raise RecordError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _number(value: Value, low: int, high: int, name: str) -> int:
+    number = _typed(value, int, name)
+    if not low <= number <= high:
+        raise RecordError(f"{name} is {number}; it must be from {low} to {high}")
+    return number
+
+
+def _port(value: Value, name: str) -> int:
+    return _number(value, 1, 65535, name)
+
+
+def _address(value: Value, name: str) -> IpAddress:
+    text = _typed(value, str, name)
+    try:
+        address = parse_address(text)
+    except AddressError as error:
+        raise RecordError(f"{name}: {error}") from None
+    if address != text:
+        raise RecordError(f"{name}: {text!r} must be written {address!r}")
+    return address
+
+
+def _block(value: Value, name: str) -> IpBlock:
+    text = _typed(value, str, name)
+    try:
+        block = parse_block(text)
+    except AddressError as error:
+        raise RecordError(f"{name}: {error}") from None
+    if block != text:
+        raise RecordError(f"{name}: {text!r} must be written {block!r}")
+    return block
+
+
+def _pattern(value: Value, name: str) -> str:
+    return _right(_typed(value, str, name), wrong_pattern, name)
+
+
+def _right(text: str, wrong: Callable[[str], str], name: str) -> str:
+    problem = wrong(text)
+    if problem:
+        raise RecordError(f"{name}: {problem}")
+    return text
+
+
+def _labels(value: Value, name: str) -> dict[str, str]:
+    pairs = _typed(value, dict, name)
+    if len(pairs) > label.MAX_LABELS:
+        raise RecordError(f"{name} has {len(pairs)} labels; at most {label.MAX_LABELS}")
+    return {
+        _right(k, label.wrong_key, name): _right(_typed(v, str, name), label.wrong_value, name)
+        for k, v in pairs.items()
+    }
+
+
+def _identity(text: str, trust_domain: TrustDomain, namespace: str) -> SpiffeId:
+    try:
+        identity = SpiffeId.parse(text)
+    except IdentityError as error:
+        raise RecordError(f"identity: {error}") from None
+    if identity.trust_domain != trust_domain:
+        raise RecordError(f"identity: {text} is of another trust domain than {trust_domain}")
+    if identity.namespace != namespace:
+        raise RecordError(f"identity: {text} is of another namespace than {namespace}")
+    return identity
+
+
+def _read_service(topic: ServiceTopic, fields: _Fields) -> Service:
+    return Service(
+        namespace=topic.namespace,
+        name=topic.name,
+        vips=tuple(_address(item, "vips") for item in fields.take("vips", list)),
+        ports=tuple(_read_service_port(item) for item in fields.take("ports", list)),
+        labels=fields.labels("labels"),
+    )
+
+
+def _read_service_port(value: Value) -> ServicePort:
+    match value:
+        case [name, port, target, app_protocol]:
+            if type(target) is not str:
+                target = _port(target, "ports")
+            return ServicePort(
+                _typed(name, str, "ports"),
+                _port(port, "ports"),
+                target,
+                _typed(app_protocol, str, "ports"),
+            )
+    raise RecordError("ports: each must be [name, port, target port, application protocol]")
+
+
+def _read_endpoint(topic: EndpointTopic, fields: _Fields, trust_domain: TrustDomain) -> Endpoint:
+    ports: dict[int, int] = {}
+    for item in fields.take("ports", list):
+        match item:
+            case [port, target]:
+                ports[_port(port, "ports")] = _port(target, "ports")
+            case _:
+                raise RecordError("ports: each must be [service port, workload port]")
+    return Endpoint(
+        service=key(topic.namespace, topic.service),
+        workload=key(topic.namespace, topic.workload),
+        address=_address(fields.take("address", str), "address"),
+        identity=_identity(fields.take("identity", str), trust_domain, topic.namespace),
+        ports=ports,
+        weight=fields.number("weight", 1, MAX_WEIGHT),
+        ready=fields.take("ready", bool),
+    )
+
+
+def _read_workload(topic: WorkloadTopic, fields: _Fields, trust_domain: TrustDomain) -> Workload:
+    namespace = _right(fields.take("namespace", str), wrong_dns_label, "namespace")
+    service_account = _right(fields.take("service_account", str), wrong_subdomain, "service_account")
+    identity = make_id(trust_domain, namespace, service_account)
+    if proxy_hash(identity) != topic.proxy_hash:
+        raise RecordError(f"{identity} does not belong on this topic: its proxy hash is another")
+    addresses = tuple(_address(item, "addresses") for item in fields.take("addresses", list))
+    if not addresses:
+        raise RecordError("addresses is empty")
+    return Workload(
+        namespace=namespace,
+        name=topic.instance,
+        service_account=service_account,
+        identity=identity,
+        addresses=addresses,
+        labels=fields.labels("labels"),
+        ports={name: _port(port, f"ports.{name}") for name, port in fields.take("ports", dict).items()},
+        node=fields.take("node", str),
+        weight=fields.number("weight", 1, MAX_WEIGHT),
+    )
+
+
+def _write_rule(rule: Rule) -> Body:
+    body: Body = {}
+    if rule.sources:
+        body["sources"] = [
+            _present(
+                principals=source.principals,
+                not_principals=source.not_principals,
+                namespaces=source.namespaces,
+                not_namespaces=source.not_namespaces,
+                ip_blocks=source.ip_blocks,
+                not_ip_blocks=source.not_ip_blocks,
+            )
+            for source in rule.sources
+        ]
+    if rule.operations:
+        body["operations"] = [
+            _present(ports=operation.ports, not_ports=operation.not_ports) for operation in rule.operations
+        ]
+    if rule.conditions:
+        body["conditions"] = [
+            {"key": c.key.value, **_present(values=c.values, not_values=c.not_values)} for c in rule.conditions
+        ]
+    return body
+
+
+def _present(**lists: tuple[str, ...] | tuple[int, ...]) -> Body:
+    return {name: list(items) for name, items in lists.items() if items}
+
+
+def _read_policy(topic: PolicyTopic, fields: _Fields) -> AuthorizationPolicy:
+    action = fields.take("action", str)
+    if action not in Action.__members__:
+        raise RecordError(f"action is {action[:40]!r}; it must be ALLOW or DENY")
+    return AuthorizationPolicy(
+        namespace=topic.namespace,
+        name=topic.name,
+        action=Action(action),
+        selector=fields.selector("selector"),
+        rules=tuple(_read_rule(item) for item in fields.take("rules", list)),
+    )
+
+
+def _read_rule(value: Value) -> Rule:
+    fields = _Fields(value, "rules")
+    rule = Rule(
+        sources=fields.optional_list("sources", _read_source),
+        operations=fields.optional_list("operations", _read_operation),
+        conditions=fields.optional_list("conditions", _read_condition),
+    )
+    fields.finish()
+    return rule
+
+
+def _read_source(value: Value, name: str) -> Source:
+    fields = _Fields(value, name)
+    source = Source(
+        principals=fields.optional_list("principals", _pattern),
+        not_principals=fields.optional_list("not_principals", _pattern),
+        namespaces=fields.optional_list("namespaces", _pattern),
+        not_namespaces=fields.optional_list("not_namespaces", _pattern),
+        ip_blocks=fields.optional_list("ip_blocks", _block),
+        not_ip_blocks=fields.optional_list("not_ip_blocks", _block),
+    )
+    fields.finish()
+    return source
+
+
+def _read_operation(value: Value, name: str) -> Operation:
+    fields = _Fields(value, name)
+    operation = Operation(
+        ports=fields.optional_list("ports", _port), not_ports=fields.optional_list("not_ports", _port)
+    )
+    fields.finish()
+    return operation
+
+
+def _read_condition(value: Value, name: str) -> Condition:
+    fields = _Fields(value, name)
+    text = fields.take("key", str)
+    if text not in {key.value for key in ConditionKey}:
+        raise RecordError(f"key {text[:40]!r} is none that an L4 proxy knows")
+    condition_key = ConditionKey(text)
+
+    def check(item: Value, field: str) -> str:
+        value_text = _typed(item, str, field)
+        try:
+            canonical = canonical_value(condition_key, value_text)
+        except ValueError as error:
+            raise RecordError(f"{field}: {error}") from None
+        if canonical != value_text:
+            raise RecordError(f"{field}: {value_text!r} must be written {canonical!r}")
+        return value_text
+
+    condition = Condition(
+        condition_key,
+        values=fields.optional_list("values", check),
+        not_values=fields.optional_list("not_values", check),
+    )
+    if not condition.values and not condition.not_values:
+        raise RecordError("a condition has neither values nor not_values")
+    fields.finish()
+    return condition

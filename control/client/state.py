@@ -1,0 +1,251 @@
+"""What a proxy knows of the mesh: apply messages, look things up. No I/O and no clock.
+
+Invariant: the state is a function of the newest message of each topic, whatever order, repetition or staleness they
+arrived in. A batch is applied whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from control.api import messages, records, topics
+from control.api.address import IpAddress
+from control.api.identity import parse_trust_domain
+from control.api.messages import Envelope, MessageError
+from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, applies
+from control.api.records import Record, RecordError
+from control.api.topics import TopicError
+from control.api.workload import CLUSTER_DOMAIN, Endpoint, Service, ServicePort, Workload, key
+
+MAX_TOPICS: Final = 1_000_000  # ten times the largest mesh we aim at; a runaway publisher must not eat the host
+
+Stamp = tuple[int, int]
+_K = TypeVar("_K", bound=Hashable)
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Keys of what a batch changed; all empty when it changed nothing."""
+
+    services: frozenset[str] = frozenset()
+    workloads: frozenset[str] = frozenset()
+    endpoints: frozenset[str] = frozenset()
+    """Keys of the services whose endpoints changed."""
+    policies: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.services or self.workloads or self.endpoints or self.policies)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The newest message of a topic."""
+
+    stamp: Stamp
+    record: Record | None
+    """None: a tombstone, kept so that an older message cannot bring the record back."""
+
+
+_NOTHING: Final = _Held((-1, -1), None)
+
+
+class _Claims(Generic[_K, _V]):
+    """Who holds a key that several records may claim (an address that moved): the newest record does.
+
+    That is how a reused address works before the tombstone of its last holder arrives, in any order.
+    """
+
+    __slots__ = ("_before", "_claims", "_keys", "holder")
+
+    def __init__(self) -> None:
+        self.holder: dict[_K, _V] = {}
+        self._claims: dict[_K, dict[str, tuple[Stamp, _V]]] = {}
+        self._keys: dict[str, Sequence[_K]] = {}
+        self._before: dict[_K, _V | None] = {}
+
+    def claim(self, topic: str, keys: Sequence[_K], stamp: Stamp, value: _V) -> None:
+        """A topic claims these keys for a value, and no others any more."""
+        dropped = [claimed for claimed in self._keys.get(topic, ()) if claimed not in keys]
+        self._keys[topic] = keys
+        for claimed in keys:
+            self._claims.setdefault(claimed, {})[topic] = (stamp, value)
+            self._settle(claimed)
+        self._forgo(topic, dropped)
+
+    def release(self, topic: str) -> None:
+        """A topic claims nothing any more."""
+        self._forgo(topic, self._keys.pop(topic, ()))
+
+    def _forgo(self, topic: str, keys: Sequence[_K]) -> None:
+        for claimed in keys:
+            del self._claims[claimed][topic]
+            self._settle(claimed)
+
+    def take_moved(self) -> list[_V]:
+        """Those that lost or won a key since the last call."""
+        moved: list[_V] = []
+        for claimed, before in self._before.items():
+            after = self.holder.get(claimed)
+            if before != after:
+                moved += [value for value in (before, after) if value is not None]
+        self._before.clear()
+        return moved
+
+    def _settle(self, claimed: _K) -> None:
+        self._before.setdefault(claimed, self.holder.get(claimed))
+        claims = self._claims[claimed]
+        if claims:
+            newest = max(claims, key=lambda topic: (claims[topic][0], topic))
+            self.holder[claimed] = claims[newest][1]
+        else:
+            del self._claims[claimed], self.holder[claimed]
+
+
+class State:
+    """The store. Look-ups on a connection's path take constant time."""
+
+    def __init__(self, trust_domain: str, root_namespace: str = DEFAULT_ROOT_NAMESPACE) -> None:
+        self.trust_domain = parse_trust_domain(trust_domain)
+        self.root_namespace = root_namespace
+        self.whole = False
+        """Whether a complete batch has been applied: until then, not knowing something proves nothing."""
+        self.generation = 0
+        """Rises with each batch that changed something."""
+        self._held: dict[str, _Held] = {}
+        self._services: dict[str, Service] = {}
+        self._vips: _Claims[IpAddress, Service] = _Claims()
+        self._workloads: _Claims[str, Workload] = _Claims()
+        self._addresses: _Claims[IpAddress, Workload] = _Claims()
+        self._endpoints: dict[str, dict[str, Endpoint]] = {}
+        self._policies: dict[str, dict[str, AuthorizationPolicy]] = {}
+
+    def apply(self, batch: Sequence[tuple[str, bytes]]) -> Changes:
+        """Applies a batch. Raises RecordError, and then nothing of it is applied."""
+        services, endpoints, policies = set(), set(), set()
+        for topic, new in self._newest_of(batch).items():
+            old = self._held.get(topic, _NOTHING)
+            self._held[topic] = new
+            for record in (old.record, new.record) if old.record != new.record else ():
+                match record:
+                    case Service():
+                        services.add(record.key)
+                    case Endpoint():
+                        endpoints.add(record.service)
+                    case AuthorizationPolicy():
+                        policies.add(record.key)
+            self._file(topic, old.record, new.record, new.stamp)
+        services |= {service.key for service in self._vips.take_moved()}
+        workloads = {w.key for w in (*self._workloads.take_moved(), *self._addresses.take_moved())}
+        self.whole = True
+        changes = Changes(*map(frozenset, (services, workloads, endpoints, policies)))
+        self.generation += bool(changes)
+        return changes
+
+    def service_at(self, ip: IpAddress, port: int) -> tuple[Service, ServicePort] | None:
+        """The service and port that live at a virtual address."""
+        service = self._vips.holder.get(ip)
+        if service is not None:
+            for service_port in service.ports:
+                if service_port.port == port:
+                    return service, service_port
+        return None
+
+    def service(self, service_key: str) -> Service | None:
+        return self._services.get(service_key)
+
+    def service_named(self, host: str) -> Service | None:
+        """The service of a host name: `name.ns`, `name.ns.svc` or `name.ns.svc.cluster.local`, in any case."""
+        host = host.lower().removesuffix(".").removesuffix(f".svc.{CLUSTER_DOMAIN}").removesuffix(".svc")
+        name, _, namespace = host.partition(".")
+        return self._services.get(key(namespace, name))
+
+    def services(self) -> tuple[Service, ...]:
+        return tuple(self._services.values())
+
+    def endpoints(self, service_key: str) -> tuple[Endpoint, ...]:
+        """All endpoints of a service, ready or not."""
+        return tuple(self._endpoints.get(service_key, {}).values())
+
+    def workload_at(self, ip: IpAddress) -> Workload | None:
+        return self._addresses.holder.get(ip)
+
+    def workload(self, workload_key: str) -> Workload | None:
+        return self._workloads.holder.get(workload_key)
+
+    def workloads(self) -> tuple[Workload, ...]:
+        return tuple(self._workloads.holder.values())
+
+    def policies_for(self, workload: Workload) -> tuple[AuthorizationPolicy, ...]:
+        """The policies that select a workload, in order of their keys. Linear: compile them once per generation."""
+        scopes = {self.root_namespace, workload.namespace}
+        found = [
+            policy
+            for scope in scopes
+            for policy in self._policies.get(scope, {}).values()
+            if applies(policy, workload.namespace, workload.labels, self.root_namespace)
+        ]
+        return tuple(sorted(found, key=lambda policy: policy.key))
+
+    def _newest_of(self, batch: Sequence[tuple[str, bytes]]) -> dict[str, _Held]:
+        """What of the batch is newer than what is held, all of it checked, by topic."""
+        fresh: dict[str, _Held] = {}
+        for topic, payload in batch:
+            held = self._read(topic, payload)
+            newest = fresh.get(topic) or self._held.get(topic)
+            if newest is None or held.stamp > newest.stamp:
+                fresh[topic] = held
+        if len(self._held) + len(fresh) > MAX_TOPICS:
+            raise RecordError(f"more than {MAX_TOPICS} topics: this proxy would run out of memory")
+        return fresh
+
+    def _read(self, topic: str, payload: bytes) -> _Held:
+        try:
+            parsed = topics.parse_topic(self.trust_domain, topic)
+            envelope: Envelope = messages.decode(payload)
+            record = None
+            if envelope.body is not None:
+                record = records.read(parsed, envelope.body, self.trust_domain)
+        except (TopicError, MessageError, RecordError) as error:
+            raise RecordError(f"{topic[:120]}: {error}") from None
+        return _Held(envelope.stamp, record)
+
+    def _file(self, topic: str, old: Record | None, new: Record | None, stamp: Stamp) -> None:
+        """Brings every index from a topic's old record to its new one."""
+        self._drop(old)
+        match new:
+            case Service():
+                self._services[new.key] = new
+                self._vips.claim(topic, new.vips, stamp, new)
+            case Workload():
+                self._workloads.claim(topic, (new.key,), stamp, new)
+                self._addresses.claim(topic, new.addresses, stamp, new)
+            case Endpoint():
+                self._endpoints.setdefault(new.service, {})[new.workload] = new
+            case AuthorizationPolicy():
+                self._policies.setdefault(new.namespace, {})[new.name] = new
+            case None:
+                self._vips.release(topic)
+                self._workloads.release(topic)
+                self._addresses.release(topic)
+
+    def _drop(self, old: Record | None) -> None:
+        match old:
+            case Service():
+                del self._services[old.key]
+            case Endpoint():
+                _discard(self._endpoints, old.service, old.workload)
+            case AuthorizationPolicy():
+                _discard(self._policies, old.namespace, old.name)
+            case Workload() | None:
+                pass  # a workload is filed by its claims alone
+
+
+def _discard(index: dict[str, dict[str, _V]], outer: str, inner: str) -> None:
+    """Removes an entry, and the level above it when that was its last."""
+    entries = index[outer]
+    del entries[inner]
+    if not entries:
+        del index[outer]
