@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+/* cgroup/connect4, connect6: decides what becomes of a connection that an app dials. */
+#include "sock.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+#define SOL_SOCKET 1		/* <asm-generic/socket.h>; the same on x86-64 and arm64 */
+#define SO_BINDTODEVICE 25
+
+/* One decision: the reasons are in the order of DESIGN.md section 5. */
+struct destination {
+	__be32 addr[4];
+	__u16 port;
+	__u16 route;
+	__u32 service_id;
+	__u32 workload_id;
+	__u64 generation;
+};
+
+static __always_inline int is_probe(const struct destination *to)
+{
+	if (to->port != MESH_PORT_PROBE)
+		return 0;
+	if (is_v4(to->addr))
+		return to->addr[3] == bpf_htonl(MESH_PROBE_V4);
+	return to->addr[0] == bpf_htonl(MESH_PROBE_V6_0) && to->addr[1] == bpf_htonl(MESH_PROBE_V6_1) &&
+	       to->addr[2] == bpf_htonl(MESH_PROBE_V6_2) && to->addr[3] == bpf_htonl(MESH_PROBE_V6_3);
+}
+
+/* Fills route, ids and generation from the maps. Returns 0 when the mesh does not know the address. */
+static __always_inline int find(struct destination *to)
+{
+	struct mesh_service_key service_key = { .port = to->port };
+	struct mesh_workload_key workload_key;
+	struct mesh_workload *workload;
+	struct mesh_service *service;
+
+	__builtin_memcpy(service_key.addr, to->addr, sizeof(service_key.addr));
+	service = bpf_map_lookup_elem(&services, &service_key);
+	if (service) {
+		to->route = service->route;
+		to->service_id = service->id;
+		to->generation = service->generation;
+		return 1;
+	}
+	__builtin_memcpy(workload_key.addr, to->addr, sizeof(workload_key.addr));
+	workload = bpf_map_lookup_elem(&workloads, &workload_key);
+	if (workload) {
+		to->route = workload->route;
+		to->workload_id = workload->id;
+		to->generation = workload->generation;
+		return 1;
+	}
+	return 0;
+}
+
+/* Remembers on the socket what was dialled. Returns 0, or -1 when there is no memory for it. */
+static __always_inline int remember(struct bpf_sock *sk, const struct destination *to)
+{
+	struct mesh_orig_dst *dst = bpf_sk_storage_get(&captured, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct sockaddr_in6 *in6;
+	struct sockaddr_in *in;
+
+	if (!dst)
+		return -1;
+	__builtin_memset(dst, 0, sizeof(*dst));
+	if (is_v4(to->addr)) {
+		in = (struct sockaddr_in *)dst->sockaddr;
+		in->sin_family = AF_INET;
+		in->sin_port = bpf_htons(to->port);
+		in->sin_addr.s_addr = to->addr[3];
+	} else {
+		in6 = (struct sockaddr_in6 *)dst->sockaddr;
+		in6->sin6_family = AF_INET6;
+		in6->sin6_port = bpf_htons(to->port);
+		__builtin_memcpy(&in6->sin6_addr, to->addr, sizeof(to->addr));
+	}
+	dst->magic = MESH_ORIG_DST_MAGIC;
+	dst->version = MESH_ORIG_DST_VERSION;
+	dst->route = to->route;
+	dst->service_id = to->service_id;
+	dst->backend = to->workload_id;
+	dst->generation = to->generation;
+	return 0;
+}
+
+/* Returns ALLOW or REFUSE; sets *captured_now when the caller has to point the connection at the uProxy. */
+static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination *to, int *captured_now)
+{
+	struct bpf_sock *sk = ctx->sk;
+	__u64 netns_cookie = bpf_get_netns_cookie(ctx);
+	char no_device[1] = "";
+	__u32 range;
+
+	*captured_now = 0;
+	if (!sk)
+		return refuse(MESH_REFUSED_NO_MEMORY, ECONNREFUSED);
+	/* Also for connections that are left alone: connect(AF_UNSPEC) runs no hook, and what it leaves must not outlive it. */
+	bpf_sk_storage_delete(&captured, sk);
+	if (ctx->protocol != IPPROTO_TCP)
+		return datagram_verdict(netns_cookie, to->addr, to->port);
+
+	if (is_probe(to)) {
+		to->route = MESH_ROUTE_PROBE;
+	} else {
+		if (is_loopback(to->addr) || is_own(netns_cookie, to->addr))
+			return ALLOW;
+		range = range_of(to->addr);
+		if (range == MESH_RANGE_EXCLUDED)
+			return ALLOW;
+		if (!maps_whole())
+			return refuse(MESH_REFUSED_NOT_WHOLE, ECONNREFUSED);
+		if (range != MESH_RANGE_MESH)
+			return ALLOW;
+		if (!find(to))
+			return refuse(MESH_REFUSED_NO_CONFIG, ECONNREFUSED);
+	}
+	if (remember(sk, to))
+		return refuse(MESH_REFUSED_NO_MEMORY, ECONNREFUSED);
+	/* A socket bound to a device would lose its SYN to 127.0.0.1 in a black hole. */
+	if (sk->bound_dev_if)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, no_device, sizeof(no_device));
+	count(to->route == MESH_ROUTE_PROBE ? MESH_PROBED : MESH_CAPTURED);
+	*captured_now = 1;
+	return ALLOW;
+}
+
+/*
+ * Hook: connect() and sendto(MSG_FASTOPEN), in the caller's context with the socket locked, for sockets created in the workload's app cgroup
+ * or below it, whatever cgroup the caller is in. Not run for connect(AF_UNSPEC), nor again while a non-blocking connect is in progress.
+ * MPTCP: run once, with the subflow's socket.
+ * Kernel guarantees: user_ip4, user_ip6 and user_port in network order, writable as 32-bit words; the route is looked up afterwards, with
+ * what we wrote. A return of 0 fails the call with the value set by bpf_set_retval (else EPERM).
+ * We rely on: sk_storage of ctx->sk living as long as the socket; bpf_get_netns_cookie being the socket's namespace.
+ * On failure: closed, the call is refused.
+ */
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct destination to = { .port = bpf_ntohs(ctx->user_port) };
+	int captured_now, verdict;
+
+	map_v4(to.addr, ctx->user_ip4);
+	verdict = decide(ctx, &to, &captured_now);
+	if (captured_now) {
+		ctx->user_ip4 = bpf_htonl(0x7f000001);
+		ctx->user_port = bpf_htons(MESH_PORT_OUTBOUND);
+	}
+	return verdict;
+}
+
+/* As connect4. An AF_INET6 socket that dials a v4-mapped address speaks IPv4 afterwards: it goes to ::ffff:127.0.0.1. */
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct destination to = { .port = bpf_ntohs(ctx->user_port) };
+	int captured_now, verdict;
+
+	to.addr[0] = ctx->user_ip6[0];
+	to.addr[1] = ctx->user_ip6[1];
+	to.addr[2] = ctx->user_ip6[2];
+	to.addr[3] = ctx->user_ip6[3];
+	verdict = decide(ctx, &to, &captured_now);
+	if (captured_now) {
+		int mapped = is_v4(to.addr);
+
+		ctx->user_ip6[0] = 0;
+		ctx->user_ip6[1] = 0;
+		ctx->user_ip6[2] = mapped ? bpf_htonl(0xffff) : 0;
+		ctx->user_ip6[3] = mapped ? bpf_htonl(0x7f000001) : bpf_htonl(1);
+		ctx->user_port = bpf_htons(MESH_PORT_OUTBOUND);
+	}
+	return verdict;
+}

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+/* cgroup/getsockopt: tells the uProxy where a captured connection was dialled. */
+#include "sock.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+#define SOL_IP 0
+#define SOL_IPV6 41
+#define SO_ORIGINAL_DST 80	/* <linux/netfilter_ipv4.h>; IP6T_SO_ORIGINAL_DST has the same number */
+
+#define barrier() asm volatile("" ::: "memory")
+
+static __always_inline int answer(struct bpf_sockopt *ctx, __s32 size)
+{
+	/* clang 14 merges the two stores into one of 8 bytes, which the verifier refuses. */
+	ctx->optlen = size;
+	barrier();
+	ctx->retval = 0;
+	return ALLOW;
+}
+
+/*
+ * Hook: getsockopt() of any socket created in, or accepted from a listener created in, the workload's proxy cgroup; in the caller's context,
+ * after the kernel has answered (here: ENOENT or ENOPROTOOPT, unless nftables redirected the connection).
+ * Kernel guarantees: optval..optval_end is the caller's buffer, at most a page, as long as the caller said; optlen may only shrink; retval
+ * may only become 0; the return value must be 1, or the call fails with EPERM.
+ * We rely on: sock_ops having moved the original destination to this socket before accept() returned it.
+ * On failure: the kernel's own answer stands, and the uProxy refuses the connection.
+ */
+SEC("cgroup/getsockopt")
+int getsockopt(struct bpf_sockopt *ctx)
+{
+	struct mesh_orig_dst *dst;
+	void *optval = ctx->optval;
+	void *end = ctx->optval_end;
+
+	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
+		return ALLOW;
+	if (!ctx->sk)
+		return ALLOW;
+	dst = bpf_sk_storage_get(&captured, ctx->sk, NULL, 0);
+	if (!dst)
+		return ALLOW;
+	if (optval + sizeof(struct mesh_orig_dst) <= end) {
+		*(struct mesh_orig_dst *)optval = *dst;
+		return answer(ctx, sizeof(struct mesh_orig_dst));
+	}
+	/* Any other program gets what Linux has answered since 2.4: the sockaddr alone, in its family's length. */
+	if (((struct sockaddr_in *)dst->sockaddr)->sin_family == AF_INET) {
+		if (optval + sizeof(struct sockaddr_in) > end)
+			return ALLOW;
+		*(struct sockaddr_in *)optval = *(struct sockaddr_in *)dst->sockaddr;
+		return answer(ctx, sizeof(struct sockaddr_in));
+	}
+	if (optval + sizeof(struct sockaddr_in6) > end)
+		return ALLOW;
+	*(struct sockaddr_in6 *)optval = *(struct sockaddr_in6 *)dst->sockaddr;
+	return answer(ctx, sizeof(struct sockaddr_in6));
+}

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * Every map, shared by all programs and all workloads of a node. The agent makes them, pins them and gives the same ones to every object.
+ * None holds an identity: that is the certificate's business.
+ */
+#ifndef UPROXY_MAPS_H
+#define UPROXY_MAPS_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+#include "mesh.h"
+
+/* Written by the agent before any cgroup is attached; read by connect and sendmsg. Longest prefix wins. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_range_key);
+	__type(value, struct mesh_range);
+} ranges SEC(".maps");
+
+/* Written by the agent's sync; read by connect. Not preallocated: an entry is replaced as a whole, readers see the old or the new one. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_service_key);
+	__type(value, struct mesh_service);
+} services SEC(".maps");
+
+/* Likewise, for connections to a workload's own address, at any port. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_workload_key);
+	__type(value, struct mesh_workload);
+} workloads SEC(".maps");
+
+/* Written by the agent when a workload registers, removed when it goes; read by connect, sendmsg and sk_lookup. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_own_key);
+	__type(value, struct mesh_own);
+} own SEC(".maps");
+
+/* One entry, written by the agent; read by connect and sendmsg. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct mesh_settings);
+} settings SEC(".maps");
+
+/*
+ * Where a socket was dialled. connect writes it on the app's socket, sock_ops on the uProxy's accepted one; getpeername, sock_ops and
+ * getsockopt read it. Dies with its socket; on the app's side with the next connect() too, so that no reconnect inherits it.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct mesh_orig_dst);
+} captured SEC(".maps");
+
+/*
+ * The way from the app's socket to the accepted one. Written by sock_ops before the SYN leaves, moved at the accept, deleted at the latest
+ * when the app's socket closes. Full means refused, never evicted: see MESH_ORIG_FULL.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_orig_key);
+	__type(value, struct mesh_orig_dst);
+} orig SEC(".maps");
+
+/* Written by every program, read by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, MESH_COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+static __always_inline void count(__u32 counter)
+{
+	__u64 *n = bpf_map_lookup_elem(&counters, &counter);
+
+	if (n)
+		__sync_fetch_and_add(n, 1);	/* these hooks may be preempted on this CPU */
+}
+
+#endif
