@@ -1,0 +1,125 @@
+"""The uProxy process beside one workload, as its launcher sees it: started, watched, restarted, ended.
+
+No loop of its own: the launcher reaps children and polls; it tells the sidecar what happened and when.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import IO
+
+from uproxy import linux
+from uproxy.entrance import Entrance
+
+_READY_PORT = 15021
+_STATUS_TIMEOUT_S = 2.0
+
+_BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.2, 5.0
+# A sidecar that was up for this long was healthy: its next restart is prompt again.
+_HEALTHY_S = 10.0
+
+
+class Sidecar:
+    """One `uproxy run` at a time. Times are `time.monotonic()`."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        entrance: Entrance,
+        probes: Sequence[socket.socket],
+        log: IO[bytes],
+        prepare: Callable[[], None],
+    ) -> None:
+        """`arguments`: the argv but for the descriptors; `prepare` runs before each start."""
+        self._arguments = arguments
+        self._entrance = entrance
+        self._probes = probes
+        self._log = log
+        self._prepare = prepare
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._backoff_s = _BACKOFF_FIRST_S
+        self.ready = False
+        self.ready_fd = -1
+        """Readable when the sidecar says that it is ready, or is gone; -1 when nothing is awaited."""
+        self.restart_at: float | None = None
+        self.restarts = 0
+
+    @property
+    def pid(self) -> int:
+        """0 when it does not run."""
+        return self._process.pid if self._process is not None else 0
+
+    def start(self) -> None:
+        self._prepare()
+        self.restart_at = None
+        self.ready_fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        handed = [theirs, *(probe.fileno() for probe in self._probes)]
+        arguments = [*self._arguments, "--ready-fd", str(theirs)]
+        for probe in self._probes:
+            arguments += ["--probe-fd", str(probe.fileno())]
+        try:
+            self._process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=handed,
+                cwd="/",
+                # Nothing of the caller's environment steers a process that holds a key.
+                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+                # A session of its own: a terminal's Ctrl-C is for the command, and ends the sidecar last.
+                start_new_session=True,
+                preexec_fn=self._entrance,
+            )
+        finally:
+            os.close(theirs)
+        self._started_at = time.monotonic()
+
+    def read_ready(self) -> None:
+        """`ready_fd` is readable: a line means ready, an end of file means that the process is on its way out."""
+        self.ready = os.read(self.ready_fd, 64) != b""
+        self._close_ready_fd()
+
+    def ended(self, status: int, now: float) -> None:
+        """The process was reaped; `status` is its returncode (negative: the signal). Schedules the restart."""
+        assert self._process is not None
+        self._process.returncode = status
+        self._process = None
+        self.ready = False
+        self._close_ready_fd()
+        if now - self._started_at >= _HEALTHY_S:
+            self._backoff_s = _BACKOFF_FIRST_S
+        self.restart_at = now + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_LAST_S)
+        self.restarts += 1
+
+    def terminate(self) -> None:
+        """Ask it to drain and exit."""
+        if self._process is not None:
+            os.kill(self._process.pid, signal.SIGTERM)
+
+    def pending(self) -> str:
+        """What its readiness endpoint says is missing; "" when it does not answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", _READY_PORT, timeout=_STATUS_TIMEOUT_S)
+        try:
+            with linux.inside(self._entrance.netns_fd):
+                connection.connect()
+            connection.request("GET", "/healthz/ready")
+            answer = connection.getresponse().read(4096).decode("utf-8", "replace")
+            return " ".join(answer.split())
+        except (OSError, http.client.HTTPException):
+            return ""
+        finally:
+            connection.close()
+
+    def _close_ready_fd(self) -> None:
+        if self.ready_fd >= 0:
+            os.close(self.ready_fd)
+            self.ready_fd = -1
