@@ -39,6 +39,7 @@ _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE--
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h to the reason that metrics and logs carry.
 _CHAIN_REASONS = {
+    7: "bad-signature",
     9: "certificate-not-yet-valid",
     10: "certificate-expired",
     18: "unknown-ca",
@@ -48,10 +49,12 @@ _CHAIN_REASONS = {
     23: "certificate-revoked",
     25: "chain-too-long",
     26: "wrong-purpose",
+    34: "critical-extension",
     66: "weak-key",
     67: "weak-key",
     68: "weak-signature",
     79: "unknown-ca",
+    82: "key-usage",
 }
 # OpenSSL's reason names, where the handshake fails outside of the chain.
 _HANDSHAKE_REASONS = {
@@ -188,7 +191,7 @@ def handshake_refusal(error: ssl.SSLError) -> RefusedError:
     """Say in words why a handshake (or, with TLS 1.3, the first read after it) failed. Flag TLS_FAILURE."""
     name = error.reason or ""
     if isinstance(error, ssl.SSLCertVerificationError):
-        reason = _CHAIN_REASONS.get(error.verify_code, "certificate")
+        reason = _CHAIN_REASONS.get(error.verify_code, "certificate-invalid")
         detail = f"the peer's certificate is not accepted: {error.verify_message}"
     elif "_ALERT_" in name:
         reason = "refused-by-peer"

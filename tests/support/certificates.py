@@ -97,13 +97,13 @@ def forge(
     ca: bool = False,
     path_length: int | None = None,
     key: Key | None = None,
-    digest: hashes.HashAlgorithm | None = None,
     extra: Sequence[tuple[x509.ExtensionType, bool]] = (),
     common_name: str = "forged",
 ) -> Forged:
     """Sign whatever is asked for; the defaults are a correct SVID of `WEB`. Without an issuer it signs itself."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     signer = issuer.key if issuer else key
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     now = datetime.now(UTC)
     builder = (
@@ -116,7 +116,7 @@ def forge(
         .not_valid_after(now + not_after)
         .add_extension(x509.BasicConstraints(ca=ca, path_length=path_length if ca else None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .add_extension(_authority_key_identifier(issuer, signer), critical=False)
         .add_extension(key_usage or usage(digital_signature=True), critical=key_usage_critical)
     )
     if uris:
@@ -126,7 +126,38 @@ def forge(
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
     for extension, critical in extra:
         builder = builder.add_extension(extension, critical=critical)
-    return Forged(builder.sign(signer, digest or hashes.SHA256()), key, issuer)
+    return Forged(builder.sign(signer, hashes.SHA256()), key, issuer)
+
+
+def signed_with_sha1(forged: Forged) -> Forged:
+    """The same certificate under ecdsa-with-SHA1, which `cryptography` no longer signs: put together by hand."""
+    sha256, sha1 = bytes.fromhex("300a06082a8648ce3d040302"), bytes.fromhex("300906072a8648ce3d0401")
+    tbs = forged.certificate.tbs_certificate_bytes
+    header = 2 + (tbs[1] & 0x7F)
+    assert tbs[1] & 0x80
+    tbs = der_value(0x30, tbs[header:].replace(sha256, sha1, 1))
+    assert forged.issuer is not None
+    assert isinstance(forged.issuer.key, ec.EllipticCurvePrivateKey)
+    signature = forged.issuer.key.sign(tbs, ec.ECDSA(hashes.SHA1()))
+    der = der_value(0x30, tbs, sha1, der_value(0x03, b"\0", signature))
+    return Forged(x509.load_der_x509_certificate(der), forged.key, forged.issuer)
+
+
+def der_value(tag: int, *contents: bytes) -> bytes:
+    """One DER value: tag, minimal length, content."""
+    content = b"".join(contents)
+    if len(content) < 0x80:
+        return bytes((tag, len(content))) + content
+    size = len(content).to_bytes((len(content).bit_length() + 7) // 8)
+    return bytes((tag, 0x80 | len(size))) + size + content
+
+
+def _authority_key_identifier(issuer: Forged | None, signer: ec.EllipticCurvePrivateKey) -> x509.AuthorityKeyIdentifier:
+    if issuer is None:
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    # What the issuer's certificate says, not what its key is: so that a forger's chain fails at the signature.
+    identifier = issuer.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
 
 
 def forge_ca(issuer: Forged | None, name: str, *, path_length: int | None = None) -> Forged:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from control.server.ca import Authority
 from tests.support.certificates import BOTH_PURPOSES, WEB, forge, usage
+from tests.support.certificates import der_value as tlv
 from uproxy.x509 import CLIENT_AUTH, MAX_LEAF_BYTES, SERVER_AUTH, Leaf, X509Error, check_svid, read_leaf
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -184,14 +185,6 @@ def test_every_truncation_is_refused():
 def test_one_byte_after_the_certificate_is_refused():
     with pytest.raises(X509Error, match="1 bytes follow the certificate"):
         read_leaf(GOOD.der + b"\x00")
-
-
-def tlv(tag: int, *contents: bytes) -> bytes:
-    content = b"".join(contents)
-    if len(content) < 0x80:
-        return bytes((tag, len(content))) + content
-    size = len(content).to_bytes((len(content).bit_length() + 7) // 8)
-    return bytes((tag, 0x80 | len(size))) + size + content
 
 
 OID_SAN, OID_KEY_USAGE, OID_CONSTRAINTS, OID_EKU = (
