@@ -1,1 +1,12 @@
-"""TODO glossary."""
+"""The micro proxy: mTLS to and from the mesh for one workload, and nothing else.
+
+Words, in the order in which a connection meets them. *Capture* (`redirect`): eBPF brings an application's connection to
+this process; the kernel knows its *original destination*. *Plan* (`resolve`): which peers serve it, each a *hop*.
+*Tunnel* (`tunnel`, `pool`): one mTLS connection to a peer, which carries many connections as HBONE *streams* (`hbone`).
+*Relay* (`relay`): the copy between one application socket and one stream. `outbound` and `inbound` are the two paths,
+readable top to bottom; `plane` is the loop that drives them; `run` wires one process together. Beside them stand
+`authz` (who may), `telemetry` and `access_log` (what happened), `admin` (ask the process), `explicit` (without capture),
+`launch` (`uproxy exec`) and `node` (the node agent, the only one that loads eBPF).
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,160 @@
+"""Explicit mode, for people without privileges: static local ports, and SOCKS5 (RFC 1928).
+
+The application is told where to dial; from there on its connection is like any captured one. Destinations outside the
+mesh are refused: this is a door into the mesh, not an open proxy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from dataclasses import dataclass
+
+from control.api.address import AddressError, from_packed, parse_address
+from control.client.state import State
+from uproxy import plane
+from uproxy.errors import RefusedError
+from uproxy.outbound import Outbound
+from uproxy.plane import Plane
+from uproxy.redirect import OriginalDestination, Route
+
+SOCKS_TIMEOUT_S = 10.0
+
+_VERSION, _NO_AUTHENTICATION, _NO_METHOD, _CONNECT = 5, 0, 0xFF, 1
+_IPV4, _HOST_NAME, _IPV6 = 1, 3, 4
+# Replies of RFC 1928 section 6.
+_SUCCEEDED, _NOT_ALLOWED, _BAD_COMMAND, _BAD_ADDRESS = 0, 2, 7, 8
+
+log = logging.getLogger(__name__)
+
+
+class SocksError(Exception):
+    """A client that is not served; `reply` is the code of RFC 1928 section 6."""
+
+    def __init__(self, reply: int, text: str) -> None:
+        super().__init__(text)
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """`--forward LOCAL:PORT=HOST:PORT`: a local port that stands for one service port."""
+
+    local_host: str
+    local_port: int
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Forward:
+        """Read the option. Raises ValueError with what would be right."""
+        local, equals, remote = text.partition("=")
+        if not equals:
+            raise ValueError(
+                f"{text!r}: write LOCALIP:PORT=SERVICE.NAMESPACE:PORT, as in 127.0.0.1:9080=reviews.shop:80"
+            )
+        return cls(*split_host_port(local), *split_host_port(remote))
+
+
+def split_host_port(text: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port`. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is no HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def destination_of(state: State, host: str, port: int) -> OriginalDestination:
+    """A service's name or an address, as a destination. Raises RefusedError when the mesh knows no such name."""
+    try:
+        return OriginalDestination(parse_address(host), port, Route.UNKNOWN)
+    except AddressError:
+        service = state.service_named(host)
+    if service is None or not service.vips:
+        raise RefusedError("no-config", f"the mesh has no service {host!r}; names are SERVICE.NAMESPACE")
+    return OriginalDestination(service.vips[0], port, Route.UNKNOWN)
+
+
+async def serve_forward(outbound: Outbound, state: State, forward: Forward, app: socket.socket) -> None:
+    """A connection to a static local port."""
+    try:
+        destination = destination_of(state, forward.host, forward.port)
+    except RefusedError as error:
+        log.warning("forward to %s:%d: %s", forward.host, forward.port, error)
+        plane.reset(app)
+        return
+    await outbound.serve(app, destination)
+
+
+async def serve_socks(data_plane: Plane, outbound: Outbound, state: State, app: socket.socket) -> None:
+    """A connection to the SOCKS5 port: negotiate, then go on like any other. CONNECT only, no authentication.
+
+    The reply is sent before the tunnel is up, as for a captured connection, whose connect() has succeeded by then too:
+    a refusal afterwards is a reset.
+    """
+    try:
+        host, port = await _negotiate(data_plane, app)
+        destination = destination_of(state, host, port)
+        if state.service_at(destination.address, port) is None and state.workload_at(destination.address) is None:
+            raise SocksError(_NOT_ALLOWED, f"{host}:{port} is not in the mesh")
+        app.send(_reply(_SUCCEEDED))
+    except RefusedError as error:
+        _refuse(app, _NOT_ALLOWED, str(error))
+        return
+    except SocksError as error:
+        _refuse(app, error.reply, str(error))
+        return
+    except OSError as error:
+        log.info("socks5: %s", error)
+        app.close()
+        return
+    await outbound.serve(app, destination)
+
+
+async def _negotiate(data_plane: Plane, app: socket.socket) -> tuple[str, int]:
+    version, methods = await _read(data_plane, app, 2)
+    if version != _VERSION:
+        raise SocksError(_BAD_COMMAND, f"SOCKS version {version}; only 5 is served")
+    if _NO_AUTHENTICATION not in await _read(data_plane, app, methods):
+        app.send(bytes((_VERSION, _NO_METHOD)))
+        raise OSError("the client offers no method without authentication")
+    app.send(bytes((_VERSION, _NO_AUTHENTICATION)))
+    _, command, _, kind = await _read(data_plane, app, 4)
+    if command != _CONNECT:
+        raise SocksError(_BAD_COMMAND, f"SOCKS command {command}; only CONNECT is served")
+    if kind == _HOST_NAME:
+        (length,) = await _read(data_plane, app, 1)
+        host = (await _read(data_plane, app, length)).decode("latin-1")
+    elif kind in (_IPV4, _IPV6):
+        host = from_packed(await _read(data_plane, app, 4 if kind == _IPV4 else 16))
+    else:
+        raise SocksError(_BAD_ADDRESS, f"SOCKS address type {kind}")
+    port = int.from_bytes(await _read(data_plane, app, 2), "big")
+    return host, port
+
+
+async def _read(data_plane: Plane, app: socket.socket, length: int) -> bytes:
+    """Exactly `length` bytes, so that what follows the negotiation stays in the socket. Raises OSError."""
+    received = b""
+    while len(received) < length:
+        try:
+            part = app.recv(length - len(received))
+        except BlockingIOError:
+            await data_plane.ready(app, plane.READ, SOCKS_TIMEOUT_S)
+            continue
+        if not part:
+            raise OSError("the client closed the connection during the SOCKS negotiation")
+        received += part
+    return received
+
+
+def _reply(code: int) -> bytes:
+    return bytes((_VERSION, code, 0, _IPV4, 0, 0, 0, 0, 0, 0))
+
+
+def _refuse(app: socket.socket, code: int, text: str) -> None:
+    log.info("socks5: refused: %s", text)
+    with contextlib.suppress(OSError):
+        app.send(_reply(code))
+    app.close()

@@ -1,0 +1,250 @@
+"""One inbound connection's life, top to bottom: from a peer's tunnel to the application.
+
+accept -> TLS -> who is the peer? -> for each CONNECT stream: what does it ask for? -> may it? -> connect to the
+application -> 200 -> relay both ways -> one access-log record. Statuses are those of HBONE.md 2.4.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable
+
+from control.api.address import AddressError, IpAddress, parse_address
+from control.api.workload import Workload
+from control.client.state import State
+from uproxy import hbone, tunnel
+from uproxy.authz import Decision, Policies, compile_policies
+from uproxy.connections import Connections
+from uproxy.errors import Flag, RefusedError
+from uproxy.outbound import Self, fail, host_port, relay_and_record
+from uproxy.plane import Plane
+from uproxy.relay import Relay
+from uproxy.telemetry import Connection, Peer, Telemetry
+from uproxy.tls import peer_identity
+from uproxy.tunnel import HBONE_PORT, Tunnel
+
+APP_CONNECT_TIMEOUT_S = 10.0
+# Handshakes cost a millisecond of CPU each; more at once only makes all of them late.
+MAX_HANDSHAKES = 256
+MAX_TUNNELS = 4096
+# The proxy's own ports: a peer must not reach the admin port, or make the proxy dial itself. 15020 (metrics) and 15021
+# (readiness) are meant to be read, by whom policy allows.
+FORBIDDEN_PORTS = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
+
+_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:/@\s]{1,253})):([0-9]{1,5})", re.ASCII)
+_TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+log = logging.getLogger(__name__)
+
+
+class Inbound:
+    """Connections from the mesh to this workload."""
+
+    def __init__(
+        self,
+        data_plane: Plane,
+        state: State,
+        context: Callable[[], ssl.SSLContext],
+        connections: Connections,
+        telemetry: Telemetry,
+        own: Self,
+    ) -> None:
+        self._plane = data_plane
+        self._state = state
+        self._context = context
+        self._connections = connections
+        self._telemetry = telemetry
+        self._own = own
+        self._handshakes = 0
+        self._tunnels: set[Tunnel] = set()
+        self._policies: Policies = compile_policies(())
+
+    # -- the connection
+
+    async def serve_tunnel(self, sock: socket.socket) -> None:
+        """One mTLS connection from a peer. Never raises."""
+        if self._handshakes >= MAX_HANDSHAKES or len(self._tunnels) >= MAX_TUNNELS:
+            sock.close()
+            return
+        self._handshakes += 1
+        record = self._record(_peer_address(sock), os.urandom(16).hex())
+        try:
+            tls, bios = await tunnel.handshake(self._plane, sock, self._context(), server_side=True)
+            peer = peer_identity(tls, self._own.trust_domain)
+            accepted = Tunnel(self._plane, sock, tls, bios, peer, client=False, on_request=self._on_request)
+        except RefusedError as error:
+            sock.close()
+            fail(record, error, self._telemetry)
+            return
+        except OSError as error:  # it went away between two steps
+            sock.close()
+            fail(record, RefusedError("tls-failure", str(error), flag=Flag.TLS_FAILURE), self._telemetry)
+            return
+        finally:
+            self._handshakes -= 1
+        if not accepted.closed:
+            self._tunnels.add(accepted)
+            accepted.on_close = self._tunnels.discard
+
+    def _on_request(self, carrier: Tunnel, relay: Relay, headers: hbone.Headers, ended: bool) -> None:
+        if ended:
+            relay.on_end()
+        self._plane.spawn(self._serve_connect(carrier, relay, headers))
+
+    async def _serve_connect(self, carrier: Tunnel, relay: Relay, headers: hbone.Headers) -> None:
+        """One CONNECT stream, to its end. Never raises."""
+        fields = dict(headers)
+        traced = _TRACEPARENT.fullmatch(fields.get(b"traceparent", b""))
+        request_id = traced[1].decode() if traced is not None else os.urandom(16).hex()
+        record = self._record(host_port(carrier.peer_address, carrier.peer_port), request_id)
+        record.source.identity = str(carrier.peer)
+        record.source.workload = self._workload_of(carrier)
+        try:
+            port = self._target(fields, record)
+            decision = self._decide(carrier, port)
+            if not decision.allowed:
+                raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
+            app = await self._connect(port)
+        except RefusedError as error:
+            carrier.respond(relay, _refusal_headers(error, request_id), end=True)
+            relay.discard()
+            fail(record, error, self._telemetry)
+            return
+        carrier.respond(relay, ((b":status", b"200"),))
+
+        def permitted() -> str:
+            again = self._decide(carrier, port)
+            return "" if again.allowed else f"policy: no longer allowed: {again.reason}"
+
+        await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
+
+    # -- its stages
+
+    def _target(self, fields: dict[bytes, bytes], record: Connection) -> int:
+        """The workload's port that a CONNECT asks for. Raises RefusedError with the status to answer."""
+        method = fields[b":method"]
+        if method != b"CONNECT" or b":protocol" in fields:
+            raise _bad_request(f"{method.decode('latin-1')} on the HBONE port; only a plain CONNECT is served")
+        authority = fields.get(b":authority", b"").decode("latin-1")
+        match = _AUTHORITY.fullmatch(authority)
+        if match is None or not 0 < int(match[3]) < 65536:
+            raise _bad_request(f"{authority[:300]!r} is no host:port")
+        record.hbone_address = authority
+        port = int(match[3])
+        workload = self._state.workload(self._own.key)
+        if not self._state.whole or workload is None:
+            raise RefusedError(
+                "no-config", f"the mesh's configuration has no workload {self._own.key}", flag=Flag.NO_CONFIG
+            )
+        record.destination.workload = workload
+        try:
+            address = parse_address(match[1] or match[2])
+        except AddressError:
+            port = self._service_port(match[2] or match[1], port, record)
+        else:
+            if address not in self._own.addresses:
+                raise RefusedError(
+                    "wrong-destination", f"{address} is no address of {self._own.key}", status=400, flag=Flag.DENY
+                )
+        if port in FORBIDDEN_PORTS:
+            raise RefusedError("port-forbidden", f"port {port} belongs to the proxy", flag=Flag.DENY)
+        return port
+
+    def _service_port(self, host: str, port: int, record: Connection) -> int:
+        """A hostname authority names a service of which this workload is an endpoint."""
+        service = self._state.service_named(host)
+        if service is not None:
+            for endpoint in self._state.endpoints(service.key):
+                if endpoint.workload == self._own.key and port in endpoint.ports:
+                    record.destination_service = service.key
+                    return endpoint.ports[port]
+        raise _bad_request(f"{host[:253]}:{port} is no service port of {self._own.key}")
+
+    def _decide(self, carrier: Tunnel, port: int) -> Decision:
+        """L4 authorization: who (from TLS), from where (the TCP peer), to which port of the workload."""
+        return self._policies.decide(carrier.peer, parse_address(carrier.peer_address), self._own.addresses[0], port)
+
+    async def _connect(self, port: int) -> socket.socket:
+        """Dial the application: at its mesh address, then at loopback, where many listen only."""
+        failed: OSError | None = None
+        loopback = "::1" if ":" in self._own.addresses[0] else "127.0.0.1"
+        for host in (*self._own.addresses, loopback):
+            try:
+                return await self._plane.connect(host, port, APP_CONNECT_TIMEOUT_S)
+            except OSError as error:
+                failed = error
+                if error.errno != errno.ECONNREFUSED:
+                    break
+        detail = f"the application at {self._own.addresses[0]}:{port}: {failed}"
+        raise RefusedError("app-unreachable", detail, flag=Flag.CONNECT)
+
+    # -- what changes meanwhile
+
+    def config_changed(self) -> None:
+        """Compile the policies that select this workload anew, and cut the connections that no longer pass."""
+        workload = self._state.workload(self._own.key)
+        policies = self._state.policies_for(workload) if workload is not None else ()
+        self._policies = compile_policies(policies)
+        self._connections.reauthorise()
+
+    def tick(self, now: float) -> None:
+        for carrier in list(self._tunnels):
+            carrier.tick(now)
+
+    def drain(self, *, final: bool) -> None:
+        for carrier in list(self._tunnels):
+            carrier.drain(final=final)
+
+    def close(self) -> None:
+        for carrier in list(self._tunnels):
+            carrier.shut_down(hbone.ErrorCode.NO_ERROR, "shutting down")
+
+    @property
+    def tunnels(self) -> int:
+        return len(self._tunnels)
+
+    # -- records
+
+    def _record(self, source: str, request_id: str) -> Connection:
+        own = self._state.workload(self._own.key)
+        return Connection(
+            direction="inbound",
+            source=Peer(source, None, ""),
+            destination=Peer(host_port(self._own.addresses[0], HBONE_PORT), own, self._own.identity),
+            request_id=request_id,
+            started=time.monotonic(),
+        )
+
+    def _workload_of(self, carrier: Tunnel) -> Workload | None:
+        """The caller's workload, for telemetry: only if address and proven identity agree."""
+        workload = self._state.workload_at(IpAddress(carrier.peer_address))
+        return workload if workload is not None and workload.identity == carrier.peer else None
+
+
+def _bad_request(detail: str) -> RefusedError:
+    return RefusedError("bad-request", detail, status=400, flag=Flag.DENY)
+
+
+def _refusal_headers(error: RefusedError, request_id: str) -> hbone.Headers:
+    """The status, and why (HBONE.md section 4): a reason for programs, the rule's name, and the id in both logs."""
+    headers = [
+        (b":status", str(error.status).encode()),
+        (b"x-uproxy-reason", error.reason.encode()),
+        (b"x-request-id", request_id.encode()),
+    ]
+    if error.policy:
+        headers.append((b"x-uproxy-policy", error.policy.encode()))
+    return headers
+
+
+def _peer_address(sock: socket.socket) -> str:
+    try:
+        return host_port(*sock.getpeername()[:2])
+    except OSError:
+        return "-"

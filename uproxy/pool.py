@@ -1,0 +1,157 @@
+"""Tunnels to peers, shared by all connections that go the same way.
+
+The key is (peer address, the identity expected there): this process has one identity of its own. A burst of connections
+to a new peer opens one tunnel; the others wait for it (HBONE.md 2.6).
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable
+
+from control.api.identity import SpiffeId
+from uproxy import hbone, tunnel
+from uproxy.errors import Flag, RefusedError
+from uproxy.plane import Plane, Waiter
+from uproxy.relay import Relay
+from uproxy.resolve import Hop
+from uproxy.tls import peer_identity
+from uproxy.tunnel import HBONE_PORT, Tunnel
+
+# The peer itself waits up to 10 s for its application.
+ANSWER_TIMEOUT_S = 15.0
+IDLE_TIMEOUT_S = 300.0  # ztunnel's pool
+
+Key = tuple[str, SpiffeId]
+
+
+class Pool:
+    """Open tunnels, by peer. `context` gives the TLS context of the moment, so that a rotation applies to new ones."""
+
+    def __init__(self, plane: Plane, context: Callable[[], ssl.SSLContext]) -> None:
+        self._plane = plane
+        self._context = context
+        self._tunnels: dict[Key, list[Tunnel]] = {}
+        self._dialling: dict[Key, list[Waiter[None]]] = {}
+
+    def tunnels(self) -> list[Tunnel]:
+        return [t for group in self._tunnels.values() for t in group]
+
+    async def connect(self, hop: Hop, headers: hbone.Headers) -> Relay:
+        """Open a CONNECT stream to a hop and wait for its 200. Raises RefusedError with what the peer said."""
+        while True:
+            carrier, fresh = await self._tunnel(hop)
+            relay = carrier.open(headers)
+            try:
+                answer = await self._plane.wait(relay.response, ANSWER_TIMEOUT_S)
+            except TimeoutError as error:
+                relay.abandon()
+                raise RefusedError(
+                    "connect-timeout", f"{hop.address}: no answer to CONNECT within {ANSWER_TIMEOUT_S:g} s"
+                ) from error
+            except ConnectionResetError as error:
+                # Nothing was sent but HEADERS. An old tunnel may have been closing while we opened: use a new one.
+                if not fresh:
+                    continue
+                raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
+            break
+        fields = dict(answer)
+        if fields[b":status"] == b"200":
+            return relay
+        relay.abandon()
+        raise _refusal(hop, fields)
+
+    async def _tunnel(self, hop: Hop) -> tuple[Tunnel, bool]:
+        """A tunnel with room for a stream, and whether it was opened just now."""
+        key = (hop.address, hop.expected)
+        while True:
+            for carrier in self._tunnels.get(key, ()):
+                if carrier.usable:
+                    return carrier, False
+            waiting = self._dialling.get(key)
+            if waiting is None:
+                return await self._dial(key), True
+            waiter: Waiter[None] = Waiter(self._plane)
+            waiting.append(waiter)
+            await waiter
+
+    async def _dial(self, key: Key) -> Tunnel:
+        address, expected = key
+        waiting = self._dialling[key] = []
+
+        def identify(tls: ssl.SSLObject) -> SpiffeId:
+            peer = peer_identity(tls, expected.trust_domain)
+            if peer != expected:
+                raise RefusedError(
+                    "wrong-identity",
+                    f"{address}:{HBONE_PORT} proved to be {peer}, not {expected}",
+                    flag=Flag.IDENTITY,
+                    retriable=True,
+                )
+            return peer
+
+        try:
+            carrier = await tunnel.dial(
+                self._plane, address, HBONE_PORT, self._context(), identify, tunnel.CONNECT_TIMEOUT_S
+            )
+        except RefusedError as error:
+            for waiter in waiting:
+                waiter.fail(error)
+            raise
+        else:
+            carrier.on_close = lambda gone: self._forget(key, gone)
+            if carrier.closed:  # its first bytes were an alert: our certificate was refused
+                refused = RefusedError("tls-failure", f"{address}: {carrier.error}", flag=Flag.TLS_FAILURE)
+                for waiter in waiting:
+                    waiter.fail(refused)
+                raise refused
+            self._tunnels.setdefault(key, []).append(carrier)
+            for waiter in waiting:
+                waiter.set(None)
+            return carrier
+        finally:
+            del self._dialling[key]
+
+    def _forget(self, key: Key, gone: Tunnel) -> None:
+        group = self._tunnels.get(key, [])
+        if gone in group:
+            group.remove(gone)
+        if not group:
+            self._tunnels.pop(key, None)
+
+    def tick(self, now: float) -> None:
+        """Keepalive for all, and an end for those that nobody uses."""
+        for carrier in self.tunnels():
+            carrier.tick(now)
+            unused = not carrier.connection.streams
+            if unused and (now - carrier.idle_since > IDLE_TIMEOUT_S or not carrier.usable):
+                carrier.shut_down(hbone.ErrorCode.NO_ERROR, "idle")
+
+    def retire(self) -> None:
+        """Open no more streams on these tunnels; each closes with its last stream (a certificate was rotated)."""
+        for carrier in self.tunnels():
+            carrier.connection.goaway_received = True
+            carrier.idle_since = time.monotonic()
+
+    def close(self) -> None:
+        for carrier in self.tunnels():
+            carrier.shut_down(hbone.ErrorCode.NO_ERROR, "shutting down")
+
+
+def _refusal(hop: Hop, fields: dict[bytes, bytes]) -> RefusedError:
+    """What a status other than 200 means (HBONE.md 2.4), with the reason that a uProxy adds to it."""
+    text = fields[b":status"].decode("latin-1")
+    status = int(text) if text.isdigit() else 502
+    default = {400: "bad-request", 401: "policy"}.get(status, "upstream")
+    reason = fields.get(b"x-uproxy-reason", default.encode()).decode("latin-1")
+    policy = fields.get(b"x-uproxy-policy", b"").decode("latin-1")
+    by = f" by {policy}" if policy else ""
+    return RefusedError(
+        reason,
+        f"http status: {status}: {hop.address} refused {hop.authority.decode()}: {reason}{by}",
+        status=status,
+        flag=Flag.DENY if status in (401, 403) else Flag.CONNECT,
+        policy=policy,
+        retriable=status == 503,
+    )

@@ -1,0 +1,74 @@
+"""Where a captured connection was going: getsockopt(SO_ORIGINAL_DST) on the accepted socket.
+
+The kernel's answer is `struct mesh_orig_dst` of bpf/mesh.h when our eBPF hook gave it, or a bare sockaddr when another
+redirect did (nftables): then the route is unknown and is resolved here like any other.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from control.api.address import IpAddress, from_packed
+from uproxy.errors import Flag, RefusedError
+
+# linux/netfilter_ipv4.h and netfilter_ipv6/ip6_tables.h: the same number at the level of each family.
+_SO_ORIGINAL_DST = 80
+
+# sockaddr[28], magic, version, route, service_id, backend, pad, generation, reserved (bpf/mesh.h; tests compare it).
+ORIG_DST = struct.Struct("=28sIHHIIIQQ")
+ORIG_DST_MAGIC = 0x75505859
+ORIG_DST_VERSION = 1
+
+
+class Route(IntEnum):
+    """What the kernel decided at connect(): a hint, which the proxy checks (DESIGN.md section 4)."""
+
+    UNKNOWN = 0
+    TUNNEL = 1
+    WAYPOINT = 2
+    PROBE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalDestination:
+    address: IpAddress
+    port: int
+    route: Route
+
+
+def original_destination(sock: socket.socket) -> OriginalDestination:
+    """Ask the kernel where this accepted connection was going. No entry is a refusal: it was never captured."""
+    level = socket.IPPROTO_IPV6 if sock.family == socket.AF_INET6 else socket.IPPROTO_IP
+    try:
+        return parse_original_destination(sock.getsockopt(level, _SO_ORIGINAL_DST, ORIG_DST.size))
+    except (OSError, ValueError) as error:
+        raise RefusedError(
+            "not-captured",
+            f"the kernel knows no original destination ({error}); only captured connections may come here",
+            flag=Flag.DENY,
+        ) from error
+
+
+def parse_original_destination(answer: bytes) -> OriginalDestination:
+    """Read the kernel's answer: 16 or 28 bytes of sockaddr, or the whole structure. Raises ValueError."""
+    if len(answer) < 16:
+        raise ValueError(f"{len(answer)} bytes are no sockaddr")
+    family = int.from_bytes(answer[:2], "little" if socket.htons(1) != 1 else "big")
+    port = int.from_bytes(answer[2:4], "big")
+    if family == socket.AF_INET:
+        packed = answer[4:8]
+    elif family == socket.AF_INET6 and len(answer) >= 28:
+        packed = answer[8:24]
+    else:
+        raise ValueError(f"address family {family} in {len(answer)} bytes")
+    route = Route.UNKNOWN
+    if len(answer) == ORIG_DST.size:
+        _, magic, version, number, *_ = ORIG_DST.unpack(answer)
+        if magic == ORIG_DST_MAGIC:
+            if version != ORIG_DST_VERSION:
+                raise ValueError(f"mesh_orig_dst version {version}; this uProxy reads {ORIG_DST_VERSION}")
+            route = Route(number)
+    return OriginalDestination(from_packed(packed), port, route)

@@ -1,0 +1,275 @@
+"""Two-way copy between an application's socket and one CONNECT stream.
+
+Backpressure: an application is read only when its stream, its tunnel and the output buffer have room (`reserve`), and a
+peer gets credit only for bytes that the application's socket took. So nothing queues, but for what a peer had already
+sent when the application stopped reading: at most one stream window (`_pending`).
+
+Ends (HBONE.md sections 2.5 and 4): FIN crosses as END_STREAM and comes out as FIN; a reset or an error crosses as
+RST_STREAM(CONNECT_ERROR) (RFC 9113 section 8.5) and comes out as RST, so truncated data never looks whole.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from uproxy import hbone, plane
+from uproxy.errors import Flag
+from uproxy.hbone import ErrorCode
+
+if TYPE_CHECKING:
+    from uproxy.tunnel import Tunnel
+
+_BROKEN = select.EPOLLERR
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a relayed connection ended. `flag` is NONE for a clean end, else RESET; `text` says who and why."""
+
+    flag: Flag
+    text: str
+
+
+CLEAN = Outcome(Flag.NONE, "")
+
+
+class Relay:
+    """One stream and, once attached, one application socket.
+
+    Invariant: every path ends in `_finish` exactly once, which settles `done`, closes the socket and leaves the stream
+    closed or reset.
+    """
+
+    __slots__ = (
+        "_end_pending",
+        "_events",
+        "_fd",
+        "_pending",
+        "_read_closed",
+        "_sock",
+        "_watched",
+        "_write_closed",
+        "active",
+        "done",
+        "outcome",
+        "received",
+        "response",
+        "sent",
+        "stream",
+        "tunnel",
+    )
+
+    def __init__(self, tunnel: Tunnel, stream: hbone.Stream) -> None:
+        self.tunnel = tunnel
+        self.stream = stream
+        self.response: plane.Waiter[hbone.Headers] = plane.Waiter(tunnel.plane)
+        self.done: plane.Waiter[Outcome] = plane.Waiter(tunnel.plane)
+        self.outcome: Outcome | None = None
+        self.sent = 0  # bytes from the application into the tunnel
+        self.received = 0  # bytes from the tunnel that the application's socket took
+        self.active = False  # bytes moved since the last look at half-closed streams
+        self._sock: socket.socket | None = None
+        self._fd = -1
+        self._events = 0
+        self._watched = False
+        self._pending = bytearray()
+        self._end_pending = False  # the peer ended, and its last bytes wait in _pending
+        self._read_closed = False  # the application sent FIN
+        self._write_closed = False  # FIN went to the application
+        stream.owner = self
+
+    def attach(self, sock: socket.socket) -> None:
+        """Start copying. What the peer sent meanwhile goes first. The relay owns the socket from here."""
+        if self.outcome is not None:
+            plane.reset(sock)
+            return
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._want(plane.READ)
+        self._write_pending()
+
+    @property
+    def half_closed(self) -> bool:
+        return self._read_closed is not self._write_closed
+
+    # -- from the tunnel
+
+    def on_data(self, data: memoryview) -> None:
+        sock = self._sock
+        if sock is None or self._pending:
+            if self.outcome is None:
+                self._pending += data
+            return
+        try:
+            taken = sock.send(data)
+        except BlockingIOError:
+            taken = 0
+        except OSError as error:
+            self._app_broke(error)
+            return
+        if taken:
+            self.received += taken
+            self.active = True
+        if taken == len(data):
+            self.tunnel.connection.consumed(self.stream, taken, keeps_up=True)
+            return
+        if taken:
+            self.tunnel.connection.consumed(self.stream, taken, keeps_up=False)
+        self._pending += data[taken:]
+        self._want(self._events | plane.WRITE)
+
+    def on_end(self) -> None:
+        if self._pending or self._sock is None:
+            self._end_pending = True
+        else:
+            self._shutdown_write()
+
+    def on_reset(self, code: int, text: str = "") -> None:
+        """The stream is gone. RST goes to the application, unless everything had arrived and it was NO_ERROR."""
+        name = ErrorCode(code).name if code in ErrorCode.__members__.values() else str(code)
+        self._finish(Outcome(Flag.RESET, text or f"the peer reset the stream: {name}"))
+
+    def on_room(self) -> None:
+        """Read the application again: the window opened, or the tunnel can send."""
+        if not self._read_closed and self._sock is not None:
+            self._want(self._events | plane.READ)
+
+    # -- from the application's socket
+
+    def _on_events(self, events: int) -> None:
+        if events & plane.READ_READY:
+            if self._read_closed or not self._events & plane.READ:
+                # ERR and HUP are reported whatever was asked for.
+                if events & _BROKEN:
+                    self._app_broke(None)
+                    return
+                if not events & plane.WRITE:
+                    self._unwatch()
+            else:
+                self._read()
+        if events & plane.WRITE and self.outcome is None:
+            self._write_pending()
+
+    def _read(self) -> None:
+        assert self._sock is not None
+        connection = self.tunnel.connection
+        room = connection.reserve(self.stream)
+        if not room:
+            if self.tunnel.blocked or self.stream.send_window <= 0 or connection.send_window <= 0:
+                self._want(self._events & ~plane.READ)
+                self.tunnel.starved.add(self)
+            # Otherwise the output buffer is full: the socket stays armed for the next turn.
+            return
+        try:
+            length = self._sock.recv_into(room)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._app_broke(error)
+            return
+        self.active = True
+        if length:
+            connection.commit(self.stream, length)
+            self.sent += length
+            self.tunnel.touch()
+            return
+        self._read_closed = True
+        self._want(self._events & ~plane.READ)
+        connection.end(self.stream)
+        self.tunnel.touch()
+        if self._write_closed:
+            self._finish(CLEAN)
+
+    def _write_pending(self) -> None:
+        assert self._sock is not None
+        if self._pending:
+            try:
+                taken = self._sock.send(self._pending)
+            except BlockingIOError:
+                taken = 0
+            except OSError as error:
+                self._app_broke(error)
+                return
+            del self._pending[:taken]
+            self.received += taken
+            self.active = True
+            if taken:
+                self.tunnel.connection.consumed(self.stream, taken, keeps_up=False)
+                self.tunnel.touch()
+        if self._pending:
+            self._want(self._events | plane.WRITE)
+            return
+        self._want(self._events & ~plane.WRITE)
+        if self._end_pending:
+            self._end_pending = False
+            self._shutdown_write()
+
+    def _shutdown_write(self) -> None:
+        assert self._sock is not None
+        self._write_closed = True
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._app_broke(error)
+            return
+        if self._read_closed:
+            self._finish(CLEAN)
+
+    def _app_broke(self, error: OSError | None) -> None:
+        assert self._sock is not None
+        number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        error = error or OSError(number, "connection reset" if number else "connection closed")
+        self._finish(Outcome(Flag.RESET, f"the application's connection broke: {error.strerror or error}"))
+
+    # -- ends
+
+    def cut(self, text: str) -> None:
+        """End both sides at once: a policy no longer allows it, or the drain time is over."""
+        self._finish(Outcome(Flag.RESET, text))
+
+    def abandon(self) -> None:
+        """Give up before anything was attached."""
+        self._finish(Outcome(Flag.RESET, "given up"))
+
+    def discard(self) -> None:
+        """The request was refused and answered: what its sender still sends is dropped until it ends the stream."""
+        self.outcome = CLEAN
+        self._pending.clear()
+
+    def _finish(self, outcome: Outcome) -> None:
+        if self.outcome is not None:
+            return
+        self.outcome = outcome
+        self.tunnel.starved.discard(self)
+        sock, self._sock = self._sock, None
+        self._pending.clear()
+        if sock is not None:
+            self._sock = sock
+            self._unwatch()
+            self._sock = None
+            if outcome is CLEAN:
+                sock.close()
+            else:
+                plane.reset(sock)
+        if outcome is not CLEAN:
+            self.tunnel.reset_stream(self.stream, ErrorCode.CONNECT_ERROR if sock is not None else ErrorCode.CANCEL)
+        self.response.fail(ConnectionResetError(outcome.text))
+        self.done.set(outcome)
+
+    def _want(self, events: int) -> None:
+        if self._watched:
+            if events != self._events:
+                self.tunnel.plane.rearm(self._fd, events)
+        else:
+            self.tunnel.plane.watch(self._fd, events, self._on_events)
+            self._watched = True
+        self._events = events
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._events = 0
+            self.tunnel.plane.unwatch(self._fd)

@@ -1,0 +1,377 @@
+"""`uproxy run`: wires one proxy together, and ends it: start, readiness, changes of configuration, signals, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import resource
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+import uvloop
+
+import uproxy
+from control.client.files import ConfigError, FileSource
+from control.client.state import State
+from uproxy import admin, config, explicit, linux, plane
+from uproxy.access_log import AccessLog, Style
+from uproxy.config import Settings
+from uproxy.connections import Connections
+from uproxy.inbound import Inbound
+from uproxy.outbound import Outbound, Self
+from uproxy.plane import Plane
+from uproxy.pool import Pool
+from uproxy.telemetry import Telemetry
+from uproxy.tls import Credentials, CredentialsError, client_context, server_context
+from uproxy.tunnel import HBONE_PORT
+
+OUTBOUND_PORT, ADMIN_PORT, METRICS_PORT, READY_PORT = 15001, 15000, 15020, 15021
+# Dialling these from the workload's cgroup is captured always, with route "probe" (bpf/mesh.h).
+PROBE_ADDRESSES = {socket.AF_INET: "240.240.255.255", socket.AF_INET6: "fd75:7078::ffff"}
+PROBE_PORT = 15021
+PROBE_TIMEOUT_S = 5.0
+BACKLOG = 4096
+ACCEPTS_PER_TURN = 64
+TICK_S = 5.0
+WATCH_S = 1.0
+
+log = logging.getLogger("uproxy")
+
+
+class StartError(Exception):
+    """The proxy cannot start; the text says why and what to do."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run until SIGTERM. Returns the exit status."""
+    settings = config.parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    _harden()
+    try:
+        return uvloop.run(_run(settings))
+    except (StartError, ConfigError, CredentialsError) as error:
+        print(f"uproxy run: {settings.key}: {error}", file=sys.stderr)
+        return 1
+
+
+def _harden() -> None:
+    """No core dump and no ptrace, which would show the key; as many descriptors as the system gives."""
+    linux.forbid_dumps()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _run(settings: Settings) -> int:
+    proxy = _Proxy(settings, asyncio.get_running_loop())
+    try:
+        async with asyncio.TaskGroup() as group:
+            await proxy.start(group)
+            await proxy.stopping.wait()
+            await proxy.drain()
+            raise _Drained
+    except* _Drained:
+        pass
+    except* (StartError, ConfigError, CredentialsError) as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        proxy.close()
+    return 0
+
+
+class _Drained(Exception):
+    """Ends the task group: the proxy has drained."""
+
+
+class _Proxy:
+    """One running proxy: its parts and its listeners."""
+
+    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+        self.settings = settings
+        self.stopping = asyncio.Event()
+        self.pending = {"config", "certificate", "listeners"} | ({"capture"} if settings.captured else set())
+        self._loop = loop
+        self._plane = Plane(loop)
+        self._state = State(settings.identity.trust_domain)
+        self._source = FileSource(settings.config, settings.identity.trust_domain)
+        self._log = _open_log(settings, loop)
+        self._telemetry = Telemetry(uproxy.__version__, self._log)
+        self._connections = Connections()
+        own = Self(settings.key, str(settings.identity), settings.identity.trust_domain, settings.addresses)
+        self._pool = Pool(self._plane, lambda: self._client_context)
+        self._outbound = Outbound(self._plane, self._state, self._pool, self._connections, self._telemetry, own)
+        self._inbound = Inbound(
+            self._plane, self._state, lambda: self._server_context, self._connections, self._telemetry, own
+        )
+        self._listeners: list[socket.socket] = []
+        self._servers: list[asyncio.Server] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._credentials: Credentials
+        self._client_context: ssl.SSLContext
+        self._server_context: ssl.SSLContext
+        self._probes: dict[tuple[str, int], asyncio.Event] = {}
+
+    # -- start
+
+    async def start(self, group: asyncio.TaskGroup) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.stopping.set)
+        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        self._use(Credentials.load(self.settings.identity_dir, self.settings.identity))
+        self.pending.discard("certificate")
+        self._state.apply(await self._loop.run_in_executor(None, self._source.load))
+        if self._state.workload(self.settings.key) is None:
+            raise StartError(f"the configuration has no WorkloadEntry {self.settings.key}: add one, or mend --workload")
+        self._inbound.config_changed()
+        self.pending.discard("config")
+        self._register_gauges()
+        await self._listen()
+        self.pending.discard("listeners")
+        if self.settings.captured:
+            await self._prove_capture()
+        self._report_ready()
+        self._tick()
+        group.create_task(self._source.watch(self._reconfigure, self._refused, WATCH_S))
+        group.create_task(self._watch_identity())
+
+    async def _listen(self) -> None:
+        for own in self.settings.addresses:
+            self._listen_on(own, HBONE_PORT, self._inbound.serve_tunnel)
+        if self.settings.captured:
+            for address in ("127.0.0.1", "::1"):
+                self._listen_on(address, OUTBOUND_PORT, self._outbound.serve_captured)
+        for forward in self.settings.forwards:
+            self._listen_on(
+                forward.local_host,
+                forward.local_port,
+                partial(explicit.serve_forward, self._outbound, self._state, forward),
+            )
+        if self.settings.socks5 is not None:
+            self._listen_on(
+                *self.settings.socks5, lambda app: explicit.serve_socks(self._plane, self._outbound, self._state, app)
+            )
+        if self.settings.captured:
+            # In a namespace of its own, these ports are this workload's; on a shared host they would be everybody's.
+            metrics = admin.metrics_routes(self._telemetry.render)
+            ready = admin.ready_routes(lambda: self.pending)
+            control = admin.admin_routes(self._config_dump, self.stopping.set, logging.getLogger())
+            for address, port, routes in (
+                ("127.0.0.1", ADMIN_PORT, control),
+                ("0.0.0.0", METRICS_PORT, metrics),
+                ("0.0.0.0", READY_PORT, ready),
+            ):
+                self._servers.append(await admin.serve(address, port, routes))
+
+    def _listen_on(self, address: str, port: int, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._listeners.append(listener)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # Accepted sockets inherit it.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            listener.bind((address, port))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            if family == socket.AF_INET6 and address == "::1" and error.errno == errno.EADDRNOTAVAIL:
+                return  # no IPv6 here, so nothing can be captured to it either
+            raise StartError(f"cannot listen on {address}:{port}: {error.strerror}") from error
+        self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, serve))
+
+    def _accept(self, listener: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                fd, _ = listener._accept()  # type: ignore[attr-defined]  # socket.accept() without its fcntl calls
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    # The backlog keeps what we cannot take yet; asking again at once would only burn CPU.
+                    log.error("cannot accept: %s", error.strerror)
+                    self._plane.rearm(listener.fileno(), 0)
+                    self._plane.call_later(0.1, lambda: self._rearm(listener))
+                    return
+                continue  # that one connection is gone (ECONNABORTED, EPROTO, ...)
+            sock = socket.socket(listener.family, socket.SOCK_STREAM, 0, fileno=fd)
+            sock.setblocking(False)
+            self._plane.spawn(serve(sock))
+
+    def _rearm(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._plane.rearm(listener.fileno(), plane.READ)
+
+    async def _prove_capture(self) -> None:
+        """Dial ourselves through capture, with sockets made in the application's cgroup: programs, maps and getsockopt
+        hook all have to work for the connection to arrive. Not ready otherwise (DESIGN.md section 5)."""
+        if not self.settings.probe_fds:
+            raise StartError(
+                "--capture ebpf needs --probe-fd, a socket made in the workload's cgroup: use `uproxy exec`"
+            )
+        arrived: dict[tuple[str, int], asyncio.Event] = {}
+        self._outbound.probed = lambda peer: arrived.setdefault(peer, asyncio.Event()).set()
+        for fd in self.settings.probe_fds:
+            with socket.socket(fileno=fd) as probe:
+                probe.setblocking(False)
+                address = PROBE_ADDRESSES[socket.AddressFamily(probe.family)]
+                try:
+                    async with asyncio.timeout(PROBE_TIMEOUT_S):
+                        await self._loop.sock_connect(probe, (address, PROBE_PORT))
+                        await arrived.setdefault(probe.getsockname()[:2], asyncio.Event()).wait()
+                except OSError as error:  # TimeoutError too
+                    raise StartError(
+                        f"a connection from the workload's cgroup to {address} was not captured: {error}: "
+                        "is the node agent running, and is this workload registered? See `uproxy node --help`"
+                    ) from error
+        self._outbound.probed = None
+        self.pending.discard("capture")
+
+    def _report_ready(self) -> None:
+        log.info("%s is ready as %s", self.settings.key, self.settings.identity)
+        if self.settings.ready_fd is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.settings.ready_fd, b"ready\n")
+            os.close(self.settings.ready_fd)
+
+    # -- changes
+
+    def _reconfigure(self, batch: Sequence[tuple[str, bytes]]) -> None:
+        changes = self._state.apply(batch)
+        if changes:
+            log.info("configuration %d applied", self._state.generation)
+            self._plane.run(self._inbound.config_changed)
+
+    def _refused(self, error: Exception) -> None:
+        log.error("the new configuration is refused, the one before stays: %s", error)
+
+    async def _watch_identity(self) -> None:
+        """Take a renewed certificate into use; a bad one is reported, and the old one stays."""
+        chain = self.settings.identity_dir / "chain.pem"
+        seen = chain.stat().st_mtime_ns
+        while True:
+            await asyncio.sleep(WATCH_S)
+            with contextlib.suppress(OSError):
+                now = chain.stat().st_mtime_ns
+                if now != seen:
+                    seen = now
+                    self._renew()
+
+    def _renew(self) -> None:
+        try:
+            self._use(Credentials.load(self.settings.identity_dir, self.settings.identity))
+        except CredentialsError as error:
+            log.error("the new certificate is refused, the one before stays: %s", error)
+            return
+        # Streams that are open stay on their tunnels; new ones use the new certificate.
+        self._plane.run(self._pool.retire)
+        log.info("a new certificate is in use, serial %x", self._credentials.serial)
+
+    def _use(self, credentials: Credentials) -> None:
+        self._client_context, self._server_context = client_context(credentials), server_context(credentials)
+        self._credentials = credentials
+
+    def _hang_up(self) -> None:
+        if self._log is not None:
+            self._log.reopen()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+
+        def tick() -> None:
+            self._pool.tick(now)
+            self._inbound.tick(now)
+            self._connections.tick(now)
+
+        self._plane.run(tick)
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def _register_gauges(self) -> None:
+        gauge = self._telemetry.gauge
+        gauge("uproxy_tunnels_outbound", "Open tunnels to peers", lambda: len(self._pool.tunnels()))
+        gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: self._inbound.tunnels)
+        gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
+        gauge(
+            "uproxy_certificate_expiry_timestamp_seconds",
+            "When this workload's certificate expires, Unix time",
+            lambda: self._credentials.not_after,
+        )
+        gauge("uproxy_config_generation", "Configurations applied since the start", lambda: self._state.generation)
+
+    def _config_dump(self) -> object:
+        return {
+            "workload": self.settings.key,
+            "identity": str(self.settings.identity),
+            "pending": sorted(self.pending),
+            "whole": self._state.whole,
+            "generation": self._state.generation,
+            "services": [service.key for service in self._state.services()],
+            "workloads": [workload.key for workload in self._state.workloads()],
+            "certificate": {"serial": f"{self._credentials.serial:x}", "not_after": self._credentials.not_after},
+            "tunnels": [
+                {"peer": str(t.peer), "address": t.peer_address, "streams": len(t.connection.streams)}
+                for t in self._pool.tunnels()
+            ],
+            "connections": [
+                {
+                    "direction": record.direction,
+                    "source": record.source.address,
+                    "source_identity": record.source.identity,
+                    "destination": record.hbone_address,
+                    "destination_identity": record.destination.identity,
+                    "request_id": record.request_id,
+                }
+                for record in self._connections.records()
+            ],
+        }
+
+    # -- the end
+
+    async def drain(self) -> None:
+        """Accept nothing more, tell peers, and let the connections that are open end by themselves, for a while."""
+        log.info("draining %d connections for up to %g s", len(self._connections), self.settings.drain_timeout_s)
+        self.pending.add("draining")
+        deadline = time.monotonic() + self.settings.drain_timeout_s
+        self._close_listeners()
+        self._plane.run(lambda: self._inbound.drain(final=False))
+        # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
+        await asyncio.sleep(min(0.1, self.settings.drain_timeout_s))
+        self._plane.run(lambda: self._inbound.drain(final=True))
+        while self._plane.tasks and time.monotonic() < deadline:  # noqa: ASYNC110 - once in a process's life
+            await asyncio.sleep(0.02)
+        left = len(self._connections)
+        self._plane.run(lambda: self._connections.cut_all("the drain time of this proxy is over"))
+        self._plane.run(self._pool.close)
+        self._plane.run(self._inbound.close)
+        log.info("drained; %d connections were cut", left)
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            self._plane.unwatch(listener.fileno())
+            listener.close()
+        self._listeners.clear()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for server in self._servers:
+            server.close()
+        self._close_listeners()
+        if self._log is not None:
+            self._log.close()
+        self._plane.close()
+
+
+def _open_log(settings: Settings, loop: asyncio.AbstractEventLoop) -> AccessLog | None:
+    if settings.access_log == "off":
+        return None
+    return AccessLog(settings.access_log, Style.JSON if settings.log_json else Style.TEXT, loop)

@@ -1,0 +1,356 @@
+"""A tunnel: one mTLS connection that carries HBONE, driven by the plane.
+
+TLS runs over memory BIOs: one `recv` feeds the incoming one, every record in it is decrypted into one buffer, which is
+parsed once; every frame of a turn is encrypted by one write and leaves by one `send`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from control.api.identity import SpiffeId
+from uproxy import hbone, plane
+from uproxy.errors import Flag, RefusedError
+from uproxy.relay import Relay
+from uproxy.tls import handshake_refusal
+
+HBONE_PORT = 15008
+CONNECT_TIMEOUT_S = 10.0  # ztunnel's
+HANDSHAKE_TIMEOUT_S = 10.0
+# Both ends ask after 10 s of silence and give up 20 s later (HBONE.md 2.2).
+KEEPALIVE_S = 10.0
+KEEPALIVE_TIMEOUT_S = 20.0
+
+_CIPHERTEXT = bytearray(128 << 10)
+_CIPHERTEXT_VIEW = memoryview(_CIPHERTEXT)
+# A read of ciphertext can complete one record begun before it: never more plaintext than this.
+_PLAINTEXT_VIEW = memoryview(bytearray((128 << 10) + (32 << 10)))
+
+RequestCallback = Callable[["Tunnel", Relay, hbone.Headers, bool], None]
+
+
+class Identify(Protocol):
+    """Checks the peer's leaf certificate after the handshake and returns who it is; raises RefusedError."""
+
+    def __call__(self, tls: ssl.SSLObject) -> SpiffeId: ...
+
+
+class Tunnel:
+    """One HBONE connection over mTLS, either end. `on_close` is called once, when it is gone."""
+
+    def __init__(
+        self,
+        data_plane: plane.Plane,
+        sock: socket.socket,
+        tls: ssl.SSLObject,
+        bios: tuple[ssl.MemoryBIO, ssl.MemoryBIO],
+        peer: SpiffeId,
+        *,
+        client: bool,
+        on_request: RequestCallback | None = None,
+    ) -> None:
+        self.plane = data_plane
+        self.peer = peer
+        self.connection = hbone.Connection(client=client)
+        self.starved: set[Relay] = set()
+        self.blocked = False  # the socket takes no more for now
+        self.closed = False
+        self.error = ""
+        self.on_close: Callable[[Tunnel], None] = _ignore
+        self.idle_since = time.monotonic()
+        address = sock.getpeername()
+        self.peer_address: str = address[0]
+        self.peer_port: int = address[1]
+        self.local_address: str = sock.getsockname()[0]
+        self._sock = sock
+        self._tls = tls
+        self._incoming, self._outgoing = bios
+        self._unsent = memoryview(b"")
+        self._dirty = False
+        self._heard_at = time.monotonic()
+        self._pinged_at: float | None = None
+        self._on_request = on_request
+        data_plane.watch(sock.fileno(), plane.READ, self._on_events)
+        self.touch()
+        # The peer may have sent frames right behind its last handshake message.
+        if self._incoming.pending or tls.pending():
+            self._decrypt()
+
+    # -- streams
+
+    def open(self, headers: hbone.Headers) -> Relay:
+        relay = Relay(self, self.connection.open(headers))
+        self.touch()
+        return relay
+
+    def respond(self, relay: Relay, headers: hbone.Headers, *, end: bool = False) -> None:
+        if not self.closed and relay.outcome is None:
+            self.connection.respond(relay.stream, headers, end=end)
+            self.touch()
+
+    def reset_stream(self, stream: hbone.Stream, code: hbone.ErrorCode) -> None:
+        if not self.closed:
+            self.connection.reset(stream, code)
+            self.touch()
+
+    @property
+    def usable(self) -> bool:
+        """Whether another stream may be opened here."""
+        return not self.closed and self.connection.can_open
+
+    # -- sending
+
+    def touch(self) -> None:
+        """There are frames to send: do it at the end of the turn."""
+        if not self._dirty:
+            self._dirty = True
+            self.plane.mark_dirty(self)
+
+    def flush(self) -> None:
+        self._dirty = False
+        if self.blocked or self.closed or not self.connection.has_output:
+            return
+        try:
+            for frames in self.connection.output():
+                if frames:
+                    self._tls.write(frames)
+        except ssl.SSLError as error:
+            self._fail(f"TLS: {error.reason or error}")
+            return
+        self.connection.sent()
+        self._send(self._outgoing.read())
+
+    def _send(self, data: bytes | memoryview) -> None:
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._fail(f"the tunnel broke: {error.strerror}")
+            return
+        if sent < len(data):
+            self._unsent = memoryview(data)[sent:]
+            if not self.blocked:
+                self.blocked = True
+                self.plane.rearm(self._sock.fileno(), plane.READ | plane.WRITE)
+        elif self.blocked:
+            self.blocked = False
+            self._unsent = memoryview(b"")
+            self.plane.rearm(self._sock.fileno(), plane.READ)
+            self._feed()
+            self.touch()
+
+    def _feed(self) -> None:
+        """Let the streams that waited for room read their applications again."""
+        starved, self.starved = self.starved, set()
+        for relay in starved:
+            relay.on_room()
+
+    # -- receiving
+
+    def _on_events(self, events: int) -> None:
+        if events & plane.WRITE and self.blocked:
+            self._send(self._unsent)
+        if events & plane.READ_READY and not self.closed:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            length = self._sock.recv_into(_CIPHERTEXT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(f"the tunnel broke: {error.strerror}")
+            return
+        if not length:
+            self._fail("the peer closed the tunnel")
+            return
+        self._heard_at = time.monotonic()
+        self._incoming.write(_CIPHERTEXT_VIEW[:length])
+        self._decrypt()
+
+    def _decrypt(self) -> None:
+        length = 0
+        tls, incoming, error = self._tls, self._incoming, ""
+        try:
+            while incoming.pending or tls.pending():
+                # The stubs know neither the buffer's type nor that a count comes back.
+                taken: int = tls.read(len(_PLAINTEXT_VIEW) - length, _PLAINTEXT_VIEW[length:])  # type: ignore
+                if not taken:
+                    error = "the peer closed the tunnel"
+                    break
+                length += taken
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            error = "the peer closed the tunnel"
+        except ssl.SSLError as tls_error:
+            # With TLS 1.3 this is also how a client learns that its certificate was refused.
+            error = f"TLS: {tls_error.reason or tls_error}"
+        try:
+            self._dispatch(self.connection.receive(_PLAINTEXT_VIEW[:length]))
+        except hbone.ProtocolError as protocol_error:
+            self.shut_down(protocol_error.code, f"the peer broke HTTP/2: {protocol_error}")
+            return
+        if error:
+            self._fail(error)
+        elif self.connection.has_output:
+            self.touch()
+
+    def _dispatch(self, events: list[hbone.Event]) -> None:
+        for event in events:
+            if self.closed:
+                return
+            if isinstance(event, hbone.DataReceived):
+                event.stream.owner.on_data(event.data)
+            elif isinstance(event, hbone.WindowOpened):
+                if event.stream is None:
+                    self._feed()
+                elif event.stream.owner in self.starved:
+                    self.starved.discard(event.stream.owner)
+                    event.stream.owner.on_room()
+            elif isinstance(event, hbone.StreamEnded):
+                event.stream.owner.on_end()
+            elif isinstance(event, hbone.StreamReset):
+                event.stream.owner.on_reset(event.code)
+            elif isinstance(event, hbone.ResponseReceived):
+                event.stream.owner.response.set(event.headers)
+                if event.ended:
+                    event.stream.owner.on_end()
+            elif isinstance(event, hbone.RequestReceived):
+                assert self._on_request is not None
+                self._on_request(self, Relay(self, event.stream), event.headers, event.ended)
+            elif isinstance(event, hbone.PongReceived):
+                self._pinged_at = None
+
+    # -- keepalive and the end
+
+    def tick(self, now: float) -> None:
+        """Called every few seconds: keepalive (HBONE.md 2.2)."""
+        self.connection.tick()
+        if self.connection.streams:
+            self.idle_since = now
+        if self._pinged_at is not None:
+            if now - self._pinged_at > KEEPALIVE_TIMEOUT_S:
+                self.shut_down(hbone.ErrorCode.NO_ERROR, "the peer answered no PING")
+        elif now - self._heard_at >= KEEPALIVE_S:
+            self._pinged_at = now
+            self.connection.ping(struct.pack(">d", now))
+            self.touch()
+
+    def drain(self, *, final: bool) -> None:
+        """Ask the peer to open no more streams here; the ones that are open go on."""
+        if not self.closed:
+            self.connection.goaway(final=final)
+            self.touch()
+
+    def shut_down(self, code: hbone.ErrorCode, text: str) -> None:
+        """Say goodbye with GOAWAY and close_notify, as far as the socket takes it, and close."""
+        if self.closed:
+            return
+        with contextlib.suppress(hbone.ProtocolError):
+            self.connection.goaway(code, text=text)
+        self.flush()
+        if not self.closed and not self.blocked:
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.unwrap()
+            with contextlib.suppress(OSError):
+                self._sock.send(self._outgoing.read())
+        self._fail(text)
+
+    def _fail(self, text: str) -> None:
+        """The tunnel is gone, and with it every stream; each ends as a reset, never as a clean end."""
+        if self.closed:
+            return
+        self.closed = True
+        self.error = text
+        self.plane.unwatch(self._sock.fileno())
+        self._sock.close()
+        streams = list(self.connection.streams.values())
+        self.connection.streams.clear()
+        for stream in streams:
+            if stream.owner is not None:
+                stream.owner.on_reset(hbone.ErrorCode.CANCEL, text)
+        self.on_close(self)
+
+
+def _ignore(_: Tunnel) -> None: ...
+
+
+async def dial(
+    data_plane: plane.Plane, host: str, port: int, context: ssl.SSLContext, identify: Identify, timeout_s: float
+) -> Tunnel:
+    """Open a tunnel to a peer's HBONE port. Raises RefusedError (retriable: nothing was sent)."""
+    try:
+        sock = await data_plane.connect(host, port, timeout_s)
+    except TimeoutError as error:
+        detail = f"no answer from {host}:{port} within {timeout_s:g} s: does a firewall or NetworkPolicy block {port}?"
+        raise RefusedError("connect-failed", detail, retriable=True) from error
+    except OSError as error:
+        detail = f"{host}:{port}: {error.strerror}: is a uProxy running there?"
+        raise RefusedError("connect-failed", detail, retriable=True) from error
+    try:
+        tls, bios = await handshake(data_plane, sock, context, server_side=False)
+        peer = identify(tls)
+        return Tunnel(data_plane, sock, tls, bios, peer, client=True)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def handshake(
+    data_plane: plane.Plane, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool
+) -> tuple[ssl.SSLObject, tuple[ssl.MemoryBIO, ssl.MemoryBIO]]:
+    """The TLS handshake on a connected, non-blocking socket. Raises RefusedError with flag TLS_FAILURE."""
+    bios = incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_side=server_side)
+    deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+    try:
+        while True:
+            done = False
+            try:
+                tls.do_handshake()
+                done = True
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                # Also after a failure: the alert tells the peer why.
+                await _send_all(data_plane, sock, outgoing.read(), deadline)
+            if done:
+                break
+            await data_plane.ready(sock, plane.READ, deadline - time.monotonic())
+            received = sock.recv(65536)
+            if not received:
+                raise OSError("the peer closed the connection during the TLS handshake")
+            incoming.write(received)
+    except ssl.SSLError as error:
+        refused = handshake_refusal(error)
+        refused.retriable = True
+        raise refused from error
+    except OSError as error:
+        text = str(error) if isinstance(error, TimeoutError) else error.strerror or str(error)
+        detail = f"TLS handshake with {_peername(sock)}: {text}"
+        raise RefusedError("tls-failure", detail, flag=Flag.TLS_FAILURE, retriable=True) from error
+    return tls, bios
+
+
+async def _send_all(data_plane: plane.Plane, sock: socket.socket, data: bytes, deadline: float) -> None:
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except BlockingIOError:
+            await data_plane.ready(sock, plane.WRITE, deadline - time.monotonic())
+
+
+def _peername(sock: socket.socket) -> str:
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return "a peer that is gone"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
