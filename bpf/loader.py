@@ -1,0 +1,148 @@
+"""Loads the objects, all on one set of pinned maps: every program sees the same, and so does a restarted agent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from bpf import libbpf, maps
+from bpf.libbpf import BpfError, Object, Program
+
+OBJECTS: Final = Path(__file__).with_name("build")
+_OLDEST_KERNEL: Final = (5, 18)  # bpf_set_retval, with which a refused connect() says ECONNREFUSED
+_INBOUND_OBJECT: Final = "sk_lookup"
+
+
+class Place(Enum):
+    """What a program is attached to."""
+
+    APP = "app cgroup"
+    PROXY = "proxy cgroup"
+    NETNS = "network namespace"
+
+
+HOOKS: Final[Mapping[str, Place]] = {
+    # The order in which a workload is closed: the way in, then the uProxy's side, then the app's.
+    "inbound": Place.NETNS,
+    "sockops_proxy": Place.PROXY,
+    "getsockopt": Place.PROXY,
+    "sock_create": Place.APP,
+    "bind4": Place.APP,
+    "bind6": Place.APP,
+    "sendmsg4": Place.APP,
+    "sendmsg6": Place.APP,
+    "getpeername4": Place.APP,
+    "getpeername6": Place.APP,
+    "sockops_app": Place.APP,
+    "connect4": Place.APP,
+    "connect6": Place.APP,
+}
+"""Every program and its place. Each workload has all of them."""
+
+_OBJECT_FILES: Final = ("getsockopt", "sock_create", "bind", "sendmsg", "getpeername", "sockops", "connect")
+
+
+class LoadError(Exception):
+    """The programs cannot be loaded here; the text says what is missing and how to mend it."""
+
+
+class Loader:
+    """The programs of a node, loaded, and the maps they share. Closing it leaves links and pinned maps alone."""
+
+    def __init__(self, pins: Path, objects: Path = OBJECTS) -> None:
+        """`pins`: the directory for the maps. Raises LoadError."""
+        self._pins = pins
+        self._objects = objects
+        self._check_host()
+        with ExitStack() as stack:
+            self._programs: dict[str, Program] = {}
+            fds: dict[str, int] = {}
+            for name in _OBJECT_FILES:
+                loaded = stack.enter_context(self._load(name))
+                self._programs |= {program.name: program for program in loaded.programs()}
+                fds |= {shared.name: shared.fd for shared in loaded.maps()}
+            self.maps = maps.Maps(fds)
+            self._open = stack.pop_all()
+
+    def program(self, hook: str) -> Program:
+        """A program for a cgroup, one of HOOKS."""
+        return self._programs[hook]
+
+    @contextmanager
+    def inbound(self, netns_cookie: int) -> Iterator[Program]:
+        """The program for a network namespace, a copy for this one: it has no other way to know where it runs."""
+        constants = netns_cookie.to_bytes(8, sys.byteorder)
+        with self._load(_INBOUND_OBJECT, constants) as loaded:
+            yield next(iter(loaded.programs()))
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _load(self, name: str, constants: bytes | None = None) -> Object:
+        path = self._objects / f"{name}.bpf.o"
+        if not path.exists():
+            raise LoadError(f"{path} is missing: run `make bpf` (needs clang and libbpf-dev)")
+        try:
+            with ExitStack() as stack:
+                opened = stack.enter_context(Object(path))
+                if constants is not None:
+                    opened.set_constants(constants)
+                for shared in opened.maps():
+                    self._check_size(path, shared)
+                    shared.pin_at(self._pins / shared.name)
+                opened.load()
+                stack.pop_all()
+                return opened
+        except BpfError as error:
+            hint = "; needs root, or CAP_BPF and CAP_NET_ADMIN" if error.errno == errno.EPERM else ""
+            raise LoadError(f"{error.strerror or error}{hint}") from None
+
+    def _check_size(self, path: Path, shared: libbpf.ObjectMap) -> None:
+        """Programs and Python must mean the same bytes, and so must the programs of an earlier agent."""
+        if shared.name not in maps.KINDS:
+            raise LoadError(
+                f"{path}: unknown map {shared.name}; its object is older or newer than this code: run `make bpf`"
+            )
+        wanted = maps.size_of(shared.name)
+        if shared.size != wanted:
+            raise LoadError(f"{path}: map {shared.name} has {shared.size}, mesh.h says {wanted}: run `make bpf`")
+        pin = self._pins / shared.name
+        try:
+            fd = libbpf.open_pinned_map(pin)
+        except BpfError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        try:
+            found = libbpf.map_size(fd)
+        finally:
+            os.close(fd)
+        if found != wanted:
+            raise LoadError(
+                f"{pin} has {found}, mesh.h says {wanted}: it was made by another version. Stop the node's workloads, "
+                "then `uproxy node --remove`"
+            )
+
+    def _check_host(self) -> None:
+        release = platform.release()
+        numbers = tuple(int(part) for part in release.split(".")[:2] if part.isdigit())
+        if numbers < _OLDEST_KERNEL:
+            raise LoadError(f"kernel {release}: capture needs Linux {'.'.join(map(str, _OLDEST_KERNEL))} or newer")
+        if not self._objects.is_dir():
+            raise LoadError(f"{self._objects} is missing: run `make bpf` (needs clang and libbpf-dev)")
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,250 @@
+"""The shared maps with types: addresses as 16 packed bytes (IPv4 v4-mapped), ports and ids as integers."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from bpf import layout, libbpf
+
+KINDS: Final[Mapping[str, tuple[str, str]]] = {
+    "ranges": ("struct mesh_range_key", "struct mesh_range"),
+    "services": ("struct mesh_service_key", "struct mesh_service"),
+    "workloads": ("struct mesh_workload_key", "struct mesh_workload"),
+    "own": ("struct mesh_own_key", "struct mesh_own"),
+    "settings": ("__u32", "struct mesh_settings"),
+    "captured": ("int", "struct mesh_orig_dst"),
+    "orig": ("struct mesh_orig_key", "struct mesh_orig_dst"),
+    "counters": ("__u32", "__u64"),
+}
+"""Key and value of every map of maps.h. The loader refuses an object or a pin with other sizes."""
+
+_ONLY_KEY: Final = bytes(4)
+_ROUTES: Final = layout.members("mesh_route")
+_RANGE_KINDS: Final = layout.members("mesh_range_kind")
+
+
+class Route(IntEnum):
+    """Where the kernel sends a captured connection."""
+
+    TUNNEL = _ROUTES["MESH_ROUTE_TUNNEL"]
+    WAYPOINT = _ROUTES["MESH_ROUTE_WAYPOINT"]
+    PROBE = _ROUTES["MESH_ROUTE_PROBE"]
+
+
+class RangeKind(IntEnum):
+    """What an address range is to the mesh."""
+
+    MESH = _RANGE_KINDS["MESH_RANGE_MESH"]
+    EXCLUDED = _RANGE_KINDS["MESH_RANGE_EXCLUDED"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is at a mesh address: the value of `services` and `workloads`."""
+
+    id: int
+    """32 bits, not 0."""
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    generation: int
+    whole: bool
+
+
+def size_of(name: str) -> libbpf.MapSize:
+    """What mesh.h says of a map's key and value."""
+    key, value = KINDS[name]
+    return libbpf.MapSize(layout.sizeof(key), layout.sizeof(value))
+
+
+class _Map:
+    """A pinned map by its descriptor, which the caller keeps open."""
+
+    name = ""
+
+    def __init__(self, fds: Mapping[str, int]) -> None:
+        self.fd = fds[self.name]
+        self.size = size_of(self.name)
+
+    def keys(self) -> Iterator[bytes]:
+        return libbpf.keys(self.fd, self.size.key)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.keys())
+
+
+class Ranges(_Map):
+    """LPM: address range → kind."""
+
+    name = "ranges"
+
+    def items(self) -> dict[tuple[bytes, int], RangeKind]:
+        """{(16-byte address, prefix bits of 128): kind}."""
+        found = {}
+        for raw in self.keys():
+            key = layout.unpack("mesh_range_key", raw)
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                kind = RangeKind(layout.unpack("mesh_range", value).kind)
+                found[bytes(layout.ffi.buffer(key.addr)), int(key.prefix_bits)] = kind
+        return found
+
+    def put(self, address: bytes, prefix_bits: int, kind: RangeKind) -> None:
+        libbpf.update(self.fd, self._key(address, prefix_bits), layout.pack("mesh_range", kind=kind))
+
+    def delete(self, address: bytes, prefix_bits: int) -> bool:
+        return libbpf.delete(self.fd, self._key(address, prefix_bits))
+
+    @staticmethod
+    def _key(address: bytes, prefix_bits: int) -> bytes:
+        return layout.pack("mesh_range_key", prefix_bits=prefix_bits, addr=address)
+
+
+class Targets(_Map, ABC):
+    """Mesh address → target. Keys are (16-byte address, port); the port is 0 in `workloads`, which have them all."""
+
+    _key_struct = ""
+    _value_struct = ""
+
+    def items(self) -> dict[tuple[bytes, int], Target]:
+        found = {}
+        for raw in self.keys():
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                record = layout.unpack(self._value_struct, value)
+                found[self._unpack_key(raw)] = Target(int(record.id), Route(record.route))
+        return found
+
+    def put(self, key: tuple[bytes, int], target: Target, generation: int) -> None:
+        """Readers see the old entry or the new one, never a mixture."""
+        value = layout.pack(self._value_struct, generation=generation, id=target.id, route=target.route)
+        libbpf.update(self.fd, self._pack_key(key), value)
+
+    def delete(self, key: tuple[bytes, int]) -> bool:
+        return libbpf.delete(self.fd, self._pack_key(key))
+
+    def generation_of(self, key: tuple[bytes, int]) -> int | None:
+        """Of the maps, when this entry was last written."""
+        value = libbpf.lookup(self.fd, self._pack_key(key), self.size.value)
+        return None if value is None else int(layout.unpack(self._value_struct, value).generation)
+
+    @abstractmethod
+    def _pack_key(self, key: tuple[bytes, int]) -> bytes: ...
+
+    @abstractmethod
+    def _unpack_key(self, raw: bytes) -> tuple[bytes, int]: ...
+
+
+class Services(Targets):
+    """Virtual address and port → target."""
+
+    name = "services"
+    _key_struct = "mesh_service_key"
+    _value_struct = "mesh_service"
+
+    def _pack_key(self, key: tuple[bytes, int]) -> bytes:
+        return layout.pack("mesh_service_key", addr=key[0], port=key[1])
+
+    def _unpack_key(self, raw: bytes) -> tuple[bytes, int]:
+        record = layout.unpack("mesh_service_key", raw)
+        return bytes(layout.ffi.buffer(record.addr)), int(record.port)
+
+
+class Workloads(Targets):
+    """A workload's own address → target."""
+
+    name = "workloads"
+    _key_struct = "mesh_workload_key"
+    _value_struct = "mesh_workload"
+
+    def _pack_key(self, key: tuple[bytes, int]) -> bytes:
+        return key[0]
+
+    def _unpack_key(self, raw: bytes) -> tuple[bytes, int]:
+        return raw, 0
+
+
+class Own(_Map):
+    """Addresses of the workloads on this node, by the network namespace that has them."""
+
+    name = "own"
+
+    def put(self, netns_cookie: int, address: bytes, netns_ino: int) -> None:
+        libbpf.update(self.fd, self._key(netns_cookie, address), layout.pack("mesh_own", netns_ino=netns_ino))
+
+    def delete(self, netns_cookie: int, address: bytes) -> bool:
+        return libbpf.delete(self.fd, self._key(netns_cookie, address))
+
+    def items(self) -> dict[tuple[int, bytes], int]:
+        """{(netns cookie, 16-byte address): inode of the namespace}."""
+        found = {}
+        for raw in self.keys():
+            key = layout.unpack("mesh_own_key", raw)
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                netns_ino = int(layout.unpack("mesh_own", value).netns_ino)
+                found[int(key.netns_cookie), bytes(layout.ffi.buffer(key.addr))] = netns_ino
+        return found
+
+    @staticmethod
+    def _key(netns_cookie: int, address: bytes) -> bytes:
+        return layout.pack("mesh_own_key", netns_cookie=netns_cookie, addr=address)
+
+
+class SettingsMap(_Map):
+    """The one entry that says whether the maps are whole."""
+
+    name = "settings"
+
+    def read(self) -> Settings:
+        value = libbpf.lookup(self.fd, _ONLY_KEY, self.size.value)
+        record: Any = layout.unpack("mesh_settings", value or bytes(self.size.value))
+        return Settings(int(record.generation), bool(record.whole))
+
+    def write(self, settings: Settings) -> None:
+        value = layout.pack("mesh_settings", generation=settings.generation, whole=settings.whole)
+        libbpf.update(self.fd, _ONLY_KEY, value)
+
+
+class Counters(_Map):
+    """What the programs count, summed over CPUs, since the maps were made."""
+
+    name = "counters"
+
+    def read(self) -> dict[str, int]:
+        """{"captured": 3, "refused_no_config": 0, ...}: enum mesh_counter without its prefix, in lower case."""
+        size = libbpf.possible_cpus() * self.size.value
+        found = {}
+        for name, index in layout.members("mesh_counter").items():
+            if name == "MESH_COUNTERS":
+                continue
+            values = libbpf.lookup(self.fd, index.to_bytes(4, sys.byteorder), size) or b""
+            per_cpu = (values[at : at + self.size.value] for at in range(0, len(values), self.size.value))
+            found[name.removeprefix("MESH_").lower()] = sum(int.from_bytes(value, sys.byteorder) for value in per_cpu)
+        return found
+
+
+class Orig(_Map):
+    """Connections between their SYN and their accept."""
+
+    name = "orig"
+
+
+class Maps:
+    """All maps of a node that the agent reads or writes."""
+
+    def __init__(self, fds: Mapping[str, int]) -> None:
+        self.ranges = Ranges(fds)
+        self.services = Services(fds)
+        self.workloads = Workloads(fds)
+        self.own = Own(fds)
+        self.settings = SettingsMap(fds)
+        self.counters = Counters(fds)
+        self.orig = Orig(fds)
