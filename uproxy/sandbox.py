@@ -12,6 +12,7 @@ import ipaddress
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def build(sandbox: Sandbox) -> None:
     sandbox.proxy_cgroup.mkdir()
     run_ip([f"netns add {sandbox.netns}"])
     host, workload = _link_commands(sandbox)
-    run_ip([f"link add {sandbox.host_link} address {_HOST_MAC} type veth peer name eth0 "
+    run_ip([f"link add name {sandbox.host_link} address {_HOST_MAC} type veth peer name eth0 "
             f"address {_WORKLOAD_MAC} netns {sandbox.netns}"])  # fmt: skip
     run_ip(workload, netns=sandbox.netns)
     run_ip(host)
@@ -118,7 +119,7 @@ def build(sandbox: Sandbox) -> None:
 def _link_commands(sandbox: Sandbox) -> tuple[list[str], list[str]]:
     """The batches (host, workload) that address and route both ends of the link."""
     link = sandbox.host_link
-    host = [f"link set {link} addrgenmode none", f"link set {link} up"]
+    host = [f"link set dev {link} addrgenmode none", f"link set dev {link} up"]
     workload = ["link set lo up", "link set eth0 addrgenmode none", "link set eth0 up"]
     versions = {ipaddress.ip_address(address).version for address in sandbox.addresses}
     for address in sandbox.addresses:
@@ -150,7 +151,8 @@ def _inherit_congestion_control(sandbox: Sandbox) -> None:
     chosen = setting.read_text()
     with open(sandbox.netns_path) as netns, linux.inside(netns.fileno()):
         if setting.read_text() != chosen:
-            setting.write_text(chosen)
+            with suppress(PermissionError):  # a choice that only the initial namespace may make
+                setting.write_text(chosen)
 
 
 def forwarding_gaps(addresses: Iterable[str]) -> list[str]:
@@ -171,7 +173,7 @@ def remove(sandbox: Sandbox) -> None:
     """Remove what is there of it, killing what still runs in it. Calling it twice, or on nothing, is fine."""
     cgroup.remove(sandbox.cgroup)
     if _link_exists(sandbox.host_link):
-        run_ip([f"link delete {sandbox.host_link}"])
+        run_ip([f"link delete dev {sandbox.host_link}"])
     remove_netns(sandbox.netns)
 
 

@@ -1,0 +1,471 @@
+"""Builds a lab: hosts on an underlay, a real node agent on each, workloads started by the real `uproxy exec`.
+
+    with Lab() as lab:
+        a, b = lab.host("a"), lab.host("b")
+        web = a.workload("web", client())
+        db = b.workload("db", redis(), labels={"app": "db"}, ports={"redis": 6379})
+        lab.configure(SERVICES + POLICIES)
+        lab.start()
+
+What the lab made is gone when the block ends, and when its process is killed (see remains.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import yaml
+
+from benchmarks.lab import remains
+from benchmarks.lab.remains import LabNames, Owner
+from control.api.identity import SpiffeId
+from control.client import csr
+from control.server.ca import Authority, write_identity
+from uproxy import linux, sandbox
+from uproxy.entrance import Entrance, sockets_inside
+from uproxy.node.client import NodeClient
+from uproxy.sandbox import Sandbox
+
+TRUST_DOMAIN = "lab.test"
+APP_USER = "nobody"
+
+# Service addresses, then workloads of all hosts: what the mesh captures. Host i has 10.96.i.0/24.
+MESH_RANGES = ("240.240.0.0/16", "10.96.0.0/16", "fd96::/48")
+# Twins of workloads, on the same links and outside of the mesh.
+_TWIN_RANGE = "10.98"
+
+_NODE_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 40.0
+_POLL_S = 0.01
+_ENTRY = "networking.istio.io/v1"
+
+
+class LabError(Exception):
+    """The lab cannot be built here, or something in it did not start. The text holds the logs that say why."""
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """What a workload runs: the argv, and how to know that it serves."""
+
+    argv: Callable[[str, Path], list[str]]
+    """From the workload's address and a directory of its own, which its user owns."""
+    program: str
+    """Must be installed."""
+    ports: Mapping[str, int] = field(default_factory=dict)
+    """Name -> port; all accept connections when it has started."""
+    talks: bool = False
+    """Jobs go to its standard input, answers come from its standard output."""
+
+
+class Workload:
+    """One workload of a host: its launcher (`uproxy exec`), its names, and ways into it."""
+
+    def __init__(self, host: Host, name: str, app: App, address: str, options: WorkloadOptions) -> None:
+        self.host = host
+        self.name = name
+        self.app = app
+        self.address = address
+        self.options = options
+        self.identity = SpiffeId.parse(
+            f"spiffe://{TRUST_DOMAIN}/ns/{options.namespace}/sa/{options.service_account or name}"
+        )
+        lab = host.lab
+        self.box = Sandbox.below(host.cgroup_root, lab.names.cgroup.parent, name, [address])
+        self.identity_dir = lab.directory / "identities" / name
+        self.data = lab.directory / "data" / name
+        self.log = lab.directory / f"{name}.proxy.log"
+        self._launcher_log = lab.directory / f"{name}.exec.log"
+        self.launcher: subprocess.Popen[bytes] | None = None
+
+    @property
+    def netns(self) -> str:
+        return self.box.netns
+
+    def arguments(self) -> list[str]:
+        """The `uproxy exec` line, as an operator would type it."""
+        return [
+            *[sys.executable, "-I", "-m", "uproxy", "exec", "--name", self.name],
+            *["--namespace", self.identity.namespace, "--service-account", self.identity.service_account],
+            *["--trust-domain", TRUST_DOMAIN, "--address", self.address],
+            *["--config", str(self.host.lab.config), "--identity-dir", str(self.identity_dir)],
+            *["--node-socket", str(self.host.node_socket), "--cgroup-root", str(self.host.cgroup_root)],
+            *["--state-dir", str(self.host.lab.directory / "state"), "--user", APP_USER],
+            *["--log", str(self.log), "--log-format", "json"],
+            *["--", *self.app.argv(self.address, self.data)],
+        ]
+
+    def launch(self) -> None:
+        """Start `uproxy exec` on the host; return at once."""
+        if shutil.which(self.app.program) is None:
+            raise LabError(f"{self.app.program} is not installed, and {self.name} runs it: apt-get install it")
+        self.data.mkdir(parents=True, exist_ok=True)
+        shutil.chown(self.data, APP_USER)
+        pipe = subprocess.PIPE if self.app.talks else subprocess.DEVNULL
+        with open(self._launcher_log, "ab") as log:
+            self.launcher = self.host.spawn(
+                self.arguments(), stdin=pipe, stdout=pipe if self.app.talks else log, stderr=log
+            )
+
+    def running(self) -> bool:
+        """Whether its application serves. Raises LabError when the launcher gave up."""
+        assert self.launcher is not None
+        if self.launcher.poll() is not None:
+            raise LabError(f"`uproxy exec` of {self.name} ended with {self.launcher.returncode}:\n{self.logs()}")
+        try:
+            if not (self.box.app_cgroup / "cgroup.procs").read_text().strip() or not self.box.netns_path.exists():
+                return False
+            return all(self._accepts(port) for port in self.app.ports.values())
+        except OSError:
+            return False
+
+    def _accepts(self, port: int) -> bool:
+        with suppress(OSError), self.entered(), socket.create_connection((self.address, port), 0.5):
+            return True
+        return False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread in the workload's namespace, but not in its app cgroup: what is made here is not captured."""
+        with _opened(self.box.netns_path) as netns, linux.inside(netns):
+            yield
+
+    def sockets(self, count: int = 1, family: int = socket.AF_INET) -> list[socket.socket]:
+        """Sockets as the application makes them: captured, in its namespace."""
+        with _opened(self.box.netns_path) as netns:
+            return sockets_inside(self.box.app_cgroup, netns, [family] * count)
+
+    def job(self, **job: Any) -> dict[str, Any]:
+        """Have the client application do a job (apps/client.py)."""
+        assert self.launcher is not None
+        assert self.launcher.stdin is not None
+        assert self.launcher.stdout is not None
+        self.launcher.stdin.write(json.dumps(job).encode() + b"\n")
+        self.launcher.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.launcher.stdout.readline())
+        return answer
+
+    def proxy_pid(self) -> int:
+        """The uProxy's pid; 0 when there is none."""
+        for pid in (self.box.proxy_cgroup / "cgroup.procs").read_text().split():
+            with suppress(OSError):
+                if b"\0run\0" in Path("/proc", pid, "cmdline").read_bytes():
+                    return int(pid)
+        return 0
+
+    def access_log(self) -> list[dict[str, Any]]:
+        """The access-log lines of its uProxy so far."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        entries = []
+        for line in lines:
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and "direction" in entry:
+                    entries.append(entry)
+        return entries
+
+    def await_access(self, matches: Callable[[dict[str, Any]], bool], timeout_s: float = 5.0) -> dict[str, Any]:
+        """The first access-log entry that matches, which may be written a moment after the connection ended."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for entry in self.access_log():
+                if matches(entry):
+                    return entry
+            if time.monotonic() > deadline:
+                raise LabError(f"no such line in {self.name}'s access log:\n{_tail(self.log)}")
+            time.sleep(_POLL_S)
+
+    def logs(self) -> str:
+        return _tail(self._launcher_log) + _tail(self.log)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadOptions:
+    """How a workload appears in the configuration."""
+
+    namespace: str = "default"
+    service_account: str = ""
+    """Default: the workload's name."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    ports: Mapping[str, int] = field(default_factory=dict)
+
+
+class Host:
+    """A machine of the lab: a network namespace with forwarding, and a node agent."""
+
+    def __init__(self, lab: Lab, name: str, index: int) -> None:
+        self.lab = lab
+        self.name = name
+        self.index = index
+        self.netns = lab.names.netns(f"host-{name}")
+        self.underlay_address = f"10.95.0.{index}"
+        self.cgroup_root = lab.names.cgroup / name
+        self.run_dir = lab.directory / f"run-{name}"
+        self.node_socket = self.run_dir / "node.sock"
+        self.workloads: list[Workload] = []
+        self.twins: list[Sandbox] = []
+        self.agent: subprocess.Popen[bytes] | None = None
+        self._agent_log = lab.directory / f"{name}.node.log"
+
+    def workload(self, name: str, app: App, **options: Any) -> Workload:
+        """Declare a workload; `Lab.start` starts it. `options`: see WorkloadOptions."""
+        address = f"10.96.{self.index}.{len(self.workloads) + 10}"
+        made = Workload(self, name, app, address, WorkloadOptions(**options))
+        self.workloads.append(made)
+        return made
+
+    def twin(self, name: str) -> Sandbox:
+        """Make a namespace with the same plumbing as a workload's and nothing of the mesh in it."""
+        address = f"{_TWIN_RANGE}.{self.index}.{len(self.twins) + 10}"
+        box = Sandbox.below(self.cgroup_root, self.lab.names.cgroup.parent, name, [address])
+        with self.entered():
+            sandbox.build(box)
+        self.twins.append(box)
+        return box
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with _opened(sandbox.NETNS_DIR / self.netns) as netns, linux.inside(netns):
+            yield
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: int | IO[bytes] = subprocess.DEVNULL,
+        stdout: int | IO[bytes] = subprocess.DEVNULL,
+        stderr: int | IO[bytes] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """A process on this host, which dies with the lab."""
+        return self.lab.spawn(argv, sandbox.NETNS_DIR / self.netns, stdin=stdin, stdout=stdout, stderr=stderr)
+
+    def start_agent(self) -> None:
+        """Start `uproxy node`; return at once."""
+        self.run_dir.mkdir(exist_ok=True)
+        arguments = ["--name", self.lab.names.node(self.name), "--trust-domain", TRUST_DOMAIN]
+        arguments += ["--config", str(self.lab.config), "--run-dir", str(self.run_dir)]
+        arguments += ["--mesh-cidr", *MESH_RANGES]
+        with open(self._agent_log, "ab") as log:
+            argv = [sys.executable, "-I", "-m", "uproxy", "node", *arguments]
+            self.agent = self.spawn(argv, stdout=log, stderr=log)
+
+    def agent_running(self) -> bool:
+        """Whether it answers. Raises LabError when it gave up."""
+        assert self.agent is not None
+        if self.agent.poll() is not None:
+            raise LabError(
+                f"`uproxy node` on {self.name} ended with {self.agent.returncode}:\n{_tail(self._agent_log)}"
+            )
+        return self.node_socket.is_socket()
+
+    def node(self) -> NodeClient:
+        return NodeClient(self.node_socket)
+
+    def logs(self) -> str:
+        return _tail(self._agent_log)
+
+
+class Lab:
+    """See the module. Everything it makes bears `names`."""
+
+    def __init__(self) -> None:
+        self.names = LabNames(secrets.token_hex(3))
+        self.directory = self.names.directory
+        self.config = self.directory / "mesh.yaml"
+        self.hosts: list[Host] = []
+        self.underlay = self.names.netns("net")
+        self._resources = ""
+        self._authority: Authority | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
+        self._spawned: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Lab:
+        if os.geteuid() != 0:
+            raise LabError("the lab needs root: it makes network namespaces and cgroups and loads eBPF")
+        remains.sweep_dead()
+        self.names.claim()
+        owner = Owner.of(os.getpid())
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.lab.remains", self.names.lab_id, str(owner.pid), owner.started],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            # Out of reach of what is sent to the owner's process group.
+            start_new_session=True,
+        )
+        try:
+            (self.names.cgroup / "lab").mkdir(parents=True)
+            sandbox.run_ip([f"netns add {self.underlay}"])
+            sandbox.run_ip(
+                ["link set lo up", "link add br0 type bridge mcast_snooping 0", "link set br0 up"],
+                netns=self.underlay,
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the lab. Quick and certain (SIGKILL): how the product ends in order has tests of its own."""
+        remains.sweep(self.names)
+        for process in self._spawned:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with suppress(OSError):  # a buffered job that nobody reads any more
+                        pipe.close()
+        self._spawned.clear()
+        if self._reaper is not None:
+            self._reaper.kill()
+            self._reaper.wait()
+
+    def host(self, name: str) -> Host:
+        """Add a machine to the underlay."""
+        made = Host(self, name, len(self.hosts) + 1)
+        sandbox.run_ip([f"netns add {made.netns}"])
+        sandbox.run_ip(
+            [f"link add name {name} type veth peer name eth0 netns {made.netns}", f"link set dev {name} master br0 up"],
+            netns=self.underlay,
+        )
+        commands = ["link set lo up", "link set eth0 up"]
+        commands += [
+            f"address add 10.95.0.{made.index}/24 dev eth0",
+            f"address add fd95::{made.index}/64 dev eth0 nodad",
+        ]
+        for other in self.hosts:
+            commands += _routes(other)
+            sandbox.run_ip(_routes(made), netns=other.netns)
+        sandbox.run_ip(commands, netns=made.netns)
+        with made.entered():
+            sandbox.write_sysctls(
+                {
+                    "net/ipv4/ip_forward": "1",
+                    "net/ipv6/conf/all/forwarding": "1",
+                }
+            )
+            _choose_congestion_control()
+        self.hosts.append(made)
+        return made
+
+    def workloads(self) -> list[Workload]:
+        return [workload for host in self.hosts for workload in host.workloads]
+
+    def configure(self, resources: str) -> None:
+        """Set the mesh's resources, but for Namespaces and WorkloadEntries, which the lab writes. Takes effect live."""
+        self._resources = resources
+        fresh = self.config.with_suffix(".new")
+        entries = [yaml.safe_dump(_entry(workload)) for workload in self.workloads()]
+        fresh.write_text("---\n".join([*entries, resources]))
+        fresh.chmod(0o644)
+        fresh.rename(self.config)
+
+    def issue(self, identity: SpiffeId, directory: Path, ttl_s: int = 24 * 3600) -> None:
+        """A key, a CSR and a certificate from the lab's CA, as a workload gets them."""
+        if self._authority is None:
+            self._authority = Authority.create(self.directory / "ca", TRUST_DOMAIN)
+        request = csr.make_request(directory, identity)
+        chain = self._authority.issue(request.read_bytes(), identity, ttl_s)
+        write_identity(directory, chain, self._authority.bundle_pem)
+
+    def start(self, progress: Callable[[str], None] = lambda line: None) -> None:
+        """Start the agents, then every workload, and return when all serve."""
+        if not self.config.exists():
+            self.configure(self._resources)
+        for host in self.hosts:
+            host.start_agent()
+        for workload in self.workloads():
+            self.issue(workload.identity, workload.identity_dir)
+        progress(f"issued {len(self.workloads())} identities")
+        self._await([host.agent_running for host in self.hosts], _NODE_TIMEOUT_S, "the node agents")
+        progress("the node agents hold the maps")
+        for workload in self.workloads():
+            workload.launch()
+        self._await([workload.running for workload in self.workloads()], _START_TIMEOUT_S, "the workloads")
+        progress(f"running: {', '.join(workload.name for workload in self.workloads())}")
+
+    def spawn(self, argv: Sequence[str], netns: Path, **streams: Any) -> subprocess.Popen[bytes]:
+        """A process in a namespace of the lab, which dies with the lab."""
+        with _opened(netns) as fd:
+            process = subprocess.Popen(argv, cwd="/", preexec_fn=Entrance(self.names.cgroup / "lab", fd), **streams)
+        self._spawned.append(process)
+        return process
+
+    def _await(self, conditions: Sequence[Callable[[], bool]], timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not all(condition() for condition in conditions):
+            if time.monotonic() > deadline:
+                raise LabError(f"{what} did not start within {timeout_s:.0f} s:\n{self.logs()}")
+            time.sleep(_POLL_S)
+
+    def logs(self) -> str:
+        return "".join([host.logs() for host in self.hosts] + [workload.logs() for workload in self.workloads()])
+
+
+def _choose_congestion_control() -> None:
+    """Cubic, so that the machine's default does not colour results; workloads inherit it from their host.
+
+    A namespace may choose only what the machine allows; reno behaves alike where nothing is lost.
+    """
+    for name in ("cubic", "reno"):
+        with suppress(PermissionError):
+            sandbox.write_sysctls({"net/ipv4/tcp_congestion_control": name})
+            return
+
+
+def _routes(host: Host) -> list[str]:
+    """How the other hosts reach what is on this one."""
+    return [
+        f"route add 10.96.{host.index}.0/24 via 10.95.0.{host.index}",
+        f"route add {_TWIN_RANGE}.{host.index}.0/24 via 10.95.0.{host.index}",
+        f"route add fd96:0:0:{host.index}::/64 via fd95::{host.index}",
+    ]
+
+
+def _entry(workload: Workload) -> dict[str, Any]:
+    options = workload.options
+    return {
+        "apiVersion": _ENTRY,
+        "kind": "WorkloadEntry",
+        "metadata": {"name": workload.name, "namespace": workload.identity.namespace},
+        "spec": {
+            "address": workload.address,
+            "serviceAccount": workload.identity.service_account,
+            "labels": {"app": workload.name, **options.labels},
+            "ports": dict(options.ports or workload.app.ports),
+        },
+    }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    if not path.exists():
+        return ""
+    kept = path.read_text(errors="replace").splitlines()[-lines:]
+    return f"--- {path.name}\n" + "".join(f"{line}\n" for line in kept)
