@@ -439,7 +439,8 @@ class Connection:
         if kind in (SETTINGS, PING, GOAWAY):
             if stream_id:
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"frame type {kind} on stream {stream_id}")
-            if length > 16384 or (kind == GOAWAY and length < 8):
+            odd = (kind == SETTINGS and length % 6 > 0) or (kind == GOAWAY and length < 8)
+            if odd or length > 16384 or (kind == SETTINGS and flags & 1 and length):
                 raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"frame type {kind} of {length} bytes")
         elif kind in (DATA, HEADERS, PRIORITY, RST_STREAM, CONTINUATION) and not stream_id:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"frame type {kind} on stream 0")
