@@ -1,0 +1,306 @@
+"""What is counted and logged of each connection: Istio's TCP metrics, in Prometheus' text format, and the access log.
+
+The hot path is `opened` and `closed`, once per connection. Label text is made once per combination of peers, service
+and flag, and kept in a bounded table. Bytes are not counted here: a scrape reads them from the live connections.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+from control.api.workload import CLUSTER_DOMAIN, Workload
+from uproxy.access_log import AccessLog
+from uproxy.errors import Flag
+
+MAX_SERIES: Final = 500
+"""Label sets kept; each costs about 1 KiB here and up to 5 KiB of a scrape. Further ones are counted as "unknown"."""
+IDLE_S: Final = 600.0
+"""A label set unused for so long gives up its place when the table is full (Linkerd drops idle series so, too)."""
+
+OPENED: Final = "istio_tcp_connections_opened_total"
+CLOSED: Final = "istio_tcp_connections_closed_total"
+FAILED: Final = "istio_tcp_connections_failed_total"
+RECEIVED: Final = "istio_tcp_received_bytes_total"
+SENT: Final = "istio_tcp_sent_bytes_total"
+BUILD: Final = "istio_build"
+
+_UNKNOWN: Final = "unknown"
+_NAME: Final = re.compile(r"uproxy_[a-z0-9]+(_[a-z0-9]+)*")
+
+_log = logging.getLogger(__name__)
+
+
+class Meter(Protocol):
+    """What counts a live connection's bytes, from the point of view of this proxy's workload."""
+
+    sent: int
+    received: int
+
+
+@dataclass(slots=True)
+class Peer:
+    """One end of a connection, as far as it is known."""
+
+    address: str
+    """`ip:port`, `[ip]:port`."""
+    workload: Workload | None = None
+    identity: str = ""
+    """The SPIFFE ID that a certificate proved in this connection; not one that was only expected."""
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One connection from its first byte, or its refusal, to its end. Compared by being the same one."""
+
+    direction: Literal["inbound", "outbound"]
+    source: Peer
+    destination: Peer
+    started: float
+    """Monotonic seconds."""
+    destination_service: str = ""
+    """`namespace/name`, empty when the caller dialled a workload's own address."""
+    hbone_address: str = ""
+    """`:authority` of the CONNECT."""
+    request_id: str = ""
+    bytes_sent: int = 0
+    """By this proxy's workload, in either direction; final once closed, else see `meter`."""
+    bytes_received: int = 0
+    """By this proxy's workload."""
+    flag: Flag = Flag.NONE
+    error: str = ""
+    policy: str = ""
+    """The rule that refused."""
+    meter: Meter | None = None
+    """Where the two counts come from while the connection lives."""
+
+    @property
+    def destination_hostname(self) -> str:
+        namespace, _, name = self.destination_service.partition("/")
+        return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}"
+
+    def read_meter(self) -> None:
+        """Brings the byte counts up to date."""
+        if self.meter is not None:
+            self.bytes_sent = self.meter.sent
+            self.bytes_received = self.meter.received
+
+
+class Telemetry:
+    """The counters of one proxy. One thread; no call does I/O (the log buffers)."""
+
+    def __init__(self, version: str, log: AccessLog | None = None) -> None:
+        self._log = log
+        self._version = version
+        self._live: dict[Connection, _Series] = {}
+        self._series: dict[str, _Series] = {}
+        # The key holds id()s of workloads, so the value holds the workloads: an id stays theirs.
+        self._known: dict[_Key, tuple[_Series, Workload | None, Workload | None]] = {}
+        self._registered: dict[str, tuple[str, str, Callable[[], float]]] = {}
+        self._overflows = 0
+        self.gauge("uproxy_live_connections", "Connections being relayed", lambda: len(self._live))
+        self.counter(
+            "uproxy_telemetry_overflow_total",
+            'Connections counted with labels "unknown" because the table of label sets was full',
+            lambda: self._overflows,
+        )
+        if log is not None:
+            self.counter(
+                "uproxy_access_log_dropped_total",
+                "Access log lines lost because the sink was slow or failed",
+                lambda: log.dropped,
+            )
+
+    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Adds a `uproxy_` gauge, read at each scrape. ValueError for a name that is taken or not of this form."""
+        self._register(name, "gauge", help_text, read)
+
+    def counter(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Adds a `uproxy_..._total` counter that somebody else keeps, read at each scrape. ValueError as above."""
+        if not name.endswith("_total"):
+            raise ValueError(f"{name}: a counter's name ends in _total")
+        self._register(name, "counter", help_text, read)
+
+    def opened(self, connection: Connection) -> None:
+        """The connection is made, its bytes begin to flow."""
+        series = self._find(connection, Flag.NONE, connection.started)
+        series.opened += 1
+        series.live += 1
+        self._live[connection] = series
+
+    def closed(self, connection: Connection, now: float) -> None:
+        """The connection ended at `now` (monotonic seconds), or, when it was never opened, was refused or failed."""
+        connection.read_meter()
+        series = self._live.pop(connection, None)
+        if series is None:
+            self._find(connection, connection.flag, now).failed += 1
+        else:
+            series.live -= 1
+            series.used = now
+            received, sent = _by_requests(connection)
+            series.received += received
+            series.sent += sent
+            if connection.flag is not Flag.NONE:
+                series = self._find(connection, connection.flag, now)
+            series.closed += 1
+        if self._log is not None:
+            self._log.record(connection, now)
+
+    def render(self) -> bytes:
+        """Everything, in Prometheus' text format 0.0.4."""
+        return "\n".join([*self._istio_lines(), *self._registered_lines(), ""]).encode("utf-8", "backslashreplace")
+
+    def _istio_lines(self) -> Iterator[str]:
+        live: dict[_Series, tuple[int, int]] = {}
+        for connection, series in self._live.items():
+            connection.read_meter()
+            received, sent = live.get(series, (0, 0))
+            more_received, more_sent = _by_requests(connection)
+            live[series] = (received + more_received, sent + more_sent)
+        for name, help_text, value_of in _METRICS:
+            yield f"# HELP {name} {help_text}"
+            yield f"# TYPE {name} counter"
+            for series in self._series.values():
+                value = value_of(series, live.get(series, (0, 0)))
+                # A series at 0 from the start lets rate() see its first step. Refusals make no such four.
+                if value or (series.opened and name != FAILED):
+                    yield f"{name}{{{series.labels}}} {value}"
+        yield f"# HELP {BUILD} Istio component build info"
+        yield f"# TYPE {BUILD} gauge"
+        yield f'{BUILD}{{component="uproxy",tag="{_escaped(self._version)}"}} 1'
+
+    def _registered_lines(self) -> Iterator[str]:
+        for name, (kind, help_text, read) in self._registered.items():
+            yield f"# HELP {name} {help_text}"
+            yield f"# TYPE {name} {kind}"
+            try:
+                yield f"{name} {read()!r}"
+            except Exception:  # one broken gauge must not cost the scrape
+                _log.exception("metric %s cannot be read", name)
+                yield f"{name} NaN"
+
+    def _register(self, name: str, kind: str, help_text: str, read: Callable[[], float]) -> None:
+        if not _NAME.fullmatch(name) or name in self._registered or "\n" in help_text:
+            raise ValueError(f"{name}: not a new name of the form uproxy_like_this, with one line of help")
+        self._registered[name] = (kind, help_text, read)
+
+    def _find(self, connection: Connection, flag: Flag, now: float) -> _Series:
+        source, destination = connection.source, connection.destination
+        key = (
+            connection.direction,
+            id(source.workload),
+            source.identity,
+            id(destination.workload),
+            destination.identity,
+            connection.destination_service,
+            flag,
+        )
+        known = self._known.get(key)
+        if known is not None:
+            series = known[0]
+        else:
+            labels = _labels(connection, flag)
+            found = self._series.get(labels)
+            if found is None:
+                if len(self._series) >= MAX_SERIES and not self._evict(now):
+                    self._overflows += 1
+                    return self._overflow(connection, flag)
+                found = self._series[labels] = _Series(labels)
+            series = found
+            if len(self._known) >= 2 * MAX_SERIES:
+                self._known.clear()
+            self._known[key] = (series, source.workload, destination.workload)
+        series.used = now
+        return series
+
+    def _evict(self, now: float) -> bool:
+        idle = [key for key, series in self._series.items() if not series.live and now - series.used >= IDLE_S]
+        for key in idle:
+            del self._series[key]
+        if idle:
+            self._known.clear()
+        return bool(idle)
+
+    def _overflow(self, connection: Connection, flag: Flag) -> _Series:
+        """The series of everybody who found no place: at most two per flag, beyond the cap."""
+        nobody = Peer("")
+        labels = _labels(Connection(connection.direction, nobody, nobody, 0.0), flag)
+        return self._series.setdefault(labels, _Series(labels))
+
+
+class _Series:
+    """The counts under one label set."""
+
+    __slots__ = ("closed", "failed", "labels", "live", "opened", "received", "sent", "used")
+
+    def __init__(self, labels: str) -> None:
+        self.labels = labels
+        self.opened = self.closed = self.failed = self.received = self.sent = 0
+        self.live = 0
+        self.used = 0.0
+
+
+_Key = tuple[str, int, str, int, str, str, Flag]
+
+_METRICS: Final[tuple[tuple[str, str, Callable[[_Series, tuple[int, int]], int]], ...]] = (
+    (OPENED, "The total number of TCP connections opened", lambda series, live: series.opened),
+    (CLOSED, "The total number of TCP connections closed", lambda series, live: series.closed),
+    (FAILED, "The total number of TCP connections that failed to establish", lambda series, live: series.failed),
+    (
+        RECEIVED,
+        "The size of total bytes received during request in case of a TCP connection",
+        lambda series, live: series.received + live[0],
+    ),
+    (
+        SENT,
+        "The size of total bytes sent during response in case of a TCP connection",
+        lambda series, live: series.sent + live[1],
+    ),
+)
+
+
+def _by_requests(connection: Connection) -> tuple[int, int]:
+    """Bytes received and sent as Istio means it, at both reporters: from the caller, and to the caller."""
+    if connection.direction == "outbound":
+        return connection.bytes_sent, connection.bytes_received
+    return connection.bytes_received, connection.bytes_sent
+
+
+def _labels(connection: Connection, flag: Flag) -> str:
+    """Istio's labels in Istio's order (STANDARDS 5.6)."""
+    outbound = connection.direction == "outbound"
+    namespace, _, name = connection.destination_service.partition("/")
+    proven = connection.destination.identity if outbound else connection.source.identity
+    values = [
+        ("reporter", "source" if outbound else "destination"),
+        *_peer_labels("source", connection.source),
+        ("destination_service", connection.destination_hostname if name else ""),
+        ("destination_service_namespace", namespace),
+        ("destination_service_name", name),
+        *_peer_labels("destination", connection.destination),
+        ("request_protocol", "tcp"),
+        ("response_flags", flag.value),
+        ("connection_security_policy", "mutual_tls" if proven else _UNKNOWN),
+    ]
+    return ",".join(f'{label}="{_escaped(value or _UNKNOWN)}"' for label, value in values)
+
+
+def _peer_labels(side: str, peer: Peer) -> list[tuple[str, str]]:
+    workload = peer.workload
+    return [
+        (f"{side}_workload", workload.name if workload else ""),
+        (f"{side}_canonical_service", workload.canonical_service if workload else ""),
+        (f"{side}_canonical_revision", workload.canonical_revision if workload else ""),
+        (f"{side}_workload_namespace", workload.namespace if workload else ""),
+        (f"{side}_principal", peer.identity),
+        (f"{side}_app", workload.app if workload else ""),
+        (f"{side}_version", workload.version if workload else ""),
+        (f"{side}_cluster", ""),
+    ]
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
