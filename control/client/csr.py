@@ -80,6 +80,13 @@ def _key(path: Path) -> ec.EllipticCurvePrivateKey:
     return kept
 
 
+def _identity(text: str) -> SpiffeId:
+    try:
+        return SpiffeId.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 made, 1 refused, 2 usage."""
     parser = argparse.ArgumentParser(
@@ -87,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Make a workload's key (key.pem, mode 0600) and a certificate request for it (csr.pem).",
     )
     parser.add_argument("--dir", required=True, type=Path, help="the workload's identity directory")
-    parser.add_argument("--id", required=True, type=SpiffeId.parse, metavar="SPIFFE_ID", help="whose key it is")
+    parser.add_argument("--id", required=True, type=_identity, metavar="SPIFFE_ID", help="whose key it is")
     arguments = parser.parse_args(argv)
     try:
         print(make_request(arguments.dir, arguments.id))
