@@ -16,7 +16,7 @@ TrustDomain = NewType("TrustDomain", str)
 MAX_TRUST_DOMAIN_BYTES: Final = 255  # SPIFFE ID 2.1
 MAX_ID_BYTES: Final = 2048  # SPIFFE ID 2.3: implementations must support this much; we take no more
 
-_SCHEME: Final = "spiffe://"
+SCHEME: Final = "spiffe://"
 _TRUST_DOMAIN: Final = re.compile(r"[a-z0-9._-]+")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -34,7 +34,7 @@ class SpiffeId:
     service_account: str
 
     def __str__(self) -> str:
-        return f"{_SCHEME}{self.principal}"
+        return f"{SCHEME}{self.principal}"
 
     @property
     def principal(self) -> str:
@@ -48,12 +48,12 @@ class SpiffeId:
             raise IdentityError(f"a SPIFFE ID has at most {MAX_ID_BYTES} bytes")
         if not text.isascii():
             raise IdentityError(f"{text!r}: a SPIFFE ID is plain ASCII")
-        if not text.startswith(_SCHEME):
-            raise IdentityError(f"{text!r} does not begin with {_SCHEME!r} (in lower case)")
+        if not text.startswith(SCHEME):
+            raise IdentityError(f"{text!r} does not begin with {SCHEME!r} (in lower case)")
         for mark, name in (("%", "percent-encoding"), ("?", "a query"), ("#", "a fragment")):
             if mark in text:
                 raise IdentityError(f"{text!r}: a SPIFFE ID has no {name}")
-        authority, _, path = text.removeprefix(_SCHEME).partition("/")
+        authority, _, path = text.removeprefix(SCHEME).partition("/")
         for mark, name in (("@", "user information"), (":", "port")):
             if mark in authority:
                 raise IdentityError(f"{text!r}: the trust domain of a SPIFFE ID has no {name}")

@@ -18,7 +18,9 @@ from enum import Enum
 from typing import Final
 
 from control.api.address import IpBlock, parse_block
+from control.api.identity import SCHEME, IdentityError, SpiffeId
 from control.api.labels import Labels, selects
+from control.api.names import wrong_dns_label
 
 DEFAULT_ROOT_NAMESPACE: Final = "mesh-system"
 """Policies of this namespace apply to every namespace."""
@@ -117,13 +119,13 @@ class PeerAuthentication:
     """Port of the workload -> its own mode."""
 
 
-def wrong_pattern(text: str) -> str:
-    """What is wrong with a pattern over names, or an empty string."""
-    if not text:
-        return "an empty pattern matches nothing; write '*' for anything"
-    if text.count("*") > 1 or "*" in text[1:-1]:
-        return f"{text!r}: '*' may stand once, at the beginning or at the end"
-    return ""
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a pattern (see the module) matches a name that is present."""
+    if pattern.startswith("*"):
+        return name.endswith(pattern[1:])
+    if pattern.endswith("*"):
+        return name.startswith(pattern[:-1])
+    return name == pattern
 
 
 def canonical_value(key: ConditionKey, text: str) -> str:
@@ -136,17 +138,30 @@ def canonical_value(key: ConditionKey, text: str) -> str:
         case ConditionKey.SOURCE_PRINCIPAL:
             return canonical_principal(text)
         case ConditionKey.SOURCE_NAMESPACE:
-            if wrong := wrong_pattern(text):
-                raise ValueError(wrong)
-            return text
+            return canonical_namespace(text)
 
 
 def canonical_principal(text: str) -> str:
     """A pattern over principals, without the scheme that some people write. Raises ValueError."""
-    pattern = text.removeprefix("spiffe://")
-    if wrong := wrong_pattern(pattern):
-        raise ValueError(wrong)
+    pattern = text.removeprefix(SCHEME)
+    _check_pattern(pattern)
+    if "*" not in pattern:
+        try:
+            SpiffeId.parse(SCHEME + pattern)
+        except IdentityError:
+            # It could match nobody, and an ALLOW or DENY that never holds is a mistake.
+            raise ValueError(
+                f"{text!r} is no principal; write <trust domain>/ns/<namespace>/sa/<service account>"
+            ) from None
     return pattern
+
+
+def canonical_namespace(text: str) -> str:
+    """A pattern over namespaces. Raises ValueError."""
+    _check_pattern(text)
+    if "*" not in text and (wrong := wrong_dns_label(text)):
+        raise ValueError(wrong)
+    return text
 
 
 def parse_port(text: str) -> int:
@@ -161,3 +176,10 @@ def applies(policy: AuthorizationPolicy, namespace: str, labels: Labels, root_na
     if policy.namespace not in (namespace, root_namespace):
         return False
     return policy.selector is None or selects(policy.selector, labels)
+
+
+def _check_pattern(text: str) -> None:
+    if not text:
+        raise ValueError("an empty pattern matches nothing; write '*' for anything")
+    if text.count("*") > 1 or "*" in text[1:-1]:
+        raise ValueError(f"{text!r}: '*' may stand once, at the beginning or at the end")

@@ -22,8 +22,9 @@ from control.api.policy import (
     Operation,
     Rule,
     Source,
+    canonical_namespace,
+    canonical_principal,
     canonical_value,
-    wrong_pattern,
 )
 from control.api.topics import EndpointTopic, PolicyTopic, ServiceTopic, Topic, WorkloadTopic
 from control.api.workload import Endpoint, Service, ServicePort, Workload, key
@@ -194,8 +195,20 @@ def _block(value: Value, name: str) -> IpBlock:
     return block
 
 
-def _pattern(value: Value, name: str) -> str:
-    return _right(_typed(value, str, name), wrong_pattern, name)
+def _canonical(parse: Callable[[str], str]) -> Callable[[Value, str], str]:
+    """A check for text that `parse` leaves as it is."""
+
+    def check(value: Value, name: str) -> str:
+        text = _typed(value, str, name)
+        try:
+            canonical = parse(text)
+        except ValueError as error:
+            raise RecordError(f"{name}: {error}") from None
+        if canonical != text:
+            raise RecordError(f"{name}: {text!r} must be written {canonical!r}")
+        return text
+
+    return check
 
 
 def _right(text: str, wrong: Callable[[str], str], name: str) -> str:
@@ -348,10 +361,10 @@ def _read_rule(value: Value) -> Rule:
 def _read_source(value: Value, name: str) -> Source:
     fields = _Fields(value, name)
     source = Source(
-        principals=fields.optional_list("principals", _pattern),
-        not_principals=fields.optional_list("not_principals", _pattern),
-        namespaces=fields.optional_list("namespaces", _pattern),
-        not_namespaces=fields.optional_list("not_namespaces", _pattern),
+        principals=fields.optional_list("principals", _canonical(canonical_principal)),
+        not_principals=fields.optional_list("not_principals", _canonical(canonical_principal)),
+        namespaces=fields.optional_list("namespaces", _canonical(canonical_namespace)),
+        not_namespaces=fields.optional_list("not_namespaces", _canonical(canonical_namespace)),
         ip_blocks=fields.optional_list("ip_blocks", _block),
         not_ip_blocks=fields.optional_list("not_ip_blocks", _block),
     )
@@ -374,17 +387,7 @@ def _read_condition(value: Value, name: str) -> Condition:
     if text not in {key.value for key in ConditionKey}:
         raise RecordError(f"key {text[:40]!r} is none that an L4 proxy knows")
     condition_key = ConditionKey(text)
-
-    def check(item: Value, field: str) -> str:
-        value_text = _typed(item, str, field)
-        try:
-            canonical = canonical_value(condition_key, value_text)
-        except ValueError as error:
-            raise RecordError(f"{field}: {error}") from None
-        if canonical != value_text:
-            raise RecordError(f"{field}: {value_text!r} must be written {canonical!r}")
-        return value_text
-
+    check = _canonical(lambda value_text: canonical_value(condition_key, value_text))
     condition = Condition(
         condition_key,
         values=fields.optional_list("values", check),

@@ -1,0 +1,121 @@
+"""Resources as somebody declared them: each checked by itself, references between them not yet (`mesh` does that)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from control.api.address import IpAddress
+from control.api.labels import Labels
+from control.api.policy import AuthorizationPolicy, PeerAuthentication
+from control.api.problems import Position
+from control.api.workload import ServicePort, key
+
+
+class Family(Enum):
+    """An IP family, in the words of Kubernetes."""
+
+    IPV4 = "IPv4"
+    IPV6 = "IPv6"
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredNamespace:
+    """`v1` Namespace."""
+
+    name: str
+    labels: Labels
+    position: Position = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredService:
+    """`v1` Service."""
+
+    namespace: str
+    name: str
+    labels: Labels
+    selector: Labels | None
+    """Workloads of its namespace that serve it; None: only those of its EndpointSlices."""
+    ports: tuple[ServicePort, ...]
+    cluster_ips: tuple[IpAddress, ...]
+    """Virtual addresses that were asked for, at most one of a family."""
+    families: tuple[Family, ...]
+    """Families to have a virtual address in; empty: headless."""
+    position: Position = field(compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredWorkload:
+    """`networking.istio.io` WorkloadEntry."""
+
+    namespace: str
+    name: str
+    labels: Labels
+    addresses: tuple[IpAddress, ...]
+    ports: Mapping[str, int]
+    service_account: str
+    node: str
+    weight: int
+    position: Position = field(compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredEndpoint:
+    """One endpoint of an EndpointSlice."""
+
+    address: IpAddress
+    ready: bool
+    target: str
+    """Name of the WorkloadEntry that `targetRef` says it is; empty when it does not say."""
+    path: str
+    """Where it stands in its document."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredEndpoints:
+    """`discovery.k8s.io/v1` EndpointSlice."""
+
+    namespace: str
+    name: str
+    service: str
+    """Name of the Service, of the same namespace."""
+    endpoints: tuple[DeclaredEndpoint, ...]
+    ports: Mapping[str, int]
+    """Name of a Service port -> port of the endpoints."""
+    position: Position = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredPolicy:
+    """`security.istio.io` AuthorizationPolicy."""
+
+    policy: AuthorizationPolicy
+    position: Position = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredPeerAuthentication:
+    """`security.istio.io` PeerAuthentication."""
+
+    peer_authentication: PeerAuthentication
+    position: Position = field(compare=False, repr=False)
+
+
+Resource = (
+    DeclaredNamespace
+    | DeclaredService
+    | DeclaredWorkload
+    | DeclaredEndpoints
+    | DeclaredPolicy
+    | DeclaredPeerAuthentication
+)

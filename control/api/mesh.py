@@ -1,0 +1,268 @@
+"""All declared resources together: references checked, virtual addresses allocated, endpoints worked out, as records.
+
+What cannot be meant is an error, and the mesh is not built. What is allowed and does nothing is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from control.api import records, topics, vips
+from control.api.address import IpAddress, is_ipv6
+from control.api.declared import (
+    DeclaredEndpoints,
+    DeclaredNamespace,
+    DeclaredPeerAuthentication,
+    DeclaredPolicy,
+    DeclaredService,
+    DeclaredWorkload,
+    Family,
+    Resource,
+)
+from control.api.endpoints import endpoints_of
+from control.api.identity import TrustDomain, make_id, parse_trust_domain
+from control.api.labels import Labels, selects
+from control.api.messages import Body
+from control.api.metadata import DEFAULT_NAMESPACE
+from control.api.policy import (
+    DEFAULT_ROOT_NAMESPACE,
+    Action,
+    AuthorizationPolicy,
+    ConditionKey,
+    PeerAuthentication,
+    pattern_matches,
+)
+from control.api.problems import Findings, Position, ResourceError, suggestion
+from control.api.records import Record
+from control.api.workload import Endpoint, Service, Workload
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """A whole configuration that holds together. Everything is in the order of its key."""
+
+    trust_domain: TrustDomain
+    services: tuple[Service, ...]
+    workloads: tuple[Workload, ...]
+    endpoints: tuple[Endpoint, ...]
+    policies: tuple[AuthorizationPolicy, ...]
+    peer_authentications: tuple[PeerAuthentication, ...]
+    """Checked, and no records: all they can ask for is what every proxy does anyway."""
+    warnings: tuple[ResourceError, ...]
+
+    @classmethod
+    def build(
+        cls, resources: Iterable[Resource], trust_domain: str, root_namespace: str = DEFAULT_ROOT_NAMESPACE
+    ) -> Mesh:
+        """Builds the mesh. Raises ResourceErrors with everything that does not hold together, and
+        IdentityError for a trust domain that is none.
+        """
+        findings = Findings()
+        declared = _unique(resources, findings)
+        _check_namespaces(declared, root_namespace, findings)
+        domain = parse_trust_domain(trust_domain)
+        declared_services = sorted(_of(DeclaredService, declared), key=lambda service: service.key)
+        workloads = _workloads(_of(DeclaredWorkload, declared), domain, findings)
+        policies = sorted(_of(DeclaredPolicy, declared), key=lambda item: item.policy.key)
+        peer_authentications = _of(DeclaredPeerAuthentication, declared)
+        _check_selectors(policies, peer_authentications, workloads, root_namespace, findings)
+        _check_callers(policies, workloads, domain, findings)
+        mesh = cls(
+            trust_domain=domain,
+            services=_services(declared_services, workloads, findings),
+            workloads=workloads,
+            endpoints=endpoints_of(declared_services, _of(DeclaredEndpoints, declared), workloads, findings),
+            policies=tuple(item.policy for item in policies),
+            peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
+            warnings=tuple(findings.warnings),
+        )
+        findings.report.raise_errors()
+        return mesh
+
+    def records(self) -> dict[str, Body]:
+        """Topic -> body of every record."""
+        every: Iterable[Record] = (*self.services, *self.workloads, *self.endpoints, *self.policies)
+        return {
+            topics.format_topic(self.trust_domain, records.topic_of(record)): records.write(record) for record in every
+        }
+
+
+def _of(kind: type[_T], resources: Iterable[Resource]) -> list[_T]:
+    return [resource for resource in resources if isinstance(resource, kind)]
+
+
+def _unique(resources: Iterable[Resource], findings: Findings) -> list[Resource]:
+    """The resources without second declarations of one, which are errors."""
+    first: dict[tuple[str, str, str], Resource] = {}
+    for resource in resources:
+        place = _place_of(resource)
+        other = first.setdefault(place, resource)
+        if other is not resource:
+            kind, namespace, name = place
+            where = f"{other.position.file}:{other.position.line}"
+            named = f"{namespace}/{name}" if namespace else name
+            findings.error(resource.position, "metadata.name", f"{kind} {named} is declared in {where} too; remove one")
+    return list(first.values())
+
+
+def _place_of(resource: Resource) -> tuple[str, str, str]:
+    """Kind, namespace and name."""
+    match resource:
+        case DeclaredNamespace():
+            return "Namespace", "", resource.name
+        case DeclaredService():
+            return "Service", resource.namespace, resource.name
+        case DeclaredWorkload():
+            return "WorkloadEntry", resource.namespace, resource.name
+        case DeclaredEndpoints():
+            return "EndpointSlice", resource.namespace, resource.name
+        case DeclaredPolicy():
+            return "AuthorizationPolicy", resource.policy.namespace, resource.policy.name
+        case DeclaredPeerAuthentication():
+            declared = resource.peer_authentication
+            return "PeerAuthentication", declared.namespace, declared.name
+
+
+def _check_namespaces(resources: Sequence[Resource], root_namespace: str, findings: Findings) -> None:
+    """Whoever declares namespaces must declare all but the two that always exist; whoever declares none need not."""
+    declared = {namespace.name for namespace in _of(DeclaredNamespace, resources)}
+    if not declared:
+        return
+    for resource in resources:
+        _, namespace, _ = _place_of(resource)
+        if namespace and namespace not in declared | {DEFAULT_NAMESPACE, root_namespace}:
+            findings.error(
+                resource.position,
+                "metadata.namespace",
+                f"no Namespace {namespace!r}{suggestion(namespace, declared)}; declare it, as the others are",
+            )
+
+
+def _workloads(
+    declared: Iterable[DeclaredWorkload], trust_domain: TrustDomain, findings: Findings
+) -> tuple[Workload, ...]:
+    holders: dict[IpAddress, Workload] = {}
+    workloads: list[Workload] = []
+    for entry in sorted(declared, key=lambda item: item.key):
+        workload = Workload(
+            namespace=entry.namespace,
+            name=entry.name,
+            service_account=entry.service_account,
+            identity=make_id(trust_domain, entry.namespace, entry.service_account),
+            addresses=entry.addresses,
+            labels=entry.labels,
+            ports=entry.ports,
+            node=entry.node,
+            weight=entry.weight,
+        )
+        for address in entry.addresses:
+            other = holders.setdefault(address, workload)
+            if other is not workload:
+                problem = f"{address} is the address of WorkloadEntry {other.key} too; an address is one workload"
+                findings.error(entry.position, "spec.address", problem)
+        workloads.append(workload)
+    return tuple(workloads)
+
+
+def _services(
+    declared: Sequence[DeclaredService], workloads: Sequence[Workload], findings: Findings
+) -> tuple[Service, ...]:
+    """Services with their virtual addresses: first those asked for, so that no allocation takes one of them."""
+    holders = {address: f"WorkloadEntry {workload.key}" for workload in workloads for address in workload.addresses}
+    for service in declared:
+        for address in service.cluster_ips:
+            if address in holders:
+                problem = f"{address} is the address of {holders[address]} too; choose another or remove it"
+                findings.error(service.position, "spec.clusterIP", problem)
+            holders[address] = f"Service {service.key}"
+    return tuple(
+        Service(
+            namespace=service.namespace,
+            name=service.name,
+            vips=tuple(_vips_of(service, holders, findings)),
+            ports=service.ports,
+            labels=service.labels,
+        )
+        for service in declared
+    )
+
+
+def _vips_of(service: DeclaredService, holders: dict[IpAddress, str], findings: Findings) -> list[IpAddress]:
+    """One address of each family of the service, in the order of its families."""
+    found: list[IpAddress] = []
+    for family in service.families:
+        asked = [address for address in service.cluster_ips if is_ipv6(address) == (family is Family.IPV6)]
+        address = asked[0] if asked else vips.allocate(service.key, family, holders)
+        if address is None:
+            problem = f"no address is left in {vips.RANGES[family]}; write one of another range"
+            findings.error(service.position, "spec.clusterIP", problem)
+            continue
+        holders[address] = f"Service {service.key}"
+        found.append(address)
+    return found
+
+
+def _check_selectors(
+    policies: Iterable[DeclaredPolicy],
+    peer_authentications: Iterable[DeclaredPeerAuthentication],
+    workloads: Sequence[Workload],
+    root_namespace: str,
+    findings: Findings,
+) -> None:
+    """Warns of policies that select no workload, or that can never match."""
+    scopes: list[tuple[str, Labels | None, Position]] = [
+        (item.policy.namespace, item.policy.selector, item.position) for item in policies
+    ]
+    scopes += [
+        (item.peer_authentication.namespace, item.peer_authentication.selector, item.position)
+        for item in peer_authentications
+    ]
+    for namespace, selector, position in scopes:
+        scope = "any namespace" if namespace == root_namespace else f"namespace {namespace}"
+        if not any(
+            workload.namespace == namespace or namespace == root_namespace
+            for workload in workloads
+            if selects(selector or {}, workload.labels)
+        ):
+            findings.warn(position, "spec.selector", f"selects no WorkloadEntry of {scope}; it does nothing")
+    for item in policies:
+        if item.policy.action is Action.DENY and not item.policy.rules:
+            problem = "a DENY policy without rules denies nothing; write `rules: [{}]` to deny everybody"
+            findings.warn(item.position, "spec.rules", problem)
+
+
+def _check_callers(
+    policies: Iterable[DeclaredPolicy], workloads: Sequence[Workload], trust_domain: TrustDomain, findings: Findings
+) -> None:
+    """Warns of patterns over identities that no declared workload has: an ALLOW or DENY of nobody."""
+    principals = {workload.identity.principal for workload in workloads}
+    namespaces = {workload.namespace for workload in workloads}
+    for item in policies:
+        for path, patterns, names in _identity_patterns(item.policy, principals, namespaces):
+            for pattern in patterns:
+                if not any(pattern_matches(pattern, name) for name in names):
+                    problem = (
+                        f"{pattern!r} matches no workload of trust domain {trust_domain}{suggestion(pattern, names)}"
+                    )
+                    findings.warn(item.position, path, problem)
+
+
+def _identity_patterns(
+    policy: AuthorizationPolicy, principals: set[str], namespaces: set[str]
+) -> Iterator[tuple[str, tuple[str, ...], set[str]]]:
+    """Every field of a policy that asks for identities: path, patterns, and the names that there are."""
+    for index, rule in enumerate(policy.rules):
+        for number, source in enumerate(rule.sources):
+            path = f"spec.rules[{index}].from[{number}].source"
+            yield path, source.principals + source.not_principals, principals
+            yield path, source.namespaces + source.not_namespaces, namespaces
+        for number, condition in enumerate(rule.conditions):
+            path = f"spec.rules[{index}].when[{number}]"
+            if condition.key is ConditionKey.SOURCE_PRINCIPAL:
+                yield path, condition.values + condition.not_values, principals
+            elif condition.key is ConditionKey.SOURCE_NAMESPACE:
+                yield path, condition.values + condition.not_values, namespaces

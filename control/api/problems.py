@@ -1,0 +1,95 @@
+"""What is wrong with a resource, said so that somebody can mend it: file, line, field, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+MAX_PROBLEMS: Final = 100  # of one file or mesh: more than anybody reads, little enough to keep
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ResourceError:
+    """One thing that is wrong, or (as a warning) that will not do what it seems to."""
+
+    file: str
+    line: int
+    """From 1; 0 when it is about the whole file."""
+    field: str
+    """Path from the top of the document, as `spec.ports[0].port`; empty when it is about all of it."""
+    problem: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.field}: {self.problem}" if self.field else f"{place}: {self.problem}"
+
+
+class ResourceErrors(ValueError):
+    """All errors of the resources at once; nothing of them may be used."""
+
+    def __init__(self, errors: Iterable[ResourceError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(map(str, self.errors)))
+
+
+class Report:
+    """Collects the errors of one reading, up to a bound."""
+
+    def __init__(self) -> None:
+        self.errors: list[ResourceError] = []
+
+    def add(self, error: ResourceError) -> None:
+        if len(self.errors) < MAX_PROBLEMS:
+            self.errors.append(error)
+        elif len(self.errors) == MAX_PROBLEMS:
+            self.errors.append(ResourceError(error.file, 0, "", "more errors follow; mend these first"))
+
+    def raise_errors(self) -> None:
+        """Raises ResourceErrors when there are any."""
+        if self.errors:
+            raise ResourceErrors(self.errors)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a resource and each of its fields stand."""
+
+    file: str
+    line: int
+    lines: Mapping[str, int]
+    """Field path -> line."""
+
+    def error(self, field: str, problem: str) -> ResourceError:
+        """An error at a field, or at the nearest field around it that is written."""
+        path = field
+        while path and path not in self.lines:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return ResourceError(self.file, self.lines.get(path, self.line), field, problem)
+
+
+class Findings:
+    """What the checks of a whole mesh find: errors, which refuse it, and warnings, which do not."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self.warnings: list[ResourceError] = []
+
+    def error(self, position: Position, field: str, problem: str) -> None:
+        self.report.add(position.error(field, problem))
+
+    def warn(self, position: Position, field: str, problem: str) -> None:
+        if len(self.warnings) < MAX_PROBLEMS:
+            self.warnings.append(position.error(field, problem))
+
+
+def shown(text: str) -> str:
+    """Text from a file, quoted and short enough for a message."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'ports'?)`, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
