@@ -10,14 +10,12 @@ from cffi import FFI
 
 BPF_FS_MAGIC: Final = 0xCAFE4A11  # <linux/magic.h>
 CGROUP2_SUPER_MAGIC: Final = 0x63677270
-CLONE_NEWNET: Final = 0x40000000  # <sched.h>
 _FILEID_KERNFS: Final = 0xFE  # <linux/exportfs.h>, Linux 5.5: a kernfs file by its 64-bit id
 
 _ffi: Final = FFI()
 _ffi.cdef(
     """
     struct file_handle { unsigned int handle_bytes; int handle_type; uint64_t id; };
-    int setns(int fd, int nstype);
     int mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
     int fstatfs(int fd, void *buf);
     int open_by_handle_at(int mount_fd, struct file_handle *handle, int flags);
@@ -26,7 +24,6 @@ _ffi.cdef(
 
 
 class _LibC(Protocol):
-    def setns(self, fd: int, nstype: int, /) -> int: ...
     def mount(self, source: bytes, target: bytes, type_: bytes, flags: int, data: Any, /) -> int: ...
     def fstatfs(self, fd: int, buf: Any, /) -> int: ...
     def open_by_handle_at(self, mount_fd: int, handle: Any, flags: int, /) -> int: ...
@@ -40,11 +37,6 @@ def _checked(result: int, what: str) -> int:
         code = _ffi.errno
         raise OSError(code, f"{what}: {os.strerror(code)}")
     return result
-
-
-def enter_network_namespace(fd: int) -> None:
-    """Moves the calling *thread* into a network namespace. Raises OSError: EINVAL when it is none."""
-    _checked(_libc.setns(fd, CLONE_NEWNET), "setns")
 
 
 def mount_bpffs(target: Path) -> None:

@@ -1,6 +1,7 @@
 """Talks to the node agent over its Unix socket: registers workloads for capture. Needs no eBPF library.
 
-One SOCK_SEQPACKET message each way, msgpack maps: {op, ...} and, as SCM_RIGHTS, descriptors; {ok: True, ...} or {ok: False, error}.
+One SOCK_SEQPACKET message each way, msgpack maps: {op, ...} with descriptors as SCM_RIGHTS; then {ok: True, ...} or
+{ok: False, error}.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ MAX_MESSAGE: Final = 65536  # bytes; a status with a thousand workloads has less
 DEFAULT_SOCKET: Final = Path("/run/uproxy/node.sock")
 
 PROBE_V4: Final = ("240.240.255.255", 15021)
-"""Captured in every workload, always: a uProxy that dials it from its app cgroup and sees itself accept has proved capture (bpf/mesh.h)."""
+"""Captured in every workload, always: a uProxy that connects a socket of the app cgroup to it, and then accepts that
+connection itself, has proved capture. The same as in bpf/mesh.h."""
 PROBE_V6: Final = ("fd75:5072:6f78::ffff", 15021)
 
 
@@ -44,9 +46,9 @@ class NodeClient:
     ) -> None:
         """Puts capture on a workload: all of it, or NodeError and nothing.
 
-        `workload` is unique on the node. The three are descriptors: of the two cgroup directories and of the network namespace. To be
-        called before the first process is in the app cgroup: sockets made earlier would not be captured, and the agent refuses. Calling
-        again with the same arguments does nothing.
+        `workload` is unique on the node. The last three are descriptors: of the two cgroup directories and of the
+        network namespace. To be called before the first process is in the app cgroup: sockets made earlier would not
+        be captured, and the agent refuses. Calling again with the same arguments does nothing.
         """
         self._call(
             {
@@ -60,11 +62,18 @@ class NodeClient:
         )
 
     def unregister(self, workload: str) -> None:
-        """Takes capture off again. Refused while the app cgroup has processes: they would be in the open. Unknown: nothing to do."""
+        """Takes capture off again. An unknown workload is nothing to do.
+
+        Refused while the app cgroup has processes: they would be in the open.
+        """
         self._call({"op": "unregister", "workload": workload})
 
     def status(self) -> dict[str, Any]:
-        """What the agent enforces: `node`, `whole`, `generation`, `services`, `addresses`, `ranges`, `counters`, `workloads`, `error`."""
+        """What the agent enforces.
+
+        `whole`, `generation`, `services` and `addresses` (how many), `ranges`, `counters`, `pending` (connections
+        between SYN and accept), `workloads`, and `error`: what is wrong, or empty.
+        """
         return self._call({"op": "status"})
 
     def _call(self, request: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:

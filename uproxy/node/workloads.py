@@ -1,0 +1,256 @@
+"""The workloads under capture: attaches the programs to a workload's cgroups and namespace, all or none, and pins them.
+
+`links/<workload>/<hook>` in the pin directory is the only record. A restarted agent reads it back: the cgroup and
+the namespace are in the links, the addresses in the map `own`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bpf.libbpf import BpfError, Link
+from bpf.loader import HOOKS, Loader, LoadError, Place
+from control.api.address import IpAddress, from_packed, packed16
+from uproxy.node.places import Cgroup, NetworkNamespace, check_siblings, is_populated_id
+
+_log: Final = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
+_PENDING: Final = "+"  # prefix of a directory that is not complete; no name begins with it
+_WITNESS: Final = "connect4"  # the link that tells the app cgroup
+_INBOUND: Final = "inbound"
+MAX_ADDRESSES: Final = 8  # of one workload: one per family is usual
+
+
+class RegistrationError(Exception):
+    """A workload is not captured, or not released; the text says why and what to do. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What a launcher says of a workload."""
+
+    name: str
+    """Unique on the node."""
+    addresses: tuple[IpAddress, ...]
+    app: Cgroup
+    proxy: Cgroup
+    netns: NetworkNamespace
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A workload whose programs are attached and pinned."""
+
+    name: str
+    addresses: tuple[IpAddress, ...]
+    app_cgroup: int
+    netns_ino: int
+    netns_cookie: int
+
+
+class Workloads:
+    """All captured workloads of a node. `links` is the directory of pins."""
+
+    def __init__(self, loader: Loader, links: Path) -> None:
+        self._loader = loader
+        self._own = loader.maps.own
+        self._links = links
+        self._captured: dict[str, Captured] = {}
+
+    def captured(self) -> tuple[Captured, ...]:
+        return tuple(self._captured.values())
+
+    def adopt(self) -> None:
+        """Takes over the pins of an earlier agent: live links get this agent's programs, dead ones go.
+
+        Raises LoadError when a live link cannot be taken over; it goes on enforcing what it did.
+        """
+        for directory in sorted(self._links.iterdir()):
+            if directory.name.startswith(_PENDING):
+                _unpin(directory)  # its launcher was never told that it may start
+        addresses: dict[int, list[tuple[int, IpAddress]]] = {}
+        for (cookie, address), ino in self._own.items().items():
+            addresses.setdefault(ino, []).append((cookie, from_packed(address)))
+        for directory in sorted(self._links.iterdir()):
+            found = _read_pins(directory)
+            own = addresses.get(found.netns_ino, [])
+            cookie = own[0][0] if own else 0
+            captured = Captured(
+                _name_of(directory), tuple(address for _, address in own), found.app_cgroup, found.netns_ino, cookie
+            )
+            self._captured[captured.name] = captured
+        self.sweep()
+        self._drop_orphans()
+        for captured in self._captured.values():
+            self._renew(captured)
+
+    def register(self, wanted: Registration) -> None:
+        """Attaches and pins every program. Raises RegistrationError. The same again does nothing."""
+        self.sweep()
+        if self._is_same(wanted):
+            return
+        self._check(wanted)
+        if wanted.name in self._captured:
+            self.unregister(wanted.name)
+        with ExitStack() as undo:
+            pending = self._links / f"{_PENDING}{_pin_name(wanted.name)}"
+            pending.mkdir(mode=0o700)
+            undo.callback(_unpin, pending)
+            try:
+                for address in wanted.addresses:
+                    self._own.put(wanted.netns.cookie, packed16(address), wanted.netns.ino)
+                    undo.callback(self._own.delete, wanted.netns.cookie, packed16(address))
+                self._attach(wanted, pending)
+                pending.rename(self._links / _pin_name(wanted.name))
+            except (BpfError, LoadError, OSError) as error:
+                raise RegistrationError(f"workload {wanted.name}: {error}") from None
+            undo.pop_all()
+        self._captured[wanted.name] = Captured(
+            wanted.name, wanted.addresses, wanted.app.id, wanted.netns.ino, wanted.netns.cookie
+        )
+        _log.info("workload %s: captured (%s)", wanted.name, ", ".join(wanted.addresses))
+
+    def unregister(self, name: str) -> None:
+        """Detaches and unpins. Raises RegistrationError while the app cgroup has processes. Unknown: nothing to do."""
+        captured = self._captured.get(name)
+        if captured is None:
+            return
+        if is_populated_id(captured.app_cgroup):
+            raise RegistrationError(
+                f"workload {name}: its app cgroup still has processes, and without capture they would be in the open; "
+                "end them first (cgroup.kill)"
+            )
+        self._release(captured)
+        _log.info("workload %s: released", name)
+
+    def sweep(self) -> None:
+        """Removes the pins of workloads whose app cgroup is gone: nobody is left whom they could hold."""
+        for captured in self.captured():
+            if is_populated_id(captured.app_cgroup) is None:
+                self._release(captured)
+                _log.info("workload %s: gone, swept", captured.name)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the capture of live workloads; each text says what to do."""
+        found = []
+        for captured in self.captured():
+            missing = HOOKS.keys() - {pin.name for pin in self._directory(captured).iterdir()}
+            if missing:
+                found.append(
+                    f"workload {captured.name}: not attached: {', '.join(sorted(missing))}; restart the workload"
+                )
+        return found
+
+    def _is_same(self, wanted: Registration) -> bool:
+        held = self._captured.get(wanted.name)
+        return held is not None and (held.app_cgroup, held.netns_cookie, set(held.addresses)) == (
+            wanted.app.id,
+            wanted.netns.cookie,
+            set(wanted.addresses),
+        )
+
+    def _check(self, wanted: Registration) -> None:
+        if not _NAME.fullmatch(wanted.name):
+            raise RegistrationError(
+                f"workload name {wanted.name[:120]!r}: use 1-100 of a-z, 0-9, '-', '_' and '.', "
+                "with a letter or digit at both ends"
+            )
+        if not 1 <= len(wanted.addresses) <= MAX_ADDRESSES:
+            raise RegistrationError(f"workload {wanted.name}: has {len(wanted.addresses)} addresses, and must have 1-8")
+        check_siblings(wanted.app, wanted.proxy)
+        if wanted.app.is_populated():
+            raise RegistrationError(
+                f"workload {wanted.name}: processes are in {wanted.app.path} already, and what sockets they have would "
+                "not be captured; register first, then start them"
+            )
+        for other in self.captured():
+            if other.name == wanted.name:
+                continue
+            if other.app_cgroup == wanted.app.id:
+                raise RegistrationError(f"workload {wanted.name}: its app cgroup is that of workload {other.name}")
+            if other.netns_cookie == wanted.netns.cookie:
+                raise RegistrationError(
+                    f"workload {wanted.name}: its network namespace is that of workload {other.name}; each has its own"
+                )
+            for address in set(other.addresses) & set(wanted.addresses):
+                raise RegistrationError(f"workload {wanted.name}: address {address} is that of workload {other.name}")
+
+    def _attach(self, wanted: Registration, directory: Path) -> None:
+        cgroups = {Place.APP: wanted.app.fd, Place.PROXY: wanted.proxy.fd}
+        for hook, place in HOOKS.items():
+            if place is Place.NETNS:
+                with (
+                    self._loader.inbound(wanted.netns.cookie) as program,
+                    program.attach_netns(wanted.netns.fd) as link,
+                ):
+                    link.pin(directory / hook)
+            else:
+                with self._loader.program(hook).attach_cgroup(cgroups[place]) as link:
+                    link.pin(directory / hook)
+
+    def _renew(self, captured: Captured) -> None:
+        """Puts this agent's programs behind the pinned links, each at once, so that no connection meets a gap."""
+        try:
+            for pin in self._directory(captured).iterdir():
+                with Link.open_pinned(pin) as link:
+                    if HOOKS.get(pin.name) in (Place.APP, Place.PROXY):
+                        link.update(self._loader.program(pin.name))
+                    elif captured.netns_cookie and link.netns_ino():
+                        with self._loader.inbound(captured.netns_cookie) as program:
+                            link.update(program)
+        except BpfError as error:
+            # A cgroup or namespace that died just now: there is nothing left to renew there.
+            _log.warning("workload %s: keeps the programs of the last agent: %s", captured.name, error)
+
+    def _release(self, captured: Captured) -> None:
+        _unpin(self._directory(captured))
+        for address in captured.addresses:
+            self._own.delete(captured.netns_cookie, packed16(address))
+        del self._captured[captured.name]
+
+    def _drop_orphans(self) -> None:
+        """Addresses of namespaces that no link knows: left by an agent that was killed while it registered."""
+        known = {captured.netns_cookie for captured in self.captured()}
+        for cookie, address in self._own.items():
+            if cookie not in known:
+                self._own.delete(cookie, address)
+
+    def _directory(self, captured: Captured) -> Path:
+        return self._links / _pin_name(captured.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pins:
+    app_cgroup: int
+    netns_ino: int
+
+
+def _read_pins(directory: Path) -> _Pins:
+    app_cgroup = netns_ino = 0
+    for pin in sorted(directory.iterdir()):
+        with Link.open_pinned(pin) as link:
+            if pin.name == _WITNESS:
+                app_cgroup = link.cgroup_id()
+            elif pin.name == _INBOUND:
+                netns_ino = link.netns_ino()
+    return _Pins(app_cgroup, netns_ino)
+
+
+def _pin_name(name: str) -> str:
+    return name.replace(".", ":")  # bpffs keeps the dot for itself (bpf_lookup() in kernel/bpf/inode.c)
+
+
+def _name_of(directory: Path) -> str:
+    return directory.name.replace(":", ".")
+
+
+def _unpin(directory: Path) -> None:
+    for pin in sorted(directory.iterdir()):
+        pin.unlink()
+    directory.rmdir()
