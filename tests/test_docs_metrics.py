@@ -1,0 +1,89 @@
+"""docs/metrics.md and docs/access-log.md name what the code has, and nothing else."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+from uproxy.access_log import AccessLog, Style
+from uproxy.errors import Flag
+from uproxy.telemetry import Connection, Peer, Telemetry
+
+ROOT = Path(__file__).parent.parent
+METRICS = (ROOT / "docs" / "metrics.md").read_text()
+ACCESS_LOG = (ROOT / "docs" / "access-log.md").read_text()
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading, without code marks; the head of the table is left out."""
+    below = text.split(f"{heading}\n", 1)[1]
+    lines = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE).group().splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def full_connection() -> Connection:
+    workload = SimpleNamespace(
+        namespace="n", name="w", canonical_service="w", canonical_revision="1", app="w", version="1"
+    )
+    peer = Peer("10.0.0.1:1", workload, "spiffe://td/ns/n/sa/w")
+    return Connection(
+        "outbound",
+        peer,
+        peer,
+        started=0.0,
+        destination_service="n/s",
+        hbone_address="a:1",
+        request_id="ab",
+        flag=Flag.DENY,
+        error="policy: no",
+        policy="n/p[0]",
+    )
+
+
+def registered() -> dict[str, str]:
+    """Name -> type of every metric that some module registers, read from the source."""
+    found = {}
+    for path in (ROOT / "uproxy").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in ("gauge", "counter"):
+                name = node.args[0]
+                assert isinstance(name, ast.Constant), f"{path}:{node.lineno}: write the metric's name out"
+                found[name.value] = called
+    return found
+
+
+def rendered() -> str:
+    telemetry = Telemetry("1")
+    telemetry.opened(full_connection())
+    return telemetry.render().decode()
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists():
+    code = dict(re.findall(r"^# TYPE (istio_\S+) (\S+)$", rendered(), re.MULTILINE)) | registered()
+    rows = table(METRICS, "## Connections") + table(METRICS, "## The proxy itself")
+    assert {name: kind for name, kind, _ in rows} == code
+    assert len(rows) == len(code)
+
+
+def test_labels_are_documented_in_order():
+    line = re.search(r"^istio_tcp_connections_opened_total\{(.*)\} 1$", rendered(), re.MULTILINE).group(1)
+    assert [label for label, _ in table(METRICS, "### Labels")] == re.findall(r'(\w+)="', line)
+
+
+def test_flags_are_documented():
+    assert [flag for flag, _, _ in table(METRICS, "### Response flags")] == [flag.value for flag in Flag]
+
+
+def test_access_log_fields_are_documented_in_order(tmp_path):
+    log = AccessLog(str(tmp_path / "log"), Style.JSON)
+    log.record(full_connection(), 1.0)
+    log.close()
+    fields = list(json.loads((tmp_path / "log").read_text()))
+    head, rest = fields[:4], fields[4:]
+    documented = [name for name, _ in table(ACCESS_LOG, "left out.")]
+    assert sorted(documented[:4]) == sorted(head)
+    assert documented[4:] == rest
