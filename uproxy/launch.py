@@ -103,8 +103,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--service-account", default="default")
     parser.add_argument("--trust-domain", default="cluster.local")
-    parser.add_argument("--address", required=True, nargs="+", metavar="IP", help="its mesh addresses")
-    parser.add_argument("--config", required=True, nargs="+", type=Path, metavar="FILE", help="resources")
+    parser.add_argument("--address", required=True, nargs="+", action="extend", metavar="IP", help="its mesh addresses")
+    parser.add_argument(
+        "--config", required=True, nargs="+", action="extend", type=Path, metavar="FILE", help="resources"
+    )
     parser.add_argument("--identity-dir", required=True, type=Path, help=" and ".join(_IDENTITY_FILES))
     parser.add_argument("--node-socket", type=Path, default=Path("/run/uproxy/node.sock"))
     parser.add_argument("--capture", choices=("ebpf", "none"), default="ebpf")
@@ -348,8 +350,11 @@ def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
     # -I: neither the working directory nor the environment adds to what is imported.
     arguments = [sys.executable, "-I", "-m", "uproxy", "run", "--workload", options.name]
     arguments += ["--namespace", options.namespace, "--service-account", options.service_account]
-    arguments += ["--trust-domain", options.trust_domain, "--address", *options.address]
-    arguments += ["--config", *map(str, options.config), "--identity-dir", str(state)]
+    arguments += ["--trust-domain", options.trust_domain, "--identity-dir", str(state)]
+    for address in options.address:
+        arguments += ["--address", address]
+    for path in options.config:
+        arguments += ["--config", str(path)]
     arguments += ["--capture", options.capture, "--access-log", "-", "--log-format", options.log_format]
     arguments += ["--drain-timeout-s", str(options.drain_timeout_s)]
     for forward in options.forward:
