@@ -112,7 +112,11 @@ class NetworkNamespace:
             raise PlaceError("the third descriptor is no network namespace (open /run/netns/NAME or /proc/PID/ns/net)")
         ino = os.fstat(fd).st_ino
         for own in ("/proc/1/ns/net", "/proc/self/ns/net"):
-            if os.stat(own).st_ino == ino:
+            try:
+                taken = os.stat(own).st_ino
+            except PermissionError:  # an init with more capabilities than ours, as in some containers, is not shown
+                continue
+            if taken == ino:
                 raise PlaceError(
                     "that is the host's network namespace: closing it would cut off the host. Give the workload a "
                     "namespace of its own, as `uproxy exec` does"
