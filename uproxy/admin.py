@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import cast
 from urllib.parse import parse_qsl
 
 MAX_HEAD = 8 * 1024
@@ -30,9 +31,7 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(
-    rb"(" + _TOKEN + rb") (/[!-~]*) HTTP/1\.([01])"
-)  # origin-form only: RFC 9112 3.2.1
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") (/[!-~]*) HTTP/1\.([01])")  # origin-form only: RFC 9112 3.2.1
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*)")  # no line folding: RFC 9112 5.2
 
 _log = logging.getLogger(__name__)
@@ -198,9 +197,8 @@ class _Connection(asyncio.Protocol):
         self._answered = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._timer = self._loop.call_later(TIMEOUT_S, transport.abort)
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's does not derive from asyncio's
+        self._timer = self._loop.call_later(TIMEOUT_S, self._transport.abort)
         if len(self._open) >= MAX_CONNECTIONS:
             self._answer(_text("too many connections", HTTPStatus.SERVICE_UNAVAILABLE))
         else:
@@ -218,9 +216,7 @@ class _Connection(asyncio.Protocol):
         if end >= 0:
             self._answer(self._respond(bytes(self._received[:end])))
         elif len(self._received) >= MAX_HEAD:
-            self._answer(
-                _text(f"the head is over {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            )
+            self._answer(_text(f"the head is over {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
 
     def _respond(self, head: bytes) -> Response:
         try:

@@ -13,6 +13,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -406,7 +407,7 @@ def test_the_loop_flushes(tmp_path, monkeypatch):
         assert log._lines or log._timer is None  # no timer without work
         log.close()
 
-    asyncio.run(run())
+    uvloop.run(run())
     written = errors_in(path.read_text())
     assert written == [str(i) for i in range(len(written))]
 

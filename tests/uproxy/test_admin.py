@@ -1,4 +1,4 @@
-"""The admin server on real sockets: what it answers, and that nothing a client does keeps it busy."""
+"""The admin server on real sockets and its real loop: what it answers, and that no client keeps it busy."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,7 @@ import logging
 from http import HTTPStatus
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +34,7 @@ def converse(routes, *sent: bytes, finish: bool = False) -> bytes:
             finally:
                 await close(writer)
 
-    return asyncio.run(run())
+    return uvloop.run(run())
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
@@ -148,7 +149,7 @@ def test_a_client_that_stalls_is_cut(monkeypatch):
             assert await asyncio.wait_for(reader.read(), 5) == b""
             await close(writer)
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_a_client_that_does_not_take_its_answer_is_cut(monkeypatch):
@@ -164,7 +165,7 @@ def test_a_client_that_does_not_take_its_answer_is_cut(monkeypatch):
                 await asyncio.wait_for(reader.readexactly(50_000_000), 5)
             await close(writer)
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_connections_are_bounded_and_a_place_is_given_back():
@@ -192,7 +193,7 @@ def test_connections_are_bounded_and_a_place_is_given_back():
             for _, writer in idle:
                 await close(writer)
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 class TestRoutes:
