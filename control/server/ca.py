@@ -81,7 +81,7 @@ class Authority:
             domain = parse_trust_domain(trust_domain)
         except ValueError as error:
             raise CaError(str(error)) from None
-        target = Path(directory)
+        target = Path(directory).resolve()
         _refuse_existing(target)
         passphrase = _read_passphrase(Path(passphrase_file)) if passphrase_file is not None else None
         try:

@@ -99,6 +99,7 @@ def forge(
     key: Key | None = None,
     extra: Sequence[tuple[x509.ExtensionType, bool]] = (),
     common_name: str = "forged",
+    names_issuer_key: bool = True,
 ) -> Forged:
     """Sign whatever is asked for; the defaults are a correct SVID of `WEB`. Without an issuer it signs itself."""
     key = key or ec.generate_private_key(ec.SECP256R1())
@@ -116,9 +117,10 @@ def forge(
         .not_valid_after(now + not_after)
         .add_extension(x509.BasicConstraints(ca=ca, path_length=path_length if ca else None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(_authority_key_identifier(issuer, signer), critical=False)
         .add_extension(key_usage or usage(digital_signature=True), critical=key_usage_critical)
     )
+    if names_issuer_key:
+        builder = builder.add_extension(_authority_key_identifier(issuer, signer), critical=False)
     if uris:
         names = [x509.UniformResourceIdentifier(uri) for uri in uris]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)

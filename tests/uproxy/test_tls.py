@@ -200,6 +200,7 @@ BAD = {
         lambda ca: forge(ca, extra=[(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"x"), True)]),
         "critical-extension",
     ),
+    "no authority key identifier": (lambda ca: forge(ca, names_issuer_key=False), "certificate-invalid"),
     "unknown CA": (stranger, "unknown-ca"),
     "the CA's name over another key": (impostor, "bad-signature"),
     "self-signed": (lambda _ca: forge(None), "unknown-ca"),

@@ -63,9 +63,9 @@ def as_cryptography_reads(der: bytes) -> Leaf:
 
 
 oids = st.builds(
-    lambda root, second, rest: x509.ObjectIdentifier(".".join(map(str, (root, second, *rest)))),
-    st.integers(0, 2),
-    st.integers(0, 39),
+    lambda first, rest: x509.ObjectIdentifier(".".join(map(str, (*first, *rest)))),
+    # Under arc 2 the second number is not bounded by 39 (X.660), which is where naive decoders go wrong.
+    st.tuples(st.integers(0, 1), st.integers(0, 39)) | st.tuples(st.just(2), st.integers(0, 2**20)),
     st.lists(st.integers(0, 2**31), min_size=1, max_size=6),
 )
 uris = st.one_of(
@@ -359,6 +359,13 @@ def test_the_mesh_ca_itself_is_no_workload(tmp_path):
     for ca in (authority.root, authority.intermediate):
         with pytest.raises(X509Error, match="CA:true"):
             check_svid(read_leaf(ca.public_bytes(serialization.Encoding.DER)), "cluster.local")
+
+
+@pytest.mark.parametrize(("two_digits", "year"), [(b"49", 2049), (b"50", 1950), (b"99", 1999), (b"00", 2000)])
+def test_the_century_of_a_utc_time_is_that_of_rfc_5280(two_digits, year):
+    times = tlv(0x17, two_digits + b"0101000000Z"), tlv(0x18, b"21000101000000Z")
+    leaf = read_leaf(certificate(validity=tlv(SEQUENCE, *times)))
+    assert leaf.not_before == datetime(year, 1, 1, tzinfo=UTC).timestamp()
 
 
 def test_times_are_those_of_the_certificate():
