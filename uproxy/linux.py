@@ -25,6 +25,7 @@ _MS_PRIVATE = 0x40000
 
 _SFD_NONBLOCK = os.O_NONBLOCK
 _SFD_CLOEXEC = os.O_CLOEXEC
+_SOCKADDR_BYTES = 16
 _SIGSET_BYTES = 128
 _SIGINFO_BYTES = 128
 
@@ -59,6 +60,11 @@ def inside(netns_fd: int) -> Iterator[None]:
             setns(back)
     finally:
         os.close(back)
+
+
+def disconnect(fd: int) -> None:
+    """Make a TCP socket as new, whatever state it is in: connect(2) with AF_UNSPEC."""
+    _checked(_libc.connect(fd, bytes(_SOCKADDR_BYTES), _SOCKADDR_BYTES), "connect(AF_UNSPEC)")
 
 
 def _prctl(option: int, value: int, what: str) -> None:

@@ -63,6 +63,8 @@ class Sidecar:
         handed = [theirs, *(probe.fileno() for probe in self._probes)]
         arguments = [*self._arguments, "--ready-fd", str(theirs)]
         for probe in self._probes:
+            # The one before may have left it connected.
+            linux.disconnect(probe.fileno())
             arguments += ["--probe-fd", str(probe.fileno())]
         try:
             self._process = subprocess.Popen(
