@@ -159,12 +159,12 @@ class Workload:
         return answer
 
     def proxy_pid(self) -> int:
-        """The uProxy's pid; 0 when there is none."""
+        """The uProxy's pid. Raises LabError when there is none (never 0, which kill(2) takes for everybody)."""
         for pid in (self.box.proxy_cgroup / "cgroup.procs").read_text().split():
             with suppress(OSError):
                 if b"\0run\0" in Path("/proc", pid, "cmdline").read_bytes():
                     return int(pid)
-        return 0
+        raise LabError(f"{self.name} has no uProxy now")
 
     def access_log(self) -> list[dict[str, Any]]:
         """The access-log lines of its uProxy so far."""
