@@ -5,7 +5,7 @@ this process; the kernel knows its *original destination*. *Plan* (`resolve`): w
 *Tunnel* (`tunnel`, `pool`): one mTLS connection to a peer, which carries many connections as HBONE *streams* (`hbone`).
 *Relay* (`relay`): the copy between one application socket and one stream. `outbound` and `inbound` are the two paths,
 readable top to bottom; `plane` is the loop that drives them; `run` wires one process together. Beside them stand
-`authz` (who may), `telemetry` and `access_log` (what happened), `admin` (ask the process), `explicit` (without capture),
+`authz` (who may), `telemetry` and `access_log` (what happened), `admin` (ask the process), `explicit` (no capture),
 `launch` (`uproxy exec`) and `node` (the node agent, the only one that loads eBPF).
 """
 

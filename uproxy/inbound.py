@@ -15,7 +15,7 @@ import ssl
 import time
 from collections.abc import Callable
 
-from control.api.address import AddressError, IpAddress, parse_address
+from control.api.address import AddressError, parse_address
 from control.api.workload import Workload
 from control.client.state import State
 from uproxy import hbone, tunnel
@@ -168,7 +168,7 @@ class Inbound:
 
     def _decide(self, carrier: Tunnel, port: int) -> Decision:
         """L4 authorization: who (from TLS), from where (the TCP peer), to which port of the workload."""
-        return self._policies.decide(carrier.peer, parse_address(carrier.peer_address), self._own.addresses[0], port)
+        return self._policies.decide(carrier.peer, carrier.peer_address, self._own.addresses[0], port)
 
     async def _connect(self, port: int) -> socket.socket:
         """Dial the application: at its mesh address, then at loopback, where many listen only."""
@@ -223,7 +223,7 @@ class Inbound:
 
     def _workload_of(self, carrier: Tunnel) -> Workload | None:
         """The caller's workload, for telemetry: only if address and proven identity agree."""
-        workload = self._state.workload_at(IpAddress(carrier.peer_address))
+        workload = self._state.workload_at(carrier.peer_address)
         return workload if workload is not None and workload.identity == carrier.peer else None
 
 

@@ -6,6 +6,7 @@ sent) -> relay both ways -> one access-log record.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -123,8 +124,9 @@ class Outbound:
 
     def _answer_probe(self, app: socket.socket) -> None:
         """This process dialled itself through capture (see run.py): tell it that the connection arrived."""
-        if self.probed is not None:
-            self.probed(app.getpeername()[:2])
+        with contextlib.suppress(OSError):
+            if self.probed is not None:
+                self.probed(app.getpeername()[:2])
         app.close()
 
 

@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 T = TypeVar("T")
 EventCallback = Callable[[int], None]
 
+_IP_BIND_ADDRESS_NO_PORT = 24  # ip(7); Python 3.11 has no name for it
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 READ_READY = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
@@ -189,6 +190,8 @@ class Plane:
             # Without it, Nagle and delayed ACKs stall small messages for 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if source is not None:
+                # Choose the port at connect(), by 4-tuple, so that the address does not run out of ports.
+                sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
                 sock.bind((source, 0))
             status = sock.connect_ex((host, port))
             if status == errno.EINPROGRESS:

@@ -7,9 +7,9 @@ to a new peer opens one tunnel; the others wait for it (HBONE.md 2.6).
 from __future__ import annotations
 
 import ssl
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from uproxy import hbone, tunnel
 from uproxy.errors import Flag, RefusedError
@@ -29,9 +29,11 @@ Key = tuple[str, SpiffeId]
 class Pool:
     """Open tunnels, by peer. `context` gives the TLS context of the moment, so that a rotation applies to new ones."""
 
-    def __init__(self, plane: Plane, context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, plane: Plane, context: Callable[[], ssl.SSLContext], addresses: Sequence[IpAddress]) -> None:
         self._plane = plane
         self._context = context
+        # The workload's own address, by family, so that peers see it, whatever else this host has.
+        self._sources = {":" in address: address for address in reversed(addresses)}
         self._tunnels: dict[Key, list[Tunnel]] = {}
         self._dialling: dict[Key, list[Waiter[None]]] = {}
 
@@ -51,7 +53,8 @@ class Pool:
                     "connect-timeout", f"{hop.address}: no answer to CONNECT within {ANSWER_TIMEOUT_S:g} s"
                 ) from error
             except ConnectionResetError as error:
-                # Nothing was sent but HEADERS. An old tunnel may have been closing while we opened: use a new one.
+                # Nothing was sent but HEADERS. An old tunnel may have been closing, or full: use a new one.
+                carrier.retire()
                 if not fresh:
                     continue
                 raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
@@ -92,9 +95,8 @@ class Pool:
             return peer
 
         try:
-            carrier = await tunnel.dial(
-                self._plane, address, HBONE_PORT, self._context(), identify, tunnel.CONNECT_TIMEOUT_S
-            )
+            source = self._sources.get(":" in address)
+            carrier = await tunnel.dial(self._plane, address, HBONE_PORT, self._context(), identify, source)
         except RefusedError as error:
             for waiter in waiting:
                 waiter.fail(error)
@@ -131,8 +133,7 @@ class Pool:
     def retire(self) -> None:
         """Open no more streams on these tunnels; each closes with its last stream (a certificate was rotated)."""
         for carrier in self.tunnels():
-            carrier.connection.goaway_received = True
-            carrier.idle_since = time.monotonic()
+            carrier.retire()
 
     def close(self) -> None:
         for carrier in self.tunnels():

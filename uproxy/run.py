@@ -73,6 +73,7 @@ def _harden() -> None:
 
 async def _run(settings: Settings) -> int:
     proxy = _Proxy(settings, asyncio.get_running_loop())
+    failed: Exception | None = None
     try:
         async with asyncio.TaskGroup() as group:
             await proxy.start(group)
@@ -82,9 +83,11 @@ async def _run(settings: Settings) -> int:
     except* _Drained:
         pass
     except* (StartError, ConfigError, CredentialsError) as failures:
-        raise failures.exceptions[0] from None
+        failed = failures.exceptions[0]
     finally:
         proxy.close()
+    if failed is not None:
+        raise failed
     return 0
 
 
@@ -107,7 +110,7 @@ class _Proxy:
         self._telemetry = Telemetry(uproxy.__version__, self._log)
         self._connections = Connections()
         own = Self(settings.key, str(settings.identity), settings.identity.trust_domain, settings.addresses)
-        self._pool = Pool(self._plane, lambda: self._client_context)
+        self._pool = Pool(self._plane, lambda: self._client_context, settings.addresses)
         self._outbound = Outbound(self._plane, self._state, self._pool, self._connections, self._telemetry, own)
         self._inbound = Inbound(
             self._plane, self._state, lambda: self._server_context, self._connections, self._telemetry, own
@@ -192,7 +195,7 @@ class _Proxy:
     def _accept(self, listener: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                fd, _ = listener._accept()  # type: ignore[attr-defined]  # socket.accept() without its fcntl calls
+                sock, _ = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -203,7 +206,6 @@ class _Proxy:
                     self._plane.call_later(0.1, lambda: self._rearm(listener))
                     return
                 continue  # that one connection is gone (ECONNABORTED, EPROTO, ...)
-            sock = socket.socket(listener.family, socket.SOCK_STREAM, 0, fileno=fd)
             sock.setblocking(False)
             self._plane.spawn(serve(sock))
 

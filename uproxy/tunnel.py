@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from uproxy import hbone, plane
 from uproxy.errors import Flag, RefusedError
@@ -65,14 +66,15 @@ class Tunnel:
         self.on_close: Callable[[Tunnel], None] = _ignore
         self.idle_since = time.monotonic()
         address = sock.getpeername()
-        self.peer_address: str = address[0]
+        # As the kernel writes it: canonical, and mapped addresses do not occur (IPV6_V6ONLY). Without a zone.
+        self.peer_address = IpAddress(address[0].partition("%")[0])
         self.peer_port: int = address[1]
-        self.local_address: str = sock.getsockname()[0]
         self._sock = sock
         self._tls = tls
         self._incoming, self._outgoing = bios
         self._unsent = memoryview(b"")
         self._dirty = False
+        self._retired = False
         self._heard_at = time.monotonic()
         self._pinged_at: float | None = None
         self._on_request = on_request
@@ -102,7 +104,11 @@ class Tunnel:
     @property
     def usable(self) -> bool:
         """Whether another stream may be opened here."""
-        return not self.closed and self.connection.can_open
+        return not self.closed and not self._retired and self.connection.can_open
+
+    def retire(self) -> None:
+        """Open no more streams here; the ones that are open go on."""
+        self._retired = True
 
     # -- sending
 
@@ -284,13 +290,18 @@ def _ignore(_: Tunnel) -> None: ...
 
 
 async def dial(
-    data_plane: plane.Plane, host: str, port: int, context: ssl.SSLContext, identify: Identify, timeout_s: float
+    data_plane: plane.Plane,
+    host: str,
+    port: int,
+    context: ssl.SSLContext,
+    identify: Identify,
+    source: str | None,
 ) -> Tunnel:
     """Open a tunnel to a peer's HBONE port. Raises RefusedError (retriable: nothing was sent)."""
     try:
-        sock = await data_plane.connect(host, port, timeout_s)
+        sock = await data_plane.connect(host, port, CONNECT_TIMEOUT_S, source=source)
     except TimeoutError as error:
-        detail = f"no answer from {host}:{port} within {timeout_s:g} s: does a firewall or NetworkPolicy block {port}?"
+        detail = f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s: does a firewall or NetworkPolicy block {port}?"
         raise RefusedError("connect-failed", detail, retriable=True) from error
     except OSError as error:
         detail = f"{host}:{port}: {error.strerror}: is a uProxy running there?"
@@ -299,6 +310,10 @@ async def dial(
         tls, bios = await handshake(data_plane, sock, context, server_side=False)
         peer = identify(tls)
         return Tunnel(data_plane, sock, tls, bios, peer, client=True)
+    except OSError as error:  # it went away between two steps
+        sock.close()
+        detail = f"{host}:{port}: {error.strerror}"
+        raise RefusedError("connect-failed", detail, flag=Flag.TLS_FAILURE, retriable=True) from error
     except BaseException:
         sock.close()
         raise

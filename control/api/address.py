@@ -78,12 +78,15 @@ def is_ipv6(address: IpAddress) -> bool:
     return ":" in address
 
 
-def reason_not_unicast(address: IpAddress) -> str:
-    """Why a workload or service cannot live at this address; empty when it can."""
+def reason_not_unicast(address: IpAddress, *, loopback: bool = False) -> str:
+    """Why a workload or service cannot live at this address; empty when it can.
+
+    `loopback`: a workload may, in a mesh of one machine without capture.
+    """
     ip = ipaddress.ip_address(address)
     for kind, found in (
         ("unspecified", ip.is_unspecified),
-        ("a loopback address", ip.is_loopback),
+        ("a loopback address", ip.is_loopback and not loopback),
         ("a multicast address", ip.is_multicast),
         ("link-local", ip.is_link_local),
         ("the broadcast address", address == "255.255.255.255"),

@@ -203,9 +203,9 @@ def _none_or_address(text: str) -> str:
     return text if text == "None" else _unicast_address(text)
 
 
-def _unicast_address(text: str) -> IpAddress:
+def _unicast_address(text: str, *, loopback: bool = False) -> IpAddress:
     address = parse_address(text)
-    if reason := reason_not_unicast(address):
+    if reason := reason_not_unicast(address, loopback=loopback):
         raise AddressError(reason)
     return address
 
@@ -270,7 +270,7 @@ def _read_addresses(document: Reader, spec: Reader, more: str) -> tuple[IpAddres
 def _workload_address(text: str) -> IpAddress:
     if text.startswith("unix:"):
         raise AddressError("a Unix socket is refused: the mesh carries TCP; write the workload's IP address")
-    return _unicast_address(text)
+    return _unicast_address(text, loopback=True)
 
 
 def _read_endpoint_slice(document: Reader) -> DeclaredEndpoints:

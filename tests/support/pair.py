@@ -55,7 +55,7 @@ class Proxy:
         contexts = client_context(credentials), server_context(credentials)
         self.telemetry = Recorder()
         self.connections = Connections()
-        self.pool = Pool(data_plane, lambda: contexts[0])
+        self.pool = Pool(data_plane, lambda: contexts[0], own.addresses)
         self.outbound = Outbound(data_plane, state, self.pool, self.connections, self.telemetry, own)
         self.inbound = Inbound(data_plane, state, lambda: contexts[1], self.connections, self.telemetry, own)
 
