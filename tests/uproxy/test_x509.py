@@ -157,7 +157,7 @@ def test_reads_what_cryptography_wrote(der):
 
 
 @given(damaged())
-@settings(max_examples=400)
+@settings(max_examples=4 * settings().max_examples)
 def test_damaged_der_is_refused_or_read_as_cryptography_reads_it(der):
     try:
         leaf = read_leaf(der)
