@@ -41,6 +41,7 @@ class Settings:
     ready_fd: int | None
     forwards: tuple[Forward, ...]
     socks5: tuple[str, int] | None
+    admin_port: int
     access_log: str
     log_json: bool
     drain_timeout_s: float
@@ -72,6 +73,7 @@ def parse(argv: Sequence[str]) -> Settings:
     capture.add_argument("--socks5", metavar="IP:PORT")
     capture.add_argument("--probe-fd", action="append", type=int, default=[], help=argparse.SUPPRESS)
     capture.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
+    capture.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
     logs = parser.add_argument_group("logs and the end")
     logs.add_argument("--access-log", default="-", metavar="FILE", help="- for standard output (default), or off")
     logs.add_argument("--log-format", choices=("json", "text"), default="text")
@@ -92,6 +94,8 @@ def parse(argv: Sequence[str]) -> Settings:
     captured = options.capture == "ebpf"
     if captured and (forwards or socks5):
         parser.error("--forward and --socks5 belong to --capture none")
+    if not 0 < options.admin_port < 65536:
+        parser.error("--admin-port is between 1 and 65535")
     if not 0 <= options.drain_timeout_s <= 3600:
         parser.error("--drain-timeout-s is between 0 and 3600")
     return Settings(
@@ -105,6 +109,7 @@ def parse(argv: Sequence[str]) -> Settings:
         ready_fd=options.ready_fd,
         forwards=forwards,
         socks5=socks5,
+        admin_port=options.admin_port,
         access_log=options.access_log,
         log_json=options.log_format == "json",
         drain_timeout_s=options.drain_timeout_s,

@@ -15,7 +15,7 @@ import ssl
 import time
 from collections.abc import Callable
 
-from control.api.address import AddressError, parse_address
+from control.api.address import AddressError, IpAddress, parse_address
 from control.api.workload import Workload
 from control.client.state import State
 from uproxy import hbone, tunnel
@@ -38,6 +38,7 @@ MAX_TUNNELS = 4096
 FORBIDDEN_PORTS = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
 
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:/@\s]{1,253})):([0-9]{1,5})", re.ASCII)
+_FORWARDED_HOST = re.compile(rb"(?:^|;)host=([a-z0-9.-]{1,253})(?:;|$)")
 _TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,13 @@ class Inbound:
 
     async def serve_tunnel(self, sock: socket.socket) -> None:
         """One mTLS connection from a peer. Never raises."""
+        record = self._record(_peer_address(sock), os.urandom(16).hex())
         if self._handshakes >= MAX_HANDSHAKES or len(self._tunnels) >= MAX_TUNNELS:
             sock.close()
+            detail = f"{self._handshakes} handshakes and {len(self._tunnels)} tunnels are as many as are served"
+            fail(record, RefusedError("overload", detail, flag=Flag.TLS_FAILURE), self._telemetry)
             return
         self._handshakes += 1
-        record = self._record(_peer_address(sock), os.urandom(16).hex())
         try:
             tls, bios = await tunnel.handshake(self._plane, sock, self._context(), server_side=True)
             peer = peer_identity(tls, self._own.trust_domain)
@@ -106,11 +109,11 @@ class Inbound:
         record.source.identity = str(carrier.peer)
         record.source.workload = self._workload_of(carrier)
         try:
-            port = self._target(fields, record)
-            decision = self._decide(carrier, port)
+            address, port = self._target(fields, record)
+            decision = self._decide(carrier, address, port)
             if not decision.allowed:
                 raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
-            app = await self._connect(port)
+            app = await self._connect(address, port)
         except RefusedError as error:
             carrier.respond(relay, _refusal_headers(error, request_id), end=True)
             relay.discard()
@@ -119,15 +122,15 @@ class Inbound:
         carrier.respond(relay, ((b":status", b"200"),))
 
         def permitted() -> str:
-            again = self._decide(carrier, port)
+            again = self._decide(carrier, address, port)
             return "" if again.allowed else f"policy: no longer allowed: {again.reason}"
 
         await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
 
     # -- its stages
 
-    def _target(self, fields: dict[bytes, bytes], record: Connection) -> int:
-        """The workload's port that a CONNECT asks for. Raises RefusedError with the status to answer."""
+    def _target(self, fields: dict[bytes, bytes], record: Connection) -> tuple[IpAddress, int]:
+        """The workload's address and port that a CONNECT asks for. Raises RefusedError with the status to answer."""
         method = fields[b":method"]
         if method != b"CONNECT" or b":protocol" in fields:
             raise _bad_request(f"{method.decode('latin-1')} on the HBONE port; only a plain CONNECT is served")
@@ -146,7 +149,7 @@ class Inbound:
         try:
             address = parse_address(match[1] or match[2])
         except AddressError:
-            port = self._service_port(match[2] or match[1], port, record)
+            address, port = self._own.addresses[0], self._service_port(match[2] or match[1], port, record)
         else:
             if address not in self._own.addresses:
                 raise RefusedError(
@@ -154,7 +157,8 @@ class Inbound:
                 )
         if port in FORBIDDEN_PORTS:
             raise RefusedError("port-forbidden", f"port {port} belongs to the proxy", flag=Flag.DENY)
-        return port
+        self._note_service(fields, record)
+        return address, port
 
     def _service_port(self, host: str, port: int, record: Connection) -> int:
         """A hostname authority names a service of which this workload is an endpoint."""
@@ -166,22 +170,30 @@ class Inbound:
                     return endpoint.ports[port]
         raise _bad_request(f"{host[:253]}:{port} is no service port of {self._own.key}")
 
-    def _decide(self, carrier: Tunnel, port: int) -> Decision:
-        """L4 authorization: who (from TLS), from where (the TCP peer), to which port of the workload."""
-        return self._policies.decide(carrier.peer, carrier.peer_address, self._own.addresses[0], port)
+    def _note_service(self, fields: dict[bytes, bytes], record: Connection) -> None:
+        """Telemetry only: the service that the caller says it dialled, if this workload is one of its endpoints."""
+        said = _FORWARDED_HOST.search(fields.get(b"forwarded", b""))
+        service = self._state.service_named(said[1].decode()) if said is not None else None
+        if service is not None and any(e.workload == self._own.key for e in self._state.endpoints(service.key)):
+            record.destination_service = service.key
 
-    async def _connect(self, port: int) -> socket.socket:
-        """Dial the application: at its mesh address, then at loopback, where many listen only."""
+    def _decide(self, carrier: Tunnel, address: IpAddress, port: int) -> Decision:
+        """L4 authorization: who (from TLS), from where (the TCP peer), to which address and port of the workload."""
+        if self._state.workload(self._own.key) is None:
+            return Decision(False, "", "the configuration no longer has this workload")
+        return self._policies.decide(carrier.peer, carrier.peer_address, address, port)
+
+    async def _connect(self, address: IpAddress, port: int) -> socket.socket:
+        """Dial the application: at the address that was asked for, then at loopback, where many listen only."""
         failed: OSError | None = None
-        loopback = "::1" if ":" in self._own.addresses[0] else "127.0.0.1"
-        for host in (*self._own.addresses, loopback):
+        for host in (address, "::1" if ":" in address else "127.0.0.1"):
             try:
                 return await self._plane.connect(host, port, APP_CONNECT_TIMEOUT_S)
             except OSError as error:
                 failed = error
                 if error.errno != errno.ECONNREFUSED:
                     break
-        detail = f"the application at {self._own.addresses[0]}:{port}: {failed}"
+        detail = f"the application at {host_port(address, port)}: {failed}"
         raise RefusedError("app-unreachable", detail, flag=Flag.CONNECT)
 
     # -- what changes meanwhile

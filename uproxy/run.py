@@ -34,7 +34,7 @@ from uproxy.telemetry import Telemetry
 from uproxy.tls import Credentials, CredentialsError, client_context, server_context
 from uproxy.tunnel import HBONE_PORT
 
-OUTBOUND_PORT, ADMIN_PORT, METRICS_PORT, READY_PORT = 15001, 15000, 15020, 15021
+OUTBOUND_PORT, METRICS_PORT, READY_PORT = 15001, 15020, 15021
 # Dialling these from the workload's cgroup is captured always, with route "probe" (bpf/mesh.h).
 PROBE_ADDRESSES = {socket.AF_INET: "240.240.255.255", socket.AF_INET6: "fd75:7078::ffff"}
 PROBE_PORT = 15021
@@ -162,17 +162,22 @@ class _Proxy:
             self._listen_on(
                 *self.settings.socks5, lambda app: explicit.serve_socks(self._plane, self._outbound, self._state, app)
             )
-        if self.settings.captured:
-            # In a namespace of its own, these ports are this workload's; on a shared host they would be everybody's.
-            metrics = admin.metrics_routes(self._telemetry.render)
-            ready = admin.ready_routes(lambda: self.pending)
-            control = admin.admin_routes(self._config_dump, self.stopping.set, logging.getLogger())
-            for address, port, routes in (
-                ("127.0.0.1", ADMIN_PORT, control),
-                ("0.0.0.0", METRICS_PORT, metrics),
-                ("0.0.0.0", READY_PORT, ready),
-            ):
+        # Captured, the namespace and its ports are this workload's; else others may share the host, so metrics and
+        # readiness are at its own address.
+        host = "0.0.0.0" if self.settings.captured else self.settings.addresses[0]
+        for address, port, routes in (
+            ("127.0.0.1", self.settings.admin_port, admin.admin_routes(*self._operations())),
+            (host, METRICS_PORT, admin.metrics_routes(self._telemetry.render)),
+            (host, READY_PORT, admin.ready_routes(lambda: self.pending)),
+        ):
+            try:
                 self._servers.append(await admin.serve(address, port, routes))
+            except OSError as error:
+                hint = ": another uProxy may run here; see --admin-port" if port == self.settings.admin_port else ""
+                raise StartError(f"cannot listen on {address}:{port}: {error.strerror or error}{hint}") from error
+
+    def _operations(self) -> tuple[Callable[[], object], Callable[[], None], logging.Logger]:
+        return self._config_dump, self.stopping.set, logging.getLogger()
 
     def _listen_on(self, address: str, port: int, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -301,7 +301,7 @@ async def dial(
     try:
         sock = await data_plane.connect(host, port, CONNECT_TIMEOUT_S, source=source)
     except TimeoutError as error:
-        detail = f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s: does a firewall or NetworkPolicy block {port}?"
+        detail = f"{host}:{port}: no answer in {CONNECT_TIMEOUT_S:g} s: does a firewall or NetworkPolicy block {port}?"
         raise RefusedError("connect-failed", detail, retriable=True) from error
     except OSError as error:
         detail = f"{host}:{port}: {error.strerror}: is a uProxy running there?"
