@@ -10,9 +10,8 @@ import http.client
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +24,53 @@ _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 START_TIMEOUT_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """Where an Envoy listens, where it sends to, and the authority it accepts or asks for."""
-
-    listen: tuple[str, int]
-    upstream: tuple[str, int]
-    authority: str
+Address = tuple[str, int]
 
 
-def server_config(identity: Path, hop: Hop, trust_domain: str, window: int | None = None) -> dict[str, Any]:
-    """Terminate HBONE on `hop.listen`: CONNECT for `hop.authority` goes to `hop.upstream`, others get 404."""
-    route = {
-        "match": {"connect_matcher": {}},
-        "route": {
-            "cluster": "application",
-            "timeout": "0s",
-            "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
-        },
-    }
-    http2: dict[str, Any] = {
-        "allow_connect": True,
-        "max_concurrent_streams": 100,
-        "connection_keepalive": {"interval": "10s", "timeout": "20s"},
-    }
-    if window is not None:
-        http2["initial_stream_window_size"] = window
+def server_config(
+    identity: Path,
+    trust_domain: str,
+    listen: Address,
+    applications: Mapping[str, Address],
+    *,
+    stream_window: int | None = None,
+) -> dict[str, Any]:
+    """Terminate HBONE on `listen`: CONNECT for an authority goes to its application, any other gets 404."""
+    hosts = [
+        {
+            "name": f"application-{i}",
+            "domains": [authority],
+            "routes": [
+                {
+                    "match": {"connect_matcher": {}},
+                    "route": {
+                        "cluster": f"application-{i}",
+                        "timeout": "0s",
+                        "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
+                    },
+                }
+            ],
+        }
+        for i, authority in enumerate(applications)
+    ]
     manager = {
         "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "hbone",
         "codec_type": "AUTO",
         "stream_idle_timeout": "0s",
         "upgrade_configs": [{"upgrade_type": "CONNECT"}],
-        "http2_protocol_options": http2,
-        "route_config": {"virtual_hosts": [{"name": "application", "domains": [hop.authority], "routes": [route]}]},
+        "http2_protocol_options": {
+            "allow_connect": True,
+            "max_concurrent_streams": 100,
+            "connection_keepalive": {"interval": "10s", "timeout": "20s"},
+            **_window(stream_window),
+        },
+        "route_config": {"virtual_hosts": hosts},
         "http_filters": [{"name": "router", "typed_config": {"@type": f"{_TYPE}.filters.http.router.v3.Router"}}],
     }
     listener = {
         "name": "hbone",
-        "address": _address(hop.listen),
+        "address": _address(listen),
         "filter_chains": [
             {
                 "transport_socket": {
@@ -78,39 +85,47 @@ def server_config(identity: Path, hop: Hop, trust_domain: str, window: int | Non
             }
         ],
     }
-    return _bootstrap(listener, _cluster("application", hop.upstream))
+    clusters = [_cluster(f"application-{i}", address) for i, address in enumerate(applications.values())]
+    return _bootstrap([listener], clusters)
 
 
-def client_config(identity: Path, hop: Hop, trust_domain: str, window: int | None = None) -> dict[str, Any]:
-    """Listen for TCP on `hop.listen`: each connection is a CONNECT for `hop.authority` to `hop.upstream`."""
-    listener = {
-        "name": "application",
-        "address": _address(hop.listen),
-        "filter_chains": [
-            {
-                "filters": [
-                    {
-                        "name": "tcp",
-                        "typed_config": {
-                            "@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
-                            "stat_prefix": "tunnel",
-                            "cluster": "tunnel",
-                            "tunneling_config": {"hostname": hop.authority},
-                        },
-                    }
-                ]
-            }
-        ],
-    }
-    cluster = _cluster("tunnel", hop.upstream)
-    http2: dict[str, Any] = {"allow_connect": True}
-    if window is not None:
-        http2["initial_stream_window_size"] = window
+def client_config(
+    identity: Path,
+    trust_domain: str,
+    upstream: Address,
+    entries: Mapping[Address, str],
+    *,
+    stream_window: int | None = None,
+) -> dict[str, Any]:
+    """Listen for TCP on each entry: a connection is a CONNECT for the entry's authority, sent to `upstream`."""
+    listeners = [
+        {
+            "name": f"entry-{listen[1]}",
+            "address": _address(listen),
+            "filter_chains": [
+                {
+                    "filters": [
+                        {
+                            "name": "tcp",
+                            "typed_config": {
+                                "@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
+                                "stat_prefix": "tunnel",
+                                "cluster": "tunnel",
+                                "tunneling_config": {"hostname": authority},
+                            },
+                        }
+                    ]
+                }
+            ],
+        }
+        for listen, authority in entries.items()
+    ]
+    cluster = _cluster("tunnel", upstream)
     cluster["typed_extension_protocol_options"] = {
         _HTTP_OPTIONS: {
             "@type": f"type.googleapis.com/{_HTTP_OPTIONS}",
             "common_http_protocol_options": {"idle_timeout": "3600s"},
-            "explicit_http_config": {"http2_protocol_options": http2},
+            "explicit_http_config": {"http2_protocol_options": {"allow_connect": True, **_window(stream_window)}},
         }
     }
     cluster["transport_socket"] = {
@@ -120,21 +135,25 @@ def client_config(identity: Path, hop: Hop, trust_domain: str, window: int | Non
             "common_tls_context": _tls(identity, trust_domain),
         },
     }
-    return _bootstrap(listener, cluster)
+    return _bootstrap(listeners, [cluster])
 
 
-def _bootstrap(listener: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
+def _window(stream_window: int | None) -> dict[str, Any]:
+    return {} if stream_window is None else {"initial_stream_window_size": stream_window}
+
+
+def _bootstrap(listeners: list[dict[str, Any]], clusters: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "admin": {"address": _address(("127.0.0.1", 19901))},
-        "static_resources": {"listeners": [listener], "clusters": [cluster]},
+        "static_resources": {"listeners": listeners, "clusters": clusters},
     }
 
 
-def _address(address: tuple[str, int]) -> dict[str, Any]:
+def _address(address: Address) -> dict[str, Any]:
     return {"socket_address": {"address": address[0], "port_value": address[1]}}
 
 
-def _cluster(name: str, address: tuple[str, int]) -> dict[str, Any]:
+def _cluster(name: str, address: Address) -> dict[str, Any]:
     endpoint = {"endpoint": {"address": _address(address)}}
     return {
         "name": name,

@@ -88,7 +88,7 @@ class Relay:
             return
         self._sock = sock
         self._fd = sock.fileno()
-        self._want(plane.READ)
+        self._want(0 if self._read_closed else plane.READ)
         self._write_pending()
 
     @property
@@ -128,7 +128,18 @@ class Relay:
             self._shutdown_write()
 
     def on_reset(self, code: int, text: str = "") -> None:
-        """The stream is gone. RST goes to the application, unless everything had arrived and it was NO_ERROR."""
+        """The stream is gone. RST goes to the application, unless everything had arrived and it was NO_ERROR.
+
+        NO_ERROR behind an END_STREAM only says that the peer reads no more (RFC 9113 section 8.1); Envoy sends it when
+        its application closes first. What had arrived is delivered, then FIN; then the socket is closed.
+        """
+        if code == ErrorCode.NO_ERROR and not text and (self._end_pending or self._write_closed):
+            self._read_closed = True
+            if self._write_closed:
+                self._finish(CLEAN)
+            elif self._sock is not None:
+                self._want(self._events & ~plane.READ)
+            return
         name = ErrorCode(code).name if code in ErrorCode.__members__.values() else str(code)
         self._finish(Outcome(Flag.RESET, text or f"the peer reset the stream: {name}"))
 

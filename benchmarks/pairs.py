@@ -1,0 +1,152 @@
+"""Two workloads on one wire, `web` and `db`, with a proxy on either side: a real uProxy or a real Envoy.
+
+web's side has an entry port on loopback; what connects there comes out at db's application, through HBONE between the
+two proxies. The tests use this to mix the proxies, the benchmarks to compare them.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import envoy
+from benchmarks.netns import Namespace, joined, stop
+from control.api.identity import SpiffeId
+from control.client.csr import make_request
+from control.server.ca import Authority, write_identity
+
+TRUST_DOMAIN = "cluster.local"
+WEB_ADDRESS, DB_ADDRESS = "10.77.0.1", "10.77.0.2"
+HBONE_PORT = 15008
+APP_PORT = 8080
+ENTRY = ("127.0.0.1", 9000)
+APP = (DB_ADDRESS, APP_PORT)
+READY_TIMEOUT_S = 15.0
+
+MESH = f"""\
+apiVersion: v1
+kind: Service
+metadata: {{name: db, namespace: shop}}
+spec:
+  selector: {{app: db}}
+  ports:
+  - {{name: tcp, port: {APP_PORT}}}
+  - {{name: tcp-sink, port: {APP_PORT + 1}}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: db, namespace: shop, labels: {{app: db}}}}
+spec: {{address: {DB_ADDRESS}, serviceAccount: db, labels: {{app: db}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: web, namespace: shop, labels: {{app: web}}}}
+spec: {{address: {WEB_ADDRESS}, serviceAccount: web, labels: {{app: web}}}}
+"""
+
+
+Running = AbstractContextManager[subprocess.Popen[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """The two namespaces and what the proxies in them need; `core` pins everything that is started."""
+
+    web: Namespace
+    db: Namespace
+    directory: Path
+    core: int | None
+
+    def identity(self, name: str) -> Path:
+        return self.directory / "identity" / name
+
+
+@contextmanager
+def wire(directory: Path, *, core: int | None = None) -> Iterator[Wire]:
+    """Two joined namespaces, and an identity for each workload in them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    authority = Authority.create(directory / "ca", TRUST_DOMAIN)
+    with joined(f"{WEB_ADDRESS}/24", f"{DB_ADDRESS}/24") as (web, db):
+        made = Wire(web, db, directory, core)
+        for name in ("web", "db", "mallory"):
+            identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{name}")
+            request = make_request(made.identity(name), identity).read_bytes()
+            write_identity(made.identity(name), authority.issue(request, identity), authority.bundle_pem)
+        yield made
+
+
+@contextmanager
+def uproxy(
+    wire: Wire, name: str, *, mesh: str = MESH, forwards: tuple[str, ...] = (), identity: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A uProxy for `web` or `db`; its access log is `<name>/access.log`, its own log `<name>/uproxy.log`."""
+    namespace, address = (wire.web, WEB_ADDRESS) if name == "web" else (wire.db, DB_ADDRESS)
+    directory = wire.directory / name
+    directory.mkdir(parents=True, exist_ok=True)
+    config = directory / "mesh.yaml"
+    config.write_text(mesh)
+    ready, told = os.pipe()
+    try:
+        with (directory / "uproxy.log").open("wb") as log:
+            process = namespace.start(
+                [
+                    *(sys.executable, "-m", "uproxy", "run", "--workload", name, "--namespace", "shop"),
+                    *("--service-account", identity or name, "--trust-domain", TRUST_DOMAIN, "--address", address),
+                    *("--config", str(config), "--identity-dir", str(wire.identity(identity or name))),
+                    *("--capture", "none", "--ready-fd", str(told), "--log-format", "json"),
+                    *("--access-log", str(directory / "access.log"), "--drain-timeout-s", "1"),
+                    *(part for forward in forwards for part in ("--forward", forward)),
+                ],
+                core=wire.core,
+                stdout=log,
+                stderr=log,
+                pass_fds=[told],
+            )
+        os.close(told)
+        told = -1
+        try:
+            if not select.select([ready], [], [], READY_TIMEOUT_S)[0] or not os.read(ready, 16).startswith(b"ready"):
+                text = (directory / "uproxy.log").read_text()
+                raise RuntimeError(f"uProxy {name} did not become ready (exit status {process.poll()}):\n{text}")
+            yield process
+        finally:
+            stop(process)
+    finally:
+        os.close(ready)
+        if told >= 0:
+            os.close(told)
+
+
+def uproxy_client(wire: Wire, *, mesh: str = MESH) -> Running:
+    """web's uProxy: the entry port leads to db.shop's service port, the next one to its sink."""
+    forwards = tuple(f"{ENTRY[0]}:{ENTRY[1] + i}=db.shop:{APP_PORT + i}" for i in range(2))
+    return uproxy(wire, "web", mesh=mesh, forwards=forwards)
+
+
+def uproxy_server(wire: Wire, *, mesh: str = MESH) -> Running:
+    """db's uProxy: policy and identity checks, then db's application."""
+    return uproxy(wire, "db", mesh=mesh)
+
+
+def envoy_client(wire: Wire, *, authority: str | None = None, stream_window: int | None = None) -> Running:
+    """An Envoy as web's proxy; `authority` replaces what it asks for."""
+    entries = {(ENTRY[0], ENTRY[1] + i): authority or f"{DB_ADDRESS}:{APP_PORT + i}" for i in range(2)}
+    config = envoy.client_config(
+        wire.identity("web"), TRUST_DOMAIN, (DB_ADDRESS, HBONE_PORT), entries, stream_window=stream_window
+    )
+    return envoy.running(config, wire.web, wire.directory / "web", core=wire.core)
+
+
+def envoy_server(wire: Wire, *, stream_window: int | None = None) -> Running:
+    """An Envoy as db's proxy."""
+    applications = {f"{DB_ADDRESS}:{APP_PORT + i}": (DB_ADDRESS, APP_PORT + i) for i in range(2)}
+    config = envoy.server_config(
+        wire.identity("db"), TRUST_DOMAIN, (DB_ADDRESS, HBONE_PORT), applications, stream_window=stream_window
+    )
+    return envoy.running(config, wire.db, wire.directory / "db", core=wire.core)
