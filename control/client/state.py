@@ -197,7 +197,7 @@ class State:
             newest = fresh.get(topic) or self._held.get(topic)
             if newest is None or held.stamp > newest.stamp:
                 fresh[topic] = held
-        if len(self._held) + len(fresh) > MAX_TOPICS:
+        if len(self._held) + sum(topic not in self._held for topic in fresh) > MAX_TOPICS:
             raise RecordError(f"more than {MAX_TOPICS} topics: this proxy would run out of memory")
         return fresh
 

@@ -1,0 +1,285 @@
+"""The state store against a model: any order, repetition and staleness of messages gives the same state."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control.api import messages, topics
+from control.api.messages import Envelope
+from control.api.policy import AuthorizationPolicy, applies
+from control.api.records import RecordError, topic_of, write
+from control.api.workload import Endpoint, Service, ServicePort, Workload
+from control.client import state as state_module
+from control.client.state import Changes, State
+from tests.support.records import TRUST_DOMAIN, records, workloads
+
+ROOT = "mesh-system"
+stamps = st.tuples(st.integers(1, 2), st.integers(0, 4))
+
+
+def message(topic, stamp, record):
+    body = None if record is None else write(record)
+    return topic, messages.encode(Envelope(*stamp, 0, body))
+
+
+def published(record, version=1, epoch=1):
+    return message(topics.format_topic(TRUST_DOMAIN, topic_of(record)), (epoch, version), record)
+
+
+def gone(record, version):
+    return message(topics.format_topic(TRUST_DOMAIN, topic_of(record)), (1, version), None)
+
+
+@st.composite
+def histories(draw):
+    """All versions that some topics ever had: (topic, stamp) -> record, or None for a tombstone."""
+    found = {}
+    for record in draw(st.lists(records(), max_size=8)):
+        found[topics.format_topic(TRUST_DOMAIN, topic_of(record)), draw(stamps)] = record
+    for topic, _ in list(found):
+        for stamp in draw(st.lists(stamps, max_size=2)):
+            found.setdefault((topic, stamp), None)
+    return found
+
+
+@st.composite
+def deliveries(draw, history):
+    """The versions in any order, some more than once, in batches; each at least once."""
+    every = [(topic, stamp, record) for (topic, stamp), record in history.items()]
+    order = draw(st.permutations(every + draw(st.lists(st.sampled_from(every), max_size=4) if every else st.just([]))))
+    cuts = sorted(draw(st.lists(st.integers(0, len(order)), max_size=3)))
+    return [list(order[a:b]) for a, b in itertools.pairwise([0, *cuts, len(order)])]
+
+
+class Model:
+    """What must be known after some messages, worked out the slow way."""
+
+    def __init__(self):
+        self.newest = {}
+
+    def apply(self, batch):
+        for topic, stamp, record in batch:
+            if topic not in self.newest or stamp > self.newest[topic][0]:
+                self.newest[topic] = (stamp, record)
+
+    def of(self, kind):
+        return [(stamp, topic, record) for topic, (stamp, record) in self.newest.items() if isinstance(record, kind)]
+
+    def holder(self, kind, claims):
+        claiming = [(stamp, topic, record) for stamp, topic, record in self.of(kind) if claims(record)]
+        return max(claiming, key=lambda claim: claim[:2])[2] if claiming else None
+
+    def view(self):
+        workload_keys = {w.key for *_, w in self.of(Workload)}
+        addresses = {a for *_, w in self.of(Workload) for a in w.addresses}
+        vips = {a for *_, s in self.of(Service) for a in s.vips}
+        return {
+            "services": {s.key: s for *_, s in self.of(Service)},
+            "vips": {a: self.holder(Service, lambda s, a=a: a in s.vips) for a in vips},
+            "workloads": {k: self.holder(Workload, lambda w, k=k: w.key == k) for k in workload_keys},
+            "addresses": {a: self.holder(Workload, lambda w, a=a: a in w.addresses) for a in addresses},
+            "endpoints": {(e.service, e.workload): e for *_, e in self.of(Endpoint)},
+            "policies": {p.key: p for *_, p in self.of(AuthorizationPolicy)},
+        }
+
+
+def view(state, model):
+    """The same, asked of the state."""
+    expected = model.view()
+    ports = {s.key: {p.port for p in s.ports} for s in expected["services"].values()}
+    vips = {}
+    for address, service in expected["vips"].items():
+        for port in ports[service.key] or {1}:
+            found = state.service_at(address, port)
+            assert (found is None) == (port not in {p.port for p in service.ports})
+            vips[address] = service if found is None else found[0]
+            assert found is None or found[1].port == port
+    addresses = {a for w in state.workloads() for a in w.addresses} | set(expected["addresses"])
+    namespaces = {"shop", "bank", "mesh-system"}
+    return {
+        "services": {s.key: s for s in state.services()},
+        "vips": vips,
+        "workloads": {w.key: w for w in state.workloads()},
+        "addresses": {a: w for a in addresses if (w := state.workload_at(a)) is not None},
+        "endpoints": {
+            (e.service, e.workload): e
+            for namespace in namespaces
+            for name in ("web", "reviews", "db", "x")
+            for e in state.endpoints(f"{namespace}/{name}")
+        },
+        "policies": {p.key: p for scope in namespaces for p in policies_of(state, scope)},
+    }
+
+
+def policies_of(state, namespace):
+    """Every policy of a namespace, by asking for workloads with every set of labels that a selector can want."""
+    found = {}
+    values = (None, "", "web", "v1")
+    for app, version, other in itertools.product(values, repeat=3):
+        labels = {k: v for k, v in (("app", app), ("version", version), ("a.b/c", other)) if v is not None}
+        for policy in state.policies_for(Workload(namespace, "x", "x", None, (), labels, {}, "", 1)):
+            assert applies(policy, namespace, labels, ROOT)
+            found[policy.key] = policy
+    return found.values()
+
+
+@given(histories().flatmap(lambda history: st.tuples(st.just(history), deliveries(history))))
+def test_the_state_is_that_of_the_newest_messages_in_any_order(drawn):
+    history, batches = drawn
+    state, model = State(TRUST_DOMAIN, ROOT), Model()
+    for batch in batches:
+        before = model.view()
+        generation = state.generation
+        changes = state.apply([message(*item) for item in batch])
+        model.apply(batch)
+        assert view(state, model) == model.view()
+        assert changes == differences(before, model.view())
+        assert state.generation == generation + bool(changes)
+        assert state.whole
+    at_once = State(TRUST_DOMAIN, ROOT)
+    at_once.apply([message(topic, stamp, record) for (topic, stamp), record in history.items()])
+    assert view(at_once, model) == view(state, model)
+
+
+def differences(before, after):
+    def changed(name):
+        return {
+            v
+            for k in before[name].keys() | after[name].keys()
+            if before[name].get(k) != after[name].get(k)
+            for v in (before[name].get(k), after[name].get(k))
+            if v is not None
+        }
+
+    return Changes(
+        services=frozenset(s.key for s in changed("services") | changed("vips")),
+        workloads=frozenset(w.key for w in changed("workloads") | changed("addresses")),
+        endpoints=frozenset(e.service for e in changed("endpoints")),
+        policies=frozenset(p.key for p in changed("policies")),
+    )
+
+
+BAD = [
+    ("mesh/v1/cluster.local/svc/shop/web", b"\xc1"),
+    ("mesh/v1/cluster.local/svc/shop/web", messages.encode(Envelope(9, 9, 0, {"vips": 1}))),
+    ("mesh/v1/other.example/svc/shop/web", messages.encode(Envelope(9, 9, 0, None))),
+    ("nonsense", b""),
+    ("mesh/v1/cluster.local/svc/shop/web", b""),
+]
+
+
+@given(histories().flatmap(lambda h: st.tuples(deliveries(h), st.sampled_from(BAD), st.integers(0, 20))))
+def test_a_bad_message_anywhere_in_a_batch_changes_nothing(drawn):
+    batches, bad, place = drawn
+    state, model = State(TRUST_DOMAIN, ROOT), Model()
+    for batch in batches[:-1]:
+        state.apply([message(*item) for item in batch])
+        model.apply(batch)
+    generation, whole = state.generation, state.whole
+    last = [message(*item) for item in batches[-1]]
+    last.insert(min(place, len(last)), bad)
+    with pytest.raises(RecordError, match=bad[0][:40]):
+        state.apply(last)
+    assert view(state, model) == model.view()
+    assert (state.generation, state.whole) == (generation, whole)
+
+
+@given(workloads(), workloads())
+def test_a_reused_address_belongs_to_the_newest_and_falls_back(old, new):
+    new = Workload(new.namespace, "newer", new.service_account, new.identity, old.addresses, {}, {}, "", 1)
+    state = State(TRUST_DOMAIN)
+    state.apply([published(new, version=2)])
+    state.apply([published(old, version=1)])
+    assert [state.workload_at(a) for a in old.addresses] == [new] * len(old.addresses)
+    state.apply([gone(new, version=3)])
+    assert [state.workload_at(a) for a in old.addresses] == [old] * len(old.addresses)
+
+
+SERVICE = Service(
+    "shop",
+    "web",
+    ("240.240.0.1", "fd75:5072:6f78::1"),
+    (ServicePort("http", 80, 8080, ""), ServicePort("x", 81, 81, "")),
+    {},
+)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "web.shop",
+        "web.shop.svc",
+        "web.shop.svc.cluster.local",
+        "WEB.Shop.SVC.cluster.local",
+        "web.shop.svc.cluster.local.",
+    ],
+)
+def test_a_service_is_found_by_each_of_its_names(host):
+    state = State(TRUST_DOMAIN)
+    state.apply([published(SERVICE)])
+    assert state.service_named(host) == SERVICE
+    assert state.service_named(SERVICE.hostname) == SERVICE == state.service("shop/web")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "web",
+        "web.",
+        ".shop",
+        "web.shop.cluster.local",
+        "web.shop.svc.svc",
+        "shop.web",
+        "a.web.shop",
+        "web.shop.svc.x",
+        "web.shop..",
+    ],
+)
+def test_no_other_name_finds_it(host):
+    state = State(TRUST_DOMAIN)
+    state.apply([published(SERVICE)])
+    assert state.service_named(host) is None
+
+
+def test_a_service_is_found_by_each_address_and_port_and_no_other():
+    state = State(TRUST_DOMAIN)
+    state.apply([published(SERVICE)])
+    for vip in SERVICE.vips:
+        assert [state.service_at(vip, p.port) for p in SERVICE.ports] == [(SERVICE, p) for p in SERVICE.ports]
+        assert state.service_at(vip, 8080) is None
+    assert state.service_at("240.240.0.2", 80) is None
+
+
+def test_a_new_state_is_not_whole_and_an_empty_batch_makes_it_so():
+    state = State(TRUST_DOMAIN)
+    assert (state.whole, state.generation, state.workloads()) == (False, 0, ())
+    assert not state.apply([])
+    assert (state.whole, state.generation) == (True, 0)
+
+
+def test_more_topics_than_the_bound_are_refused(monkeypatch):
+    monkeypatch.setattr(state_module, "MAX_TOPICS", 1)
+    state = State(TRUST_DOMAIN)
+    state.apply([published(SERVICE)])
+    state.apply([published(SERVICE, version=2)])
+    with pytest.raises(RecordError, match="more than 1 topics"):
+        state.apply([published(Service("shop", "db", (), (), {}))])
+    assert [service.name for service in state.services()] == ["web"]
+
+
+def test_a_trust_domain_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="trust domain"):
+        State("Cluster.Local")
+
+
+def test_a_proxy_that_keeps_state_and_reads_files_holds_no_yaml_parser():
+    script = "import control.client.state, control.client.files, sys; print('yaml' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout
+    assert output.strip() == "False"
