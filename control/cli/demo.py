@@ -31,6 +31,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     # Imported here: the lab brings the data plane with it, which no other command needs.
-    from benchmarks.lab import demo
+    from benchmarks.lab.demo import main
 
-    return demo.main(["--output", arguments.output])
+    return main(["--output", arguments.output])
