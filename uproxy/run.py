@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import resource
@@ -36,7 +37,7 @@ from uproxy.tunnel import HBONE_PORT
 
 OUTBOUND_PORT, METRICS_PORT, READY_PORT = 15001, 15020, 15021
 # Dialling these from the workload's cgroup is captured always, with route "probe" (bpf/mesh.h).
-PROBE_ADDRESSES = {socket.AF_INET: "240.240.255.255", socket.AF_INET6: "fd75:7078::ffff"}
+PROBE_ADDRESSES = {socket.AF_INET: "240.240.255.255", socket.AF_INET6: "fd75:5072:6f78::ffff"}
 PROBE_PORT = 15021
 PROBE_TIMEOUT_S = 5.0
 BACKLOG = 4096
@@ -165,8 +166,9 @@ class _Proxy:
         # Captured, the namespace and its ports are this workload's; else others may share the host, so metrics and
         # readiness are at its own address.
         host = "0.0.0.0" if self.settings.captured else self.settings.addresses[0]
+        operator = host if ipaddress.ip_address(host).is_loopback else "127.0.0.1"
         for address, port, routes in (
-            ("127.0.0.1", self.settings.admin_port, admin.admin_routes(*self._operations())),
+            (operator, self.settings.admin_port, admin.admin_routes(*self._operations())),
             (host, METRICS_PORT, admin.metrics_routes(self._telemetry.render)),
             (host, READY_PORT, admin.ready_routes(lambda: self.pending)),
         ):
