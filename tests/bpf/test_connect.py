@@ -13,6 +13,7 @@ import pytest
 from bpf import layout
 from bpf.maps import RangeKind, Route, Settings
 from control.api.address import IpAddress, packed16
+from tests.bpf.dialling import dial, disconnect
 from tests.support import capture
 from tests.support.capture import (
     EXCLUDED_V4,
@@ -38,15 +39,6 @@ from tests.support.capture import (
 from uproxy.node.client import PROBE_V4, PROBE_V6
 
 pytestmark = pytest.mark.root
-
-
-def dial(address: str, port: int = PORT, *, family: int | None = None) -> bytes:
-    """What the other end answers; raises what connect() raises."""
-    family = family or (socket.AF_INET6 if ":" in address else socket.AF_INET)
-    with socket.socket(family) as sock:
-        sock.settimeout(5)
-        sock.connect((address, port))
-        return sock.recv(4096)
 
 
 def read(answer: bytes):
@@ -199,7 +191,7 @@ def test_a_probe_socket_can_be_used_again(rig):
             def once() -> bytes:
                 probe.connect(PROBE_V4)
                 answer = probe.recv(64)
-                _disconnect(probe)
+                disconnect(probe)
                 return answer
 
             assert read(rig.site.in_proxy(once))[2] == Route.PROBE
@@ -218,15 +210,6 @@ def capture_socket(rig: Rig) -> socket.socket:
         rig.site.in_app(make)
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
     return socket.socket(fileno=fds[0])
-
-
-def _disconnect(sock: socket.socket) -> None:
-    """connect(AF_UNSPEC), which Python's socket module does not offer."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.connect(sock.fileno(), bytes(16), 16):
-        raise OSError(ctypes.get_errno(), "connect(AF_UNSPEC)")
 
 
 def test_a_non_blocking_connect_is_captured(rig):
@@ -285,7 +268,7 @@ def test_a_connection_left_alone_keeps_nothing_of_an_earlier_one(rig):
             sock.settimeout(5)
             sock.connect((VIP_V4, PORT))
             first = sock.recv(64)
-            _disconnect(sock)
+            disconnect(sock)
             sock.connect(("127.0.0.1", 15001))
             return first, sock.recv(64), sock.getpeername()
 
@@ -302,7 +285,7 @@ def test_a_reused_socket_tells_its_newest_destination(rig):
             sock.settimeout(5)
             sock.connect((VIP_V4, PORT))
             first = sock.recv(64)
-            _disconnect(sock)
+            disconnect(sock)
             sock.connect((KNOWN_V4, 7))
             return first, sock.recv(64)
 

@@ -1,0 +1,156 @@
+"""What may reach a workload's listeners: the HBONE port from outside, and the workload itself."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+
+from tests.bpf.dialling import dial
+from tests.support.capture import PEER_V4, PEER_V6, WORKLOAD_V4, WORKLOAD_V6, listening
+
+pytestmark = pytest.mark.root
+ADDRESSES = [WORKLOAD_V4, WORKLOAD_V6]
+PORTS = (8080, 15001, 15006, 15008, 15020, 15021)
+
+
+@pytest.fixture
+def listeners(rig):
+    """The app on 8080 and whatever else a uProxy might have, at every address."""
+    ends = [(address, port) for address in ("0.0.0.0", "::") for port in PORTS]
+    with listening(rig.site.netns, rig.site.proxy, ends, lambda _: b"inside"):
+        yield
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("port", [8080, 15001, 15006, 15020, 15021])
+def test_from_outside_every_port_is_reset_at_the_syn(rig, counted, listeners, address, port):
+    with pytest.raises(ConnectionRefusedError):
+        rig.site.at_peer(lambda: dial(address, port))
+    assert counted() == {"dropped_syn": 1}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_from_outside_the_hbone_port_is_open(rig, counted, listeners, address):
+    assert rig.site.at_peer(lambda: dial(address, 15008)) == b"inside"
+    assert counted() == {}
+
+
+def test_a_syn_cookie_does_not_open_a_port(rig, listeners):
+    def always_cookies(value: str) -> None:
+        with open("/proc/sys/net/ipv4/tcp_syncookies", "w") as sysctl:
+            sysctl.write(value)
+
+    rig.site.in_proxy(lambda: always_cookies("2"))
+    try:
+        assert rig.site.at_peer(lambda: dial(WORKLOAD_V4, 15008)) == b"inside"
+        with pytest.raises(ConnectionRefusedError):
+            rig.site.at_peer(lambda: dial(WORKLOAD_V4, 8080))
+    finally:
+        rig.site.in_proxy(lambda: always_cookies("1"))
+
+
+@pytest.mark.parametrize("address", [*ADDRESSES, "127.0.0.1", "::1"])
+def test_the_workload_reaches_itself(rig, counted, listeners, address):
+    assert rig.site.in_app(lambda: dial(address, 8080)) == b"inside"
+    assert rig.site.in_proxy(lambda: dial(address, 8080)) == b"inside"
+    assert counted() == {}
+
+
+@pytest.mark.parametrize(("source", "target"), [(WORKLOAD_V4, "127.0.0.1"), (WORKLOAD_V6, "::1")])
+def test_own_address_and_loopback_reach_each_other(rig, listeners, source, target):
+    def bound() -> bytes:
+        with socket.socket(socket.AF_INET6 if ":" in source else socket.AF_INET) as sock:
+            sock.settimeout(5)
+            sock.bind((source, 0))
+            sock.connect((target, 8080))
+            return sock.recv(16)
+
+    assert rig.site.in_proxy(bound) == b"inside"
+
+
+def test_what_the_uproxy_dials_comes_back(rig):
+    with rig.site.outside():
+        assert rig.site.in_proxy(lambda: dial(PEER_V4)) == b"outside"
+        assert rig.site.in_proxy(lambda: dial(PEER_V6)) == b"outside"
+
+
+def test_datagrams_pass(rig, counted):
+    """Answers to a resolver on an unconnected socket, for one."""
+
+    def exchange() -> bytes:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(5)
+            sock.bind(("0.0.0.0", 9053))
+            sock.sendto(b"ping", ("192.0.2.1", 9053))
+            return sock.recv(16)
+
+    from tests.support.capture import background
+
+    sockets: list[socket.socket] = []
+
+    def ready() -> None:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("192.0.2.1", 9053))
+        sockets.append(sock)
+
+    def serve() -> None:
+        while True:
+            data, sender = sockets[0].recvfrom(64)
+            sockets[0].sendto(data, sender)
+
+    with background(rig.site.peer, None, serve, ready):
+        assert rig.site.in_app(exchange) == b"ping"
+    assert counted() == {}
+
+
+@pytest.mark.parametrize("forged", [WORKLOAD_V4, "127.0.0.1", WORKLOAD_V6, "::1"])
+def test_a_source_of_our_own_cannot_be_forged_from_the_wire(rig, forged):
+    """A SYN from outside that claims to come from the workload itself reaches no listener's accept queue."""
+    v6 = ":" in forged
+    family, target = (socket.AF_INET6, WORKLOAD_V6) if v6 else (socket.AF_INET, WORKLOAD_V4)
+
+    def send() -> None:
+        source, destination = (socket.inet_pton(family, text) for text in (forged, target))
+        tcp = struct.pack("!HHIIHHHH", 40000, 8080, 1, 0, 5 << 12 | 2, 65535, 0, 0)
+        pseudo = source + destination + (struct.pack("!II", 20, 6) if v6 else struct.pack("!HH", 6, 20))
+        tcp = tcp[:16] + struct.pack("!H", checksum(pseudo + tcp)) + tcp[18:]
+        if v6:
+            packet = struct.pack("!IHBB", 6 << 28, 20, 6, 64) + source + destination + tcp
+        else:
+            packet = struct.pack("!BBHHHBBH", 0x45, 0, 40, 1, 0, 64, 6, 0) + source + destination + tcp
+        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x86DD if v6 else 0x0800)) as sock:
+            # A broadcast frame carries no IPv4 TCP: the workload's own hardware address is needed.
+            hardware = neighbour(target)
+            for _ in range(3):
+                sock.sendto(packet, ("p0", 0x86DD if v6 else 0x0800, 0, 0, hardware))
+
+    def neighbour(address: str) -> bytes:
+        import subprocess
+
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"x", (address, 9))
+        for _ in range(50):
+            line = subprocess.run(["ip", "neigh", "show", address], check=True, capture_output=True, text=True).stdout
+            if "lladdr" in line:
+                return bytes.fromhex(line.split("lladdr ")[1].split()[0].replace(":", ""))
+        raise AssertionError(line)
+
+    def established() -> int:
+        with open("/proc/net/tcp6" if v6 else "/proc/net/tcp") as table:
+            states = [line.split()[3] for line in table if ":9C40" in line]  # port 40000
+        return sum(state == "01" for state in states)
+
+    accepted: list[int] = []
+    ends = [(target, 8080), ("::1" if v6 else "127.0.0.1", 8080)]
+    with listening(rig.site.netns, rig.site.app, ends, lambda _: accepted.append(1) or b"inside"):
+        rig.site.at_peer(send)
+        assert rig.site.in_proxy(established) == 0
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
