@@ -35,7 +35,7 @@ _ALPN = "h2"
 # OpenSSL's level 2: RSA of 2048 bits, P-256, and SHA-256 at least, in every certificate of a chain. Set here,
 # because a distribution's openssl.cnf may say less.
 _SECURITY_LEVEL = "DEFAULT:@SECLEVEL=2"
-_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h to the reason that metrics and logs carry.
 _CHAIN_REASONS = {
@@ -83,8 +83,8 @@ class Credentials:
     not_after: int
     """Last valid second of the leaf, Unix time."""
     serial: int
-    _key_and_chain: bytes = field(repr=False)
-    _bundle: str = field(repr=False)
+    _chain_and_key: bytes = field(repr=False)
+    _bundle: bytes = field(repr=False)
 
     @classmethod
     def load(cls, identity_dir: str | Path, expected: SpiffeId | None = None) -> Credentials:
@@ -94,18 +94,19 @@ class Credentials:
         """
         directory = Path(identity_dir)
         key = _read(directory / KEY_FILE, secret=True)
-        chain = _read(directory / CHAIN_FILE)
-        bundle = _read(directory / BUNDLE_FILE)
-        certificates = _CERTIFICATE.findall(chain.decode("ascii", "replace"))
-        if not 1 <= len(certificates) <= MAX_CHAIN:
+        chain = _certificates(directory / CHAIN_FILE)
+        bundle = _certificates(directory / BUNDLE_FILE)
+        if not 1 <= len(chain) <= MAX_CHAIN:
             raise CredentialsError(
-                f"{directory / CHAIN_FILE} holds {len(certificates)} certificates; it must hold the leaf, "
-                f"then its intermediates, {MAX_CHAIN} at most. Issue it again with `meshctl ca issue`"
+                f"{directory / CHAIN_FILE} holds {len(chain)} certificates; it must hold the leaf, then its "
+                f"intermediates, {MAX_CHAIN} at most. Issue it again with `meshctl ca issue`"
             )
+        if not bundle:
+            raise CredentialsError(f"{directory / BUNDLE_FILE} holds no certificate; it must hold the mesh's roots")
         try:
-            leaf = read_leaf(ssl.PEM_cert_to_DER_cert(certificates[0]))
+            leaf = read_leaf(chain[0])
             identity = svid_identity(leaf)
-        except (ValueError, X509Error) as error:
+        except X509Error as error:
             raise CredentialsError(
                 f"the first certificate of {directory / CHAIN_FILE} is not a usable X.509-SVID: {error}"
             ) from None
@@ -120,16 +121,15 @@ class Credentials:
             not_before=leaf.not_before,
             not_after=leaf.not_after,
             serial=leaf.serial,
-            _key_and_chain=key + b"\n" + chain,
-            _bundle="\n".join(_CERTIFICATE.findall(bundle.decode("ascii", "replace"))),
+            # Written anew from what was read, and the leaf first, so that OpenSSL cannot read another one.
+            _chain_and_key="".join(map(ssl.DER_cert_to_PEM_cert, chain)).encode() + key,
+            _bundle=b"".join(bundle),
         )
         credentials._prove(directory)
         return credentials
 
     def _prove(self, directory: Path) -> None:
         """Do one handshake with ourselves in memory, so that an error shows at start and not at a peer."""
-        if not self._bundle:
-            raise CredentialsError(f"{directory / BUNDLE_FILE} holds no certificate; it must hold the mesh's roots")
         try:
             client, server = client_context(self), server_context(self)
         except ssl.SSLError as error:
@@ -219,7 +219,7 @@ def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
     context.load_verify_locations(cadata=credentials._bundle)
     # `ssl` reads a key from a path alone. A file in memory keeps to the bytes that were checked, also when
     # a rotation replaces key and chain on disk at this moment.
-    with _memory_file(credentials._key_and_chain) as path:
+    with _memory_file(credentials._chain_and_key) as path:
         context.load_cert_chain(path, password=_no_passphrase)
     return context
 
@@ -261,6 +261,14 @@ def _read(path: Path, secret: bool = False) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise CredentialsError(f"{path} has more than {MAX_FILE_BYTES} bytes")
     return content
+
+
+def _certificates(path: Path) -> list[bytes]:
+    """DER of each certificate in a PEM file, in its order."""
+    try:
+        return [ssl.PEM_cert_to_DER_cert(pem.decode("ascii")) for pem in _CERTIFICATE.findall(_read(path))]
+    except ValueError as error:
+        raise CredentialsError(f"{path} is damaged: {error}") from None
 
 
 def _check_time(leaf: Leaf, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Real TLS 1.3 handshakes over socket pairs: who is let in, who is refused and in which words."""
 
+import contextlib
 import os
 import ssl
 import threading
@@ -13,6 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from control.api.identity import SpiffeId
 from control.server.ca import Authority
@@ -414,6 +417,30 @@ def test_load_names_the_file_that_is_damaged(good_dir, name, content):
     (good_dir / name).write_bytes(content)
     told = refused(good_dir)
     assert str(good_dir) in told
+
+
+def test_a_certificate_in_the_key_file_is_not_presented(good_dir, issuer, db, close_after):
+    stowaway = forge(issuer, [str(DB)])
+    (good_dir / "key.pem").write_bytes(stowaway.chain_pem + (good_dir / "key.pem").read_bytes())
+    client, server = meet(tls.client_context(Credentials.load(good_dir, WEB)), tls.server_context(db))
+    close_after((client, server))
+    assert judged(server) == WEB
+
+
+@given(
+    st.sampled_from(["key.pem", "chain.pem", "bundle.pem"]),
+    st.integers(0, 5000),
+    st.binary(max_size=8),
+    st.integers(0, 8),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_are_refused_in_words_or_harmless(good_dir, name, at, noise, cut):
+    content = (good_dir / name).read_bytes()
+    at %= len(content) + 1
+    (good_dir / name).write_bytes(content[:at] + noise + content[at + cut :])
+    with contextlib.suppress(CredentialsError):
+        assert Credentials.load(good_dir).identity == WEB
+    (good_dir / name).write_bytes(content)
 
 
 def test_load_does_not_wait_for_a_pipe(good_dir):
