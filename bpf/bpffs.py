@@ -14,6 +14,7 @@ from typing import Final
 from bpf import layout, libc
 
 BPFFS: Final = Path("/sys/fs/bpf")
+_ATTEMPTS: Final = 10
 
 
 class PinError(Exception):
@@ -40,11 +41,19 @@ def node_directory(node: str, bpffs: Path = BPFFS) -> Path:
     bpffs is often writable by everybody (mode 1777), so each level is checked and not only made.
     """
     directory = bpffs / "uproxy" / f"v{layout.SCHEMA}" / node
+    # Another node's `remove` may take an empty parent away between two steps; it does so once.
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            _make(bpffs, directory)
+            return directory
+    raise PinError(f"{directory} keeps disappearing while it is made: is another `uproxy node --remove` running?")
+
+
+def _make(bpffs: Path, directory: Path) -> None:
     for level in (bpffs / "uproxy", directory.parent, directory, directory / "maps", directory / "links"):
         with suppress(FileExistsError):
             level.mkdir(mode=0o700)
         _check_private(level)
-    return directory
 
 
 def remove(directory: Path) -> None:
