@@ -117,6 +117,9 @@ class Inbound:
         except RefusedError as error:
             carrier.respond(relay, _refusal_headers(error, request_id), end=True)
             relay.discard()
+            # The answer is whole, and nothing more is read (RFC 9113 section 8.1): a sender that never ended its side
+            # would hold the stream for good.
+            carrier.reset_stream(relay.stream, hbone.ErrorCode.NO_ERROR)
             fail(record, error, self._telemetry)
             return
         carrier.respond(relay, ((b":status", b"200"),))

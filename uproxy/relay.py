@@ -246,7 +246,7 @@ class Relay:
         self._finish(Outcome(Flag.RESET, "given up"))
 
     def discard(self) -> None:
-        """The request was refused and answered: what its sender still sends is dropped until it ends the stream."""
+        """The request was refused and answered: what its sender still sends is dropped."""
         self.outcome = CLEAN
         self._pending.clear()
 
