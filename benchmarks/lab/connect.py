@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,13 @@ def tls_context(identity_dir: Path) -> ssl.SSLContext:
     return context
 
 
-def connect(made: socket.socket, identity_dir: Path, authority: str, extra: tuple[tuple[str, str], ...] = ()) -> Answer:
-    """Ask the uProxy behind a connected socket for a tunnel to `authority`.
+def connect(made: socket.socket, identity_dir: Path, authority: str) -> Answer:
+    """Ask the uProxy behind a connected socket for a tunnel to `authority`."""
+    return request(made, identity_dir, [(":method", "CONNECT"), (":authority", authority)])
+
+
+def request(made: socket.socket, identity_dir: Path, headers: Sequence[tuple[str, str]]) -> Answer:
+    """Send one request over mTLS and return the head of the answer.
 
     Raises ssl.SSLError or ConnectionError when it does not get as far as an answer.
     """
@@ -45,7 +51,7 @@ def connect(made: socket.socket, identity_dir: Path, authority: str, extra: tupl
     with tls_context(identity_dir).wrap_socket(made) as secure:
         client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
         client.initiate_connection()
-        client.send_headers(1, [(":method", "CONNECT"), (":authority", authority), *extra])
+        client.send_headers(1, headers)
         secure.sendall(client.data_to_send())
         while True:
             received = secure.recv(65536)

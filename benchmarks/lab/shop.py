@@ -10,7 +10,7 @@ from benchmarks.lab.topology import Host, Lab, Workload
 REVIEWS = ("240.240.0.10", 9080)
 DB = ("240.240.0.20", 6379)
 
-_RESOURCES = f"""\
+RESOURCES = f"""\
 apiVersion: v1
 kind: Service
 metadata: {{name: reviews, namespace: default}}
@@ -60,5 +60,5 @@ def declare(lab: Lab) -> Shop:
         "reviews-v2", commands.python_http("v2"), service_account="reviews", labels={"app": "reviews", "version": "v2"}
     )
     db = b.workload("db", commands.redis())
-    lab.configure(_RESOURCES)
+    lab.configure(RESOURCES)
     return Shop(a, b, web, reviews_v1, reviews_v2, db)

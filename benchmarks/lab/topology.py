@@ -201,6 +201,9 @@ class WorkloadOptions:
     """Default: the workload's name."""
     labels: Mapping[str, str] = field(default_factory=dict)
     ports: Mapping[str, int] = field(default_factory=dict)
+    """Default: the application's."""
+    ipv6: bool = False
+    """Its one address is an IPv6 one, then."""
 
 
 class Host:
@@ -222,7 +225,8 @@ class Host:
 
     def workload(self, name: str, app: App, **options: Any) -> Workload:
         """Declare a workload; `Lab.start` starts it. `options`: see WorkloadOptions."""
-        address = f"10.96.{self.index}.{len(self.workloads) + 10}"
+        number = len(self.workloads) + 10
+        address = f"fd96:0:0:{self.index}::{number}" if options.get("ipv6") else f"10.96.{self.index}.{number}"
         made = Workload(self, name, app, address, WorkloadOptions(**options))
         self.workloads.append(made)
         return made

@@ -1,0 +1,75 @@
+"""The mesh that the end-to-end tests share: the demo's shop, and a caller and a peer whose sockets the tests hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.lab import shop
+from benchmarks.lab.apps import commands
+from benchmarks.lab.shop import Shop
+from benchmarks.lab.topology import Lab, Workload
+
+PEER = ("240.240.0.30", 9000)
+PEER_V6 = ("fd96:0:0:ffff::30", 9000)
+
+# A namespace of their own, where the shop's policy does not reach.
+LOAD = f"""\
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: peer, namespace: load}}
+spec:
+  clusterIP: {PEER[0]}
+  selector: {{app: peer}}
+  ports: [{{name: tcp, port: {PEER[1]}, targetPort: tcp}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: peer6, namespace: load}}
+spec:
+  clusterIP: "{PEER_V6[0]}"
+  ipFamilies: [IPv6]
+  selector: {{app: peer6}}
+  ports: [{{name: tcp, port: {PEER_V6[1]}, targetPort: tcp}}]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """`caller` on host a and `peer` on host b are idle: tests make sockets in their app cgroups."""
+
+    lab: Lab
+    shop: Shop
+    caller: Workload
+    peer: Workload
+    caller6: Workload
+    peer6: Workload
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.mesh)
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Iterator[Mesh]:
+    with Lab() as lab:
+        the_shop = shop.declare(lab)
+        a, b = the_shop.a, the_shop.b
+        made = Mesh(
+            lab,
+            the_shop,
+            a.workload("caller", commands.idle(), namespace="load"),
+            b.workload("peer", commands.idle(), namespace="load", ports={"tcp": PEER[1]}),
+            a.workload("caller6", commands.idle(), namespace="load", ipv6=True),
+            b.workload("peer6", commands.idle(), namespace="load", ports={"tcp": PEER[1]}, ipv6=True),
+        )
+        lab.configure(shop.RESOURCES + LOAD)
+        lab.start()
+        yield made
