@@ -119,6 +119,7 @@ class _Proxy:
         self._listeners: list[socket.socket] = []
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._chain_read = 0
         self._credentials: Credentials
         self._client_context: ssl.SSLContext
         self._server_context: ssl.SSLContext
@@ -130,7 +131,7 @@ class _Proxy:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.stopping.set)
         self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-        self._use(Credentials.load(self.settings.identity_dir, self.settings.identity))
+        self._load_credentials()
         self.pending.discard("certificate")
         self._state.apply(await self._loop.run_in_executor(None, self._source.load))
         if self._state.workload(self.settings.key) is None:
@@ -265,27 +266,28 @@ class _Proxy:
 
     async def _watch_identity(self) -> None:
         """Take a renewed certificate into use; a bad one is reported, and the old one stays."""
-        chain = self.settings.identity_dir / "chain.pem"
-        seen = chain.stat().st_mtime_ns
         while True:
             await asyncio.sleep(WATCH_S)
-            with contextlib.suppress(OSError):
-                now = chain.stat().st_mtime_ns
-                if now != seen:
-                    seen = now
-                    self._renew()
+            if self._chain_stamp() == self._chain_read:
+                continue
+            try:
+                self._load_credentials()
+            except CredentialsError as error:
+                log.error("the new certificate is refused, the one before stays: %s", error)
+                continue
+            # Streams that are open stay on their tunnels; new ones use the new certificate.
+            self._plane.run(self._pool.retire)
+            log.info("a new certificate is in use, serial %x", self._credentials.serial)
 
-    def _renew(self) -> None:
-        try:
-            self._use(Credentials.load(self.settings.identity_dir, self.settings.identity))
-        except CredentialsError as error:
-            log.error("the new certificate is refused, the one before stays: %s", error)
-            return
-        # Streams that are open stay on their tunnels; new ones use the new certificate.
-        self._plane.run(self._pool.retire)
-        log.info("a new certificate is in use, serial %x", self._credentials.serial)
+    def _chain_stamp(self) -> int:
+        """Changes whenever the certificate file is replaced; 0 while it is missing."""
+        with contextlib.suppress(OSError):
+            return (self.settings.identity_dir / "chain.pem").stat().st_mtime_ns
+        return 0
 
-    def _use(self, credentials: Credentials) -> None:
+    def _load_credentials(self) -> None:
+        self._chain_read = self._chain_stamp()  # before reading: a change meanwhile is then one more
+        credentials = Credentials.load(self.settings.identity_dir, self.settings.identity)
         self._client_context, self._server_context = client_context(credentials), server_context(credentials)
         self._credentials = credentials
 

@@ -48,9 +48,9 @@ def test_constants_are_those_of_the_header() -> None:
     assert constant("MESH_ORIG_DST_MAGIC") == ORIG_DST_MAGIC
     assert constant("MESH_ORIG_DST_VERSION") == ORIG_DST_VERSION
     assert {f"MESH_ROUTE_{r.name}": r.value for r in Route if r is not Route.UNKNOWN} == layout.members("mesh_route")
-    assert run.OUTBOUND_PORT == constant("MESH_PORT_OUTBOUND")
-    assert run.HBONE_PORT == constant("MESH_PORT_HBONE")
-    assert run.PROBE_PORT == constant("MESH_PORT_PROBE")
+    assert constant("MESH_PORT_OUTBOUND") == run.OUTBOUND_PORT
+    assert constant("MESH_PORT_HBONE") == run.HBONE_PORT
+    assert constant("MESH_PORT_PROBE") == run.PROBE_PORT
     assert int(ipaddress.ip_address(run.PROBE_ADDRESSES[socket.AF_INET])) == constant("MESH_PROBE_V4")
     words = [constant(f"MESH_PROBE_V6_{word}") for word in range(4)]
     packed = b"".join((word & 0xFFFFFFFF).to_bytes(4, "big") for word in words)

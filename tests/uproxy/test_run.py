@@ -1,0 +1,332 @@
+"""The `uproxy run` process: how it starts, what it refuses to start with, how it takes changes, and how it ends."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from control.api.identity import SpiffeId
+from control.server.ca import Authority, write_identity
+from tests.support.certificates import DB, WEB, identity_dir
+
+WEB_ADDRESS, DB_ADDRESS, APP_PORT = "127.0.79.1", "127.0.79.2", 7379
+FORWARD = (WEB_ADDRESS, 9079)
+
+MESH = f"""
+apiVersion: v1
+kind: Service
+metadata: {{name: db, namespace: shop}}
+spec: {{selector: {{app: db}}, ports: [{{port: 6379, targetPort: {APP_PORT}}}]}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: web, namespace: shop}}
+spec: {{address: {WEB_ADDRESS}, serviceAccount: web, labels: {{app: web}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: db, namespace: shop}}
+spec: {{address: {DB_ADDRESS}, serviceAccount: db, labels: {{app: db}}}}
+"""
+
+DENY_WEB = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-web, namespace: shop}
+spec:
+  action: DENY
+  rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/web]}}]}]
+"""
+
+
+@dataclass
+class Site:
+    """A directory with a mesh, a CA and two identities."""
+
+    path: Path
+    authority: Authority
+
+    @property
+    def mesh(self) -> Path:
+        return self.path / "mesh.yaml"
+
+    def command(self, name: str, *more: str) -> list[str]:
+        address = {"web": WEB_ADDRESS, "db": DB_ADDRESS}[name]
+        forward = [f"--forward={FORWARD[0]}:{FORWARD[1]}=db.shop:6379"] if name == "web" else []
+        return [
+            *(sys.executable, "-m", "uproxy", "run", "--workload", name, "--namespace", "shop"),
+            *("--service-account", name, "--address", address, "--config", str(self.mesh)),
+            *("--identity-dir", str(self.path / name), "--capture", "none", *forward, *more),
+        ]
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[subprocess.Popen[str]]:
+        ready, theirs = os.pipe()
+        log = (self.path / f"{name}.log").open("a")
+        process = subprocess.Popen(
+            self.command(name, f"--ready-fd={theirs}"), pass_fds=[theirs], stdout=log, stderr=log, text=True
+        )
+        os.close(theirs)
+        try:
+            with os.fdopen(ready) as pipe:
+                assert pipe.read() == "ready\n", (self.path / f"{name}.log").read_text()
+            yield process
+        finally:
+            log.close()
+            process.kill()
+            process.wait()
+
+    def log(self, name: str) -> str:
+        return (self.path / f"{name}.log").read_text()
+
+    def refusal(self, name: str, *more: str) -> str:
+        """What it says when it does not start; it must not take long over it."""
+        ended = subprocess.run(self.command(name, *more), capture_output=True, text=True, timeout=20, check=False)
+        assert ended.returncode == 1, ended.stderr
+        assert "Traceback" not in ended.stderr
+        return ended.stderr
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    authority = Authority.create(tmp_path / "ca", "cluster.local")
+    for name, identity in (("web", WEB), ("db", DB)):
+        identity_dir(authority, tmp_path / name, identity)
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    return Site(tmp_path, authority)
+
+
+@contextmanager
+def echo_server() -> Iterator[None]:
+    """db's application."""
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(ConnectionError):
+            while data := connection.recv(65536):
+                connection.sendall(data)
+
+    def accept(listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    with socket.create_server((DB_ADDRESS, APP_PORT)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def running(site: Site) -> Iterator[tuple[Site, subprocess.Popen[str], subprocess.Popen[str]]]:
+    with ExitStack() as stack:
+        stack.enter_context(echo_server())
+        db = stack.enter_context(site.running("db"))
+        web = stack.enter_context(site.running("web"))
+        yield site, web, db
+
+
+def call(message: bytes = b"hello") -> bytes:
+    with socket.create_connection(FORWARD, timeout=5) as app:
+        app.sendall(message)
+        return app.recv(len(message))
+
+
+def eventually(check: object, seconds: float = 8.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def get(address: str, port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(address, port, timeout=5)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def test_traffic_metrics_readiness_and_admin(running: tuple[Site, object, object]) -> None:
+    site, *_ = running
+    assert call() == b"hello"
+    assert get(WEB_ADDRESS, 15021, "/healthz/ready") == (200, "ready\n")
+    status, dump = get(WEB_ADDRESS, 15000, "/config_dump")
+    assert status == 200
+    assert "shop/db" in dump
+    assert "PRIVATE KEY" not in dump
+
+    def counted() -> bool:
+        metrics = get(WEB_ADDRESS, 15020, "/metrics")[1]
+        closed = [x for x in metrics.splitlines() if x.startswith("istio_tcp_connections_closed_total{")]
+        return any(x.endswith(" 1") and 'destination_service_name="db"' in x for x in closed)
+
+    eventually(counted)
+    eventually(lambda: "connection complete" in site.log("web"))
+
+
+def test_a_policy_in_the_file_takes_effect_and_a_broken_file_changes_nothing(
+    running: tuple[Site, object, object],
+) -> None:
+    site, *_ = running
+    with socket.create_connection(FORWARD, timeout=8) as app:
+        app.sendall(b"a")
+        assert app.recv(1) == b"a"
+        site.mesh.write_text(MESH + DENY_WEB)
+        with pytest.raises(ConnectionResetError):
+            app.recv(1)  # the policy cuts a connection that it no longer allows
+    with pytest.raises(ConnectionError):
+        call()
+    site.mesh.write_text(MESH + "---\nkind: Servise\n")
+    eventually(lambda: "the new configuration is refused" in site.log("db"))
+    with pytest.raises(ConnectionError):
+        call()
+    site.mesh.write_text(MESH)
+
+    def served() -> bool:
+        try:
+            return call() == b"hello"
+        except ConnectionError:
+            return False
+
+    eventually(served)
+
+
+def test_a_renewed_certificate_is_used_without_a_failed_connection(running: tuple[Site, object, object]) -> None:
+    site, *_ = running
+    with socket.create_connection(FORWARD, timeout=5) as app:
+        app.sendall(b"a")
+        assert app.recv(1) == b"a"
+        csr = (site.path / "web" / "csr.pem").read_bytes()
+        write_identity(site.path / "web", site.authority.issue(csr, WEB), site.authority.bundle_pem)
+        eventually(lambda: "a new certificate is in use" in site.log("web"))
+        assert call() == b"hello"
+        app.sendall(b"b")
+        assert app.recv(1) == b"b"  # a stream that was open stays on its tunnel
+
+
+def test_a_bad_renewal_is_reported_and_the_old_certificate_stays(running: tuple[Site, object, object]) -> None:
+    site, *_ = running
+    (site.path / "web" / "chain.pem").write_text("nonsense")
+    eventually(lambda: "the new certificate is refused" in site.log("web"))
+    assert call() == b"hello"
+
+
+def test_a_drain_lets_connections_end_and_refuses_new_ones(
+    running: tuple[Site, subprocess.Popen[str], subprocess.Popen[str]],
+) -> None:
+    _, web, db = running
+    with socket.create_connection(FORWARD, timeout=5) as app:
+        app.sendall(b"a")
+        assert app.recv(1) == b"a"
+        db.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        app.sendall(b"b")
+        assert app.recv(1) == b"b"
+        with pytest.raises(ConnectionError):
+            call()
+    assert db.wait(timeout=5) == 0
+    web.send_signal(signal.SIGTERM)
+    assert web.wait(timeout=5) == 0
+
+
+def test_a_drain_ends_by_itself(running: tuple[Site, subprocess.Popen[str], subprocess.Popen[str]]) -> None:
+    site, _, db = running
+    with socket.create_connection(FORWARD, timeout=9) as app:
+        app.sendall(b"a")
+        assert app.recv(1) == b"a"
+        db.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionResetError):
+            app.recv(1)  # cut after the drain time, and not as a clean end
+    assert db.wait(timeout=5) == 0
+    assert "1 connections were cut" in site.log("db")
+
+
+def test_the_key_cannot_be_dumped(running: tuple[Site, subprocess.Popen[str], object]) -> None:
+    _, web, _ = running
+    # prctl(2): a process that is not dumpable belongs to root in /proc, and writes no core.
+    limits = Path(f"/proc/{web.pid}/limits").read_text()
+    assert [line.split()[4:6] for line in limits.splitlines() if line.startswith("Max core")] == [["0", "0"]]
+
+
+def test_heavy_libraries_stay_out() -> None:
+    script = (
+        "import sys, uproxy.run; print([m for m in ('yaml', 'cryptography', 'aiohttp', 'cffi') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert said.stdout == "[]\n"
+
+
+def test_what_it_does_not_start_with(site: Site) -> None:
+    assert "has no WorkloadEntry shop/db" in refused_with(
+        site, MESH.replace("name: db, namespace: shop", "name: x, namespace: shop")
+    )
+    assert "mesh.yaml:" in refused_with(site, MESH + "---\nkind: Servise\n")
+    site.mesh.write_text(MESH)
+    site.mesh.unlink()
+    assert "mesh.yaml" in site.refusal("db")
+    site.mesh.write_text(MESH)
+    other = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/other")
+    identity_dir(site.authority, site.path / "other", other)
+    os.rename(site.path / "db", site.path / "db.good")
+    assert "key.pem" in site.refusal("db")
+    os.rename(site.path / "other", site.path / "db")
+    said = site.refusal("db")
+    assert "sa/other" in said
+    assert "sa/db" in said
+
+
+def refused_with(site: Site, mesh: str) -> str:
+    site.mesh.write_text(mesh)
+    return site.refusal("db")
+
+
+def test_an_expired_certificate_does_not_start(site: Site) -> None:
+    csr = (site.path / "db" / "csr.pem").read_bytes()
+    write_identity(site.path / "db", site.authority.issue(csr, DB, ttl_s=1), site.authority.bundle_pem)
+    time.sleep(2)
+    assert "expired" in site.refusal("db")
+
+
+def test_a_port_in_use_is_named(site: Site) -> None:
+    with socket.create_server((DB_ADDRESS, 15008)):
+        assert f"cannot listen on {DB_ADDRESS}:15008" in site.refusal("db")
+
+
+def test_capture_without_a_probe_does_not_start(site: Site) -> None:
+    command = [part for part in site.command("db") if part not in ("--capture", "none")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert ended.returncode == 1
+    assert "--probe-fd" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--capture", "sometimes"],
+        ["--forward", "0.0.0.0:80=db.shop:1"],
+        ["--socks5", "192.0.2.1:1080"],
+        ["--address", "nowhere"],
+        ["--trust-domain", "Bad"],
+        ["--drain-timeout-s", "-1"],
+        ["--capture", "ebpf"],
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(site: Site, options: list[str]) -> None:
+    ended = subprocess.run(site.command("web", *options), capture_output=True, text=True, timeout=20, check=False)
+    assert ended.returncode == 2
+    assert "uproxy run: error:" in ended.stderr
