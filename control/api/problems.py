@@ -39,17 +39,23 @@ class Report:
 
     def __init__(self) -> None:
         self.errors: list[ResourceError] = []
+        self.dropped = 0
+        """Errors beyond the bound."""
 
     def add(self, error: ResourceError) -> None:
         if len(self.errors) < MAX_PROBLEMS:
             self.errors.append(error)
-        elif len(self.errors) == MAX_PROBLEMS:
-            self.errors.append(ResourceError(error.file, 0, "", "more errors follow; mend these first"))
+        else:
+            self.dropped += 1
 
     def raise_errors(self) -> None:
-        """Raises ResourceErrors when there are any."""
-        if self.errors:
-            raise ResourceErrors(self.errors)
+        """Raises ResourceErrors when there are any, in the order of their places."""
+        if not self.errors:
+            return
+        errors = sorted(self.errors, key=lambda error: (error.file, error.line))
+        if self.dropped:
+            errors.append(ResourceError(errors[-1].file, 0, "", f"{self.dropped} more errors; mend these first"))
+        raise ResourceErrors(errors)
 
 
 @dataclass(frozen=True, slots=True)
