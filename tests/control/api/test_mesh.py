@@ -1,0 +1,362 @@
+"""The mesh as a whole: references, virtual addresses, warnings, and records that give the same mesh back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control.api import messages, resources, vips
+from control.api.address import IpAddress
+from control.api.declared import Family
+from control.api.mesh import Mesh
+from control.api.messages import Envelope
+from control.api.problems import ResourceErrors
+from control.api.workload import Endpoint, Workload
+from control.client.state import State
+
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, labels: {team: blue}}
+spec:
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: main}
+  - {name: raw, port: 81, targetPort: 9000}
+"""
+WORKLOAD = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web-1, namespace: shop, labels: {app: web}}
+spec: {address: 10.0.0.1, serviceAccount: web, ports: {main: 8080}, weight: 2}
+"""
+SECOND = WORKLOAD.replace("web-1", "web-2").replace("10.0.0.1", "10.0.0.2").replace("{main: 8080}", "{main: 1, raw: 2}")
+SLICE = """\
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-a, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 7070}]
+endpoints: [{addresses: [10.0.0.1], conditions: {ready: false}}]
+"""
+POLICY = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/web]}}]}]
+"""
+PEER = POLICY.replace("AuthorizationPolicy", "PeerAuthentication").split("  rules")[0]
+NAMESPACE = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n"
+
+
+def build(*texts, **options):
+    return Mesh.build(resources.parse("---\n".join(texts), "f.yaml"), "cluster.local", **options)
+
+
+def errors_of(*texts):
+    with pytest.raises(ResourceErrors) as caught:
+        build(*texts)
+    return [str(error).removeprefix("f.yaml:") for error in caught.value.errors]
+
+
+def warnings_of(*texts):
+    return [str(warning).removeprefix("f.yaml:") for warning in build(*texts).warnings]
+
+
+def state_of(mesh):
+    state = State("cluster.local")
+    state.apply([(topic, messages.encode(Envelope(1, 1, 0, body))) for topic, body in mesh.records().items()])
+    return state
+
+
+def assert_same(state, mesh):
+    assert sorted(state.services(), key=lambda s: s.key) == list(mesh.services)
+    assert sorted(state.workloads(), key=lambda w: w.key) == list(mesh.workloads)
+    endpoints = [e for service in mesh.services for e in state.endpoints(service.key)]
+    assert sorted(endpoints, key=lambda e: (e.service, e.workload)) == list(mesh.endpoints)
+    assert {p.key: p for w in mesh.workloads for p in state.policies_for(w)} == {p.key: p for p in mesh.policies}
+
+
+def test_a_whole_mesh_survives_its_records():
+    mesh = build(NAMESPACE, SERVICE, WORKLOAD, SECOND, SLICE, POLICY, PEER)
+    assert mesh.warnings == ()
+    assert_same(state_of(mesh), mesh)
+    assert mesh.peer_authentications[0].selector == {"app": "web"}
+    identity = mesh.workloads[0].identity
+    assert str(identity) == "spiffe://cluster.local/ns/shop/sa/web"
+    assert mesh.endpoints == (
+        Endpoint("shop/web", "shop/web-1", IpAddress("10.0.0.1"), identity, {80: 7070}, 2, False),
+        Endpoint("shop/web", "shop/web-2", IpAddress("10.0.0.2"), identity, {80: 1, 81: 2}, 2, True),
+    )
+
+
+@st.composite
+def meshes(draw):
+    """Texts of a mesh that holds together."""
+    texts = []
+    addresses = draw(st.lists(st.integers(1, 250), unique=True, min_size=1, max_size=6))
+    for number in addresses:
+        app, namespace = draw(st.sampled_from(["a", "b"])), draw(st.sampled_from(["shop", "bank"]))
+        more = f", annotations: {{mesh.uproxy.dev/addresses: 'fd00::{number:x}'}}" if draw(st.booleans()) else ""
+        texts.append(
+            "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\n"
+            f"metadata: {{name: w{number}, namespace: {namespace}, labels: {{app: {app}}}{more}}}\n"
+            f"spec: {{address: 10.0.0.{number}, serviceAccount: {app}, ports: {{http: {8000 + number}}}}}\n"
+        )
+    for name in draw(st.lists(st.sampled_from(["s1", "s2", "s3"]), unique=True)):
+        for namespace in draw(st.lists(st.sampled_from(["shop", "bank"]), unique=True)):
+            family = draw(st.sampled_from(["[IPv4]", "[IPv6]", "[IPv6, IPv4]"]))
+            texts.append(
+                f"apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n"
+                f"  selector: {{app: {draw(st.sampled_from(['a', 'b']))}}}\n  ipFamilies: {family}\n"
+                f"  ports: [{{port: 80, targetPort: {draw(st.sampled_from(['http', '9000']))}}}]\n"
+            )
+    return draw(st.permutations(texts))
+
+
+@given(meshes())
+def test_any_mesh_survives_its_records_and_the_order_of_its_files_means_nothing(texts):
+    mesh = build(*texts)
+    assert_same(state_of(mesh), mesh)
+    backwards = build(*reversed(texts))
+    assert mesh.records() == backwards.records()
+    addresses = [a for w in mesh.workloads for a in w.addresses] + [v for s in mesh.services for v in s.vips]
+    assert len(set(addresses)) == len(addresses)
+
+
+@given(meshes())
+def test_endpoints_are_the_selected_workloads_by_a_naive_join(texts):
+    declared = resources.parse("---\n".join(texts), "f.yaml")
+    mesh = Mesh.build(declared, "cluster.local")
+    expected = {
+        (service.key, workload.key): workload.addresses[0]
+        for service in declared
+        if hasattr(service, "selector")
+        for workload in mesh.workloads
+        if workload.namespace == service.namespace and workload.labels["app"] == service.selector["app"]
+    }
+    assert {(e.service, e.workload): e.address for e in mesh.endpoints} == expected
+
+
+def test_virtual_addresses_that_are_asked_for_are_never_allocated():
+    wanted = vips.allocate("shop/web", Family.IPV4, ())
+    other = SERVICE.replace("name: web,", "name: db,").replace("spec:", f"spec:\n  clusterIP: {wanted}")
+    by_name = {service.name: service for service in build(SERVICE, other, WORKLOAD).services}
+    assert by_name["db"].vips == (wanted,)
+    assert by_name["web"].vips not in ((wanted,), ())
+    workload = WORKLOAD.replace("10.0.0.1", wanted)
+    assert build(SERVICE, workload).services[0].vips != (wanted,)
+
+
+def test_a_dual_stack_service_has_an_address_of_each_family_in_its_order():
+    text = SERVICE.replace("spec:", "spec:\n  ipFamilyPolicy: PreferDualStack\n  clusterIP: fd00::9")
+    first, second = build(text, WORKLOAD).services[0].vips
+    assert (first, second.startswith("240.240.")) == ("fd00::9", True)
+
+
+def test_a_headless_service_has_endpoints_and_no_address():
+    mesh = build(SERVICE.replace("spec:", "spec:\n  clusterIP: None"), WORKLOAD)
+    assert (mesh.services[0].vips, len(mesh.endpoints)) == ((), 1)
+
+
+def test_a_full_range_is_an_error(monkeypatch):
+    monkeypatch.setattr(vips, "_LAST", vips._FIRST)
+    assert errors_of(SERVICE.replace("name: web,", "name: db,"), SERVICE, WORKLOAD) == [
+        "13: spec.clusterIP: no address is left in 240.240.0.0/16; write one of another range"
+    ]
+
+
+def replaced(text, old, new):
+    assert text.count(old) == 1, old
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([SERVICE, SERVICE, WORKLOAD], "12: metadata.name: Service shop/web is declared in f.yaml:1 too; remove one"),
+        ([NAMESPACE, NAMESPACE], "7: metadata.name: Namespace shop is declared in f.yaml:1 too; remove one"),
+        (
+            [WORKLOAD, SECOND.replace("10.0.0.2", "10.0.0.1")],
+            "9: spec.address: 10.0.0.1 is the address of WorkloadEntry sh",
+        ),
+        (
+            [replaced(SERVICE, "spec:", "spec:\n  clusterIP: 10.0.0.1"), WORKLOAD],
+            "5: spec.clusterIP: 10.0.0.1 is the address of WorkloadEntry shop/web-1 too",
+        ),
+        (
+            [
+                replaced(SERVICE, "spec:", "spec:\n  clusterIP: 10.9.9.9"),
+                SERVICE.replace("name: web,", "name: zz,").replace("spec:", "spec:\n  clusterIP: 10.9.9.9"),
+                WORKLOAD,
+            ],
+            "15: spec.clusterIP: 10.9.9.9 is the address of Service shop/web too",
+        ),
+        (
+            [NAMESPACE.replace("shop", "shops"), WORKLOAD],
+            "7: metadata.namespace: no Namespace 'shop' (did you mean 'shops'?)",
+        ),
+        (
+            [SERVICE, replaced(WORKLOAD, "{main: 8080}", "{mian: 8080}")],
+            "7: spec.ports[0].targetPort: WorkloadEntry shop/web-1 has no port 'main' (did you mean 'mian'?); its por",
+        ),
+        (
+            [SERVICE, replaced(WORKLOAD, ", ports: {main: 8080}", "")],
+            "targetPort: WorkloadEntry shop/web-1 has no port 'main'; its ports: none",
+        ),
+        (
+            [SERVICE, WORKLOAD, replaced(SLICE, "service-name: web", "service-name: wab")],
+            "17: metadata.labels['kubernetes.io/service-name']: no Service 'wab' in namespace shop (did you mean 'we",
+        ),
+        (
+            [SERVICE, WORKLOAD, replaced(SLICE, "10.0.0.1", "10.0.0.9")],
+            "20: endpoints[0].addresses[0]: no WorkloadEntry has the address 10.0.0.9; declare one, with its servi",
+        ),
+        (
+            [
+                SERVICE,
+                WORKLOAD,
+                WORKLOAD.replace("shop", "bank").replace("0.1", "0.9"),
+                replaced(SLICE, "0.0.1", "0.0.9"),
+            ],
+            "10.0.0.9 is WorkloadEntry bank/web-1, of another namespace",
+        ),
+        (
+            [
+                SERVICE,
+                WORKLOAD,
+                replaced(SLICE, "[10.0.0.1],", "[10.0.0.1], targetRef: {kind: WorkloadEntry, name: x},"),
+            ],
+            "targetRef says 'x', but 10.0.0.1 is WorkloadEntry shop/web-1",
+        ),
+        (
+            [SERVICE, WORKLOAD, replaced(SLICE, "name: http", "name: htpp")],
+            "19: ports[0].name: Service shop/web has no port named 'htpp' (did you mean 'http'?); its ports: 'http'",
+        ),
+        (
+            [SERVICE, WORKLOAD, SLICE, SLICE.replace("web-a", "web-b")],
+            "10.0.0.1 stands twice for this Service; remove one",
+        ),
+        (
+            [
+                SERVICE,
+                replaced(WORKLOAD, "labels", "annotations: {mesh.uproxy.dev/addresses: 'fd00::1'}, labels"),
+                SLICE,
+                SLICE.replace("web-a", "web-b")
+                .replace("IPv4", "IPv6")
+                .replace("10.0.0.1", "'fd00::1'")
+                .replace("7070", "7"),
+            ],
+            "ports: leads shop/web-1 port 80 to 7, another EndpointSlice to 7070; make them agree",
+        ),
+    ],
+)
+def test_each_thing_that_does_not_hold_together_is_an_error_with_its_place(texts, expected):
+    found = errors_of(*texts)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_namespaces_need_not_be_declared_when_none_is_and_two_always_are():
+    assert build(SERVICE, WORKLOAD).warnings == ()
+    root = POLICY.replace("namespace: shop", "namespace: mesh-system")
+    default = WORKLOAD.replace("namespace: shop", "namespace: default").replace("0.1", "0.5")
+    assert build(NAMESPACE, SERVICE, WORKLOAD, root, default)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([SERVICE], "5: spec.selector: selects no WorkloadEntry of namespace shop (none has the labels app=web)"),
+        (
+            [SERVICE.replace("  selector: {app: web}\n", "")],
+            "1: Service shop/web has no selector and no EndpointSlice",
+        ),
+        (
+            [WORKLOAD, replaced(POLICY, "{app: web}", "{app: wab}")],
+            "10: spec.selector: selects no WorkloadEntry of namespace shop; it does nothing",
+        ),
+        ([WORKLOAD, PEER.replace("shop", "bank")], "spec.selector: selects no WorkloadEntry of namespace bank"),
+        (
+            [WORKLOAD, POLICY.replace("shop}", "mesh-system}").replace("app: web", "app: wab")],
+            "spec.selector: selects no WorkloadEntry of any namespace; it does nothing",
+        ),
+        (
+            [WORKLOAD, POLICY.replace("  rules", "  action: DENY\n  # rules")],
+            "spec.rules: a DENY policy without rules denies nothing; write `rules: [{}]` to deny everybody",
+        ),
+        (
+            [WORKLOAD, replaced(POLICY, "sa/web]", "sa/wab]")],
+            "11: spec.rules[0].from[0].source: 'cluster.local/ns/shop/sa/wab' matches no workload of trust domain "
+            "cluster.local (did you mean 'cluster.local/ns/shop/sa/web'?)",
+        ),
+        (
+            [WORKLOAD, POLICY.replace("principals: [cluster", "principals: [other")],
+            "matches no workload of trust domain",
+        ),
+        (
+            [WORKLOAD, POLICY.replace("principals: [cluster.local/ns/shop/sa/web]", "namespaces: [shup]")],
+            "'shup' matches no",
+        ),
+        (
+            [WORKLOAD, POLICY.replace("principals: [cluster.local/ns/shop/sa/web]", "serviceAccounts: [shop/wab]")],
+            "'*/ns/shop/sa/wab' matches no workload",
+        ),
+        (
+            [WORKLOAD, POLICY.split("  rules")[0] + "  rules: [{when: [{key: source.namespace, notValues: [x]}]}]\n"],
+            "spec.rules[0].when[0]: 'x' matches no workload",
+        ),
+        (
+            [WORKLOAD, POLICY.split("  rules")[0] + "  rules: [{when: [{key: source.principal, values: ['x*']}]}]\n"],
+            "spec.rules[0].when[0]: 'x*' matches no workload",
+        ),
+    ],
+)
+def test_what_does_nothing_is_a_warning_with_its_place(texts, expected):
+    found = warnings_of(*texts)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{principals: ['*']}",
+        "{principals: ['cluster.local/*']}",
+        "{namespaces: ['sh*']}",
+        "{notNamespaces: [shop]}",
+        "{ipBlocks: [1.2.3.4]}",
+    ],
+)
+def test_a_pattern_that_can_match_gives_no_warning(source):
+    text = POLICY.replace("{principals: [cluster.local/ns/shop/sa/web]}", source)
+    assert warnings_of(WORKLOAD, text) == []
+
+
+def test_the_root_namespace_can_be_another():
+    root = POLICY.replace("namespace: shop", "namespace: istio-system")
+    assert build(WORKLOAD, root, root_namespace="istio-system").warnings == ()
+    assert len(build(WORKLOAD, root).warnings) == 1
+
+
+def test_a_dual_stack_workload_in_two_slices_is_one_endpoint_at_its_first_address():
+    workload = WORKLOAD.replace("labels", "annotations: {mesh.uproxy.dev/addresses: 'fd00::1'}, labels")
+    ready = SLICE.replace("ready: false", "ready: true")
+    other = ready.replace("web-a", "web-b").replace("IPv4", "IPv6").replace("10.0.0.1", "'fd00::1'")
+    (endpoint,) = build(SERVICE, workload, other, ready).endpoints
+    assert (endpoint.address, endpoint.ports, endpoint.ready) == ("10.0.0.1", {80: 7070}, True)
+    (endpoint,) = build(SERVICE, workload, other).endpoints
+    assert endpoint.address == "fd00::1"
+    (endpoint,) = build(SERVICE, workload, other, SLICE).endpoints
+    assert not endpoint.ready
+
+
+def test_workloads_of_another_trust_domain_have_its_identities():
+    (workload,) = Mesh.build(resources.parse(WORKLOAD, "f"), "example.org").workloads
+    assert isinstance(workload, Workload)
+    assert workload.identity.principal == "example.org/ns/shop/sa/web"
+    with pytest.raises(ValueError, match="trust domain"):
+        Mesh.build([], "Example")
