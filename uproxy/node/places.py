@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,7 @@ from uproxy import cgroup, linux
 
 _NS_GET_NSTYPE: Final = 0xB703  # _IO(0xb7, 3), <linux/nsfs.h>
 _SO_NETNS_COOKIE: Final = 71  # <asm-generic/socket.h>, Linux 5.14
+_NET_NS_INIT_INO: Final = 0xEFFFFFF9  # the initial namespace, <linux/nsfs.h> since Linux 6.18; nobody's before
 _ROOT_CGROUP_ID: Final = 1
 
 
@@ -111,16 +113,19 @@ class NetworkNamespace:
         if kind != linux.CLONE_NEWNET:
             raise PlaceError("the third descriptor is no network namespace (open /run/netns/NAME or /proc/PID/ns/net)")
         ino = os.fstat(fd).st_ino
-        for own in ("/proc/1/ns/net", "/proc/self/ns/net"):
-            try:
-                taken = os.stat(own).st_ino
-            except PermissionError:  # an init with more capabilities than ours, as in some containers, is not shown
-                continue
-            if taken == ino:
-                raise PlaceError(
-                    "that is the host's network namespace: closing it would cut off the host. Give the workload a "
-                    "namespace of its own, as `uproxy exec` does"
-                )
+        if ino in _host_namespaces():
+            raise PlaceError(
+                "that is the host's network namespace: closing it would cut off the host. Give the workload a "
+                "namespace of its own, as `uproxy exec` does"
+            )
         with linux.inside(fd), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as inside:
             cookie = int.from_bytes(inside.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
         return cls(fd, ino, cookie)
+
+
+def _host_namespaces() -> set[int]:
+    """Inodes of the network namespaces that are no workload's: the initial one, init's and the agent's own."""
+    found = {_NET_NS_INIT_INO, os.stat("/proc/self/ns/net").st_ino}
+    with suppress(PermissionError):  # an init with more capabilities than ours, as in some containers, is not shown
+        found.add(os.stat("/proc/1/ns/net").st_ino)
+    return found

@@ -1,0 +1,261 @@
+"""The kernel maps are equal to the state, by the least writing, and whole only when all is in."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpf.loader import Loader
+from bpf.maps import RangeKind, Route, Settings, Target
+from control.api import messages, records, topics
+from control.api.address import AddressError, IpAddress, packed16, parse_address
+from control.api.identity import SpiffeId, parse_trust_domain
+from control.api.messages import Envelope
+from control.api.records import Record
+from control.api.workload import Service, ServicePort, Workload
+from control.client.state import State
+from tests.support import capture
+from uproxy.node.sync import Difference, MeshRanges, Sync, SyncError, desired_services, desired_workloads, stable_id
+
+TRUST_DOMAIN = parse_trust_domain("cluster.local")
+RANGES = MeshRanges.parse(["240.240.0.0/16", "10.0.0.0/8", "fd00::/8"], ["10.9.0.0/16"])
+
+
+def service(name: str, *vips: str, ports: tuple[int, ...] = (80,)) -> Service:
+    declared = tuple(ServicePort(f"p{port}", port, port, "") for port in ports)
+    return Service("default", name, tuple(map(parse_address, vips)), declared, {})
+
+
+def workload(name: str, *addresses: str) -> Workload:
+    identity = SpiffeId(TRUST_DOMAIN, "default", name)
+    return Workload("default", name, name, identity, tuple(map(parse_address, addresses)), {}, {}, "", 1)
+
+
+class Mesh:
+    """A state that is fed whole configurations, as a file source does."""
+
+    def __init__(self) -> None:
+        self.state = State("cluster.local")
+        self._version = 0
+        self._topics: set[str] = set()
+
+    def become(self, *wanted: Record) -> State:
+        self._version += 1
+        batch = {
+            topics.format_topic(TRUST_DOMAIN, records.topic_of(record)): self._envelope(records.write(record))
+            for record in wanted
+        }
+        tombstones = {topic: self._envelope(None) for topic in self._topics - batch.keys()}
+        self._topics |= batch.keys()
+        self.state.apply([*batch.items(), *tombstones.items()])
+        return self.state
+
+    def _envelope(self, body: messages.Body | None) -> bytes:
+        return messages.encode(Envelope(1, self._version, 0, body))
+
+
+names = st.sampled_from(["a", "b", "c", "d"])
+vips = st.sampled_from(["240.240.0.1", "240.240.0.2", "240.240.0.3", "fd00::1", "fd00::2"])
+addresses = st.sampled_from(["10.0.0.1", "10.0.0.2", "10.0.0.3", "fd01::1"])
+services = st.builds(
+    lambda name, held, ports: service(name, *held, ports=tuple(ports)),
+    names,
+    st.lists(vips, unique=True, max_size=2),
+    st.lists(st.sampled_from([80, 81, 443]), unique=True, min_size=1),
+)
+workloads = st.builds(
+    lambda name, held: workload(name, *held), names, st.lists(addresses, unique=True, min_size=1, max_size=2)
+)
+meshes = st.tuples(
+    st.lists(services, unique_by=lambda one: one.name, max_size=4),
+    st.lists(workloads, unique_by=lambda one: one.name, max_size=4),
+)
+contents = st.dictionaries(
+    st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 3)),
+    st.builds(Target, st.integers(1, 3), st.just(Route.TUNNEL)),
+)
+
+
+@given(current=contents, wanted=contents)
+def test_a_difference_turns_one_content_into_the_other(current, wanted):
+    difference = Difference.between(current, wanted)
+    result = {key: target for key, target in current.items() if key not in difference.delete} | dict(difference.put)
+    assert result == wanted
+    assert not difference.delete & difference.put.keys()
+    assert all(current.get(key) != target for key, target in difference.put.items())
+    assert bool(difference) == (current != wanted)
+
+
+def test_desired_is_every_vip_and_port_and_every_address():
+    state = Mesh().become(
+        service("db", "240.240.0.1", "fd00::1", ports=(80, 443)),
+        service("headless"),
+        workload("one", "10.0.0.1", "fd01::1"),
+    )
+    target = Target(stable_id("default/db"), Route.TUNNEL)
+    expected = {(packed16(IpAddress(vip)), port): target for vip in ("240.240.0.1", "fd00::1") for port in (80, 443)}
+    assert desired_services(state) == expected
+    assert {key: target.id for key, target in desired_workloads(state).items()} == {
+        (packed16(IpAddress(address)), 0): stable_id("default/one") for address in ("10.0.0.1", "fd01::1")
+    }
+
+
+def test_ids_are_stable_and_never_zero():
+    assert stable_id("default/db") == 0xE8853F44
+    assert len({stable_id(f"default/{n}") for n in range(1000)}) == 1000
+
+
+@pytest.fixture(scope="module")
+def maps():
+    with capture.pins() as pins, Loader(pins / "maps") as loader:
+        yield loader.maps
+
+
+@pytest.mark.root
+class TestOnKernelMaps:
+    @staticmethod
+    def empty(maps) -> None:
+        for targets in (maps.services, maps.workloads):
+            for key in targets.items():
+                targets.delete(key)
+        maps.settings.write(Settings(0, whole=False))
+
+    @given(steps=st.lists(meshes, min_size=1, max_size=5))
+    def test_after_any_changes_the_maps_equal_the_state(self, maps, steps):
+        self.empty(maps)
+        sync, mesh = Sync(maps, RANGES), Mesh()
+        for step in steps:
+            state = mesh.become(*step[0], *step[1])
+            before = {**maps.services.items()}, {**maps.workloads.items()}
+            stamps = {key: maps.services.generation_of(key) for key in before[0]}
+            settings = maps.settings.read()
+
+            written = sync.apply(state)
+
+            assert maps.services.items() == desired_services(state)
+            assert maps.workloads.items() == desired_workloads(state)
+            least = 0
+            for old, new in zip(before, (desired_services(state), desired_workloads(state)), strict=True):
+                least += sum(old.get(key) != new.get(key) for key in old.keys() | new.keys())
+            assert written == least
+            after = maps.settings.read()
+            assert after.whole
+            assert after.generation == settings.generation + bool(written)
+            for key, target in maps.services.items().items():
+                unchanged = before[0].get(key) == target
+                assert maps.services.generation_of(key) == (stamps[key] if unchanged else after.generation)
+            assert sync.sizes() == {"services": len(maps.services), "addresses": len(maps.workloads)}
+
+    @given(first=meshes, second=meshes)
+    def test_another_agent_goes_on_where_the_first_stopped(self, maps, first, second):
+        self.empty(maps)
+        Sync(maps, RANGES).apply(Mesh().become(*first[0], *first[1]))
+        generation = maps.settings.read().generation
+        restarted = Mesh().become(*first[0], *first[1])
+        assert Sync(maps, RANGES).apply(restarted) == 0
+        assert maps.settings.read() == Settings(generation, whole=True)
+        changed = Mesh().become(*second[0], *second[1])
+        Sync(maps, RANGES).apply(changed)
+        assert maps.services.items() == desired_services(changed)
+        assert maps.workloads.items() == desired_workloads(changed)
+
+    def test_new_entries_go_in_before_old_ones_go_out_and_whole_comes_last(self, maps, monkeypatch):
+        self.empty(maps)
+        mesh, done = Mesh(), []
+        sync = Sync(maps, RANGES)
+        for kernel, name in ((maps.services, "service"), (maps.workloads, "workload"), (maps.settings, "settings")):
+            for verb in ("put", "delete", "write"):
+                if hasattr(kernel, verb):
+                    original = getattr(kernel, verb)
+
+                    def recorded(*args, original=original, what=f"{verb} {name}"):
+                        done.append(what)
+                        return original(*args)
+
+                    monkeypatch.setattr(kernel, verb, recorded)
+        sync.apply(mesh.become(service("a", "240.240.0.1"), workload("w", "10.0.0.1")))
+        assert done == ["put service", "put workload", "write settings"]
+        done.clear()
+        sync.apply(mesh.become(service("b", "240.240.0.2"), workload("v", "10.0.0.2")))
+        assert done == ["put service", "put workload", "delete service", "delete workload", "write settings"]
+        done.clear()
+        sync.apply(mesh.become(service("b", "240.240.0.2"), workload("v", "10.0.0.2")))
+        assert done == []
+
+    def test_maps_that_cannot_all_be_written_do_not_become_whole(self, maps, monkeypatch):
+        self.empty(maps)
+        sync, mesh = Sync(maps, RANGES), Mesh()
+        state = mesh.become(service("a", "240.240.0.1"), workload("w", "10.0.0.1"))
+
+        def full(*_) -> None:
+            raise OSError(7, "Argument list too long")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(maps.workloads, "put", full)
+            with pytest.raises(OSError, match="too long"):
+                sync.apply(state)
+        assert not maps.settings.read().whole
+        sync.apply(state)
+        assert maps.settings.read().whole
+        assert maps.services.items() == desired_services(state)
+        assert maps.workloads.items() == desired_workloads(state)
+
+    def test_an_address_outside_the_ranges_is_refused_and_nothing_written(self, maps):
+        self.empty(maps)
+        sync, mesh = Sync(maps, RANGES), Mesh()
+        sync.apply(mesh.become(service("a", "240.240.0.1")))
+        before = maps.services.items(), maps.settings.read()
+        state = mesh.become(service("b", "240.240.0.2"), workload("w", "192.0.2.7"), workload("v", "10.9.0.1"))
+        with pytest.raises(SyncError) as refused:
+            sync.apply(state)
+        assert str(refused.value).startswith("workload default/")
+        assert "192.0.2.7" in str(refused.value)
+        assert "(and 1 more), outside the mesh's ranges (240.240.0.0/16, 10.0.0.0/8, fd00::/8)" in str(refused.value)
+        assert (maps.services.items(), maps.settings.read()) == before
+        sync.apply(mesh.become(service("b", "240.240.0.2")))
+        assert maps.services.items() == desired_services(mesh.state)
+
+    def test_ranges_become_what_the_command_line_says(self, maps):
+        Sync(maps, MeshRanges.parse(["10.0.0.0/8", "fd00::/8"]))
+        assert maps.ranges.items() == {
+            (packed16(IpAddress("10.0.0.0")), 104): RangeKind.MESH,
+            (packed16(IpAddress("fd00::")), 8): RangeKind.MESH,
+        }
+        Sync(maps, MeshRanges.parse(["11.0.0.0/8"], ["10.0.0.0/8"]))
+        assert maps.ranges.items() == {
+            (packed16(IpAddress("11.0.0.0")), 104): RangeKind.MESH,
+            (packed16(IpAddress("10.0.0.0")), 104): RangeKind.EXCLUDED,
+        }
+
+
+blocks = st.builds(
+    lambda number, bits: str(ipaddress.ip_network((number >> (32 - bits) << (32 - bits), bits))),
+    st.integers(0x0A000000, 0x0A0000FF),
+    st.integers(20, 32),
+)
+
+
+@given(mesh=st.sets(blocks, max_size=4), excluded=st.sets(blocks, max_size=4), last=st.integers(0, 255))
+def test_the_longest_prefix_decides(mesh, excluded, last):
+    excluded -= mesh
+    address = ipaddress.ip_address(f"10.0.0.{last}")
+    ranges = MeshRanges.parse(mesh, excluded)
+    matching = [
+        (ipaddress.ip_network(block).prefixlen, block)
+        for block in mesh | excluded
+        if address in ipaddress.ip_network(block)
+    ]
+    expected = bool(matching) and max(matching)[1] in mesh
+    assert ranges.captures(parse_address(str(address))) == expected
+
+
+def test_ranges_that_contradict_are_refused():
+    with pytest.raises(ValueError, match=r"10\.0\.0\.0/8 is both a mesh range and excluded"):
+        MeshRanges.parse(["10.0.0.0/8"], ["10.0.0.0/8"])
+    with pytest.raises(AddressError, match="is not a CIDR block"):
+        MeshRanges.parse(["mesh"])
+    with pytest.raises(ValueError, match="more than 1024 ranges"):
+        MeshRanges.parse(f"10.{n // 256}.{n % 256}.0/24" for n in range(1025))
