@@ -33,6 +33,7 @@ APP_CONNECT_TIMEOUT_S = 10.0
 # Handshakes cost a millisecond of CPU each; more at once only makes all of them late.
 MAX_HANDSHAKES = 256
 MAX_TUNNELS = 4096
+MAX_REMEMBERED_HOSTS = 1024
 # The proxy's own ports: a peer must not reach the admin port, or make the proxy dial itself. 15020 (metrics) and 15021
 # (readiness) are meant to be read, by whom policy allows.
 FORBIDDEN_PORTS = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
@@ -65,6 +66,7 @@ class Inbound:
         self._handshakes = 0
         self._tunnels: set[Tunnel] = set()
         self._policies: Policies = compile_policies(())
+        self._services_here: dict[str, str | None] = {}
 
     # -- the connection
 
@@ -149,36 +151,49 @@ class Inbound:
                 "no-config", f"the mesh's configuration has no workload {self._own.key}", flag=Flag.NO_CONFIG
             )
         record.destination.workload = workload
-        try:
-            address = parse_address(match[1] or match[2])
-        except AddressError:
-            address, port = self._own.addresses[0], self._service_port(match[2] or match[1], port, record)
-        else:
-            if address not in self._own.addresses:
-                raise RefusedError(
-                    "wrong-destination", f"{address} is no address of {self._own.key}", status=400, flag=Flag.DENY
-                )
+        host = match[1] or match[2]
+        address = IpAddress(host)
+        if address not in self._own.addresses:  # in almost every request it is, and written as we write it
+            address, port = self._other_target(host, port, record)
         if port in FORBIDDEN_PORTS:
             raise RefusedError("port-forbidden", f"port {port} belongs to the proxy", flag=Flag.DENY)
         self._note_service(fields, record)
         return address, port
 
-    def _service_port(self, host: str, port: int, record: Connection) -> int:
-        """A hostname authority names a service of which this workload is an endpoint."""
-        service = self._state.service_named(host)
-        if service is not None:
-            for endpoint in self._state.endpoints(service.key):
-                if endpoint.workload == self._own.key and port in endpoint.ports:
-                    record.destination_service = service.key
-                    return endpoint.ports[port]
-        raise _bad_request(f"{host[:253]}:{port} is no service port of {self._own.key}")
+    def _other_target(self, host: str, port: int, record: Connection) -> tuple[IpAddress, int]:
+        """An address in another spelling, or the name of a service of which this workload is an endpoint."""
+        try:
+            address = parse_address(host)
+        except AddressError:
+            service = self._service_here(host)
+            if service is not None:
+                for endpoint in self._state.endpoints(service):
+                    if endpoint.workload == self._own.key and port in endpoint.ports:
+                        record.destination_service = service
+                        return self._own.addresses[0], endpoint.ports[port]
+            raise _bad_request(f"{host}:{port} is no service port of {self._own.key}") from None
+        if address not in self._own.addresses:
+            raise RefusedError(
+                "wrong-destination", f"{address} is no address of {self._own.key}", status=400, flag=Flag.DENY
+            )
+        return address, port
 
     def _note_service(self, fields: dict[bytes, bytes], record: Connection) -> None:
         """Telemetry only: the service that the caller says it dialled, if this workload is one of its endpoints."""
         said = _FORWARDED_HOST.search(fields.get(b"forwarded", b""))
-        service = self._state.service_named(said[1].decode()) if said is not None else None
-        if service is not None and any(e.workload == self._own.key for e in self._state.endpoints(service.key)):
-            record.destination_service = service.key
+        if said is not None and not record.destination_service:
+            record.destination_service = self._service_here(said[1].decode()) or ""
+
+    def _service_here(self, host: str) -> str | None:
+        """Key of the named service, if this workload is one of its endpoints. Looked up once per configuration."""
+        if host not in self._services_here:
+            service = self._state.service_named(host)
+            endpoints = self._state.endpoints(service.key) if service is not None else ()
+            mine = service is not None and any(e.workload == self._own.key for e in endpoints)
+            if len(self._services_here) >= MAX_REMEMBERED_HOSTS:
+                self._services_here.clear()
+            self._services_here[host] = service.key if mine and service is not None else None
+        return self._services_here[host]
 
     def _decide(self, carrier: Tunnel, address: IpAddress, port: int) -> Decision:
         """L4 authorization: who (from TLS), from where (the TCP peer), to which address and port of the workload."""
@@ -203,6 +218,7 @@ class Inbound:
 
     def config_changed(self) -> None:
         """Compile the policies that select this workload anew, and cut the connections that no longer pass."""
+        self._services_here.clear()
         workload = self._state.workload(self._own.key)
         policies = self._state.policies_for(workload) if workload is not None else ()
         self._policies = compile_policies(policies)

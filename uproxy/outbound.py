@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 from control.api.address import IpAddress
 from control.client.state import State
-from uproxy import hbone, plane, resolve
+from uproxy import hbone, plane
 from uproxy.connections import Connections, Live
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route, original_destination
 from uproxy.relay import CLEAN, Relay
-from uproxy.resolve import Hop, Plan
+from uproxy.resolve import Hop, Plan, Resolver
 from uproxy.telemetry import Connection, Peer, Telemetry
 from uproxy.tunnel import HBONE_PORT
 
@@ -57,7 +57,7 @@ class Outbound:
         self._connections = connections
         self._telemetry = telemetry
         self._own = own
-        self._rng = random.Random()
+        self._resolver = Resolver(state, random.Random())
 
     async def serve_captured(self, app: socket.socket) -> None:
         """A connection that eBPF brought here: the kernel knows where it was going."""
@@ -75,7 +75,7 @@ class Outbound:
         """A connection whose destination is known, from here to its end. Never raises."""
         record = self._record(app, host_port(destination.address, destination.port))
         try:
-            plan = resolve.plan(self._state, destination.address, destination.port, self._rng)
+            plan = self._resolver.plan(destination.address, destination.port)
             record.destination_service = plan.service.key if plan.service is not None else ""
             relay, hop = await self._open(plan, record)
         except RefusedError as error:

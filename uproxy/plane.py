@@ -195,9 +195,12 @@ class Plane:
                 sock.bind((source, 0))
             status = sock.connect_ex((host, port))
             if status == errno.EINPROGRESS:
+                # On the same host the handshake is over by now: asking again is cheaper than waiting for it.
+                status = sock.connect_ex((host, port))
+            if status == errno.EALREADY:
                 await self.ready(sock, WRITE, timeout_s)
                 status = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if status:
+            if status not in (0, errno.EISCONN):
                 raise OSError(status, os.strerror(status))
         except BaseException:
             sock.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
@@ -35,39 +37,80 @@ class Plan:
     hops: tuple[Hop, ...]
 
 
-def plan(state: State, address: IpAddress, port: int, rng: random.Random) -> Plan:
-    """Decide for one destination. Raises RefusedError when the mesh does not know it or has no endpoint for it."""
-    if not state.whole:
-        raise RefusedError("no-config", "this uProxy has no configuration yet", flag=Flag.NO_CONFIG)
-    found = state.service_at(address, port)
-    if found is not None:
-        service, _ = found
-        return Plan(address, port, service, _service_hops(state, service, port, rng))
-    workload = state.workload_at(address)
-    if workload is None:
-        raise RefusedError(
-            "no-config",
-            f"{_authority(address, port)} is in the mesh's ranges, but no service port or workload has this address",
-            flag=Flag.NO_CONFIG,
-        )
-    hop = Hop(address, workload.identity, _authority(address, port).encode(), workload)
-    return Plan(address, port, None, (hop,))
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The ready endpoints of one service port, and their weights added up in order."""
+
+    hops: tuple[Hop, ...]
+    cumulative: tuple[int, ...]
 
 
-def _service_hops(state: State, service: Service, port: int, rng: random.Random) -> tuple[Hop, ...]:
-    """Some ready endpoints in random order, each drawn with its weight."""
-    endpoints = [e for e in state.endpoints(service.key) if e.ready and e.weight > 0 and port in e.ports]
-    if not endpoints:
-        raise RefusedError(
-            "no-endpoint", f"service {service.key} has no ready endpoint for port {port}", flag=Flag.CONNECT
-        )
-    hops: list[Hop] = []
-    while endpoints and len(hops) < MAX_HOPS:
-        (endpoint,) = rng.choices(endpoints, [e.weight for e in endpoints]) if len(endpoints) > 1 else endpoints
-        endpoints.remove(endpoint)
-        authority = _authority(endpoint.address, endpoint.ports[port]).encode()
-        hops.append(Hop(endpoint.address, endpoint.identity, authority, state.workload(endpoint.workload)))
-    return tuple(hops)
+class Resolver:
+    """Plans connections from one state. What a service port resolves to is worked out once per generation."""
+
+    def __init__(self, state: State, rng: random.Random) -> None:
+        self._state = state
+        self._rng = rng
+        self._generation = -1
+        self._groups: dict[tuple[str, int], _Group] = {}
+
+    def plan(self, address: IpAddress, port: int) -> Plan:
+        """Decide for one destination. Raises RefusedError when the mesh does not know it or has no endpoint for it."""
+        state = self._state
+        if not state.whole:
+            raise RefusedError("no-config", "this uProxy has no configuration yet", flag=Flag.NO_CONFIG)
+        found = state.service_at(address, port)
+        if found is not None:
+            service, _ = found
+            return Plan(address, port, service, self._draw(self._group(service, port)))
+        workload = state.workload_at(address)
+        if workload is None:
+            raise RefusedError(
+                "no-config",
+                f"{_authority(address, port)} lies in the mesh, but no service port or workload has this address",
+                flag=Flag.NO_CONFIG,
+            )
+        hop = Hop(address, workload.identity, _authority(address, port).encode(), workload)
+        return Plan(address, port, None, (hop,))
+
+    def _group(self, service: Service, port: int) -> _Group:
+        if self._generation != self._state.generation:
+            self._generation = self._state.generation
+            self._groups.clear()
+        group = self._groups.get((service.key, port))
+        if group is None:
+            ready = [e for e in self._state.endpoints(service.key) if e.ready and e.weight > 0 and port in e.ports]
+            hops = tuple(
+                Hop(
+                    endpoint.address,
+                    endpoint.identity,
+                    _authority(endpoint.address, endpoint.ports[port]).encode(),
+                    self._state.workload(endpoint.workload),
+                )
+                for endpoint in ready
+            )
+            group = _Group(hops, tuple(accumulate(e.weight for e in ready)))
+            self._groups[service.key, port] = group
+        if not group.hops:
+            raise RefusedError("no-endpoint", f"service {service.key} has no ready endpoint for port {port}")
+        return group
+
+    def _draw(self, group: _Group) -> tuple[Hop, ...]:
+        """Different endpoints, each drawn with its weight; when the draws keep meeting, the next ones in order."""
+        hops, wanted = group.hops, min(len(group.hops), MAX_HOPS)
+        if len(hops) == 1:
+            return hops
+        drawn: dict[int, None] = {}
+        for _ in range(2 * wanted):
+            drawn[bisect_right(group.cumulative, self._rng.random() * group.cumulative[-1])] = None
+            if len(drawn) == wanted:
+                break
+        first = next(iter(drawn))
+        for step in range(1, len(hops)):
+            if len(drawn) == wanted:
+                break
+            drawn[(first + step) % len(hops)] = None
+        return tuple(hops[index] for index in drawn)
 
 
 def _authority(address: str, port: int) -> str:

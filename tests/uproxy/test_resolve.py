@@ -15,8 +15,8 @@ from control.api.workload import Endpoint, Service, ServicePort
 from control.client.state import State
 from tests.support.certificates import DB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, published, workload
-from uproxy import resolve
 from uproxy.errors import Flag, RefusedError
+from uproxy.resolve import MAX_HOPS, Resolver
 
 
 def endpoint(number: int, *, weight: int = 1, ready: bool = True, port: int = SERVICE_PORT) -> Endpoint:
@@ -33,12 +33,12 @@ def state_of(*endpoints: Endpoint) -> State:
 
 def refusal(state: State, address: str, port: int) -> RefusedError:
     with pytest.raises(RefusedError) as refused:
-        resolve.plan(state, parse_address(address), port, random.Random(1))
+        Resolver(state, random.Random(1)).plan(parse_address(address), port)
     return refused.value
 
 
 def test_a_service_address_goes_to_an_endpoint_and_its_target_port() -> None:
-    plan = resolve.plan(state_of(endpoint(1)), VIP, SERVICE_PORT, random.Random(1))
+    plan = Resolver(state_of(endpoint(1)), random.Random(1)).plan(VIP, SERVICE_PORT)
     (hop,) = plan.hops
     assert (hop.address, hop.authority, hop.expected) == ("10.0.0.1", b"10.0.0.1:7000", DB)
     assert plan.service is not None
@@ -46,7 +46,7 @@ def test_a_service_address_goes_to_an_endpoint_and_its_target_port() -> None:
 
 
 def test_a_workload_address_goes_there() -> None:
-    plan = resolve.plan(state_of(), DB_ADDRESS, 7000, random.Random(1))
+    plan = Resolver(state_of(), random.Random(1)).plan(DB_ADDRESS, 7000)
     (hop,) = plan.hops
     assert (hop.address, hop.authority, plan.service) == (DB_ADDRESS, f"{DB_ADDRESS}:7000".encode(), None)
 
@@ -55,7 +55,7 @@ def test_an_ipv6_authority_has_brackets() -> None:
     state = state_of()
     six = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/six")
     state.apply([published(workload("six", "fd00::6", six), 2)])
-    (hop,) = resolve.plan(state, parse_address("fd00::6"), 80, random.Random(1)).hops
+    (hop,) = Resolver(state, random.Random(1)).plan(parse_address("fd00::6"), 80).hops
     assert hop.authority == b"[fd00::6]:80"
 
 
@@ -78,14 +78,14 @@ def test_hops_are_different_ready_endpoints(drawn: list[tuple[int, bool]], seed:
     if not ready_ones:
         assert refusal(state, VIP, SERVICE_PORT).reason == "no-endpoint"
         return
-    hops = resolve.plan(state, VIP, SERVICE_PORT, random.Random(seed)).hops
+    hops = Resolver(state, random.Random(seed)).plan(VIP, SERVICE_PORT).hops
     addresses = [hop.address for hop in hops]
     assert set(addresses) <= ready_ones
-    assert len(addresses) == len(set(addresses)) == min(len(ready_ones), resolve.MAX_HOPS)
+    assert len(addresses) == len(set(addresses)) == min(len(ready_ones), MAX_HOPS)
 
 
 def test_the_first_hop_is_drawn_by_weight() -> None:
     state = state_of(endpoint(1, weight=1), endpoint(2, weight=3))
     rng = random.Random(7)
-    first = Counter(resolve.plan(state, VIP, SERVICE_PORT, rng).hops[0].address for _ in range(4000))
+    first = Counter(Resolver(state, rng).plan(VIP, SERVICE_PORT).hops[0].address for _ in range(4000))
     assert abs(first[parse_address("10.0.0.2")] / 4000 - 0.75) < 0.03
