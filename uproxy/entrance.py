@@ -117,20 +117,32 @@ class Exposure:
 
 
 def exposures(directories: Iterable[Path]) -> tuple[Exposure, ...]:
-    """What must be exposed so that an account that owns nothing reaches these directories; often nothing."""
+    """What must be exposed so that an account that owns nothing reaches these directories; often nothing.
+
+    Raises SandboxError for a directory that is closed itself, or below one that is exposed already.
+    """
     by_closed: dict[Path, list[Path]] = {}
-    # A directory below another one of the list is reached with it.
+    exposed: Path | None = None
     for directory in sorted({directory.resolve() for directory in directories}):
-        if any(directory.is_relative_to(needed) for chosen in by_closed.values() for needed in chosen):
+        # In sorted order, what lies below an exposed directory comes right after it.
+        reached = exposed if exposed is not None and directory.is_relative_to(exposed) else None
+        closed = _topmost_closed(directory, reached)
+        if closed is None:
             continue
-        closed = next((above for above in reversed((directory, *directory.parents)) if not _open_to_all(above)), None)
-        if closed == directory:
-            raise SandboxError(
-                f"{directory} is closed to the proxy's uid: chmod o+rx {directory}, or use another directory"
-            )
-        if closed is not None:
-            by_closed.setdefault(closed, []).append(directory)
+        if reached is not None or not _open_to_all(directory):
+            at = directory if not _open_to_all(directory) else closed
+            raise SandboxError(f"{at} is closed to the proxy's uid: chmod o+rx {at}, or use another directory")
+        by_closed.setdefault(closed, []).append(directory)
+        exposed = directory
     return tuple(Exposure(closed, tuple(needed)) for closed, needed in by_closed.items())
+
+
+def _topmost_closed(directory: Path, below: Path | None) -> Path | None:
+    """The first directory on the way down that others may not enter, starting below `below`."""
+    for step in reversed((directory, *directory.parents)):
+        if (below is None or (step != below and step.is_relative_to(below))) and not _open_to_all(step):
+            return step
+    return None
 
 
 def _open_to_all(directory: Path) -> bool:

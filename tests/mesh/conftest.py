@@ -15,6 +15,7 @@ from benchmarks.lab.topology import Lab, Workload
 
 PEER = ("240.240.0.30", 9000)
 PEER_V6 = ("fd96:0:0:ffff::30", 9000)
+JOB = "10.96.1.100"
 
 # A namespace of their own, where the shop's policy does not reach.
 LOAD = f"""\
@@ -35,6 +36,11 @@ spec:
   ipFamilies: [IPv6]
   selector: {{app: peer6}}
   ports: [{{name: tcp, port: {PEER_V6[1]}, targetPort: tcp}}]
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: job, namespace: load}}
+spec: {{address: {JOB}, serviceAccount: job}}
 """
 
 

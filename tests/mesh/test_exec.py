@@ -1,0 +1,249 @@
+"""`uproxy exec` as people use it: what it keeps of the command, what it refuses, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from benchmarks.lab import remains
+from benchmarks.lab.topology import App, Workload, WorkloadOptions
+from tests.mesh.conftest import JOB, Mesh
+from tests.support import inside
+
+
+@pytest.fixture
+def job(mesh: Mesh) -> Workload:
+    """A workload of the configuration that the lab does not start: each test runs a command as it."""
+    made = Workload(mesh.shop.a, "job", App(lambda address, data: [], "sh"), JOB, WorkloadOptions(namespace="load"))
+    mesh.lab.issue(made.identity, made.identity_dir)
+    return made
+
+
+def _argv(job: Workload, *command: str, user: str = "nobody", **options: str) -> list[str]:
+    argv = [*job.arguments()[:-1]]
+    argv[argv.index("--user") + 1] = user
+    for name, value in options.items():
+        argv[argv.index(f"--{name.replace('_', '-')}") + 1] = value
+    return [*argv, "--", *command]
+
+
+def _start(job: Workload, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    return job.host.spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _run(job: Workload, *command: str, **options: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error; and nothing of it is left."""
+    with _start(job, _argv(job, *command, **options)) as process:
+        output, errors = process.communicate(timeout=40)
+    _gone(job)
+    return process.returncode, output.decode(), errors.decode()
+
+
+@contextmanager
+def _running(job: Workload, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The launcher, once its command has printed a line; ended with the block if it still runs."""
+    with _start(job, _argv(job, *command)) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline(), process.stderr.read().decode()
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _gone(job: Workload) -> None:
+    left = [entry for entry in remains.left_of(job.netns) if Path(entry).name.startswith(job.netns)]
+    assert not left
+    assert not job.box.cgroup.exists()
+    assert not (job.host.lab.directory / "state" / job.name).exists()
+    with job.host.entered():
+        links = subprocess.run(["ip", "-o", "link", "show"], capture_output=True, text=True, check=True).stdout
+        assert job.box.host_link not in links
+    known = [one["workload"] for one in job.host.node().status()["workloads"]]
+    assert job.name not in known
+
+
+_FOREVER = "echo up; while :; do sleep 0.05; done"
+
+
+class TestTheCommand:
+    def test_status_output_input_and_user_are_kept(self, job: Workload) -> None:
+        with _start(job, _argv(job, "sh", "-c", "cat; id -un; echo $HOME; echo oops >&2; exit 7")) as process:
+            output, errors = process.communicate(b"typed\n", timeout=40)
+        assert process.returncode == 7
+        assert output.decode().split() == ["typed", "nobody", "/nonexistent"]
+        assert "oops" in errors.decode()
+        _gone(job)
+
+    def test_death_by_signal_is_told_as_a_shell_does(self, job: Workload) -> None:
+        assert _run(job, "sh", "-c", "kill -9 $$")[0] == 128 + 9
+
+    def test_signals_reach_it(self, job: Workload) -> None:
+        with _running(job, "sh", "-c", f"trap 'exit 3' TERM; trap 'echo usr1' USR1; {_FOREVER}") as process:
+            assert process.stdout is not None
+            process.send_signal(signal.SIGUSR1)
+            assert process.stdout.readline() == b"usr1\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 3
+        _gone(job)
+
+    def test_what_it_leaves_running_ends_with_it(self, job: Workload) -> None:
+        status, output, _ = _run(job, "sh", "-c", "setsid sleep 300 >/dev/null 2>&1 & echo $!")
+        assert status == 0
+        assert not Path(f"/proc/{output.strip()}").exists()
+
+    def test_orphans_are_reaped(self, job: Workload) -> None:
+        with _running(job, "sh", "-c", f"(sleep 0.1 &) ; (sleep 0.1 &) ; {_FOREVER}") as process:
+            inside.eventually(lambda: not _comm_of_children(process.pid) & {"sleep"})
+            assert "Z" not in _states_of_children(process.pid)
+
+    @pytest.mark.parametrize(("command", "status"), [("no-such-command", 127), ("/etc/passwd", 126)])
+    def test_command_that_cannot_run(self, job: Workload, command: str, status: int) -> None:
+        ended, _, errors = _run(job, command)
+        assert ended == status
+        assert command in errors
+
+
+class TestTheSidecar:
+    def test_runs_confined(self, job: Workload) -> None:
+        with _running(job, "sh", "-c", _FOREVER):
+            pid = job.proxy_pid()
+            status = dict(
+                line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+            )
+            uid = int(status["Uid"].split()[0])
+            assert 61184 <= uid <= 65519
+            assert set(status["Uid"].split() + status["Gid"].split()) == {str(uid)}
+            assert status["Groups"].strip() == ""
+            assert status["NoNewPrivs"] == "1"
+            assert int(status["CapEff"], 16) == 0
+            assert "Max core file size        0                    0" in Path(f"/proc/{pid}/limits").read_text()
+            # What may not be dumped belongs to root in /proc, and an equal uid cannot trace it.
+            assert Path(f"/proc/{pid}/environ").stat().st_uid == 0
+            assert Path(f"/proc/{pid}/ns/net").stat().st_ino == job.box.netns_path.stat().st_ino
+            assert Path(f"/proc/{pid}/environ").read_bytes().count(b"\0") <= 3
+            state = job.host.lab.directory / "state" / job.name
+            assert (state.stat().st_mode & 0o777, state.stat().st_uid) == (0o700, uid)
+            key = state / "key.pem"
+            assert (key.stat().st_mode & 0o777, key.stat().st_uid) == (0o600, uid)
+
+    def test_killed_is_restarted_and_the_command_goes_on(self, job: Workload) -> None:
+        with _running(job, "sh", "-c", _FOREVER) as process:
+            for _ in range(2):
+                old = job.proxy_pid()
+                os.kill(old, signal.SIGKILL)
+                inside.eventually(lambda old=old: _pid_or_0(job) not in (0, old), 15)
+                inside.eventually(lambda: _is_ready(job), 15)
+            assert process.poll() is None
+
+    def test_certificate_of_somebody_else_is_named(self, mesh: Mesh, job: Workload) -> None:
+        status, _, errors = _run(job, "true", identity_dir=str(mesh.caller.identity_dir))
+        assert status == 125
+        log = job.log.read_text()
+        assert "sa/caller" in log
+        assert "before it was ready" in errors
+
+    def test_directory_closed_to_others_is_shown_to_it(self, job: Workload, tmp_path: Path) -> None:
+        """A clone in root's home, say: the sidecar's uid may not enter it, and still has to read what is in it."""
+        closed = tmp_path / "home"
+        below = closed / "clone"
+        below.mkdir(parents=True)
+        below.chmod(0o755)
+        closed.chmod(0o700)
+        config = below / "mesh.yaml"
+        config.write_bytes(job.host.lab.config.read_bytes())
+        assert _run(job, "true", config=str(config))[0] == 0
+
+    def test_configuration_nobody_may_enter_is_named(self, job: Workload, tmp_path: Path) -> None:
+        tmp_path.chmod(0o700)
+        config = tmp_path / "mesh.yaml"
+        config.write_bytes(job.host.lab.config.read_bytes())
+        status, _, errors = _run(job, "true", config=str(config))
+        assert status == 125
+        assert f"chmod o+rx {tmp_path}" in errors
+
+
+class TestTheLauncher:
+    def test_name_in_use_is_refused_by_name(self, job: Workload) -> None:
+        with _running(job, "sh", "-c", _FOREVER) as first:
+            with _start(job, _argv(job, "true")) as second:
+                _, errors = second.communicate(timeout=20)
+            assert second.returncode == 125
+            assert (
+                f"job: a workload of this name is running already (`uproxy exec`, pid {first.pid})" in errors.decode()
+            )
+            assert first.poll() is None
+            assert _is_ready(job), "the refused one has disturbed the first"
+
+    def test_killed_takes_its_children_along_and_the_next_one_cleans_up(self, job: Workload) -> None:
+        with _running(job, "sh", "-c", "echo up; exec sleep 300") as process:
+            children = _children(process.pid)
+            assert len(children) == 2
+            process.kill()
+            process.wait()
+            inside.eventually(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+        assert job.box.netns_path.exists()
+        assert _run(job, "sh", "-c", "exit 5")[0] == 5
+
+    def test_address_of_a_running_workload_is_refused(self, mesh: Mesh, job: Workload) -> None:
+        status, _, errors = _run(job, "true", address=mesh.caller.address)
+        assert status == 125
+        assert mesh.caller.address in errors
+
+    def test_without_an_agent_it_says_so(self, job: Workload, tmp_path: Path) -> None:
+        status, _, errors = _run(job, "true", node_socket=str(tmp_path / "node.sock"))
+        assert status == 125
+        assert f"no node agent at {tmp_path}/node.sock: start `uproxy node`" in errors
+
+    def test_unknown_workload_is_refused(self, job: Workload) -> None:
+        status, _, errors = _run(job, "true", name="nobody-knows")
+        assert status == 125
+        assert "nobody-knows" in job.log.read_text() + errors
+
+    def test_ended_while_it_waits_it_cleans_up(self, job: Workload) -> None:
+        with _start(job, _argv(job, "sh", "-c", _FOREVER)) as process:
+            inside.eventually(lambda: _pid_or_0(job) != 0)
+            os.kill(job.proxy_pid(), signal.SIGSTOP)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) in (128 + signal.SIGTERM, 0)
+        _gone(job)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _states_of_children(pid: int) -> set[str]:
+    states = set()
+    for child in _children(pid):
+        with suppress(OSError):
+            states.add(Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0])
+    return states
+
+
+def _comm_of_children(pid: int) -> set[str]:
+    names = set()
+    for child in _children(pid):
+        with suppress(OSError):
+            names.add(Path(f"/proc/{child}/comm").read_text().strip())
+    return names
+
+
+def _pid_or_0(job: Workload) -> int:
+    with suppress(Exception):
+        return job.proxy_pid()
+    return 0
+
+
+def _is_ready(job: Workload) -> bool:
+    with suppress(OSError):
+        return "pending" not in inside.http_get(job, 15021, "/healthz/ready")
+    return False
