@@ -68,9 +68,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="meshctl demo", description="Build a mesh on this machine and show it.")
     parser.add_argument("--output", choices=("table", "json"), default="table")
     as_json = parser.parse_args(argv).output == "json"
-    signal.signal(signal.SIGTERM, _end)
     show = _Show(sys.stderr if as_json else sys.stdout, quiet=as_json)
-    steps, paths = run(show)
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        steps, paths = run(show)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if as_json:
         print(json.dumps({"steps": [asdict(step) for step in steps], "paths": [asdict(path) for path in paths]}))
     else:
