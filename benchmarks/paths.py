@@ -3,7 +3,8 @@
 Each path has two network namespaces of its own, joined by a veth pair: web's with the load generator and its proxy,
 db's with its proxy and the application (load.c). Everything that works for a path is pinned to one core, as in
 PERFORMANCE.md; this process is not, and only waits. All paths stand at once and the rounds alternate between them, so
-that whatever else the machine does meets all of them alike. Compare the ratios: the times are this machine's.
+that whatever else the machine does meets all of them alike. Compare the ratios: the times are this machine's. `cpu` is
+the processor time of both proxies together, in us per operation (per MiB for bulk).
 
 A closed loop measures capacity and unloaded latency. It cannot say how a path behaves at a given rate.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -86,9 +88,26 @@ def build_load(directory: Path) -> Path:
     raise LoadError("no C compiler: install clang or gcc")
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A path that is ready for load: its wire, where the generator dials, and its proxies' process ids."""
+
+    wire: Wire
+    entry: tuple[str, int]
+    proxies: tuple[int, ...]
+
+    def cpu_s(self) -> float:
+        """The processor time that the proxies have used so far: unlike the clock, it knows no neighbours."""
+        ticks = 0
+        for pid in self.proxies:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def standing(path: str, load: Path, directory: Path) -> Iterator[tuple[Wire, tuple[str, int]]]:
-    """One path, ready for load: its wire, and where the generator dials."""
+def standing(path: str, load: Path, directory: Path) -> Iterator[Standing]:
+    """Set one path up: the application, and the proxies if it has any."""
     with ExitStack() as stack:
         wire = stack.enter_context(pairs.wire(directory, core=CORE))
         application = wire.db.start([str(load), "serve", DB_ADDRESS, str(APP_PORT)], core=CORE, stdout=subprocess.PIPE)
@@ -97,24 +116,22 @@ def standing(path: str, load: Path, directory: Path) -> Iterator[tuple[Wire, tup
         stack.callback(application.stdout.close)
         if application.stdout.readline() != b"ready\n":
             raise LoadError("the application did not start")
-        entry = ENTRY
+        sides: list[pairs.Running] = []
         if path == "uproxy":
-            stack.enter_context(pairs.uproxy_server(wire))
-            stack.enter_context(pairs.uproxy_client(wire))
+            sides = [pairs.uproxy_server(wire), pairs.uproxy_client(wire)]
         elif path == "envoy":
-            stack.enter_context(pairs.envoy_server(wire))
-            stack.enter_context(pairs.envoy_client(wire))
-        else:
-            entry = (DB_ADDRESS, APP_PORT)
-        yield wire, entry
+            sides = [pairs.envoy_server(wire), pairs.envoy_client(wire)]
+        proxies = tuple(stack.enter_context(side).pid for side in sides)
+        yield Standing(wire, ENTRY if proxies else (DB_ADDRESS, APP_PORT), proxies)
 
 
-def run(load: Path, wire: Wire, entry: tuple[str, int], measure: Measure, seconds: float) -> dict[str, float]:
+def run(load: Path, path: Standing, measure: Measure, seconds: float) -> dict[str, float]:
     """One round. Raises LoadError with the generator's reason."""
     mode, *rest = measure.arguments
-    port = str(entry[1] + measure.sink)
-    generator = wire.web.start(
-        [str(load), mode, entry[0], port, *rest, f"{seconds:g}"],
+    host, port = path.entry
+    before = path.cpu_s()
+    generator = path.wire.web.start(
+        [str(load), mode, host, str(port + measure.sink), *rest, f"{seconds:g}"],
         core=CORE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -128,6 +145,9 @@ def run(load: Path, wire: Wire, entry: tuple[str, int], measure: Measure, second
     if generator.returncode:
         raise LoadError(f"{measure.name}: {err.decode().strip()}")
     report: dict[str, float] = json.loads(out)
+    # The generator's warm-up, a tenth, is in the processor time and not in its count.
+    used_us = (path.cpu_s() - before) * 1e6
+    report["cpu_us"] = used_us / (report["operations"] * 1.1 if "operations" in report else report["bytes"] / 2**20)
     return report
 
 
@@ -145,9 +165,8 @@ def measure_all(
             for number in range(rounds):
                 # Another path leads each round, lest one always runs behind the same neighbour.
                 for path in [*paths[number % len(paths) :], *paths[: number % len(paths)]]:
-                    wire, entry = ready[path]
                     try:
-                        series[path].rounds.append(run(load, wire, entry, measure, seconds))
+                        series[path].rounds.append(run(load, ready[path], measure, seconds))
                     except LoadError as error:
                         raise LoadError(f"{path}: {error}") from error
             found += series.values()
@@ -156,14 +175,14 @@ def measure_all(
 
 
 def _row(measure: Measure, series: dict[str, Series]) -> str:
-    cells = [f"{measure.name:12}"]
+    cells = [f"{measure.name:11} {measure.unit:6}"]
     for path, one in series.items():
-        tail = f" p99 {one.median('p99_us'):7.0f}" if "p99_us" in one.rounds[0] else " " * 12
-        cells.append(f"{path} {one.median(measure.key):9.2f}{tail}")
+        tail = f"p99 {one.median('p99_us'):7.0f}" if "p99_us" in one.rounds[0] else " " * 11
+        cells.append(f"{path} {one.median(measure.key):8.2f} {tail} cpu {one.median('cpu_us'):6.1f}")
     ratio = ratios(list(series.values())).get(measure.name)
     if ratio is not None:
-        low, high = ratio["low"], ratio["high"]
-        cells.append(f"uproxy/envoy {ratio['median']:.2f} ({low:.2f}-{high:.2f}) {measure.unit}")
+        low, high, cpu = ratio["low"], ratio["high"], ratio["cpu"]
+        cells.append(f"uproxy/envoy {ratio['median']:.2f} ({low:.2f}-{high:.2f}) cpu {cpu:.2f}")
     return "  ".join(cells)
 
 
@@ -176,7 +195,8 @@ def ratios(found: Sequence[Series]) -> dict[str, dict[str, float]]:
         if ours is None or theirs is None:
             continue
         each = [a[measure.key] / b[measure.key] for a, b in zip(ours.rounds, theirs.rounds, strict=True)]
-        result[measure.name] = {"median": statistics.median(each), "low": min(each), "high": max(each)}
+        cpu = ours.median("cpu_us") / theirs.median("cpu_us")
+        result[measure.name] = {"median": statistics.median(each), "low": min(each), "high": max(each), "cpu": cpu}
     return result
 
 
