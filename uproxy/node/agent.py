@@ -24,6 +24,7 @@ from bpf.libbpf import BpfError
 from bpf.loader import Loader, LoadError
 from bpf.maps import Maps
 from control.api.address import AddressError, IpAddress, parse_address
+from control.api.identity import parse_trust_domain
 from control.api.records import RecordError
 from control.client.files import ConfigError, FileSource
 from control.client.state import State
@@ -212,6 +213,7 @@ def _parse(argv: Sequence[str]) -> Options:
     if not given.remove and not (given.config and given.mesh_cidr):
         parser.error("--config and --mesh-cidr are needed: without a range of its own nothing belongs to the mesh")
     try:
+        parse_trust_domain(given.trust_domain)
         ranges = MeshRanges.parse(given.mesh_cidr, given.exclude_cidr)
     except ValueError as error:
         parser.error(str(error))

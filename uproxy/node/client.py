@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgpack
 
-MAX_MESSAGE: Final = 65536  # bytes; a status with a thousand workloads has less
+MAX_MESSAGE: Final = 131072  # bytes; a status with the 500 workloads that it lists has less
 DEFAULT_SOCKET: Final = Path("/run/uproxy/node.sock")
 
 PROBE_V4: Final = ("240.240.255.255", 15021)

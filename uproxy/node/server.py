@@ -40,15 +40,15 @@ class ListenError(Exception):
 def listen(path: Path) -> socket.socket:
     """The listening socket, for root only. Raises ListenError. A dead agent's is replaced."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if path.exists() and not path.is_socket():
+        raise ListenError(f"{path}: is no socket; remove it, or use another --run-dir")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
             probe.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise ListenError(
-                f"{path}: {error.strerror}: not our socket; remove it, or use another --run-dir"
-            ) from None
+            raise ListenError(f"{path}: {error.strerror}; remove it, or use another --run-dir") from None
         else:
             raise ListenError(f"{path}: another node agent listens there; stop it, or use another --run-dir")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,0 +1,384 @@
+"""`uproxy node` as a process: its life, its death, and what stays in the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bpf import bpffs, layout
+from bpf.loader import HOOKS
+from tests.support import capture
+from tests.support.capture import KNOWN_V4, OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORKLOAD_V4, WORKLOAD_V6
+from uproxy.node import agent
+from uproxy.node.client import NodeClient, NodeError
+
+pytestmark = pytest.mark.root
+
+CONFIG = f"""
+apiVersion: v1
+kind: Service
+metadata: {{name: db, namespace: default}}
+spec:
+  clusterIP: {VIP_V4}
+  ports: [{{name: tcp, port: 80, targetPort: 8080}}]
+  selector: {{app: db}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: db-1, namespace: default}}
+spec: {{address: {KNOWN_V4}, serviceAccount: db, labels: {{app: db}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: web-1, namespace: default}}
+spec: {{address: {WORKLOAD_V4}, serviceAccount: web, labels: {{app: web}}}}
+"""
+MESH = ["240.240.0.0/16", "10.99.0.0/16", "fd99::/64"]
+
+
+@dataclass
+class Host:
+    """Where one agent's name, files and pins are."""
+
+    name: str
+    directory: Path
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "mesh.yaml"
+
+    @property
+    def client(self) -> NodeClient:
+        return NodeClient(self.directory / "run" / "node.sock")
+
+    @property
+    def pins(self) -> Path:
+        return bpffs.BPFFS / "uproxy" / f"v{layout.SCHEMA}" / self.name
+
+    def arguments(self, *more: str) -> list[str]:
+        given = ["--name", self.name, "--run-dir", str(self.directory / "run"), "--config", str(self.config)]
+        return [sys.executable, "-m", "uproxy", "node", *given, "--mesh-cidr", *MESH, *more]
+
+    @contextlib.contextmanager
+    def agent(self, *more: str) -> Iterator[subprocess.Popen[str]]:
+        """Running and ready; killed at the end if it runs still."""
+        process = subprocess.Popen(self.arguments(*more), stderr=subprocess.PIPE, text=True)
+        try:
+            self._wait(process)
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def _wait(self, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(NodeError):
+                self.client.status()
+                return
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        raise AssertionError("the agent did not become ready")
+
+    def fails(self, *arguments: str) -> str:
+        """The complaint of an agent that does not start."""
+        done = subprocess.run(arguments or self.arguments(), capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 1, done.stderr
+        return done.stderr
+
+    def remove(self) -> None:
+        command = [sys.executable, "-m", "uproxy", "node", "--name", self.name, "--remove"]
+        subprocess.run(command, check=True, capture_output=True, timeout=30)
+
+
+@pytest.fixture
+def host(tmp_path) -> Iterator[Host]:
+    made = Host(capture.unique_name(), tmp_path)
+    made.config.write_text(CONFIG)
+    yield made
+    if made.pins.exists():
+        bpffs.remove(made.pins)
+
+
+def register(host: Host, site: capture.Site, **changes) -> None:
+    with site.registration() as where:
+        given = {
+            "namespace": "default",
+            "service_account": "web",
+            "addresses": [WORKLOAD_V4, WORKLOAD_V6],
+            "app_cgroup": where.app.fd,
+            "proxy_cgroup": where.proxy.fd,
+            "netns": where.netns.fd,
+        }
+        host.client.register(changes.pop("workload", "web"), **(given | changes))
+
+
+def dial(address: str, port: int = 80) -> bytes:
+    with socket.create_connection((address, port), timeout=5) as sock:
+        return sock.recv(64)
+
+
+def assert_enforced(site: capture.Site) -> None:
+    """Known is captured, unknown refused, outside left alone, the way in closed."""
+    with site.uproxy(), site.outside():
+        assert len(site.in_app(lambda: dial(VIP_V4))) == 64
+        assert site.in_app(lambda: dial(OUTSIDE_V4)) == b"outside"
+        with pytest.raises(ConnectionRefusedError):
+            site.in_app(lambda: dial(UNKNOWN_V4))
+        with pytest.raises(ConnectionRefusedError):
+            site.at_peer(lambda: dial(WORKLOAD_V4, 15001))
+
+
+def eventually(condition) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+def test_from_start_to_removal(host, site):
+    with host.agent() as process:
+        status = host.client.status()
+        assert (status["whole"], status["services"], status["addresses"], status["error"]) == (True, 1, 2, "")
+        register(host, site)
+        assert_enforced(site)
+        (listed,) = host.client.status()["workloads"]
+        assert (listed["workload"], set(listed["address"])) == ("web", {WORKLOAD_V4, WORKLOAD_V6})
+        assert host.client.status()["counters"]["refused_no_config"] == 1
+        host.client.unregister("web")
+        assert host.client.status()["workloads"] == []
+        with site.outside():
+            assert site.in_app(lambda: dial(capture.PEER_V4)) == b"outside"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert not (host.directory / "run" / "node.sock").exists()
+    assert host.pins.exists()
+    host.remove()
+    assert not host.pins.exists()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_dead_agent_opens_nothing_and_the_next_one_goes_on(host, site, end):
+    with host.agent() as process:
+        register(host, site)
+        generation = host.client.status()["generation"]
+        process.send_signal(end)
+        process.wait(20)
+    assert_enforced(site)
+    with host.agent():
+        status = host.client.status()
+        assert status["whole"]
+        assert status["generation"] == generation
+        assert [one["workload"] for one in status["workloads"]] == ["web"]
+        assert_enforced(site)
+        host.client.unregister("web")
+    assert {path.name for path in host.pins.iterdir()} == {"maps", "links"}
+    assert list((host.pins / "links").iterdir()) == []
+
+
+def test_capture_holds_all_through_a_restart(host, site, tmp_path):
+    """An app that dials on and on sees no gap: neither plaintext nor an unexpected refusal."""
+    done = tmp_path / "done"
+
+    def dial_on() -> list[str]:
+        wrong = []
+        while not done.exists():
+            try:
+                if len(dial(VIP_V4)) != 64:
+                    wrong.append("not captured")
+            except OSError as error:
+                wrong.append(f"refused: {error}")
+            try:
+                dial(capture.PEER_V4)
+                wrong.append("in the open")
+            except ConnectionRefusedError:
+                pass
+        return wrong
+
+    def restart() -> None:
+        process.kill()
+        process.wait()
+        with host.agent():
+            time.sleep(0.2)
+        done.touch()
+
+    with host.agent() as process:
+        register(host, site)
+        with site.uproxy(), site.outside(), capture.background(site.netns, None, restart, lambda: None):
+            assert site.in_app(dial_on) == []
+
+
+def test_a_changed_configuration_reaches_the_kernel(host, site):
+    with host.agent():
+        register(host, site)
+        with site.uproxy():
+            with pytest.raises(ConnectionRefusedError):
+                site.in_app(lambda: dial(UNKNOWN_V4))
+            host.config.write_text(CONFIG.replace(VIP_V4, UNKNOWN_V4))
+            eventually(lambda: host.client.status()["generation"] == 2)
+            assert len(site.in_app(lambda: dial(UNKNOWN_V4))) == 64
+            with pytest.raises(ConnectionRefusedError):
+                site.in_app(lambda: dial(VIP_V4))
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (CONFIG.replace("targetPort", "targetPrt"), "targetPrt"),
+        (
+            CONFIG.replace(VIP_V4, "198.51.100.1"),
+            "service default/db has address 198.51.100.1, outside the mesh's ranges",
+        ),
+    ],
+)
+def test_a_wrong_configuration_changes_nothing_and_is_reported(host, site, broken, complaint):
+    with host.agent():
+        register(host, site)
+        host.config.write_text(broken)
+        eventually(lambda: complaint in host.client.status()["error"])
+        assert host.client.status()["generation"] == 1
+        assert_enforced(site)
+        host.config.write_text(CONFIG)
+        eventually(lambda: not host.client.status()["error"])
+        assert host.client.status()["generation"] == 1
+
+
+def test_a_wrong_configuration_at_start_is_refused_and_opens_nothing(host, site):
+    with host.agent():
+        register(host, site)
+    host.config.write_text("kind: Nonsense")
+    assert "mesh.yaml:1: apiVersion: is missing" in host.fails()
+    assert_enforced(site)
+
+
+def test_a_first_start_with_a_wrong_configuration_leaves_the_maps_not_whole(host):
+    host.config.write_text("kind: Nonsense")
+    host.fails()
+    with capture.Loader(host.pins / "maps") as loader:
+        assert not loader.maps.settings.read().whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"addresses": ["192.0.2.77"]}, "address 192.0.2.77 is outside the mesh's ranges"),
+        ({"addresses": ["web"]}, "'web' is not an IP address"),
+        ({"addresses": []}, "has 0 addresses"),
+        ({"addresses": [KNOWN_V4]}, f"address {KNOWN_V4} is that of workload default/db-1 .service account db."),
+        ({"service_account": "db"}, "is that of workload default/web-1 .service account web. in the configuration"),
+        ({"workload": "../web"}, "workload name"),
+        ({"namespace": 7}, "field 'namespace' must be a str"),
+        ({"netns": 0}, "is no network namespace"),
+    ],
+)
+def test_a_wrong_registration_is_refused_with_its_reason(host, site, changes, complaint):
+    with host.agent():
+        with pytest.raises(NodeError, match=complaint):
+            register(host, site, **changes)
+        assert host.client.status()["workloads"] == []
+    assert list((host.pins / "links").iterdir()) == []
+
+
+def test_the_initial_namespace_and_the_root_cgroup_are_refused(host, site):
+    with host.agent():
+        own, root = os.open("/proc/self/ns/net", os.O_RDONLY), os.open(capture.cgroup.mount_point(), os.O_RDONLY)
+        try:
+            with pytest.raises(NodeError, match="the host's network namespace"):
+                register(host, site, netns=own)
+            with pytest.raises(NodeError, match="app cgroup: is the root cgroup"):
+                register(host, site, app_cgroup=root)
+        finally:
+            os.close(own)
+            os.close(root)
+
+
+def test_a_request_with_too_few_descriptors_or_unknown_fields_is_refused(host):
+    request = {"op": "register", "workload": "w", "namespace": "n", "service_account": "s", "address": ["10.99.0.2"]}
+    with host.agent():
+        with pytest.raises(NodeError, match="three descriptors: app cgroup, proxy cgroup, network namespace; 1 came"):
+            host.client._call(request, [0])
+        with pytest.raises(NodeError, match="unknown field 'color'"):
+            host.client._call(request | {"color": "red"}, [0, 1, 2])
+        with pytest.raises(NodeError, match="unknown op 'attach'; there are register, unregister and status"):
+            host.client._call({"op": "attach"})
+        assert host.client.status()["whole"]
+
+
+def test_two_agents_of_one_name_or_one_directory_are_refused(host, tmp_path):
+    second = Host(capture.unique_name(), tmp_path)
+    try:
+        with host.agent():
+            assert "another `uproxy node` of this name is running" in host.fails()
+            assert "another node agent listens there" in second.fails()
+            assert host.client.status()["whole"]
+    finally:
+        second.remove()
+
+
+def test_two_agents_of_different_names_do_not_meet(host, site, tmp_path):
+    (tmp_path / "second").mkdir()
+    second = Host(capture.unique_name(), tmp_path / "second")
+    second.config.write_text(CONFIG.replace(VIP_V4, UNKNOWN_V4))
+    try:
+        with host.agent(), second.agent():
+            register(host, site)
+            assert second.client.status()["workloads"] == []
+            assert_enforced(site)
+    finally:
+        second.remove()
+
+
+def test_a_pin_directory_that_others_may_write_is_refused(host):
+    """In a mount namespace with a bpffs of its own, so that the host's is not touched."""
+    prepare = 'mount -t bpf bpf /sys/fs/bpf && mkdir -m 0777 /sys/fs/bpf/uproxy && exec "$@"'
+    complaint = host.fails("unshare", "--mount", "sh", "-c", prepare, "sh", *host.arguments())
+    assert "/sys/fs/bpf/uproxy has owner 0 and mode 0777, and must be root's with 0700" in complaint
+
+
+def test_without_privileges_it_says_so(host):
+    complaint = host.fails("setpriv", "--bounding-set", "-all", "--inh-caps", "-all", *host.arguments())
+    assert complaint.startswith("uproxy node: needs root, or CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF")
+
+
+def test_without_objects_it_says_what_to_run(host, tmp_path):
+    """In a mount namespace where the objects are hidden."""
+    objects = Path(layout.__file__).parent / "build"
+    hide = f'mount -t tmpfs none {objects} && exec "$@"'
+    complaint = host.fails("unshare", "--mount", "sh", "-c", hide, "sh", *host.arguments())
+    assert "run `make bpf`" in complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "--name"),
+        (["--name", "a/b", "--config", "x", "--mesh-cidr", "10.0.0.0/8"], "use 1-63 of a-z"),
+        (["--name", "a", "--mesh-cidr", "10.0.0.0/8"], "--config and --mesh-cidr are needed"),
+        (["--name", "a", "--config", "x"], "--config and --mesh-cidr are needed"),
+        (["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.1/8"], "has bits set beyond its prefix"),
+        (["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.0/8", "--trust-domain", "A B"], "trust domain"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as left:
+        agent.main(arguments)
+    assert left.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_everything_is_attached(host, site):
+    with host.agent():
+        register(host, site)
+        assert {pin.name for pin in (host.pins / "links" / "web").iterdir()} == set(HOOKS)
+        (host.pins / "links" / "web" / "bind4").unlink()
+        assert "not attached: bind4" in host.client.status()["error"]
