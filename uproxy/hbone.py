@@ -43,6 +43,8 @@ Headers = Sequence[tuple[bytes, bytes]]
 # with a quarter, so that many slow readers hold little. The connection's window must exceed a stream's (HBONE.md 2.2).
 INITIAL_STREAM_WINDOW: Final = 256 << 10
 MAX_STREAM_WINDOW: Final = 1 << 20
+# A stream that was quick and then stops holds its whole window: few may have the large one.
+MAX_LARGE_WINDOWS: Final = 16
 CONNECTION_WINDOW: Final = 16 << 20
 MAX_FRAME_SIZE: Final = 1 << 20  # as ztunnel; cut through, so its size costs no memory
 MAX_CONCURRENT_STREAMS: Final = 1024  # Envoy's client limit; ztunnel and Envoy's server say 200 and 100
@@ -323,7 +325,7 @@ class Connection:
         stream.unacknowledged += length
         if stream.unacknowledged * 4 >= stream.recv_limit and not stream.remote_closed:
             credit = stream.unacknowledged
-            if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW:
+            if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW and len(self.streams) <= MAX_LARGE_WINDOWS:
                 credit += MAX_STREAM_WINDOW - stream.recv_limit
                 stream.recv_limit = MAX_STREAM_WINDOW
             stream.unacknowledged = 0
