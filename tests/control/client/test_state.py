@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -255,6 +256,16 @@ def test_a_service_is_found_by_each_address_and_port_and_no_other():
         assert [state.service_at(vip, p.port) for p in SERVICE.ports] == [(SERVICE, p) for p in SERVICE.ports]
         assert state.service_at(vip, 8080) is None
     assert state.service_at("240.240.0.2", 80) is None
+
+
+def test_another_message_with_the_stamp_that_is_held_changes_nothing():
+    state = State(TRUST_DOMAIN)
+    state.apply([published(SERVICE, version=2)])
+    other = dataclasses.replace(SERVICE, vips=("240.240.9.9",))
+    assert not state.apply([published(other, version=2)])
+    assert not state.apply([published(other, version=9, epoch=0)])
+    assert state.service("shop/web") == SERVICE
+    assert state.apply([published(other, version=0, epoch=2)]).services == {"shop/web"}
 
 
 def test_a_new_state_is_not_whole_and_an_empty_batch_makes_it_so():
