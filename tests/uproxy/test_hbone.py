@@ -258,6 +258,35 @@ def test_a_stream_that_keeps_up_is_given_the_large_window():
     assert theirs.recv_window == MAX_STREAM_WINDOW
 
 
+@pytest.mark.parametrize("keeps_up", [True, False])
+def test_credit_is_given_once_for_each_byte(keeps_up):
+    pair = Pair()
+    mine, theirs = pair.opened()
+    for _ in range(40):
+        sent = put(pair.client, mine, bytes(90_000))
+        pair.exchange()
+        pair.server.consumed(theirs, sent, keeps_up=keeps_up)
+        pair.exchange()
+        assert theirs.recv_window + theirs.unacknowledged == theirs.recv_limit
+        assert mine.send_window == theirs.recv_window
+    assert theirs.recv_limit == (MAX_STREAM_WINDOW if keeps_up else INITIAL_STREAM_WINDOW)
+
+
+def test_data_never_overtakes_a_frame_that_did_not_fit(pair):
+    """A header block that is too long for what is left of the buffer waits; DATA that would fit waits behind it."""
+    mine, _ = pair.opened()
+    mine.send_window = pair.client.send_window = 1 << 30
+    while len(pair.client.reserve(mine)) > 8000:
+        put(pair.client, mine, bytes(5000))
+    assert len(pair.client.reserve(mine)) >= hbone.MIN_DATA
+    other = pair.client.open([*CONNECT, (b"baggage", b"b" * 9000)])
+    other.send_window = 1 << 30
+    assert len(pair.client.reserve(mine)) == len(pair.client.reserve(other)) == 0
+    kinds = [(kind, stream_id) for kind, _, stream_id, _ in frames_of(drain(pair.client))]
+    assert kinds[-1] == (raw.HEADERS, other.id)
+    assert len(pair.client.reserve(other)) > 0
+
+
 def test_room_is_never_more_than_the_smallest_limit(pair):
     mine, _ = pair.opened()
     assert len(pair.client.reserve(mine)) == hbone.SINGLE_DATA
