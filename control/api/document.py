@@ -14,10 +14,12 @@ from typing import Any, Final, TypeVar
 
 import yaml
 
-from control.api.problems import Position, Report, ResourceError, shown, suggestion
+from control.api.problems import Near, Position, Report, ResourceError, shown
 
 MAX_CHARACTERS: Final = 16 * 1024 * 1024  # of one file; 10,000 services with their endpoints take some 5 MB
 MAX_DEPTH: Final = 20  # the deepest resource we know nests 10
+MAX_NODES: Final = 100_000  # of one document: a policy that fills a message has a quarter of that
+MAX_KEY: Final = 512  # characters; the longest label or annotation has 317
 
 # libyaml's parser when PyYAML was built with it (ten times faster), else the same in Python.
 _LOADER: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -60,18 +62,20 @@ class _Refused(Exception):
     """The rest of the file cannot be read."""
 
 
-def read_documents(text: str, file: str, report: Report) -> list[Map]:
-    """The documents of a file that are mappings; whatever else it holds is reported. Never raises for its content."""
+def read_documents(text: str, file: str, report: Report) -> Iterator[Map]:
+    """The documents of a file that are mappings; whatever else it holds is reported. Never raises for its content.
+
+    One at a time, so that only one is held as nodes.
+    """
     if len(text) > MAX_CHARACTERS:
         report.add(ResourceError(file, 0, "", f"longer than {MAX_CHARACTERS} characters; split the file"))
-        return []
-    documents: list[Map] = []
+        return
     try:
         text.encode()  # libyaml takes UTF-8, so a lone surrogate ends here
         builder = _Builder(text, file, report)
         for root in builder.roots():
             if isinstance(root, Map):
-                documents.append(root)
+                yield root
             elif not (isinstance(root, Scalar) and root.value is None):
                 report.add(
                     ResourceError(file, root.line, "", "a document must be a mapping that begins with apiVersion")
@@ -86,7 +90,6 @@ def read_documents(text: str, file: str, report: Report) -> list[Map]:
         report.add(ResourceError(file, line, "", f"not valid YAML: {error.problem}{context}"))
     except yaml.YAMLError as error:
         report.add(ResourceError(file, 0, "", f"not valid YAML: {str(error).splitlines()[0]}"))
-    return documents
 
 
 class _Builder:
@@ -96,16 +99,21 @@ class _Builder:
         self._events: Iterator[Any] = yaml.parse(text, Loader=_LOADER)
         self._file = file
         self._report = report
+        self._nodes_left = 0
 
     def roots(self) -> Iterator[Node]:
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
+                self._nodes_left = MAX_NODES
                 yield self._node(next(self._events), MAX_DEPTH)
 
     def _node(self, event: Any, depth: int) -> Node:
         line: int = event.start_mark.line + 1
         if depth == 0:
             self._refuse(line, f"nested deeper than {MAX_DEPTH} levels")
+        if self._nodes_left == 0:
+            self._refuse(line, f"more than {MAX_NODES} values in one document; split the resource")
+        self._nodes_left -= 1
         if isinstance(event, yaml.AliasEvent):
             # Aliases of aliases make a small file huge ("billion laughs"); resources have no use for them.
             self._refuse(line, f"the alias *{event.anchor} is not taken: write the value out")
@@ -128,25 +136,33 @@ class _Builder:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             name = self._node(event, depth - 1)
             value = self._node(next(self._events), depth - 1)
-            if not isinstance(name, Scalar) or name.ambiguous or type(name.value) not in (str, int):
-                problem = (
-                    f"the key {shown(name.text)} is no text: write it in quotes"
-                    if isinstance(name, Scalar)
-                    else "a key must be text"
-                )
+            problem = _wrong_key(name)
+            if problem or not isinstance(name, Scalar):
                 self._report.add(ResourceError(self._file, name.line, "", problem))
-            elif name.text in node.entries:
-                before = node.key_lines[name.text]
-                problem = f"the key {shown(name.text)} stands twice, first in line {before}: remove one"
+                continue
+            key = name.text
+            if key in node.entries:
+                problem = f"the key {shown(key)} stands twice, first in line {node.key_lines[key]}: remove one"
                 self._report.add(ResourceError(self._file, name.line, "", problem))
-            else:
-                node.entries[name.text] = value
-                node.key_lines[name.text] = name.line
+                continue
+            node.entries[key] = value
+            node.key_lines[key] = name.line
         return node
 
     def _refuse(self, line: int, problem: str) -> None:
         self._report.add(ResourceError(self._file, line, "", problem))
         raise _Refused
+
+
+def _wrong_key(key: Node) -> str:
+    if not isinstance(key, Scalar):
+        return f"a key must be text, not {_kind_of(key)}"
+    if len(key.text) > MAX_KEY:
+        return f"the key {shown(key.text)} is longer than {MAX_KEY} characters"
+    # A number is taken, since ports are keys too and nobody quotes them.
+    if key.ambiguous or type(key.value) not in (str, int):
+        return f"the key {shown(key.text)} is no text: write it in quotes"
+    return ""
 
 
 def _scalar(text: str, line: int, *, plain: bool) -> Scalar:
@@ -225,6 +241,7 @@ class Reader:
         self._lost = node is None
         self._path = path
         self._asked: set[str] = set()
+        self._refused: set[str] = set()
         self.position = position
         self._report = report
 
@@ -252,9 +269,9 @@ class Reader:
     def path(self, name: str) -> str:
         return join(self._path, name)
 
-    def error(self, name: str, problem: str) -> None:
+    def error(self, name: str, problem: str, near: Near | None = None) -> None:
         """Reports a problem at a field; an empty name means this mapping."""
-        self._report.add(self.position.error(self.path(name) if name else self._path, problem))
+        self._report.add(self.position.error(self.path(name) if name else self._path, problem), near)
 
     def error_at(self, path: str, problem: str) -> None:
         """Reports a problem anywhere in this document."""
@@ -334,7 +351,7 @@ class Reader:
             self.error(name, f"{text} is refused: {others[text]}")
         else:
             known = " or ".join(choices)
-            self.error(name, f"{shown(text)} must be {known}{suggestion(text, choices)}")
+            self.error(name, f"{shown(text)} must be {known}", (text, choices))
         return default
 
     def child(self, name: str, *, required: str = "") -> Reader:
@@ -359,16 +376,17 @@ class Reader:
 
     def refuse(self, reasons: dict[str, str]) -> None:
         """Fields that others know and we do not implement, each with the reason and the mend."""
+        self._refused.update(reasons)
         for name, reason in reasons.items():
-            if self.has(name):
+            if name in self._entries:
                 self.error(name, f"is refused: {reason}")
 
     def finish(self) -> None:
         """Reports every field that nobody asked for."""
+        known = f"known here: {', '.join(sorted(self._asked))}" if self._asked else "none is known here"
         for name in self._entries:
-            if name not in self._asked:
-                known = f"known here: {', '.join(sorted(self._asked))}" if self._asked else "none is known here"
-                self.error(name, f"unknown field{suggestion(name, self._asked)}; {known}")
+            if name not in self._asked and name not in self._refused:
+                self.error(name, f"unknown field; {known}", (name, self._asked))
 
     def _take(self, name: str, required: str) -> Node | None:
         """The node of a field, or None when it is absent (reported when required) or empty (reported)."""

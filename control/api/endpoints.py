@@ -5,13 +5,14 @@ An EndpointSlice stands above the selector for the workloads it names, so that o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from control.api.address import IpAddress
 from control.api.declared import DeclaredEndpoint, DeclaredEndpoints, DeclaredService
-from control.api.labels import SERVICE_NAME, selects
-from control.api.problems import Findings, suggestion
+from control.api.labels import SERVICE_NAME
+from control.api.problems import Findings
+from control.api.selection import Workloads
 from control.api.workload import Endpoint, ServicePort, Workload, key
 
 
@@ -37,13 +38,13 @@ def endpoints_of(
 ) -> tuple[Endpoint, ...]:
     """All endpoints, in the order of their services' and workloads' keys."""
     sliced = _sliced(services, slices, workloads, findings)
-    by_label = _by_label(workloads)
+    index = Workloads(workloads)
     endpoints: list[Endpoint] = []
     for service in services:
         found = {
             workload_key: backend.endpoint(service.key) for workload_key, backend in sliced.get(service.key, {}).items()
         }
-        for workload in _selected(service, by_label, findings):
+        for workload in _selected(service, index, findings):
             if workload.key not in found:
                 ports = _target_ports(service, workload, findings)
                 found[workload.key] = _endpoint(service.key, workload, workload.addresses[0], ports, ready=True)
@@ -67,22 +68,10 @@ def _endpoint(
     )
 
 
-def _by_label(workloads: Iterable[Workload]) -> dict[tuple[str, str, str], list[Workload]]:
-    """Namespace and label -> workloads, so that not every selector is held against every workload."""
-    found: dict[tuple[str, str, str], list[Workload]] = {}
-    for workload in workloads:
-        for name, value in workload.labels.items():
-            found.setdefault((workload.namespace, name, value), []).append(workload)
-    return found
-
-
-def _selected(
-    service: DeclaredService, by_label: Mapping[tuple[str, str, str], list[Workload]], findings: Findings
-) -> list[Workload]:
+def _selected(service: DeclaredService, workloads: Workloads, findings: Findings) -> list[Workload]:
     if service.selector is None:
         return []
-    having = [by_label.get((service.namespace, name, value), []) for name, value in service.selector.items()]
-    selected = [workload for workload in min(having, key=len) if selects(service.selector, workload.labels)]
+    selected = workloads.selected(service.namespace, service.selector)
     if not selected:
         wanted = ", ".join(f"{name}={value}" for name, value in service.selector.items())
         findings.warn(
@@ -105,8 +94,8 @@ def _target_ports(service: DeclaredService, workload: Workload, findings: Findin
                 findings.error(
                     service.position,
                     f"spec.ports[{index}].targetPort",
-                    f"WorkloadEntry {workload.key} has no port {target!r}{suggestion(target, workload.ports)}; "
-                    f"its ports: {known}",
+                    f"WorkloadEntry {workload.key} has no port {target!r}; its ports: {known}",
+                    (target, workload.ports),
                 )
                 continue
             target = named
@@ -131,8 +120,8 @@ def _sliced(
             findings.error(
                 declared.position,
                 f"metadata.labels[{SERVICE_NAME!r}]",
-                f"no Service {declared.service!r} in namespace {declared.namespace}"
-                f"{suggestion(declared.service, names)}; declare it or name another",
+                f"no Service {declared.service!r} in namespace {declared.namespace}; declare it or name another",
+                (declared.service, names),
             )
             continue
         ports = _slice_ports(declared, service, findings)
@@ -155,8 +144,8 @@ def _slice_ports(declared: DeclaredEndpoints, service: DeclaredService, findings
             findings.error(
                 declared.position,
                 f"ports[{index}].name",
-                f"Service {service.key} has no port named {name!r}{suggestion(name, by_name)}; "
-                f"its ports: {', '.join(repr(known) for known in by_name)}",
+                f"Service {service.key} has no port named {name!r}; its ports: {', '.join(map(repr, by_name))}",
+                (name, by_name),
             )
     return ports
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from control.api.names import wrong_subdomain
+from control.api.problems import shown
 
 Labels = Mapping[str, str]
 
@@ -28,9 +29,9 @@ def wrong_key(key: str) -> str:
     """What is wrong with a label key (`[prefix/]name`), or an empty string."""
     prefix, slash, name = key.rpartition("/")
     if slash and wrong_subdomain(prefix):
-        return f"{key!r}: the part before '/' must be a DNS name in lower case"
+        return f"{shown(key)}: the part before '/' must be a DNS name in lower case"
     if not _NAME.fullmatch(name):
-        return f"{key!r}: a label's name must be 1-63 of letters, digits, '-', '_', '.', not at the ends"
+        return f"{shown(key)}: a label's name must be 1-63 of letters, digits, '-', '_', '.', not at the ends"
     return ""
 
 
@@ -38,7 +39,7 @@ def wrong_value(value: str) -> str:
     """What is wrong with a label value, or an empty string."""
     if not value or _NAME.fullmatch(value):
         return ""
-    return f"{value!r}: a label's value must be 0-63 of letters, digits, '-', '_', '.', not at the ends"
+    return f"{shown(value)}: a label's value must be 0-63 of letters, digits, '-', '_', '.', not at the ends"
 
 
 def selects(selector: Labels, labels: Labels) -> bool:

@@ -23,7 +23,7 @@ from control.api.declared import (
 )
 from control.api.endpoints import endpoints_of
 from control.api.identity import TrustDomain, make_id, parse_trust_domain
-from control.api.labels import Labels, selects
+from control.api.labels import Labels
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
 from control.api.policy import (
@@ -34,8 +34,9 @@ from control.api.policy import (
     PeerAuthentication,
     pattern_matches,
 )
-from control.api.problems import Findings, Position, ResourceError, suggestion
+from control.api.problems import Findings, Position, ResourceError, shown
 from control.api.records import Record
+from control.api.selection import Workloads
 from control.api.workload import Endpoint, Service, Workload
 
 _T = TypeVar("_T")
@@ -138,7 +139,8 @@ def _check_namespaces(resources: Sequence[Resource], root_namespace: str, findin
             findings.error(
                 resource.position,
                 "metadata.namespace",
-                f"no Namespace {namespace!r}{suggestion(namespace, declared)}; declare it, as the others are",
+                f"no Namespace {namespace!r}; declare it, as the others are",
+                (namespace, declared),
             )
 
 
@@ -221,13 +223,10 @@ def _check_selectors(
         (item.peer_authentication.namespace, item.peer_authentication.selector, item.position)
         for item in peer_authentications
     ]
+    index = Workloads(workloads)
     for namespace, selector, position in scopes:
         scope = "any namespace" if namespace == root_namespace else f"namespace {namespace}"
-        if not any(
-            workload.namespace == namespace or namespace == root_namespace
-            for workload in workloads
-            if selects(selector or {}, workload.labels)
-        ):
+        if not index.any_selected(None if namespace == root_namespace else [namespace], selector or {}):
             findings.warn(position, "spec.selector", f"selects no WorkloadEntry of {scope}; it does nothing")
     for item in policies:
         if item.policy.action is Action.DENY and not item.policy.rules:
@@ -244,11 +243,16 @@ def _check_callers(
     for item in policies:
         for path, patterns, names in _identity_patterns(item.policy, principals, namespaces):
             for pattern in patterns:
-                if not any(pattern_matches(pattern, name) for name in names):
-                    problem = (
-                        f"{pattern!r} matches no workload of trust domain {trust_domain}{suggestion(pattern, names)}"
-                    )
-                    findings.warn(item.position, path, problem)
+                if not _matches_any(pattern, names, trust_domain):
+                    problem = f"{shown(pattern)} matches no workload of trust domain {trust_domain}"
+                    findings.warn(item.position, path, problem, (pattern, names))
+
+
+def _matches_any(pattern: str, names: set[str], trust_domain: TrustDomain) -> bool:
+    # The two usual forms are looked up, since there may be many workloads and many policies.
+    if pattern in names or (pattern.startswith("*/") and trust_domain + pattern[1:] in names):
+        return True
+    return "*" in pattern and any(pattern_matches(pattern, name) for name in names)
 
 
 def _identity_patterns(

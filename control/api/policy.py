@@ -21,6 +21,7 @@ from control.api.address import IpBlock, parse_block
 from control.api.identity import SCHEME, IdentityError, SpiffeId
 from control.api.labels import Labels, selects
 from control.api.names import wrong_dns_label
+from control.api.problems import shown
 
 DEFAULT_ROOT_NAMESPACE: Final = "mesh-system"
 """Policies of this namespace apply to every namespace."""
@@ -151,7 +152,7 @@ def canonical_principal(text: str) -> str:
         except IdentityError:
             # It could match nobody, and an ALLOW or DENY that never holds is a mistake.
             raise ValueError(
-                f"{text!r} is no principal; write <trust domain>/ns/<namespace>/sa/<service account>"
+                f"{shown(text)} is no principal; write <trust domain>/ns/<namespace>/sa/<service account>"
             ) from None
     return pattern
 
@@ -168,7 +169,7 @@ def parse_port(text: str) -> int:
     """A port number as Istio's policies write it: in quotes. Raises ValueError."""
     if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
         return int(text)
-    raise ValueError(f"{text[:40]!r} is not a port from 1 to 65535")
+    raise ValueError(f"{shown(text)} is not a port from 1 to 65535")
 
 
 def applies(policy: AuthorizationPolicy, namespace: str, labels: Labels, root_namespace: str) -> bool:
@@ -182,4 +183,4 @@ def _check_pattern(text: str) -> None:
     if not text:
         raise ValueError("an empty pattern matches nothing; write '*' for anything")
     if text.count("*") > 1 or "*" in text[1:-1]:
-        raise ValueError(f"{text!r}: '*' may stand once, at the beginning or at the end")
+        raise ValueError(f"{shown(text)}: '*' may stand once, at the beginning or at the end")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 MAX_PROBLEMS: Final = 100  # of one file or mesh: more than anybody reads, little enough to keep
+_MAX_WORDS: Final = 1000  # to look for a near one: some 20 ms
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -26,6 +28,10 @@ class ResourceError:
         return f"{place}: {self.field}: {self.problem}" if self.field else f"{place}: {self.problem}"
 
 
+Near = tuple[str, Iterable[str]]
+"""A word that is not known, and those that are."""
+
+
 class ResourceErrors(ValueError):
     """All errors of the resources at once; nothing of them may be used."""
 
@@ -42,11 +48,17 @@ class Report:
         self.dropped = 0
         """Errors beyond the bound."""
 
-    def add(self, error: ResourceError) -> None:
-        if len(self.errors) < MAX_PROBLEMS:
-            self.errors.append(error)
-        else:
+    @property
+    def full(self) -> bool:
+        """Whether more would be dropped, so that looking on is in vain."""
+        return len(self.errors) >= MAX_PROBLEMS
+
+    def add(self, error: ResourceError, near: Near | None = None) -> None:
+        """Adds an error, with the known word that was probably meant, if one is near."""
+        if self.full:
             self.dropped += 1
+        else:
+            self.errors.append(_with_suggestion(error, near))
 
     def raise_errors(self) -> None:
         """Raises ResourceErrors when there are any, in the order of their places."""
@@ -82,12 +94,12 @@ class Findings:
         self.report = Report()
         self.warnings: list[ResourceError] = []
 
-    def error(self, position: Position, field: str, problem: str) -> None:
-        self.report.add(position.error(field, problem))
+    def error(self, position: Position, field: str, problem: str, near: Near | None = None) -> None:
+        self.report.add(position.error(field, problem), near)
 
-    def warn(self, position: Position, field: str, problem: str) -> None:
+    def warn(self, position: Position, field: str, problem: str, near: Near | None = None) -> None:
         if len(self.warnings) < MAX_PROBLEMS:
-            self.warnings.append(position.error(field, problem))
+            self.warnings.append(_with_suggestion(position.error(field, problem), near))
 
 
 def shown(text: str) -> str:
@@ -95,7 +107,12 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'ports'?)`, or nothing when no known word is near."""
-    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def _with_suggestion(error: ResourceError, near: Near | None) -> ResourceError:
+    """Costs time, so it is done for errors that are kept only, and against a bounded number of words."""
+    if near is None:
+        return error
+    word, known = near
+    found = difflib.get_close_matches(word[:100], itertools.islice(known, _MAX_WORDS), n=1, cutoff=0.6)
+    if not found:
+        return error
+    return replace(error, problem=f"{error.problem} (did you mean {found[0]!r}?)")

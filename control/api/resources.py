@@ -19,7 +19,7 @@ from control.api.declared import (
 from control.api.document import Map, Reader, position_of, read_documents
 from control.api.metadata import MORE_ADDRESSES, read_metadata
 from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_name, wrong_subdomain
-from control.api.problems import Report, shown, suggestion
+from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
 from control.api.security import read_authorization_policy, read_peer_authentication
 from control.api.workload import ServicePort
@@ -34,11 +34,13 @@ _TCP_ONLY: Final = {
 def parse(text: str, file: str) -> list[Resource]:
     """The resources of one file. Raises ResourceErrors with everything that is wrong in it."""
     report = Report()
-    resources = [
-        resource
-        for document in read_documents(text, file, report)
-        if (resource := _read(document, file, report)) is not None
-    ]
+    resources: list[Resource] = []
+    for document in read_documents(text, file, report):
+        resource = _read(document, file, report)
+        if resource is not None:
+            resources.append(resource)
+        if report.full:
+            break
     report.raise_errors()
     return resources
 
@@ -50,9 +52,8 @@ def _read(document: Map, file: str, report: Report) -> Resource | None:
     if not version or not kind:
         return None
     if kind not in _KINDS:
-        known = f"known: {', '.join(_KINDS)}"
         later = " (not implemented yet)" if kind in _LATER else ""
-        reader.error("kind", f"{shown(kind)} is not taken{later}{suggestion(kind, _KINDS)}; {known}")
+        reader.error("kind", f"{shown(kind)} is not taken{later}; known: {', '.join(_KINDS)}", (kind, _KINDS))
         return None
     versions, read = _KINDS[kind]
     if version not in versions:

@@ -29,7 +29,7 @@ from control.api.policy import (
     canonical_value,
     parse_port,
 )
-from control.api.problems import shown, suggestion
+from control.api.problems import shown
 
 _NEEDS_WAYPOINT: Final = "needs a waypoint; an L4 proxy cannot see it"
 _FORWARDED: Final = f"{_NEEDS_WAYPOINT} (the address that an HTTP header names); write ipBlocks or notIpBlocks"
@@ -173,7 +173,7 @@ def _condition(reader: Reader) -> Condition | None:
     if text.startswith(_L7_CONDITIONS):
         reader.error("key", f"{shown(text)} is refused: {_NEEDS_WAYPOINT}")
     elif text and text not in keys:
-        reader.error("key", f"{shown(text)} is not known{suggestion(text, keys)}; known: {', '.join(keys)}")
+        reader.error("key", f"{shown(text)} is not known; known: {', '.join(keys)}", (text, keys))
     if text not in keys:
         return None
     key = ConditionKey(text)

@@ -15,7 +15,7 @@ from control.api.problems import MAX_PROBLEMS, Report, ResourceErrors
 
 def read(text):
     report = Report()
-    return read_documents(text, "f.yaml", report), [str(error) for error in report.errors]
+    return list(read_documents(text, "f.yaml", report)), [str(error) for error in report.errors]
 
 
 def reader_of(text):
@@ -142,7 +142,7 @@ def test_words_that_yaml_versions_read_differently_must_be_quoted(text):
         ("on: 1\n", "f.yaml:1: the key 'on' is no text: write it in quotes"),
         ("1.5: 1\n", "f.yaml:1: the key '1.5' is no text: write it in quotes"),
         ("~: 1\n", "f.yaml:1: the key '~' is no text: write it in quotes"),
-        ("? [a]\n: 1\n", "f.yaml:1: a key must be text"),
+        ("? [a]\n: 1\n", "f.yaml:1: a key must be text, not a list"),
         ("- a\n", "f.yaml:1: a document must be a mapping that begins with apiVersion"),
         ("hello\n", "f.yaml:1: a document must be a mapping that begins with apiVersion"),
         ("a: [1, 2\nb: 3\n", "f.yaml:2: not valid YAML: "),
@@ -168,6 +168,28 @@ def test_a_billion_laughs_costs_nothing():
     assert errors == ["f.yaml:2: the alias *a0 is not taken: write the value out"]
 
 
+def test_a_document_of_too_many_values_is_refused(monkeypatch):
+    monkeypatch.setattr(document, "MAX_NODES", 10)
+    assert read("---\n".join("a: [1, 2, 3, 4, 5, 6, 7]\n" for _ in range(3)))[1] == []
+    assert read("a: [1, 2, 3, 4,\n 5, 6, 7, 8]")[1] == [
+        "f.yaml:2: more than 10 values in one document; split the resource"
+    ]
+
+
+def test_a_key_that_is_too_long_is_refused():
+    _, errors = read(f"{'k' * 513}: 1\n")
+    assert errors == [f"f.yaml:1: the key '{'k' * 57}...' is longer than 512 characters"]
+
+
+def test_a_great_many_unknown_fields_cost_little():
+    report = Report()
+    (root,) = read_documents("\n".join(f"field{n}: 1" for n in range(20_000)), "f.yaml", report)
+    reader = Reader(root, "", position_of(root, "f.yaml"), report)
+    assert not [reader.has(f"known{n}") for n in range(30) if reader.has(f"known{n}")]
+    reader.finish()
+    assert (len(report.errors), report.dropped) == (MAX_PROBLEMS, 20_000 - MAX_PROBLEMS)
+
+
 def test_a_file_that_is_too_long_is_refused(monkeypatch):
     monkeypatch.setattr(document, "MAX_CHARACTERS", 10)
     assert read("a: 12345678") == ([], ["f.yaml: longer than 10 characters; split the file"])
@@ -186,7 +208,7 @@ def test_empty_documents_are_nothing():
 
 def test_errors_are_bounded():
     report = Report()
-    read_documents("\n".join("a: 1" for _ in range(MAX_PROBLEMS * 3)), "f.yaml", report)
+    list(read_documents("\n".join("a: 1" for _ in range(MAX_PROBLEMS * 3)), "f.yaml", report))
     assert (len(report.errors), report.dropped) == (MAX_PROBLEMS, 2 * MAX_PROBLEMS - 1)
     with pytest.raises(ResourceErrors, match=r"f\.yaml: 199 more errors; mend these first\Z"):
         report.raise_errors()
@@ -261,7 +283,7 @@ def problems(text, *reads):
             "1: x: Evil is refused: why",
         ),
         ("x: 1", lambda r: r.refuse({"x": "because"}), "1: x: is refused: because"),
-        ("prots: 1", lambda r: r.has("ports"), "1: prots: unknown field (did you mean 'ports'?); known here: ports"),
+        ("prots: 1", lambda r: r.has("ports"), "1: prots: unknown field; known here: ports (did you mean 'ports'?)"),
         ("x: {q: 1}", lambda r: r.child("x").finish(), "1: x.q: unknown field; none is known here"),
         ("x: {-a: b}", lambda r: r.pairs("x", lambda key: f"bad {key}", lambda value: "", most=9), "1: x.-a: bad -a"),
         ("x: {a: b}", lambda r: r.pairs("x", lambda key: "", lambda value: "bad", most=9), "1: x.a: bad"),

@@ -197,11 +197,11 @@ def replaced(text, old, new):
         ),
         (
             [NAMESPACE.replace("shop", "shops"), WORKLOAD],
-            "7: metadata.namespace: no Namespace 'shop' (did you mean 'shops'?)",
+            "7: metadata.namespace: no Namespace 'shop'; declare it, as the others are (did you mean 'shops'?)",
         ),
         (
             [SERVICE, replaced(WORKLOAD, "{main: 8080}", "{mian: 8080}")],
-            "7: spec.ports[0].targetPort: WorkloadEntry shop/web-1 has no port 'main' (did you mean 'mian'?); its por",
+            "spec.ports[0].targetPort: WorkloadEntry shop/web-1 has no port 'main'; its ports: mian (did you mean 'mian",
         ),
         (
             [SERVICE, replaced(WORKLOAD, ", ports: {main: 8080}", "")],
@@ -209,7 +209,7 @@ def replaced(text, old, new):
         ),
         (
             [SERVICE, WORKLOAD, replaced(SLICE, "service-name: web", "service-name: wab")],
-            "17: metadata.labels['kubernetes.io/service-name']: no Service 'wab' in namespace shop (did you mean 'we",
+            "17: metadata.labels['kubernetes.io/service-name']: no Service 'wab' in namespace shop; declare it or n",
         ),
         (
             [SERVICE, WORKLOAD, replaced(SLICE, "10.0.0.1", "10.0.0.9")],
@@ -234,7 +234,7 @@ def replaced(text, old, new):
         ),
         (
             [SERVICE, WORKLOAD, replaced(SLICE, "name: http", "name: htpp")],
-            "19: ports[0].name: Service shop/web has no port named 'htpp' (did you mean 'http'?); its ports: 'http'",
+            "19: ports[0].name: Service shop/web has no port named 'htpp'; its ports: 'http', 'raw' (did you mean 'h",
         ),
         (
             [SERVICE, WORKLOAD, SLICE, SLICE.replace("web-a", "web-b")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_name, wrong_subdomain
+from control.api.problems import shown
 
 
 @pytest.mark.parametrize(
@@ -27,4 +28,4 @@ from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_na
 def test_names_are_right_or_refused_with_their_text(wrong, right, bad):
     assert [name for name in right if wrong(name)] == []
     assert [name for name in bad if not wrong(name)] == []
-    assert all(repr(name) in wrong(name) for name in bad)
+    assert all(shown(name) in wrong(name) for name in bad)

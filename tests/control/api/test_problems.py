@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from control.api.problems import Findings, Position, Report, ResourceError, ResourceErrors, shown, suggestion
+from control.api.problems import Findings, Position, Report, ResourceError, ResourceErrors, shown
 
 POSITION = Position("f", 2, {"spec": 3, "spec.ports": 4, "spec.ports[1]": 7})
 
@@ -41,5 +41,8 @@ def test_findings_keep_warnings_apart():
 
 def test_long_texts_are_cut_and_near_words_suggested():
     assert len(shown("x" * 1000)) < 70
-    assert suggestion("prots", ["ports", "name"]) == " (did you mean 'ports'?)"
-    assert suggestion("zzz", ["ports", "name"]) == ""
+    report = Report()
+    report.add(ResourceError("f", 1, "prots", "unknown"), ("prots", ["name", "ports"]))
+    report.add(ResourceError("f", 1, "zzz", "unknown"), ("zzz", ["name", "ports"]))
+    report.add(ResourceError("f", 1, "x", "unknown"), ("x" * 10**6, (f"x{n}" for n in range(10**9))))
+    assert [error.problem for error in report.errors] == ["unknown (did you mean 'ports'?)", "unknown", "unknown"]

@@ -149,7 +149,7 @@ def test_a_condition_that_only_a_waypoint_sees_is_refused_by_name(key):
         ("spec: {rules: }", "4: spec.rules: is empty; give it a value or remove it"),
         (f"{RULE}from:", "6: spec.rules[0].from: is empty; give it a value or remove it"),
         (f"{RULE}from: []", "6: spec.rules[0].from: is an empty list"),
-        (f"{RULE}form: []", "6: spec.rules[0].form: unknown field (did you mean 'from'?); known here: from, to, when"),
+        (f"{RULE}form: []", "6: spec.rules[0].form: unknown field; known here: from, to, when (did you mean 'from'?)"),
         (f"{RULE}from: [{{}}]", "6: spec.rules[0].from[0].source: is missing"),
         (f"{RULE}from: [{{source: {{}}}}]", "6: spec.rules[0].from[0].source: names nothing; a rule without `from` me"),
         (f"{RULE}from: [{{principals: [{WEB}]}}]", "6: spec.rules[0].from[0].principals: unknown field"),
@@ -198,7 +198,7 @@ def test_a_condition_that_only_a_waypoint_sees_is_refused_by_name(key):
         (f"{RULE}when: [{{values: [x]}}]", "when[0].key: is missing; it must be one of source.ip, source.namespace"),
         (
             f"{RULE}when: [{{key: source.ipp, values: [x]}}]",
-            "key: 'source.ipp' is not known (did you mean 'source.ip'?)",
+            "key: 'source.ipp' is not known; known: source.ip, ",
         ),
         (f"{RULE}when: [{{key: source.ip, values: [x]}}]", "when[0].values[0]: 'x' is not a CIDR block"),
         (f"{RULE}when: [{{key: destination.port, values: [x]}}]", "when[0].values[0]: 'x' is not a port"),
@@ -225,7 +225,7 @@ def test_every_field_of_a_peer_authentication():
             "4: spec.mtls.mode: DISABLE is refused: it would let plaintext in, and this mes",
         ),
         ("spec: {mtls: {mode: strict}}", "4: spec.mtls.mode: 'strict' must be STRICT or UNSET"),
-        ("spec: {mtls: {mdoe: STRICT}}", "4: spec.mtls.mdoe: unknown field (did you mean 'mode'?)"),
+        ("spec: {mtls: {mdoe: STRICT}}", "4: spec.mtls.mdoe: unknown field; known here: mode (did you mean 'mode'?)"),
         ("spec: {mtls: STRICT}", "4: spec.mtls: must be a mapping, not the text 'STRICT'"),
         ("spec: {portLevelMtls: {8080: {mode: STRICT}}}", "4: spec.portLevelMtls: needs a selector"),
         (
