@@ -33,10 +33,19 @@ def kill(directory: Path) -> None:
     except FileNotFoundError:
         return
     deadline = time.monotonic() + _KILL_TIMEOUT_S
-    while "populated 1" in (directory / "cgroup.events").read_text():
+    while _populated(directory):
         if time.monotonic() > deadline:
             raise SandboxError(f"processes in {directory} do not die; see {directory}/*/cgroup.procs")
         time.sleep(0.002)
+
+
+def _populated(directory: Path) -> bool:
+    try:
+        return "populated 1" in (directory / "cgroup.events").read_text()
+    except OSError:
+        if directory.exists():
+            raise
+        return False  # somebody else has removed it
 
 
 def remove(directory: Path) -> None:

@@ -42,6 +42,14 @@ class Entrance:
     """The mask to run with."""
 
     def __call__(self) -> None:
+        try:
+            self._enter()
+        except OSError as error:
+            # All that the parent will see of it is that something failed.
+            os.write(2, f"cannot enter the sandbox: {error}\n".encode())
+            raise
+
+    def _enter(self) -> None:
         (self.cgroup / "cgroup.procs").write_text("0")
         linux.setns(self.netns_fd)
         if self.exposures:

@@ -8,16 +8,12 @@ sidecar means refused connections until it is back, never plaintext.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import pwd
-import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -29,18 +25,21 @@ from control.api.address import AddressError, parse_address
 from control.api.names import wrong_dns_label, wrong_subdomain
 from uproxy import cgroup, linux, sandbox
 from uproxy.cgroup import SandboxError
+from uproxy.claims import FIRST_UID, LOCK_DIR, ClaimError, claimed_name, claimed_uid
 from uproxy.entrance import Account, Entrance, exposures, sockets_inside
 from uproxy.node.client import NodeClient, NodeError
 from uproxy.sandbox import Sandbox
-from uproxy.sidecar import Sidecar
-
-# Exit statuses of the launcher itself, as nohup(1), env(1) and container runtimes use them.
-_FAILED = 125
-_NOT_EXECUTABLE = 126
-_NOT_FOUND = 127
-
-# The uids that systemd sets aside for service users made on the fly (DynamicUser=): no person has one.
-_FIRST_UID, _LAST_UID = 61184, 65519
+from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, Sidecar
+from uproxy.supervision import (
+    FAILED,
+    NOT_EXECUTABLE,
+    NOT_FOUND,
+    SIGNALS,
+    InterruptedLaunchError,
+    LaunchError,
+    Supervision,
+    say,
+)
 
 # A sidecar is ready within a second; the rest is for a loaded machine and an agent that is still loading.
 _READY_TIMEOUT_S = 30.0
@@ -48,47 +47,24 @@ _READY_TIMEOUT_S = 30.0
 _DRAIN_MARGIN_S = 2.0
 _DRAIN_TIMEOUT_S = 5.0
 
-_LOCK_DIR = Path("/run/uproxy/exec")
-_IDENTITY_FILES = ("key.pem", "chain.pem", "bundle.pem")
-
-_ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
-_FORWARDED = _ENDING | {signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGCONT}
-
-
-class LaunchError(Exception):
-    """A workload that is not started; `status` is the launcher's exit status."""
-
-    def __init__(self, text: str, status: int = _FAILED) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-class _Interrupted(Exception):
-    """Somebody ended the launcher before the command ran."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(number.name)
-        self.number = number
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the command to its end. Its exit status is ours; 128 + n when signal n ended it."""
     options, command = _parse(argv)
+    status: int | None = None
     try:
         with ExitStack() as undo:
-            return _run(options, command, undo)
-    except _Interrupted as ended:
-        return 128 + ended.number
+            status = _run(options, command, undo)
+    except InterruptedLaunchError as ended:
+        status = 128 + ended.number
     except LaunchError as error:
-        _say(options.name, str(error))
-        return error.status
-    except (SandboxError, NodeError, OSError) as error:
-        _say(options.name, str(error))
-        return _FAILED
-
-
-def _say(name: str, text: str) -> None:
-    print(f"uproxy exec: {name}: {text}", file=sys.stderr, flush=True)
+        say(options.name, str(error))
+        status = error.status
+    except (ClaimError, SandboxError, NodeError, OSError, subprocess.SubprocessError) as error:
+        # After the command's end it is the cleaning up that failed, which must not hide how the command ended.
+        say(options.name, str(error) if status is None else f"not everything could be removed: {error}")
+        status = FAILED if status is None else status
+    return status
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -107,11 +83,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--config", required=True, nargs="+", action="extend", type=Path, metavar="FILE", help="resources"
     )
-    parser.add_argument("--identity-dir", required=True, type=Path, help=" and ".join(_IDENTITY_FILES))
+    parser.add_argument("--identity-dir", required=True, type=Path, help=" and ".join(IDENTITY_FILES))
     parser.add_argument("--node-socket", type=Path, default=Path("/run/uproxy/node.sock"))
     parser.add_argument("--capture", choices=("ebpf", "none"), default="ebpf")
     parser.add_argument("--user", help="whom COMMAND runs as (default: the caller)")
-    parser.add_argument("--uid", type=int, help=f"the sidecar's uid (default: a free one from {_FIRST_UID} up)")
+    parser.add_argument("--uid", type=int, help=f"the sidecar's uid (default: a free one from {FIRST_UID} up)")
     parser.add_argument("--state-dir", type=Path, default=Path("/var/lib/uproxy"))
     parser.add_argument("--cgroup-root", type=Path, help="default: uproxy/ in the cgroup2 hierarchy")
     parser.add_argument("--log", type=Path, help="file for the sidecar's output (default: standard error)")
@@ -130,7 +106,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         options.address = tuple(parse_address(text) for text in options.address)
     except AddressError as error:
         parser.error(str(error))
+    # The sidecar's working directory is another one.
     options.config = [path.absolute() for path in options.config]
+    options.state_dir = options.state_dir.absolute()
     return options, command
 
 
@@ -147,10 +125,10 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
     box = _sandbox(options)
     state = options.state_dir / options.name
     # Two names, because either could be shared with a launcher whose other options differ.
-    undo.enter_context(_claimed(_LOCK_DIR / f"{box.netns}.lock", options.name))
-    undo.enter_context(_claimed(options.state_dir / f"{options.name}.lock", options.name))
-    uid = undo.enter_context(_claimed_uid(options.uid))
-    signals = linux.SignalFd(_FORWARDED | {signal.SIGCHLD})
+    undo.enter_context(claimed_name(LOCK_DIR / f"{box.netns}.lock"))
+    undo.enter_context(claimed_name(options.state_dir / f"{options.name}.lock"))
+    uid = undo.enter_context(claimed_uid(options.uid))
+    signals = linux.SignalFd(SIGNALS)
     undo.callback(signals.close)
     linux.adopt_orphans()
 
@@ -159,7 +137,7 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
     undo.callback(sandbox.remove, box)
     sandbox.build(box)
     for command_line in sandbox.forwarding_gaps(box.addresses):
-        _say(options.name, f"other hosts cannot reach it until this one forwards: {command_line}")
+        say(options.name, f"other hosts cannot reach it until this one forwards: {command_line}")
     netns = undo.enter_context(_opened(box.netns_path))
     probes: list[socket.socket] = []
     if options.capture == "ebpf":
@@ -184,11 +162,11 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
         ),
         probes,
         log=undo.enter_context(_log(options.log)),
-        prepare=lambda: _install_identity(options.identity_dir, state, account),
+        identity=IdentityCopy(options.identity_dir, state, account),
     )
-    launch = _Supervision(options.name, signals, sidecar)
-    undo.callback(launch.end_sidecar, options.drain_timeout_s + _DRAIN_MARGIN_S)
-    launch.start_sidecar()
+    supervision = Supervision(options.name, signals, sidecar)
+    undo.callback(supervision.end_sidecar, options.drain_timeout_s + _DRAIN_MARGIN_S)
+    supervision.start_sidecar(_READY_TIMEOUT_S)
     entrance = Entrance(
         box.app_cgroup,
         netns,
@@ -197,7 +175,7 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
         signal_mask=signals.previous,
     )
     undo.callback(cgroup.kill, box.app_cgroup)
-    return launch.run(command, entrance, _environment(options.user))
+    return supervision.run(command, entrance, _environment(options.user))
 
 
 def _check(options: argparse.Namespace, command: list[str]) -> None:
@@ -211,19 +189,24 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
     if found is None:
         exists = os.path.exists(command[0]) and "/" in command[0]
         if exists:
-            raise LaunchError(f"{command[0]} is not executable", _NOT_EXECUTABLE)
-        raise LaunchError(f"{command[0]}: command not found", _NOT_FOUND)
+            raise LaunchError(f"{command[0]} is not executable", NOT_EXECUTABLE)
+        raise LaunchError(f"{command[0]}: command not found", NOT_FOUND)
     if options.user is not None:
         _account_of(options.user)
     for path in options.config:
         if not path.is_file():
             raise LaunchError(f"--config {path}: no such file")
-    for name in _IDENTITY_FILES:
+    for name in IDENTITY_FILES:
         if not (options.identity_dir / name).is_file():
             raise LaunchError(
                 f"--identity-dir {options.identity_dir}: no {name} in it. Make the identity with "
                 "`python -m control.client.csr` and `meshctl ca issue`"
             )
+    if options.identity_dir.resolve().is_relative_to((options.state_dir / options.name).resolve()):
+        raise LaunchError(
+            f"--identity-dir {options.identity_dir} is the sidecar's own directory, which is removed at the end: "
+            f"keep the identity elsewhere, such as /etc/uproxy/{options.name}"
+        )
     if options.capture == "ebpf" and not options.node_socket.is_socket():
         raise LaunchError(f"no node agent at {options.node_socket}: start `uproxy node` on this host first")
 
@@ -234,57 +217,6 @@ def _sandbox(options: argparse.Namespace) -> Sandbox:
     if not root.is_relative_to(mount) or root == mount:
         raise LaunchError(f"--cgroup-root {root} is not below the cgroup2 hierarchy at {mount}")
     return Sandbox.below(root, mount, options.name, options.address)
-
-
-def _make_opened(path: Path) -> None:
-    """Whatever the caller's umask: the sidecar's uid passes through it to what is its own."""
-    if not path.exists():
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o755)
-
-
-@contextmanager
-def _claimed(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock file, which the kernel releases whatever ends us. Refused by name when somebody holds it."""
-    _make_opened(path.parent)
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(fd, 32).decode("ascii", "replace").strip()
-            os.close(fd)
-            raise LaunchError(
-                f"a workload of this name is running already (`uproxy exec`, pid {holder or '?'}): "
-                "choose another --name, or end that one"
-            ) from None
-        # The holder before us may have removed the file between our open and our lock.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                break
-        os.close(fd)
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
-
-
-@contextmanager
-def _claimed_uid(wanted: int | None) -> Iterator[int]:
-    """A uid that no other launcher of this machine gives to a sidecar, held through a lock on one byte per uid."""
-    _make_opened(_LOCK_DIR)
-    with open(_LOCK_DIR / "uids", "ab") as file:
-        for uid in [wanted] if wanted is not None else range(_FIRST_UID, _LAST_UID + 1):
-            with suppress(BlockingIOError):
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, uid)
-                yield uid
-                return
-    if wanted is not None:
-        raise LaunchError(f"--uid {wanted} is another sidecar's: each needs one of its own")
-    raise LaunchError(f"no uid is free from {_FIRST_UID} to {_LAST_UID}")
 
 
 @contextmanager
@@ -310,7 +242,7 @@ def _registered(options: argparse.Namespace, box: Sandbox, netns_fd: int) -> Ite
         try:
             client.unregister(options.name)
         except (NodeError, OSError) as error:
-            _say(options.name, f"the node agent was not told of its end and will find out by itself: {error}")
+            say(options.name, f"the node agent was not told of its end and will find out by itself: {error}")
 
 
 @contextmanager
@@ -330,20 +262,6 @@ def _opened(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _install_identity(source: Path, state: Path, account: Account) -> None:
-    """Give the sidecar a copy that it may read, and nobody else; at each start, so that a renewed one is used."""
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.chown(state, account.uid, account.gid)
-    for name in _IDENTITY_FILES:
-        content = (source / name).read_bytes()
-        fresh = state / f".{name}.new"
-        fresh.unlink(missing_ok=True)
-        with open(fresh, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            file.write(content)
-            os.fchown(file.fileno(), account.uid, account.gid)
-        fresh.rename(state / name)
 
 
 def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
@@ -384,107 +302,3 @@ def _environment(user: str | None) -> dict[str, str]:
     if user is not None:
         environment |= {"USER": user, "LOGNAME": user, "HOME": pwd.getpwnam(user).pw_dir}
     return environment
-
-
-class _Supervision:
-    """The loop over what can happen: a signal, a child's end, readiness, the time of a restart."""
-
-    def __init__(self, name: str, signals: linux.SignalFd, sidecar: Sidecar) -> None:
-        self._name = name
-        self._signals = signals
-        self._sidecar = sidecar
-        self._command_pid = 0
-        self._command_status: int | None = None
-        self._ending = False
-
-    def start_sidecar(self) -> None:
-        """Return when it is ready. Raises LaunchError when it gave up, or takes too long."""
-        deadline = time.monotonic() + _READY_TIMEOUT_S
-        self._sidecar.start()
-        while not self._sidecar.ready:
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"the sidecar is not ready after {_READY_TIMEOUT_S:.0f} s; "
-                    f"pending: {self._sidecar.pending() or 'its own start (it does not answer yet)'}"
-                )
-            self._turn(deadline)
-
-    def run(self, command: list[str], entrance: Entrance, environment: dict[str, str]) -> int:
-        """Start the command and wait for it, with everything that happens meanwhile."""
-        try:
-            process = subprocess.Popen(command, env=environment, preexec_fn=entrance)
-        except FileNotFoundError as error:
-            raise LaunchError(str(error), _NOT_FOUND) from None
-        except PermissionError as error:
-            raise LaunchError(str(error), _NOT_EXECUTABLE) from None
-        self._command_pid = process.pid
-        while self._command_status is None:
-            self._turn(None)
-        process.returncode = self._command_status
-        return self._command_status if self._command_status >= 0 else 128 - self._command_status
-
-    def end_sidecar(self, timeout_s: float) -> None:
-        """Let it drain; what does not end in time is killed with its cgroup."""
-        self._ending = True
-        self._sidecar.terminate()
-        deadline = time.monotonic() + timeout_s
-        while self._sidecar.pid and time.monotonic() < deadline:
-            self._turn(deadline)
-
-    def _turn(self, until: float | None) -> None:
-        """Wait for one thing to happen, at most until then."""
-        now = time.monotonic()
-        restart_at = self._sidecar.restart_at if not self._ending else None
-        wakeups = [at for at in (until, restart_at) if at is not None]
-        poll = select.poll()
-        poll.register(self._signals, select.POLLIN)
-        if self._sidecar.ready_fd >= 0:
-            poll.register(self._sidecar.ready_fd, select.POLLIN)
-        events = poll.poll(max(0.0, min(wakeups) - now) * 1000 + 1 if wakeups else None)
-        for fd, _ in events:
-            if fd == self._signals.fileno():
-                self._on_signals()
-            elif fd == self._sidecar.ready_fd:
-                self._sidecar.read_ready()
-                if self._sidecar.ready and self._sidecar.restarts:
-                    _say(self._name, f"the sidecar serves again (restart {self._sidecar.restarts})")
-        if restart_at is not None and time.monotonic() >= restart_at:
-            self._sidecar.start()
-
-    def _on_signals(self) -> None:
-        for event in self._signals.read():
-            if event.number == signal.SIGCHLD or self._ending:
-                continue
-            if not self._command_pid:
-                if event.number in _ENDING:
-                    raise _Interrupted(event.number)
-            elif event.code <= 0:
-                # From a process. What a terminal sends (code > 0), it has sent to the command as well.
-                with suppress(ProcessLookupError):
-                    os.kill(self._command_pid, event.number)
-        self._reap()
-
-    def _reap(self) -> None:
-        """Collect every child that ended, orphans of the command included."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            code = os.waitstatus_to_exitcode(status)
-            if pid == self._command_pid:
-                self._command_status = code
-            elif pid == self._sidecar.pid:
-                self._on_sidecar_end(code)
-
-    def _on_sidecar_end(self, code: int) -> None:
-        was_ready = self._sidecar.ready or self._command_pid
-        self._sidecar.ended(code, time.monotonic())
-        if self._ending:
-            return
-        how = f"status {code}" if code >= 0 else signal.Signals(-code).name
-        if code >= 0 and not was_ready:
-            raise LaunchError(f"the sidecar ended with {how} before it was ready; its messages say why")
-        _say(self._name, f"the sidecar ended ({how}); connections are refused until it is back")

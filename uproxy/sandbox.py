@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import ipaddress
+import os
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,6 +90,8 @@ def run_ip(commands: Sequence[str], *, netns: str = "") -> None:
             text=True,
             timeout=_IP_TIMEOUT_S,
             check=False,
+            # A plain `su`, and cron, leave out where `ip` is.
+            env={**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"},
         )
     except FileNotFoundError:
         raise SandboxError("the program `ip` is not installed: apt-get install iproute2") from None
@@ -97,6 +100,8 @@ def run_ip(commands: Sequence[str], *, netns: str = "") -> None:
     text = done.stderr.strip()
     failed = text.rpartition("Command failed -:")[2].strip()
     which = commands[int(failed) - 1] if failed.isdigit() and int(failed) <= len(commands) else "; ".join(commands)
+    if which.startswith("route add") and "File exists" in text:
+        raise SandboxError(f"{which.split()[2]} is routed here already: another workload has this address")
     raise SandboxError(f"`ip {which}` failed{f' in {netns}' if netns else ''}: {text.splitlines()[0] if text else '?'}")
 
 
@@ -192,6 +197,7 @@ def remove_netns(name: str) -> None:
     try:
         linux.unmount(path)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a leftover file that nothing is mounted on
+        # A leftover file that nothing is mounted on, or somebody else was quicker.
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
             raise
     path.unlink(missing_ok=True)

@@ -11,11 +11,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import IO
 
 from uproxy import linux
-from uproxy.entrance import Entrance
+from uproxy.entrance import Account, Entrance
 
 _READY_PORT = 15021
 _STATUS_TIMEOUT_S = 2.0
@@ -23,6 +24,43 @@ _STATUS_TIMEOUT_S = 2.0
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.2, 5.0
 # A sidecar that was up for this long was healthy: its next restart is prompt again.
 _HEALTHY_S = 10.0
+
+IDENTITY_FILES = ("key.pem", "bundle.pem", "chain.pem")
+
+
+class IdentityCopy:
+    """A sidecar's own copy of its key and certificates, which its uid may read, and nobody else."""
+
+    def __init__(self, source: Path, directory: Path, account: Account) -> None:
+        self._source = source
+        self._directory = directory
+        self._account = account
+        self._copied: tuple[int, int, int] | None = None
+
+    def install(self) -> None:
+        """Copy what is there now, chain.pem last: its change is what a running sidecar watches for."""
+        self._copied = self._version()
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chown(self._directory, self._account.uid, self._account.gid)
+        for name in IDENTITY_FILES:
+            fresh = self._directory / f".{name}.new"
+            fresh.unlink(missing_ok=True)
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
+                os.fchown(fd, self._account.uid, self._account.gid)
+                file.write((self._source / name).read_bytes())
+            fresh.rename(self._directory / name)
+
+    def refresh(self) -> bool:
+        """Copy again when the certificate was renewed; whether it was."""
+        if self._version() == self._copied:
+            return False
+        self.install()
+        return True
+
+    def _version(self) -> tuple[int, int, int]:
+        state = (self._source / IDENTITY_FILES[-1]).stat()
+        return state.st_mtime_ns, state.st_ino, state.st_size
 
 
 class Sidecar:
@@ -34,14 +72,14 @@ class Sidecar:
         entrance: Entrance,
         probes: Sequence[socket.socket],
         log: IO[bytes],
-        prepare: Callable[[], None],
+        identity: IdentityCopy,
     ) -> None:
-        """`arguments`: the argv but for the descriptors; `prepare` runs before each start."""
+        """`arguments`: the argv but for the descriptors."""
         self._arguments = arguments
         self._entrance = entrance
         self._probes = probes
         self._log = log
-        self._prepare = prepare
+        self.identity = identity
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._backoff_s = _BACKOFF_FIRST_S
@@ -57,7 +95,7 @@ class Sidecar:
         return self._process.pid if self._process is not None else 0
 
     def start(self) -> None:
-        self._prepare()
+        self.identity.install()
         self.restart_at = None
         self.ready_fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         handed = [theirs, *(probe.fileno() for probe in self._probes)]
@@ -80,6 +118,9 @@ class Sidecar:
                 start_new_session=True,
                 preexec_fn=self._entrance,
             )
+        except BaseException:
+            self._close_ready_fd()
+            raise
         finally:
             os.close(theirs)
         self._started_at = time.monotonic()
@@ -98,9 +139,13 @@ class Sidecar:
         self._close_ready_fd()
         if now - self._started_at >= _HEALTHY_S:
             self._backoff_s = _BACKOFF_FIRST_S
+        self.restarts += 1
+        self.postpone(now)
+
+    def postpone(self, now: float) -> None:
+        """Schedule the next start, later each time."""
         self.restart_at = now + self._backoff_s
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_LAST_S)
-        self.restarts += 1
 
     def terminate(self) -> None:
         """Ask it to drain and exit."""

@@ -22,6 +22,8 @@ _PREFIX = "uproxy-lab-"
 _OWNER_FILE = "owner"
 # A command that the dead owner had just started (`ip netns add`) may finish after the first sweep.
 _SETTLE_S = 0.3
+# Between making a lab's directory and saying in it who owns it; generous.
+_CLAIM_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def sweep(names: LabNames) -> None:
         sandbox.remove_netns(name)
     for root in _pin_roots():
         for name in _matching(root, names.prefix):
-            shutil.rmtree(root / name)
+            shutil.rmtree(root / name, ignore_errors=True)  # unlinking a pin fails only where somebody was quicker
     for name in _matching(_LAUNCH_LOCKS, names.prefix):
         (_LAUNCH_LOCKS / name).unlink(missing_ok=True)
     shutil.rmtree(names.directory, ignore_errors=True)
@@ -119,11 +121,17 @@ def sweep_dead() -> list[str]:
         names = LabNames(directory.name)
         owner = names.owner()
         # Without an owner file it was killed while claiming, or is being claimed this instant: leave it a while.
-        young = owner is None and time.time() - directory.stat().st_mtime < 60
-        if not young and (owner is None or not owner.lives()):
+        if not (_is_young(directory) if owner is None else owner.lives()):
             sweep(names)
             swept.append(names.lab_id)
     return swept
+
+
+def _is_young(directory: Path) -> bool:
+    try:
+        return time.time() - directory.stat().st_mtime < _CLAIM_S
+    except FileNotFoundError:
+        return True  # somebody else has swept it
 
 
 def left_of(prefix: str = _PREFIX) -> list[str]:

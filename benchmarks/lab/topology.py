@@ -47,6 +47,9 @@ MESH_RANGES = ("240.240.0.0/16", "10.96.0.0/16", "fd96::/48")
 # Twins of workloads, on the same links and outside of the mesh.
 _TWIN_RANGE = "10.98"
 
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
 _NODE_TIMEOUT_S = 20.0
 _START_TIMEOUT_S = 40.0
 _POLL_S = 0.01
@@ -110,8 +113,6 @@ class Workload:
 
     def launch(self) -> None:
         """Start `uproxy exec` on the host; return at once."""
-        if shutil.which(self.app.program) is None:
-            raise LabError(f"{self.app.program} is not installed, and {self.name} runs it: apt-get install it")
         self.data.mkdir(parents=True, exist_ok=True)
         shutil.chown(self.data, APP_USER)
         pipe = subprocess.PIPE if self.app.talks else subprocess.DEVNULL
@@ -126,8 +127,11 @@ class Workload:
         if self.launcher.poll() is not None:
             raise LabError(f"`uproxy exec` of {self.name} ended with {self.launcher.returncode}:\n{self.logs()}")
         try:
-            if not (self.box.app_cgroup / "cgroup.procs").read_text().strip() or not self.box.netns_path.exists():
-                return False
+            # The command is started when the sidecar is ready, so that both run when both have a process.
+            children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text().split()
+            for directory in (self.box.proxy_cgroup, self.box.app_cgroup):
+                if not set(children) & set((directory / "cgroup.procs").read_text().split()):
+                    return False
             return all(self._accepts(port) for port in self.app.ports.values())
         except OSError:
             return False
@@ -155,7 +159,10 @@ class Workload:
         assert self.launcher.stdout is not None
         self.launcher.stdin.write(json.dumps(job).encode() + b"\n")
         self.launcher.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.launcher.stdout.readline())
+        line = self.launcher.stdout.readline()
+        if not line:
+            raise LabError(f"{self.name} has ended:\n{self.logs()}")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def proxy_pid(self) -> int:
@@ -392,6 +399,10 @@ class Lab:
 
     def start(self, progress: Callable[[str], None] = lambda line: None) -> None:
         """Start the agents, then every workload, and return when all serve."""
+        programs = {workload.app.program for workload in self.workloads()}
+        missing = [program for program in programs if shutil.which(program, path=_PATH) is None]
+        if missing:
+            raise LabError(f"the lab's workloads need programs that are not installed: {', '.join(sorted(missing))}")
         if not self.config.exists():
             self.configure(self._resources)
         for host in self.hosts:
@@ -409,7 +420,9 @@ class Lab:
     def spawn(self, argv: Sequence[str], netns: Path, **streams: Any) -> subprocess.Popen[bytes]:
         """A process in a namespace of the lab, which dies with the lab."""
         with _opened(netns) as fd:
-            process = subprocess.Popen(argv, cwd="/", preexec_fn=Entrance(self.names.cgroup / "lab", fd), **streams)
+            enter = Entrance(self.names.cgroup / "lab", fd)
+            environment = {**os.environ, "PATH": _PATH}
+            process = subprocess.Popen(argv, cwd="/", env=environment, preexec_fn=enter, **streams)
         self._spawned.append(process)
         return process
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from benchmarks.lab import demo, remains, shop
+from benchmarks.lab.measure import PathCost
 
 
 def test_json_shape_steps_and_paths() -> None:
@@ -33,7 +34,7 @@ def test_step_that_fails_is_told_and_ends_with_status_1(
 ) -> None:
     """Without the policy, nobody is forbidden anything: the steps that show a refusal must say so."""
     monkeypatch.setattr(shop, "RESOURCES", shop.RESOURCES.split("---\napiVersion: security")[0])
-    monkeypatch.setattr(demo, "measure", lambda lab, the_shop: [demo.PathCost("none", 1, 1, 1)])
+    monkeypatch.setattr(demo, "measure", lambda lab, the_shop: [PathCost("none", 1, 1, 1)])
     assert demo.main(["--output", "json"]) == 1
     steps = json.loads(capsys.readouterr().out)["steps"]
     failed = {step["name"] for step in steps if not step["ok"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ def job(mesh: Mesh) -> Workload:
 
 def _argv(job: Workload, *command: str, user: str = "nobody", **options: str) -> list[str]:
     argv = [*job.arguments()[:-1]]
+    argv += ["--drain-timeout-s", "1"]
     argv[argv.index("--user") + 1] = user
     for name, value in options.items():
         argv[argv.index(f"--{name.replace('_', '-')}") + 1] = value
@@ -142,6 +144,24 @@ class TestTheSidecar:
                 os.kill(old, signal.SIGKILL)
                 inside.eventually(lambda old=old: _pid_or_0(job) not in (0, old), 15)
                 inside.eventually(lambda: _is_ready(job), 15)
+            assert process.poll() is None
+
+    def test_renewed_certificate_is_handed_to_it(self, mesh: Mesh, job: Workload) -> None:
+        with _running(job, "sh", "-c", _FOREVER):
+            before = inside.metric(job, "uproxy_certificate_expiry_timestamp_seconds")
+            mesh.lab.issue(job.identity, job.identity_dir, ttl_s=7200)
+            inside.eventually(lambda: 0 < inside.metric(job, "uproxy_certificate_expiry_timestamp_seconds") < before)
+
+    def test_restarts_when_its_identity_is_back(self, job: Workload) -> None:
+        """A start that fails while the command runs is no reason to end the command."""
+        with _running(job, "sh", "-c", _FOREVER) as process:
+            chain = job.identity_dir / "chain.pem"
+            away = chain.rename(chain.with_suffix(".away"))
+            os.kill(job.proxy_pid(), signal.SIGKILL)
+            time.sleep(0.5)
+            assert _pid_or_0(job) == 0
+            away.rename(chain)
+            inside.eventually(lambda: _is_ready(job), 15)
             assert process.poll() is None
 
     def test_certificate_of_somebody_else_is_named(self, mesh: Mesh, job: Workload) -> None:

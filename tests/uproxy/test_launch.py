@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from uproxy import launch
+
+_NEEDED = ["--name", "web", "--address", "10.0.0.1", "--config", "mesh.yaml", "--identity-dir", "id"]
+
+
+def _usage(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        launch.main(list(argv))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ([*_NEEDED], "no command: put it behind --"),
+        ([*_NEEDED, "--"], "no command"),
+        ([*_NEEDED, "--name", "Web!", "--", "true"], "'Web!' must be"),
+        ([*_NEEDED, "--namespace", "a.b", "--", "true"], "'a.b' must be"),
+        ([*_NEEDED, "--address", "10.0.0.300", "--", "true"], "'10.0.0.300' is not an IP address"),
+        ([*_NEEDED[2:], "--", "true"], "--name"),
+        ([*_NEEDED, "--capture", "iptables", "--", "true"], "--capture"),
+    ],
+)
+def test_wrong_usage_is_told(capsys: pytest.CaptureFixture[str], argv: list[str], told: str) -> None:
+    assert told in _usage(capsys, *argv)
+
+
+def test_options_behind_the_separator_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    options, command = launch._parse([*_NEEDED, "--", "sh", "-c", "--", "--name"])
+    assert options.name == "web"
+    assert command == ["sh", "-c", "--", "--name"]
+
+
+def test_paths_do_not_depend_on_the_working_directory() -> None:
+    options, _ = launch._parse([*_NEEDED, "--state-dir", "state", "--", "true"])
+    assert options.config == [Path.cwd() / "mesh.yaml"]
+    assert options.state_dir == Path.cwd() / "state"
+
+
+class TestRefusals:
+    """What is known to be wrong before anything is made."""
+
+    @pytest.fixture
+    def argv(self, tmp_path: Path) -> list[str]:
+        (tmp_path / "mesh.yaml").touch()
+        (tmp_path / "id").mkdir()
+        for name in ("key.pem", "chain.pem", "bundle.pem"):
+            (tmp_path / "id" / name).touch()
+        files = ["--config", str(tmp_path / "mesh.yaml"), "--identity-dir", str(tmp_path / "id")]
+        return [*_NEEDED[:4], *files, "--state-dir", str(tmp_path / "state"), "--capture", "none"]
+
+    @pytest.fixture(autouse=True)
+    def as_root(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def _refused(self, capsys: pytest.CaptureFixture[str], argv: list[str], status: int = 125) -> str:
+        assert launch.main([*argv]) == status
+        return capsys.readouterr().err
+
+    def test_without_root(
+        self, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        assert "uproxy run --capture none" in self._refused(capsys, [*argv, "--", "true"])
+
+    def test_unknown_user(self, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--user no-such-user" in self._refused(capsys, [*argv, "--user", "no-such-user", "--", "true"])
+
+    def test_missing_configuration(self, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "mesh.yaml").unlink()
+        assert "mesh.yaml: no such file" in self._refused(capsys, [*argv, "--", "true"])
+
+    def test_missing_certificate(self, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "id/chain.pem").unlink()
+        told = self._refused(capsys, [*argv, "--", "true"])
+        assert "no chain.pem in it" in told
+        assert "meshctl ca issue" in told
+
+    def test_identity_in_the_directory_that_is_removed(
+        self, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "state").mkdir()
+        (tmp_path / "id").rename(tmp_path / "state/web")
+        argv[argv.index("--identity-dir") + 1] = str(tmp_path / "state/web")
+        assert "removed at the end" in self._refused(capsys, [*argv, "--", "true"])
+        assert (tmp_path / "state/web/key.pem").exists()
+
+    def test_cgroup_root_elsewhere(self, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "is not below the cgroup2" in self._refused(
+            capsys, [*argv, "--cgroup-root", str(tmp_path), "--", "true"]
+        )
+
+    def test_no_cgroup2(
+        self, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from uproxy import cgroup
+
+        def none() -> Path:
+            raise cgroup.SandboxError("no cgroup2 hierarchy is mounted")
+
+        monkeypatch.setattr(cgroup, "mount_point", none)
+        assert "no cgroup2" in self._refused(capsys, [*argv, "--", "true"])

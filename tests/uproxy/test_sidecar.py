@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from uproxy import linux
+from uproxy.entrance import Account, Entrance
+from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, Sidecar
+from uproxy.supervision import LaunchError, Supervision
+
+_ACCOUNT = Account(os.getuid(), os.getgid())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    made = tmp_path / "source"
+    made.mkdir()
+    for name in IDENTITY_FILES:
+        (made / name).write_text(f"{name} 1")
+    return made
+
+
+@pytest.fixture
+def copy(source: Path, tmp_path: Path) -> IdentityCopy:
+    return IdentityCopy(source, tmp_path / "copy", _ACCOUNT)
+
+
+class _Free:
+    """An entrance that leads nowhere."""
+
+    netns_fd = -1
+
+    def __call__(self) -> None:
+        pass
+
+
+@pytest.fixture
+def make(copy: IdentityCopy) -> Callable[[str], Sidecar]:
+    """A sidecar that runs a shell script, `$2` being the number of its ready descriptor."""
+
+    def made(script: str) -> Sidecar:
+        entrance: Entrance = _Free()  # type: ignore[assignment]
+        return Sidecar(["sh", "-c", script, "sh"], entrance, [], sys.__stderr__.buffer, copy)
+
+    return made
+
+
+def _reap(sidecar: Sidecar, now: float) -> None:
+    _, status = os.waitpid(sidecar.pid, 0)
+    sidecar.ended(os.waitstatus_to_exitcode(status), now)
+
+
+class TestIdentityCopy:
+    def test_is_for_one_account_only(self, copy: IdentityCopy, tmp_path: Path) -> None:
+        copy.install()
+        assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o700
+        assert {path.name for path in (tmp_path / "copy").iterdir()} == set(IDENTITY_FILES)
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in (tmp_path / "copy").iterdir())
+
+    def test_is_renewed_when_the_chain_is(self, copy: IdentityCopy, source: Path, tmp_path: Path) -> None:
+        copy.install()
+        assert not copy.refresh()
+        fresh = source / "fresh"
+        fresh.write_text("chain.pem 2")
+        fresh.rename(source / "chain.pem")
+        assert copy.refresh()
+        assert (tmp_path / "copy/chain.pem").read_text() == "chain.pem 2"
+        assert not copy.refresh()
+
+    def test_failure_keeps_the_old_one(self, copy: IdentityCopy, source: Path, tmp_path: Path) -> None:
+        copy.install()
+        (source / "chain.pem").unlink()
+        with pytest.raises(FileNotFoundError):
+            copy.refresh()
+        assert (tmp_path / "copy/chain.pem").read_text() == "chain.pem 1"
+
+
+class TestSidecar:
+    def test_says_when_it_is_ready(self, make: Callable[[str], Sidecar]) -> None:
+        sidecar = make("echo ready > /proc/$$/fd/$2; sleep 100")
+        sidecar.start()
+        select.select([sidecar.ready_fd], [], [], 5)
+        sidecar.read_ready()
+        assert sidecar.ready
+        assert sidecar.ready_fd == -1
+        sidecar.terminate()
+        _reap(sidecar, time.monotonic())
+        assert not sidecar.ready
+
+    def test_end_before_ready_is_not_ready(self, make: Callable[[str], Sidecar]) -> None:
+        sidecar = make("exit 1")
+        sidecar.start()
+        select.select([sidecar.ready_fd], [], [], 5)
+        sidecar.read_ready()
+        assert not sidecar.ready
+        _reap(sidecar, time.monotonic())
+
+    def test_backs_off_from_200_ms_to_5_s(self, make: Callable[[str], Sidecar]) -> None:
+        sidecar = make("exit 1")
+        waits = []
+        for _ in range(7):
+            sidecar.start()
+            now = time.monotonic()
+            _reap(sidecar, now)
+            assert sidecar.restart_at is not None
+            waits.append(round(sidecar.restart_at - now, 3))
+        assert waits == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+        assert sidecar.restarts == 7
+
+    def test_healthy_life_makes_the_next_restart_prompt(self, make: Callable[[str], Sidecar]) -> None:
+        sidecar = make("exit 1")
+        for later in (0, 0, 0, 11):
+            sidecar.start()
+            now = time.monotonic() + later
+            _reap(sidecar, now)
+        assert sidecar.restart_at is not None
+        assert round(sidecar.restart_at - now, 3) == 0.2
+
+    def test_failed_start_leaves_no_descriptor(self, make: Callable[[str], Sidecar], source: Path) -> None:
+        sidecar = make("exit 0")
+        before = len(os.listdir("/proc/self/fd"))
+        (source / "key.pem").unlink()
+        with pytest.raises(FileNotFoundError):
+            sidecar.start()
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert sidecar.ready_fd == -1
+
+
+class TestSupervision:
+    def _supervise(self, sidecar: Sidecar, timeout_s: float) -> None:
+        from uproxy.supervision import SIGNALS
+
+        signals = linux.SignalFd(SIGNALS)
+        supervision = Supervision("web", signals, sidecar)
+        try:
+            supervision.start_sidecar(timeout_s)
+        finally:
+            supervision.end_sidecar(2)
+            signals.close()
+
+    def test_late_sidecar_is_named_with_what_is_pending(self, make: Callable[[str], Sidecar]) -> None:
+        with pytest.raises(LaunchError, match=r"not ready after 0\.3 s; pending: its own start"):
+            self._supervise(make("sleep 100"), 0.3)
+
+    def test_sidecar_that_gives_up_is_told_at_once(self, make: Callable[[str], Sidecar]) -> None:
+        began = time.monotonic()
+        with pytest.raises(LaunchError, match="ended with status 3 before it was ready"):
+            self._supervise(make("exit 3"), 20)
+        assert time.monotonic() - began < 5
+
+    def test_killed_before_ready_is_tried_again(
+        self, make: Callable[[str], Sidecar], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        once = tmp_path / "once"
+        script = f"if [ ! -e {once} ]; then touch {once}; kill -9 $$; fi; echo ready > /proc/$$/fd/$2; sleep 100"
+        self._supervise(make(script), 10)
+        told = capsys.readouterr().err
+        assert "the sidecar ended (SIGKILL); connections are refused until it is back" in told
+        assert "serves again (restart 1)" in told
