@@ -60,6 +60,7 @@ MAX_EARLY_RESETS: Final = 500  # Envoy's premature-reset guard (CVE-2023-44487)
 
 OUTPUT_SIZE: Final = 128 << 10
 MAX_SPILL: Final = 256 << 10
+OVERFLOW: Final = "the peer makes us answer and reads nothing"
 MIN_DATA: Final = 1024  # below this room, wait for a flush rather than send crumbs
 # Header and payload fill whole TLS records of 16 KiB: 16384 of payload would need two records. One active stream gets
 # four records a frame; several get one each, because a large frame delays its neighbours (PERFORMANCE.md 2b).
@@ -201,6 +202,7 @@ class Connection:
         self.peer_max_streams = 100  # until its SETTINGS say otherwise (RFC 9113 section 6.5.2 advises at least 100)
         self.goaway_sent = False
         self.goaway_received = False
+        self.overflowed = False  # frames were lost, because the peer reads none: the connection is over
         self.send_window = _DEFAULT_WINDOW
         self._peer_initial_window = _DEFAULT_WINDOW
         self._peer_max_frame = 16384
@@ -378,6 +380,8 @@ class Connection:
                 self._begin_data(stream_id & 0x7FFFFFFF, flags, length, length, 0, events)
                 continue
             position = self._take_partial(data, position, end, events)
+        if self.overflowed:
+            raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, OVERFLOW)
         return events
 
     def _take_preface(self, data: memoryview) -> int:
@@ -770,9 +774,11 @@ class Connection:
             self._output[self._used : used] = frames
             self._used = used
             return
-        self._spill += frames
-        if len(self._spill) > MAX_SPILL:
-            raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, "the peer makes us answer and reads nothing")
+        if len(self._spill) + len(frames) <= MAX_SPILL:
+            self._spill += frames
+        else:
+            # Commands come from anywhere, so this is not the place to raise: `receive` and the tunnel's flush look.
+            self.overflowed = True
 
 
 def _h2_connection(client: bool) -> H2Connection:

@@ -120,6 +120,8 @@ class Tunnel:
 
     def flush(self) -> None:
         self._dirty = False
+        if self.connection.overflowed:
+            self._fail(hbone.OVERFLOW)
         if self.blocked or self.closed or not self.connection.has_output:
             return
         try:

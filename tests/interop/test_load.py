@@ -18,6 +18,7 @@ from benchmarks.pairs import APP, Wire
 from tests.support.envoy import (
     PATIENCE_S,
     Tunnel,
+    assert_no_bug_was_logged,
     descriptors,
     ended_how,
     fill,
@@ -47,6 +48,7 @@ def pair(tmp_path):
         wire.db.listen(APP, PATIENCE_S) as listener,
     ):
         yield Pair("uproxy", "uproxy", wire, listener, (client.pid, server.pid))
+        assert_no_bug_was_logged(wire)
 
 
 def gauges(wire: Wire, name: str) -> dict[str, float]:

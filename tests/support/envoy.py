@@ -70,8 +70,17 @@ def tunnel(client: str, server: str, directory: Path, **options: object) -> Iter
         made = Tunnel(client, server, wire, wire.db.listen(APP, PATIENCE_S))
         try:
             yield made
+            assert_no_bug_was_logged(wire)
         finally:
             made.listener.close()
+
+
+def assert_no_bug_was_logged(wire: Wire) -> None:
+    """Whatever a peer does, a uProxy handles it; what it does not handle, it logs with a traceback."""
+    for path in wire.directory.glob("*/uproxy.log"):
+        text = path.read_text()
+        start = text.find("Traceback")
+        assert start < 0, text[max(start - 200, 0) : start + 3000]
 
 
 # -- talking through a connection, with every wait bounded

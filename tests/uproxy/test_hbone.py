@@ -19,6 +19,7 @@ from uproxy.hbone import (
     ErrorCode,
     GoawayReceived,
     PongReceived,
+    ProtocolError,
     RequestReceived,
     ResponseReceived,
     SettingsReceived,
@@ -309,6 +310,20 @@ def test_output_is_bounded_however_much_is_offered():
     mine.send_window = pair.client.send_window = 1 << 30
     put(pair.client, mine, bytes(4 << 20))
     assert len(drain(pair.client)) <= hbone.OUTPUT_SIZE
+
+
+def test_answers_that_nobody_reads_are_dropped_at_a_limit_and_end_the_connection():
+    """Commands never raise for it, since they come from anywhere; the next bytes that arrive do."""
+    pair = Pair()
+    streams = [pair.opened()[1] for _ in range(40)]
+    for _ in range(10):
+        for stream in streams:
+            pair.server.respond(stream, [*OK, (b"x-reason", b"r" * 2000)])
+    assert pair.server.overflowed
+    assert sum(len(part) for part in pair.server.output()) <= hbone.OUTPUT_SIZE + hbone.MAX_SPILL
+    with pytest.raises(ProtocolError) as caught:
+        feed(pair.server, raw.frame(raw.PING, 0, 0, bytes(8)))
+    assert caught.value.code == ErrorCode.ENHANCE_YOUR_CALM
 
 
 class Interleaving(RuleBasedStateMachine):

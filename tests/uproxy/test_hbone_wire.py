@@ -21,7 +21,7 @@ from control.api.identity import SpiffeId
 from control.server.ca import Authority
 from tests.support import hbone as raw
 from tests.support.certificates import identity_dir
-from tests.support.envoy import descriptors, ended_how, read_exactly, resident_mb
+from tests.support.envoy import assert_no_bug_was_logged, descriptors, ended_how, read_exactly, resident_mb
 from tests.support.hbone import (
     CONTINUATION,
     DATA,
@@ -179,6 +179,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
         wire.db.listen(APP, PATIENCE_S) as listener,
     ):
         yield Server(wire, process.pid, listener)
+        assert_no_bug_was_logged(wire)
 
 
 @pytest.fixture(autouse=True)
@@ -411,6 +412,22 @@ def test_a_flood_of_pings_ends_that_connection_only(server: Server):
             application.sendall(b"unmoved")
             bystander.until(lambda: bystander.answers[1].data == b"unmoved")
             assert resident_mb(server.pid) - before < 10
+
+
+def ask_without_end(peer: Peer, block: bytes) -> None:
+    for first in range(1, 2_000_000, 2000):
+        peer.send(b"".join(frame(HEADERS, END_HEADERS, i, block) for i in range(first, first + 2000, 2)))
+
+
+def test_a_peer_that_asks_and_asks_and_reads_nothing_is_ended(server: Server):
+    """Each refusal is an answer of a hundred bytes: they must not pile up for a peer that does not take them."""
+    before = resident_mb(server.pid)
+    block = literal_block(request())
+    with server.peer("mallory") as peer:
+        peer.end.settimeout(2)
+        with pytest.raises((ConnectionError, ssl.SSLError, TimeoutError)):
+            ask_without_end(peer, block)
+    assert resident_mb(server.pid) - before < 12
 
 
 # -- TLS
