@@ -201,7 +201,7 @@ def replaced(text, old, new):
         ),
         (
             [SERVICE, replaced(WORKLOAD, "{main: 8080}", "{mian: 8080}")],
-            "spec.ports[0].targetPort: WorkloadEntry shop/web-1 has no port 'main'; its ports: mian (did you mean 'mian",
+            "spec.ports[0].targetPort: WorkloadEntry shop/web-1 has no port 'main'; its ports: mian (did you mean 'mi",
         ),
         (
             [SERVICE, replaced(WORKLOAD, ", ports: {main: 8080}", "")],
