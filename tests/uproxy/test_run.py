@@ -12,34 +12,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from control.api.identity import SpiffeId
-from control.server.ca import Authority, write_identity
+from control.server.ca import write_identity
 from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.site import APP_PORT, FORWARD_PORT, Site
 
-WEB_ADDRESS, DB_ADDRESS, APP_PORT = "127.0.79.1", "127.0.79.2", 7379
-FORWARD = (WEB_ADDRESS, 9079)
-
-MESH = f"""
-apiVersion: v1
-kind: Service
-metadata: {{name: db, namespace: shop}}
-spec: {{selector: {{app: db}}, ports: [{{port: 6379, targetPort: {APP_PORT}}}]}}
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {{name: web, namespace: shop}}
-spec: {{address: {WEB_ADDRESS}, serviceAccount: web, labels: {{app: web}}}}
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {{name: db, namespace: shop}}
-spec: {{address: {DB_ADDRESS}, serviceAccount: db, labels: {{app: db}}}}
-"""
+NETWORK = "127.0.79"
+WEB_ADDRESS, DB_ADDRESS = f"{NETWORK}.1", f"{NETWORK}.2"
+FORWARD = (WEB_ADDRESS, FORWARD_PORT)
 
 DENY_WEB = """
 ---
@@ -52,61 +36,9 @@ spec:
 """
 
 
-@dataclass
-class Site:
-    """A directory with a mesh, a CA and two identities."""
-
-    path: Path
-    authority: Authority
-
-    @property
-    def mesh(self) -> Path:
-        return self.path / "mesh.yaml"
-
-    def command(self, name: str, *more: str) -> list[str]:
-        address = {"web": WEB_ADDRESS, "db": DB_ADDRESS}[name]
-        forward = [f"--forward={FORWARD[0]}:{FORWARD[1]}=db.shop:6379"] if name == "web" else []
-        return [
-            *(sys.executable, "-m", "uproxy", "run", "--workload", name, "--namespace", "shop"),
-            *("--service-account", name, "--address", address, "--config", str(self.mesh)),
-            *("--identity-dir", str(self.path / name), "--capture", "none", *forward, *more),
-        ]
-
-    @contextmanager
-    def running(self, name: str) -> Iterator[subprocess.Popen[str]]:
-        ready, theirs = os.pipe()
-        log = (self.path / f"{name}.log").open("a")
-        process = subprocess.Popen(
-            self.command(name, f"--ready-fd={theirs}"), pass_fds=[theirs], stdout=log, stderr=log, text=True
-        )
-        os.close(theirs)
-        try:
-            with os.fdopen(ready) as pipe:
-                assert pipe.read() == "ready\n", (self.path / f"{name}.log").read_text()
-            yield process
-        finally:
-            log.close()
-            process.kill()
-            process.wait()
-
-    def log(self, name: str) -> str:
-        return (self.path / f"{name}.log").read_text()
-
-    def refusal(self, name: str, *more: str) -> str:
-        """What it says when it does not start; it must not take long over it."""
-        ended = subprocess.run(self.command(name, *more), capture_output=True, text=True, timeout=20, check=False)
-        assert ended.returncode == 1, ended.stderr
-        assert "Traceback" not in ended.stderr
-        return ended.stderr
-
-
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    authority = Authority.create(tmp_path / "ca", "cluster.local")
-    for name, identity in (("web", WEB), ("db", DB)):
-        identity_dir(authority, tmp_path / name, identity)
-    (tmp_path / "mesh.yaml").write_text(MESH)
-    return Site(tmp_path, authority)
+    return Site.create(tmp_path, NETWORK)
 
 
 @contextmanager
@@ -186,16 +118,16 @@ def test_a_policy_in_the_file_takes_effect_and_a_broken_file_changes_nothing(
     with socket.create_connection(FORWARD, timeout=8) as app:
         app.sendall(b"a")
         assert app.recv(1) == b"a"
-        site.mesh.write_text(MESH + DENY_WEB)
+        site.mesh.write_text(site.resources + DENY_WEB)
         with pytest.raises(ConnectionResetError):
             app.recv(1)  # the policy cuts a connection that it no longer allows
     with pytest.raises(ConnectionError):
         call()
-    site.mesh.write_text(MESH + "---\nkind: Servise\n")
+    site.mesh.write_text(site.resources + "---\nkind: Servise\n")
     eventually(lambda: "the new configuration is refused" in site.log("db"))
     with pytest.raises(ConnectionError):
         call()
-    site.mesh.write_text(MESH)
+    site.mesh.write_text(site.resources)
 
     def served() -> bool:
         try:
@@ -273,13 +205,13 @@ def test_heavy_libraries_stay_out() -> None:
 
 def test_what_it_does_not_start_with(site: Site) -> None:
     assert "has no WorkloadEntry shop/db" in refused_with(
-        site, MESH.replace("name: db, namespace: shop", "name: x, namespace: shop")
+        site, site.resources.replace("name: db, namespace: shop", "name: x, namespace: shop")
     )
-    assert "mesh.yaml:" in refused_with(site, MESH + "---\nkind: Servise\n")
-    site.mesh.write_text(MESH)
+    assert "mesh.yaml:" in refused_with(site, site.resources + "---\nkind: Servise\n")
+    site.mesh.write_text(site.resources)
     site.mesh.unlink()
     assert "mesh.yaml" in site.refusal("db")
-    site.mesh.write_text(MESH)
+    site.mesh.write_text(site.resources)
     other = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/other")
     identity_dir(site.authority, site.path / "other", other)
     os.rename(site.path / "db", site.path / "db.good")
