@@ -56,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, _end)
     try:
         steps, paths = run(show)
+    except BrokenPipeError:  # whoever read this has seen enough; the lab is removed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     finally:
         signal.signal(signal.SIGTERM, before)
     if as_json:
@@ -93,6 +96,8 @@ def run(show: _Show) -> tuple[list[Step], list[PathCost]]:
             paths = measure(lab, the_shop)
             show.progress("removing the lab")
             return steps, paths
+    except BrokenPipeError:
+        raise
     except (LabError, SandboxError, OSError) as error:
         failed = Step("the lab stands", False, str(error))
         show.step(failed)

@@ -103,8 +103,9 @@ class TestTheCommand:
         assert not Path(f"/proc/{output.strip()}").exists()
 
     def test_orphans_are_reaped(self, job: Workload) -> None:
-        with _running(job, "sh", "-c", f"(sleep 0.1 &) ; (sleep 0.1 &) ; {_FOREVER}") as process:
-            inside.eventually(lambda: not _comm_of_children(process.pid) & {"sleep"})
+        with _running(job, "sh", "-c", f"(sleep 1 &) ; (sleep 1 &) ; {_FOREVER}") as process:
+            inside.eventually(lambda: "sleep" in _comm_of_children(process.pid))
+            inside.eventually(lambda: "sleep" not in _comm_of_children(process.pid))
             assert "Z" not in _states_of_children(process.pid)
 
     @pytest.mark.parametrize(("command", "status"), [("no-such-command", 127), ("/etc/passwd", 126)])
