@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # `make fuzz` chooses "deep". No deadline: the machines that run this are shared, and a slow example is no failure.
-settings.register_profile("fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fast", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 

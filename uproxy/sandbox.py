@@ -111,8 +111,8 @@ def build(sandbox: Sandbox) -> None:
     sandbox.proxy_cgroup.mkdir()
     run_ip([f"netns add {sandbox.netns}"])
     host, workload = _link_commands(sandbox)
-    run_ip([f"link add name {sandbox.host_link} address {_HOST_MAC} type veth peer name eth0 "
-            f"address {_WORKLOAD_MAC} netns {sandbox.netns}"])  # fmt: skip
+    peer = f"peer name eth0 address {_WORKLOAD_MAC} netns {sandbox.netns}"
+    run_ip([f"link add name {sandbox.host_link} address {_HOST_MAC} type veth {peer}"])
     run_ip(workload, netns=sandbox.netns)
     run_ip(host)
     if any(":" not in address for address in sandbox.addresses):
@@ -124,8 +124,12 @@ def build(sandbox: Sandbox) -> None:
 def _link_commands(sandbox: Sandbox) -> tuple[list[str], list[str]]:
     """The batches (host, workload) that address and route both ends of the link."""
     link = sandbox.host_link
-    host = [f"link set dev {link} addrgenmode none", f"link set dev {link} up"]
-    workload = ["link set lo up", "link set eth0 addrgenmode none", "link set eth0 up"]
+    host = [f"link set dev {link} up"]
+    workload = ["link set dev lo up", "link set dev eth0 up"]
+    if has_ipv6():
+        # The gateway's address is enough: no link-local ones, no duplicate address detection to wait for.
+        host.insert(0, f"link set dev {link} addrgenmode none")
+        workload.insert(0, "link set dev eth0 addrgenmode none")
     versions = {ipaddress.ip_address(address).version for address in sandbox.addresses}
     for address in sandbox.addresses:
         if ipaddress.ip_address(address).version == 4:
@@ -142,6 +146,11 @@ def _link_commands(sandbox: Sandbox) -> tuple[list[str], list[str]]:
             f"route add default via {gateway} dev eth0 onlink",
         ]
     return host, workload
+
+
+def has_ipv6() -> bool:
+    """Whether this kernel was started with IPv6 (ipv6.disable=1 leaves nothing of it)."""
+    return Path("/proc/sys/net/ipv6").exists()
 
 
 def write_sysctls(values: Mapping[str, str]) -> None:

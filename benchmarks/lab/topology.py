@@ -357,22 +357,15 @@ class Lab:
             [f"link add name {name} type veth peer name eth0 netns {made.netns}", f"link set dev {name} master br0 up"],
             netns=self.underlay,
         )
-        commands = ["link set lo up", "link set eth0 up"]
-        commands += [
-            f"address add 10.95.0.{made.index}/24 dev eth0",
-            f"address add fd95::{made.index}/64 dev eth0 nodad",
-        ]
+        commands = ["link set dev lo up", "link set dev eth0 up", *_addresses(made)]
         for other in self.hosts:
             commands += _routes(other)
             sandbox.run_ip(_routes(made), netns=other.netns)
         sandbox.run_ip(commands, netns=made.netns)
         with made.entered():
-            sandbox.write_sysctls(
-                {
-                    "net/ipv4/ip_forward": "1",
-                    "net/ipv6/conf/all/forwarding": "1",
-                }
-            )
+            sandbox.write_sysctls({"net/ipv4/ip_forward": "1"})
+            if sandbox.has_ipv6():
+                sandbox.write_sysctls({"net/ipv6/conf/all/forwarding": "1"})
             _choose_congestion_control()
         self.hosts.append(made)
         return made
@@ -448,13 +441,19 @@ def _choose_congestion_control() -> None:
             return
 
 
+def _addresses(host: Host) -> list[str]:
+    """A host's own, on the underlay."""
+    ours = [f"address add {host.underlay_address}/24 dev eth0"]
+    return ours + ([f"address add fd95::{host.index}/64 dev eth0 nodad"] if sandbox.has_ipv6() else [])
+
+
 def _routes(host: Host) -> list[str]:
     """How the other hosts reach what is on this one."""
-    return [
-        f"route add 10.96.{host.index}.0/24 via 10.95.0.{host.index}",
-        f"route add {_TWIN_RANGE}.{host.index}.0/24 via 10.95.0.{host.index}",
-        f"route add fd96:0:0:{host.index}::/64 via fd95::{host.index}",
+    routes = [
+        f"route add 10.96.{host.index}.0/24 via {host.underlay_address}",
+        f"route add {_TWIN_RANGE}.{host.index}.0/24 via {host.underlay_address}",
     ]
+    return routes + ([f"route add fd96:0:0:{host.index}::/64 via fd95::{host.index}"] if sandbox.has_ipv6() else [])
 
 
 def _entry(workload: Workload) -> dict[str, Any]:
