@@ -67,13 +67,13 @@ def split_host_port(text: str) -> tuple[str, int]:
 
 def destination_of(state: State, host: str, port: int) -> OriginalDestination:
     """A service's name or an address, as a destination. Raises RefusedError when the mesh knows no such name."""
+    service = state.service_named(host)
+    if service is not None and service.vips:
+        return OriginalDestination(service.vips[0], port, Route.UNKNOWN)
     try:
         return OriginalDestination(parse_address(host), port, Route.UNKNOWN)
     except AddressError:
-        service = state.service_named(host)
-    if service is None or not service.vips:
-        raise RefusedError("no-config", f"the mesh has no service {host!r}; names are SERVICE.NAMESPACE")
-    return OriginalDestination(service.vips[0], port, Route.UNKNOWN)
+        raise RefusedError("no-config", f"the mesh has no service {host!r}; names are SERVICE.NAMESPACE") from None
 
 
 async def serve_forward(outbound: Outbound, state: State, forward: Forward, app: socket.socket) -> None:

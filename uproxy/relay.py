@@ -188,11 +188,12 @@ class Relay:
             self.tunnel.touch()
             return
         self._read_closed = True
-        self._want(self._events & ~plane.READ)
         connection.end(self.stream)
         self.tunnel.touch()
         if self._write_closed:
             self._finish(CLEAN)
+        else:
+            self._want(self._events & ~plane.READ)
 
     def _write_pending(self) -> None:
         assert self._sock is not None
@@ -221,13 +222,13 @@ class Relay:
     def _shutdown_write(self) -> None:
         assert self._sock is not None
         self._write_closed = True
+        if self._read_closed:
+            self._finish(CLEAN)  # which closes the socket, and so sends the FIN
+            return
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             self._app_broke(error)
-            return
-        if self._read_closed:
-            self._finish(CLEAN)
 
     def _app_broke(self, error: OSError | None) -> None:
         assert self._sock is not None
