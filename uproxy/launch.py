@@ -27,7 +27,7 @@ from uproxy import cgroup, linux, sandbox
 from uproxy.cgroup import SandboxError
 from uproxy.claims import FIRST_UID, LOCK_DIR, ClaimError, claimed_name, claimed_uid
 from uproxy.entrance import Account, Entrance, exposures, sockets_inside
-from uproxy.node.client import NodeClient, NodeError
+from uproxy.node.client import DEFAULT_SOCKET, NodeClient, NodeError
 from uproxy.sandbox import Sandbox
 from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, Sidecar
 from uproxy.supervision import (
@@ -46,6 +46,19 @@ _READY_TIMEOUT_S = 30.0
 # Above what `uproxy run` grants itself for draining; what is left then is cut.
 _DRAIN_MARGIN_S = 2.0
 _DRAIN_TIMEOUT_S = 5.0
+
+
+_DESCRIPTION = """\
+Run COMMAND as a workload of the mesh: in a network namespace and cgroups of its own, with a sidecar, its connections
+captured. It starts when the sidecar is ready; all of it is removed when COMMAND ends."""
+
+_EPILOG = """\
+example, with the node agent running on this host:
+  uproxy exec --name web --namespace shop --service-account web --address 10.96.0.10 --config mesh.yaml \\
+      --identity-dir /etc/uproxy/web --user www-data -- python3 app.py
+
+A COMMAND that runs as root can leave its sandbox: give it a --user.
+exit status: COMMAND's, 128 + n when signal n ended it; 125 when the launcher failed, 126 and 127 as in a shell"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,31 +83,43 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="uproxy exec",
-        usage="uproxy exec --name NAME --address IP [option…] -- COMMAND [argument…]",
-        description="Run COMMAND as a workload of the mesh, in a network namespace of its own, with a sidecar.",
-        epilog="Exit status: the command's; 125 when the launcher failed, 126 and 127 as in a shell. "
-        "A command that runs as root can leave its sandbox: give it a --user.",
+        usage="uproxy exec --name NAME --address IP --config FILE --identity-dir DIR [option…] -- COMMAND [argument…]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--name", required=True, help="the workload, as its WorkloadEntry is named")
-    parser.add_argument("--namespace", default="default")
-    parser.add_argument("--service-account", default="default")
-    parser.add_argument("--trust-domain", default="cluster.local")
-    parser.add_argument("--address", required=True, nargs="+", action="extend", metavar="IP", help="its mesh addresses")
-    parser.add_argument(
-        "--config", required=True, nargs="+", action="extend", type=Path, metavar="FILE", help="resources"
+    who = parser.add_argument_group("the workload")
+    who.add_argument("--name", required=True, help="as its WorkloadEntry is named; unique on this host")
+    who.add_argument("--namespace", default="default", help="default: %(default)s")
+    who.add_argument("--service-account", default="default", help="default: %(default)s")
+    who.add_argument("--trust-domain", default="cluster.local", help="default: %(default)s")
+    who.add_argument("--address", required=True, nargs="+", action="extend", metavar="IP", help="its mesh addresses")
+    who.add_argument(
+        "--identity-dir", required=True, type=Path, metavar="DIR", help=f"holds {', '.join(sorted(IDENTITY_FILES))}"
     )
-    parser.add_argument("--identity-dir", required=True, type=Path, help=" and ".join(IDENTITY_FILES))
-    parser.add_argument("--node-socket", type=Path, default=Path("/run/uproxy/node.sock"))
-    parser.add_argument("--capture", choices=("ebpf", "none"), default="ebpf")
-    parser.add_argument("--user", help="whom COMMAND runs as (default: the caller)")
-    parser.add_argument("--uid", type=int, help=f"the sidecar's uid (default: a free one from {FIRST_UID} up)")
-    parser.add_argument("--state-dir", type=Path, default=Path("/var/lib/uproxy"))
-    parser.add_argument("--cgroup-root", type=Path, help="default: uproxy/ in the cgroup2 hierarchy")
-    parser.add_argument("--log", type=Path, help="file for the sidecar's output (default: standard error)")
-    parser.add_argument("--log-format", choices=("json", "text"), default="text")
-    parser.add_argument("--drain-timeout-s", type=float, default=_DRAIN_TIMEOUT_S)
-    parser.add_argument("--forward", action="append", default=[], metavar="IP:PORT=SERVICE.NS:PORT")
-    parser.add_argument("--socks5", metavar="IP:PORT")
+    who.add_argument("--user", help="whom COMMAND runs as (default: the caller)")
+    mesh = parser.add_argument_group("the mesh")
+    mesh.add_argument(
+        "--config", required=True, nargs="+", action="extend", type=Path, metavar="FILE", help="resources in YAML"
+    )
+    mesh.add_argument("--node-socket", type=Path, default=DEFAULT_SOCKET, metavar="PATH", help="default: %(default)s")
+    mesh.add_argument(
+        "--capture",
+        choices=("ebpf", "none"),
+        default="ebpf",
+        help="default: %(default)s. With none, only what COMMAND dials through --forward or --socks5 is in the mesh",
+    )
+    mesh.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
+    mesh.add_argument("--socks5", metavar="IP:PORT", help="as --forward: with --capture none")
+    sidecar = parser.add_argument_group("the sidecar")
+    sidecar.add_argument("--log", type=Path, metavar="FILE", help="its output (default: standard error)")
+    sidecar.add_argument("--log-format", choices=("json", "text"), default="text", help="default: %(default)s")
+    sidecar.add_argument(
+        "--drain-timeout-s", type=float, default=_DRAIN_TIMEOUT_S, metavar="S", help="default: %(default)s"
+    )
+    sidecar.add_argument("--uid", type=int, help=f"default: a free one from {FIRST_UID} up")
+    sidecar.add_argument("--state-dir", type=Path, default=Path("/var/lib/uproxy"), help="default: %(default)s")
+    sidecar.add_argument("--cgroup-root", type=Path, metavar="DIR", help="default: uproxy/ in the cgroup2 hierarchy")
     before, separator, command = _split(argv)
     options = parser.parse_args(before)
     if not separator or not command:

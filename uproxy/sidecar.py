@@ -5,7 +5,6 @@ No loop of its own: the launcher reaps children and polls; it tells the sidecar 
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import socket
@@ -154,6 +153,9 @@ class Sidecar:
 
     def pending(self) -> str:
         """What its readiness endpoint says is missing; "" when it does not answer."""
+        # Imported here: it takes megabytes, and a launcher lives as long as its workload.
+        import http.client
+
         connection = http.client.HTTPConnection("127.0.0.1", _READY_PORT, timeout=_STATUS_TIMEOUT_S)
         try:
             with linux.inside(self._entrance.netns_fd):

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.lab import remains
 from benchmarks.lab.topology import App, Workload, WorkloadOptions
-from tests.mesh.conftest import JOB, Mesh
+from tests.mesh.conftest import JOB, PEER, Mesh
 from tests.support import inside
 
 
@@ -113,6 +113,17 @@ class TestTheCommand:
         ended, _, errors = _run(job, command)
         assert ended == status
         assert command in errors
+
+    def test_without_capture_it_dials_a_forwarded_port(self, mesh: Mesh, job: Workload) -> None:
+        """No node agent takes part, so that none has to run."""
+        dial = "import socket; s = socket.create_connection(('127.0.0.1', 7000)); s.sendall(b'x'); print(s.recv(1))"
+        argv = _argv(job, "python3", "-c", dial, node_socket="/nowhere")
+        at = argv.index("--")
+        argv[at:at] = ["--capture", "none", "--forward", "127.0.0.1:7000=peer.load:9000"]
+        with inside.serving(mesh.peer, PEER[1], inside.echo), _start(job, argv) as process:
+            output, errors = process.communicate(timeout=40)
+        assert (process.returncode, output) == (0, b"b'x'\n"), errors
+        _gone(job)
 
 
 class TestTheSidecar:
