@@ -6,7 +6,7 @@ every field must be there, none may be added, and every value must be in its can
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from control.api import labels as label
@@ -184,6 +184,17 @@ def _address(value: Value, name: str) -> IpAddress:
     return address
 
 
+def _addresses(fields: _Fields, name: str) -> tuple[IpAddress, ...]:
+    addresses = tuple(_address(item, name) for item in fields.take(name, list))
+    _distinct(addresses, name)
+    return addresses
+
+
+def _distinct(items: Sequence[object], name: str) -> None:
+    if len(set(items)) != len(items):
+        raise RecordError(f"{name} names one twice")
+
+
 def _block(value: Value, name: str) -> IpBlock:
     text = _typed(value, str, name)
     try:
@@ -241,11 +252,13 @@ def _identity(text: str, trust_domain: TrustDomain, namespace: str) -> SpiffeId:
 
 
 def _read_service(topic: ServiceTopic, fields: _Fields) -> Service:
+    ports = tuple(_read_service_port(item) for item in fields.take("ports", list))
+    _distinct([port.port for port in ports], "ports")
     return Service(
         namespace=topic.namespace,
         name=topic.name,
-        vips=tuple(_address(item, "vips") for item in fields.take("vips", list)),
-        ports=tuple(_read_service_port(item) for item in fields.take("ports", list)),
+        vips=_addresses(fields, "vips"),
+        ports=ports,
         labels=fields.labels("labels"),
     )
 
@@ -266,12 +279,14 @@ def _read_service_port(value: Value) -> ServicePort:
 
 def _read_endpoint(topic: EndpointTopic, fields: _Fields, trust_domain: TrustDomain) -> Endpoint:
     ports: dict[int, int] = {}
-    for item in fields.take("ports", list):
+    pairs = fields.take("ports", list)
+    for item in pairs:
         match item:
             case [port, target]:
                 ports[_port(port, "ports")] = _port(target, "ports")
             case _:
                 raise RecordError("ports: each must be [service port, workload port]")
+    _distinct([item[0] for item in pairs], "ports")
     return Endpoint(
         service=key(topic.namespace, topic.service),
         workload=key(topic.namespace, topic.workload),
@@ -289,7 +304,7 @@ def _read_workload(topic: WorkloadTopic, fields: _Fields, trust_domain: TrustDom
     identity = make_id(trust_domain, namespace, service_account)
     if proxy_hash(identity) != topic.proxy_hash:
         raise RecordError(f"{identity} does not belong on this topic: its proxy hash is another")
-    addresses = tuple(_address(item, "addresses") for item in fields.take("addresses", list))
+    addresses = _addresses(fields, "addresses")
     if not addresses:
         raise RecordError("addresses is empty")
     return Workload(

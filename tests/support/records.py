@@ -38,7 +38,7 @@ blocks = st.builds(
 )
 
 
-def _few(items: st.SearchStrategy[object], **bounds: int) -> st.SearchStrategy[tuple[object, ...]]:
+def _few(items: st.SearchStrategy[object], **bounds: object) -> st.SearchStrategy[tuple[object, ...]]:
     return st.lists(items, max_size=2, **bounds).map(tuple)
 
 
@@ -50,7 +50,12 @@ service_ports = st.builds(
     app_protocol=st.sampled_from(["", "http", "kubernetes.io/h2c"]),
 )
 services = st.builds(
-    Service, namespace=namespaces, name=names, vips=_few(addresses()), ports=_few(service_ports), labels=labels
+    Service,
+    namespace=namespaces,
+    name=names,
+    vips=_few(addresses(), unique=True),
+    ports=_few(service_ports, unique_by=lambda port: port.port),
+    labels=labels,
 )
 
 

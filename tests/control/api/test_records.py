@@ -58,6 +58,10 @@ def test_a_body_on_a_topic_of_another_kind_is_refused(record, other):
     ("record", "field", "value", "problem"),
     [
         (_SERVICE, "vips", ["10.0.0.01"], "not an IP"),
+        (_SERVICE, "vips", ["10.0.0.1", "10.0.0.1"], "vips names one twice"),
+        (_SERVICE, "ports", [["a", 80, 80, ""], ["b", 80, 81, ""]], "ports names one twice"),
+        (_WORKLOAD, "addresses", ["10.0.0.1", "10.0.0.1"], "addresses names one twice"),
+        (_ENDPOINT, "ports", [[80, 1], [80, 2]], "ports names one twice"),
         (_SERVICE, "vips", ["::ffff:10.0.0.1"], "must be written '10.0.0.1'"),
         (_SERVICE, "ports", [["http", 0, 80, ""]], "from 1 to 65535"),
         (_SERVICE, "ports", [["http", 80, 65536, ""]], "from 1 to 65535"),
