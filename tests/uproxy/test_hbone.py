@@ -481,7 +481,7 @@ class Interleaving(RuleBasedStateMachine):
 
 
 TestInterleaving = Interleaving.TestCase
-TestInterleaving.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestInterleaving.settings = settings(max_examples=settings().max_examples // 2, stateful_step_count=40)
 
 
 @given(
@@ -493,7 +493,7 @@ TestInterleaving.settings = settings(max_examples=60, stateful_step_count=40, de
         max_size=12,
     )
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=2 * settings().max_examples)
 def test_an_encoded_header_block_decodes_to_itself(headers):
     from hpack import Decoder
 
@@ -505,7 +505,7 @@ def test_an_encoded_header_block_decodes_to_itself(headers):
 
 
 @given(block=st.binary(max_size=80))
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=4 * settings().max_examples)
 def test_the_quick_decoder_never_disagrees_with_the_general_one(block):
     """Where the quick decoder has an answer, the general one has the same: no two readings of one block."""
     from hpack import Decoder
