@@ -54,7 +54,7 @@ static __always_inline int find(struct destination *to)
 	return 0;
 }
 
-/* Remembers on the socket what was dialled. Returns 0, or -1 when there is no memory for it. */
+/* Remembers on the socket what was dialled; new storage is zero. Returns 0, or -1 when there is no memory for it. */
 static __always_inline int remember(struct bpf_sock *sk, const struct destination *to)
 {
 	struct mesh_orig_dst *dst = bpf_sk_storage_get(&captured, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -63,7 +63,6 @@ static __always_inline int remember(struct bpf_sock *sk, const struct destinatio
 
 	if (!dst)
 		return -1;
-	__builtin_memset(dst, 0, sizeof(*dst));
 	if (is_v4(to->addr)) {
 		in = (struct sockaddr_in *)dst->sockaddr;
 		in->sin_family = AF_INET;

@@ -154,7 +154,9 @@ class TestBeforeTheMapsAreWhole:
     def test_but_excluded_ranges_loopback_and_probes(self, rig):
         with rig.site.uproxy(), rig.site.outside():
             assert rig.site.in_app(lambda: dial(EXCLUDED_V4)) == b"outside"
-            assert rig.site.in_app(lambda: dial("127.0.0.1", 15001)) == NOT_CAPTURED
+            for address in ("127.0.0.1", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1"):
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                assert rig.site.in_app(lambda a=address, f=family: dial(a, 15001, family=f)) == NOT_CAPTURED
             assert read(rig.site.in_app(lambda: dial(*PROBE_V4)))[2] == Route.PROBE
 
     def test_names_may_be_looked_up_and_no_other_datagram_leaves(self, rig, counted):

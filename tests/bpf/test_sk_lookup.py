@@ -71,6 +71,18 @@ def test_own_address_and_loopback_reach_each_other(rig, listeners, source, targe
     assert rig.site.in_proxy(bound) == b"inside"
 
 
+def test_an_address_that_is_not_registered_is_closed_even_from_inside(rig, counted, listeners):
+    def bound() -> None:
+        subprocess.run(["ip", "address", "replace", "10.98.0.1/32", "dev", "lo"], check=True)
+        with socket.socket() as sock:
+            sock.bind((WORKLOAD_V4, 0))
+            sock.connect(("10.98.0.1", 8080))
+
+    with pytest.raises(ConnectionRefusedError):
+        rig.site.in_proxy(bound)
+    assert counted() == {"dropped_syn": 1}
+
+
 def test_what_the_uproxy_dials_comes_back(rig):
     with rig.site.outside():
         assert rig.site.in_proxy(lambda: dial(PEER_V4)) == b"outside"

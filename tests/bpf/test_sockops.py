@@ -47,16 +47,17 @@ def test_two_thousand_connections_leave_no_entry(rig, counted):
 
 
 def test_many_at_once_do_not_mix_up_their_destinations(rig):
-    def many() -> bool:
+    def many() -> tuple[bool, int]:
         socks = []
         for number in range(500):
             port = 1000 + number
             socks.append((port, connected(KNOWN_V4, port)))
-        return all(int.from_bytes(sock.recv(64)[2:4], "big") == port for port, sock in socks)
+        right = all(int.from_bytes(sock.recv(64)[2:4], "big") == port for port, sock in socks)
+        return right, len(rig.maps.orig)
 
     with rig.site.uproxy():
-        assert rig.site.in_app(many)
-    assert len(rig.maps.orig) == 0
+        # An entry lives until the accept, not until the close: the map holds pending connections, not open ones.
+        assert rig.site.in_app(many) == (True, 0)
 
 
 def test_with_nobody_listening_nothing_is_left(rig):

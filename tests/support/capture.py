@@ -6,11 +6,15 @@ left is swept by the next one.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import fcntl
+import functools
 import ipaddress
 import itertools
 import os
 import pickle
+import secrets
 import selectors
 import signal
 import socket
@@ -30,6 +34,7 @@ from uproxy.node.places import Cgroup, NetworkNamespace
 from uproxy.node.workloads import Registration, Workloads
 
 PREFIX = "uproxy-test"
+_LOCKS = Path("/run/uproxy-test")
 _CHILD_TIMEOUT_S = 30
 _numbers = itertools.count()
 _Result = TypeVar("_Result")
@@ -52,19 +57,34 @@ RANGES = {
 }
 
 
+@functools.cache
+def _token() -> str:
+    """Names this process, and shows that it lives: it holds a lock, which is seen from any PID namespace."""
+    token = secrets.token_hex(4)
+    _LOCKS.mkdir(exist_ok=True)
+    fd = os.open(_LOCKS / token, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    atexit.register((_LOCKS / token).unlink, missing_ok=True)
+    return token
+
+
 def unique_name() -> str:
-    return f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
+    return f"{PREFIX}-{_token()}-{next(_numbers)}"
 
 
 def sweep() -> None:
     """Removes what test runs left that are dead now."""
-    hierarchy = cgroup.mount_point()
-    for found in [*hierarchy.glob(f"{PREFIX}-*"), *bpffs.BPFFS.glob(f"uproxy/v*/{PREFIX}-*")]:
-        if not Path("/proc", found.name.split("-")[2]).exists():
-            if found.is_relative_to(hierarchy):
+    for lock in _LOCKS.glob("*"):
+        with open(lock, "w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            for found in cgroup.mount_point().glob(f"{PREFIX}-{lock.name}-*"):
                 cgroup.remove(found)
-            else:
+            for found in bpffs.BPFFS.glob(f"uproxy/v*/{PREFIX}-{lock.name}-*"):
                 bpffs.remove(found)
+            lock.unlink(missing_ok=True)
 
 
 def run_inside(netns: int, directory: Path | None, function: Callable[[], _Result]) -> _Result:

@@ -71,13 +71,16 @@ class Agent:
         self._workloads = workloads
         self._state = State(options.trust_domain)
         self._config_error = ""
+        self._lagging = True
+        """Whether the maps may differ from the state: at first, as an earlier agent left them, and after a failure."""
 
     def apply(self, batch: Sequence[tuple[str, bytes]]) -> None:
         """Takes configuration: into the state, then into the kernel. Raises RecordError, SyncError or BpfError."""
         changes = self._state.apply(batch)
-        # After a failure the maps lag behind the state, so that no change here may mean a change there.
-        if changes.services or changes.workloads or self._config_error or not self._maps.settings.read().whole:
+        self._lagging |= bool(changes.services or changes.workloads)
+        if self._lagging:
             written = self._sync.apply(self._state)
+            self._lagging = False
             _log.info("configuration in force: %d map entries changed, %s", written, self._sync.sizes())
         self._config_error = ""
 

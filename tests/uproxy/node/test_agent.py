@@ -16,11 +16,15 @@ from pathlib import Path
 import pytest
 
 from bpf import bpffs, layout
+from bpf.libbpf import BpfError
 from bpf.loader import HOOKS
+from control.client.files import FileSource
 from tests.support import capture
 from tests.support.capture import KNOWN_V4, OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORKLOAD_V4, WORKLOAD_V6
 from uproxy.node import agent
 from uproxy.node.client import NodeClient, NodeError
+from uproxy.node.sync import MeshRanges, Sync
+from uproxy.node.workloads import Workloads
 
 pytestmark = pytest.mark.root
 
@@ -259,6 +263,35 @@ def test_a_wrong_configuration_at_start_is_refused_and_opens_nothing(host, site)
     host.config.write_text("kind: Nonsense")
     assert "mesh.yaml:1: apiVersion: is missing" in host.fails()
     assert_enforced(site)
+
+
+def test_an_empty_mesh_is_whole_and_closed(host, site):
+    host.config.write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: default}\n")
+    with host.agent():
+        assert host.client.status()["whole"]
+        register(host, site)
+        with site.outside():
+            assert site.in_app(lambda: dial(OUTSIDE_V4)) == b"outside"
+            with pytest.raises(ConnectionRefusedError):
+                site.in_app(lambda: dial(VIP_V4))
+
+
+def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loader, pins, monkeypatch):
+    """Even if that batch changes nothing that the kernel holds."""
+    options = agent.Options(host.name, (), "cluster.local", MeshRanges.parse(MESH), host.directory, remove=False)
+    sync = Sync(loader.maps, options.ranges)
+    running = agent.Agent(options, loader, sync, Workloads(loader, pins / "links"))
+    running.apply([])
+    source = FileSource([host.config], "cluster.local")
+    with monkeypatch.context() as patched:
+        patched.setattr(loader.maps.services, "put", lambda *_: (_ for _ in ()).throw(BpfError(7, "map full")))
+        running.on_batch(source.load())
+    assert "map full" in running.handle({"op": "status"}, ())["error"]
+    assert loader.maps.services.items() == {}, "neither what failed nor what the maps held before"
+    running.on_batch(source.load())
+    status = running.handle({"op": "status"}, ())
+    assert (status["error"], status["services"]) == ("", 1)
+    assert len(loader.maps.services) == 1
 
 
 def test_a_first_start_with_a_wrong_configuration_leaves_the_maps_not_whole(host):

@@ -218,6 +218,16 @@ class TestOnKernelMaps:
         sync.apply(mesh.become(service("b", "240.240.0.2")))
         assert maps.services.items() == desired_services(mesh.state)
 
+    def test_a_state_that_is_not_whole_makes_no_whole_maps(self, maps):
+        self.empty(maps)
+        Sync(maps, RANGES).apply(State("cluster.local"))
+        assert not maps.settings.read().whole
+
+    def test_an_empty_mesh_is_whole(self, maps):
+        self.empty(maps)
+        Sync(maps, RANGES).apply(Mesh().become())
+        assert maps.settings.read() == Settings(0, whole=True)
+
     def test_ranges_become_what_the_command_line_says(self, maps):
         Sync(maps, MeshRanges.parse(["10.0.0.0/8", "fd00::/8"]))
         assert maps.ranges.items() == {
