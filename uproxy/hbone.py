@@ -5,7 +5,7 @@ One `Connection` is one HTTP/2 connection that carries CONNECT streams (RFC 9113
 Who does what:
 - h2 keeps the connection preface, SETTINGS and PING: what happens once a connection, or once in seconds.
 - This module does what happens once a stream or once a message: HEADERS, DATA, WINDOW_UPDATE, RST_STREAM and GOAWAY.
-  h2's own path costs some 500 µs a stream and 60 µs a message (docs/performance.md), and it closes itself at the
+  h2's own path costs some 500 µs a stream and 60 µs a message (docs/decisions.md), and it closes itself at the
   first GOAWAY, while a draining tunnel must go on answering PINGs.
 
 Rules:
@@ -282,6 +282,8 @@ class Connection:
         stream = Stream(self._next_id, self._peer_initial_window)
         self._next_id += 2
         self.streams[stream.id] = stream
+        if self._quota < CONTROL_QUOTA:
+            self._quota += 4  # a stream that we opened may be refused with a few control frames
         self._header_block(_END_HEADERS, stream.id, block)
         return stream
 
