@@ -5,8 +5,9 @@ Every relayed connection is here from its 200 to its end, so what this holds is 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from uproxy.relay import Relay
 from uproxy.telemetry import Connection
@@ -23,7 +24,7 @@ class Live:
     relay: Relay
     record: Connection
     permitted: Callable[[], str] | None
-    half_closed_since: float = 0.0
+    half_closed_since: float = field(default_factory=time.monotonic)
 
 
 class Connections:
@@ -31,7 +32,6 @@ class Connections:
 
     def __init__(self) -> None:
         self._live: set[Live] = set()
-        self.draining = False
 
     def __len__(self) -> int:
         return len(self._live)
