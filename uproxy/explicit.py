@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from control.api.address import AddressError, from_packed, parse_address
@@ -19,7 +21,7 @@ from uproxy.outbound import Outbound
 from uproxy.plane import Plane
 from uproxy.redirect import OriginalDestination, Route
 
-SOCKS_TIMEOUT_S = 10.0
+SOCKS_TIMEOUT_S = 10.0  # for the whole negotiation
 
 _VERSION, _NO_AUTHENTICATION, _NO_METHOD, _CONNECT = 5, 0, 0xFF, 1
 _IPV4, _HOST_NAME, _IPV6 = 1, 3, 4
@@ -113,35 +115,40 @@ async def serve_socks(data_plane: Plane, outbound: Outbound, state: State, app: 
 
 
 async def _negotiate(data_plane: Plane, app: socket.socket) -> tuple[str, int]:
-    version, methods = await _read(data_plane, app, 2)
+    deadline = time.monotonic() + SOCKS_TIMEOUT_S
+
+    def read(length: int) -> Awaitable[bytes]:
+        return _read(data_plane, app, length, deadline)
+
+    version, methods = await read(2)
     if version != _VERSION:
         raise SocksError(_BAD_COMMAND, f"SOCKS version {version}; only 5 is served")
-    if _NO_AUTHENTICATION not in await _read(data_plane, app, methods):
+    if _NO_AUTHENTICATION not in await read(methods):
         app.send(bytes((_VERSION, _NO_METHOD)))
         raise OSError("the client offers no method without authentication")
     app.send(bytes((_VERSION, _NO_AUTHENTICATION)))
-    _, command, _, kind = await _read(data_plane, app, 4)
+    _, command, _, kind = await read(4)
     if command != _CONNECT:
         raise SocksError(_BAD_COMMAND, f"SOCKS command {command}; only CONNECT is served")
     if kind == _HOST_NAME:
-        (length,) = await _read(data_plane, app, 1)
-        host = (await _read(data_plane, app, length)).decode("latin-1")
+        (length,) = await read(1)
+        host = (await read(length)).decode("latin-1")
     elif kind in (_IPV4, _IPV6):
-        host = from_packed(await _read(data_plane, app, 4 if kind == _IPV4 else 16))
+        host = from_packed(await read(4 if kind == _IPV4 else 16))
     else:
         raise SocksError(_BAD_ADDRESS, f"SOCKS address type {kind}")
-    port = int.from_bytes(await _read(data_plane, app, 2), "big")
+    port = int.from_bytes(await read(2), "big")
     return host, port
 
 
-async def _read(data_plane: Plane, app: socket.socket, length: int) -> bytes:
+async def _read(data_plane: Plane, app: socket.socket, length: int, deadline: float) -> bytes:
     """Exactly `length` bytes, so that what follows the negotiation stays in the socket. Raises OSError."""
     received = b""
     while len(received) < length:
         try:
             part = app.recv(length - len(received))
         except BlockingIOError:
-            await data_plane.ready(app, plane.READ, SOCKS_TIMEOUT_S)
+            await data_plane.ready(app, plane.READ, deadline - time.monotonic())
             continue
         if not part:
             raise OSError("the client closed the connection during the SOCKS negotiation")
