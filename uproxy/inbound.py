@@ -6,6 +6,7 @@ application -> 200 -> relay both ways -> one access-log record. Statuses are tho
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from control.api.address import AddressError, IpAddress, parse_address
 from control.api.workload import Workload
 from control.client.state import State
-from uproxy import hbone, tunnel
+from uproxy import hbone, plane, tunnel
 from uproxy.authz import Decision, Policies, compile_policies
 from uproxy.connections import Connections
 from uproxy.errors import Flag, RefusedError
@@ -30,8 +31,9 @@ from uproxy.tls import peer_identity
 from uproxy.tunnel import HBONE_PORT, Tunnel
 
 APP_CONNECT_TIMEOUT_S = 10.0
-# Handshakes cost a millisecond of CPU each; more at once only makes all of them late.
-MAX_HANDSHAKES = 256
+# Handshakes that wait for their peer. Anybody who reaches the port can start one and then say nothing, so the oldest
+# makes room for a newcomer: a peer that does answer is done within a round trip or two.
+MAX_HANDSHAKES = 512
 MAX_TUNNELS = 4096
 MAX_REMEMBERED_HOSTS = 1024
 # The proxy's own ports: a peer must not reach the admin port, or make the proxy dial itself. 15020 (metrics) and 15021
@@ -63,7 +65,7 @@ class Inbound:
         self._connections = connections
         self._telemetry = telemetry
         self._own = own
-        self._handshakes = 0
+        self._handshakes: dict[socket.socket, None] = {}  # oldest first
         self._tunnels: set[Tunnel] = set()
         self._policies: Policies = compile_policies(())
         self._services_here: dict[str, str | None] = {}
@@ -73,29 +75,39 @@ class Inbound:
     async def serve_tunnel(self, sock: socket.socket) -> None:
         """One mTLS connection from a peer. Never raises."""
         record = self._record(_peer_address(sock), os.urandom(16).hex())
-        if self._handshakes >= MAX_HANDSHAKES or len(self._tunnels) >= MAX_TUNNELS:
+        if len(self._tunnels) >= MAX_TUNNELS:
             sock.close()
-            detail = f"{self._handshakes} handshakes and {len(self._tunnels)} tunnels are as many as are served"
+            detail = f"{len(self._tunnels)} tunnels are as many as are served"
             fail(record, RefusedError("overload", detail, flag=Flag.TLS_FAILURE), self._telemetry)
             return
-        self._handshakes += 1
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            self._give_up_handshake(next(iter(self._handshakes)))
+        self._handshakes[sock] = None
         try:
             tls, bios = await tunnel.handshake(self._plane, sock, self._context(), server_side=True)
             peer = peer_identity(tls, self._own.trust_domain)
             accepted = Tunnel(self._plane, sock, tls, bios, peer, client=False, on_request=self._on_request)
         except RefusedError as error:
             sock.close()
-            fail(record, error, self._telemetry)
+            detail = f"the oldest of {MAX_HANDSHAKES} handshakes made room for another"
+            given_up = RefusedError("overload", detail, flag=Flag.TLS_FAILURE)
+            fail(record, error if sock in self._handshakes else given_up, self._telemetry)
             return
         except OSError as error:  # it went away between two steps
             sock.close()
             fail(record, RefusedError("tls-failure", str(error), flag=Flag.TLS_FAILURE), self._telemetry)
             return
         finally:
-            self._handshakes -= 1
+            self._handshakes.pop(sock, None)
         if not accepted.closed:
             self._tunnels.add(accepted)
             accepted.on_close = self._tunnels.discard
+
+    def _give_up_handshake(self, sock: socket.socket) -> None:
+        """Its coroutine waits for the peer; to it, the peer hangs up."""
+        del self._handshakes[sock]
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
     def _on_request(self, carrier: Tunnel, relay: Relay, headers: hbone.Headers, ended: bool) -> None:
         if ended:
@@ -112,10 +124,15 @@ class Inbound:
         record.source.workload = self._workload_of(carrier)
         try:
             address, port = self._target(fields, record)
-            decision = self._decide(carrier, address, port)
-            if not decision.allowed:
-                raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
+            policies = self._policies
+            self._authorise(carrier, address, port)
             app = await self._connect(address, port)
+            if policies is not self._policies:  # they changed while we waited for the application
+                try:
+                    self._authorise(carrier, address, port)
+                except RefusedError:
+                    plane.reset(app)
+                    raise
         except RefusedError as error:
             carrier.respond(relay, _refusal_headers(error, request_id), end=True)
             relay.discard()
@@ -201,12 +218,20 @@ class Inbound:
             return Decision(False, "", "the configuration no longer has this workload")
         return self._policies.decide(carrier.peer, carrier.peer_address, address, port)
 
+    def _authorise(self, carrier: Tunnel, address: IpAddress, port: int) -> None:
+        """Raises RefusedError when no policy allows it."""
+        decision = self._decide(carrier, address, port)
+        if not decision.allowed:
+            raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
+
     async def _connect(self, address: IpAddress, port: int) -> socket.socket:
         """Dial the application: at the address that was asked for, then at loopback, where many listen only."""
         failed: OSError | None = None
         for host in (address, "::1" if ":" in address else "127.0.0.1"):
             try:
-                return await self._plane.connect(host, port, APP_CONNECT_TIMEOUT_S)
+                app = await self._plane.connect(host, port, APP_CONNECT_TIMEOUT_S)
+                plane.reset_on_close(app)
+                return app
             except OSError as error:
                 failed = error
                 if error.errno != errno.ECONNREFUSED:
@@ -231,6 +256,11 @@ class Inbound:
     def drain(self, *, final: bool) -> None:
         for carrier in list(self._tunnels):
             carrier.drain(final=final)
+
+    def finish(self) -> None:
+        """Every connection has ended: close the tunnels in order."""
+        for carrier in list(self._tunnels):
+            carrier.finish("shutting down")
 
     def close(self) -> None:
         for carrier in list(self._tunnels):

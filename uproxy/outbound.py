@@ -73,6 +73,7 @@ class Outbound:
 
     async def serve(self, app: socket.socket, destination: OriginalDestination) -> None:
         """A connection whose destination is known, from here to its end. Never raises."""
+        plane.reset_on_close(app)
         record = self._record(app, host_port(destination.address, destination.port))
         try:
             plan = self._resolver.plan(destination.address, destination.port)

@@ -2,7 +2,7 @@
 
 A *turn* is: poll the set once, run each ready descriptor's callback, step the coroutines that those woke, then
 flush every tunnel that has frames to send, so that all frames of one turn leave in one TLS write (the largest single
-gain under concurrency, docs/performance.md). Coroutines here wait on `Waiter`s, not on asyncio futures: stepping one
+gain under concurrency, docs/decisions.md). Coroutines here wait on `Waiter`s, not on asyncio futures: stepping one
 costs about a microsecond, and a connection's life still reads top to bottom.
 """
 
@@ -72,11 +72,12 @@ class Waiter(Generic[T]):
 class Task:
     """A coroutine being stepped by the plane."""
 
-    __slots__ = ("_coroutine", "_plane")
+    __slots__ = ("_coroutine", "_plane", "waiter")
 
     def __init__(self, plane: Plane, coroutine: Coroutine[Waiter[Any], None, None]) -> None:
         self._plane = plane
         self._coroutine = coroutine
+        self.waiter: Waiter[Any] | None = None  # what it waits for, once it was stepped
 
     def step(self) -> None:
         try:
@@ -88,7 +89,7 @@ class Task:
             self._plane.tasks.discard(self)
             log.exception("a connection's coroutine failed")
         else:
-            waiter.task = self
+            self.waiter, waiter.task = waiter, self
             if waiter.settled:
                 self._plane.wake(self)
 
@@ -137,6 +138,12 @@ class Plane:
         task = Task(self, coroutine)
         self.tasks.add(task)
         self.wake(task)
+
+    def abort(self, error: Exception) -> None:
+        """Raise `error` in every coroutine, where it waits."""
+        for task in list(self.tasks):
+            if task.waiter is not None:
+                task.waiter.fail(error)
 
     def wake(self, task: Task) -> None:
         self._woken.append(task)
@@ -236,14 +243,34 @@ class Plane:
                 items = dirty[:]
                 dirty.clear()
                 for item in items:
-                    item.flush()
+                    try:
+                        item.flush()
+                    except Exception:
+                        # Our bug, in one tunnel: the others' frames still leave.
+                        log.exception("a tunnel could not be flushed")
 
 
 def _nothing() -> None: ...
 
 
-def reset(sock: socket.socket) -> None:
-    """Close with RST, never FIN: what was written may be incomplete and must not look whole (HBONE.md section 4)."""
+_LINGER_RESET, _LINGER_OFF = b"\x01\0\0\0\0\0\0\0", b"\0\0\0\0\0\0\0\0"  # struct linger {1, 0} and {0, 0}
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """From here on whatever closes this socket, our own death included, resets it: what was written may be incomplete
+    and must not look whole (HBONE.md section 4). Only `close` ends it well."""
     with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # struct linger {1, 0}
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+
+
+def close(sock: socket.socket) -> None:
+    """Close a socket on which both sides have sent FIN."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
+    sock.close()
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST, never FIN."""
+    reset_on_close(sock)
     sock.close()

@@ -6,6 +6,7 @@ to a new peer opens one tunnel; the others wait for it (HBONE.md 2.6).
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Callable, Sequence
 
@@ -22,8 +23,12 @@ from uproxy.tunnel import HBONE_PORT, Tunnel
 # The peer itself waits up to 10 s for its application.
 ANSWER_TIMEOUT_S = 15.0
 IDLE_TIMEOUT_S = 300.0  # ztunnel's pool
+# Tunnels on which one connection tries to open its stream: shared ones may be closing or full.
+MAX_ATTEMPTS = 3
 
 Key = tuple[str, SpiffeId]
+
+log = logging.getLogger(__name__)
 
 
 class Pool:
@@ -42,7 +47,7 @@ class Pool:
 
     async def connect(self, hop: Hop, headers: hbone.Headers) -> Relay:
         """Open a CONNECT stream to a hop and wait for its 200. Raises RefusedError with what the peer said."""
-        while True:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             carrier, fresh = await self._tunnel(hop)
             relay = carrier.open(headers)
             try:
@@ -55,15 +60,15 @@ class Pool:
             except ConnectionResetError as error:
                 # Nothing was sent but HEADERS. An old tunnel may have been closing, or full: use a new one.
                 carrier.retire()
-                if not fresh:
-                    continue
-                raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
-            break
-        fields = dict(answer)
-        if fields[b":status"] == b"200":
-            return relay
-        relay.abandon()
-        raise _refusal(hop, fields)
+                if fresh or attempt == MAX_ATTEMPTS:
+                    raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
+                continue
+            fields = dict(answer)
+            if fields[b":status"] == b"200":
+                return relay
+            relay.abandon()
+            raise _refusal(hop, fields)
+        raise AssertionError("the last attempt returns or raises")
 
     async def _tunnel(self, hop: Hop) -> tuple[Tunnel, bool]:
         """A tunnel with room for a stream, and whether it was opened just now."""
@@ -94,26 +99,27 @@ class Pool:
                 )
             return peer
 
+        refused = RefusedError("connect-failed", f"{address}: a bug of this proxy; its log has the traceback")
         try:
             source = self._sources.get(":" in address)
             carrier = await tunnel.dial(self._plane, address, HBONE_PORT, self._context(), identify, source)
-        except RefusedError as error:
-            for waiter in waiting:
-                waiter.fail(error)
-            raise
-        else:
             carrier.on_close = lambda gone: self._forget(key, gone)
             if carrier.closed:  # its first bytes were an alert: our certificate was refused
-                refused = RefusedError("tls-failure", f"{address}: {carrier.error}", flag=Flag.TLS_FAILURE)
-                for waiter in waiting:
-                    waiter.fail(refused)
-                raise refused
+                raise RefusedError("tls-failure", f"{address}: {carrier.error}", flag=Flag.TLS_FAILURE)
             self._tunnels.setdefault(key, []).append(carrier)
             for waiter in waiting:
                 waiter.set(None)
             return carrier
+        except RefusedError as error:
+            refused = error
+            raise
+        except Exception as error:
+            log.exception("a dial failed as none should")
+            raise refused from error
         finally:
             del self._dialling[key]
+            for waiter in waiting:
+                waiter.fail(refused)
 
     def _forget(self, key: Key, gone: Tunnel) -> None:
         group = self._tunnels.get(key, [])
@@ -128,12 +134,17 @@ class Pool:
             carrier.tick(now)
             unused = not carrier.connection.streams
             if unused and (now - carrier.idle_since > IDLE_TIMEOUT_S or not carrier.usable):
-                carrier.shut_down(hbone.ErrorCode.NO_ERROR, "idle")
+                carrier.finish("idle")
 
     def retire(self) -> None:
         """Open no more streams on these tunnels; each closes with its last stream (a certificate was rotated)."""
         for carrier in self.tunnels():
             carrier.retire()
+
+    def finish(self) -> None:
+        """No more streams will be opened: close every tunnel in order."""
+        for carrier in self.tunnels():
+            carrier.finish("shutting down")
 
     def close(self) -> None:
         for carrier in self.tunnels():

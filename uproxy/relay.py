@@ -10,6 +10,7 @@ RST_STREAM(CONNECT_ERROR) (RFC 9113 section 8.5) and comes out as RST, so trunca
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from uproxy.tunnel import Tunnel
 
 _BROKEN = select.EPOLLERR
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,10 @@ class Relay:
         stream.owner = self
 
     def attach(self, sock: socket.socket) -> None:
-        """Start copying. What the peer sent meanwhile goes first. The relay owns the socket from here."""
+        """Start copying. What the peer sent meanwhile goes first. The relay owns the socket from here.
+
+        The caller has said `reset_on_close`.
+        """
         if self.outcome is not None:
             plane.reset(sock)
             return
@@ -151,28 +157,37 @@ class Relay:
     # -- from the application's socket
 
     def _on_events(self, events: int) -> None:
-        if events & plane.READ_READY:
-            if self._read_closed or not self._events & plane.READ:
-                # ERR and HUP are reported whatever was asked for.
-                if events & _BROKEN:
-                    self._app_broke(None)
-                    return
-                if not events & plane.WRITE:
-                    self._unwatch()
-            else:
-                self._read()
-        if events & plane.WRITE and self.outcome is None:
-            self._write_pending()
+        try:
+            if events & plane.READ_READY:
+                if self._read_closed or not self._events & plane.READ:
+                    # ERR and HUP are reported whatever was asked for.
+                    if events & _BROKEN:
+                        self._app_broke(None)
+                        return
+                    if not events & plane.WRITE:
+                        self._unwatch()
+                else:
+                    self._read()
+            if events & plane.WRITE and self.outcome is None:
+                self._write_pending()
+        except Exception:
+            log.exception("a relay failed")
+            self.cut("a bug of this proxy; its log has the traceback")
 
     def _read(self) -> None:
         assert self._sock is not None
         connection = self.tunnel.connection
         room = connection.reserve(self.stream)
+        if not room and self.stream.send_window > 0 and connection.send_window > 0:
+            # The output buffer is full. Left for the next turn, the same ones would fill it again: epoll reports in
+            # the same order each time.
+            self.tunnel.flush()
+            if self.outcome is not None:
+                return
+            room = connection.reserve(self.stream)
         if not room:
-            if self.tunnel.blocked or self.stream.send_window <= 0 or connection.send_window <= 0:
-                self._want(self._events & ~plane.READ)
-                self.tunnel.starved.add(self)
-            # Otherwise the output buffer is full: the socket stays armed for the next turn.
+            self._want(self._events & ~plane.READ)
+            self.tunnel.starved[self] = None
             return
         try:
             length = self._sock.recv_into(room)
@@ -255,7 +270,7 @@ class Relay:
         if self.outcome is not None:
             return
         self.outcome = outcome
-        self.tunnel.starved.discard(self)
+        self.tunnel.starved.pop(self, None)
         sock, self._sock = self._sock, None
         self._pending.clear()
         if sock is not None:
@@ -263,7 +278,7 @@ class Relay:
             self._unwatch()
             self._sock = None
             if outcome is CLEAN:
-                sock.close()
+                plane.close(sock)
             else:
                 plane.reset(sock)
         if outcome is not CLEAN:

@@ -27,6 +27,7 @@ from uproxy import admin, config, explicit, linux, plane
 from uproxy.access_log import AccessLog, Style
 from uproxy.config import Settings
 from uproxy.connections import Connections
+from uproxy.errors import RefusedError
 from uproxy.inbound import Inbound
 from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
@@ -42,6 +43,10 @@ PROBE_PORT = 15021
 PROBE_TIMEOUT_S = 5.0
 BACKLOG = 4096
 ACCEPTS_PER_TURN = 64
+# A handshake costs a millisecond: few at a time, or the tunnels that are open wait for a crowd of newcomers.
+HANDSHAKES_PER_TURN = 8
+# Beyond the drain time, for tunnels to be closed by both ends.
+FAREWELL_S = 0.5
 TICK_S = 5.0
 WATCH_S = 1.0
 
@@ -150,7 +155,7 @@ class _Proxy:
 
     async def _listen(self) -> None:
         for own in self.settings.addresses:
-            self._listen_on(own, HBONE_PORT, self._inbound.serve_tunnel)
+            self._listen_on(own, HBONE_PORT, self._inbound.serve_tunnel, HANDSHAKES_PER_TURN)
         if self.settings.captured:
             for address in ("127.0.0.1", "::1"):
                 self._listen_on(address, OUTBOUND_PORT, self._outbound.serve_captured)
@@ -182,7 +187,13 @@ class _Proxy:
     def _operations(self) -> tuple[Callable[[], object], Callable[[], None], logging.Logger]:
         return self._config_dump, self.stopping.set, logging.getLogger()
 
-    def _listen_on(self, address: str, port: int, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
+    def _listen_on(
+        self,
+        address: str,
+        port: int,
+        serve: Callable[[socket.socket], Coroutine[Any, Any, None]],
+        at_once: int = ACCEPTS_PER_TURN,
+    ) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._listeners.append(listener)
@@ -198,10 +209,12 @@ class _Proxy:
             if family == socket.AF_INET6 and address == "::1" and error.errno == errno.EADDRNOTAVAIL:
                 return  # no IPv6 here, so nothing can be captured to it either
             raise StartError(f"cannot listen on {address}:{port}: {error.strerror}") from error
-        self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, serve))
+        self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, serve, at_once))
 
-    def _accept(self, listener: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+    def _accept(
+        self, listener: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]], at_once: int
+    ) -> None:
+        for _ in range(at_once):
             try:
                 sock, _ = listener.accept()
             except BlockingIOError:
@@ -265,16 +278,20 @@ class _Proxy:
         log.error("the new configuration is refused, the one before stays: %s", error)
 
     async def _watch_identity(self) -> None:
-        """Take a renewed certificate into use; a bad one is reported, and the old one stays."""
+        """Take a renewed certificate into use; a bad one is reported, the old one stays, and it is tried again."""
+        refused = ""
         while True:
             await asyncio.sleep(WATCH_S)
-            if self._chain_stamp() == self._chain_read:
+            if self._chain_stamp() == self._chain_read and not refused:
                 continue
             try:
                 self._load_credentials()
             except CredentialsError as error:
-                log.error("the new certificate is refused, the one before stays: %s", error)
+                if str(error) != refused:
+                    log.error("the new certificate is refused, the one before stays: %s", error)
+                refused = str(error)
                 continue
+            refused = ""
             # Streams that are open stay on their tunnels; new ones use the new certificate.
             self._plane.run(self._pool.retire)
             log.info("a new certificate is in use, serial %x", self._credentials.serial)
@@ -303,8 +320,8 @@ class _Proxy:
             self._inbound.tick(now)
             self._connections.tick(now)
 
-        self._plane.run(tick)
         self._timer = self._loop.call_later(TICK_S, self._tick)
+        self._plane.run(tick)
 
     def _register_gauges(self) -> None:
         gauge = self._telemetry.gauge
@@ -361,6 +378,13 @@ class _Proxy:
             await asyncio.sleep(0.02)
         left = len(self._connections)
         self._plane.run(lambda: self._connections.cut_all("the drain time of this proxy is over"))
+        # Those that were not relayed yet: an application whose connection was being made gets a reset.
+        self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this proxy is shutting down")))
+        self._plane.run(self._pool.finish)
+        self._plane.run(self._inbound.finish)
+        deadline = max(deadline, time.monotonic() + FAREWELL_S)
+        while (self._pool.tunnels() or self._inbound.tunnels) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         self._plane.run(self._pool.close)
         self._plane.run(self._inbound.close)
         log.info("drained; %d connections were cut", left)

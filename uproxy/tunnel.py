@@ -7,6 +7,7 @@ parsed once; every frame of a turn is encrypted by one write and leaves by one `
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import ssl
 import struct
@@ -27,6 +28,8 @@ HANDSHAKE_TIMEOUT_S = 10.0
 # Both ends ask after 10 s of silence and give up 20 s later (HBONE.md 2.2).
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 20.0
+# After our close_notify and FIN a peer that reads at all closes within a round trip.
+LINGER_S = 30.0
 
 _CIPHERTEXT = bytearray(128 << 10)
 _CIPHERTEXT_VIEW = memoryview(_CIPHERTEXT)
@@ -34,6 +37,9 @@ _CIPHERTEXT_VIEW = memoryview(_CIPHERTEXT)
 _PLAINTEXT_VIEW = memoryview(bytearray((128 << 10) + (32 << 10)))
 
 RequestCallback = Callable[["Tunnel", Relay, hbone.Headers, bool], None]
+
+
+log = logging.getLogger(__name__)
 
 
 class Identify(Protocol):
@@ -59,7 +65,7 @@ class Tunnel:
         self.plane = data_plane
         self.peer = peer
         self.connection = hbone.Connection(client=client)
-        self.starved: set[Relay] = set()
+        self.starved: dict[Relay, None] = {}  # those that wait for room, in the order in which they get it
         self.blocked = False  # the socket takes no more for now
         self.closed = False
         self.error = ""
@@ -75,6 +81,8 @@ class Tunnel:
         self._unsent = memoryview(b"")
         self._dirty = False
         self._retired = False
+        self._finishing = False
+        self._finished_at: float | None = None  # when all was sent, with close_notify and FIN behind it
         self._heard_at = time.monotonic()
         self._pinged_at: float | None = None
         self._on_request = on_request
@@ -122,17 +130,23 @@ class Tunnel:
         self._dirty = False
         if self.connection.overflowed:
             self._fail(hbone.OVERFLOW)
-        if self.blocked or self.closed or not self.connection.has_output:
+        if self.blocked or self.closed or self._finished_at is not None:
             return
-        try:
-            for frames in self.connection.output():
-                if frames:
-                    self._tls.write(frames)
-        except ssl.SSLError as error:
-            self._fail(f"TLS: {error.reason or error}")
-            return
-        self.connection.sent()
-        self._send(self._outgoing.read())
+        if self.connection.has_output:
+            try:
+                for frames in self.connection.output():
+                    if frames:
+                        self._tls.write(frames)
+            except ssl.SSLError as error:
+                self._fail(f"TLS: {error.reason or error}")
+                return
+            self.connection.sent()
+            self._send(self._outgoing.read())
+        if self._finishing and not self.blocked and not self.closed:
+            self._finished_at = time.monotonic()
+            self._say_goodbye()
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
 
     def _send(self, data: bytes | memoryview) -> None:
         try:
@@ -155,18 +169,23 @@ class Tunnel:
             self.touch()
 
     def _feed(self) -> None:
-        """Let the streams that waited for room read their applications again."""
-        starved, self.starved = self.starved, set()
-        for relay in starved:
-            relay.on_room()
+        """Let the streams that waited for room read their applications again, but for those without a window."""
+        if self.connection.send_window > 0:
+            for relay in [r for r in self.starved if r.stream.send_window > 0]:
+                del self.starved[relay]
+                relay.on_room()
 
     # -- receiving
 
     def _on_events(self, events: int) -> None:
-        if events & plane.WRITE and self.blocked:
-            self._send(self._unsent)
-        if events & plane.READ_READY and not self.closed:
-            self._receive()
+        try:
+            if events & plane.WRITE and self.blocked:
+                self._send(self._unsent)
+            if events & plane.READ_READY and not self.closed:
+                self._receive()
+        except Exception:
+            log.exception("a tunnel failed")
+            self._fail("a bug of this proxy; its log has the traceback")
 
     def _receive(self) -> None:
         try:
@@ -179,6 +198,8 @@ class Tunnel:
         if not length:
             self._fail("the peer closed the tunnel")
             return
+        if self._finished_at is not None:
+            return  # nothing that can still come matters to anybody
         self._heard_at = time.monotonic()
         self._incoming.write(_CIPHERTEXT_VIEW[:length])
         self._decrypt()
@@ -221,7 +242,7 @@ class Tunnel:
                 if event.stream is None:
                     self._feed()
                 elif event.stream.owner in self.starved:
-                    self.starved.discard(event.stream.owner)
+                    del self.starved[event.stream.owner]
                     event.stream.owner.on_room()
             elif isinstance(event, hbone.StreamEnded):
                 event.stream.owner.on_end()
@@ -241,6 +262,10 @@ class Tunnel:
 
     def tick(self, now: float) -> None:
         """Called every few seconds: keepalive (HBONE.md 2.2)."""
+        if self._finished_at is not None:
+            if now - self._finished_at > LINGER_S:
+                self._fail("the peer did not close the tunnel")
+            return
         self.connection.tick()
         if self.connection.streams:
             self.idle_since = now
@@ -258,19 +283,34 @@ class Tunnel:
             self.connection.goaway(final=final)
             self.touch()
 
+    def finish(self, text: str) -> None:
+        """Close a tunnel that nobody needs any more, in order: what is queued leaves first, then GOAWAY, close_notify
+        and FIN; the socket is closed when the peer has closed it too.
+
+        A connection may have ended well for its sender while its last bytes are still here or on their way. Closing at
+        once would lose them: the first, and with the RST that a closed socket answers to whatever the peer still sends,
+        the second, too.
+        """
+        if not self.closed and not self._finishing:
+            self._finishing = self._retired = True
+            self.connection.goaway(text=text)
+            self.touch()
+
     def shut_down(self, code: hbone.ErrorCode, text: str) -> None:
-        """Say goodbye with GOAWAY and close_notify, as far as the socket takes it, and close."""
+        """Close now, whatever is open: GOAWAY and close_notify, as far as the socket takes them."""
         if self.closed:
             return
-        with contextlib.suppress(hbone.ProtocolError):
-            self.connection.goaway(code, text=text)
+        self.connection.goaway(code, text=text)
         self.flush()
         if not self.closed and not self.blocked:
-            with contextlib.suppress(ssl.SSLError):
-                self._tls.unwrap()
-            with contextlib.suppress(OSError):
-                self._sock.send(self._outgoing.read())
+            self._say_goodbye()
         self._fail(text)
+
+    def _say_goodbye(self) -> None:
+        with contextlib.suppress(ssl.SSLError):  # it wants the peer's close_notify, for which nobody waits here
+            self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._sock.send(self._outgoing.read())
 
     def _fail(self, text: str) -> None:
         """The tunnel is gone, and with it every stream; each ends as a reset, never as a clean end."""
