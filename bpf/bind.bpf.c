@@ -14,9 +14,10 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx)
 }
 
 /*
- * Hook: bind() of a socket created in the workload's app cgroup, in the caller's context. An app that listened on 15001 or 15008 while its
- * uProxy restarts would take the workload's traffic.
- * Kernel guarantees: user_port in network order; 0 (the kernel chooses, from net.ipv4.ip_local_port_range) passes.
+ * Hook: bind() of a socket created in the workload's app cgroup, in the caller's context. An app
+ * that listened on 15001 or 15008 while its uProxy restarts would take the workload's traffic.
+ * Kernel guarantees: user_port in network order; 0 (the kernel chooses, from
+ * net.ipv4.ip_local_port_range) passes.
  * We rely on: the ephemeral range lying above 15090, as it does by default.
  * On failure: closed, EACCES, as for the privileged ports.
  */

@@ -7,7 +7,7 @@ char LICENSE[] SEC("license") = "GPL";
 #define SOL_SOCKET 1		/* <asm-generic/socket.h>; the same on x86-64 and arm64 */
 #define SO_BINDTODEVICE 25
 
-/* One decision: the reasons are in the order of DESIGN.md section 5. */
+/* Where an app dials, and what the maps say of it. decide() has the order of the reasons. */
 struct destination {
 	__be32 addr[4];
 	__u16 port;
@@ -23,11 +23,15 @@ static __always_inline int is_probe(const struct destination *to)
 		return 0;
 	if (is_v4(to->addr))
 		return to->addr[3] == bpf_htonl(MESH_PROBE_V4);
-	return to->addr[0] == bpf_htonl(MESH_PROBE_V6_0) && to->addr[1] == bpf_htonl(MESH_PROBE_V6_1) &&
-	       to->addr[2] == bpf_htonl(MESH_PROBE_V6_2) && to->addr[3] == bpf_htonl(MESH_PROBE_V6_3);
+	return to->addr[0] == bpf_htonl(MESH_PROBE_V6_0) &&
+	       to->addr[1] == bpf_htonl(MESH_PROBE_V6_1) &&
+	       to->addr[2] == bpf_htonl(MESH_PROBE_V6_2) &&
+	       to->addr[3] == bpf_htonl(MESH_PROBE_V6_3);
 }
 
-/* Fills route, ids and generation from the maps. Returns 0 when the mesh does not know the address. */
+/*
+ * Fills route, ids and generation from the maps. Returns 0 when the mesh does not know the address.
+ */
 static __always_inline int find(struct destination *to)
 {
 	struct mesh_service_key service_key = { .port = to->port };
@@ -54,13 +58,17 @@ static __always_inline int find(struct destination *to)
 	return 0;
 }
 
-/* Remembers on the socket what was dialled; new storage is zero. Returns 0, or -1 when there is no memory for it. */
+/*
+ * Remembers on the socket what was dialled; new storage is zero. Returns 0, or -1 when there is no
+ * memory for it.
+ */
 static __always_inline int remember(struct bpf_sock *sk, const struct destination *to)
 {
-	struct mesh_orig_dst *dst = bpf_sk_storage_get(&captured, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct mesh_orig_dst *dst;
 	struct sockaddr_in6 *in6;
 	struct sockaddr_in *in;
 
+	dst = bpf_sk_storage_get(&captured, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!dst)
 		return -1;
 	if (is_v4(to->addr)) {
@@ -83,8 +91,12 @@ static __always_inline int remember(struct bpf_sock *sk, const struct destinatio
 	return 0;
 }
 
-/* Returns ALLOW or REFUSE; sets *captured_now when the caller has to point the connection at the uProxy. */
-static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination *to, int *captured_now)
+/*
+ * Returns ALLOW or REFUSE; sets *captured_now when the caller has to point the connection at the
+ * uProxy.
+ */
+static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination *to,
+				  int *captured_now)
 {
 	struct bpf_sock *sk = ctx->sk;
 	__u64 netns_cookie = bpf_get_netns_cookie(ctx);
@@ -94,7 +106,10 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination 
 	*captured_now = 0;
 	if (!sk)
 		return refuse(MESH_REFUSED_NO_MEMORY, ECONNREFUSED);
-	/* Also for connections that are left alone: connect(AF_UNSPEC) runs no hook, and what it leaves must not outlive it. */
+	/*
+	 * Also for connections that are left alone: connect(AF_UNSPEC) runs no hook, and what it
+	 * leaves must not outlive it.
+	 */
 	bpf_sk_storage_delete(&captured, sk);
 	if (ctx->protocol != IPPROTO_TCP)
 		return datagram_verdict(netns_cookie, to->addr, to->port);
@@ -125,12 +140,15 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination 
 }
 
 /*
- * Hook: connect() and sendto(MSG_FASTOPEN), in the caller's context with the socket locked, for sockets created in the workload's app cgroup
- * or below it, whatever cgroup the caller is in. Not run for connect(AF_UNSPEC), nor again while a non-blocking connect is in progress.
+ * Hook: connect() and sendto(MSG_FASTOPEN), in the caller's context with the socket locked, for
+ * sockets created in the workload's app cgroup or below it, whatever cgroup the caller is in. Not
+ * run for connect(AF_UNSPEC), nor again while a non-blocking connect is in progress.
  * MPTCP: run once, with the subflow's socket.
- * Kernel guarantees: user_ip4, user_ip6 and user_port in network order, writable as 32-bit words; the route is looked up afterwards, with
- * what we wrote. A return of 0 fails the call with the value set by bpf_set_retval (else EPERM).
- * We rely on: sk_storage of ctx->sk living as long as the socket; bpf_get_netns_cookie being the socket's namespace.
+ * Kernel guarantees: user_ip4, user_ip6 and user_port in network order, writable as 32-bit words;
+ * the route is looked up afterwards, with what we wrote. A return of 0 fails the call with the
+ * value set by bpf_set_retval (else EPERM).
+ * We rely on: sk_storage of ctx->sk living as long as the socket; bpf_get_netns_cookie being the
+ * socket's namespace.
  * On failure: closed, the call is refused.
  */
 SEC("cgroup/connect4")
@@ -148,7 +166,10 @@ int connect4(struct bpf_sock_addr *ctx)
 	return verdict;
 }
 
-/* As connect4. An AF_INET6 socket that dials a v4-mapped address speaks IPv4 afterwards: it goes to ::ffff:127.0.0.1. */
+/*
+ * As connect4. An AF_INET6 socket that dials a v4-mapped address speaks IPv4 afterwards: it goes to
+ * ::ffff:127.0.0.1.
+ */
 SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {

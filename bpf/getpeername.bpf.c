@@ -5,9 +5,10 @@
 char LICENSE[] SEC("license") = "GPL";
 
 /*
- * Hook: getpeername() of a connected socket of the workload's app cgroup, after the kernel has filled in 127.0.0.1:15001 or [::1]:15001.
- * Kernel guarantees: user_ip4, user_ip6, user_port readable and writable in network order; the return value must be 1. An unconnected
- * socket fails with ENOTCONN before the hook.
+ * Hook: getpeername() of a connected socket of the workload's app cgroup, after the kernel has
+ * filled in 127.0.0.1:15001 or [::1]:15001.
+ * Kernel guarantees: user_ip4, user_ip6, user_port readable and writable in network order; the
+ * return value must be 1. An unconnected socket fails with ENOTCONN before the hook.
  * We rely on: connect having removed what an earlier connection left on the socket.
  * On failure: open, the app sees the uProxy's address.
  */
@@ -27,7 +28,10 @@ int getpeername4(struct bpf_sock_addr *ctx)
 	return ALLOW;
 }
 
-/* As getpeername4. What was dialled as ::ffff:1.2.3.4 is remembered as sockaddr_in and shown as it was dialled. */
+/*
+ * As getpeername4. What was dialled as ::ffff:1.2.3.4 is remembered as sockaddr_in and shown as it
+ * was dialled.
+ */
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {

@@ -6,7 +6,7 @@ char LICENSE[] SEC("license") = "GPL";
 
 #define SOL_IP 0
 #define SOL_IPV6 41
-#define SO_ORIGINAL_DST 80	/* <linux/netfilter_ipv4.h>; IP6T_SO_ORIGINAL_DST has the same number */
+#define SO_ORIGINAL_DST 80	/* <linux/netfilter_ipv4.h>; the same number for IPv6 */
 
 #define barrier() asm volatile("" ::: "memory")
 
@@ -20,11 +20,14 @@ static __always_inline int answer(struct bpf_sockopt *ctx, __s32 size)
 }
 
 /*
- * Hook: getsockopt() of any socket created in, or accepted from a listener created in, the workload's proxy cgroup; in the caller's context,
- * after the kernel has answered (here: ENOENT or ENOPROTOOPT, unless nftables redirected the connection).
- * Kernel guarantees: optval..optval_end is the caller's buffer, at most a page, as long as the caller said; optlen may only shrink; retval
- * may only become 0; the return value must be 1, or the call fails with EPERM.
- * We rely on: sock_ops having moved the original destination to this socket before accept() returned it.
+ * Hook: getsockopt() of any socket created in, or accepted from a listener created in, the
+ * workload's proxy cgroup; in the caller's context, after the kernel has answered (here: ENOENT or
+ * ENOPROTOOPT, unless nftables redirected the connection).
+ * Kernel guarantees: optval..optval_end is the caller's buffer, at most a page, as long as the
+ * caller said; optlen may only shrink; retval may only become 0; the return value must be 1, or the
+ * call fails with EPERM.
+ * We rely on: sock_ops having moved the original destination to this socket before accept()
+ * returned it.
  * On failure: the kernel's own answer stands, and the uProxy refuses the connection.
  */
 SEC("cgroup/getsockopt")
@@ -45,7 +48,10 @@ int getsockopt(struct bpf_sockopt *ctx)
 		*(struct mesh_orig_dst *)optval = *dst;
 		return answer(ctx, sizeof(struct mesh_orig_dst));
 	}
-	/* Any other program gets what Linux has answered since 2.4: the sockaddr alone, in its family's length. */
+	/*
+	 * Any other program gets what Linux has answered since 2.4: the sockaddr alone, in its
+	 * family's length.
+	 */
 	if (((struct sockaddr_in *)dst->sockaddr)->sin_family == AF_INET) {
 		if (optval + sizeof(struct sockaddr_in) > end)
 			return ALLOW;

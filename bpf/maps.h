@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
- * Every map, shared by all programs and all workloads of a node. The agent makes them, pins them and gives the same ones to every object.
- * None holds an identity: that is the certificate's business.
+ * Every map, shared by all programs and all workloads of a node. The agent makes them, pins them
+ * and gives the same ones to every object. None holds an identity: that is the certificate's
+ * business.
  */
 #ifndef UPROXY_MAPS_H
 #define UPROXY_MAPS_H
@@ -11,7 +12,10 @@
 
 #include "mesh.h"
 
-/* Written by the agent before any cgroup is attached; read by connect and sendmsg. Longest prefix wins. */
+/*
+ * Written by the agent before any cgroup is attached; read by connect and sendmsg. Longest prefix
+ * wins.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, 1024);
@@ -20,7 +24,10 @@ struct {
 	__type(value, struct mesh_range);
 } ranges SEC(".maps");
 
-/* Written by the agent's sync; read by connect. Not preallocated: an entry is replaced as a whole, readers see the old or the new one. */
+/*
+ * Written by the agent's sync; read by connect. Not preallocated: an entry is replaced as a whole,
+ * readers see the old or the new one.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 131072);
@@ -38,7 +45,10 @@ struct {
 	__type(value, struct mesh_workload);
 } workloads SEC(".maps");
 
-/* Written by the agent when a workload registers, removed when it goes; read by connect, sendmsg and sk_lookup. */
+/*
+ * Written by the agent when a workload registers, removed when it goes; read by connect, sendmsg
+ * and sk_lookup.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
@@ -56,8 +66,9 @@ struct {
 } settings SEC(".maps");
 
 /*
- * Where a socket was dialled. connect writes it on the app's socket, sock_ops on the uProxy's accepted one; getpeername, sock_ops and
- * getsockopt read it. Dies with its socket; on the app's side with the next connect() too, so that no reconnect inherits it.
+ * Where a socket was dialled. connect writes it on the app's socket, sock_ops on the uProxy's
+ * accepted one; getpeername, sock_ops and getsockopt read it. Dies with its socket; on the app's
+ * side with the next connect() too, so that no reconnect inherits it.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -67,8 +78,9 @@ struct {
 } captured SEC(".maps");
 
 /*
- * The way from the app's socket to the accepted one. Written by sock_ops before the SYN leaves, moved at the accept, deleted at the latest
- * when the app's socket closes. Full means refused, never evicted: see MESH_ORIG_FULL.
+ * The way from the app's socket to the accepted one. Written by sock_ops before the SYN leaves,
+ * moved at the accept, deleted at the latest when the app's socket closes. Full means refused,
+ * never evicted: see MESH_ORIG_FULL.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
- * What the eBPF programs, the node agent and the uProxy say to each other: structs and constants, nothing else.
+ * What the eBPF programs, the node agent and the uProxy say to each other: structs and constants,
+ * nothing else.
  *
- * Three readers: clang compiles it into the objects, bpf/layout.py parses it with cffi, and a test compares both through BTF. cffi drops
- * the lines that start with '#' and knows no expressions: constants are enums. Structs have no implicit hole (hash keys are compared as
- * bytes) and no packed attribute; whoever fills a key starts from zero.
+ * Three readers: clang compiles it into the objects, bpf/layout.py parses it with cffi, and a test
+ * compares both through BTF. cffi drops the lines that start with '#' and knows no expressions:
+ * constants are enums. Structs have no implicit hole (hash keys are compared as bytes) and no
+ * packed attribute; whoever fills a key starts from zero.
  *
- * Addresses are four words in network order, IPv4 as v4-mapped IPv6, so that there is one key shape. Ports are in host order. Any change
- * here raises MESH_SCHEMA, which is part of the pin path: maps of two schemas never mix.
+ * Addresses are four words in network order, IPv4 as v4-mapped IPv6, so that there is one key
+ * shape. Ports are in host order. Any change here raises MESH_SCHEMA, which is part of the pin
+ * path: maps of two schemas never mix.
  */
 #ifndef UPROXY_MESH_H
 #define UPROXY_MESH_H
@@ -17,12 +20,15 @@
 enum mesh_constant {
 	MESH_SCHEMA = 1,
 
-	MESH_PORT_OUTBOUND = 15001,	/* the uProxy's listener for captured connections, on 127.0.0.1 and ::1 */
+	MESH_PORT_OUTBOUND = 15001,	/* the uProxy's, for what is captured: 127.0.0.1, ::1 */
 	MESH_PORT_HBONE = 15008,	/* the one port of a workload that is open to other hosts */
 	MESH_PORT_RESERVED_FIRST = 15000,	/* the app may bind none of 15000..15090 */
 	MESH_PORT_RESERVED_LAST = 15090,
 
-	/* 240.240.255.255:15021 and [fd75:5072:6f78::ffff]:15021: captured always, so that a uProxy can prove capture. Host order. */
+	/*
+	 * 240.240.255.255:15021 and [fd75:5072:6f78::ffff]:15021: captured always, so that a uProxy
+	 * can prove capture. Host order.
+	 */
 	MESH_PORT_PROBE = 15021,
 	MESH_PROBE_V4 = 0xf0f0ffff,
 	MESH_PROBE_V6_0 = 0xfd755072,
@@ -34,16 +40,22 @@ enum mesh_constant {
 	MESH_ORIG_DST_VERSION = 1,
 };
 
-/* Where the kernel sends a captured connection. A hint: the uProxy resolves again, and the stricter wins. */
+/*
+ * Where the kernel sends a captured connection. A hint: the uProxy resolves again, and the stricter
+ * wins.
+ */
 enum mesh_route {
 	MESH_ROUTE_TUNNEL = 1,
 	MESH_ROUTE_WAYPOINT = 2,
 	MESH_ROUTE_PROBE = 3,
 };
 
-/* What a connection was dialled to: the answer to getsockopt(SO_ORIGINAL_DST) on the uProxy's accepted socket. */
+/*
+ * What a connection was dialled to: the answer to getsockopt(SO_ORIGINAL_DST) on the uProxy's
+ * accepted socket.
+ */
 struct mesh_orig_dst {
-	__u8 sockaddr[28];	/* sockaddr_in (then zeros) or sockaddr_in6, as the app dialled it; a v4-mapped address as sockaddr_in */
+	__u8 sockaddr[28];	/* sockaddr_in (also for v4-mapped; then zeros) or sockaddr_in6 */
 	__u32 magic;
 	__u16 version;
 	__u16 route;		/* enum mesh_route */
@@ -107,12 +119,12 @@ struct mesh_own_key {
 };
 
 struct mesh_own {
-	__u64 netns_ino;	/* inode of the namespace: how a restarted agent finds the cookie of a pinned link */
+	__u64 netns_ino;	/* how a restarted agent finds the cookie of a pinned link */
 };
 
 struct mesh_settings {
-	__u64 generation;	/* raised by every change of services or workloads, also across restarts of the agent */
-	__u32 whole;		/* 1 once a complete configuration was written; until then nothing leaves a workload */
+	__u64 generation;	/* raised by every change of services or workloads, for good */
+	__u32 whole;		/* 1 once a complete configuration was written */
 	__u32 pad;
 };
 
@@ -122,7 +134,7 @@ enum mesh_counter {
 	MESH_PROBED = 1,
 	MESH_REFUSED_NOT_WHOLE = 2,	/* the maps were not whole */
 	MESH_REFUSED_NO_CONFIG = 3,	/* in a mesh range, and no service or workload there */
-	MESH_REFUSED_PROTOCOL = 4,	/* not TCP, to a mesh range; or a socket of a kind that capture cannot see */
+	MESH_REFUSED_PROTOCOL = 4,	/* not TCP, to a mesh range; or a kind of socket not seen */
 	MESH_REFUSED_BIND = 5,		/* the app asked for a port of the uProxy */
 	MESH_REFUSED_NO_MEMORY = 6,	/* no room to remember where the app dialled */
 	MESH_ORIG_FULL = 7,		/* `orig` was full: the uProxy refuses this connection */

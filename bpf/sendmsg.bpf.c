@@ -5,8 +5,10 @@
 char LICENSE[] SEC("license") = "GPL";
 
 /*
- * Hook: sendto() and sendmsg() with an address, on a UDP socket of the workload's app cgroup. A connected socket passes connect4/6 instead.
- * Kernel guarantees: user_ip4, user_ip6, user_port in network order. A v4-mapped address on an AF_INET6 socket comes to sendmsg4.
+ * Hook: sendto() and sendmsg() with an address, on a UDP socket of the workload's app cgroup. A
+ * connected socket passes connect4/6 instead.
+ * Kernel guarantees: user_ip4, user_ip6, user_port in network order. A v4-mapped address on an
+ * AF_INET6 socket comes to sendmsg4.
  * We rely on: bpf_get_netns_cookie being the socket's namespace.
  * On failure: closed, EPERM.
  */

@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-/* sk_lookup: what may reach a workload's listeners from outside its namespace: its uProxy's HBONE port. */
+/*
+ * sk_lookup: what may reach a workload's listeners from outside its namespace: its uProxy's HBONE
+ * port.
+ */
 #include "sock.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
-/* Cookie of the namespace this copy is attached to: there is no helper for it here. The agent sets it before it loads the program. */
+/*
+ * Cookie of the namespace this copy is attached to: there is no helper for it here. The agent sets
+ * it before it loads the program.
+ */
 const volatile __u64 self_netns_cookie = 0;
 
 static __always_inline int is_local(const __be32 addr[4])
@@ -13,13 +19,17 @@ static __always_inline int is_local(const __be32 addr[4])
 }
 
 /*
- * Hook: for every TCP segment or UDP datagram that belongs to no established (connected) socket of the namespace, before the listeners are
- * searched: SYNs, their retransmissions, and the ACK of a SYN cookie. In softirq.
- * Kernel guarantees: local_port in host order, addresses in network order. SK_DROP answers TCP with RST. From the wire, loopback addresses and
- * IPv4 packets whose source is an address of this namespace never get here (martians); a forged IPv6 source of our own does, but the
- * answer goes to ourselves, so that no handshake completes.
- * We rely on: one workload being one namespace, so that whoever is local may reach whatever is local.
- * On failure: closed, RST. Nothing is accepted first and reset later: that would already have read plaintext.
+ * Hook: for every TCP segment or UDP datagram that belongs to no established (connected) socket of
+ * the namespace, before the listeners are searched: SYNs, their retransmissions, and the ACK of a
+ * SYN cookie. In softirq.
+ * Kernel guarantees: local_port in host order, addresses in network order. SK_DROP answers TCP with
+ * RST. From the wire, loopback addresses and IPv4 packets whose source is an address of this
+ * namespace never get here (martians); a forged IPv6 source of our own does, but the answer goes to
+ * ourselves, so that no handshake completes.
+ * We rely on: one workload being one namespace, so that whoever is local may reach whatever is
+ * local.
+ * On failure: closed, RST. Nothing is accepted first and reset later: that would already have read
+ * plaintext.
  */
 SEC("sk_lookup")
 int inbound(struct bpf_sk_lookup *ctx)

@@ -21,8 +21,8 @@
 #define REFUSE 0
 
 /*
- * clang merges a context field that is read in both arms of a branch into arithmetic on the context pointer, which the verifier refuses;
- * volatile does not stop it, an opaque load does.
+ * clang merges a context field that is read in both arms of a branch into arithmetic on the context
+ * pointer, which the verifier refuses; volatile does not stop it, an opaque load does.
  */
 #define CTX_WORD(ctx, type, field)                                                                 \
 	({                                                                                         \
@@ -46,12 +46,16 @@ static __always_inline int is_v4(const __be32 addr[4])
 	return addr[0] == 0 && addr[1] == 0 && addr[2] == bpf_htonl(0xffff);
 }
 
-/* 127/8 and ::1, and the unspecified addresses, which connect() turns into loopback or the socket's own address. */
+/*
+ * 127/8 and ::1, and the unspecified addresses, which connect() turns into loopback or the socket's
+ * own address.
+ */
 static __always_inline int is_loopback(const __be32 addr[4])
 {
 	if (is_v4(addr))
 		return addr[3] == 0 || (addr[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
-	return addr[0] == 0 && addr[1] == 0 && addr[2] == 0 && (addr[3] == 0 || addr[3] == bpf_htonl(1));
+	return addr[0] == 0 && addr[1] == 0 && addr[2] == 0 &&
+	       (addr[3] == 0 || addr[3] == bpf_htonl(1));
 }
 
 static __always_inline int is_own(__u64 netns_cookie, const __be32 addr[4])
@@ -81,7 +85,9 @@ static __always_inline int maps_whole(void)
 	return current && current->whole;
 }
 
-/* The hook's return value that makes the system call fail with `error`. bpf_set_retval: Linux 5.18. */
+/*
+ * The hook's return value that makes the system call fail with `error`. bpf_set_retval: Linux 5.18.
+ */
 static __always_inline int refuse(__u32 counter, int error)
 {
 	count(counter);
@@ -90,8 +96,9 @@ static __always_inline int refuse(__u32 counter, int error)
 }
 
 /*
- * Whether a datagram, or any protocol but TCP, may go to `addr`. Mesh addresses carry TCP only: there is no tunnel for datagrams, and
- * they would go out in plaintext. EPERM, as from a firewall: ECONNREFUSED would read as an answer of the peer.
+ * Whether a datagram, or any protocol but TCP, may go to `addr`. Mesh addresses carry TCP only:
+ * there is no tunnel for datagrams, and they would go out in plaintext. EPERM, as from a firewall:
+ * ECONNREFUSED would read as an answer of the peer.
  */
 static __always_inline int datagram_verdict(__u64 netns_cookie, const __be32 addr[4], __u16 port)
 {
@@ -104,7 +111,7 @@ static __always_inline int datagram_verdict(__u64 netns_cookie, const __be32 add
 		return ALLOW;
 	if (range == MESH_RANGE_MESH)
 		return refuse(MESH_REFUSED_PROTOCOL, EPERM);
-	if (!maps_whole() && port != 53)	/* names may be looked up before the configuration has come */
+	if (!maps_whole() && port != 53)	/* names may be looked up before that */
 		return refuse(MESH_REFUSED_NOT_WHOLE, EPERM);
 	return ALLOW;
 }

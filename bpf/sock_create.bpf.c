@@ -6,22 +6,25 @@ char LICENSE[] SEC("license") = "GPL";
 
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
-#define IPPROTO_ICMP_V6 58	/* IPPROTO_ICMPV6; both spellings are in headers that exclude each other */
 
 /*
- * Hook: socket(AF_INET) and socket(AF_INET6) in the workload's app cgroup, in the caller's context, when type and protocol are set.
- * Kernel guarantees: type and protocol as the socket will use them (0 is resolved). AF_PACKET and others are not covered: they need
- * CAP_NET_RAW.
- * We rely on: TCP, MPTCP and UDP passing connect and sendmsg; ping sockets carrying echo requests only.
+ * Hook: socket(AF_INET) and socket(AF_INET6) in the workload's app cgroup, in the caller's context,
+ * when type and protocol are set.
+ * Kernel guarantees: type and protocol as the socket will use them (0 is resolved). AF_PACKET and
+ * others are not covered: they need CAP_NET_RAW.
+ * We rely on: TCP, MPTCP and UDP passing connect and sendmsg; ping sockets carrying echo requests
+ * only.
  * On failure: closed, EPERM: raw sockets, SCTP, DCCP, UDP-Lite and L2TP would send past capture.
  */
 SEC("cgroup/sock_create")
 int sock_create(struct bpf_sock *ctx)
 {
-	if (ctx->type == SOCK_STREAM && (ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_MPTCP))
+	__u32 protocol = ctx->protocol;
+
+	if (ctx->type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP))
 		return ALLOW;
-	if (ctx->type == SOCK_DGRAM && (ctx->protocol == IPPROTO_UDP || ctx->protocol == IPPROTO_ICMP ||
-					ctx->protocol == IPPROTO_ICMP_V6))
+	if (ctx->type == SOCK_DGRAM &&
+	    (protocol == IPPROTO_UDP || protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6))
 		return ALLOW;
 	return refuse(MESH_REFUSED_PROTOCOL, EPERM);
 }

@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-/* sockops: carries the original destination from the app's socket to the one that the uProxy accepts. */
+/*
+ * sockops: carries the original destination from the app's socket to the one that the uProxy
+ * accepts.
+ */
 #include "sock.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
-/* The app's own end, as the key of `orig`. An AF_INET6 socket that speaks IPv4 has v4-mapped addresses already. */
+/*
+ * The app's own end, as the key of `orig`. An AF_INET6 socket that speaks IPv4 has v4-mapped
+ * addresses already.
+ */
 static __always_inline struct mesh_orig_key local_end(struct bpf_sock_ops *ctx)
 {
 	struct mesh_orig_key key = { .netns_cookie = bpf_get_netns_cookie(ctx) };
@@ -39,12 +45,15 @@ static __always_inline struct mesh_orig_key remote_end(struct bpf_sock_ops *ctx)
 }
 
 /*
- * Hook: about 17 calls in the life of each TCP socket of the workload's app cgroup; all but two return at once. TCP_CONNECT_CB comes inside
- * connect(), when the source port is chosen and the SYN is not yet built. STATE_CB comes for every change of state of a socket that asked
- * for it; TCP_CLOSE is the last one, however the connection ended (RST, timeout, close in SYN_SENT, SIGKILL, connect(AF_UNSPEC)), and
- * the address and port are still in the socket then.
- * Kernel guarantees: the socket is locked or owned by the softirq; ctx->sk is a full socket in both calls.
- * We rely on: the 4-tuple (source, 127.0.0.1:15001) being unique in its namespace, so that the source names the connection.
+ * Hook: about 17 calls in the life of each TCP socket of the workload's app cgroup; all but two
+ * return at once. TCP_CONNECT_CB comes inside connect(), when the source port is chosen and the SYN
+ * is not yet built. STATE_CB comes for every change of state of a socket that asked for it;
+ * TCP_CLOSE is the last one, however the connection ended (RST, timeout, close in SYN_SENT,
+ * SIGKILL, connect(AF_UNSPEC)), and the address and port are still in the socket then.
+ * Kernel guarantees: the socket is locked or owned by the softirq; ctx->sk is a full socket in both
+ * calls.
+ * We rely on: the 4-tuple (source, 127.0.0.1:15001) being unique in its namespace, so that the
+ * source names the connection.
  * On failure: the SYN goes out, the uProxy finds no original destination and refuses: closed.
  */
 SEC("sockops")
@@ -61,7 +70,8 @@ int sockops_app(struct bpf_sock_ops *ctx)
 	if (!sk)
 		return ALLOW;
 	dst = bpf_sk_storage_get(&captured, sk, NULL, 0);
-	if (!dst)	/* this connection was left alone; its source port may be another's, to the uProxy */
+	/* Left alone: its source port may be that of another connection, to the uProxy. */
+	if (!dst)
 		return ALLOW;
 	key = local_end(ctx);
 	if (op == BPF_SOCK_OPS_STATE_CB) {
@@ -75,8 +85,9 @@ int sockops_app(struct bpf_sock_ops *ctx)
 }
 
 /*
- * Hook: as above, for sockets accepted from a listener that was created in the workload's proxy cgroup. PASSIVE_ESTABLISHED_CB comes when
- * the handshake's last ACK makes the socket, before accept() can return it; with SYN cookies and fast open too.
+ * Hook: as above, for sockets accepted from a listener that was created in the workload's proxy
+ * cgroup. PASSIVE_ESTABLISHED_CB comes when the handshake's last ACK makes the socket, before
+ * accept() can return it; with SYN cookies and fast open too.
  * Kernel guarantees: ctx->sk is the new full socket, in the listener's namespace and cgroup.
  * We rely on: the app's TCP_CONNECT_CB having run before its SYN.
  * On failure: no original destination, the uProxy refuses: closed.
