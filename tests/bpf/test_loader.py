@@ -71,7 +71,7 @@ def compile_to(objects: Path, name: str, text: str) -> None:
     shutil.copytree(loader.OBJECTS, objects, dirs_exist_ok=True)
     source = objects / f"{name}.bpf.c"
     source.write_text(text)
-    machine = subprocess.run(["gcc", "-print-multiarch"], capture_output=True, text=True, check=True).stdout.strip()
+    machine = subprocess.run(["clang", "-print-multiarch"], capture_output=True, text=True, check=True).stdout.strip()
     command = ["clang", "-O2", "-g", "-target", "bpf", f"-I{objects}", f"-I/usr/include/{machine}"]
     subprocess.run([*command, "-c", source, "-o", objects / f"{name}.bpf.o"], check=True, cwd=objects)
 
