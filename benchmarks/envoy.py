@@ -1,7 +1,7 @@
 """A real Envoy that speaks HBONE as Istio configures it, as server and as client (HBONE.md section 3).
 
 The server ends TLS on 15008 and turns CONNECT into TCP to one application. The client listens on loopback and
-tunnels every connection: tcp_proxy with tunneling_config over HTTP/2 and mTLS.
+tunnels every connection: tcp_proxy with tunneling_config over HTTP/2 and mTLS. The waypoint is both, with HTTP between.
 """
 
 from __future__ import annotations
@@ -37,56 +37,11 @@ def server_config(
 ) -> dict[str, Any]:
     """Terminate HBONE on `listen`: CONNECT for an authority goes to its application, any other gets 404."""
     hosts = [
-        {
-            "name": f"application-{i}",
-            "domains": [authority],
-            "routes": [
-                {
-                    "match": {"connect_matcher": {}},
-                    "route": {
-                        "cluster": f"application-{i}",
-                        "timeout": "0s",
-                        "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
-                    },
-                }
-            ],
-        }
+        {"name": f"application-{i}", "domains": [authority], "routes": [_connect_route(f"application-{i}")]}
         for i, authority in enumerate(applications)
     ]
-    manager = {
-        "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "hbone",
-        "codec_type": "AUTO",
-        "stream_idle_timeout": "0s",
-        "upgrade_configs": [{"upgrade_type": "CONNECT"}],
-        "http2_protocol_options": {
-            "allow_connect": True,
-            "max_concurrent_streams": 100,
-            "connection_keepalive": {"interval": "10s", "timeout": "20s"},
-            **_window(stream_window),
-        },
-        "route_config": {"virtual_hosts": hosts},
-        "http_filters": [{"name": "router", "typed_config": {"@type": f"{_TYPE}.filters.http.router.v3.Router"}}],
-    }
-    listener = {
-        "name": "hbone",
-        "address": _address(listen),
-        "filter_chains": [
-            {
-                "transport_socket": {
-                    "name": "tls",
-                    "typed_config": {
-                        "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
-                        "require_client_certificate": True,
-                        "common_tls_context": _tls(identity, trust_domain),
-                    },
-                },
-                "filters": [{"name": "hcm", "typed_config": manager}],
-            }
-        ],
-    }
     clusters = [_cluster(f"application-{i}", address) for i, address in enumerate(applications.values())]
-    return _bootstrap([listener], clusters)
+    return _bootstrap([_hbone_listener(identity, trust_domain, listen, hosts, stream_window)], clusters)
 
 
 def client_config(
@@ -99,43 +54,133 @@ def client_config(
 ) -> dict[str, Any]:
     """Listen for TCP on each entry: a connection is a CONNECT for the entry's authority, sent to `upstream`."""
     listeners = [
-        {
-            "name": f"entry-{listen[1]}",
-            "address": _address(listen),
-            "filter_chains": [
-                {
-                    "filters": [
-                        {
-                            "name": "tcp",
-                            "typed_config": {
-                                "@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
-                                "stat_prefix": "tunnel",
-                                "cluster": "tunnel",
-                                "tunneling_config": {"hostname": authority},
-                            },
-                        }
-                    ]
-                }
-            ],
-        }
+        {"name": f"entry-{listen[1]}", "address": _address(listen), "filter_chains": [_tunnelling_chain(authority)]}
         for listen, authority in entries.items()
     ]
-    cluster = _cluster("tunnel", upstream)
-    cluster["typed_extension_protocol_options"] = {
-        _HTTP_OPTIONS: {
-            "@type": f"type.googleapis.com/{_HTTP_OPTIONS}",
-            "common_http_protocol_options": {"idle_timeout": "3600s"},
-            "explicit_http_config": {"http2_protocol_options": {"allow_connect": True, **_window(stream_window)}},
+    return _bootstrap(listeners, [_tunnel_cluster(identity, trust_domain, upstream, stream_window)])
+
+
+def waypoint_config(
+    identity: Path, trust_domain: str, listen: Address, upstream: Address, authority: str
+) -> dict[str, Any]:
+    """An Istio waypoint's shape: CONNECT ended, HTTP in the middle (`/deny` is 403), CONNECT again to `upstream`."""
+    routes = [
+        {
+            "match": {"prefix": "/deny"},
+            "direct_response": {"status": 403, "body": {"inline_string": "RBAC: access denied"}},
+        },
+        {"match": {"prefix": "/"}, "route": {"cluster": "encap"}},
+    ]
+    middle = _http_manager("main", [{"name": "main", "domains": ["*"], "routes": routes}])
+    everything = [{"name": "any", "domains": ["*"], "routes": [_connect_route("main")]}]
+    bootstrap = _bootstrap(
+        [
+            _hbone_listener(identity, trust_domain, listen, everything, None),
+            {"name": "main", "internal_listener": {}, "filter_chains": [{"filters": [middle]}]},
+            {"name": "encap", "internal_listener": {}, "filter_chains": [_tunnelling_chain(authority)]},
+        ],
+        [
+            _internal_cluster("main"),
+            _internal_cluster("encap"),
+            _tunnel_cluster(identity, trust_domain, upstream, None),
+        ],
+    )
+    bootstrap["bootstrap_extensions"] = [
+        {
+            "name": "envoy.bootstrap.internal_listener",
+            "typed_config": {"@type": f"{_TYPE}.bootstrap.internal_listener.v3.InternalListener"},
         }
-    }
-    cluster["transport_socket"] = {
-        "name": "tls",
-        "typed_config": {
-            "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
-            "common_tls_context": _tls(identity, trust_domain),
+    ]
+    return bootstrap
+
+
+def _connect_route(cluster: str) -> dict[str, Any]:
+    return {
+        "match": {"connect_matcher": {}},
+        "route": {
+            "cluster": cluster,
+            "timeout": "0s",
+            "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
         },
     }
-    return _bootstrap(listeners, [cluster])
+
+
+def _http_manager(name: str, hosts: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    return {
+        "name": "hcm",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": name,
+            "route_config": {"virtual_hosts": hosts},
+            "http_filters": [{"name": "router", "typed_config": {"@type": f"{_TYPE}.filters.http.router.v3.Router"}}],
+            **options,
+        },
+    }
+
+
+def _hbone_listener(
+    identity: Path, trust_domain: str, listen: Address, hosts: list[dict[str, Any]], stream_window: int | None
+) -> dict[str, Any]:
+    manager = _http_manager(
+        "hbone",
+        hosts,
+        stream_idle_timeout="0s",
+        upgrade_configs=[{"upgrade_type": "CONNECT"}],
+        http2_protocol_options={
+            "allow_connect": True,
+            "max_concurrent_streams": 100,
+            "connection_keepalive": {"interval": "10s", "timeout": "20s"},
+            **_window(stream_window),
+        },
+    )
+    tls = {
+        "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
+        "require_client_certificate": True,
+        "common_tls_context": _tls(identity, trust_domain),
+    }
+    chain = {"transport_socket": {"name": "tls", "typed_config": tls}, "filters": [manager]}
+    return {"name": "hbone", "address": _address(listen), "filter_chains": [chain]}
+
+
+def _tunnelling_chain(authority: str) -> dict[str, Any]:
+    proxy = {
+        "@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
+        "stat_prefix": "tunnel",
+        "cluster": "tunnel",
+        "tunneling_config": {"hostname": authority},
+    }
+    return {"filters": [{"name": "tcp", "typed_config": proxy}]}
+
+
+def _tunnel_cluster(identity: Path, trust_domain: str, upstream: Address, stream_window: int | None) -> dict[str, Any]:
+    tls = {
+        "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
+        "common_tls_context": _tls(identity, trust_domain),
+    }
+    options = {
+        "@type": f"type.googleapis.com/{_HTTP_OPTIONS}",
+        "common_http_protocol_options": {"idle_timeout": "3600s"},
+        "explicit_http_config": {"http2_protocol_options": {"allow_connect": True, **_window(stream_window)}},
+    }
+    return _cluster("tunnel", upstream) | {
+        "typed_extension_protocol_options": {_HTTP_OPTIONS: options},
+        "transport_socket": {"name": "tls", "typed_config": tls},
+    }
+
+
+def _internal_cluster(listener: str) -> dict[str, Any]:
+    """A cluster that leads to another listener of the same Envoy."""
+    raw = {"name": "raw", "typed_config": {"@type": f"{_TYPE}.transport_sockets.raw_buffer.v3.RawBuffer"}}
+    internal = {
+        "@type": f"{_TYPE}.transport_sockets.internal_upstream.v3.InternalUpstreamTransport",
+        "transport_socket": raw,
+    }
+    endpoint = {"endpoint": {"address": {"envoy_internal_address": {"server_listener_name": listener}}}}
+    return {
+        "name": listener,
+        "load_assignment": {"cluster_name": listener, "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "transport_socket": {"name": "internal_upstream", "typed_config": internal},
+    }
 
 
 def _window(stream_window: int | None) -> dict[str, Any]:

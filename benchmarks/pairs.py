@@ -68,13 +68,13 @@ class Wire:
 
 
 @contextmanager
-def wire(directory: Path, *, core: int | None = None) -> Iterator[Wire]:
-    """Two joined namespaces, and an identity for each workload in them."""
+def wire(directory: Path, *, core: int | None = None, extra: tuple[str, ...] = ()) -> Iterator[Wire]:
+    """Two joined namespaces, and an identity for each workload in them and each `extra` service account."""
     directory.mkdir(parents=True, exist_ok=True)
     authority = Authority.create(directory / "ca", TRUST_DOMAIN)
     with joined(f"{WEB_ADDRESS}/24", f"{DB_ADDRESS}/24") as (web, db):
         made = Wire(web, db, directory, core)
-        for name in ("web", "db", "mallory"):
+        for name in ("web", "db", *extra):
             identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{name}")
             request = make_request(made.identity(name), identity).read_bytes()
             write_identity(made.identity(name), authority.issue(request, identity), authority.bundle_pem)

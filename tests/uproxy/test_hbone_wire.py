@@ -174,7 +174,7 @@ class Peer:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
     with (
-        pairs.wire(tmp_path_factory.mktemp("wire")) as wire,
+        pairs.wire(tmp_path_factory.mktemp("wire"), extra=("mallory",)) as wire,
         pairs.uproxy_server(wire, mesh=MESH + POLICY) as process,
         wire.db.listen(APP, PATIENCE_S) as listener,
     ):
