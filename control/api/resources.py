@@ -297,7 +297,7 @@ def _read_endpoint_slice(document: Reader) -> DeclaredEndpoints:
 
 
 def _read_endpoint(reader: Reader, family: str) -> DeclaredEndpoint | None:
-    addresses = reader.parsed_list("addresses", _unicast_address)
+    addresses = reader.parsed_list("addresses", _workload_address)
     if not reader.has("addresses"):
         reader.error("addresses", "is missing; it must be a list of one IP address")
     elif len(addresses) > 1:

@@ -114,6 +114,11 @@ def test_addresses_that_no_workload_can_have(text):
     assert reason_not_unicast(parse_address(text))
 
 
+def test_loopback_is_right_only_where_it_is_allowed():
+    assert reason_not_unicast(IpAddress("127.0.0.1"), loopback=True) == ""
+    assert reason_not_unicast(IpAddress("0.0.0.0"), loopback=True)
+
+
 @pytest.mark.parametrize("text", ["10.0.0.1", "240.240.0.1", "fd00::1", "192.0.2.1"])
 def test_addresses_that_a_workload_can_have(text):
     assert reason_not_unicast(IpAddress(text)) == ""

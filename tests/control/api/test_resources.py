@@ -147,6 +147,11 @@ def test_a_workload_entry_with_little():
     assert (workload.addresses, workload.ports, workload.node) == (("10.0.0.1",), {}, "")
 
 
+def test_a_workload_may_be_on_loopback_and_so_may_its_endpoint():
+    assert one(replaced(WORKLOAD, "10.0.0.1", "127.0.0.5")).addresses[0] == "127.0.0.5"
+    assert one(replaced(SLICE, "10.0.0.1", "127.0.0.5")).endpoints[0].address == "127.0.0.5"
+
+
 def test_an_endpoint_slice():
     found = one(SLICE)
     assert found == DeclaredEndpoints(
