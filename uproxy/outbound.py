@@ -98,9 +98,9 @@ class Outbound:
                 return await self.pool.connect(hop, request), hop
             except RefusedError as error:
                 failed = error
+                log.info("%s: %s", record.request_id, error)
                 if not error.retriable or time.monotonic() > deadline:
                     break
-                log.info("%s: %s: trying another endpoint", record.request_id, error)
         assert failed is not None  # a plan has at least one hop
         raise failed
 

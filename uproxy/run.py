@@ -33,7 +33,7 @@ from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.telemetry import Telemetry
-from uproxy.tls import Credentials, CredentialsError, client_context, server_context
+from uproxy.tls import BUNDLE_FILE, CHAIN_FILE, Credentials, CredentialsError, client_context, server_context
 from uproxy.tunnel import HBONE_PORT
 
 OUTBOUND_PORT, METRICS_PORT, READY_PORT = 15001, 15020, 15021
@@ -124,7 +124,7 @@ class _Proxy:
         self._listeners: list[socket.socket] = []
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._chain_read = 0
+        self._identity_read: tuple[int, ...] = ()
         self._credentials: Credentials
         self._client_context: ssl.SSLContext
         self._server_context: ssl.SSLContext
@@ -282,7 +282,7 @@ class _Proxy:
         refused = ""
         while True:
             await asyncio.sleep(WATCH_S)
-            if self._chain_stamp() == self._chain_read and not refused:
+            if self._identity_stamp() == self._identity_read and not refused:
                 continue
             try:
                 self._load_credentials()
@@ -296,14 +296,14 @@ class _Proxy:
             self._plane.run(self._pool.retire)
             log.info("a new certificate is in use, serial %x", self._credentials.serial)
 
-    def _chain_stamp(self) -> int:
-        """Changes whenever the certificate file is replaced; 0 while it is missing."""
+    def _identity_stamp(self) -> tuple[int, ...]:
+        """Changes whenever the certificate or the trust bundle is replaced; empty while one is missing."""
         with contextlib.suppress(OSError):
-            return (self.settings.identity_dir / "chain.pem").stat().st_mtime_ns
-        return 0
+            return tuple((self.settings.identity_dir / name).stat().st_mtime_ns for name in (CHAIN_FILE, BUNDLE_FILE))
+        return ()
 
     def _load_credentials(self) -> None:
-        self._chain_read = self._chain_stamp()  # before reading: a change meanwhile is then one more
+        self._identity_read = self._identity_stamp()  # before reading: a change meanwhile is then one more
         credentials = Credentials.load(self.settings.identity_dir, self.settings.identity)
         self._client_context, self._server_context = client_context(credentials), server_context(credentials)
         self._credentials = credentials

@@ -34,10 +34,10 @@ class IdentityCopy:
         self._source = source
         self._directory = directory
         self._account = account
-        self._copied: tuple[int, int, int] | None = None
+        self._copied: tuple[tuple[int, int, int], ...] = ()
 
     def install(self) -> None:
-        """Copy what is there now, chain.pem last: its change is what a running sidecar watches for."""
+        """Copy what is there now, chain.pem last: it belongs to the key and the roots copied before it."""
         self._copied = self._version()
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chown(self._directory, self._account.uid, self._account.gid)
@@ -51,15 +51,15 @@ class IdentityCopy:
             fresh.rename(self._directory / name)
 
     def refresh(self) -> bool:
-        """Copy again when the certificate was renewed; whether it was."""
+        """Copy again when the certificate or the trust bundle was renewed; whether it was."""
         if self._version() == self._copied:
             return False
         self.install()
         return True
 
-    def _version(self) -> tuple[int, int, int]:
-        state = (self._source / IDENTITY_FILES[-1]).stat()
-        return state.st_mtime_ns, state.st_ino, state.st_size
+    def _version(self) -> tuple[tuple[int, int, int], ...]:
+        states = [(self._source / name).stat() for name in IDENTITY_FILES]
+        return tuple((state.st_mtime_ns, state.st_ino, state.st_size) for state in states)
 
 
 class Sidecar:

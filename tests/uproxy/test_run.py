@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from control.api.identity import SpiffeId
-from control.server.ca import write_identity
+from control.server.ca import Authority, write_identity
 from tests.support.certificates import DB, WEB, identity_dir
 from tests.support.site import APP_PORT, FORWARD_PORT, Site
 
@@ -149,6 +149,19 @@ def test_a_renewed_certificate_is_used_without_a_failed_connection(running: tupl
         assert call() == b"hello"
         app.sendall(b"b")
         assert app.recv(1) == b"b"  # a stream that was open stays on its tunnel
+
+
+def test_a_new_root_in_the_bundle_is_trusted(running: tuple[Site, object, object], tmp_path: Path) -> None:
+    site, *_ = running
+    other = Authority.create(tmp_path / "other-ca", "cluster.local")
+    for name in ("web", "db"):
+        bundle = site.path / name / "bundle.pem"
+        bundle.write_bytes(bundle.read_bytes() + other.bundle_pem)
+    eventually(lambda: all("a new certificate is in use" in site.log(name) for name in ("web", "db")))
+    csr = (site.path / "db" / "csr.pem").read_bytes()
+    (site.path / "db" / "chain.pem").write_bytes(other.issue(csr, DB))
+    eventually(lambda: site.log("db").count("a new certificate is in use") == 2)
+    assert call() == b"hello"
 
 
 def test_a_bad_renewal_is_reported_and_the_old_certificate_stays(running: tuple[Site, object, object]) -> None:
