@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -39,6 +39,7 @@ class Application(BaseHTTPRequestHandler):
     """Answers with what it was asked, and echoes bodies."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes
 
     def do_GET(self) -> None:
         self._answer(json.dumps({"path": self.path, "host": self.headers["host"]}).encode())
@@ -56,13 +57,19 @@ class Application(BaseHTTPRequestHandler):
         pass
 
 
-class Server(HTTPServer):
-    """An HTTP server whose listener was made in a namespace."""
+class Server(ThreadingHTTPServer):
+    """An HTTP server whose listener was made in a namespace. Envoy keeps connections open: nobody waits for them."""
+
+    daemon_threads = True
+    block_on_close = False
 
     def __init__(self, namespace: Namespace) -> None:
         super().__init__((DB_ADDRESS, APP_PORT), Application, bind_and_activate=False)
         self.socket.close()
         self.socket = namespace.listen((DB_ADDRESS, APP_PORT))
+
+    def handle_error(self, *_: object) -> None:
+        """A connection that is reset when the proxies stop is none."""
 
 
 @pytest.fixture(scope="module")
