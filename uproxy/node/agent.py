@@ -33,14 +33,21 @@ from uproxy.node.client import DEFAULT_SOCKET
 from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
 from uproxy.node.server import ListenError, RequestError
 from uproxy.node.sync import MeshRanges, Sync, SyncError
-from uproxy.node.workloads import Registration, RegistrationError, Workloads
+from uproxy.node.workloads import Registration, RegistrationError, Workloads, check_removable
 
 _log: Final = logging.getLogger("uproxy.node")
 
 _SWEEP_INTERVAL_S: Final = 10.0
 _NODE_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MAX_LISTED: Final = 500  # workloads in a status, which must fit one message
-_CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}  # <linux/capability.h>
+# <linux/capability.h>. The last two are for a workload's place: entering its namespace, opening its cgroup by id.
+_CAPABILITIES: Final = {
+    "CAP_NET_ADMIN": 12,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_DAC_READ_SEARCH": 2,
+}
 _REGISTER_FIELDS: Final[Mapping[str, type]] = {
     "workload": str,
     "namespace": str,
@@ -209,7 +216,11 @@ def _parse(argv: Sequence[str]) -> Options:
     parser.add_argument(
         "--run-dir", type=Path, default=DEFAULT_SOCKET.parent, help="where the socket node.sock is made"
     )
-    parser.add_argument("--remove", action="store_true", help="detach and unpin everything of this node, and exit")
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="detach and unpin everything of this node, once no workload runs, and exit",
+    )
     given = parser.parse_args(argv)
     if not _NODE_NAME.fullmatch(given.name):
         parser.error(f"--name {given.name!r}: use 1-63 of a-z, 0-9 and '-', with a letter or digit at both ends")
@@ -267,6 +278,7 @@ def main(argv: Sequence[str]) -> int:
             pins = bpffs.node_directory(options.name)
             stack.enter_context(bpffs.sole_owner(pins))
             if options.remove:
+                check_removable(pins / "links")
                 bpffs.remove(pins)
                 _log.info("node %s: everything detached and unpinned", options.name)
                 return 0
@@ -280,7 +292,16 @@ def main(argv: Sequence[str]) -> int:
             if source.warnings:
                 _log.warning("configuration: %s", source.warnings)
             asyncio.run(_run(agent, source, options))
-    except (PinError, LoadError, ListenError, ConfigError, RecordError, SyncError, OSError) as error:
+    except (
+        PinError,
+        LoadError,
+        ListenError,
+        ConfigError,
+        RecordError,
+        RegistrationError,
+        SyncError,
+        OSError,
+    ) as error:
         print(f"uproxy node: {error}", file=sys.stderr)
         return 1
     _log.info("node %s: stopped; what is attached stays in force", options.name)

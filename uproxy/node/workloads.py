@@ -225,6 +225,16 @@ class Workloads:
         return self._links / _pin_name(captured.name)
 
 
+def check_removable(links: Path) -> None:
+    """Raises RegistrationError while a captured workload still runs: without its pins it would be in the open."""
+    directories = sorted(links.iterdir()) if links.is_dir() else []
+    running = [_name_of(one) for one in directories if is_populated_id(_read_pins(one).app_cgroup)]
+    if running:
+        raise RegistrationError(
+            f"workloads still run, and without capture they would be in the open: {', '.join(running)}; end them first"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Pins:
     app_cgroup: int

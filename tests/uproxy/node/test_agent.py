@@ -171,6 +171,31 @@ def test_from_start_to_removal(host, site):
     assert not host.pins.exists()
 
 
+def test_capture_is_not_removed_under_a_running_workload(host, site):
+    with host.agent() as process:
+        register(host, site)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+    def try_to_remove() -> str:
+        return host.fails(sys.executable, "-m", "uproxy", "node", "--name", host.name, "--remove")
+
+    with subprocess.Popen(["sleep", "60"]) as running:
+        (site.app / "cgroup.procs").write_text(str(running.pid))
+        complaint = try_to_remove()
+        running.kill()
+    assert "workloads still run" in complaint
+    assert "web" in complaint
+    assert_enforced_without_agent(site)
+    host.remove()
+    assert not host.pins.exists()
+
+
+def assert_enforced_without_agent(site: capture.Site) -> None:
+    with site.uproxy(), pytest.raises(ConnectionRefusedError):
+        site.in_app(lambda: dial(UNKNOWN_V4))
+
+
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_dead_agent_opens_nothing_and_the_next_one_goes_on(host, site, end):
     with host.agent() as process:
