@@ -60,6 +60,8 @@ class Wire:
 
     web: Namespace
     db: Namespace
+    web_address: str
+    db_address: str
     directory: Path
     core: int | None
 
@@ -68,12 +70,18 @@ class Wire:
 
 
 @contextmanager
-def wire(directory: Path, *, core: int | None = None, extra: tuple[str, ...] = ()) -> Iterator[Wire]:
+def wire(
+    directory: Path,
+    *,
+    core: int | None = None,
+    extra: tuple[str, ...] = (),
+    addresses: tuple[str, str] = (WEB_ADDRESS, DB_ADDRESS),
+) -> Iterator[Wire]:
     """Two joined namespaces, and an identity for each workload in them and each `extra` service account."""
     directory.mkdir(parents=True, exist_ok=True)
     authority = Authority.create(directory / "ca", TRUST_DOMAIN)
-    with joined(f"{WEB_ADDRESS}/24", f"{DB_ADDRESS}/24") as (web, db):
-        made = Wire(web, db, directory, core)
+    with joined(*(f"{address}/{64 if ':' in address else 24}" for address in addresses)) as (web, db):
+        made = Wire(web, db, *addresses, directory, core)
         for name in ("web", "db", *extra):
             identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{name}")
             request = make_request(made.identity(name), identity).read_bytes()
@@ -86,7 +94,7 @@ def uproxy(
     wire: Wire, name: str, *, mesh: str = MESH, forwards: tuple[str, ...] = (), identity: str | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A uProxy for `web` or `db`; its access log is `<name>/access.log`, its own log `<name>/uproxy.log`."""
-    namespace, address = (wire.web, WEB_ADDRESS) if name == "web" else (wire.db, DB_ADDRESS)
+    namespace, address = (wire.web, wire.web_address) if name == "web" else (wire.db, wire.db_address)
     directory = wire.directory / name
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "mesh.yaml"
@@ -136,17 +144,22 @@ def uproxy_server(wire: Wire, *, mesh: str = MESH) -> Running:
 
 def envoy_client(wire: Wire, *, authority: str | None = None, stream_window: int | None = None) -> Running:
     """An Envoy as web's proxy; `authority` replaces what it asks for."""
-    entries = {(ENTRY[0], ENTRY[1] + i): authority or f"{DB_ADDRESS}:{APP_PORT + i}" for i in range(2)}
+    entries = {(ENTRY[0], ENTRY[1] + i): authority or _authority(wire, APP_PORT + i) for i in range(2)}
     config = envoy.client_config(
-        wire.identity("web"), TRUST_DOMAIN, (DB_ADDRESS, HBONE_PORT), entries, stream_window=stream_window
+        wire.identity("web"), TRUST_DOMAIN, (wire.db_address, HBONE_PORT), entries, stream_window=stream_window
     )
     return envoy.running(config, wire.web, wire.directory / "web", core=wire.core)
 
 
 def envoy_server(wire: Wire, *, stream_window: int | None = None) -> Running:
     """An Envoy as db's proxy."""
-    applications = {f"{DB_ADDRESS}:{APP_PORT + i}": (DB_ADDRESS, APP_PORT + i) for i in range(2)}
+    applications = {_authority(wire, APP_PORT + i): (wire.db_address, APP_PORT + i) for i in range(2)}
     config = envoy.server_config(
-        wire.identity("db"), TRUST_DOMAIN, (DB_ADDRESS, HBONE_PORT), applications, stream_window=stream_window
+        wire.identity("db"), TRUST_DOMAIN, (wire.db_address, HBONE_PORT), applications, stream_window=stream_window
     )
     return envoy.running(config, wire.db, wire.directory / "db", core=wire.core)
+
+
+def _authority(wire: Wire, port: int) -> str:
+    host = wire.db_address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

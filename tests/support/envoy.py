@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from benchmarks import pairs
-from benchmarks.pairs import APP, ENTRY, Wire
+from benchmarks.pairs import APP_PORT, ENTRY, Wire
 
 # Long enough for a loaded machine; nothing that works takes a tenth of it.
 PATIENCE_S = 20.0
@@ -36,6 +36,14 @@ class Tunnel:
         """web's end only: the tunnel may or may not get as far as the application."""
         return self.wire.web.connect(ENTRY, PATIENCE_S)
 
+    def refused_how(self) -> str:
+        """Dial, and wait for the end: "fin" or "reset". A quick reset may come before connect() has returned."""
+        try:
+            with self.dial() as near:
+                return ended_how(near)
+        except ConnectionResetError:
+            return "reset"
+
     def accept(self) -> socket.socket:
         end, _ = self.listener.accept()
         end.settimeout(PATIENCE_S)
@@ -49,7 +57,7 @@ class Tunnel:
         try:
             yield
         finally:
-            self.listener = self.wire.db.listen(APP, PATIENCE_S)
+            self.listener = self.wire.db.listen((self.wire.db_address, APP_PORT), PATIENCE_S)
 
     @contextmanager
     def connected(self) -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -58,16 +66,22 @@ class Tunnel:
 
 
 @contextmanager
-def tunnel(client: str, server: str, directory: Path, **options: object) -> Iterator[Tunnel]:
+def tunnel(
+    client: str,
+    server: str,
+    directory: Path,
+    addresses: tuple[str, str] = (pairs.WEB_ADDRESS, pairs.DB_ADDRESS),
+    **options: object,
+) -> Iterator[Tunnel]:
     """Start both proxies on a wire of their own; `client_…` and `server_…` options go to the one or the other."""
     of_client = {k.removeprefix("client_"): v for k, v in options.items() if k.startswith("client_")}
     of_server = {k.removeprefix("server_"): v for k, v in options.items() if k.startswith("server_")}
     with (
-        pairs.wire(directory) as wire,
+        pairs.wire(directory, addresses=addresses) as wire,
         SERVERS[server](wire, **of_server),
         CLIENTS[client](wire, **of_client),
     ):
-        made = Tunnel(client, server, wire, wire.db.listen(APP, PATIENCE_S))
+        made = Tunnel(client, server, wire, wire.db.listen((wire.db_address, APP_PORT), PATIENCE_S))
         try:
             yield made
             assert_no_bug_was_logged(wire)
