@@ -102,7 +102,10 @@ class Outbound:
                 if not error.retriable or time.monotonic() > deadline:
                     break
         assert failed is not None  # a plan has at least one hop
-        raise failed
+        try:
+            raise failed
+        finally:
+            del failed  # its traceback holds this frame
 
     def _record(self, app: socket.socket, destination: str) -> Connection:
         try:

@@ -60,12 +60,18 @@ class Waiter(Generic[T]):
     def _wake(self) -> None:
         if self.task is not None:
             self._plane.wake(self.task)
+            self.task = None
 
     def __await__(self) -> Generator[Waiter[T], None, T]:
         if not self.settled:
             yield self
         if self._error is not None:
-            raise self._error
+            # Its traceback will hold the frames that wait, and they hold this: no cycle, for what hangs on it is large.
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error
         return self._value  # type: ignore[return-value]  # set() gave it
 
 
@@ -80,6 +86,7 @@ class Task:
         self.waiter: Waiter[Any] | None = None  # what it waits for, once it was stepped
 
     def step(self) -> None:
+        self.waiter = None
         try:
             waiter: Waiter[Any] = self._coroutine.send(None)
         except StopIteration:

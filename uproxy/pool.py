@@ -120,6 +120,7 @@ class Pool:
             del self._dialling[key]
             for waiter in waiting:
                 waiter.fail(refused)
+            del refused  # its traceback holds this frame
 
     def _forget(self, key: Key, gone: Tunnel) -> None:
         group = self._tunnels.get(key, [])

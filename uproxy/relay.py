@@ -39,6 +39,21 @@ class Outcome:
 CLEAN = Outcome(Flag.NONE, "")
 
 
+class _Nobody:
+    """Owns the streams of relays that have ended: what still arrives is dropped."""
+
+    def on_response(self, headers: hbone.Headers) -> None: ...
+
+    def on_data(self, data: memoryview) -> None: ...
+
+    def on_end(self) -> None: ...
+
+    def on_reset(self, code: int, text: str = "") -> None: ...
+
+
+_NOBODY = _Nobody()
+
+
 class Relay:
     """One stream and, once attached, one application socket.
 
@@ -102,6 +117,9 @@ class Relay:
         return self._read_closed is not self._write_closed
 
     # -- from the tunnel
+
+    def on_response(self, headers: hbone.Headers) -> None:
+        self.response.set(headers)
 
     def on_data(self, data: memoryview) -> None:
         sock = self._sock
@@ -264,12 +282,15 @@ class Relay:
     def discard(self) -> None:
         """The request was refused and answered: what its sender still sends is dropped."""
         self.outcome = CLEAN
+        self.stream.owner = _NOBODY
         self._pending.clear()
 
     def _finish(self, outcome: Outcome) -> None:
         if self.outcome is not None:
             return
         self.outcome = outcome
+        # A relay, its stream and its tunnel must not keep each other alive until a full garbage collection.
+        self.stream.owner = _NOBODY
         self.tunnel.starved.pop(self, None)
         sock, self._sock = self._sock, None
         self._pending.clear()

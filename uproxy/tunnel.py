@@ -249,7 +249,7 @@ class Tunnel:
             elif isinstance(event, hbone.StreamReset):
                 event.stream.owner.on_reset(event.code)
             elif isinstance(event, hbone.ResponseReceived):
-                event.stream.owner.response.set(event.headers)
+                event.stream.owner.on_response(event.headers)
                 if event.ended:
                     event.stream.owner.on_end()
             elif isinstance(event, hbone.RequestReceived):

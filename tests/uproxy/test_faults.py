@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -489,6 +490,44 @@ def test_a_dial_that_fails_in_an_unknown_way_holds_nobody(
             assert [await is_reset(app) for app in apps] == [True] * 3
 
     run(tmp_path, authority, echo, client)
+
+
+# -- memory
+
+
+def test_what_has_ended_does_not_wait_for_the_garbage_collector(tmp_path: Path, authority: Authority) -> None:
+    """A tunnel holds 128 KiB of buffer, and a full collection may be an hour away."""
+    kinds = (tunnel.Tunnel, Relay, hbone.Connection, hbone.Stream, plane.Task)
+
+    def alive() -> list[str]:
+        return [type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds)]
+
+    async def client(pair: Pair) -> None:
+        gc.collect()
+        assert alive() == []
+        gc.disable()
+        for _ in range(3):
+            apps = [await opened(pair) for _ in range(3)]
+            apps[0].close()
+            plane.reset(apps[1])
+            apps[2].shutdown(socket.SHUT_WR)
+            assert await receive(apps[2]) == b""
+            apps[2].close()
+            refused = pair.dial(DB_ADDRESS, 1)
+            assert await is_reset(refused)
+            await eventually(lambda: not pair.plane.tasks, "a connection is left")
+            pair.plane.run(pair.web.pool.retire)
+            pair.plane.run(lambda: pair.web.pool.tick(time.monotonic()))
+            await eventually(lambda: not pair.db.inbound.tunnels and not pair.web.pool.tunnels(), "a tunnel is left")
+        for proxy in (pair.web, pair.db):
+            proxy.telemetry.ended.clear()  # each of these knows its relay
+        await asyncio.sleep(0.01)
+        assert alive() == []
+
+    try:
+        run(tmp_path, authority, echo, client)
+    finally:
+        gc.enable()
 
 
 # -- explicit mode
