@@ -14,6 +14,7 @@ from pathlib import Path
 
 from control.api import messages, records, topics
 from control.api.address import parse_address
+from control.api.identity import SpiffeId
 from control.api.messages import Envelope
 from control.api.policy import AuthorizationPolicy
 from control.api.records import Record
@@ -108,6 +109,11 @@ def workload(name: str, address: str, identity: object) -> Workload:
     return Workload("shop", name, name, identity, (parse_address(address),), {"app": name}, {}, "", 1)  # type: ignore
 
 
+def issued(authority: Authority, directory: Path, identity: SpiffeId) -> Path:
+    """An identity directory, the one from the last time if there was one: keys take longer than a connection."""
+    return directory if directory.exists() else identity_dir(authority, directory, identity)
+
+
 @contextlib.asynccontextmanager
 async def running_pair(directory: Path, authority: Authority, app_port: int) -> AsyncIterator[Pair]:
     """Start both; `app_port` is where db's application listens, on 127.0.77.2."""
@@ -122,7 +128,7 @@ async def running_pair(directory: Path, authority: Authority, app_port: int) -> 
             data_plane,
             state,
             Self(f"shop/{name}", str(identity), identity.trust_domain, (address,)),
-            identity_dir(authority, directory / name, identity),
+            issued(authority, directory / name, identity),
         )
         for name, identity, address in (("web", WEB, WEB_ADDRESS), ("db", DB, DB_ADDRESS))
     )
