@@ -25,6 +25,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from h2.config import H2Configuration
@@ -381,6 +382,13 @@ class Connection:
                 position += 9
                 self._begin_data(stream_id & 0x7FFFFFFF, flags, length, length, 0, events)
                 continue
+            after = position + 9 + length
+            if DATA < kind <= CONTINUATION and after <= end:  # whole, as nearly always
+                stream_id &= 0x7FFFFFFF
+                self._check_frame(kind, flags, stream_id, length)
+                self._handle(kind, flags, stream_id, bytes(data[position:after]), events)
+                position = after
+                continue
             position = self._take_partial(data, position, end, events)
         if self.overflowed:
             raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, OVERFLOW)
@@ -396,7 +404,7 @@ class Connection:
         return taken
 
     def _take_partial(self, data: memoryview, position: int, end: int, events: list[Event]) -> int:
-        """Collect a frame that is not plain DATA: its header first, then its (small) payload; then handle it."""
+        """Collect a frame that came in parts, or is padded or unknown: its header, its (small) payload; handle it."""
         partial = self._partial
         if len(partial) < 9:
             taken = min(9 - len(partial), end - position)
@@ -823,16 +831,22 @@ def encode_headers(headers: Headers) -> bytes:
             block.append(0x88)  # static entry 8, whole
             continue
         name, value = header
-        index = _NAME_INDEX.get(name, 0)
-        block += _integer(index, 4)
-        if not index:
-            block += _integer(len(name), 7)
-            block += name
-        block += _integer(len(value), 7)
+        block += _encoded_name(name)
+        length = len(value)
+        if length < 127:
+            block.append(length)
+        else:
+            block += _integer(length, 7)
         block += value
     if len(block) >= 16384:
         raise ValueError(f"a header block of {len(block)} bytes does not fit one frame")
     return bytes(block)
+
+
+@lru_cache(maxsize=256)  # the names are our own, and few
+def _encoded_name(name: bytes) -> bytes:
+    index = _NAME_INDEX.get(name, 0)
+    return _integer(index, 4) if index else b"\0" + _integer(len(name), 7) + name
 
 
 def _integer(value: int, bits: int) -> bytes:
