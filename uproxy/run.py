@@ -136,6 +136,10 @@ class _Proxy:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.stopping.set)
         self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        if self.settings.captured and not self.settings.probe_fds:
+            raise StartError(
+                "--capture ebpf needs --probe-fd, a socket made in the workload's cgroup: use `uproxy exec`"
+            )
         self._load_credentials()
         self.pending.discard("certificate")
         self._state.apply(await self._loop.run_in_executor(None, self._source.load))
@@ -237,10 +241,6 @@ class _Proxy:
     async def _prove_capture(self) -> None:
         """Dial ourselves through capture, with sockets made in the application's cgroup: programs, maps and getsockopt
         hook all have to work for the connection to arrive. Not ready otherwise (DESIGN.md section 5)."""
-        if not self.settings.probe_fds:
-            raise StartError(
-                "--capture ebpf needs --probe-fd, a socket made in the workload's cgroup: use `uproxy exec`"
-            )
         arrived: dict[tuple[str, int], asyncio.Event] = {}
         self._outbound.probed = lambda peer: arrived.setdefault(peer, asyncio.Event()).set()
         for fd in self.settings.probe_fds:
