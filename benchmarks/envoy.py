@@ -1,4 +1,4 @@
-"""A real Envoy that speaks HBONE as Istio configures it, as server and as client (HBONE.md section 3).
+"""A real Envoy that speaks HBONE as Istio configures it, as server and as client (docs/hbone.md 3).
 
 The server ends TLS on 15008 and turns CONNECT into TCP to one application. The client listens on loopback and
 tunnels every connection: tcp_proxy with tunneling_config over HTTP/2 and mTLS. The waypoint is both, with HTTP between.

@@ -21,10 +21,10 @@ class Flag(Enum):
 
 
 class RefusedError(Exception):
-    """A connection that is not made. `status` goes on the wire (HBONE.md 2.4), `reason` is machine readable.
+    """A connection that is not made. `status` goes on the wire (docs/hbone.md 2.4), `reason` is machine readable.
 
     `detail` is for the operator: what was refused and how to mend it. `policy` names the rule, if one decided.
-    `retriable`: no application byte was sent and another endpoint may answer (HBONE.md section 4).
+    `retriable`: no application byte was sent and another endpoint may answer (docs/hbone.md 4).
     """
 
     def __init__(

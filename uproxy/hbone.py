@@ -1,6 +1,6 @@
 """HBONE on the wire, without I/O: bytes in, events out; commands in, bytes out.
 
-One `Connection` is one HTTP/2 connection that carries CONNECT streams (RFC 9113 section 8.5; HBONE.md section 2).
+One `Connection` is one HTTP/2 connection that carries CONNECT streams (RFC 9113 section 8.5; docs/hbone.md 2).
 
 Who does what:
 - h2 keeps the connection preface, SETTINGS and PING: what happens once a connection, or once in seconds.
@@ -40,8 +40,8 @@ from hpack.table import HeaderTable
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-# Windows (PERFORMANCE.md 2b): 1 MiB a stream keeps a fast link full and small requests beside it quick; a stream starts
-# with a quarter, so that many slow readers hold little. The connection's window must exceed a stream's (HBONE.md 2.2).
+# Windows (docs/decisions.md): 1 MiB a stream keeps a fast link full and small requests beside it quick; a stream starts
+# with a quarter, so that many slow readers hold little. The connection's must exceed a stream's (docs/hbone.md 2.2).
 INITIAL_STREAM_WINDOW: Final = 256 << 10
 MAX_STREAM_WINDOW: Final = 1 << 20
 # A stream that was quick and then stops holds its whole window: few may have the large one.
@@ -64,7 +64,7 @@ MAX_SPILL: Final = 256 << 10
 OVERFLOW: Final = "the peer makes us answer and reads nothing"
 MIN_DATA: Final = 1024  # below this room, wait for a flush rather than send crumbs
 # Header and payload fill whole TLS records of 16 KiB: 16384 of payload would need two records. One active stream gets
-# four records a frame; several get one each, because a large frame delays its neighbours (PERFORMANCE.md 2b).
+# four records a frame; several get one each, because a large frame delays its neighbours (docs/decisions.md).
 SHARED_DATA: Final = (16 << 10) - 9
 SINGLE_DATA: Final = (64 << 10) - 9
 

@@ -1,7 +1,7 @@
 """One inbound connection's life, top to bottom: from a peer's tunnel to the application.
 
 accept -> TLS -> who is the peer? -> for each CONNECT stream: what does it ask for? -> may it? -> connect to the
-application -> 200 -> relay both ways -> one access-log record. Statuses are those of HBONE.md 2.4.
+application -> 200 -> relay both ways -> one access-log record. Statuses are those of docs/hbone.md 2.4.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def _bad_request(detail: str) -> RefusedError:
 
 
 def _refusal_headers(error: RefusedError, request_id: str) -> hbone.Headers:
-    """The status, and why (HBONE.md section 4): a reason for programs, the rule's name, and the id in both logs."""
+    """The status, and why (docs/hbone.md 4): a reason for programs, the rule's name, and the id in both logs."""
     headers = [
         (b":status", str(error.status).encode()),
         (b"x-uproxy-reason", error.reason.encode()),

@@ -86,7 +86,7 @@ class Outbound:
         await relay_and_record(app, relay, record, self._connections, self._telemetry, None)
 
     async def _open(self, plan: Plan, record: Connection) -> tuple[Relay, Hop]:
-        """A CONNECT stream that was answered with 200, on the first endpoint that gives one (HBONE.md section 4)."""
+        """A CONNECT stream that was answered with 200, on the first endpoint that gives one (docs/hbone.md 4)."""
         headers = _headers(plan, record)
         deadline = time.monotonic() + OPEN_TIMEOUT_S
         failed: RefusedError | None = None
@@ -165,7 +165,7 @@ async def relay_and_record(
 
 
 def _headers(plan: Plan, record: Connection) -> hbone.Headers:
-    """ztunnel's extra headers (HBONE.md 2.3), which no receiver may require."""
+    """ztunnel's extra headers (docs/hbone.md 2.3), which no receiver may require."""
     forwarded = f'for="{record.source.address}"'
     if plan.service is not None:
         forwarded += f";host={plan.service.hostname}"

@@ -265,7 +265,7 @@ _LINGER_RESET, _LINGER_OFF = b"\x01\0\0\0\0\0\0\0", b"\0\0\0\0\0\0\0\0"  # struc
 
 def reset_on_close(sock: socket.socket) -> None:
     """From here on whatever closes this socket, our own death included, resets it: what was written may be incomplete
-    and must not look whole (HBONE.md section 4). Only `close` ends it well."""
+    and must not look whole (docs/hbone.md 4). Only `close` ends it well."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
 

@@ -1,7 +1,7 @@
 """Tunnels to peers, shared by all connections that go the same way.
 
 The key is (peer address, the identity expected there): this process has one identity of its own. A burst of connections
-to a new peer opens one tunnel; the others wait for it (HBONE.md 2.6).
+to a new peer opens one tunnel; the others wait for it (docs/hbone.md 2.6).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Pool:
 
 
 def _refusal(hop: Hop, fields: dict[bytes, bytes]) -> RefusedError:
-    """What a status other than 200 means (HBONE.md 2.4), with the reason that a uProxy adds to it."""
+    """What a status other than 200 means (docs/hbone.md 2.4), with the reason that a uProxy adds to it."""
     text = fields[b":status"].decode("latin-1")
     status = int(text) if text.isdigit() else 502
     default = {400: "bad-request", 401: "policy"}.get(status, "upstream")

@@ -24,7 +24,7 @@ ORIG_DST_VERSION = 1
 
 
 class Route(IntEnum):
-    """What the kernel decided at connect(): a hint, which the proxy checks (DESIGN.md section 4)."""
+    """What the kernel decided at connect(): a hint, which the proxy checks."""
 
     UNKNOWN = 0
     TUNNEL = 1

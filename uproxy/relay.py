@@ -4,7 +4,7 @@ Backpressure: an application is read only when its stream, its tunnel and the ou
 peer gets credit only for bytes that the application's socket took. So nothing queues, but for what a peer had already
 sent when the application stopped reading: at most one stream window (`_pending`).
 
-Ends (HBONE.md sections 2.5 and 4): FIN crosses as END_STREAM and comes out as FIN; a reset or an error crosses as
+Ends (docs/hbone.md 2.5 and 4): FIN crosses as END_STREAM and comes out as FIN; a reset or an error crosses as
 RST_STREAM(CONNECT_ERROR) (RFC 9113 section 8.5) and comes out as RST, so truncated data never looks whole.
 """
 

@@ -13,13 +13,13 @@ from control.api.workload import Service, Workload
 from control.client.state import State
 from uproxy.errors import Flag, RefusedError
 
-# One connection is tried on at most this many endpoints (HBONE.md section 4: "at most two more").
+# One connection is tried on at most this many endpoints (docs/hbone.md 4: "at most two more").
 MAX_HOPS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One way to go: the peer's uProxy, who it must be, and what it is asked for (HBONE.md 2.3)."""
+    """One way to go: the peer's uProxy, who it must be, and what it is asked for (docs/hbone.md 2.3)."""
 
     address: IpAddress
     expected: SpiffeId

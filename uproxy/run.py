@@ -240,7 +240,7 @@ class _Proxy:
 
     async def _prove_capture(self) -> None:
         """Dial ourselves through capture, with sockets made in the application's cgroup: programs, maps and getsockopt
-        hook all have to work for the connection to arrive. Not ready otherwise (DESIGN.md section 5)."""
+        hook all have to work for the connection to arrive. Not ready otherwise."""
         arrived: dict[tuple[str, int], asyncio.Event] = {}
         self._outbound.probed = lambda peer: arrived.setdefault(peer, asyncio.Event()).set()
         for fd in self.settings.probe_fds:

@@ -1,7 +1,7 @@
 """mTLS between proxies: this workload's certificate, the two TLS contexts made from it, and who the peer is.
 
 TLS 1.3 and ALPN h2, nothing else; a certificate is required on both sides; no SNI, no session tickets, no
-system CAs (HBONE.md 2.1, PERFORMANCE.md section 3). OpenSSL verifies the peer's chain, its times and its
+system CAs (docs/hbone.md 2.1). OpenSSL verifies the peer's chain, its times and its
 purpose in the handshake; `peer_identity` then decides, from the leaf's own bytes, who the peer is.
 """
 

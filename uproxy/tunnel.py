@@ -25,7 +25,7 @@ from uproxy.tls import handshake_refusal
 HBONE_PORT = 15008
 CONNECT_TIMEOUT_S = 10.0  # ztunnel's
 HANDSHAKE_TIMEOUT_S = 10.0
-# Both ends ask after 10 s of silence and give up 20 s later (HBONE.md 2.2).
+# Both ends ask after 10 s of silence and give up 20 s later (docs/hbone.md 2.2).
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 20.0
 # After our close_notify and FIN a peer that reads at all closes within a round trip.
@@ -261,7 +261,7 @@ class Tunnel:
     # -- keepalive and the end
 
     def tick(self, now: float) -> None:
-        """Called every few seconds: keepalive (HBONE.md 2.2)."""
+        """Called every few seconds: keepalive (docs/hbone.md 2.2)."""
         if self._finished_at is not None:
             if now - self._finished_at > LINGER_S:
                 self._fail("the peer did not close the tunnel")

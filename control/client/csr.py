@@ -2,7 +2,7 @@
 
     python -m control.client.csr --dir DIR --id spiffe://cluster.local/ns/shop/sa/web
 
-A process of its own and short-lived: `cryptography` costs a proxy 25 MB (PERFORMANCE.md section 4), and the key
+A process of its own and short-lived: `cryptography` costs a proxy 25 MB, and the key
 is made where it is used, so that it travels nowhere.
 """
 
@@ -47,7 +47,7 @@ def make_request(directory: str | Path, identity: SpiffeId) -> Path:
 
 
 def request(key: ec.EllipticCurvePrivateKey, identity: SpiffeId) -> bytes:
-    """A CSR in PEM with an empty subject and the identity as its critical SAN, as ztunnel sends it (HBONE.md 2.1)."""
+    """A CSR in PEM with an empty subject and the identity as its critical SAN, like ztunnel's (docs/hbone.md 2.1)."""
     name = x509.UniformResourceIdentifier(str(identity))
     csr = (
         x509.CertificateSigningRequestBuilder()

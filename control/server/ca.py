@@ -6,7 +6,7 @@ A CA is one directory, made whole by `Authority.create` or not at all:
     intermediate.pem, intermediate-key.pem  signs SVIDs
     passphrase                              decrypts both keys, unless the operator keeps one elsewhere
 
-Keys are encrypted PKCS #8. An SVID is as DESIGN.md section 4 has it: P-256, the identity in the one URI SAN.
+Keys are encrypted PKCS #8. An SVID is on P-256, the identity in the one URI SAN.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def test_hundreds_of_short_connections_one_after_the_other(way: Tunnel):
 
 
 def test_an_application_that_refuses_is_reported_by_closing(way: Tunnel):
-    """Envoy answers 200 or 503 (HBONE.md 2.4); either way web's connection ends soon, and by reset from a uProxy."""
+    """Envoy answers 200 or 503 (docs/hbone.md 2.4); either way web's connection ends, by reset from a uProxy."""
     started = time.monotonic()
     with way.without_application():
         how = way.refused_how()

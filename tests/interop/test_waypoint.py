@@ -1,4 +1,4 @@
-"""An Envoy as Istio's waypoint between two uProxies (HBONE.md section 3): it is dialled by one and dials the other."""
+"""An Envoy as Istio's waypoint between two uProxies (docs/hbone.md 3): it is dialled by one and dials the other."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_frames_in_flight_to_a_stream_that_was_reset_are_counted_and_dropped(pai
     in_flight = drain(pair.client)
     pair.server.reset(theirs, ErrorCode.CANCEL)
     assert feed(pair.server, in_flight, pair.step) == []
-    # The connection window counts the bytes of a stream that is gone (HBONE.md 2.5), or the tunnel slowly dies.
+    # The connection window counts the bytes of a stream that is gone (docs/hbone.md 2.5), or the tunnel slowly dies.
     assert pair.server._recv_window + pair.server._recv_unacknowledged == CONNECTION_WINDOW
     assert pair.server._recv_unacknowledged == 4000
 

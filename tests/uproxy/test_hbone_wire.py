@@ -1,4 +1,4 @@
-"""A running uProxy against a hand-made client: the statuses of HBONE.md 2.4, TLS that must fail, and frames that must.
+"""A running uProxy against a hand-made client: the statuses of docs/hbone.md 2.4, TLS and frames that must fail.
 
 Every test also shows that the proxy goes on serving: one peer's mistake is that peer's only.
 """

@@ -1,4 +1,4 @@
-"""SPIFFE IDs: one negative test for each clause of the grammar (STANDARDS.md 3.3)."""
+"""SPIFFE IDs: one negative test for each clause of the grammar."""
 
 from __future__ import annotations
 
