@@ -197,7 +197,7 @@ class _Connection(asyncio.Protocol):
         self._answered = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's does not derive from asyncio's
+        self._transport = cast("asyncio.Transport", transport)  # a stream's, since create_server made it
         self._timer = self._loop.call_later(TIMEOUT_S, self._transport.abort)
         if len(self._open) >= MAX_CONNECTIONS:
             self._answer(_text("too many connections", HTTPStatus.SERVICE_UNAVAILABLE))

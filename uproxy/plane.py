@@ -1,9 +1,13 @@
-"""The data plane's turn: one epoll set of its own, nested in the asyncio loop that runs control work.
+"""The data plane's turn, and the loop that takes turns while asyncio waits.
 
-A *turn* is: poll the set once, run each ready descriptor's callback, step the coroutines that those woke, then
-flush every tunnel that has frames to send, so that all frames of one turn leave in one TLS write (the largest single
-gain under concurrency, docs/decisions.md). Coroutines here wait on `Waiter`s, not on asyncio futures: stepping one
-costs about a microsecond, and a connection's life still reads top to bottom.
+A *turn* is: poll once, run each ready descriptor's callback, step the coroutines that those woke, then flush every
+tunnel that has frames to send, so that all frames of one turn leave in one TLS write (the largest single gain under
+concurrency, docs/decisions.md). Coroutines here wait on `Waiter`s, not on asyncio futures: stepping one costs about a
+microsecond, and a connection's life still reads top to bottom.
+
+Both planes share one epoll set and one thread. Control work (signals, files, admin ports) is asyncio's; when that has
+nothing to do it calls its selector, and the selector takes turns until a descriptor or a timer of asyncio's is ready.
+So a busy data plane pays one epoll_wait a turn, and nothing for asyncio.
 """
 
 from __future__ import annotations
@@ -14,9 +18,12 @@ import errno
 import logging
 import os
 import select
+import selectors
 import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
+from heapq import heappop, heappush
+from time import monotonic
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -26,6 +33,9 @@ _IP_BIND_ADDRESS_NO_PORT = 24  # ip(7); Python 3.11 has no name for it
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 READ_READY = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+
+# Timers of the data plane are deadlines of seconds: kept in steps, so that setting and cancelling one is cheap.
+TIMER_STEPS_PER_S = 10
 
 # Events taken in one poll. More would let one turn run long; fewer would split the write of a busy turn.
 EVENTS_PER_TURN = 128
@@ -107,21 +117,75 @@ class Flushable(Protocol):
     def flush(self) -> None: ...
 
 
+class Timer:
+    """A deadline that has not come; it comes up to a step late, never early."""
+
+    __slots__ = ("_step", "callback")
+
+    def __init__(self, step: set[Timer], callback: Callable[[], None]) -> None:
+        self._step = step
+        self.callback = callback
+        step.add(self)
+
+    def cancel(self) -> None:
+        self._step.discard(self)
+
+
+class _Selector(selectors.EpollSelector):
+    """asyncio's selector. `plane`, once it is there, waits in its place."""
+
+    plane: Plane | None = None
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if self.plane is None:
+            return super().select(timeout)
+        return self.plane.take_turns(timeout)
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's loop, on a selector that takes turns of the data plane."""
+
+    called = False
+    """Whether something was scheduled since `take_turns` began: then asyncio has to look again."""
+
+    def __init__(self) -> None:
+        self.selector = _Selector()
+        super().__init__(self.selector)
+
+    def call_soon(self, *args: Any, **kwargs: Any) -> asyncio.Handle:  # type: ignore[override]  # passed on as they are
+        self.called = True
+        return super().call_soon(*args, **kwargs)
+
+    def call_at(self, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:  # type: ignore[override]
+        self.called = True
+        return super().call_at(*args, **kwargs)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` on a `Loop`."""
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        return runner.run(main)
+
+
 class Plane:
-    """One epoll set, its callbacks, its coroutines, and what must be flushed at the end of the turn."""
+    """The data plane's callbacks, coroutines and timers, and what must be flushed at the end of the turn."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert isinstance(loop, Loop)
         self.loop = loop
         self.tasks: set[Task] = set()
-        self._epoll = select.epoll()
+        self._selector = loop.selector
+        # The same epoll set, through a descriptor of our own: both close theirs.
+        self._epoll = select.epoll.fromfd(os.dup(loop.selector.fileno()))
         self._callbacks: dict[int, EventCallback] = {}
         self._woken: deque[Task] = deque()
         self._dirty: list[Flushable] = []
-        self._in_turn = False
-        loop.add_reader(self._epoll.fileno(), self._turn)
+        self._timers: dict[int, set[Timer]] = {}
+        self._due: list[int] = []  # the steps that have timers: a heap
+        self._selector.plane = self
 
     def close(self) -> None:
-        self.loop.remove_reader(self._epoll.fileno())
+        self._selector.plane = None
         self._epoll.close()
 
     # -- descriptors
@@ -154,27 +218,23 @@ class Plane:
 
     def wake(self, task: Task) -> None:
         self._woken.append(task)
-        if not self._in_turn:
-            self.loop.call_soon(self.run, _nothing)
 
     def mark_dirty(self, item: Flushable) -> None:
         """Flush `item` at the end of this turn. The caller keeps track of being marked already."""
         self._dirty.append(item)
-        if not self._in_turn:
-            self.loop.call_soon(self.run, _nothing)
 
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        return self.loop.call_later(delay_s, self.run, callback)
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        step = int((monotonic() + delay_s) * TIMER_STEPS_PER_S) + 1
+        timers = self._timers.get(step)
+        if timers is None:
+            timers = self._timers[step] = set()
+            heappush(self._due, step)
+        return Timer(timers, callback)
 
     def run(self, callback: Callable[[], None]) -> None:
-        """Call into the data plane from the control side, as a turn of its own."""
-        outer, self._in_turn = self._in_turn, True
-        try:
-            callback()
-            if not outer:
-                self._finish_turn()
-        finally:
-            self._in_turn = outer
+        """Call into the data plane from the control side, and send at once what that asks for."""
+        callback()
+        self._finish_turn()
 
     async def wait(self, waiter: Waiter[T], timeout_s: float) -> T:
         """Wait with a deadline; raises TimeoutError when it passes."""
@@ -223,22 +283,69 @@ class Plane:
 
     # -- the turn
 
-    def _turn(self) -> None:
-        self._in_turn = True
-        try:
-            for fd, events in self._epoll.poll(0, EVENTS_PER_TURN):
-                callback = self._callbacks.get(fd)
+    def take_turns(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Turns, until asyncio has something to do: a ready descriptor, a due timer, or a call that was scheduled.
+
+        `timeout`: seconds until asyncio's next timer, None when it has none (as for BaseSelector.select).
+        """
+        loop = self.loop
+        loop.called = False
+        now = monotonic()
+        end = None if timeout is None else now + max(timeout, 0.0)
+        while True:
+            self._finish_turn()  # what control work asked for since the last turn
+            if loop.called:
+                return self._turn(0.0)
+            ready = self._turn(self._patience(now, end))
+            now = monotonic()
+            if self._due and self._due[0] <= now * TIMER_STEPS_PER_S:
+                self._expire(now)
+            if ready or loop.called or (end is not None and now >= end):
+                return ready
+
+    def _patience(self, now: float, end: float | None) -> float:
+        """Seconds that a poll may wait; -1 for ever."""
+        if self._due:
+            step = self._due[0] / TIMER_STEPS_PER_S
+            end = step if end is None else min(end, step)
+        return -1.0 if end is None else max(end - now, 0.0)
+
+    def _expire(self, now: float) -> None:
+        while self._due and self._due[0] <= now * TIMER_STEPS_PER_S:
+            timers = self._timers.pop(heappop(self._due))
+            while timers:
+                self._call(timers.pop().callback)
+        self._finish_turn()
+
+    def _turn(self, patience_s: float) -> list[tuple[selectors.SelectorKey, int]]:
+        """One turn. Returns the ready descriptors that are asyncio's."""
+        ready = []
+        callbacks = self._callbacks
+        for fd, events in self._epoll.poll(patience_s, EVENTS_PER_TURN):
+            callback = callbacks.get(fd)
+            if callback is not None:
+                try:
+                    callback(events)
+                except Exception:
+                    # Our bug, in one connection: drop the descriptor, keep the others going.
+                    log.exception("the callback of descriptor %d failed", fd)
+                    self.unwatch(fd)
+            else:
+                key = self._selector.get_map().get(fd)
                 # None: an earlier callback of this turn closed it.
-                if callback is not None:
-                    try:
-                        callback(events)
-                    except Exception:
-                        # Our bug, in one connection: drop the descriptor, keep the others going.
-                        log.exception("the callback of descriptor %d failed", fd)
-                        self.unwatch(fd)
-            self._finish_turn()
-        finally:
-            self._in_turn = False
+                if key is not None:
+                    # An error or a hang-up counts as both, as in selectors.EpollSelector.
+                    writable = selectors.EVENT_WRITE if events & ~select.EPOLLIN else 0
+                    readable = selectors.EVENT_READ if events & ~select.EPOLLOUT else 0
+                    ready.append((key, (writable | readable) & key.events))
+        self._finish_turn()
+        return ready
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:
+            log.exception("a timer of the data plane failed")  # our bug; the other timers still come
 
     def _finish_turn(self) -> None:
         woken, dirty = self._woken, self._dirty
@@ -255,9 +362,6 @@ class Plane:
                     except Exception:
                         # Our bug, in one tunnel: the others' frames still leave.
                         log.exception("a tunnel could not be flushed")
-
-
-def _nothing() -> None: ...
 
 
 _LINGER_RESET, _LINGER_OFF = b"\x01\0\0\0\0\0\0\0", b"\0\0\0\0\0\0\0\0"  # struct linger {1, 0} and {0, 0}

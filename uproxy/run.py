@@ -18,8 +18,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
-import uvloop
-
 import uproxy
 from control.client.files import ConfigError, FileSource
 from control.client.state import State
@@ -63,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _harden()
     try:
-        return uvloop.run(_run(settings))
+        return plane.run(_run(settings))
     except (StartError, ConfigError, CredentialsError) as error:
         print(f"uproxy run: {settings.key}: {error}", file=sys.stderr)
         return 1

@@ -13,11 +13,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uproxy import access_log
+from uproxy import access_log, plane
 from uproxy.access_log import AccessLog, Style
 from uproxy.errors import Flag
 from uproxy.telemetry import Connection, Peer
@@ -407,7 +406,7 @@ def test_the_loop_flushes(tmp_path, monkeypatch):
         assert log._lines or log._timer is None  # no timer without work
         log.close()
 
-    uvloop.run(run())
+    plane.run(run())
     written = errors_in(path.read_text())
     assert written == [str(i) for i in range(len(written))]
 

@@ -7,11 +7,10 @@ import logging
 from http import HTTPStatus
 
 import pytest
-import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uproxy import admin
+from uproxy import admin, plane
 
 OK = "GET {} HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -34,7 +33,7 @@ def converse(routes, *sent: bytes, finish: bool = False) -> bytes:
             finally:
                 await close(writer)
 
-    return uvloop.run(run())
+    return plane.run(run())
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
@@ -149,7 +148,7 @@ def test_a_client_that_stalls_is_cut(monkeypatch):
             assert await asyncio.wait_for(reader.read(), 5) == b""
             await close(writer)
 
-    uvloop.run(run())
+    plane.run(run())
 
 
 def test_a_client_that_does_not_take_its_answer_is_cut(monkeypatch):
@@ -165,7 +164,7 @@ def test_a_client_that_does_not_take_its_answer_is_cut(monkeypatch):
                 await asyncio.wait_for(reader.readexactly(50_000_000), 5)
             await close(writer)
 
-    uvloop.run(run())
+    plane.run(run())
 
 
 def test_connections_are_bounded_and_a_place_is_given_back():
@@ -193,7 +192,7 @@ def test_connections_are_bounded_and_a_place_is_given_back():
             for _, writer in idle:
                 await close(writer)
 
-    uvloop.run(run())
+    plane.run(run())
 
 
 class TestRoutes:

@@ -7,13 +7,12 @@ import socket
 from pathlib import Path
 
 import pytest
-import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
 from control.server.ca import Authority
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, Pair, connected_pair, running_pair
-from uproxy import explicit
+from uproxy import explicit, plane
 from uproxy.explicit import Forward
 
 GREETING, ACCEPTED = b"\x05\x01\x00", b"\x05\x00"
@@ -82,7 +81,7 @@ def test_socks5(tmp_path: Path, authority: Authority) -> None:
         finally:
             app.close()
 
-    uvloop.run(main())
+    plane.run(main())
 
 
 @pytest.mark.parametrize("text", ["", "9080", "127.0.0.1:9080", "a=b", "1.2.3.4:0=x:1", "1.2.3.4:70000=x:1", ":1=x:1"])

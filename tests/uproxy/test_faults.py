@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvloop
 
 from control.api.policy import Action, AuthorizationPolicy, Rule, Source
 from control.server.ca import Authority
@@ -59,7 +58,7 @@ def run(
         finally:
             app.close()
 
-    uvloop.run(main())
+    plane.run(main())
 
 
 async def eventually(check: Callable[[], bool], what: str, seconds: float = 5.0) -> None:
@@ -470,7 +469,7 @@ def test_a_flush_that_fails_keeps_no_other_from_its_turn() -> None:
         await asyncio.sleep(0.01)
         data_plane.close()
 
-    uvloop.run(main())
+    plane.run(main())
     assert len(flushed) == 1
 
 

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-import uvloop
 
 from control.api.identity import SpiffeId
 from control.api.policy import Action, AuthorizationPolicy, Rule, Source
 from control.server.ca import Authority
 from tests.support.pair import DB_ADDRESS, Pair, running_pair
+from uproxy import plane
 from uproxy.errors import Flag
 
 Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -46,7 +46,7 @@ def run(tmp_path: Path, authority: Authority, server: Server, client: Callable[[
         finally:
             app.close()
 
-    uvloop.run(main())
+    plane.run(main())
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

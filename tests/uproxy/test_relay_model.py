@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,7 +127,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def test_a_connection_is_like_plain_tcp(
     tmp_path_factory: pytest.TempPathFactory, authority: Authority, slow: list[bool], history: list[Step]
 ) -> None:
-    uvloop.run(live_through(tmp_path_factory.getbasetemp() / "pair", authority, slow, history))
+    plane.run(live_through(tmp_path_factory.getbasetemp() / "pair", authority, slow, history))
 
 
 async def live_through(directory: Path, authority: Authority, slow: list[bool], history: list[Step]) -> None:

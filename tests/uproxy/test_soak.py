@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import uvloop
 
 from control.server.ca import write_identity
 from tests.support.certificates import DB, WEB
 from tests.support.site import Site
+from uproxy import plane
 
 NETWORK = "127.0.81"
 SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
@@ -52,7 +52,7 @@ def test_memory_descriptors_and_tasks_stay_flat(tmp_path: Path) -> None:
     site = Site.create(tmp_path, NETWORK)
     # Files, not pipes: the access log is part of the load.
     with site.running("db") as db, site.running("web") as web:
-        samples = uvloop.run(soak(site, {"web": web, "db": db}))
+        samples = plane.run(soak(site, {"web": web, "db": db}))
         for name, seen in samples.items():
             print(name, *seen, sep="\n  ")
         for seen in samples.values():
