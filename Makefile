@@ -41,7 +41,7 @@ fix: setup  ## Format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## Measure the tunnel against plain TCP and Envoy; prints a table, writes JSON
+bench: setup  ## Measure the tunnel against plain TCP and Envoy; four minutes, prints a table
 	$(BIN)/python -m benchmarks.paths
 
 soak: setup  ## Minutes of load: memory, descriptors and map entries must stay flat
