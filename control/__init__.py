@@ -1,4 +1,4 @@
-"""The control plane, in four parts.
+"""The control plane, in four parts, and `durable`, which writes their files whole or not at all.
 
 api       the vocabulary both planes share: identities, labels, resources, policy, records, topics. Pure.
 client    what a proxy runs: where its configuration comes from, the state it keeps of it, its key and CSR.
