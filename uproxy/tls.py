@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from control.api.identity import SpiffeId
+from control.client.x509 import Leaf, X509Error, check_svid, read_leaf, svid_identity
 from uproxy.errors import Flag, RefusedError
-from uproxy.x509 import Leaf, X509Error, check_svid, read_leaf, svid_identity
 
 KEY_FILE = "key.pem"
 CHAIN_FILE = "chain.pem"

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from control import durable
 from control.api.identity import SpiffeId, proxy_hash
 from control.client.csr import request
+from control.client.x509 import check_svid, read_leaf
 from control.server.ca import MAX_TTL_S, Authority, CaError, write_identity
 from tests.support.certificates import DB, WEB
-from uproxy.x509 import check_svid, read_leaf
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 CSR = request(KEY, WEB)

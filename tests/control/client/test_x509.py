@@ -14,10 +14,10 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from control.client.x509 import CLIENT_AUTH, MAX_LEAF_BYTES, SERVER_AUTH, Leaf, X509Error, check_svid, read_leaf
 from control.server.ca import Authority
 from tests.support.certificates import BOTH_PURPOSES, WEB, forge, usage
 from tests.support.certificates import der_value as tlv
-from uproxy.x509 import CLIENT_AUTH, MAX_LEAF_BYTES, SERVER_AUTH, Leaf, X509Error, check_svid, read_leaf
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 GOOD = forge(None, key=KEY)
