@@ -23,6 +23,7 @@ from uproxy import hbone, plane, tunnel
 from uproxy.authz import Decision, Policies, compile_policies
 from uproxy.connections import Connections
 from uproxy.errors import Flag, RefusedError
+from uproxy.header_block import Headers
 from uproxy.outbound import Self, fail, host_port, relay_and_record
 from uproxy.plane import Plane
 from uproxy.relay import Relay
@@ -109,12 +110,12 @@ class Inbound:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
 
-    def _on_request(self, carrier: Tunnel, relay: Relay, headers: hbone.Headers, ended: bool) -> None:
+    def _on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
         if ended:
             relay.on_end()
         self._plane.spawn(self._serve_connect(carrier, relay, headers))
 
-    async def _serve_connect(self, carrier: Tunnel, relay: Relay, headers: hbone.Headers) -> None:
+    async def _serve_connect(self, carrier: Tunnel, relay: Relay, headers: Headers) -> None:
         """One CONNECT stream, to its end. Never raises."""
         fields = dict(headers)
         traced = _TRACEPARENT.fullmatch(fields.get(b"traceparent", b""))
@@ -292,7 +293,7 @@ def _bad_request(detail: str) -> RefusedError:
     return RefusedError("bad-request", detail, status=400, flag=Flag.DENY)
 
 
-def _refusal_headers(error: RefusedError, request_id: str) -> hbone.Headers:
+def _refusal_headers(error: RefusedError, request_id: str) -> Headers:
     """The status, and why (docs/hbone.md 4): a reason for programs, the rule's name, and the id in both logs."""
     headers = [
         (b":status", str(error.status).encode()),

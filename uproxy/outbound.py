@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from control.api.address import IpAddress
 from control.client.state import State
-from uproxy import hbone, plane
+from uproxy import plane
 from uproxy.connections import Connections, Live
 from uproxy.errors import RefusedError
+from uproxy.header_block import Headers
 from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route, original_destination
@@ -164,7 +165,7 @@ async def relay_and_record(
     telemetry.closed(record, time.monotonic())
 
 
-def _headers(plan: Plan, record: Connection) -> hbone.Headers:
+def _headers(plan: Plan, record: Connection) -> Headers:
     """ztunnel's extra headers (docs/hbone.md 2.3), which no receiver may require."""
     forwarded = f'for="{record.source.address}"'
     if plan.service is not None:

@@ -14,6 +14,7 @@ from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from uproxy import hbone, tunnel
 from uproxy.errors import Flag, RefusedError
+from uproxy.header_block import Headers
 from uproxy.plane import Plane, Waiter
 from uproxy.relay import Relay
 from uproxy.resolve import Hop
@@ -45,7 +46,7 @@ class Pool:
     def tunnels(self) -> list[Tunnel]:
         return [t for group in self._tunnels.values() for t in group]
 
-    async def connect(self, hop: Hop, headers: hbone.Headers) -> Relay:
+    async def connect(self, hop: Hop, headers: Headers) -> Relay:
         """Open a CONNECT stream to a hop and wait for its 200. Raises RefusedError with what the peer said."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
             carrier, fresh = await self._tunnel(hop)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from uproxy import hbone, plane
 from uproxy.errors import Flag
 from uproxy.hbone import ErrorCode
+from uproxy.header_block import Headers
 
 if TYPE_CHECKING:
     from uproxy.tunnel import Tunnel
@@ -42,7 +43,7 @@ CLEAN = Outcome(Flag.NONE, "")
 class _Nobody:
     """Owns the streams of relays that have ended: what still arrives is dropped."""
 
-    def on_response(self, headers: hbone.Headers) -> None: ...
+    def on_response(self, headers: Headers) -> None: ...
 
     def on_data(self, data: memoryview) -> None: ...
 
@@ -83,7 +84,7 @@ class Relay:
     def __init__(self, tunnel: Tunnel, stream: hbone.Stream) -> None:
         self.tunnel = tunnel
         self.stream = stream
-        self.response: plane.Waiter[hbone.Headers] = plane.Waiter(tunnel.plane)
+        self.response: plane.Waiter[Headers] = plane.Waiter(tunnel.plane)
         self.done: plane.Waiter[Outcome] = plane.Waiter(tunnel.plane)
         self.outcome: Outcome | None = None
         self.sent = 0  # bytes from the application into the tunnel
@@ -118,7 +119,7 @@ class Relay:
 
     # -- from the tunnel
 
-    def on_response(self, headers: hbone.Headers) -> None:
+    def on_response(self, headers: Headers) -> None:
         self.response.set(headers)
 
     def on_data(self, data: memoryview) -> None:

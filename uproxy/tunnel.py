@@ -19,6 +19,7 @@ from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from uproxy import hbone, plane
 from uproxy.errors import Flag, RefusedError
+from uproxy.header_block import Headers
 from uproxy.relay import Relay
 from uproxy.tls import handshake_refusal
 
@@ -36,7 +37,7 @@ _CIPHERTEXT_VIEW = memoryview(_CIPHERTEXT)
 # A read of ciphertext can complete one record begun before it: never more plaintext than this.
 _PLAINTEXT_VIEW = memoryview(bytearray((128 << 10) + (32 << 10)))
 
-RequestCallback = Callable[["Tunnel", Relay, hbone.Headers, bool], None]
+RequestCallback = Callable[["Tunnel", Relay, Headers, bool], None]
 
 
 log = logging.getLogger(__name__)
@@ -94,12 +95,12 @@ class Tunnel:
 
     # -- streams
 
-    def open(self, headers: hbone.Headers) -> Relay:
+    def open(self, headers: Headers) -> Relay:
         relay = Relay(self, self.connection.open(headers))
         self.touch()
         return relay
 
-    def respond(self, relay: Relay, headers: hbone.Headers, *, end: bool = False) -> None:
+    def respond(self, relay: Relay, headers: Headers, *, end: bool = False) -> None:
         if not self.closed and relay.outcome is None:
             self.connection.respond(relay.stream, headers, end=end)
             self.touch()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
-from uproxy import hbone
 from uproxy.hbone import Connection, DataReceived, Event, Stream
+from uproxy.header_block import Headers
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -121,7 +121,7 @@ class Pair:
             self.server_events += feed(self.server, to_server, self.step)
             self.client_events += feed(self.client, to_client, self.step)
 
-    def opened(self, headers: hbone.Headers = CONNECT) -> tuple[Stream, Stream]:
+    def opened(self, headers: Headers = CONNECT) -> tuple[Stream, Stream]:
         """An answered stream: the client's end and the server's."""
         mine = self.client.open(headers)
         self.exchange()

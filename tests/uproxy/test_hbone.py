@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.support import hbone as raw
 from tests.support.hbone import CONNECT, OK, Pair, data_of, drain, feed, frames_of, put
-from uproxy import hbone
+from uproxy import hbone, header_block
 from uproxy.hbone import (
     CONNECTION_WINDOW,
     INITIAL_STREAM_WINDOW,
@@ -497,10 +497,10 @@ TestInterleaving.settings = settings(max_examples=settings().max_examples // 2, 
 def test_an_encoded_header_block_decodes_to_itself(headers):
     from hpack import Decoder
 
-    block = hbone.encode_headers(headers)
+    block = header_block.encode_headers(headers)
     reference = [(bytes(n), bytes(v)) for n, v in Decoder().decode(block, raw=True)]
     assert reference == headers
-    quick = hbone.decode_literals(block)
+    quick = header_block.decode_literals(block)
     assert quick is None or quick == headers
 
 
@@ -510,7 +510,7 @@ def test_the_quick_decoder_never_disagrees_with_the_general_one(block):
     """Where the quick decoder has an answer, the general one has the same: no two readings of one block."""
     from hpack import Decoder
 
-    quick = hbone.decode_literals(block)
+    quick = header_block.decode_literals(block)
     if quick is not None:
         decoder = Decoder()
         decoder.max_allowed_table_size = decoder.header_table_size
