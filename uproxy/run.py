@@ -344,7 +344,13 @@ class _Proxy:
             "workloads": [workload.key for workload in self._state.workloads()],
             "certificate": {"serial": f"{self._credentials.serial:x}", "not_after": self._credentials.not_after},
             "tunnels": [
-                {"peer": str(t.peer), "address": t.peer_address, "streams": len(t.connection.streams)}
+                {
+                    "peer": str(t.peer),
+                    "address": t.peer_address,
+                    "streams": len(t.connection.streams),
+                    "send_window": t.connection.send_window,
+                    "waiting_for_room": len(t.starved),
+                }
                 for t in self._pool.tunnels()
             ],
             "connections": [
