@@ -66,6 +66,10 @@ SINGLE_DATA: Final = (64 << 10) - 9
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 MAX_WINDOW: Final = (1 << 31) - 1
+# Of a peer's stream window this size or larger, the last quarter is left unused. Envoy gives 16 MiB a stream, 24 MiB a
+# connection, and credit in halves: one stopped reader that holds a whole window can leave the connection without any,
+# for good, and with it every other stream (docs/hbone.md 2.5). Three quarters cannot.
+LARGE_PEER_WINDOW: Final = 1 << 20
 _DEFAULT_WINDOW: Final = 65535
 _HEADER = struct.Struct(">HBBBL")
 _U32 = struct.Struct(">L")
@@ -202,6 +206,7 @@ class Connection:
         self.overflowed = False  # frames were lost, because the peer reads none: the connection is over
         self.send_window = _DEFAULT_WINDOW
         self._peer_initial_window = _DEFAULT_WINDOW
+        self._withheld = 0  # of each stream's window
         self._peer_max_frame = 16384
         self._recv_window = CONNECTION_WINDOW
         self._recv_unacknowledged = 0
@@ -276,7 +281,7 @@ class Connection:
     def open(self, headers: Headers) -> Stream:
         """Start a request stream (client only)."""
         block = encode_headers(headers)
-        stream = Stream(self._next_id, self._peer_initial_window)
+        stream = Stream(self._next_id, self._peer_initial_window - self._withheld)
         self._next_id += 2
         self.streams[stream.id] = stream
         if self._quota < CONTROL_QUOTA:
@@ -559,8 +564,7 @@ class Connection:
         if isinstance(event, RemoteSettingsChanged):
             for code, change in event.changed_settings.items():
                 if code == SettingCodes.INITIAL_WINDOW_SIZE:
-                    self._shift_windows(change.new_value - self._peer_initial_window)
-                    self._peer_initial_window = change.new_value
+                    self._change_windows(change.new_value)
                     events.append(WindowOpened(None))
                 elif code == SettingCodes.MAX_FRAME_SIZE:
                     self._peer_max_frame = change.new_value
@@ -572,11 +576,14 @@ class Connection:
         elif isinstance(event, PingAckReceived):
             events.append(PongReceived(event.ping_data))
 
-    def _shift_windows(self, delta: int) -> None:
+    def _change_windows(self, initial: int) -> None:
         """RFC 9113 section 6.9.2: a new initial window applies to the streams that exist; they may go negative."""
+        before = self._peer_initial_window - self._withheld
+        self._peer_initial_window = initial
+        self._withheld = initial // 4 if initial >= LARGE_PEER_WINDOW else 0
         for stream in self.streams.values():
-            stream.send_window += delta
-            if stream.send_window > MAX_WINDOW:
+            stream.send_window += initial - self._withheld - before
+            if stream.send_window + self._withheld > MAX_WINDOW:
                 raise ProtocolError(ErrorCode.FLOW_CONTROL_ERROR, "SETTINGS overflow a stream's window")
 
     def _handle_window_update(self, stream_id: int, increment: int, events: list[Event]) -> None:
@@ -594,7 +601,7 @@ class Connection:
             self._check_not_idle(stream_id, "WINDOW_UPDATE")
             return
         stream.send_window += increment
-        if stream.send_window > MAX_WINDOW:
+        if stream.send_window + self._withheld > MAX_WINDOW:
             self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
             events.append(StreamReset(stream, ErrorCode.FLOW_CONTROL_ERROR))
         else:
@@ -686,7 +693,7 @@ class Connection:
             code = ErrorCode.PROTOCOL_ERROR if skipped else ErrorCode.STREAM_CLOSED
             raise ProtocolError(code, f"HEADERS on stream {stream_id}, which is closed")
         self._highest_peer_id = stream_id
-        stream = Stream(stream_id, self._peer_initial_window)
+        stream = Stream(stream_id, self._peer_initial_window - self._withheld)
         self.streams[stream_id] = stream
         self._opened += 1
         if stream_id > self._last_admitted_id or len(self.streams) > MAX_CONCURRENT_STREAMS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -446,6 +447,20 @@ def test_settings_shift_the_windows_of_streams_that_exist_also_below_zero():
     assert len(server.reserve(stream)) == 5
     feed(server, request(3))
     assert server.streams[3].send_window == 1000
+
+
+def test_the_last_quarter_of_a_large_window_is_left_unused():
+    server = connected(client=False)
+    feed(server, request())
+    feed(server, raw.settings([(INITIAL_WINDOW, 16 << 20)]))
+    assert server.streams[1].send_window == 12 << 20
+    feed(server, request(3))
+    assert server.streams[3].send_window == 12 << 20
+    feed(server, raw.settings([(INITIAL_WINDOW, (1 << 20) - 1)]))
+    assert server.streams[1].send_window == server.streams[3].send_window == (1 << 20) - 1
+    feed(server, raw.settings([(INITIAL_WINDOW, 0x7FFFFFFF)]))
+    # What is left unused counts in the peer's arithmetic.
+    assert feed(server, frame(WINDOW_UPDATE, 0, 3, u32(1))) == [StreamReset(mock.ANY, E.FLOW_CONTROL_ERROR)]
 
 
 def test_a_smaller_frame_size_holds_for_the_next_frame():
