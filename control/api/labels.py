@@ -22,6 +22,7 @@ SERVICE_NAME: Final = "kubernetes.io/service-name"
 
 MAX_LABELS: Final = 64  # of one object; Kubernetes objects rarely have 20, and each is matched by each selector
 
+_TELEMETRY: Final = frozenset((*CANONICAL_NAME, *CANONICAL_REVISION, *APP, *VERSION))
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
@@ -40,6 +41,11 @@ def wrong_value(value: str) -> str:
     if not value or _NAME.fullmatch(value):
         return ""
     return f"{shown(value)}: a label's value must be 0-63 of letters, digits, '-', '_', '.', not at the ends"
+
+
+def telemetry(labels: Labels) -> dict[str, str]:
+    """Those labels of a workload that its peers' metrics and logs show, in the order of their keys."""
+    return {key: labels[key] for key in sorted(_TELEMETRY & labels.keys()) if labels[key]}
 
 
 def selects(selector: Labels, labels: Labels) -> bool:

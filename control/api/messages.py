@@ -6,13 +6,16 @@ and bounded: any bytes give an Envelope or MessageError, never much memory.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Final
 
 import msgpack
 
-Value = None | bool | int | str | list["Value"] | dict[str, "Value"]
+Value = None | bool | int | str | bytes | list["Value"] | dict[str, "Value"]
 Body = dict[str, Value]
+Stamp = tuple[int, int]
+"""(epoch, version): orders all versions of a record."""
 
 SCHEMA: Final = 1
 """Of the bodies in `records`. A proxy refuses another number rather than guess what a field means."""
@@ -40,7 +43,7 @@ class Envelope:
     """None: tombstone."""
 
     @property
-    def stamp(self) -> tuple[int, int]:
+    def stamp(self) -> Stamp:
         return (self.epoch, self.version)
 
 
@@ -75,6 +78,11 @@ def decode(payload: bytes) -> Envelope:
     return envelope
 
 
+def digest(payload: bytes) -> bytes:
+    """What an index lists of a payload: its SHA-256, 32 bytes."""
+    return hashlib.sha256(payload).digest()
+
+
 def _check(envelope: Envelope) -> None:
     for name, number in (
         ("epoch", envelope.epoch),
@@ -104,8 +112,10 @@ def _check_value(value: object, depth: int) -> None:
     elif type(value) is int:
         if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
             raise MessageError("a number is beyond 2^63 - 1")
-    elif value is not None and type(value) not in (bool, str):
-        raise MessageError(f"a {type(value).__name__} in the body; only nil, booleans, numbers, text, lists, maps")
+    elif value is not None and type(value) not in (bool, str, bytes):
+        raise MessageError(
+            f"a {type(value).__name__} in the body; only nil, booleans, numbers, text, bytes, lists, maps"
+        )
 
 
 def _without_duplicates(pairs: list[tuple[str, Value]]) -> Body:

@@ -6,12 +6,21 @@ every field must be there, none may be added, and every value must be in its can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Final
 
-from control.api import labels as label
-from control.api.address import AddressError, IpAddress, IpBlock, parse_address, parse_block
-from control.api.identity import IdentityError, SpiffeId, TrustDomain, make_id, proxy_hash
+from control.api.address import AddressError, IpBlock, parse_block
+from control.api.fields import (
+    Fields,
+    check_distinct,
+    checked,
+    read_address,
+    read_identity,
+    read_port,
+    typed,
+)
+from control.api.fields import RecordError as RecordError  # what `read` raises
+from control.api.identity import TrustDomain, make_id, proxy_hash
 from control.api.messages import Body, Value
 from control.api.names import wrong_dns_label, wrong_subdomain
 from control.api.policy import (
@@ -26,21 +35,15 @@ from control.api.policy import (
     canonical_principal,
     canonical_value,
 )
-from control.api.topics import EndpointTopic, PolicyTopic, ServiceTopic, Topic, WorkloadTopic
+from control.api.topics import EndpointTopic, PolicyTopic, RecordTopic, ServiceTopic, WorkloadTopic
 from control.api.workload import Endpoint, Service, ServicePort, Workload, key
 
 Record = Service | Endpoint | Workload | AuthorizationPolicy
 
 MAX_WEIGHT: Final = 65_535
 
-_T = TypeVar("_T")
 
-
-class RecordError(ValueError):
-    """A message whose content is no record of its topic; the text names the topic and the field."""
-
-
-def topic_of(record: Record) -> Topic:
+def topic_of(record: Record) -> RecordTopic:
     """Where a record is published."""
     match record:
         case Service():
@@ -89,15 +92,15 @@ def write(record: Record) -> Body:
             }
 
 
-def read(topic: Topic, body: Body, trust_domain: TrustDomain) -> Record:
+def read(topic: RecordTopic, body: Body, trust_domain: TrustDomain) -> Record:
     """The record in a body. Raises RecordError (without the topic's name, which the caller knows)."""
-    fields = _Fields(body)
+    fields = Fields(body)
     record = _read(topic, fields, trust_domain)
     fields.finish()
     return record
 
 
-def _read(topic: Topic, fields: _Fields, trust_domain: TrustDomain) -> Record:
+def _read(topic: RecordTopic, fields: Fields, trust_domain: TrustDomain) -> Record:
     match topic:
         case ServiceTopic():
             return _read_service(topic, fields)
@@ -109,94 +112,8 @@ def _read(topic: Topic, fields: _Fields, trust_domain: TrustDomain) -> Record:
             return _read_policy(topic, fields)
 
 
-class _Fields:
-    """Takes a body apart field by field, so that none is missed, missing or of the wrong type."""
-
-    def __init__(self, body: Value, where: str = "body") -> None:
-        if type(body) is not dict:
-            raise RecordError(f"{where} must be a mapping")
-        self._rest = dict(body)
-        self._where = where
-
-    def take(self, name: str, kind: type[_T]) -> _T:
-        """The value of a field that must be there."""
-        try:
-            value = self._rest.pop(name)
-        except KeyError:
-            raise RecordError(f"{self._where} lacks {name!r}") from None
-        return _typed(value, kind, name)
-
-    def number(self, name: str, low: int, high: int) -> int:
-        return _number(self.take(name, int), low, high, name)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        return tuple(_typed(item, str, name) for item in self.take(name, list))
-
-    def optional_list(self, name: str, check: Callable[[Value, str], _T]) -> tuple[_T, ...]:
-        """An absent field is empty, and an empty one is not written: a policy has one encoding."""
-        if name not in self._rest:
-            return ()
-        items = self.take(name, list)
-        if not items:
-            raise RecordError(f"{name} is empty; it must then be absent")
-        return tuple(check(item, name) for item in items)
-
-    def labels(self, name: str) -> dict[str, str]:
-        return _labels(self.take(name, dict), name)
-
-    def selector(self, name: str) -> dict[str, str] | None:
-        """Labels, or None where everything is meant."""
-        if name in self._rest and self._rest[name] is None:
-            del self._rest[name]
-            return None
-        return self.labels(name)
-
-    def finish(self) -> None:
-        if self._rest:
-            raise RecordError(f"{self._where} has unknown fields: {', '.join(sorted(self._rest))[:200]}")
-
-
-def _typed(value: Value, kind: type[_T], name: str) -> _T:
-    if type(value) is not kind:  # exact: a bool is no number here
-        raise RecordError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
-    return value
-
-
-def _number(value: Value, low: int, high: int, name: str) -> int:
-    number = _typed(value, int, name)
-    if not low <= number <= high:
-        raise RecordError(f"{name} is {number}; it must be from {low} to {high}")
-    return number
-
-
-def _port(value: Value, name: str) -> int:
-    return _number(value, 1, 65535, name)
-
-
-def _address(value: Value, name: str) -> IpAddress:
-    text = _typed(value, str, name)
-    try:
-        address = parse_address(text)
-    except AddressError as error:
-        raise RecordError(f"{name}: {error}") from None
-    if address != text:
-        raise RecordError(f"{name}: {text!r} must be written {address!r}")
-    return address
-
-
-def _addresses(fields: _Fields, name: str) -> tuple[IpAddress, ...]:
-    addresses = tuple(_address(item, name) for item in fields.take(name, list))
-    _distinct(addresses, name)
-    return addresses
-
-
-def _distinct(items: Sequence[object], name: str) -> None:
-    if len(set(items)) != len(items):
-        raise RecordError(f"{name} names one twice")
-
-
 def _block(value: Value, name: str) -> IpBlock:
-    text = _typed(value, str, name)
+    text = typed(value, str, name)
     try:
         block = parse_block(text)
     except AddressError as error:
@@ -210,7 +127,7 @@ def _canonical(parse: Callable[[str], str]) -> Callable[[Value, str], str]:
     """A check for text that `parse` leaves as it is."""
 
     def check(value: Value, name: str) -> str:
-        text = _typed(value, str, name)
+        text = typed(value, str, name)
         try:
             canonical = parse(text)
         except ValueError as error:
@@ -222,42 +139,13 @@ def _canonical(parse: Callable[[str], str]) -> Callable[[Value, str], str]:
     return check
 
 
-def _right(text: str, wrong: Callable[[str], str], name: str) -> str:
-    problem = wrong(text)
-    if problem:
-        raise RecordError(f"{name}: {problem}")
-    return text
-
-
-def _labels(value: Value, name: str) -> dict[str, str]:
-    pairs = _typed(value, dict, name)
-    if len(pairs) > label.MAX_LABELS:
-        raise RecordError(f"{name} has {len(pairs)} labels; at most {label.MAX_LABELS}")
-    return {
-        _right(k, label.wrong_key, name): _right(_typed(v, str, name), label.wrong_value, name)
-        for k, v in pairs.items()
-    }
-
-
-def _identity(text: str, trust_domain: TrustDomain, namespace: str) -> SpiffeId:
-    try:
-        identity = SpiffeId.parse(text)
-    except IdentityError as error:
-        raise RecordError(f"identity: {error}") from None
-    if identity.trust_domain != trust_domain:
-        raise RecordError(f"identity: {text} is of another trust domain than {trust_domain}")
-    if identity.namespace != namespace:
-        raise RecordError(f"identity: {text} is of another namespace than {namespace}")
-    return identity
-
-
-def _read_service(topic: ServiceTopic, fields: _Fields) -> Service:
+def _read_service(topic: ServiceTopic, fields: Fields) -> Service:
     ports = tuple(_read_service_port(item) for item in fields.take("ports", list))
-    _distinct([port.port for port in ports], "ports")
+    check_distinct([port.port for port in ports], "ports")
     return Service(
         namespace=topic.namespace,
         name=topic.name,
-        vips=_addresses(fields, "vips"),
+        vips=fields.addresses("vips"),
         ports=ports,
         labels=fields.labels("labels"),
     )
@@ -267,44 +155,44 @@ def _read_service_port(value: Value) -> ServicePort:
     match value:
         case [name, port, target, app_protocol]:
             if type(target) is not str:
-                target = _port(target, "ports")
+                target = read_port(target, "ports")
             return ServicePort(
-                _typed(name, str, "ports"),
-                _port(port, "ports"),
+                typed(name, str, "ports"),
+                read_port(port, "ports"),
                 target,
-                _typed(app_protocol, str, "ports"),
+                typed(app_protocol, str, "ports"),
             )
     raise RecordError("ports: each must be [name, port, target port, application protocol]")
 
 
-def _read_endpoint(topic: EndpointTopic, fields: _Fields, trust_domain: TrustDomain) -> Endpoint:
+def _read_endpoint(topic: EndpointTopic, fields: Fields, trust_domain: TrustDomain) -> Endpoint:
     ports: dict[int, int] = {}
     pairs = fields.take("ports", list)
     for item in pairs:
         match item:
             case [port, target]:
-                ports[_port(port, "ports")] = _port(target, "ports")
+                ports[read_port(port, "ports")] = read_port(target, "ports")
             case _:
                 raise RecordError("ports: each must be [service port, workload port]")
-    _distinct([item[0] for item in pairs], "ports")
+    check_distinct([item[0] for item in pairs], "ports")
     return Endpoint(
         service=key(topic.namespace, topic.service),
         workload=key(topic.namespace, topic.workload),
-        address=_address(fields.take("address", str), "address"),
-        identity=_identity(fields.take("identity", str), trust_domain, topic.namespace),
+        address=read_address(fields.take("address", str), "address"),
+        identity=read_identity(fields.take("identity", str), trust_domain, topic.namespace),
         ports=ports,
         weight=fields.number("weight", 1, MAX_WEIGHT),
         ready=fields.take("ready", bool),
     )
 
 
-def _read_workload(topic: WorkloadTopic, fields: _Fields, trust_domain: TrustDomain) -> Workload:
-    namespace = _right(fields.take("namespace", str), wrong_dns_label, "namespace")
-    service_account = _right(fields.take("service_account", str), wrong_subdomain, "service_account")
+def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDomain) -> Workload:
+    namespace = checked(fields.take("namespace", str), wrong_dns_label, "namespace")
+    service_account = checked(fields.take("service_account", str), wrong_subdomain, "service_account")
     identity = make_id(trust_domain, namespace, service_account)
     if proxy_hash(identity) != topic.proxy_hash:
         raise RecordError(f"{identity} does not belong on this topic: its proxy hash is another")
-    addresses = _addresses(fields, "addresses")
+    addresses = fields.addresses("addresses")
     if not addresses:
         raise RecordError("addresses is empty")
     return Workload(
@@ -314,7 +202,7 @@ def _read_workload(topic: WorkloadTopic, fields: _Fields, trust_domain: TrustDom
         identity=identity,
         addresses=addresses,
         labels=fields.labels("labels"),
-        ports={name: _port(port, f"ports.{name}") for name, port in fields.take("ports", dict).items()},
+        ports={name: read_port(port, f"ports.{name}") for name, port in fields.take("ports", dict).items()},
         node=fields.take("node", str),
         weight=fields.number("weight", 1, MAX_WEIGHT),
     )
@@ -349,7 +237,7 @@ def _present(**lists: tuple[str, ...] | tuple[int, ...]) -> Body:
     return {name: list(items) for name, items in lists.items() if items}
 
 
-def _read_policy(topic: PolicyTopic, fields: _Fields) -> AuthorizationPolicy:
+def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
     action = fields.take("action", str)
     if action not in Action.__members__:
         raise RecordError(f"action is {action[:40]!r}; it must be ALLOW or DENY")
@@ -363,7 +251,7 @@ def _read_policy(topic: PolicyTopic, fields: _Fields) -> AuthorizationPolicy:
 
 
 def _read_rule(value: Value) -> Rule:
-    fields = _Fields(value, "rules")
+    fields = Fields(value, "rules")
     rule = Rule(
         sources=fields.optional_list("sources", _read_source),
         operations=fields.optional_list("operations", _read_operation),
@@ -374,7 +262,7 @@ def _read_rule(value: Value) -> Rule:
 
 
 def _read_source(value: Value, name: str) -> Source:
-    fields = _Fields(value, name)
+    fields = Fields(value, name)
     source = Source(
         principals=fields.optional_list("principals", _canonical(canonical_principal)),
         not_principals=fields.optional_list("not_principals", _canonical(canonical_principal)),
@@ -388,16 +276,16 @@ def _read_source(value: Value, name: str) -> Source:
 
 
 def _read_operation(value: Value, name: str) -> Operation:
-    fields = _Fields(value, name)
+    fields = Fields(value, name)
     operation = Operation(
-        ports=fields.optional_list("ports", _port), not_ports=fields.optional_list("not_ports", _port)
+        ports=fields.optional_list("ports", read_port), not_ports=fields.optional_list("not_ports", read_port)
     )
     fields.finish()
     return operation
 
 
 def _read_condition(value: Value, name: str) -> Condition:
-    fields = _Fields(value, name)
+    fields = Fields(value, name)
     text = fields.take("key", str)
     if text not in {key.value for key in ConditionKey}:
         raise RecordError(f"key {text[:40]!r} is none that an L4 proxy knows")

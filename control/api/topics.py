@@ -1,19 +1,34 @@
-"""Topic names, built and parsed in one place: `mesh/v1/<trust domain>/<kind>/...`, one topic per record.
+"""Topic names, built and parsed in one place: `mesh/v1/<trust domain>/<kind>/...`.
 
-A level never holds `/`, `+` or `#`: every part is a checked resource name or a proxy hash.
+svc/<ns>/<name>, ep/<ns>/<service>/<workload>, wl/<proxy hash>/<instance>, policy/<ns>/<name>   one record each
+ep/<ns>/<service>               manifest: how many endpoints a service has, and which
+index/<ns>/<00..3f>, root/<ns>  the records that decide security, by SHA-256, and the signed root above them
+addr/<00..ff>, addr             who lives at which address, and the signed root above that
+trust                           the certificates of the key that signs
+status/<proxy hash>/<instance>  what a proxy has applied; a proxy's only publication
+
+A level never holds `/`, `+` or `#`: every part is a checked resource name, a proxy hash or a shard's number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Final
 
+from control.api.address import IpAddress, packed16
 from control.api.identity import TrustDomain
 from control.api.names import wrong_dns_label, wrong_service_name, wrong_subdomain
 
+INDEX_SHARDS: Final = 64
+"""Of one namespace."""
+ADDRESS_SHARDS: Final = 256
+
 _ROOT: Final = "mesh/v1"
+_KINDS: Final = "svc, ep, wl, policy, index, root, addr, trust, status"
 _PROXY_HASH: Final = re.compile(r"[0-9a-f]{32}")
+_SHARD: Final = re.compile(r"[0-9a-f]{2}")
 
 
 class TopicError(ValueError):
@@ -49,7 +64,67 @@ class PolicyTopic:
     name: str
 
 
-Topic = ServiceTopic | EndpointTopic | WorkloadTopic | PolicyTopic
+@dataclass(frozen=True, slots=True, order=True)
+class ManifestTopic:
+    """Which endpoints one service has."""
+
+    namespace: str
+    service: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class IndexTopic:
+    """One shard of a namespace's index."""
+
+    namespace: str
+    shard: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RootTopic:
+    """The signed root of a namespace's index."""
+
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AddressesTopic:
+    """One shard of the addresses."""
+
+    shard: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AddressesRootTopic:
+    """The signed root of the addresses."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TrustTopic:
+    """The certificates of the key that signs."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StatusTopic:
+    """What one proxy reports of itself."""
+
+    proxy_hash: str
+    instance: str
+
+
+IndexedTopic = ServiceTopic | WorkloadTopic | PolicyTopic
+"""What decides security. Endpoints do not: identity is checked, so a stale one can only fail."""
+RecordTopic = IndexedTopic | EndpointTopic
+Topic = (
+    RecordTopic
+    | ManifestTopic
+    | IndexTopic
+    | RootTopic
+    | AddressesTopic
+    | AddressesRootTopic
+    | TrustTopic
+    | StatusTopic
+)
 
 
 def format_topic(trust_domain: TrustDomain, topic: Topic) -> str:
@@ -69,6 +144,62 @@ def parse_topic(trust_domain: TrustDomain, text: str) -> Topic:
     return topic
 
 
+def subtree(trust_domain: TrustDomain, *levels: str) -> str:
+    """The MQTT filter for everything under some levels, as `mesh/v1/cluster.local/policy/shop/#`; without: all."""
+    return "/".join((_ROOT, trust_domain, *levels, "#"))
+
+
+def index_entry(topic: IndexedTopic) -> str:
+    """A record's name in its namespace's index: the topic without trust domain and namespace."""
+    match topic:
+        case ServiceTopic(_, name):
+            return f"svc/{name}"
+        case WorkloadTopic(proxy_hash, instance):
+            return f"wl/{proxy_hash}/{instance}"
+        case PolicyTopic(_, name):
+            return f"policy/{name}"
+
+
+def entry_topic(namespace: str, entry: str) -> IndexedTopic:
+    """The record that an entry of a namespace's index stands for. Raises TopicError."""
+    topic: IndexedTopic
+    match entry.split("/"):
+        case ["svc", name]:
+            topic = ServiceTopic(namespace, name)
+        case ["wl", proxy_hash, instance]:
+            topic = WorkloadTopic(proxy_hash, instance)
+        case ["policy", name]:
+            topic = PolicyTopic(namespace, name)
+        case _:
+            raise TopicError(f"{entry[:80]!r} is no entry of an index (svc, wl, policy)")
+    wrong = _wrong_level(topic)
+    if wrong:
+        raise TopicError(f"{entry[:80]!r}: {wrong}")
+    return topic
+
+
+def index_shard(entry: str) -> int:
+    """Which shard of its namespace's index lists this entry."""
+    return hashlib.sha256(entry.encode()).digest()[0] % INDEX_SHARDS
+
+
+def address_shard(address: IpAddress) -> int:
+    """Which shard says who lives at this address."""
+    return hashlib.sha256(packed16(address)).digest()[0]
+
+
+def format_shard(shard: int) -> str:
+    """A shard's number as topics and roots write it: two hex digits."""
+    return f"{shard:02x}"
+
+
+def parse_shard(text: str, shards: int) -> int:
+    """The number of one of so many shards. Raises TopicError."""
+    if not _SHARD.fullmatch(text) or int(text, 16) >= shards:
+        raise TopicError(f"{text[:20]!r} is no shard from 00 to {format_shard(shards - 1)}")
+    return int(text, 16)
+
+
 def _levels_of(topic: Topic) -> str:
     match topic:
         case ServiceTopic(namespace, name):
@@ -79,6 +210,20 @@ def _levels_of(topic: Topic) -> str:
             return f"wl/{proxy_hash}/{instance}"
         case PolicyTopic(namespace, name):
             return f"policy/{namespace}/{name}"
+        case ManifestTopic(namespace, service):
+            return f"ep/{namespace}/{service}"
+        case IndexTopic(namespace, shard):
+            return f"index/{namespace}/{format_shard(shard)}"
+        case RootTopic(namespace):
+            return f"root/{namespace}"
+        case AddressesTopic(shard):
+            return f"addr/{format_shard(shard)}"
+        case AddressesRootTopic():
+            return "addr"
+        case TrustTopic():
+            return "trust"
+        case StatusTopic(proxy_hash, instance):
+            return f"status/{proxy_hash}/{instance}"
 
 
 def _topic_of(levels: list[str], text: str) -> Topic:
@@ -91,17 +236,35 @@ def _topic_of(levels: list[str], text: str) -> Topic:
             return WorkloadTopic(proxy_hash, instance)
         case ["policy", namespace, name]:
             return PolicyTopic(namespace, name)
-    raise TopicError(f"{text[:80]!r} is of no known kind (svc, ep, wl, policy) or has too many or few levels")
+        case ["ep", namespace, service]:
+            return ManifestTopic(namespace, service)
+        case ["index", namespace, shard]:
+            return IndexTopic(namespace, parse_shard(shard, INDEX_SHARDS))
+        case ["root", namespace]:
+            return RootTopic(namespace)
+        case ["addr", shard]:
+            return AddressesTopic(parse_shard(shard, ADDRESS_SHARDS))
+        case ["addr"]:
+            return AddressesRootTopic()
+        case ["trust"]:
+            return TrustTopic()
+        case ["status", proxy_hash, instance]:
+            return StatusTopic(proxy_hash, instance)
+    raise TopicError(f"{text[:80]!r} is of no known kind ({_KINDS}) or has too many or few levels")
 
 
 def _wrong_level(topic: Topic) -> str:
     match topic:
-        case ServiceTopic(namespace, name):
+        case ServiceTopic(namespace, name) | ManifestTopic(namespace, name):
             return wrong_dns_label(namespace) or wrong_service_name(name)
         case EndpointTopic(namespace, service, workload):
             return wrong_dns_label(namespace) or wrong_service_name(service) or wrong_subdomain(workload)
-        case WorkloadTopic(proxy_hash, instance):
+        case WorkloadTopic(proxy_hash, instance) | StatusTopic(proxy_hash, instance):
             hashed = "" if _PROXY_HASH.fullmatch(proxy_hash) else f"{proxy_hash!r} is not a proxy hash"
             return hashed or wrong_subdomain(instance)
         case PolicyTopic(namespace, name):
             return wrong_dns_label(namespace) or wrong_subdomain(name)
+        case IndexTopic(namespace) | RootTopic(namespace):
+            return wrong_dns_label(namespace)
+        case AddressesTopic() | AddressesRootTopic() | TrustTopic():
+            return ""

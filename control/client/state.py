@@ -16,7 +16,7 @@ from control.api.identity import parse_trust_domain
 from control.api.messages import Envelope, MessageError
 from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, applies
 from control.api.records import Record, RecordError
-from control.api.topics import TopicError
+from control.api.topics import RecordTopic, TopicError
 from control.api.workload import CLUSTER_DOMAIN, Endpoint, Service, ServicePort, Workload, key
 
 MAX_TOPICS: Final = 1_000_000  # ten times the largest mesh we aim at; a runaway publisher must not eat the host
@@ -204,6 +204,8 @@ class State:
     def _read(self, topic: str, payload: bytes) -> _Held:
         try:
             parsed = topics.parse_topic(self.trust_domain, topic)
+            if not isinstance(parsed, RecordTopic):
+                raise TopicError("holds no record")
             envelope: Envelope = messages.decode(payload)
             record = None
             if envelope.body is not None:

@@ -1,0 +1,132 @@
+"""Takes message bodies apart: strict, canonical, and every error says which field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from control.api import labels as label
+from control.api.address import AddressError, IpAddress, parse_address
+from control.api.identity import IdentityError, SpiffeId, TrustDomain
+from control.api.messages import Value
+
+_T = TypeVar("_T")
+
+
+class RecordError(ValueError):
+    """A message whose content is not what its topic is for; the text names the field."""
+
+
+class Fields:
+    """Takes a body apart field by field, so that none is missed, missing or of the wrong type."""
+
+    def __init__(self, body: Value, where: str = "body") -> None:
+        if type(body) is not dict:
+            raise RecordError(f"{where} must be a mapping")
+        self._rest = dict(body)
+        self._where = where
+
+    def take(self, name: str, kind: type[_T]) -> _T:
+        """The value of a field that must be there."""
+        try:
+            value = self._rest.pop(name)
+        except KeyError:
+            raise RecordError(f"{self._where} lacks {name!r}") from None
+        return typed(value, kind, name)
+
+    def number(self, name: str, low: int, high: int) -> int:
+        return number_in(self.take(name, int), low, high, name)
+
+    def optional_list(self, name: str, check: Callable[[Value, str], _T]) -> tuple[_T, ...]:
+        """An absent field is empty, and an empty one is not written: a policy has one encoding."""
+        if name not in self._rest:
+            return ()
+        items = self.take(name, list)
+        if not items:
+            raise RecordError(f"{name} is empty; it must then be absent")
+        return tuple(check(item, name) for item in items)
+
+    def addresses(self, name: str) -> tuple[IpAddress, ...]:
+        found = tuple(read_address(item, name) for item in self.take(name, list))
+        check_distinct(found, name)
+        return found
+
+    def labels(self, name: str) -> dict[str, str]:
+        return read_labels(self.take(name, dict), name)
+
+    def selector(self, name: str) -> dict[str, str] | None:
+        """Labels, or None where everything is meant."""
+        if name in self._rest and self._rest[name] is None:
+            del self._rest[name]
+            return None
+        return self.labels(name)
+
+    def finish(self) -> None:
+        if self._rest:
+            raise RecordError(f"{self._where} has unknown fields: {', '.join(sorted(self._rest))[:200]}")
+
+
+def typed(value: Value, kind: type[_T], name: str) -> _T:
+    """A value of exactly this type."""
+    if type(value) is not kind:  # exact: a bool is no number here
+        raise RecordError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def number_in(value: Value, low: int, high: int, name: str) -> int:
+    number = typed(value, int, name)
+    if not low <= number <= high:
+        raise RecordError(f"{name} is {number}; it must be from {low} to {high}")
+    return number
+
+
+def read_port(value: Value, name: str) -> int:
+    return number_in(value, 1, 65535, name)
+
+
+def read_address(value: Value, name: str) -> IpAddress:
+    """An address in its canonical form."""
+    text = typed(value, str, name)
+    try:
+        address = parse_address(text)
+    except AddressError as error:
+        raise RecordError(f"{name}: {error}") from None
+    if address != text:
+        raise RecordError(f"{name}: {text!r} must be written {address!r}")
+    return address
+
+
+def check_distinct(items: Sequence[object], name: str) -> None:
+    if len(set(items)) != len(items):
+        raise RecordError(f"{name} names one twice")
+
+
+def checked(text: str, wrong: Callable[[str], str], name: str) -> str:
+    """Text that `wrong` finds right."""
+    problem = wrong(text)
+    if problem:
+        raise RecordError(f"{name}: {problem}")
+    return text
+
+
+def read_labels(value: Value, name: str) -> dict[str, str]:
+    pairs = typed(value, dict, name)
+    if len(pairs) > label.MAX_LABELS:
+        raise RecordError(f"{name} has {len(pairs)} labels; at most {label.MAX_LABELS}")
+    return {
+        checked(k, label.wrong_key, name): checked(typed(v, str, name), label.wrong_value, name)
+        for k, v in pairs.items()
+    }
+
+
+def read_identity(text: str, trust_domain: TrustDomain, namespace: str) -> SpiffeId:
+    """An identity of this trust domain and namespace."""
+    try:
+        found = SpiffeId.parse(text)
+    except IdentityError as error:
+        raise RecordError(f"identity: {error}") from None
+    if found.trust_domain != trust_domain:
+        raise RecordError(f"identity: {text} is of another trust domain than {trust_domain}")
+    if found.namespace != namespace:
+        raise RecordError(f"identity: {text} is of another namespace than {namespace}")
+    return found

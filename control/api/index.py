@@ -1,0 +1,274 @@
+"""Bodies that say what there is, rather than what it is: index shards, roots, addresses, manifests, trust.
+
+As in `records`: strict, canonical, `read_x(write(x)) == x`. Signatures and digests are only carried here; whether they
+are right is the reader's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgpack
+
+from control.api.address import IpAddress
+from control.api.fields import Fields, RecordError, check_distinct, checked, read_address, read_labels, read_port, typed
+from control.api.identity import TrustDomain, make_id
+from control.api.labels import Labels
+from control.api.messages import Body, Stamp, Value
+from control.api.names import wrong_dns_label, wrong_service_name, wrong_subdomain
+from control.api.signing import SIGNATURE, SIGNATURE_BYTES
+from control.api.topics import (
+    ADDRESS_SHARDS,
+    INDEX_SHARDS,
+    AddressesRootTopic,
+    AddressesTopic,
+    IndexTopic,
+    RootTopic,
+    TopicError,
+    address_shard,
+    entry_topic,
+    format_shard,
+    index_shard,
+    parse_shard,
+)
+from control.api.workload import Workload, key
+
+DIGEST_BYTES: Final = 32
+MAX_ENDPOINTS: Final = 1_000_000  # of one service; as many topics as a proxy holds at most
+_MAX_CERTIFICATES: Final = 4  # leaf and intermediate, and room for a longer chain
+_MAX_CERTIFICATE_BYTES: Final = 8192  # ours have some 600
+
+
+@dataclass(frozen=True, slots=True)
+class IndexShard:
+    """Part of what decides security in a namespace."""
+
+    records: Mapping[str, bytes] = field(hash=False)
+    """Entry (`topics.index_entry`) -> SHA-256 of the record's whole payload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """All shards of a namespace's index, or of the addresses: applied whole or not at all."""
+
+    shards: Mapping[int, bytes] = field(hash=False)
+    """Shard -> SHA-256 of its whole payload, of those that are not empty."""
+    signature: bytes = b""
+    """Of `signing.signed_bytes`; empty until it is signed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentService:
+    """A service's virtual address."""
+
+    namespace: str
+    name: str
+    ports: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentWorkload:
+    """A workload's address: whom to expect there."""
+
+    namespace: str
+    name: str
+    service_account: str
+    labels: Labels = field(hash=False)
+    """Those of `labels.telemetry` only."""
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
+
+    def as_workload(self, trust_domain: TrustDomain, address: IpAddress) -> Workload:
+        """The workload as far as it is known from one of its addresses."""
+        return Workload(
+            namespace=self.namespace,
+            name=self.name,
+            service_account=self.service_account,
+            identity=make_id(trust_domain, self.namespace, self.service_account),
+            addresses=(address,),
+            labels=self.labels,
+            ports={},
+            node="",
+            weight=1,
+        )
+
+
+Resident = ResidentService | ResidentWorkload
+
+
+@dataclass(frozen=True, slots=True)
+class AddressShard:
+    """Who lives at some of the mesh's addresses."""
+
+    residents: Mapping[IpAddress, Resident] = field(hash=False)
+    signature: bytes = b""
+    """As of a root: a proxy that wants one address reads its shard alone. Empty where nobody signs (files)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Which endpoints a service has, so that a proxy knows when it has them all."""
+
+    count: int
+    digest: bytes
+    """`manifest_digest` of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Proves itself: its certificates lead to the CA's root, which every proxy has pinned."""
+
+    certificates: tuple[bytes, ...]
+    """DER: the config key's, then the intermediate's."""
+
+
+Content = IndexShard | Root | AddressShard | Manifest | Trust
+
+
+def write(content: Content) -> Body:
+    """The body of any of them. A signature is written as it is; sign `signing.signed_bytes`, then write it again."""
+    match content:
+        case IndexShard():
+            return {"records": dict(content.records)}
+        case Root():
+            shards: Body = {format_shard(shard): content.shards[shard] for shard in sorted(content.shards)}
+            return {"shards": shards, SIGNATURE: content.signature}
+        case AddressShard():
+            addresses: Body = {ip: _write_resident(resident) for ip, resident in content.residents.items()}
+            return {"addresses": addresses, SIGNATURE: content.signature}
+        case Manifest():
+            return {"count": content.count, "digest": content.digest}
+        case Trust():
+            return {"certificates": list(content.certificates)}
+
+
+def read_index_shard(topic: IndexTopic, body: Body) -> IndexShard:
+    """Raises RecordError, also for an entry that belongs in another shard."""
+    fields = Fields(body)
+    records: dict[str, bytes] = {}
+    for entry, value in fields.take("records", dict).items():
+        _check_entry(topic, entry)
+        records[entry] = _digest(value, "records")
+    fields.finish()
+    return IndexShard(records)
+
+
+def read_root(topic: RootTopic | AddressesRootTopic, body: Body) -> Root:
+    """Raises RecordError."""
+    count = INDEX_SHARDS if isinstance(topic, RootTopic) else ADDRESS_SHARDS
+    fields = Fields(body)
+    shards = {_shard(name, count): _digest(value, "shards") for name, value in fields.take("shards", dict).items()}
+    root = Root(shards, _signature(fields))
+    fields.finish()
+    return root
+
+
+def read_address_shard(topic: AddressesTopic, body: Body) -> AddressShard:
+    """Raises RecordError, also for an address that belongs in another shard."""
+    fields = Fields(body)
+    residents: dict[IpAddress, Resident] = {}
+    for text, value in fields.take("addresses", dict).items():
+        address = read_address(text, "addresses")
+        if address_shard(address) != topic.shard:
+            raise RecordError(f"addresses: {address} belongs in shard {format_shard(address_shard(address))}")
+        residents[address] = _read_resident(value)
+    shard = AddressShard(residents, _signature(fields))
+    fields.finish()
+    return shard
+
+
+def read_manifest(body: Body) -> Manifest:
+    """Raises RecordError."""
+    fields = Fields(body)
+    manifest = Manifest(fields.number("count", 0, MAX_ENDPOINTS), _digest(fields.take("digest", bytes), "digest"))
+    fields.finish()
+    return manifest
+
+
+def read_trust(body: Body) -> Trust:
+    """Raises RecordError. Whether the certificates are to be trusted is not looked at."""
+    fields = Fields(body)
+    certificates = tuple(typed(item, bytes, "certificates") for item in fields.take("certificates", list))
+    if not 1 <= len(certificates) <= _MAX_CERTIFICATES:
+        raise RecordError(f"certificates has {len(certificates)}; it must have from 1 to {_MAX_CERTIFICATES}")
+    if not all(1 <= len(one) <= _MAX_CERTIFICATE_BYTES for one in certificates):
+        raise RecordError(f"certificates has one that is not from 1 to {_MAX_CERTIFICATE_BYTES} bytes")
+    fields.finish()
+    return Trust(certificates)
+
+
+def manifest_digest(stamps: Mapping[str, Stamp]) -> bytes:
+    """SHA-256 over a service's endpoints. `stamps`: name of the workload (its topic level) -> stamp of the endpoint."""
+    listed = [[name, *stamps[name]] for name in sorted(stamps)]
+    packed: bytes = msgpack.packb(listed)
+    return hashlib.sha256(packed).digest()
+
+
+def _check_entry(topic: IndexTopic, entry: str) -> None:
+    try:
+        entry_topic(topic.namespace, entry)
+    except TopicError as error:
+        raise RecordError(f"records: {error}") from None
+    if index_shard(entry) != topic.shard:
+        raise RecordError(f"records: {entry[:80]!r} belongs in shard {format_shard(index_shard(entry))}")
+
+
+def _shard(name: str, count: int) -> int:
+    try:
+        return parse_shard(name, count)
+    except TopicError as error:
+        raise RecordError(f"shards: {error}") from None
+
+
+def _digest(value: Value, name: str) -> bytes:
+    return _bytes_of(value, (DIGEST_BYTES,), name)
+
+
+def _signature(fields: Fields) -> bytes:
+    return _bytes_of(fields.take(SIGNATURE, bytes), (0, SIGNATURE_BYTES), SIGNATURE)
+
+
+def _bytes_of(value: Value, lengths: tuple[int, ...], name: str) -> bytes:
+    found = typed(value, bytes, name)
+    if len(found) not in lengths:
+        raise RecordError(f"{name} has {len(found)} bytes; it must have {' or '.join(map(str, lengths))}")
+    return found
+
+
+def _write_resident(resident: Resident) -> Value:
+    match resident:
+        case ResidentService(namespace, name, ports):
+            return ["s", namespace, name, list(ports)]
+        case ResidentWorkload(namespace, name, service_account, labels):
+            return ["w", namespace, name, service_account, dict(labels)]
+
+
+def _read_resident(value: Value) -> Resident:
+    match value:
+        case ["s", namespace, name, ports]:
+            found = tuple(read_port(port, "addresses") for port in typed(ports, list, "addresses"))
+            check_distinct(found, "addresses")
+            return ResidentService(_name(namespace, wrong_dns_label), _name(name, wrong_service_name), found)
+        case ["w", namespace, name, service_account, labels]:
+            return ResidentWorkload(
+                _name(namespace, wrong_dns_label),
+                _name(name, wrong_subdomain),
+                _name(service_account, wrong_subdomain),
+                read_labels(labels, "addresses"),
+            )
+    raise RecordError(
+        'addresses: each must be ["s", namespace, name, [ports]] or ["w", namespace, name, service account, {labels}]'
+    )
+
+
+def _name(value: Value, wrong: Callable[[str], str]) -> str:
+    return checked(typed(value, str, "addresses"), wrong, "addresses")
