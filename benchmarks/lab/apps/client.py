@@ -7,6 +7,8 @@ Standard library only; copied to run. It knows nothing of the mesh: ordinary soc
     {"job": "dial", "host": …, "port": …, "send": …, "timeout_s": …}   -> {"connected", "received"}
     {"job": "pings", "host": …, "port": …, "count": …}                 -> {"us": [...]}
     {"job": "closed-loop", "host", "port", "connections", "seconds"}   -> {"requests", "seconds"}
+    {"job": "traffic", "http": [host, port], "redis": [host, port]}    -> {"began"}; goes on beside other jobs
+    {"job": "traffic-told", "end": …}                                  -> {"requests", "failed", …}, see Traffic
 A job that fails answers {"error": name of the exception, "errno": …, "text": …}.
 """
 
@@ -17,6 +19,7 @@ import json
 import selectors
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +27,8 @@ from typing import Any
 _TIMEOUT_S = 10.0
 _PING = b"PING\r\n"
 _PONG = b"+PONG\r\n"
+_PAUSE_S = 0.005
+_MAX_TOLD = 5
 
 
 def fetch(host: str, port: int, path: str = "/", body: str | None = None) -> dict[str, Any]:
@@ -108,6 +113,101 @@ def closed_loop(host: str, port: int, connections: int, seconds: float) -> dict[
         selector.close()
 
 
+class Traffic:
+    """Requests one after the other until ended: HTTP on a new connection each time, and Redis on one that stays.
+
+    A request that fails is counted, and the next one is made: what is told in the end is all of it.
+    """
+
+    def __init__(self, http: tuple[str, int], redis: tuple[str, int]) -> None:
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._counts = {"new connections": 0, "one connection": 0}
+        self._answers: dict[str, int] = {}
+        self._failures: list[str] = []
+        self._longest_us = 0.0
+        self._threads = [
+            threading.Thread(target=self._fetch, args=http, daemon=True),
+            threading.Thread(target=self._ping, args=redis, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def told(self) -> dict[str, Any]:
+        """Counts so far; `answers` by the version that answered, `failed` with the first few of the failures."""
+        with self._lock:
+            return {
+                "requests": dict(self._counts),
+                "answers": dict(self._answers),
+                "failed": len(self._failures),
+                "failures": self._failures[:_MAX_TOLD],
+                "longest_ms": round(self._longest_us / 1000, 1),
+            }
+
+    def end(self) -> dict[str, Any]:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(_TIMEOUT_S)
+        return self.told()
+
+    def _fetch(self, host: str, port: int) -> None:
+        while not self._ended.wait(_PAUSE_S):
+            began = time.perf_counter()
+            try:
+                answer = fetch(host, port)
+                if answer["status"] != 200:
+                    raise ConnectionError(f"status {answer['status']}")
+                version = str(json.loads(answer["body"])["version"])
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                self._failed(f"http: {type(error).__name__}: {error}", began)
+            else:
+                self._took("new connections", began, version)
+
+    def _ping(self, host: str, port: int) -> None:
+        while not self._ended.is_set():
+            began = time.perf_counter()
+            try:
+                with socket.create_connection((host, port), timeout=_TIMEOUT_S) as made:
+                    while not self._ended.wait(_PAUSE_S):
+                        began = time.perf_counter()
+                        made.sendall(_PING)
+                        if made.recv(64) != _PONG:
+                            raise ConnectionError("no PONG")
+                        self._took("one connection", began)
+            except OSError as error:
+                self._failed(f"redis: {type(error).__name__}: {error}", began)
+                self._ended.wait(_PAUSE_S)
+
+    def _took(self, kind: str, began: float, version: str | None = None) -> None:
+        with self._lock:
+            self._counts[kind] += 1
+            self._longest_us = max(self._longest_us, _since_us(began))
+            if version is not None:
+                self._answers[version] = self._answers.get(version, 0) + 1
+
+    def _failed(self, text: str, began: float) -> None:
+        with self._lock:
+            self._failures.append(f"{text} after {_since_us(began) / 1000:.1f} ms")
+
+
+_running: list[Traffic] = []
+
+
+def begin_traffic(http: list[Any], redis: list[Any]) -> dict[str, Any]:
+    """Start traffic beside the jobs; one at a time."""
+    if _running:
+        raise OSError("traffic runs already")
+    _running.append(Traffic((http[0], http[1]), (redis[0], redis[1])))
+    return {"began": True}
+
+
+def tell_traffic(end: bool = False) -> dict[str, Any]:
+    """What the traffic has seen so far, or all of it when it is ended."""
+    if not _running:
+        raise OSError("no traffic runs")
+    return _running.pop().end() if end else _running[0].told()
+
+
 def _since_us(began: float) -> float:
     return round((time.perf_counter() - began) * 1e6, 1)
 
@@ -118,6 +218,8 @@ _JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "dial": dial,
     "pings": pings,
     "closed-loop": closed_loop,
+    "traffic": begin_traffic,
+    "traffic-told": tell_traffic,
 }
 
 
