@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import asdict
 
 from control.api.declared import Resource
-from control.api.document import MAX_CHARACTERS
 from control.api.identity import TrustDomain, parse_trust_domain
 from control.api.mesh import Mesh
 from control.api.problems import ResourceError, ResourceErrors
 from control.api.resources import parse
-from control.cli.output import add_output_option, show_json
+from control.cli.documents import add_files_option, read_documents
+from control.cli.output import add_output_option, counted, show_json, show_problems
 
 _EXAMPLES = """\
 examples:
@@ -23,8 +21,6 @@ examples:
 All files are checked together: a reference from one into another is followed. Exit status 0 when the mesh would take
 them (warnings allowed), 1 when it would not.
 """
-# A character of UTF-8 has at most four bytes.
-_MAX_FILE_BYTES = 4 * MAX_CHARACTERS
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,16 +32,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    validate.add_argument(
-        "-f",
-        "--file",
-        dest="files",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="FILE",
-        help="resources; - for stdin",
-    )
+    add_files_option(validate)
     validate.add_argument(
         "--trust-domain", type=_trust_domain, default="cluster.local", metavar="NAME", help="default: cluster.local"
     )
@@ -55,13 +42,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _validate(arguments: argparse.Namespace) -> int:
     resources: list[Resource] = []
-    errors: list[ResourceError] = []
     warnings: tuple[ResourceError, ...] = ()
-    for file in arguments.files:
+    documents, errors = read_documents(arguments.files)
+    for file, text in documents:
         try:
-            resources += parse(_read(file), file)
+            resources += parse(text, file)
         except ResourceErrors as refused:
             errors += refused.errors
+    errors.sort(key=lambda error: error.file)
     # A reference into a file that was refused would only repeat its errors in other words.
     if not errors:
         try:
@@ -73,47 +61,21 @@ def _validate(arguments: argparse.Namespace) -> int:
             {
                 "ok": not errors,
                 "resources": len(resources),
-                "errors": list(_as_json(errors)),
-                "warnings": list(_as_json(warnings)),
+                "errors": [asdict(error) for error in errors],
+                "warnings": [asdict(warning) for warning in warnings],
             }
         )
     else:
-        for kind, problems in (("error", errors), ("warning", warnings)):
-            for problem in problems:
-                print(f"{kind}: {problem}", file=sys.stderr)
+        show_problems("error", errors)
+        show_problems("warning", warnings)
         print(_summary(len(resources), len(errors), len(warnings)))
     return 1 if errors else 0
 
 
 def _summary(resources: int, errors: int, warnings: int) -> str:
     if errors:
-        return f"refused: {errors} error{'s' * (errors != 1)}"
-    counted = f"{resources} resource{'s' * (resources != 1)}"
-    return f"ok: {counted}, {warnings} warning{'s' * (warnings != 1)}"
-
-
-def _as_json(problems: Iterable[ResourceError]) -> Iterable[dict[str, object]]:
-    for problem in problems:
-        yield {"file": problem.file, "line": problem.line, "field": problem.field, "problem": problem.problem}
-
-
-def _read(file: str) -> str:
-    """Text of a file. Raises ResourceErrors, so that one bad file does not hide the errors of the others."""
-    try:
-        if file == "-":
-            content = sys.stdin.buffer.read(_MAX_FILE_BYTES + 1)
-        else:
-            with Path(file).open("rb") as opened:
-                content = opened.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ResourceErrors([ResourceError(file, 0, "", f"cannot be read: {error.strerror}")]) from None
-    if len(content) > _MAX_FILE_BYTES:
-        raise ResourceErrors([ResourceError(file, 0, "", f"longer than {_MAX_FILE_BYTES} bytes; split the file")])
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ResourceErrors([ResourceError(file, line, "", "is not UTF-8; save it as UTF-8 text")]) from None
+        return f"refused: {counted(errors, 'error')}"
+    return f"ok: {counted(resources, 'resource')}, {counted(warnings, 'warning')}"
 
 
 def _trust_domain(text: str) -> TrustDomain:
