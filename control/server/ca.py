@@ -22,11 +22,13 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from control import durable
-from control.api.identity import SpiffeId, TrustDomain, parse_trust_domain, proxy_hash
+from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain, proxy_hash
+from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.api.signing import CONFIG_KEY_OID
 
 DEFAULT_TTL_S = 24 * 3600
 # Nothing revokes an SVID before it expires, so that its life bounds what a stolen key is good for.
@@ -37,6 +39,9 @@ ROOT_FILE = "root.pem"
 ROOT_KEY_FILE = "root-key.pem"
 INTERMEDIATE_FILE = "intermediate.pem"
 INTERMEDIATE_KEY_FILE = "intermediate-key.pem"
+CONTROL_PLANE_ACCOUNT = "control-plane"
+"""Service account of the control plane, in the root namespace."""
+
 CHAIN_FILE = "chain.pem"
 BUNDLE_FILE = "bundle.pem"
 
@@ -108,10 +113,7 @@ class Authority:
         path = Path(directory)
         root = _certificate(path / ROOT_FILE)
         intermediate = _certificate(path / INTERMEDIATE_FILE)
-        key = _private_key(
-            path / INTERMEDIATE_KEY_FILE,
-            _read_passphrase(path / PASSPHRASE_FILE if passphrase_file is None else Path(passphrase_file)),
-        )
+        key = _private_key(path / INTERMEDIATE_KEY_FILE, read_passphrase(path, passphrase_file))
         if key.public_key() != intermediate.public_key():
             raise CaError(f"{path / INTERMEDIATE_KEY_FILE} is not the key of {path / INTERMEDIATE_FILE}")
         try:
@@ -141,7 +143,7 @@ class Authority:
             raise CaError(f"{identity} is of another trust domain; this CA is of {self.trust_domain}")
         if not 1 <= ttl_s <= MAX_TTL_S:
             raise CaError(f"a certificate lives between one second and {MAX_TTL_S // 86400} days, not {ttl_s} s")
-        public_key = _requested_key(csr_pem, identity)
+        public_key = requested_key(csr_pem, identity)
         now = datetime.now(UTC).replace(microsecond=0)
         not_after = now + timedelta(seconds=ttl_s)
         if not_after > self.intermediate.not_valid_after_utc:
@@ -166,6 +168,29 @@ class Authority:
         )
         pem = serialization.Encoding.PEM
         return certificate.public_bytes(pem) + self.intermediate.public_bytes(pem)
+
+    def certify_config_key(self, key: ed25519.Ed25519PublicKey, now: datetime, life: timedelta) -> x509.Certificate:
+        """Certify a key to sign configuration as the control plane, and for nothing else. Raises `CaError`.
+
+        The one extended key usage is critical and our own, so that no TLS peer takes it and no TLS certificate signs.
+        """
+        identity = make_id(self.trust_domain, DEFAULT_ROOT_NAMESPACE, CONTROL_PLANE_ACCOUNT)
+        now = now.replace(microsecond=0)
+        if now + life > self.intermediate.not_valid_after_utc:
+            raise CaError(f"the intermediate CA ends at {self.intermediate.not_valid_after_utc}; make a new CA in time")
+        name = _common_name(f"{self.trust_domain} mesh configuration")
+        return (
+            _builder(name, self.intermediate.subject, key, now, now + life)
+            .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(identity))]), critical=False)
+            .add_extension(_LEAF_USAGE, critical=True)
+            .add_extension(x509.ExtendedKeyUsage([x509.ObjectIdentifier(CONFIG_KEY_OID)]), critical=True)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._key_identifier),
+                critical=False,
+            )
+            .sign(self._key, hashes.SHA256())
+        )
 
 
 def write_identity(directory: str | Path, chain_pem: bytes, bundle_pem: bytes) -> None:
@@ -266,7 +291,7 @@ def _ca_certificate(
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
-    public_key: ec.EllipticCurvePublicKey,
+    public_key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey,
     now: datetime,
     not_after: datetime,
 ) -> x509.CertificateBuilder:
@@ -287,7 +312,7 @@ def _common_name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
-def _requested_key(csr_pem: bytes, identity: SpiffeId) -> ec.EllipticCurvePublicKey:
+def requested_key(csr_pem: bytes, identity: SpiffeId) -> ec.EllipticCurvePublicKey:
     """Return the key of a CSR after the checks that do not depend on who signs."""
     if len(csr_pem) > _MAX_CSR_BYTES:
         raise CaError(f"the CSR has {len(csr_pem)} bytes; a P-256 CSR has less than {_MAX_CSR_BYTES}")
@@ -347,6 +372,11 @@ def _read(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise CaError(f"{path} has more than {limit} bytes")
     return content
+
+
+def read_passphrase(directory: Path, passphrase_file: str | Path | None = None) -> bytes:
+    """What decrypts the keys in a CA's directory: from there, or from where the operator keeps it. Raises `CaError`."""
+    return _read_passphrase(directory / PASSPHRASE_FILE if passphrase_file is None else Path(passphrase_file))
 
 
 def _read_passphrase(path: Path) -> bytes:
