@@ -13,12 +13,13 @@ import ssl
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from control.api.identity import SpiffeId
+from control.client.membership import NEXT_KEY_FILE
 from control.client.x509 import Leaf, X509Error, check_svid, read_leaf, svid_identity
 from uproxy.errors import Flag, RefusedError
 
@@ -73,6 +74,10 @@ class CredentialsError(Exception):
     """This workload's own key, certificate or trust bundle cannot be used; the text says what to do."""
 
 
+class _MissingError(CredentialsError):
+    """A file is not there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """One identity's key, chain and trust bundle, read at one moment and checked against each other."""
@@ -90,10 +95,11 @@ class Credentials:
     def load(cls, identity_dir: str | Path, expected: SpiffeId | None = None) -> Credentials:
         """Read key.pem, chain.pem and bundle.pem of an identity directory, and prove that they fit together.
 
-        `expected` is the identity that this process was started for. Raises `CredentialsError`.
+        A renewal that is being written, or was interrupted, may have left the chain's key in key.next.pem; then that
+        one is taken. `expected` is the identity that this process was started for. Raises `CredentialsError`.
         """
         directory = Path(identity_dir)
-        key = _read(directory / KEY_FILE, secret=True)
+        keys = _keys(directory)
         chain = _certificates(directory / CHAIN_FILE)
         bundle = _certificates(directory / BUNDLE_FILE)
         if not 1 <= len(chain) <= MAX_CHAIN:
@@ -116,17 +122,29 @@ class Credentials:
                 "Point --identity-dir at the directory of that identity"
             )
         _check_time(leaf, directory / CHAIN_FILE)
-        credentials = cls(
-            identity=identity,
-            not_before=leaf.not_before,
-            not_after=leaf.not_after,
-            serial=leaf.serial,
-            # Written anew from what was read, and the leaf first, so that OpenSSL cannot read another one.
-            _chain_and_key="".join(map(ssl.DER_cert_to_PEM_cert, chain)).encode() + key,
-            _bundle=b"".join(bundle),
-        )
+        # Written anew from what was read, and the leaf first, so that OpenSSL cannot read another one.
+        chain_pem = "".join(map(ssl.DER_cert_to_PEM_cert, chain)).encode()
+        candidates = [
+            cls(
+                identity=identity,
+                not_before=leaf.not_before,
+                not_after=leaf.not_after,
+                serial=leaf.serial,
+                _chain_and_key=chain_pem + key,
+                _bundle=b"".join(bundle),
+            )
+            for key in keys
+        ]
+        credentials = next((found for found in candidates[:-1] if found._key_fits()), candidates[-1])
         credentials._prove(directory)
         return credentials
+
+    def _key_fits(self) -> bool:
+        try:
+            client_context(self)
+        except ssl.SSLError:
+            return False
+        return True
 
     def _prove(self, directory: Path) -> None:
         """Do one handshake with ourselves in memory, so that an error shows at start and not at a peer."""
@@ -239,13 +257,29 @@ def _no_passphrase() -> str:
     raise CredentialsError(f"{KEY_FILE} is encrypted; a workload's key is kept plain, with mode 0600")
 
 
+def _keys(directory: Path) -> list[bytes]:
+    """What may be the key of the chain, at least one: key.next.pem, if there is one, then key.pem.
+
+    Read in this order, and before the chain, so that a renewal written meanwhile leaves a pair that fits.
+    """
+    keys = []
+    with suppress(_MissingError):
+        keys.append(_read(directory / NEXT_KEY_FILE, secret=True))
+    try:
+        keys.append(_read(directory / KEY_FILE, secret=True))
+    except _MissingError:
+        if not keys:
+            raise
+    return keys
+
+
 def _read(path: Path, secret: bool = False) -> bytes:
     try:
         # Nonblocking, so that a FIFO in the place of a file cannot hold up the start.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         made_by = "`python -m control.client.csr`" if secret else "`meshctl ca issue`"
-        raise CredentialsError(f"{path} does not exist; {made_by} makes it") from None
+        raise _MissingError(f"{path} does not exist; {made_by} makes it") from None
     except OSError as error:
         raise CredentialsError(f"{path} cannot be opened: {error.strerror}") from None
     with os.fdopen(descriptor, "rb") as file:

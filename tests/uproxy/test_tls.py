@@ -351,6 +351,40 @@ def test_load_refuses_a_key_of_another_certificate(good_dir):
     assert "meshctl ca issue" in told or "control.client.csr" in told
 
 
+OTHER_KEY = Forged(None, ec.generate_private_key(ec.SECP256R1()), None).key_pem
+
+
+def with_next_key(directory: Path, key: bytes) -> Path:
+    (directory / "key.next.pem").write_bytes(key)
+    (directory / "key.next.pem").chmod(0o600)
+    return directory
+
+
+@pytest.mark.parametrize("before", [OTHER_KEY, None], ids=["renewed", "joined"])
+def test_load_takes_the_next_key_where_the_chain_is_its(good_dir, before):
+    with_next_key(good_dir, (good_dir / "key.pem").read_bytes())
+    (good_dir / "key.pem").unlink()
+    if before is not None:
+        (good_dir / "key.pem").write_bytes(before)
+        (good_dir / "key.pem").chmod(0o600)
+    assert Credentials.load(good_dir).identity == WEB
+
+
+@pytest.mark.parametrize("next_key", [OTHER_KEY, b"", b"garbage"])
+def test_load_keeps_the_key_while_the_next_one_has_no_chain(good_dir, next_key):
+    assert Credentials.load(with_next_key(good_dir, next_key)).identity == WEB
+
+
+def test_load_refuses_two_keys_of_other_certificates(good_dir):
+    (good_dir / "key.pem").write_bytes(OTHER_KEY)
+    assert "key.pem is not the key of" in refused(with_next_key(good_dir, OTHER_KEY))
+
+
+def test_load_refuses_a_next_key_that_others_can_open(good_dir):
+    with_next_key(good_dir, OTHER_KEY).joinpath("key.next.pem").chmod(0o640)
+    assert "key.next.pem has mode 0640" in refused(good_dir)
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
 def test_load_refuses_a_key_that_others_can_open(good_dir, mode):
     (good_dir / "key.pem").chmod(mode)
