@@ -119,3 +119,25 @@ Resource = (
     | DeclaredPolicy
     | DeclaredPeerAuthentication
 )
+
+
+Place = tuple[str, str, str]
+"""Kind, namespace (empty for a Namespace) and name: what no two resources share."""
+
+
+def place_of(resource: Resource) -> Place:
+    """What a resource is referred to by."""
+    match resource:
+        case DeclaredNamespace():
+            return "Namespace", "", resource.name
+        case DeclaredService():
+            return "Service", resource.namespace, resource.name
+        case DeclaredWorkload():
+            return "WorkloadEntry", resource.namespace, resource.name
+        case DeclaredEndpoints():
+            return "EndpointSlice", resource.namespace, resource.name
+        case DeclaredPolicy():
+            return "AuthorizationPolicy", resource.policy.namespace, resource.policy.name
+        case DeclaredPeerAuthentication():
+            declared = resource.peer_authentication
+            return "PeerAuthentication", declared.namespace, declared.name

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from control.api import labels as label
 from control.api.address import IpAddress
 from control.api.declared import DeclaredEndpoint, DeclaredEndpoints, DeclaredService
-from control.api.labels import SERVICE_NAME
 from control.api.problems import Findings
 from control.api.selection import Workloads
 from control.api.workload import Endpoint, ServicePort, Workload, key
@@ -65,6 +65,7 @@ def _endpoint(
         ports=ports,
         weight=workload.weight,
         ready=ready,
+        labels=label.telemetry(workload.labels),
     )
 
 
@@ -119,7 +120,7 @@ def _sliced(
             names = [s.name for s in services if s.namespace == declared.namespace]
             findings.error(
                 declared.position,
-                f"metadata.labels[{SERVICE_NAME!r}]",
+                f"metadata.labels[{label.SERVICE_NAME!r}]",
                 f"no Service {declared.service!r} in namespace {declared.namespace}; declare it or name another",
                 (declared.service, names),
             )

@@ -206,6 +206,14 @@ def read_trust(body: Body) -> Trust:
     return Trust(certificates)
 
 
+def shard_addresses(residents: Mapping[IpAddress, Resident]) -> dict[int, AddressShard]:
+    """Shard -> its residents, in the order of their addresses' text, of the shards that are not empty; unsigned."""
+    shards: dict[int, dict[IpAddress, Resident]] = {}
+    for address in sorted(residents):
+        shards.setdefault(address_shard(address), {})[address] = residents[address]
+    return {shard: AddressShard(shards[shard]) for shard in sorted(shards)}
+
+
 def manifest_digest(stamps: Mapping[str, Stamp]) -> bytes:
     """SHA-256 over a service's endpoints. `stamps`: name of the workload (its topic level) -> stamp of the endpoint."""
     listed = [[name, *stamps[name]] for name in sorted(stamps)]

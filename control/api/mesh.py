@@ -5,12 +5,12 @@ What cannot be meant is an error, and the mesh is not built. What is allowed and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
 
 from control.api import records, topics, vips
-from control.api.address import IpAddress, is_ipv6
+from control.api.address import IpAddress
 from control.api.declared import (
     DeclaredEndpoints,
     DeclaredNamespace,
@@ -18,12 +18,13 @@ from control.api.declared import (
     DeclaredPolicy,
     DeclaredService,
     DeclaredWorkload,
-    Family,
     Resource,
+    place_of,
 )
 from control.api.endpoints import endpoints_of
-from control.api.identity import TrustDomain, make_id, parse_trust_domain
-from control.api.labels import Labels
+from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain
+from control.api.index import Resident, ResidentService, ResidentWorkload
+from control.api.labels import Labels, telemetry
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
 from control.api.policy import (
@@ -37,14 +38,38 @@ from control.api.policy import (
 from control.api.problems import Findings, Position, ResourceError, shown
 from control.api.records import Record
 from control.api.selection import Workloads
+from control.api.vips import Addresses, Vips
 from control.api.workload import Endpoint, Service, Workload
 
 _T = TypeVar("_T")
 
 
+def _nowhere(selector: Labels) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What is true outside of the resources that are built, so that one namespace can be built alone."""
+
+    addresses: Mapping[IpAddress, str] = field(default_factory=dict)
+    """Address -> who holds it, as `Service shop/web`."""
+    namespaces: frozenset[str] = frozenset()
+    """Those that are declared."""
+    principals: frozenset[str] = frozenset()
+    """Of the workloads of other namespaces."""
+    vips: Vips = field(default_factory=dict)
+    """What was allocated earlier: a service that still asks for none keeps its own."""
+    selects: Callable[[Labels], bool] = _nowhere
+    """Whether a workload of another namespace has these labels. Asked for policies of the root namespace only."""
+
+
+_NOTHING: Final = Elsewhere()
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """A whole configuration that holds together. Everything is in the order of its key."""
+    """A configuration that holds together: of all namespaces, or of one. Everything is in the order of its key."""
 
     trust_domain: TrustDomain
     services: tuple[Service, ...]
@@ -53,43 +78,66 @@ class Mesh:
     policies: tuple[AuthorizationPolicy, ...]
     peer_authentications: tuple[PeerAuthentication, ...]
     """Checked, and no records: all they can ask for is what every proxy does anyway."""
+    vips: Vips
+    """Of the services that ask for no address. Who keeps them gives them back as `Elsewhere.vips`."""
     warnings: tuple[ResourceError, ...]
 
     @classmethod
     def build(
-        cls, resources: Iterable[Resource], trust_domain: str, root_namespace: str = DEFAULT_ROOT_NAMESPACE
+        cls,
+        resources: Iterable[Resource],
+        trust_domain: str,
+        root_namespace: str = DEFAULT_ROOT_NAMESPACE,
+        *,
+        elsewhere: Elsewhere = _NOTHING,
     ) -> Mesh:
         """Builds the mesh. Raises ResourceErrors with everything that does not hold together, and
         IdentityError for a trust domain that is none.
         """
         findings = Findings()
         declared = _unique(resources, findings)
-        _check_namespaces(declared, root_namespace, findings)
+        _check_namespaces(declared, elsewhere.namespaces, root_namespace, findings)
         domain = parse_trust_domain(trust_domain)
         declared_services = sorted(_of(DeclaredService, declared), key=lambda service: service.key)
-        workloads = _workloads(_of(DeclaredWorkload, declared), domain, findings)
+        addresses = Addresses(declared_services, elsewhere.addresses, elsewhere.vips)
+        workloads = _workloads(_of(DeclaredWorkload, declared), domain, addresses, findings)
         policies = sorted(_of(DeclaredPolicy, declared), key=lambda item: item.policy.key)
         peer_authentications = _of(DeclaredPeerAuthentication, declared)
-        _check_selectors(policies, peer_authentications, workloads, root_namespace, findings)
-        _check_callers(policies, workloads, domain, findings)
+        _check_selectors(policies, peer_authentications, workloads, root_namespace, elsewhere.selects, findings)
+        _check_callers(policies, workloads, elsewhere.principals, domain, findings)
+        endpoints = endpoints_of(declared_services, _of(DeclaredEndpoints, declared), workloads, findings)
         mesh = cls(
             trust_domain=domain,
-            services=_services(declared_services, workloads, findings),
+            services=_services(declared_services, endpoints, addresses, findings),
             workloads=workloads,
-            endpoints=endpoints_of(declared_services, _of(DeclaredEndpoints, declared), workloads, findings),
+            endpoints=endpoints,
             policies=tuple(item.policy for item in policies),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
+            vips=addresses.allocated,
             warnings=tuple(findings.warnings),
         )
         findings.report.raise_errors()
         return mesh
 
     def records(self) -> dict[str, Body]:
-        """Topic -> body of every record."""
+        """Topic -> body of every service, workload, endpoint and policy."""
         every: Iterable[Record] = (*self.services, *self.workloads, *self.endpoints, *self.policies)
         return {
             topics.format_topic(self.trust_domain, records.topic_of(record)): records.write(record) for record in every
         }
+
+    def residents(self) -> dict[IpAddress, Resident]:
+        """Who lives at each address."""
+        found: dict[IpAddress, Resident] = {}
+        for workload in self.workloads:
+            resident = ResidentWorkload(
+                workload.namespace, workload.name, workload.service_account, telemetry(workload.labels)
+            )
+            found |= dict.fromkeys(workload.addresses, resident)
+        for service in self.services:
+            ports = tuple(port.port for port in service.ports)
+            found |= dict.fromkeys(service.vips, ResidentService(service.namespace, service.name, ports))
+        return found
 
 
 def _of(kind: type[_T], resources: Iterable[Resource]) -> list[_T]:
@@ -100,7 +148,7 @@ def _unique(resources: Iterable[Resource], findings: Findings) -> list[Resource]
     """The resources without second declarations of one, which are errors."""
     first: dict[tuple[str, str, str], Resource] = {}
     for resource in resources:
-        place = _place_of(resource)
+        place = place_of(resource)
         other = first.setdefault(place, resource)
         if other is not resource:
             kind, namespace, name = place
@@ -110,31 +158,15 @@ def _unique(resources: Iterable[Resource], findings: Findings) -> list[Resource]
     return list(first.values())
 
 
-def _place_of(resource: Resource) -> tuple[str, str, str]:
-    """Kind, namespace and name."""
-    match resource:
-        case DeclaredNamespace():
-            return "Namespace", "", resource.name
-        case DeclaredService():
-            return "Service", resource.namespace, resource.name
-        case DeclaredWorkload():
-            return "WorkloadEntry", resource.namespace, resource.name
-        case DeclaredEndpoints():
-            return "EndpointSlice", resource.namespace, resource.name
-        case DeclaredPolicy():
-            return "AuthorizationPolicy", resource.policy.namespace, resource.policy.name
-        case DeclaredPeerAuthentication():
-            declared = resource.peer_authentication
-            return "PeerAuthentication", declared.namespace, declared.name
-
-
-def _check_namespaces(resources: Sequence[Resource], root_namespace: str, findings: Findings) -> None:
+def _check_namespaces(
+    resources: Sequence[Resource], elsewhere: frozenset[str], root_namespace: str, findings: Findings
+) -> None:
     """Whoever declares namespaces must declare all but the two that always exist; whoever declares none need not."""
-    declared = {namespace.name for namespace in _of(DeclaredNamespace, resources)}
+    declared = elsewhere.union(namespace.name for namespace in _of(DeclaredNamespace, resources))
     if not declared:
         return
     for resource in resources:
-        _, namespace, _ = _place_of(resource)
+        _, namespace, _ = place_of(resource)
         if namespace and namespace not in declared | {DEFAULT_NAMESPACE, root_namespace}:
             findings.error(
                 resource.position,
@@ -145,9 +177,8 @@ def _check_namespaces(resources: Sequence[Resource], root_namespace: str, findin
 
 
 def _workloads(
-    declared: Iterable[DeclaredWorkload], trust_domain: TrustDomain, findings: Findings
+    declared: Iterable[DeclaredWorkload], trust_domain: TrustDomain, addresses: Addresses, findings: Findings
 ) -> tuple[Workload, ...]:
-    holders: dict[IpAddress, Workload] = {}
     workloads: list[Workload] = []
     for entry in sorted(declared, key=lambda item: item.key):
         workload = Workload(
@@ -162,50 +193,49 @@ def _workloads(
             weight=entry.weight,
         )
         for address in entry.addresses:
-            other = holders.setdefault(address, workload)
-            if other is not workload:
-                problem = f"{address} is the address of WorkloadEntry {other.key} too; an address is one workload"
+            other = addresses.claim(address, f"WorkloadEntry {entry.key}")
+            if other:
+                problem = f"{address} is the address of {other} too; an address is one workload"
                 findings.error(entry.position, "spec.address", problem)
         workloads.append(workload)
     return tuple(workloads)
 
 
 def _services(
-    declared: Sequence[DeclaredService], workloads: Sequence[Workload], findings: Findings
+    declared: Sequence[DeclaredService], endpoints: Iterable[Endpoint], addresses: Addresses, findings: Findings
 ) -> tuple[Service, ...]:
     """Services with their virtual addresses: first those asked for, so that no allocation takes one of them."""
-    holders = {address: f"WorkloadEntry {workload.key}" for workload in workloads for address in workload.addresses}
     for service in declared:
         for address in service.cluster_ips:
-            if address in holders:
-                problem = f"{address} is the address of {holders[address]} too; choose another or remove it"
+            other = addresses.claim(address, vips.holder(service))
+            if other:
+                problem = f"{address} is the address of {other} too; choose another or remove it"
                 findings.error(service.position, "spec.clusterIP", problem)
-            holders[address] = f"Service {service.key}"
+    identities: dict[str, set[SpiffeId]] = {}
+    for endpoint in endpoints:
+        identities.setdefault(endpoint.service, set()).add(endpoint.identity)
     return tuple(
         Service(
             namespace=service.namespace,
             name=service.name,
-            vips=tuple(_vips_of(service, holders, findings)),
+            vips=tuple(_vips_of(service, addresses, findings)),
             ports=service.ports,
             labels=service.labels,
+            identities=tuple(sorted(identities.get(service.key, ()))),
         )
         for service in declared
     )
 
 
-def _vips_of(service: DeclaredService, holders: dict[IpAddress, str], findings: Findings) -> list[IpAddress]:
+def _vips_of(service: DeclaredService, addresses: Addresses, findings: Findings) -> Iterator[IpAddress]:
     """One address of each family of the service, in the order of its families."""
-    found: list[IpAddress] = []
     for family in service.families:
-        asked = [address for address in service.cluster_ips if is_ipv6(address) == (family is Family.IPV6)]
-        address = asked[0] if asked else vips.allocate(service.key, family, holders)
+        address = addresses.vip(service, family)
         if address is None:
             problem = f"no address is left in {vips.RANGES[family]}; write one of another range"
             findings.error(service.position, "spec.clusterIP", problem)
-            continue
-        holders[address] = f"Service {service.key}"
-        found.append(address)
-    return found
+        else:
+            yield address
 
 
 def _check_selectors(
@@ -213,6 +243,7 @@ def _check_selectors(
     peer_authentications: Iterable[DeclaredPeerAuthentication],
     workloads: Sequence[Workload],
     root_namespace: str,
+    selects_elsewhere: Callable[[Labels], bool],
     findings: Findings,
 ) -> None:
     """Warns of policies that select no workload, or that can never match."""
@@ -225,8 +256,10 @@ def _check_selectors(
     ]
     index = Workloads(workloads)
     for namespace, selector, position in scopes:
-        scope = "any namespace" if namespace == root_namespace else f"namespace {namespace}"
-        if not index.any_selected(None if namespace == root_namespace else [namespace], selector or {}):
+        everywhere = namespace == root_namespace
+        scope = "any namespace" if everywhere else f"namespace {namespace}"
+        found = index.any_selected(None if everywhere else [namespace], selector or {})
+        if not found and not (everywhere and selects_elsewhere(selector or {})):
             findings.warn(position, "spec.selector", f"selects no WorkloadEntry of {scope}; it does nothing")
     for item in policies:
         if item.policy.action is Action.DENY and not item.policy.rules:
@@ -235,11 +268,17 @@ def _check_selectors(
 
 
 def _check_callers(
-    policies: Iterable[DeclaredPolicy], workloads: Sequence[Workload], trust_domain: TrustDomain, findings: Findings
+    policies: Sequence[DeclaredPolicy],
+    workloads: Sequence[Workload],
+    elsewhere: frozenset[str],
+    trust_domain: TrustDomain,
+    findings: Findings,
 ) -> None:
     """Warns of patterns over identities that no declared workload has: an ALLOW or DENY of nobody."""
-    principals = {workload.identity.principal for workload in workloads}
-    namespaces = {workload.namespace for workload in workloads}
+    if not policies:
+        return  # a change of one endpoint should not cost a look at all identities of the mesh
+    principals = elsewhere.union(workload.identity.principal for workload in workloads)
+    namespaces = frozenset(principal.split("/")[2] for principal in principals)
     for item in policies:
         for path, patterns, names in _identity_patterns(item.policy, principals, namespaces):
             for pattern in patterns:
@@ -248,7 +287,7 @@ def _check_callers(
                     findings.warn(item.position, path, problem, (pattern, names))
 
 
-def _matches_any(pattern: str, names: set[str], trust_domain: TrustDomain) -> bool:
+def _matches_any(pattern: str, names: frozenset[str], trust_domain: TrustDomain) -> bool:
     # The two usual forms are looked up, since there may be many workloads and many policies.
     if pattern in names or (pattern.startswith("*/") and trust_domain + pattern[1:] in names):
         return True
@@ -256,8 +295,8 @@ def _matches_any(pattern: str, names: set[str], trust_domain: TrustDomain) -> bo
 
 
 def _identity_patterns(
-    policy: AuthorizationPolicy, principals: set[str], namespaces: set[str]
-) -> Iterator[tuple[str, tuple[str, ...], set[str]]]:
+    policy: AuthorizationPolicy, principals: frozenset[str], namespaces: frozenset[str]
+) -> Iterator[tuple[str, tuple[str, ...], frozenset[str]]]:
     """Every field of a policy that asks for identities: path, patterns, and the names that there are."""
     for index, rule in enumerate(policy.rules):
         for number, source in enumerate(rule.sources):

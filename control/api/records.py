@@ -6,6 +6,7 @@ every field must be there, none may be added, and every value must be in its can
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Final
 
@@ -20,7 +21,7 @@ from control.api.fields import (
     typed,
 )
 from control.api.fields import RecordError as RecordError  # what `read` raises
-from control.api.identity import TrustDomain, make_id, proxy_hash
+from control.api.identity import SpiffeId, TrustDomain, make_id, proxy_hash
 from control.api.messages import Body, Value
 from control.api.names import wrong_dns_label, wrong_subdomain
 from control.api.policy import (
@@ -65,6 +66,7 @@ def write(record: Record) -> Body:
                 "vips": list(record.vips),
                 "ports": [[p.name, p.port, p.target_port, p.app_protocol] for p in record.ports],
                 "labels": dict(record.labels),
+                "identities": [str(identity) for identity in record.identities],
             }
         case Endpoint():
             return {
@@ -73,6 +75,7 @@ def write(record: Record) -> Body:
                 "ports": [[port, target] for port, target in record.ports.items()],
                 "weight": record.weight,
                 "ready": record.ready,
+                "labels": dict(record.labels),
             }
         case Workload():
             return {
@@ -103,7 +106,7 @@ def read(topic: RecordTopic, body: Body, trust_domain: TrustDomain) -> Record:
 def _read(topic: RecordTopic, fields: Fields, trust_domain: TrustDomain) -> Record:
     match topic:
         case ServiceTopic():
-            return _read_service(topic, fields)
+            return _read_service(topic, fields, trust_domain)
         case EndpointTopic():
             return _read_endpoint(topic, fields, trust_domain)
         case WorkloadTopic():
@@ -139,7 +142,7 @@ def _canonical(parse: Callable[[str], str]) -> Callable[[Value, str], str]:
     return check
 
 
-def _read_service(topic: ServiceTopic, fields: Fields) -> Service:
+def _read_service(topic: ServiceTopic, fields: Fields, trust_domain: TrustDomain) -> Service:
     ports = tuple(_read_service_port(item) for item in fields.take("ports", list))
     check_distinct([port.port for port in ports], "ports")
     return Service(
@@ -148,7 +151,15 @@ def _read_service(topic: ServiceTopic, fields: Fields) -> Service:
         vips=fields.addresses("vips"),
         ports=ports,
         labels=fields.labels("labels"),
+        identities=_read_identities(fields.take("identities", list), trust_domain, topic.namespace),
     )
+
+
+def _read_identities(values: list[Value], trust_domain: TrustDomain, namespace: str) -> tuple[SpiffeId, ...]:
+    found = [read_identity(typed(value, str, "identities"), trust_domain, namespace) for value in values]
+    if any(first >= second for first, second in itertools.pairwise(found)):
+        raise RecordError("identities must be in order, each once")
+    return tuple(found)
 
 
 def _read_service_port(value: Value) -> ServicePort:
@@ -183,6 +194,7 @@ def _read_endpoint(topic: EndpointTopic, fields: Fields, trust_domain: TrustDoma
         ports=ports,
         weight=fields.number("weight", 1, MAX_WEIGHT),
         ready=fields.take("ready", bool),
+        labels=fields.labels("labels"),
     )
 
 

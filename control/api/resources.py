@@ -16,6 +16,7 @@ from control.api.declared import (
     Family,
     Resource,
 )
+from control.api.declared import place_of as place_of  # beside `parse`, since whoever parses goes on to ask it
 from control.api.document import Map, Reader, position_of, read_documents
 from control.api.metadata import MORE_ADDRESSES, read_metadata
 from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_name, wrong_subdomain
@@ -36,7 +37,7 @@ def parse(text: str, file: str) -> list[Resource]:
     report = Report()
     resources: list[Resource] = []
     for document in read_documents(text, file, report):
-        resource = _read(document, file, report)
+        resource = read_resource(document, file, report)
         if resource is not None:
             resources.append(resource)
         if report.full:
@@ -45,7 +46,8 @@ def parse(text: str, file: str) -> list[Resource]:
     return resources
 
 
-def _read(document: Map, file: str, report: Report) -> Resource | None:
+def read_resource(document: Map, file: str, report: Report) -> Resource | None:
+    """The resource of one document; None, or one not to be used, when the report got errors."""
     reader = Reader(document, "", position_of(document, file), report)
     version = reader.text("apiVersion", required="the API of the kind, such as v1")
     kind = reader.text("kind", required=f"one of {', '.join(_KINDS)}")

@@ -14,6 +14,7 @@ from control.api import labels as label
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from control.api.labels import Labels
+from control.api.names import wrong_dns_label, wrong_service_name
 
 CLUSTER_DOMAIN: Final = "cluster.local"
 """The DNS suffix of service host names. It is not the trust domain, though both are often the same text."""
@@ -22,6 +23,16 @@ CLUSTER_DOMAIN: Final = "cluster.local"
 def key(namespace: str, name: str) -> str:
     """How services and workloads are referred to: `namespace/name`."""
     return f"{namespace}/{name}"
+
+
+def key_of_host(host: str) -> str | None:
+    """Key of the service that a host name means: `name.ns`, `name.ns.svc` or `name.ns.svc.cluster.local`, in any case.
+
+    None for what no service can be called.
+    """
+    host = host.lower().removesuffix(".").removesuffix(f".svc.{CLUSTER_DOMAIN}").removesuffix(".svc")
+    name, _, namespace = host.partition(".")
+    return key(namespace, name) if not wrong_service_name(name) and not wrong_dns_label(namespace) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,8 @@ class Service:
     vips: tuple[IpAddress, ...]
     ports: tuple[ServicePort, ...]
     labels: Labels = field(hash=False)
+    identities: tuple[SpiffeId, ...]
+    """Who may serve it, in order. Services are signed and endpoints are not: an endpoint of anybody else is none."""
 
     @property
     def key(self) -> str:
@@ -114,3 +127,20 @@ class Endpoint:
     weight: int
     ready: bool
     """Whether it takes new connections."""
+    labels: Labels = field(hash=False)
+    """The workload's `labels.telemetry`."""
+
+    def as_workload(self) -> Workload:
+        """The workload behind it, as far as a caller needs to know it: for metrics and logs."""
+        namespace, _, name = self.workload.partition("/")
+        return Workload(
+            namespace=namespace,
+            name=name,
+            service_account=self.identity.service_account,
+            identity=self.identity,
+            addresses=(self.address,),
+            labels=self.labels,
+            ports={},
+            node="",
+            weight=self.weight,
+        )

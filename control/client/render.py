@@ -18,13 +18,14 @@ from typing import Final
 
 import msgpack
 
-from control.api import document, messages, resources
+from control.api import document, index, messages, resources, topics
 from control.api.declared import Resource
 from control.api.identity import IdentityError
 from control.api.mesh import Mesh
 from control.api.messages import Body, Envelope, MessageError
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.problems import ResourceError, ResourceErrors
+from control.api.topics import AddressesTopic
 
 REFUSED: Final = 2
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_LIMIT_S, _CPU_LIMIT_S))
     try:
         mesh = Mesh.build(read_files(options.files), options.trust_domain, options.root_namespace)
-        frames = [_frame(topic, _encode(topic, options, body)) for topic, body in mesh.records().items()]
+        bodies = {**mesh.records(), **_address_shards(mesh)}
+        frames = [_frame(topic, _encode(topic, options, body)) for topic, body in bodies.items()]
     except (ResourceErrors, IdentityError, MessageError) as error:
         print(error, file=sys.stderr)
         return REFUSED
@@ -68,6 +70,14 @@ def read_files(paths: Sequence[Path]) -> list[Resource]:
     if errors:
         raise ResourceErrors(errors)
     return found
+
+
+def _address_shards(mesh: Mesh) -> dict[str, Body]:
+    """Topic -> body of the address shards. Nobody signs them: whoever can write the files is trusted anyway."""
+    return {
+        topics.format_topic(mesh.trust_domain, AddressesTopic(shard)): index.write(content)
+        for shard, content in index.shard_addresses(mesh.residents()).items()
+    }
 
 
 def _is_ours(file: Path) -> bool:

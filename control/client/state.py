@@ -6,22 +6,24 @@ arrived in. A batch is applied whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, Generic, TypeVar
 
-from control.api import messages, records, topics
+from control.api import index, messages, records, topics
 from control.api.address import IpAddress
 from control.api.identity import parse_trust_domain
-from control.api.messages import Envelope, MessageError
+from control.api.index import AddressShard, Resident, ResidentWorkload
+from control.api.messages import Body, MessageError, Stamp
 from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, applies
 from control.api.records import Record, RecordError
-from control.api.topics import RecordTopic, TopicError
-from control.api.workload import CLUSTER_DOMAIN, Endpoint, Service, ServicePort, Workload, key
+from control.api.topics import AddressesTopic, RecordTopic, Topic, TopicError
+from control.api.workload import Endpoint, Service, ServicePort, Workload, key_of_host
 
 MAX_TOPICS: Final = 1_000_000  # ten times the largest mesh we aim at; a runaway publisher must not eat the host
 
-Stamp = tuple[int, int]
+Content = Record | AddressShard
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
 
@@ -33,11 +35,13 @@ class Changes:
     services: frozenset[str] = frozenset()
     workloads: frozenset[str] = frozenset()
     endpoints: frozenset[str] = frozenset()
-    """Keys of the services whose endpoints changed."""
+    """Keys of the services whose endpoints, or whose identities that may serve, changed."""
     policies: frozenset[str] = frozenset()
+    addresses: frozenset[IpAddress] = frozenset()
+    """Where somebody else lives now than before, or nobody."""
 
     def __bool__(self) -> bool:
-        return bool(self.services or self.workloads or self.endpoints or self.policies)
+        return bool(self.services or self.workloads or self.endpoints or self.policies or self.addresses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class _Held:
     """The newest message of a topic."""
 
     stamp: Stamp
-    record: Record | None
+    record: Content | None
     """None: a tombstone, kept so that an older message cannot bring the record back."""
 
 
@@ -121,26 +125,45 @@ class State:
         self._addresses: _Claims[IpAddress, Workload] = _Claims()
         self._endpoints: dict[str, dict[str, Endpoint]] = {}
         self._policies: dict[str, dict[str, AuthorizationPolicy]] = {}
+        self._residents: dict[IpAddress, Resident] = {}
+        self._peers: dict[IpAddress, Workload] = {}
+        """Workloads that are known from their addresses alone, once they were asked for."""
 
     def apply(self, batch: Sequence[tuple[str, bytes]]) -> Changes:
         """Applies a batch. Raises RecordError, and then nothing of it is applied."""
         services, endpoints, policies = set(), set(), set()
+        addresses: set[IpAddress] = set()
         for topic, new in self._newest_of(batch).items():
             old = self._held.get(topic, _NOTHING)
             self._held[topic] = new
-            for record in (old.record, new.record) if old.record != new.record else ():
+            for record, other in ((old.record, new.record), (new.record, old.record)):
+                if record == other:
+                    break
                 match record:
                     case Service():
                         services.add(record.key)
+                        if not isinstance(other, Service) or other.identities != record.identities:
+                            endpoints.add(record.key)
                     case Endpoint():
                         endpoints.add(record.service)
                     case AuthorizationPolicy():
                         policies.add(record.key)
+                    case AddressShard():
+                        there = other.residents if isinstance(other, AddressShard) else {}
+                        addresses |= {ip for ip, one in record.residents.items() if there.get(ip) != one}
             self._file(topic, old.record, new.record, new.stamp)
         services |= {service.key for service in self._vips.take_moved()}
         workloads = {w.key for w in (*self._workloads.take_moved(), *self._addresses.take_moved())}
         self.whole = True
-        changes = Changes(*map(frozenset, (services, workloads, endpoints, policies)))
+        for address in addresses:
+            self._peers.pop(address, None)
+        changes = Changes(
+            services=frozenset(services),
+            workloads=frozenset(workloads),
+            endpoints=frozenset(endpoints),
+            policies=frozenset(policies),
+            addresses=frozenset(addresses),
+        )
         self.generation += bool(changes)
         return changes
 
@@ -158,19 +181,36 @@ class State:
 
     def service_named(self, host: str) -> Service | None:
         """The service of a host name: `name.ns`, `name.ns.svc` or `name.ns.svc.cluster.local`, in any case."""
-        host = host.lower().removesuffix(".").removesuffix(f".svc.{CLUSTER_DOMAIN}").removesuffix(".svc")
-        name, _, namespace = host.partition(".")
-        return self._services.get(key(namespace, name))
+        service_key = key_of_host(host)
+        return self._services.get(service_key) if service_key is not None else None
 
     def services(self) -> tuple[Service, ...]:
         return tuple(self._services.values())
 
     def endpoints(self, service_key: str) -> tuple[Endpoint, ...]:
-        """All endpoints of a service, ready or not."""
-        return tuple(self._endpoints.get(service_key, {}).values())
+        """All endpoints of a service, ready or not, that may serve it: none without the service's own record."""
+        service = self._services.get(service_key)
+        if service is None:
+            return ()
+        found = self._endpoints.get(service_key, {}).values()
+        return tuple(endpoint for endpoint in found if endpoint.identity in service.identities)
+
+    def resident_at(self, ip: IpAddress) -> Resident | None:
+        """Who lives at an address, a service or a workload, whether or not more is known of it."""
+        return self._residents.get(ip)
+
+    def residents(self) -> Mapping[IpAddress, Resident]:
+        """Every address that somebody lives at. A view: it changes with the state."""
+        return MappingProxyType(self._residents)
 
     def workload_at(self, ip: IpAddress) -> Workload | None:
-        return self._addresses.holder.get(ip)
+        """The workload at an address, by its record or else as far as its address tells."""
+        known = self._addresses.holder.get(ip) or self._peers.get(ip)
+        if known is None:
+            resident = self._residents.get(ip)
+            if isinstance(resident, ResidentWorkload):
+                known = self._peers[ip] = resident.as_workload(self.trust_domain, ip)
+        return known
 
     def workload(self, workload_key: str) -> Workload | None:
         return self._workloads.holder.get(workload_key)
@@ -204,17 +244,20 @@ class State:
     def _read(self, topic: str, payload: bytes) -> _Held:
         try:
             parsed = topics.parse_topic(self.trust_domain, topic)
-            if not isinstance(parsed, RecordTopic):
-                raise TopicError("holds no record")
-            envelope: Envelope = messages.decode(payload)
-            record = None
-            if envelope.body is not None:
-                record = records.read(parsed, envelope.body, self.trust_domain)
+            envelope = messages.decode(payload)
+            record = None if envelope.body is None else self._read_body(parsed, envelope.body)
         except (TopicError, MessageError, RecordError) as error:
             raise RecordError(f"{topic[:120]}: {error}") from None
         return _Held(envelope.stamp, record)
 
-    def _file(self, topic: str, old: Record | None, new: Record | None, stamp: Stamp) -> None:
+    def _read_body(self, topic: Topic, body: Body) -> Content:
+        if isinstance(topic, AddressesTopic):
+            return index.read_address_shard(topic, body)
+        if isinstance(topic, RecordTopic):
+            return records.read(topic, body, self.trust_domain)
+        raise RecordError("is of a kind that no state is made of")
+
+    def _file(self, topic: str, old: Content | None, new: Content | None, stamp: Stamp) -> None:
         """Brings every index from a topic's old record to its new one."""
         self._drop(old)
         match new:
@@ -228,12 +271,14 @@ class State:
                 self._endpoints.setdefault(new.service, {})[new.workload] = new
             case AuthorizationPolicy():
                 self._policies.setdefault(new.namespace, {})[new.name] = new
+            case AddressShard():
+                self._residents |= new.residents  # an address has one shard, so no other claims it
             case None:
                 self._vips.release(topic)
                 self._workloads.release(topic)
                 self._addresses.release(topic)
 
-    def _drop(self, old: Record | None) -> None:
+    def _drop(self, old: Content | None) -> None:
         match old:
             case Service():
                 del self._services[old.key]
@@ -241,6 +286,9 @@ class State:
                 _discard(self._endpoints, old.service, old.workload)
             case AuthorizationPolicy():
                 _discard(self._policies, old.namespace, old.name)
+            case AddressShard():
+                for address in old.residents:
+                    del self._residents[address]
             case Workload() | None:
                 pass  # a workload is filed by its claims alone
 

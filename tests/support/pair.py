@@ -119,8 +119,8 @@ async def running_pair(directory: Path, authority: Authority, app_port: int) -> 
     """Start both; `app_port` is where db's application listens, on 127.0.77.2."""
     data_plane = Plane(asyncio.get_running_loop())
     state = State("cluster.local")
-    service = Service("shop", "db", (VIP,), (ServicePort("", SERVICE_PORT, app_port, ""),), {})
-    endpoint = Endpoint("shop/db", "shop/db", DB_ADDRESS, DB, {SERVICE_PORT: app_port}, 1, True)
+    service = Service("shop", "db", (VIP,), (ServicePort("", SERVICE_PORT, app_port, ""),), {}, (DB,))
+    endpoint = Endpoint("shop/db", "shop/db", DB_ADDRESS, DB, {SERVICE_PORT: app_port}, 1, True, {})
     known = (workload("web", WEB_ADDRESS, WEB), workload("db", DB_ADDRESS, DB), service, endpoint)
     state.apply([published(record, 1) for record in known])
     web, db = (

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from control.api.address import IpAddress, IpBlock, parse_address, parse_block
 from control.api.identity import make_id, parse_trust_domain
+from control.api.index import AddressShard, ResidentService, ResidentWorkload
 from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source
 from control.api.records import Record
+from control.api.topics import AddressesTopic, address_shard
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
 TRUST_DOMAIN = parse_trust_domain("cluster.local")
@@ -49,14 +51,19 @@ service_ports = st.builds(
     target_port=st.one_of(ports, st.just("http")),
     app_protocol=st.sampled_from(["", "http", "kubernetes.io/h2c"]),
 )
-services = st.builds(
-    Service,
-    namespace=namespaces,
-    name=names,
-    vips=_few(addresses(), unique=True),
-    ports=_few(service_ports, unique_by=lambda port: port.port),
-    labels=labels,
-)
+
+
+@st.composite
+def services(draw: st.DrawFn) -> Service:
+    namespace = draw(namespaces)
+    return Service(
+        namespace=namespace,
+        name=draw(names),
+        vips=draw(_few(addresses(), unique=True)),
+        ports=draw(_few(service_ports, unique_by=lambda port: port.port)),
+        labels=draw(labels),
+        identities=tuple(make_id(TRUST_DOMAIN, namespace, account) for account in sorted(draw(st.sets(accounts)))),
+    )
 
 
 @st.composite
@@ -86,6 +93,7 @@ def endpoints(draw: st.DrawFn) -> Endpoint:
         ports=draw(st.dictionaries(ports, ports, max_size=2)),
         weight=draw(weights),
         ready=draw(st.booleans()),
+        labels=draw(labels),
     )
 
 
@@ -131,5 +139,23 @@ policies = st.builds(
 )
 
 
+residents = st.builds(
+    ResidentService, namespaces, names, st.lists(ports, max_size=3, unique=True).map(tuple)
+) | st.builds(ResidentWorkload, namespaces, workload_names, accounts, labels)
+
+
+@st.composite
+def address_shards(draw: st.DrawFn) -> tuple[AddressesTopic, AddressShard]:
+    """Unsigned, of few addresses: each shard that is drawn has some that `addresses` draws, and others."""
+    shard = address_shard(draw(addresses()))
+    held = draw(st.dictionaries(st.sampled_from(_BY_SHARD[shard]), residents, max_size=3))
+    return AddressesTopic(shard), AddressShard(held)
+
+
+_BY_SHARD: dict[int, list[IpAddress]] = {}
+for _text in [f"10.0.{n >> 8}.{n & 255}" for n in range(1, 1024)] + [f"fd00::{n}" for n in range(1, 4)]:
+    _BY_SHARD.setdefault(address_shard(parse_address(_text)), []).append(parse_address(_text))
+
+
 def records() -> st.SearchStrategy[Record]:
-    return st.one_of(services, workloads(), endpoints(), policies)
+    return st.one_of(services(), workloads(), endpoints(), policies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 import socket
@@ -262,7 +263,10 @@ def test_a_peer_with_another_identity_is_refused(tmp_path: Path, authority: Auth
         from control.api.workload import Endpoint
 
         other = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/other")
-        pair.apply(Endpoint("shop/db", "shop/db", DB_ADDRESS, other, {6379: pair.app_port}, 1, True))
+        service = pair.state.service("shop/db")
+        assert service is not None
+        endpoint = Endpoint("shop/db", "shop/db", DB_ADDRESS, other, {6379: pair.app_port}, 1, True, {})
+        pair.apply(dataclasses.replace(service, identities=(other,)), endpoint)
         app = pair.dial()
         with pytest.raises(ConnectionResetError):
             await asyncio.get_running_loop().sock_recv(app, 1)

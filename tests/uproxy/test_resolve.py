@@ -21,12 +21,12 @@ from uproxy.resolve import MAX_HOPS, Resolver
 
 def endpoint(number: int, *, weight: int = 1, ready: bool = True, port: int = SERVICE_PORT) -> Endpoint:
     address = parse_address(f"10.0.0.{number}")
-    return Endpoint("shop/db", f"shop/db-{number}", address, DB, {port: 7000}, weight, ready)
+    return Endpoint("shop/db", f"shop/db-{number}", address, DB, {port: 7000}, weight, ready, {})
 
 
 def state_of(*endpoints: Endpoint) -> State:
     state = State("cluster.local")
-    service = Service("shop", "db", (VIP,), (ServicePort("", SERVICE_PORT, 7000, ""),), {})
+    service = Service("shop", "db", (VIP,), (ServicePort("", SERVICE_PORT, 7000, ""),), {}, (DB,))
     state.apply([published(record, 1) for record in (service, workload("db", DB_ADDRESS, DB), *endpoints)])
     return state
 

@@ -84,9 +84,10 @@ class Agent:
     def apply(self, batch: Sequence[tuple[str, bytes]]) -> None:
         """Takes configuration: into the state, then into the kernel. Raises RecordError, SyncError or BpfError."""
         changes = self._state.apply(batch)
-        self._lagging |= bool(changes.services or changes.workloads)
-        if self._lagging:
-            written = self._sync.apply(self._state)
+        if self._lagging or changes.addresses:
+            changed = None if self._lagging else changes.addresses
+            self._lagging = True  # a failure may leave it half done
+            written = self._sync.apply(self._state, changed)
             self._lagging = False
             _log.info("configuration in force: %d map entries changed, %s", written, self._sync.sizes())
         self._config_error = ""

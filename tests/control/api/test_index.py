@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -13,10 +14,8 @@ from control.api import index, messages
 from control.api.address import IpAddress
 from control.api.fields import RecordError
 from control.api.index import (
-    AddressShard,
     IndexShard,
     Manifest,
-    ResidentService,
     ResidentWorkload,
     Root,
     Trust,
@@ -36,24 +35,11 @@ from control.api.topics import (
     index_entry,
     index_shard,
 )
-from tests.support.records import (
-    TRUST_DOMAIN,
-    accounts,
-    addresses,
-    labels,
-    names,
-    namespaces,
-    ports,
-    records,
-    workload_names,
-)
+from tests.support.records import TRUST_DOMAIN, address_shards, addresses, records, residents, workload_names
 
 digests = st.binary(min_size=32, max_size=32)
 signatures = st.just(b"") | st.binary(min_size=64, max_size=64)
 entries = records().map(topic_of).filter(lambda topic: not isinstance(topic, EndpointTopic)).map(index_entry)
-residents = st.builds(
-    ResidentService, namespaces, names, st.lists(ports, max_size=3, unique=True).map(tuple)
-) | st.builds(ResidentWorkload, namespaces, workload_names, accounts, labels)
 
 
 @st.composite
@@ -63,21 +49,13 @@ def index_shards(draw):
     return IndexTopic("shop", shard), IndexShard({e: d for e, d in found.items() if index_shard(e) == shard})
 
 
-@st.composite
-def address_shards(draw):
-    found = draw(st.dictionaries(addresses(), residents, min_size=1))
-    shard = address_shard(next(iter(found)))
-    held = {ip: resident for ip, resident in found.items() if address_shard(ip) == shard}
-    return AddressesTopic(shard), AddressShard(held, draw(signatures))
-
-
 def roots(shards):
     return st.builds(Root, st.dictionaries(st.integers(0, shards - 1), digests, max_size=4), signatures)
 
 
 contents = st.one_of(
     index_shards(),
-    address_shards(),
+    st.tuples(address_shards(), signatures).map(lambda drawn: (drawn[0][0], replace(drawn[0][1], signature=drawn[1]))),
     st.tuples(st.just(RootTopic("shop")), roots(64)),
     st.tuples(st.just(AddressesRootTopic()), roots(256)),
     st.tuples(st.just(ManifestTopic("shop", "web")), st.builds(Manifest, st.integers(0, 1_000_000), digests)),
@@ -188,3 +166,14 @@ def test_a_resident_stands_in_for_its_workload():
     workload = resident.as_workload(TRUST_DOMAIN, IpAddress(_IP))
     assert (workload.key, str(workload.identity)) == (resident.key, "spiffe://cluster.local/ns/shop/sa/web")
     assert (workload.canonical_service, workload.addresses) == ("web", (_IP,))
+
+
+@given(st.dictionaries(addresses(), residents))
+def test_every_address_is_in_its_shard_and_shards_are_in_order(drawn):
+    shards = index.shard_addresses(drawn)
+    assert {ip: resident for shard in shards.values() for ip, resident in shard.residents.items()} == drawn
+    assert list(shards) == sorted(shards)
+    for number, shard in shards.items():
+        assert shard.residents
+        assert list(shard.residents) == sorted(shard.residents)
+        assert index.read_address_shard(AddressesTopic(number), index.write(shard)) == shard

@@ -88,8 +88,8 @@ def test_a_whole_mesh_survives_its_records():
     identity = mesh.workloads[0].identity
     assert str(identity) == "spiffe://cluster.local/ns/shop/sa/web"
     assert mesh.endpoints == (
-        Endpoint("shop/web", "shop/web-1", IpAddress("10.0.0.1"), identity, {80: 7070}, 2, False),
-        Endpoint("shop/web", "shop/web-2", IpAddress("10.0.0.2"), identity, {80: 1, 81: 2}, 2, True),
+        Endpoint("shop/web", "shop/web-1", IpAddress("10.0.0.1"), identity, {80: 7070}, 2, False, {"app": "web"}),
+        Endpoint("shop/web", "shop/web-2", IpAddress("10.0.0.2"), identity, {80: 1, 81: 2}, 2, True, {"app": "web"}),
     )
 
 

@@ -16,9 +16,9 @@ from control.api.workload import Endpoint, Service, Workload
 from tests.support.records import TRUST_DOMAIN, records
 
 _WEB = make_id(TRUST_DOMAIN, "shop", "web")
-_SERVICE = Service("shop", "web", (IpAddress("240.240.0.1"),), (), {})
+_SERVICE = Service("shop", "web", (IpAddress("240.240.0.1"),), (), {}, (_WEB,))
 _WORKLOAD = Workload("shop", "web-1", "web", _WEB, (IpAddress("10.0.0.1"),), {}, {}, "", 1)
-_ENDPOINT = Endpoint("shop/web", "shop/web-1", IpAddress("10.0.0.1"), _WEB, {80: 8080}, 1, True)
+_ENDPOINT = Endpoint("shop/web", "shop/web-1", IpAddress("10.0.0.1"), _WEB, {80: 8080}, 1, True, {})
 _POLICY = AuthorizationPolicy("shop", "web", Action.ALLOW, None, ())
 
 
@@ -70,6 +70,12 @@ def test_a_body_on_a_topic_of_another_kind_is_refused(record, other):
         (_SERVICE, "labels", {"-": "x"}, "label"),
         (_SERVICE, "labels", {"x": "-"}, "label"),
         (_SERVICE, "labels", {f"l{n}": "" for n in range(65)}, "at most 64"),
+        (_SERVICE, "identities", [str(_WEB), str(_WEB)], "in order, each once"),
+        (_SERVICE, "identities", [str(_WEB), "spiffe://cluster.local/ns/shop/sa/db"], "in order, each once"),
+        (_SERVICE, "identities", ["spiffe://cluster.local/ns/bank/sa/web"], "another namespace"),
+        (_SERVICE, "identities", ["spiffe://other.example/ns/shop/sa/web"], "another trust domain"),
+        (_SERVICE, "identities", [1], "must be str"),
+        (_ENDPOINT, "labels", {"-": "x"}, "label"),
         (_WORKLOAD, "addresses", [], "empty"),
         (_WORKLOAD, "namespace", "Shop", "must be"),
         (_WORKLOAD, "namespace", "elsewhere", "proxy hash"),

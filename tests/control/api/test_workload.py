@@ -41,6 +41,6 @@ def test_workloads_are_equal_by_content_and_can_stand_in_sets():
 
 
 def test_keys_and_host_names():
-    service = Service("shop", "web", (), (), {})
+    service = Service("shop", "web", (), (), {}, ())
     assert (service.key, service.hostname) == ("shop/web", "web.shop.svc.cluster.local")
     assert workload({}).key == "shop/web-1"

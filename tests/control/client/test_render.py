@@ -51,10 +51,13 @@ def test_records_are_framed_with_the_stamp_that_was_asked_for(tmp_path, rendered
     (tmp_path / "a.yaml").write_text(WORKLOAD)
     status, found, said = rendered(tmp_path / "a.yaml")
     assert (status, said) == (0, "")
-    ((topic, envelope),) = found
+    (topic, workload), (where, shard) = found
     assert topic.startswith("mesh/v1/cluster.local/wl/")
-    assert (envelope.epoch, envelope.version, envelope.issued_at) == (3, 7, 1000)
-    assert envelope.body["addresses"] == ["10.0.0.1"]
+    assert where == "mesh/v1/cluster.local/addr/b3"
+    for envelope in (workload, shard):
+        assert (envelope.epoch, envelope.version, envelope.issued_at) == (3, 7, 1000)
+    assert workload.body["addresses"] == ["10.0.0.1"]
+    assert shard.body == {"addresses": {"10.0.0.1": ["w", "shop", "web-1", "web", {"app": "web"}]}, "signature": b""}
 
 
 def test_a_directory_means_its_yaml_files(tmp_path, rendered):
@@ -65,7 +68,8 @@ def test_a_directory_means_its_yaml_files(tmp_path, rendered):
     (tmp_path / ".#a.yaml").symlink_to(tmp_path / "nowhere")
     (tmp_path / "deeper.yaml").mkdir()
     status, found, said = rendered(tmp_path)
-    assert (status, len(found), said) == (0, 2, "")
+    assert (status, said) == (0, "")
+    assert [topic.split("/")[5] for topic, _ in found if "/wl/" in topic] == ["web-1", "web-2"]
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path, rendered):

@@ -11,21 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control.api import messages, topics
+from control.api import index, messages, topics
+from control.api.identity import make_id
+from control.api.index import AddressShard, ResidentService, ResidentWorkload
 from control.api.messages import Envelope
 from control.api.policy import AuthorizationPolicy, applies
 from control.api.records import RecordError, topic_of, write
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 from control.client import state as state_module
 from control.client.state import Changes, State
-from tests.support.records import TRUST_DOMAIN, records, workloads
+from tests.support.records import TRUST_DOMAIN, address_shards, records, workloads
 
 ROOT = "mesh-system"
 stamps = st.tuples(st.integers(1, 2), st.integers(0, 4))
 
 
-def message(topic, stamp, record):
-    body = None if record is None else write(record)
+def message(topic, stamp, content):
+    body = None if content is None else index.write(content) if isinstance(content, AddressShard) else write(content)
     return topic, messages.encode(Envelope(*stamp, 0, body))
 
 
@@ -41,8 +43,9 @@ def gone(record, version):
 def histories(draw):
     """All versions that some topics ever had: (topic, stamp) -> record, or None for a tombstone."""
     found = {}
-    for record in draw(st.lists(records(), max_size=8)):
-        found[topics.format_topic(TRUST_DOMAIN, topic_of(record)), draw(stamps)] = record
+    placed = records().map(lambda record: (topic_of(record), record)) | address_shards()
+    for topic, content in draw(st.lists(placed, max_size=8)):
+        found[topics.format_topic(TRUST_DOMAIN, topic), draw(stamps)] = content
     for topic, _ in list(found):
         for stamp in draw(st.lists(stamps, max_size=2)):
             found.setdefault((topic, stamp), None)
@@ -76,16 +79,36 @@ class Model:
         claiming = [(stamp, topic, record) for stamp, topic, record in self.of(kind) if claims(record)]
         return max(claiming, key=lambda claim: claim[:2])[2] if claiming else None
 
+    def claims(self):
+        addresses = {a for *_, w in self.of(Workload) for a in w.addresses}
+        return {a: self.holder(Workload, lambda w, a=a: a in w.addresses) for a in addresses}
+
+    def parts(self):
+        """What no look-up shows by itself, and changes are told of."""
+        return {
+            "claims": self.claims(),
+            "all endpoints": {(e.service, e.workload): e for *_, e in self.of(Endpoint)},
+            "identities": {s.key: s.identities for *_, s in self.of(Service)},
+        }
+
     def view(self):
         workload_keys = {w.key for *_, w in self.of(Workload)}
-        addresses = {a for *_, w in self.of(Workload) for a in w.addresses}
+        residents = {ip: resident for *_, shard in self.of(AddressShard) for ip, resident in shard.residents.items()}
+        addresses = {a: w.as_workload(TRUST_DOMAIN, a) for a, w in residents.items() if isinstance(w, ResidentWorkload)}
+        addresses |= self.claims()
+        services = {s.key: s for *_, s in self.of(Service)}
         vips = {a for *_, s in self.of(Service) for a in s.vips}
         return {
-            "services": {s.key: s for *_, s in self.of(Service)},
+            "services": services,
             "vips": {a: self.holder(Service, lambda s, a=a: a in s.vips) for a in vips},
             "workloads": {k: self.holder(Workload, lambda w, k=k: w.key == k) for k in workload_keys},
-            "addresses": {a: self.holder(Workload, lambda w, a=a: a in w.addresses) for a in addresses},
-            "endpoints": {(e.service, e.workload): e for *_, e in self.of(Endpoint)},
+            "addresses": addresses,
+            "residents": residents,
+            "endpoints": {
+                (e.service, e.workload): e
+                for *_, e in self.of(Endpoint)
+                if e.service in services and e.identity in services[e.service].identities
+            },
             "policies": {p.key: p for *_, p in self.of(AuthorizationPolicy)},
         }
 
@@ -101,13 +124,17 @@ def view(state, model):
             assert (found is None) == (port not in {p.port for p in service.ports})
             vips[address] = service if found is None else found[0]
             assert found is None or found[1].port == port
-    addresses = {a for w in state.workloads() for a in w.addresses} | set(expected["addresses"])
+    addresses = (
+        {a for w in state.workloads() for a in w.addresses} | set(state.residents()) | set(expected["addresses"])
+    )
+    assert all(state.resident_at(ip) == resident for ip, resident in state.residents().items())
     namespaces = {"shop", "bank", "mesh-system"}
     return {
         "services": {s.key: s for s in state.services()},
         "vips": vips,
         "workloads": {w.key: w for w in state.workloads()},
         "addresses": {a: w for a in addresses if (w := state.workload_at(a)) is not None},
+        "residents": dict(state.residents()),
         "endpoints": {
             (e.service, e.workload): e
             for namespace in namespaces
@@ -135,12 +162,12 @@ def test_the_state_is_that_of_the_newest_messages_in_any_order(drawn):
     history, batches = drawn
     state, model = State(TRUST_DOMAIN, ROOT), Model()
     for batch in batches:
-        before = model.view()
+        before = model.view() | model.parts()
         generation = state.generation
         changes = state.apply([message(*item) for item in batch])
         model.apply(batch)
         assert view(state, model) == model.view()
-        assert changes == differences(before, model.view())
+        assert changes == differences(before, model.view() | model.parts())
         assert state.generation == generation + bool(changes)
         assert state.whole
     at_once = State(TRUST_DOMAIN, ROOT)
@@ -149,9 +176,11 @@ def test_the_state_is_that_of_the_newest_messages_in_any_order(drawn):
 
 
 def differences(before, after):
+    """What a batch changed, by the views before and after it."""
+
     def changed(name):
         return {
-            v
+            (k, v)
             for k in before[name].keys() | after[name].keys()
             if before[name].get(k) != after[name].get(k)
             for v in (before[name].get(k), after[name].get(k))
@@ -159,14 +188,17 @@ def differences(before, after):
         }
 
     return Changes(
-        services=frozenset(s.key for s in changed("services") | changed("vips")),
-        workloads=frozenset(w.key for w in changed("workloads") | changed("addresses")),
-        endpoints=frozenset(e.service for e in changed("endpoints")),
-        policies=frozenset(p.key for p in changed("policies")),
+        services=frozenset(s.key for _, s in changed("services") | changed("vips")),
+        workloads=frozenset(w.key for _, w in changed("workloads") | changed("claims")),
+        endpoints=frozenset(e.service for _, e in changed("all endpoints")) | {k for k, _ in changed("identities")},
+        policies=frozenset(p.key for _, p in changed("policies")),
+        addresses=frozenset(ip for ip, _ in changed("residents")),
     )
 
 
 BAD = [
+    ("mesh/v1/cluster.local/trust", messages.encode(Envelope(9, 9, 0, {"certificates": [b"x"]}))),
+    ("mesh/v1/cluster.local/addr/00", messages.encode(Envelope(9, 9, 0, {"addresses": {"x": []}, "signature": b""}))),
     ("mesh/v1/cluster.local/svc/shop/web", b"\xc1"),
     ("mesh/v1/cluster.local/svc/shop/web", messages.encode(Envelope(9, 9, 0, {"vips": 1}))),
     ("mesh/v1/other.example/svc/shop/web", messages.encode(Envelope(9, 9, 0, None))),
@@ -202,12 +234,56 @@ def test_a_reused_address_belongs_to_the_newest_and_falls_back(old, new):
     assert [state.workload_at(a) for a in old.addresses] == [old] * len(old.addresses)
 
 
+WEB = make_id(TRUST_DOMAIN, "shop", "web")
+THIEF = make_id(TRUST_DOMAIN, "shop", "thief")
+
+
+def test_an_endpoint_serves_only_as_one_of_its_service_s_identities():
+    state = State(TRUST_DOMAIN)
+    mine = Endpoint("shop/web", "shop/web-1", "10.0.0.1", WEB, {80: 80}, 1, True, {})
+    other = dataclasses.replace(mine, workload="shop/web-2", identity=THIEF)
+    state.apply([published(mine), published(other)])
+    assert state.endpoints("shop/web") == ()
+    service = dataclasses.replace(SERVICE, identities=(WEB,))
+    assert state.apply([published(service)]).endpoints == {"shop/web"}
+    assert state.endpoints("shop/web") == (mine,)
+    assert state.apply([published(dataclasses.replace(SERVICE, identities=()), version=2)]).endpoints == {"shop/web"}
+    assert state.endpoints("shop/web") == ()
+
+
+def shard(version, residents):
+    (number,) = {topics.address_shard(ip) for ip in residents} or {topics.address_shard("10.0.0.1")}
+    topic = topics.format_topic(TRUST_DOMAIN, topics.AddressesTopic(number))
+    return message(topic, (1, version), AddressShard(residents))
+
+
+def test_who_lives_at_an_address_is_known_before_anything_else_of_them():
+    state = State(TRUST_DOMAIN)
+    web = ResidentWorkload("shop", "web-1", "web", {"app": "web"})
+    assert state.apply([shard(1, {"10.0.0.1": web})]).addresses == {"10.0.0.1"}
+    assert state.resident_at("10.0.0.1") == web
+    known = state.workload_at("10.0.0.1")
+    assert known == web.as_workload(TRUST_DOMAIN, "10.0.0.1")
+    assert state.workload_at("10.0.0.1") is known  # made once, not for each connection
+    assert state.workloads() == ()
+    other = dataclasses.replace(web, service_account="other")
+    state.apply([shard(2, {"10.0.0.1": other})])
+    assert state.workload_at("10.0.0.1").service_account == "other"
+    whole = dataclasses.replace(known, node="a")
+    state.apply([published(whole)])
+    assert state.workload_at("10.0.0.1") == whole
+    state.apply([shard(3, {"10.0.0.1": ResidentService("shop", "web", (80,))}), gone(whole, 2)])
+    assert state.workload_at("10.0.0.1") is None
+    assert state.service_at("10.0.0.1", 80) is None  # its record says how to reach it
+
+
 SERVICE = Service(
     "shop",
     "web",
     ("240.240.0.1", "fd75:5072:6f78::1"),
     (ServicePort("http", 80, 8080, ""), ServicePort("x", 81, 81, "")),
     {},
+    (),
 )
 
 
@@ -281,7 +357,7 @@ def test_more_topics_than_the_bound_are_refused(monkeypatch):
     state.apply([published(SERVICE)])
     state.apply([published(SERVICE, version=2)])
     with pytest.raises(RecordError, match="more than 1 topics"):
-        state.apply([published(Service("shop", "db", (), (), {}))])
+        state.apply([published(Service("shop", "db", (), (), {}, ()))])
     assert [service.name for service in state.services()] == ["web"]
 
 

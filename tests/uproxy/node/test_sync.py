@@ -10,28 +10,28 @@ from hypothesis import strategies as st
 
 from bpf.loader import Loader
 from bpf.maps import RangeKind, Route, Settings, Target
-from control.api import messages, records, topics
+from control.api import index, messages, topics
 from control.api.address import AddressError, IpAddress, packed16, parse_address
-from control.api.identity import SpiffeId, parse_trust_domain
+from control.api.identity import parse_trust_domain
+from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.api.messages import Envelope
-from control.api.records import Record
-from control.api.workload import Service, ServicePort, Workload
+from control.api.topics import AddressesTopic
 from control.client.state import State
 from tests.support import capture
-from uproxy.node.sync import Difference, MeshRanges, Sync, SyncError, desired_services, desired_workloads, stable_id
+from uproxy.node.sync import Difference, MeshRanges, Sync, SyncError, desired, stable_id
 
 TRUST_DOMAIN = parse_trust_domain("cluster.local")
 RANGES = MeshRanges.parse(["240.240.0.0/16", "10.0.0.0/8", "fd00::/8"], ["10.9.0.0/16"])
 
-
-def service(name: str, *vips: str, ports: tuple[int, ...] = (80,)) -> Service:
-    declared = tuple(ServicePort(f"p{port}", port, port, "") for port in ports)
-    return Service("default", name, tuple(map(parse_address, vips)), declared, {})
+Residents = dict[IpAddress, Resident]
 
 
-def workload(name: str, *addresses: str) -> Workload:
-    identity = SpiffeId(TRUST_DOMAIN, "default", name)
-    return Workload("default", name, name, identity, tuple(map(parse_address, addresses)), {}, {}, "", 1)
+def service(name: str, *vips: str, ports: tuple[int, ...] = (80,)) -> Residents:
+    return dict.fromkeys(map(parse_address, vips), ResidentService("default", name, ports))
+
+
+def workload(name: str, *addresses: str) -> Residents:
+    return dict.fromkeys(map(parse_address, addresses), ResidentWorkload("default", name, name, {}))
 
 
 class Mesh:
@@ -39,18 +39,20 @@ class Mesh:
 
     def __init__(self) -> None:
         self.state = State("cluster.local")
+        self.changed: frozenset[IpAddress] = frozenset()
         self._version = 0
         self._topics: set[str] = set()
 
-    def become(self, *wanted: Record) -> State:
+    def become(self, *wanted: Residents) -> State:
         self._version += 1
+        shards = index.shard_addresses({ip: one for residents in wanted for ip, one in residents.items()})
         batch = {
-            topics.format_topic(TRUST_DOMAIN, records.topic_of(record)): self._envelope(records.write(record))
-            for record in wanted
+            topics.format_topic(TRUST_DOMAIN, AddressesTopic(shard)): self._envelope(index.write(content))
+            for shard, content in shards.items()
         }
         tombstones = {topic: self._envelope(None) for topic in self._topics - batch.keys()}
         self._topics |= batch.keys()
-        self.state.apply([*batch.items(), *tombstones.items()])
+        self.changed = self.state.apply([*batch.items(), *tombstones.items()]).addresses
         return self.state
 
     def _envelope(self, body: messages.Body | None) -> bytes:
@@ -58,21 +60,14 @@ class Mesh:
 
 
 names = st.sampled_from(["a", "b", "c", "d"])
-vips = st.sampled_from(["240.240.0.1", "240.240.0.2", "240.240.0.3", "fd00::1", "fd00::2"])
-addresses = st.sampled_from(["10.0.0.1", "10.0.0.2", "10.0.0.3", "fd01::1"])
-services = st.builds(
-    lambda name, held, ports: service(name, *held, ports=tuple(ports)),
+addresses = st.sampled_from(["240.240.0.1", "240.240.0.2", "fd00::1", "10.0.0.1", "10.0.0.2", "10.0.0.3", "fd01::1"])
+residents = st.builds(
+    ResidentService,
+    st.just("default"),
     names,
-    st.lists(vips, unique=True, max_size=2),
-    st.lists(st.sampled_from([80, 81, 443]), unique=True, min_size=1),
-)
-workloads = st.builds(
-    lambda name, held: workload(name, *held), names, st.lists(addresses, unique=True, min_size=1, max_size=2)
-)
-meshes = st.tuples(
-    st.lists(services, unique_by=lambda one: one.name, max_size=4),
-    st.lists(workloads, unique_by=lambda one: one.name, max_size=4),
-)
+    st.lists(st.sampled_from([80, 81, 443]), unique=True, min_size=1).map(tuple),
+) | st.builds(ResidentWorkload, st.just("default"), names, names, st.just({}))
+meshes = st.dictionaries(addresses.map(parse_address), residents)
 contents = st.dictionaries(
     st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 3)),
     st.builds(Target, st.integers(1, 3), st.just(Route.TUNNEL)),
@@ -90,15 +85,11 @@ def test_a_difference_turns_one_content_into_the_other(current, wanted):
 
 
 def test_desired_is_every_vip_and_port_and_every_address():
-    state = Mesh().become(
-        service("db", "240.240.0.1", "fd00::1", ports=(80, 443)),
-        service("headless"),
-        workload("one", "10.0.0.1", "fd01::1"),
-    )
+    entries = desired(service("db", "240.240.0.1", "fd00::1", ports=(80, 443)) | workload("one", "10.0.0.1", "fd01::1"))
     target = Target(stable_id("default/db"), Route.TUNNEL)
     expected = {(packed16(IpAddress(vip)), port): target for vip in ("240.240.0.1", "fd00::1") for port in (80, 443)}
-    assert desired_services(state) == expected
-    assert {key: target.id for key, target in desired_workloads(state).items()} == {
+    assert entries.services == expected
+    assert {key: target.id for key, target in entries.workloads.items()} == {
         (packed16(IpAddress(address)), 0): stable_id("default/one") for address in ("10.0.0.1", "fd01::1")
     }
 
@@ -123,22 +114,23 @@ class TestOnKernelMaps:
                 targets.delete(key)
         maps.settings.write(Settings(0, whole=False))
 
-    @given(steps=st.lists(meshes, min_size=1, max_size=5))
+    @given(steps=st.lists(st.tuples(meshes, st.booleans()), min_size=1, max_size=5))
     def test_after_any_changes_the_maps_equal_the_state(self, maps, steps):
         self.empty(maps)
         sync, mesh = Sync(maps, RANGES), Mesh()
-        for step in steps:
-            state = mesh.become(*step[0], *step[1])
+        for step, only_changed in steps:
+            state = mesh.become(step)
             before = {**maps.services.items()}, {**maps.workloads.items()}
             stamps = {key: maps.services.generation_of(key) for key in before[0]}
             settings = maps.settings.read()
 
-            written = sync.apply(state)
+            written = sync.apply(state, mesh.changed if only_changed else None)
 
-            assert maps.services.items() == desired_services(state)
-            assert maps.workloads.items() == desired_workloads(state)
+            wanted = desired(step)
+            assert maps.services.items() == wanted.services
+            assert maps.workloads.items() == wanted.workloads
             least = 0
-            for old, new in zip(before, (desired_services(state), desired_workloads(state)), strict=True):
+            for old, new in zip(before, (wanted.services, wanted.workloads), strict=True):
                 least += sum(old.get(key) != new.get(key) for key in old.keys() | new.keys())
             assert written == least
             after = maps.settings.read()
@@ -152,15 +144,25 @@ class TestOnKernelMaps:
     @given(first=meshes, second=meshes)
     def test_another_agent_goes_on_where_the_first_stopped(self, maps, first, second):
         self.empty(maps)
-        Sync(maps, RANGES).apply(Mesh().become(*first[0], *first[1]))
+        Sync(maps, RANGES).apply(Mesh().become(first))
         generation = maps.settings.read().generation
-        restarted = Mesh().become(*first[0], *first[1])
-        assert Sync(maps, RANGES).apply(restarted) == 0
+        restarted = Sync(maps, RANGES)
+        mesh = Mesh()
+        assert restarted.apply(mesh.become(first)) == 0
         assert maps.settings.read() == Settings(generation, whole=True)
-        changed = Mesh().become(*second[0], *second[1])
-        Sync(maps, RANGES).apply(changed)
-        assert maps.services.items() == desired_services(changed)
-        assert maps.workloads.items() == desired_workloads(changed)
+        mesh.become(second)
+        restarted.apply(mesh.state, mesh.changed)
+        assert maps.services.items() == desired(second).services
+        assert maps.workloads.items() == desired(second).workloads
+
+    def test_only_what_changed_is_looked_at(self, maps):
+        self.empty(maps)
+        sync, mesh = Sync(maps, RANGES), Mesh()
+        sync.apply(mesh.become(workload("w", "10.0.0.1")))
+        mesh.become(workload("w", "10.0.0.1"), service("a", "240.240.0.1"), workload("v", "10.0.0.2"))
+        assert sync.apply(mesh.state, {parse_address("10.0.0.2")}) == 1
+        assert maps.services.items() == {}
+        assert sync.apply(mesh.state) == 1
 
     def test_new_entries_go_in_before_old_ones_go_out_and_whole_comes_last(self, maps, monkeypatch):
         self.empty(maps)
@@ -200,8 +202,8 @@ class TestOnKernelMaps:
         assert not maps.settings.read().whole
         sync.apply(state)
         assert maps.settings.read().whole
-        assert maps.services.items() == desired_services(state)
-        assert maps.workloads.items() == desired_workloads(state)
+        assert maps.services.items() == desired(state.residents()).services
+        assert maps.workloads.items() == desired(state.residents()).workloads
 
     def test_an_address_outside_the_ranges_is_refused_and_nothing_written(self, maps):
         self.empty(maps)
@@ -211,12 +213,13 @@ class TestOnKernelMaps:
         state = mesh.become(service("b", "240.240.0.2"), workload("w", "192.0.2.7"), workload("v", "10.9.0.1"))
         with pytest.raises(SyncError) as refused:
             sync.apply(state)
-        assert str(refused.value).startswith("workload default/")
-        assert "192.0.2.7" in str(refused.value)
-        assert "(and 1 more), outside the mesh's ranges (240.240.0.0/16, 10.0.0.0/8, fd00::/8)" in str(refused.value)
+        assert str(refused.value).startswith(
+            "workload default/v has address 10.9.0.1 (and 1 more), outside the mesh's ranges "
+            "(240.240.0.0/16, 10.0.0.0/8, fd00::/8)"
+        )
         assert (maps.services.items(), maps.settings.read()) == before
         sync.apply(mesh.become(service("b", "240.240.0.2")))
-        assert maps.services.items() == desired_services(mesh.state)
+        assert maps.services.items() == desired(mesh.state.residents()).services
 
     def test_a_state_that_is_not_whole_makes_no_whole_maps(self, maps):
         self.empty(maps)
