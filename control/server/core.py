@@ -1,0 +1,442 @@
+"""The control plane as one object: desired state in, messages to publish out. No network and no asyncio.
+
+Whoever applies (REST) and whoever publishes (MQTT) meet here. The published truth is in the store before anybody is
+told of it; what is *pending* is only what the broker has not acknowledged yet. That is not stored: at every connection
+the publisher says what the broker holds (`audited`), and all that differs is pending.
+
+Threads: every method may be called from any thread. `apply`, `delete` and `relabel` of thousands of resources take
+seconds: run them in a thread. Meanwhile `pending` and `published` answer, and `refresh` does nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from control.api import index, messages, status
+from control.api.declared import Place
+from control.api.fields import RecordError
+from control.api.identity import SpiffeId, TrustDomain, make_id
+from control.api.index import AddressShard
+from control.api.messages import Body, MessageError, Stamp
+from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.api.problems import ResourceError, ResourceErrors
+from control.api.status import ProxyStatus, RootStamp
+from control.api.topics import (
+    AddressesRootTopic,
+    AddressesTopic,
+    RootTopic,
+    StatusTopic,
+    Topic,
+    TopicError,
+    format_topic,
+    parse_topic,
+)
+from control.server import documents, publication
+from control.server.ca import Authority
+from control.server.documents import Document
+from control.server.pending import Pending
+from control.server.publication import Message, Pen, Rank
+from control.server.registry import ChangeSet, NotFound, Plan, Registry, named_place
+from control.server.residents import Residents
+from control.server.signing import ConfigKey
+from control.server.store import Batch, Store
+
+ADDRESSES: Final = "addr"
+"""How the root of the addresses is called where roots are listed by namespace."""
+
+MAX_EPOCH_AHEAD_S: Final = 366 * 24 * 3600
+"""An epoch is the Unix time of a start, or one above the last: only a clock that was wrong leaves one far ahead."""
+MAX_REPORTS: Final = 100_000
+_MAX_PROBLEMS: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One retained message to publish with QoS 1. An empty payload clears the topic."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a broker holds under one topic."""
+
+    stamp: Stamp | None
+    """(epoch, version) of its envelope; None when it is none of ours."""
+    digest: bytes
+    """SHA-256 of the payload (`messages.digest`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The last status of a proxy."""
+
+    status: ProxyStatus
+    received_at: float
+    """Unix time by our clock."""
+
+
+class Core:
+    """The control plane's state. Takes a new epoch when it is made."""
+
+    def __init__(
+        self,
+        store: Store,
+        authority: Authority,
+        config_key: ConfigKey,
+        clock: Callable[[], float] = time.time,
+        on_pending: Callable[[], None] = lambda: None,
+        root_namespace: str = DEFAULT_ROOT_NAMESPACE,
+    ) -> None:
+        """`clock` gives Unix seconds. `on_pending` is called, from any thread, whenever there is something to publish:
+        it only wakes the publisher up (`loop.call_soon_threadsafe`), and calls nothing here.
+        """
+        self._store = store
+        self._trust_domain = authority.trust_domain
+        self._config_key = config_key
+        self._clock = clock
+        self.on_pending = on_pending
+        self._root_namespace = root_namespace
+        self._writing = threading.Lock()
+        """Held by whoever works out what to write next, which may take long."""
+        self._queue_lock = threading.Lock()
+        """Held while the store and what waits are brought into step. Taken after `_writing`."""
+        self._pending = Pending()
+        self._taken: tuple[Publication, ...] = ()
+        self._epoch_used = False
+        """Whether something of this epoch may be on a broker."""
+        self._roots: dict[str, RootStamp] = {}
+        self._reports: dict[str, Report] = {}
+        self._problems: deque[str] = deque(maxlen=_MAX_PROBLEMS)
+        self._registry = Registry(store, self._trust_domain, root_namespace, _residents(store, self._trust_domain))
+        self._stamp = store.stamp()
+        with self._writing:
+            self._begin_epoch(max(self._stamp[0] + 1, int(clock())))
+
+    # Desired state
+
+    def apply(self, files: Iterable[tuple[str, str]], *, dry_run: bool = False, release: bool = False) -> ChangeSet:
+        """Adds or replaces the resources of some files: (name to show in errors, YAML text).
+
+        All of it or nothing. Raises ResourceErrors (what is wrong, with file and line) and registry.Held (a change that
+        takes much away, without `release`). A dry run does all but commit.
+        """
+        errors: list[ResourceError] = []
+        given: list[Document] = []
+        for file, text in files:
+            try:
+                given += documents.read(text, file)
+            except ResourceErrors as problem:
+                errors += problem.errors
+        if errors:
+            raise ResourceErrors(errors)
+        with self._writing:
+            return self._change(given, (), dry_run=dry_run, release=release)
+
+    def delete(self, places: Iterable[Place], *, dry_run: bool = False, release: bool = False) -> ChangeSet:
+        """Removes resources. Raises registry.NotFound, and what `apply` raises."""
+        with self._writing:
+            return self._change((), dict.fromkeys(places), dry_run=dry_run, release=release)
+
+    def relabel(
+        self,
+        place: Place,
+        *,
+        labels: Mapping[str, str | None] = {},
+        annotations: Mapping[str, str | None] = {},
+        dry_run: bool = False,
+        release: bool = False,
+    ) -> ChangeSet:
+        """Sets labels and annotations of one resource; None removes one. Raises what `delete` raises."""
+        with self._writing:
+            text = self._store.document(place)
+            if text is None:
+                raise NotFound(f"there is no {named_place(place)}")
+            edited = documents.with_metadata(text, {"labels": labels, "annotations": annotations})
+            return self._change(documents.read(edited, named_place(place)), (), dry_run=dry_run, release=release)
+
+    def get(self, kind: str = "", namespace: str = "", name: str = "") -> list[tuple[Place, str]]:
+        """Resources and their YAML in order of namespace, kind and name; an empty argument stands for all."""
+        return self._store.documents(kind, namespace, name)
+
+    # Publishing
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of what is published from now on."""
+        return self._stamp[0]
+
+    def start_epoch(self, seen_epoch: int) -> int:
+        """The epoch, raised (and stored) when it is not above the highest that was seen on a broker or in a status.
+
+        Call it at every connection, before `audited`. What this process itself has published does not count.
+        """
+        with self._writing:
+            latest = int(self._clock()) + MAX_EPOCH_AHEAD_S
+            if seen_epoch > latest:
+                # A proxy can report any number, and the largest would leave no epoch above it.
+                self._note(f"epoch {seen_epoch} was seen, which is years ahead; whoever published it is not believed")
+                seen_epoch = 0
+            if seen_epoch > self.epoch or (seen_epoch == self.epoch and not self._epoch_used):
+                self._begin_epoch(max(seen_epoch + 1, int(self._clock())))
+            return self.epoch
+
+    def audited(self, held: Mapping[str, Held]) -> None:
+        """Says what the broker holds under `mesh/v1/<trust domain>/`, but for `status/`.
+
+        From then on exactly that is pending which differs. What the broker holds and we do not know becomes a
+        tombstone; what it holds with a stamp that is not below ours is issued again, newer still.
+        """
+        with self._writing:
+            differing, newer = self._compare(held)
+            pen = self._pen()
+            changed: list[Message] = []
+            for namespace, topics in newer.items():
+                changed += self._issued_again(pen, namespace, topics)
+            known = self._store.topics()
+            garbage: list[str] = []
+            foreign: list[Topic] = []
+            for name in sorted(held.keys() - known.keys()):
+                topic = self._parsed(name)
+                if topic is None or held[name].stamp is None:
+                    garbage.append(name)
+                elif not isinstance(topic, StatusTopic):
+                    foreign.append(topic)
+            changed += self._withdrawn(pen, foreign)
+            # `pending` gives an empty payload to what the store does not hold.
+            differing.setdefault("", set()).update(garbage)
+            with self._queue_lock:
+                self._pending.clear()
+                self._pending.add(differing, soon=False)
+                self._taken = ()
+            self._commit(Batch(pen.stamp, messages=changed), soon=False)
+
+    def pending(self) -> Sequence[Publication]:
+        """The next messages to publish, in this order; empty when there is nothing. The same ones until `published`.
+
+        It is one namespace, or all addresses; those of a change set come before those of an audit. At most 16 may be
+        in flight at once, which keeps the order as long as one connection carries them.
+        """
+        with self._queue_lock:
+            if not self._taken:
+                topics = self._pending.take()
+                found = sorted(self._store.messages(topics), key=lambda message: (message.rank, message.topic))
+                gone = sorted(topics - {message.topic for message in found})
+                self._taken = (
+                    *(Publication(topic, b"") for topic in gone),
+                    *(Publication(message.topic, message.payload) for message in found),
+                )
+                self._epoch_used = self._epoch_used or bool(self._taken)
+            return self._taken
+
+    def published(self) -> None:
+        """Says that the broker has acknowledged everything `pending` gave last."""
+        with self._queue_lock:
+            self._taken = ()
+
+    def refresh(self) -> None:
+        """Signs every root again with the time of now, renews the config key in time, and lets old tombstones go.
+
+        Call it every 30 s. It leaves out a turn while a change set is being worked out.
+        """
+        if not self._writing.acquire(blocking=False):
+            return
+        try:
+            now = self._clock()
+            if self._config_key.due(now):
+                self._config_key.renew(now)
+                self._reissue()
+            roots = [
+                replace(self._pen(), stamp=root.stamp).again(root) for root in self._store.messages_ranked(Rank.ROOT)
+            ]
+            collected = self._store.tombstones(int(now) - publication.TOMBSTONE_S)
+            self._commit(Batch(self._stamp, messages=roots, collected=collected), soon=False)
+        finally:
+            self._writing.release()
+
+    def status_received(self, topic: str, payload: bytes) -> None:
+        """Takes the status of a proxy; an empty payload forgets it. Never raises for what it holds."""
+        try:
+            parsed = parse_topic(self._trust_domain, topic)
+            if not isinstance(parsed, StatusTopic):
+                raise TopicError(f"{topic[:120]!r} is no status")
+            body = messages.decode(payload).body if payload else None
+            if body is None:
+                self._reports.pop(topic, None)
+            elif topic in self._reports or len(self._reports) < MAX_REPORTS:
+                self._reports[topic] = Report(status.read(parsed, body), self._clock())
+            else:
+                self._note(f"{topic}: more than {MAX_REPORTS} proxies report; this one is left out")
+        except (TopicError, MessageError, RecordError) as error:
+            self._note(f"status {topic[:120]}: {error}")
+
+    # What is known
+
+    def proxies(self) -> dict[str, Report]:
+        """Topic of the status -> report, of every proxy that reported since the start."""
+        return dict(self._reports)
+
+    def roots(self) -> dict[str, RootStamp]:
+        """Namespace, or `addr` -> epoch, version and time of issue of its root: what a proxy should have applied."""
+        return dict(self._roots)
+
+    def identities(self) -> frozenset[SpiffeId]:
+        """Those of all declared workloads."""
+        with self._queue_lock:
+            return frozenset(make_id(self._trust_domain, *account) for account in self._registry.residents.accounts())
+
+    def problems(self) -> tuple[str, ...]:
+        """What people should know of: statuses that cannot be read and the like; bounded, newest last."""
+        return tuple(self._problems)
+
+    def _change(
+        self, given: Sequence[Document], removed: Iterable[Place], *, dry_run: bool, release: bool
+    ) -> ChangeSet:
+        plan = self._registry.plan(given, removed, release=release)
+        pen = self._pen()
+        try:
+            changed = [
+                message
+                for namespace, built in sorted(plan.namespaces.items())
+                for message in publication.namespace_messages(pen, namespace, built.old, built.bodies)
+            ]
+            changed += self._address_messages(pen, plan)
+        except MessageError as error:
+            raise ResourceErrors([ResourceError("what would be published", 0, "", str(error))]) from None
+        if dry_run:
+            return ChangeSet(plan.changes, plan.warnings, len(changed), None)
+        stamp = pen.stamp if changed else self._stamp
+        self._commit(Batch(stamp, dict(plan.documents), dict(plan.vips), changed), soon=True, plan=plan)
+        return ChangeSet(plan.changes, plan.warnings, len(changed), stamp if changed else None)
+
+    def _address_messages(self, pen: Pen, plan: Plan) -> list[Message]:
+        changed = {namespace: built.residents for namespace, built in plan.namespaces.items()}
+        shards = self._registry.residents.shards_with(changed)
+        if not shards:
+            return []
+        return publication.address_messages(pen, self._addresses_published(shards), shards)
+
+    def _addresses_published(self, shards: Iterable[int]) -> dict[str, Message]:
+        topics: list[Topic] = [AddressesRootTopic(), *map(AddressesTopic, shards)]
+        found = self._store.messages(format_topic(self._trust_domain, topic) for topic in topics)
+        return {message.topic: message for message in found}
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Takes an epoch, and issues everything again that proxies take by its stamp.
+
+        Whoever published before, and whatever of it a restored store has forgotten, is thus outdone.
+        """
+        self._stamp = (epoch, 0)
+        self._epoch_used = False
+        self._reissue()
+
+    def _reissue(self) -> None:
+        pen = self._pen()
+        home = {message.topic: message for message in self._store.messages_of(self._root_namespace)}
+        root = format_topic(self._trust_domain, RootTopic(self._root_namespace))
+        changed = [publication.trust_message(pen, self._config_key.certificates)]
+        published = self._store.messages_ranked(Rank.MANIFEST, Rank.ROOT) + self._store.messages_of("")
+        changed += publication.reissued(pen, published)
+        if root not in home:
+            changed += publication.namespace_messages(pen, self._root_namespace, home, _bodies(home))
+        self._commit(Batch(pen.stamp, messages=changed), soon=False)
+
+    def _compare(self, held: Mapping[str, Held]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+        """Namespace -> topics on which the broker differs, and those of them where its stamp is not below ours."""
+        differing: dict[str, set[str]] = {}
+        newer: dict[str, set[str]] = {}
+        for namespace in sorted(set(self._store.topics().values())):
+            for message in self._store.messages_of(namespace):
+                other = held.get(message.topic)
+                if other is not None and other.digest == messages.digest(message.payload):
+                    continue
+                differing.setdefault(namespace, set()).add(message.topic)
+                # A root keeps its stamp when it is signed again.
+                again = message.rank is Rank.ROOT and other is not None and other.stamp == message.stamp
+                if other is not None and other.stamp is not None and other.stamp >= message.stamp and not again:
+                    newer.setdefault(namespace, set()).add(message.topic)
+        return differing, newer
+
+    def _issued_again(self, pen: Pen, namespace: str, topics: set[str]) -> list[Message]:
+        old = {message.topic: message for message in self._store.messages_of(namespace)}
+        if not namespace:
+            return publication.reissued(pen, old.values())
+        return publication.namespace_messages(pen, namespace, old, _bodies(old), frozenset(topics))
+
+    def _withdrawn(self, pen: Pen, foreign: Iterable[Topic]) -> list[Message]:
+        """What takes the place of messages that somebody else published: tombstones, and roots that list nothing."""
+        changed: list[Message] = []
+        shards: list[int] = []
+        for topic in foreign:
+            match topic:
+                case RootTopic(namespace):
+                    changed += publication.namespace_messages(pen, namespace, {}, {})
+                case AddressesTopic(shard):
+                    shards.append(shard)
+                case _:
+                    name = format_topic(self._trust_domain, topic)
+                    changed.append(pen.tombstone(name, getattr(topic, "namespace", "")))
+        if shards:
+            changed += publication.address_messages(
+                pen, self._addresses_published(shards), {shard: {} for shard in shards}
+            )
+        return changed
+
+    def _commit(self, batch: Batch, *, soon: bool, plan: Plan | None = None) -> None:
+        """Makes a batch durable, and what it publishes pending."""
+        topics: dict[str, list[str]] = {}
+        for message in batch.messages:
+            topics.setdefault(message.namespace, []).append(message.topic)
+        if batch.collected:
+            topics.setdefault("", []).extend(batch.collected)
+        with self._queue_lock:
+            self._store.commit(batch)
+            self._stamp = batch.stamp
+            if plan is not None:
+                self._registry.accept(plan)
+            self._pending.add(topics, soon=soon)
+            for message in batch.messages:
+                if message.rank is Rank.ROOT:
+                    issued_at = messages.decode(message.payload).issued_at
+                    self._roots[message.namespace or ADDRESSES] = (*message.stamp, issued_at)
+        if topics:
+            self.on_pending()
+
+    def _pen(self) -> Pen:
+        epoch, version = self._stamp
+        return Pen(self._trust_domain, (epoch, version + 1), int(self._clock()), self._config_key.sign)
+
+    def _parsed(self, topic: str) -> Topic | None:
+        try:
+            return parse_topic(self._trust_domain, topic)
+        except TopicError:
+            return None
+
+    def _note(self, problem: str) -> None:
+        self._problems.append(problem)
+
+
+def _bodies(published: Mapping[str, Message]) -> dict[str, Body]:
+    """Topic -> body of the records that live."""
+    return {
+        topic: body
+        for topic, message in published.items()
+        if message.rank is Rank.RECORD and (body := messages.decode(message.payload).body) is not None
+    }
+
+
+def _residents(store: Store, trust_domain: TrustDomain) -> Residents:
+    """Who lives where, as published."""
+    shards: list[AddressShard] = []
+    for message in store.messages_of(""):
+        topic = parse_topic(trust_domain, message.topic)
+        body = messages.decode(message.payload).body
+        if isinstance(topic, AddressesTopic) and body is not None:
+            shards.append(index.read_address_shard(topic, body))
+    return Residents(shards)

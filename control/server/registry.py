@@ -1,0 +1,418 @@
+"""Desired state: resources in, what every namespace should publish out.
+
+A change set is planned whole, against what is stored, and only then accepted. Only the namespaces that it touches are
+read from the store (once) and built again. Two rules keep a control plane that is alive and wrong from taking the mesh
+down: what removes most of a namespace is held until it is released, and a service that would lose its last ready
+endpoint keeps the last ones it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
+
+from control.api import messages, records
+from control.api.address import IpAddress
+from control.api.declared import DeclaredPolicy, DeclaredService, DeclaredWorkload, Family, Place, Resource
+from control.api.identity import TrustDomain
+from control.api.index import Resident
+from control.api.labels import Labels, selects
+from control.api.mesh import Elsewhere, Mesh
+from control.api.messages import Body, Stamp
+from control.api.problems import Position, ResourceError, ResourceErrors
+from control.api.topics import EndpointTopic, format_topic
+from control.api.workload import Endpoint, Service
+from control.server import documents
+from control.server.documents import Document
+from control.server.publication import Message
+from control.server.residents import Others, Residents, named
+from control.server.store import Store
+
+HELD_SHARE: Final = 0.5
+"""A change that removes more than this share of a namespace's services and workloads is held (DESIGN invariant 9)."""
+HELD_LEAST: Final = 4
+"""... but not when it removes fewer than this many: a namespace of two is half gone with one."""
+
+_GUARDED: Final = ("Service", "WorkloadEntry")
+
+
+class Action(Enum):
+    """What a change set does to one resource."""
+
+    ADDED = "added"
+    CHANGED = "changed"
+    UNCHANGED = "unchanged"
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceChange:
+    place: Place
+    action: Action
+    diff: str
+    """Unified, of the documents; empty when unchanged."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeSet:
+    """What was done, or would be."""
+
+    resources: tuple[ResourceChange, ...]
+    """In the order they were given."""
+    warnings: tuple[ResourceError, ...]
+    messages: int
+    """How many messages are published for it."""
+    stamp: Stamp | None
+    """(epoch, version) of these messages; None when there are none, and for a dry run."""
+
+
+class NotFound(Exception):
+    """A resource that is not there; the text names it."""
+
+
+class Held(Exception):
+    """A change that takes so much away that an operator must release it. The text says what it removes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One namespace as it should be."""
+
+    resources: Mapping[Place, Resource]
+    warnings: tuple[ResourceError, ...]
+    bodies: Mapping[str, Body]
+    """Topic -> body of every record."""
+    residents: Mapping[IpAddress, Resident]
+    vips: Mapping[tuple[str, Family], IpAddress]
+    old: Mapping[str, Message]
+    """What is published of it now, by topic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A change set that holds together and is not in force yet."""
+
+    changes: tuple[ResourceChange, ...]
+    warnings: tuple[ResourceError, ...]
+    documents: Mapping[Place, str | None]
+    """Those that change; None: removed."""
+    namespaces: Mapping[str, Built]
+    vips: Mapping[tuple[str, Family], IpAddress | None]
+    """Those that change; None: given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Namespace:
+    """What is in force in one namespace."""
+
+    resources: Mapping[Place, Resource]
+    warnings: frozenset[tuple[str, str]]
+    """Field and problem of those that were told already."""
+
+
+class Registry:
+    """The desired state of one store. Not for several threads at once."""
+
+    def __init__(self, store: Store, trust_domain: TrustDomain, root_namespace: str, residents: Residents) -> None:
+        """`residents`: as published, since those are the addresses that are taken."""
+        self._store = store
+        self._trust_domain = trust_domain
+        self._root_namespace = root_namespace
+        self.residents = residents
+        self._held: dict[str, _Namespace] = {}
+        self._declared = frozenset(name for (_, _, name), _ in store.documents(kind="Namespace"))
+        self._vips: dict[str, dict[tuple[str, Family], IpAddress]] = {}
+        for (service, family), address in store.vips().items():
+            self._vips.setdefault(_namespace_of(service), {})[service, family] = address
+
+    def plan(self, given: Sequence[Document], removed: Iterable[Place] = (), *, release: bool = False) -> Plan:
+        """The change set that adds or replaces some resources and removes others.
+
+        Raises ResourceErrors, NotFound and Held.
+        """
+        _check_distinct(given)
+        texts: dict[Place, str | None] = {}
+        changes: list[ResourceChange] = []
+        for document in given:
+            change = self._change(document)
+            changes.append(change)
+            if change.action is not Action.UNCHANGED:
+                texts[document.place] = document.text
+        for place in removed:
+            changes.append(self._removal(place))
+            texts[place] = None
+        touched = {_group(place) for place in texts}
+        if release:
+            # What was kept back goes now, though no document says anything new.
+            touched |= {_group(document.place) for document in given}
+        declared = self._declared_after(texts)
+        if declared and not self._declared:
+            touched |= self._store.namespaces()
+        resources = {name: self._resources_after(name, given, texts) for name in touched}
+        if not release:
+            self._check_removals(resources)
+        built = self._build(resources, declared, release=release)
+        return Plan(
+            changes=tuple(changes),
+            warnings=tuple(warning for name, one in built.items() for warning in self._untold(name, one, given)),
+            documents=texts,
+            namespaces=built,
+            vips=self._vip_changes(built),
+        )
+
+    def accept(self, plan: Plan) -> None:
+        """Takes a plan for what is in force, after the store has it."""
+        self._declared = self._declared_after(plan.documents)
+        self.residents.replace({name: built.residents for name, built in plan.namespaces.items()})
+        for name, built in plan.namespaces.items():
+            self._vips[name] = dict(built.vips)
+            self._held[name] = _Namespace(
+                {place: _stored(place, resource) for place, resource in built.resources.items()},
+                frozenset((warning.field, warning.problem) for warning in built.warnings),
+            )
+
+    def _change(self, document: Document) -> ResourceChange:
+        old = self._store.document(document.place)
+        if old is None:
+            action = Action.ADDED
+        elif old == document.text or documents.values(old) == documents.values(document.text):
+            return ResourceChange(document.place, Action.UNCHANGED, "")
+        else:
+            action = Action.CHANGED
+        diff = documents.difference(old or "", document.text, named_place(document.place))
+        return ResourceChange(document.place, action, diff)
+
+    def _removal(self, place: Place) -> ResourceChange:
+        old = self._store.document(place)
+        if old is None:
+            raise NotFound(f"there is no {named_place(place)}")
+        return ResourceChange(place, Action.REMOVED, documents.difference(old, "", named_place(place)))
+
+    def _declared_after(self, texts: Mapping[Place, str | None]) -> frozenset[str]:
+        names = {name: text for (kind, _, name), text in texts.items() if kind == "Namespace"}
+        gone = {name for name, text in names.items() if text is None}
+        return (self._declared | names.keys()) - gone
+
+    def _resources_of(self, namespace: str) -> Mapping[Place, Resource]:
+        """Those in force; read from the store at the first time."""
+        if namespace not in self._held:
+            found: dict[Place, Resource] = {}
+            stored = self._store.documents(namespace=namespace)
+            stored += self._store.documents(kind="Namespace", name=namespace)
+            for place, text in stored:
+                (document,) = documents.read(text, named_place(place))
+                found[place] = _stored(place, document.resource)
+            self._held[namespace] = _Namespace(found, frozenset())
+        return self._held[namespace].resources
+
+    def _resources_after(
+        self, namespace: str, given: Iterable[Document], texts: Mapping[Place, str | None]
+    ) -> dict[Place, Resource]:
+        found = dict(self._resources_of(namespace))
+        for place, text in texts.items():
+            if text is None:
+                found.pop(place, None)
+        for document in given:
+            if _group(document.place) == namespace:
+                found[document.place] = document.resource
+        return found
+
+    def _check_removals(self, resources: Mapping[str, Mapping[Place, Resource]]) -> None:
+        """Raises Held."""
+        for namespace, after in sorted(resources.items()):
+            before = [place for place in self._resources_of(namespace) if place[0] in _GUARDED]
+            gone = [place for place in before if place not in after]
+            if len(gone) >= HELD_LEAST and len(gone) > HELD_SHARE * len(before):
+                examples = ", ".join(map(named_place, sorted(gone)[:HELD_LEAST]))
+                raise Held(
+                    f"this removes {len(gone)} of the {len(before)} services and workloads of namespace {namespace} "
+                    f"({examples}, ...). If that is meant, do it again with --release"
+                )
+
+    def _build(
+        self, resources: Mapping[str, Mapping[Place, Resource]], declared: frozenset[str], *, release: bool
+    ) -> dict[str, Built]:
+        """The touched namespaces, each by itself, against what the others hold. Raises ResourceErrors with all errors.
+
+        The root namespace comes last, since its policies may select workloads of all others.
+        """
+        touched = frozenset(resources)
+        claims = {name: self._claims(name, found.values()) for name, found in resources.items()}
+        built: dict[str, Built] = {}
+        errors: list[ResourceError] = []
+        for name in sorted(resources, key=lambda name: (name == self._root_namespace, name)):
+            own = claims.pop(name)
+            taken = {address: holder for other in claims.values() for address, holder in other.items()}
+            elsewhere = self._elsewhere(name, touched, declared, taken, built, resources)
+            try:
+                built[name] = self._build_one(name, resources[name], elsewhere, release=release)
+                own = {address: named(resident) for address, resident in built[name].residents.items()}
+            except ResourceErrors as problem:
+                errors += problem.errors
+            claims[name] = own
+        if errors:
+            raise ResourceErrors(errors)
+        return built
+
+    def _build_one(
+        self, name: str, resources: Mapping[Place, Resource], elsewhere: Elsewhere, *, release: bool
+    ) -> Built:
+        mesh = Mesh.build(resources.values(), self._trust_domain, self._root_namespace, elsewhere=elsewhere)
+        old = {message.topic: message for message in self._store.messages_of(name)}
+        warnings = list(mesh.warnings)
+        if not release:
+            mesh, kept = _with_last_endpoints(mesh, old, resources)
+            warnings += kept
+        return Built(resources, tuple(warnings), mesh.records(), mesh.residents(), mesh.vips, old)
+
+    def _elsewhere(
+        self,
+        name: str,
+        touched: frozenset[str],
+        declared: frozenset[str],
+        taken: Mapping[IpAddress, str],
+        built: Mapping[str, Built],
+        resources: Mapping[str, Mapping[Place, Resource]],
+    ) -> Elsewhere:
+        """What is true outside of one of the touched namespaces. `taken`: what the other touched ones claim."""
+        principals: frozenset[str] = frozenset()
+        if any(isinstance(resource, DeclaredPolicy) for resource in resources[name].values()):
+            principals = self.residents.principals(self._trust_domain, touched)
+            principals |= {
+                f"{self._trust_domain}/ns/{resource.namespace}/sa/{resource.service_account}"
+                for other in touched - {name}
+                for resource in resources[other].values()
+                if isinstance(resource, DeclaredWorkload)
+            }
+
+        def selects_any(selector: Labels) -> bool:
+            others = [resources[other] for other in touched - {name}]
+            return any(_selects_any(selector, found) for found in others) or any(
+                _selects_any(selector, self._resources_of(other)) for other in self._store.namespaces() - touched
+            )
+
+        return Elsewhere(
+            addresses=Others(self.residents, touched, taken),
+            namespaces=declared,
+            principals=principals,
+            vips=self._vips.get(name, {}),
+            selects=selects_any,
+        )
+
+    def _claims(self, namespace: str, resources: Iterable[Resource]) -> dict[IpAddress, str]:
+        """The addresses that a namespace's resources ask for, or were given earlier and keep."""
+        claims: dict[IpAddress, str] = {}
+        for resource in resources:
+            match resource:
+                case DeclaredWorkload():
+                    claims |= dict.fromkeys(resource.addresses, f"WorkloadEntry {resource.key}")
+                case DeclaredService():
+                    earlier = [
+                        address
+                        for family in resource.families
+                        if (address := self._vips.get(namespace, {}).get((resource.key, family))) is not None
+                    ]
+                    claims |= dict.fromkeys([*resource.cluster_ips, *earlier], f"Service {resource.key}")
+        return claims
+
+    def _vip_changes(self, built: Mapping[str, Built]) -> dict[tuple[str, Family], IpAddress | None]:
+        changes: dict[tuple[str, Family], IpAddress | None] = {}
+        for name, one in built.items():
+            old = self._vips.get(name, {})
+            changes |= {service: None for service in old if service not in one.vips}
+            changes |= {service: address for service, address in one.vips.items() if old.get(service) != address}
+        return changes
+
+    def _untold(self, name: str, built: Built, given: Iterable[Document]) -> list[ResourceError]:
+        """The warnings about what was given now, and those that are new."""
+        files = {document.resource.position.file for document in given}
+        told = self._held[name].warnings
+        return [
+            warning
+            for warning in built.warnings
+            if warning.file in files or (warning.field, warning.problem) not in told
+        ]
+
+
+def named_place(place: Place) -> str:
+    """How a resource is called in messages to people: `Service shop/web`."""
+    kind, namespace, name = place
+    return f"{kind} {namespace}/{name}" if namespace else f"{kind} {name}"
+
+
+def _group(place: Place) -> str:
+    """The namespace that a resource is built with."""
+    kind, namespace, name = place
+    return name if kind == "Namespace" else namespace
+
+
+def _namespace_of(service_key: str) -> str:
+    return service_key.partition("/")[0]
+
+
+def _stored(place: Place, resource: Resource) -> Resource:
+    """A resource without the lines of the file it came from, which is another's and takes more memory than the rest."""
+    return replace(resource, position=Position(named_place(place), 0, {}))
+
+
+def _selects_any(selector: Labels, resources: Mapping[Place, Resource]) -> bool:
+    return any(
+        isinstance(resource, DeclaredWorkload) and selects(selector, resource.labels) for resource in resources.values()
+    )
+
+
+def _check_distinct(given: Iterable[Document]) -> None:
+    """Raises ResourceErrors when a resource is given twice: which of the two is meant?"""
+    first: dict[Place, Position] = {}
+    errors: list[ResourceError] = []
+    for document in given:
+        position = document.resource.position
+        other = first.setdefault(document.place, position)
+        if other is not position:
+            problem = f"{named_place(document.place)} stands in {other.file}:{other.line} too; remove one"
+            errors.append(position.error("metadata.name", problem))
+    if errors:
+        raise ResourceErrors(errors)
+
+
+def _with_last_endpoints(
+    mesh: Mesh, old: Mapping[str, Message], resources: Mapping[Place, Resource]
+) -> tuple[Mesh, list[ResourceError]]:
+    """The mesh, in which a service that would have no ready endpoint keeps those it had, and what to say of it."""
+    ready = {endpoint.service for endpoint in mesh.endpoints if endpoint.ready}
+    services: list[Service] = []
+    last: list[Endpoint] = []
+    warnings: list[ResourceError] = []
+    for service in mesh.services:
+        kept = [] if service.key in ready else _ready_endpoints(service, mesh.trust_domain, old)
+        if kept:
+            identities = {*service.identities, *(endpoint.identity for endpoint in kept)}
+            service = replace(service, identities=tuple(sorted(identities)))
+            last += kept
+            declared = resources["Service", service.namespace, service.name]
+            problem = (
+                f"Service {service.key} would have no ready endpoint; it keeps the last {len(kept)}. "
+                "If that is meant, do it again with --release"
+            )
+            warnings.append(declared.position.error("", problem))
+        services.append(service)
+    if not last:
+        return mesh, []
+    endpoints = {(endpoint.service, endpoint.workload): endpoint for endpoint in (*mesh.endpoints, *last)}
+    return replace(mesh, services=tuple(services), endpoints=tuple(endpoints.values())), warnings
+
+
+def _ready_endpoints(service: Service, trust_domain: TrustDomain, old: Mapping[str, Message]) -> list[Endpoint]:
+    """Those of a service that are published now."""
+    prefix = format_topic(trust_domain, EndpointTopic(service.namespace, service.name, ""))
+    found: list[Endpoint] = []
+    for name, message in old.items():
+        body = messages.decode(message.payload).body if name.startswith(prefix) else None
+        if body is not None:
+            topic = EndpointTopic(service.namespace, service.name, name.removeprefix(prefix))
+            record = records.read(topic, body, trust_domain)
+            if isinstance(record, Endpoint) and record.ready:
+                found.append(record)
+    return found

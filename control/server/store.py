@@ -1,0 +1,274 @@
+"""The control plane's memory: one SQLite file, one writer.
+
+resources     what people applied: one canonical YAML document each
+vips          virtual addresses that were allocated, so that a service keeps its own
+records       what is (or is about to be) retained on the broker, tombstones included
+meta          epoch and version of the last change set
+tokens        join tokens: a digest of the secret, whom it is for, and what it was taken for
+certificates  the certificates that were given out, until they end
+
+A change set is one transaction, synced to the disk before `commit` returns: after a crash it is there whole or not at
+all. A second process is refused by a lock beside the file; the lock goes with the process that held it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from control.api.address import IpAddress
+from control.api.declared import Family, Place
+from control.api.messages import Stamp
+from control.server.publication import Message, Rank
+
+Vips = dict[tuple[str, Family], IpAddress]
+"""(service key, family) -> virtual address."""
+
+_BUSY_S: Final = 10.0
+"""For readers of other processes, such as a backup."""
+
+_MIGRATIONS: Final = (
+    """
+    CREATE TABLE resources (
+        kind TEXT NOT NULL, namespace TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
+        PRIMARY KEY (namespace, kind, name)
+    ) WITHOUT ROWID;
+    CREATE TABLE vips (
+        service TEXT NOT NULL, family TEXT NOT NULL, address TEXT NOT NULL UNIQUE,
+        PRIMARY KEY (service, family)
+    ) WITHOUT ROWID;
+    CREATE TABLE records (
+        topic TEXT NOT NULL PRIMARY KEY, namespace TEXT NOT NULL, epoch INTEGER NOT NULL, version INTEGER NOT NULL,
+        rank INTEGER NOT NULL, payload BLOB NOT NULL, content BLOB NOT NULL, deleted_at INTEGER NOT NULL
+    );
+    CREATE INDEX records_of_namespace ON records (namespace);
+    CREATE INDEX records_of_rank ON records (rank);
+    CREATE INDEX records_deleted ON records (deleted_at) WHERE deleted_at > 0;
+    CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), epoch INTEGER NOT NULL, version INTEGER NOT NULL);
+    INSERT INTO meta VALUES (0, 0, 0);
+    CREATE TABLE tokens (
+        id TEXT NOT NULL PRIMARY KEY, secret_sha256 BLOB NOT NULL, identity TEXT NOT NULL, workload TEXT NOT NULL,
+        addresses TEXT NOT NULL, expires_at INTEGER NOT NULL, used_at INTEGER, key_sha256 BLOB, chain BLOB
+    );
+    CREATE TABLE certificates (
+        serial TEXT NOT NULL UNIQUE, identity TEXT NOT NULL, workload TEXT NOT NULL, addresses TEXT NOT NULL,
+        not_after INTEGER NOT NULL
+    );
+    CREATE INDEX certificates_of_identity ON certificates (identity, workload);
+    """,
+)
+"""Each brings a store from its index to the next version (PRAGMA user_version). Never edited once released."""
+
+_MESSAGE: Final = "topic, namespace, epoch, version, rank, payload, content, deleted_at"
+
+
+class StoreError(Exception):
+    """The store cannot be used; the text says why and what to do."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one transaction writes."""
+
+    stamp: Stamp
+    documents: dict[Place, str | None] = field(default_factory=dict)
+    """None: removed."""
+    vips: dict[tuple[str, Family], IpAddress | None] = field(default_factory=dict)
+    """None: given back."""
+    messages: list[Message] = field(default_factory=list)
+    collected: list[str] = field(default_factory=list)
+    """Topics of tombstones that have served their time."""
+
+
+class Store:
+    """An open store. May be used by several threads; one transaction runs at a time."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens the store, made when it is not there. Raises StoreError: held by another process, or unusable."""
+        self.path = Path(path)
+        self._turn = threading.RLock()
+        self._lock = _lock(self.path)
+        try:
+            self._rows = _connect(self.path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the use of the store, and lets another process have it."""
+        with self._turn:
+            self._rows.close()
+            os.close(self._lock)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: durable when the block ends, undone when it raises. They do not nest."""
+        with self._turn:
+            self._rows.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._rows
+            except BaseException:
+                self._rows.execute("ROLLBACK")
+                raise
+            self._rows.execute("COMMIT")
+
+    def commit(self, batch: Batch) -> None:
+        """Writes a batch whole."""
+        with self.transaction() as rows:
+            rows.executemany(
+                "DELETE FROM resources WHERE kind = ? AND namespace = ? AND name = ?",
+                [place for place, document in batch.documents.items() if document is None],
+            )
+            rows.executemany(
+                "INSERT OR REPLACE INTO resources (kind, namespace, name, document) VALUES (?, ?, ?, ?)",
+                [(*place, document) for place, document in batch.documents.items() if document is not None],
+            )
+            rows.executemany(
+                "DELETE FROM vips WHERE service = ? AND family = ?",
+                [(service, family.value) for service, family in batch.vips],
+            )
+            rows.executemany(
+                "INSERT INTO vips (service, family, address) VALUES (?, ?, ?)",
+                [(name, family.value, vip) for (name, family), vip in batch.vips.items() if vip is not None],
+            )
+            rows.executemany(
+                f"INSERT OR REPLACE INTO records ({_MESSAGE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (one.topic, one.namespace, *one.stamp, one.rank, one.payload, one.content, one.deleted_at)
+                    for one in batch.messages
+                ],
+            )
+            rows.executemany("DELETE FROM records WHERE topic = ?", [(topic,) for topic in batch.collected])
+            rows.execute("UPDATE meta SET epoch = ?, version = ?", batch.stamp)
+
+    def stamp(self) -> Stamp:
+        """Epoch and version of the last batch; (0, 0) for a new store."""
+        ((epoch, version),) = self._all("SELECT epoch, version FROM meta")
+        return epoch, version
+
+    def document(self, place: Place) -> str | None:
+        found = self._all("SELECT document FROM resources WHERE kind = ? AND namespace = ? AND name = ?", place)
+        return found[0][0] if found else None
+
+    def documents(self, kind: str = "", namespace: str = "", name: str = "") -> list[tuple[Place, str]]:
+        """Resources and their documents in order of namespace, kind and name; an empty argument stands for all."""
+        asked = {"kind": kind, "namespace": namespace, "name": name}
+        given = [column for column, value in asked.items() if value]
+        where = f" WHERE {' AND '.join(f'{column} = ?' for column in given)}" if given else ""
+        found = self._all(
+            f"SELECT kind, namespace, name, document FROM resources{where} ORDER BY namespace, kind, name",
+            tuple(asked[column] for column in given),
+        )
+        return [((kind, namespace, name), document) for kind, namespace, name, document in found]
+
+    def namespaces(self) -> frozenset[str]:
+        """Namespaces that hold resources."""
+        return frozenset(
+            namespace for (namespace,) in self._all("SELECT DISTINCT namespace FROM resources WHERE namespace != ''")
+        )
+
+    def vips(self) -> Vips:
+        found = self._all("SELECT service, family, address FROM vips")
+        return {(service, Family(family)): IpAddress(address) for service, family, address in found}
+
+    def message(self, topic: str) -> Message | None:
+        found = self._messages("topic = ?", (topic,))
+        return found[0] if found else None
+
+    def messages_of(self, namespace: str) -> list[Message]:
+        """All of a namespace (empty: addresses and trust), tombstones too."""
+        return self._messages("namespace = ?", (namespace,))
+
+    def messages_ranked(self, *ranks: Rank) -> list[Message]:
+        """Those of some ranks, of all namespaces."""
+        return self._messages(f"rank IN ({', '.join('?' * len(ranks))})", ranks)
+
+    def messages(self, topics: Iterable[str]) -> list[Message]:
+        """Those of some topics, as of one moment; topics that hold nothing are left out."""
+        with self._turn:
+            return [message for topic in topics if (message := self.message(topic)) is not None]
+
+    def topics(self) -> dict[str, str]:
+        """Topic -> namespace of every message."""
+        return dict(self._all("SELECT topic, namespace FROM records"))
+
+    def tombstones(self, until: int) -> list[str]:
+        """Topics of tombstones that were made before a time (Unix seconds)."""
+        found = self._all("SELECT topic FROM records WHERE deleted_at > 0 AND deleted_at < ?", (until,))
+        return [topic for (topic,) in found]
+
+    def _messages(self, where: str, values: tuple[object, ...]) -> list[Message]:
+        found = self._all(f"SELECT {_MESSAGE} FROM records WHERE {where}", values)
+        return [
+            Message(topic, namespace, (epoch, version), Rank(rank), payload, content, deleted_at)
+            for topic, namespace, epoch, version, rank, payload, content, deleted_at in found
+        ]
+
+    def _all(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        with self._turn:
+            return self._rows.execute(query, values).fetchall()
+
+
+def _lock(path: Path) -> int:
+    """The descriptor that holds the lock. Raises StoreError when another process does."""
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"{lock} cannot be opened: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise StoreError(
+            f"{path} is in use by another control plane (process {holder}); a store has one writer. Stop it first"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        rows = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path} cannot be opened: {error}") from None
+    try:
+        path.chmod(0o600)
+        rows.execute("PRAGMA journal_mode = WAL")
+        rows.execute("PRAGMA synchronous = FULL")
+        _migrate(rows, path)
+    except sqlite3.Error as error:
+        rows.close()
+        raise StoreError(f"{path} is damaged or no store: {error}. Restore it from a backup") from None
+    except BaseException:
+        rows.close()
+        raise
+    return rows
+
+
+def _migrate(rows: sqlite3.Connection, path: Path) -> None:
+    """Brings the tables up to date. Raises StoreError for a store of a newer release."""
+    (version,) = rows.execute("PRAGMA user_version").fetchone()
+    if version > len(_MIGRATIONS):
+        raise StoreError(
+            f"{path} was written by a newer release (schema {version}; this one knows {len(_MIGRATIONS)}). "
+            "Run that release, or restore a backup from before the upgrade"
+        )
+    for number, statements in enumerate(_MIGRATIONS[version:], start=version + 1):
+        # executescript commits what was open, so the transaction is part of the script.
+        rows.executescript(f"BEGIN IMMEDIATE; {statements} PRAGMA user_version = {number}; COMMIT;")
