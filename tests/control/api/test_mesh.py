@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from control.api import messages, resources, vips
 from control.api.address import IpAddress
 from control.api.declared import Family
-from control.api.mesh import Mesh
+from control.api.index import ResidentService, ResidentWorkload
+from control.api.labels import selects
+from control.api.mesh import Elsewhere, Mesh
 from control.api.messages import Envelope
 from control.api.problems import ResourceErrors
 from control.api.workload import Endpoint, Workload
@@ -139,6 +141,139 @@ def test_endpoints_are_the_selected_workloads_by_a_naive_join(texts):
         if workload.namespace == service.namespace and workload.labels["app"] == service.selector["app"]
     }
     assert {(e.service, e.workload): e.address for e in mesh.endpoints} == expected
+
+
+def holders_of(mesh, *, outside):
+    """What `Elsewhere` says of a mesh to whoever builds one of its namespaces alone."""
+    addresses = {a: f"WorkloadEntry {w.key}" for w in mesh.workloads if w.namespace != outside for a in w.addresses}
+    addresses |= {a: f"Service {s.key}" for s in mesh.services if s.namespace != outside for a in s.vips}
+    return Elsewhere(
+        addresses=addresses,
+        principals=frozenset(w.identity.principal for w in mesh.workloads if w.namespace != outside),
+        vips=mesh.vips,
+        selects=lambda labels: any(selects(labels, w.labels) for w in mesh.workloads if w.namespace != outside),
+    )
+
+
+ROOT_POLICY = POLICY.replace("namespace: shop", "namespace: mesh-system").replace("app: web", "app: a")
+
+
+@given(meshes())
+def test_each_namespace_built_alone_is_that_part_of_the_whole(texts):
+    declared = resources.parse("---\n".join([*texts, ROOT_POLICY]), "f.yaml")
+    whole = Mesh.build(declared, "cluster.local")
+    records, residents, warnings = {}, {}, []
+    for namespace in ("shop", "bank", "mesh-system"):
+        mine = [resource for resource in declared if resources.place_of(resource)[1] == namespace]
+        part = Mesh.build(mine, "cluster.local", elsewhere=holders_of(whole, outside=namespace))
+        records |= part.records()
+        residents |= part.residents()
+        warnings += part.warnings
+    assert records == whole.records()
+    assert residents == whole.residents()
+    assert sorted(warnings) == sorted(whole.warnings)
+
+
+@given(meshes())
+def test_everybody_with_an_address_is_a_resident(texts):
+    mesh = build(*texts)
+    expected = {a: ResidentService(s.namespace, s.name, (80,)) for s in mesh.services for a in s.vips}
+    for w in mesh.workloads:
+        expected |= dict.fromkeys(w.addresses, ResidentWorkload(w.namespace, w.name, w.service_account, w.labels))
+    assert mesh.residents() == expected
+
+
+@given(meshes())
+def test_whoever_is_an_endpoint_may_serve_and_nobody_else(texts):
+    mesh = build(*texts)
+    for service in mesh.services:
+        serving = {e.identity for e in mesh.endpoints if e.service == service.key}
+        assert service.identities == tuple(sorted(serving))
+
+
+def test_residents_have_the_labels_that_telemetry_shows():
+    labelled = WORKLOAD.replace("{app: web}", "{app: web, version: '', team: blue}")
+    assert build(labelled).residents() == {"10.0.0.1": ResidentWorkload("shop", "web-1", "web", {"app": "web"})}
+
+
+def vips_of(*texts, **elsewhere):
+    mesh = Mesh.build(resources.parse("---\n".join(texts), "f.yaml"), "cluster.local", elsewhere=Elsewhere(**elsewhere))
+    assert {mesh.vips[key] for key in mesh.vips} <= {vip for service in mesh.services for vip in service.vips}
+    return {service.name: service.vips for service in mesh.services}
+
+
+DB = SERVICE.replace("name: web,", "name: db,")
+HEADLESS = SERVICE.replace("spec:", "spec:\n  clusterIP: None")
+
+
+def test_a_service_keeps_the_address_it_was_given():
+    kept = {("shop/web", Family.IPV4): IpAddress("240.240.7.7"), ("shop/gone", Family.IPV4): IpAddress("240.240.7.8")}
+    assert vips_of(SERVICE, WORKLOAD, vips=kept) == {"web": ("240.240.7.7",)}
+    assert vips_of(HEADLESS, WORKLOAD, vips=kept) == {"web": ()}
+    asking = SERVICE.replace("spec:", "spec:\n  clusterIP: 240.240.9.9")
+    assert vips_of(asking, WORKLOAD, vips=kept) == {"web": ("240.240.9.9",)}
+    # Nobody else is given it, even where its name leads there.
+    first = vips.allocate("shop/db", Family.IPV4, ())
+    assert vips_of(SERVICE, DB, WORKLOAD, vips={("shop/web", Family.IPV4): first})["web"] == (first,)
+    # An address that another namespace holds by now is not taken back.
+    moved = vips_of(SERVICE, WORKLOAD, vips=kept, addresses={IpAddress("240.240.7.7"): "Service bank/web"})
+    assert moved["web"] not in ((), ("240.240.7.7",))
+
+
+def test_what_is_allocated_is_told_and_what_was_asked_for_is_not():
+    asking = DB.replace("spec:", "spec:\n  ipFamilyPolicy: PreferDualStack\n  clusterIP: 10.9.9.9")
+    mesh = build(SERVICE, asking, WORKLOAD)
+    by_name = {service.name: service for service in mesh.services}
+    assert mesh.vips == {
+        ("shop/web", Family.IPV4): by_name["web"].vips[0],
+        ("shop/db", Family.IPV6): by_name["db"].vips[1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "elsewhere", "expected"),
+    [
+        (
+            [WORKLOAD],
+            {"addresses": {"10.0.0.1": "WorkloadEntry bank/x"}},
+            "4: spec.address: 10.0.0.1 is the address of WorkloadEntry bank/x too; an address is one workload",
+        ),
+        (
+            [SERVICE.replace("spec:", "spec:\n  clusterIP: 10.9.9.9"), WORKLOAD],
+            {"addresses": {"10.9.9.9": "Service bank/x"}},
+            "5: spec.clusterIP: 10.9.9.9 is the address of Service bank/x too; choose another or remove it",
+        ),
+        (
+            [SERVICE, WORKLOAD.replace("10.0.0.1", "240.240.7.7")],
+            {"vips": {("shop/web", Family.IPV4): "240.240.7.7"}},
+            "13: spec.address: 240.240.7.7 is the address of Service shop/web too; an address is one workload",
+        ),
+        (
+            [SERVICE, DB.replace("spec:", "spec:\n  clusterIP: 240.240.7.7"), WORKLOAD],
+            {"vips": {("shop/web", Family.IPV4): "240.240.7.7"}},
+            "14: spec.clusterIP: 240.240.7.7 is the address of Service shop/web too; choose another or remove it",
+        ),
+        (
+            [WORKLOAD],
+            {"namespaces": frozenset({"shops"})},
+            "3: metadata.namespace: no Namespace 'shop'; declare it, as the others are (did you mean 'shops'?)",
+        ),
+    ],
+)
+def test_what_clashes_with_elsewhere_is_an_error(texts, elsewhere, expected):
+    with pytest.raises(ResourceErrors) as caught:
+        vips_of(*texts, **elsewhere)
+    assert [str(error).removeprefix("f.yaml:") for error in caught.value.errors] == [expected]
+
+
+def test_callers_of_other_namespaces_are_known():
+    calling = POLICY.replace("cluster.local/ns/shop/sa/web", "cluster.local/ns/bank/sa/web").replace(
+        "rules: [", "rules: [{from: [{source: {namespaces: [bank]}}]}, "
+    )
+    assert len(build(WORKLOAD, calling).warnings) == 2
+    elsewhere = Elsewhere(principals=frozenset({"cluster.local/ns/bank/sa/web"}))
+    declared = resources.parse("---\n".join([WORKLOAD, calling]), "f.yaml")
+    assert Mesh.build(declared, "cluster.local", elsewhere=elsewhere).warnings == ()
 
 
 def test_virtual_addresses_that_are_asked_for_are_never_allocated():
