@@ -39,26 +39,27 @@ def make_request(directory: str | Path, identity: SpiffeId) -> Path:
     path = Path(directory)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        key = _key(path / KEY_FILE)
+        key = own_key(path / KEY_FILE)
         durable.write(path / CSR_FILE, request(key, identity))
     except OSError as error:
         raise CsrError(f"cannot write to {path}: {error.strerror}") from None
     return path / CSR_FILE
 
 
-def request(key: ec.EllipticCurvePrivateKey, identity: SpiffeId) -> bytes:
-    """A CSR in PEM with an empty subject and the identity as its critical SAN, like ztunnel's (docs/hbone.md 2.1)."""
-    name = x509.UniformResourceIdentifier(str(identity))
-    csr = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(x509.Name([]))
-        .add_extension(x509.SubjectAlternativeName([name]), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    return csr.public_bytes(serialization.Encoding.PEM)
+def request(key: ec.EllipticCurvePrivateKey, identity: SpiffeId | None) -> bytes:
+    """A CSR in PEM with an empty subject and the identity as its critical SAN, like ztunnel's (docs/hbone.md 2.1).
+
+    None: whoever signs knows who asks, and says so in the certificate.
+    """
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    if identity is not None:
+        name = x509.UniformResourceIdentifier(str(identity))
+        builder = builder.add_extension(x509.SubjectAlternativeName([name]), critical=True)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def _key(path: Path) -> ec.EllipticCurvePrivateKey:
+def own_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The P-256 key in a file, made and durably written first when there is none. Raises `CsrError` and OSError."""
     if not path.exists():
         key = ec.generate_private_key(ec.SECP256R1())
         pem = key.private_bytes(

@@ -6,6 +6,7 @@ import ssl
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import combinations_with_replacement
 from pathlib import Path
 from socket import socketpair
 
@@ -373,6 +374,33 @@ def test_load_takes_the_next_key_where_the_chain_is_its(good_dir, before):
 @pytest.mark.parametrize("next_key", [OTHER_KEY, b"", b"garbage"])
 def test_load_keeps_the_key_while_the_next_one_has_no_chain(good_dir, next_key):
     assert Credentials.load(with_next_key(good_dir, next_key)).identity == WEB
+
+
+@pytest.mark.parametrize(("chain_at", "rename_at"), list(combinations_with_replacement(range(5), 2)))
+def test_load_during_a_renewal_finds_a_pair_that_fits(authority, good_dir, monkeypatch, chain_at, rename_at):
+    """The writer puts the new chain into place, then renames the next key, each between any two reads."""
+    renewed = identity_dir(authority, good_dir.with_name("renewed"), WEB)
+    with_next_key(good_dir, (renewed / "key.pem").read_bytes())
+    real, reads = tls._read, 0
+
+    def write_what_is_due() -> None:
+        if reads == chain_at:
+            (renewed / "chain.pem").replace(good_dir / "chain.pem")
+        if reads == rename_at:
+            (good_dir / "key.next.pem").replace(good_dir / "key.pem")
+
+    def read(*arguments, **options):
+        nonlocal reads
+        write_what_is_due()
+        reads += 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(tls, "_read", read)
+    assert Credentials.load(good_dir).identity == WEB
+    assert reads == 4
+    write_what_is_due()
+    monkeypatch.undo()
+    assert Credentials.load(good_dir).identity == WEB
 
 
 def test_load_refuses_two_keys_of_other_certificates(good_dir):
