@@ -210,7 +210,7 @@ def strings(node: ast.AST) -> set[str]:
 
 def reasons_in_code() -> set[str]:
     found = {*tls._CHAIN_REASONS.values(), *tls._HANDSHAKE_REASONS.values()}
-    for path in (ROOT / "uproxy").rglob("*.py"):
+    for path in (*(ROOT / "uproxy").rglob("*.py"), ROOT / "control/client/x509.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and node.args:
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))
