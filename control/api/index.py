@@ -143,7 +143,7 @@ def write(content: Content) -> Body:
             shards: Body = {format_shard(shard): content.shards[shard] for shard in sorted(content.shards)}
             return {"shards": shards, SIGNATURE: content.signature}
         case AddressShard():
-            addresses: Body = {ip: _write_resident(resident) for ip, resident in content.residents.items()}
+            addresses: Body = {ip: write_resident(resident) for ip, resident in content.residents.items()}
             return {"addresses": addresses, SIGNATURE: content.signature}
         case Manifest():
             return {"count": content.count, "digest": content.digest}
@@ -180,7 +180,7 @@ def read_address_shard(topic: AddressesTopic, body: Body) -> AddressShard:
         address = read_address(text, "addresses")
         if address_shard(address) != topic.shard:
             raise RecordError(f"addresses: {address} belongs in shard {format_shard(address_shard(address))}")
-        residents[address] = _read_resident(value)
+        residents[address] = read_resident(value)
     shard = AddressShard(residents, _signature(fields))
     fields.finish()
     return shard
@@ -204,6 +204,34 @@ def read_trust(body: Body) -> Trust:
         raise RecordError(f"certificates has one that is not from 1 to {_MAX_CERTIFICATE_BYTES} bytes")
     fields.finish()
     return Trust(certificates)
+
+
+def write_resident(resident: Resident) -> Value:
+    """One entry of an address shard."""
+    match resident:
+        case ResidentService(namespace, name, ports):
+            return ["s", namespace, name, list(ports)]
+        case ResidentWorkload(namespace, name, service_account, labels):
+            return ["w", namespace, name, service_account, dict(labels)]
+
+
+def read_resident(value: Value) -> Resident:
+    """Raises RecordError."""
+    match value:
+        case ["s", namespace, name, ports]:
+            found = tuple(read_port(port, "addresses") for port in typed(ports, list, "addresses"))
+            check_distinct(found, "addresses")
+            return ResidentService(_name(namespace, wrong_dns_label), _name(name, wrong_service_name), found)
+        case ["w", namespace, name, service_account, labels]:
+            return ResidentWorkload(
+                _name(namespace, wrong_dns_label),
+                _name(name, wrong_subdomain),
+                _name(service_account, wrong_subdomain),
+                read_labels(labels, "addresses"),
+            )
+    raise RecordError(
+        'addresses: each must be ["s", namespace, name, [ports]] or ["w", namespace, name, service account, {labels}]'
+    )
 
 
 def shard_addresses(residents: Mapping[IpAddress, Resident]) -> dict[int, AddressShard]:
@@ -250,32 +278,6 @@ def _bytes_of(value: Value, lengths: tuple[int, ...], name: str) -> bytes:
     if len(found) not in lengths:
         raise RecordError(f"{name} has {len(found)} bytes; it must have {' or '.join(map(str, lengths))}")
     return found
-
-
-def _write_resident(resident: Resident) -> Value:
-    match resident:
-        case ResidentService(namespace, name, ports):
-            return ["s", namespace, name, list(ports)]
-        case ResidentWorkload(namespace, name, service_account, labels):
-            return ["w", namespace, name, service_account, dict(labels)]
-
-
-def _read_resident(value: Value) -> Resident:
-    match value:
-        case ["s", namespace, name, ports]:
-            found = tuple(read_port(port, "addresses") for port in typed(ports, list, "addresses"))
-            check_distinct(found, "addresses")
-            return ResidentService(_name(namespace, wrong_dns_label), _name(name, wrong_service_name), found)
-        case ["w", namespace, name, service_account, labels]:
-            return ResidentWorkload(
-                _name(namespace, wrong_dns_label),
-                _name(name, wrong_subdomain),
-                _name(service_account, wrong_subdomain),
-                read_labels(labels, "addresses"),
-            )
-    raise RecordError(
-        'addresses: each must be ["s", namespace, name, [ports]] or ["w", namespace, name, service account, {labels}]'
-    )
 
 
 def _name(value: Value, wrong: Callable[[str], str]) -> str:

@@ -102,13 +102,13 @@ def _check_value(value: object, depth: int) -> None:
     if depth == 0:
         raise MessageError(f"the body nests deeper than {_MAX_DEPTH}")
     if type(value) is dict:
-        for name, item in value.items():
+        for name in value:
             if type(name) is not str:
                 raise MessageError(f"a key is {name!r}; keys are text")
-            _check_value(item, depth - 1)
-    elif type(value) is list:
-        for item in value:
-            _check_value(item, depth - 1)
+    if type(value) is dict or type(value) is list:
+        for item in value.values() if type(value) is dict else value:
+            if type(item) is not str or depth == 1:  # most are text, and calls are most of the work
+                _check_value(item, depth - 1)
     elif type(value) is int:
         if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
             raise MessageError("a number is beyond 2^63 - 1")

@@ -6,24 +6,27 @@ arrived in. A batch is applied whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final, Generic, TypeVar
 
 from control.api import index, messages, records, topics
 from control.api.address import IpAddress
 from control.api.identity import parse_trust_domain
-from control.api.index import AddressShard, Resident, ResidentWorkload
+from control.api.index import Resident, ResidentWorkload
 from control.api.messages import Body, MessageError, Stamp
 from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, applies
 from control.api.records import Record, RecordError
-from control.api.topics import AddressesTopic, RecordTopic, Topic, TopicError
+from control.api.topics import AddressesTopic, RecordTopic, Topic, TopicError, address_shard
 from control.api.workload import Endpoint, Service, ServicePort, Workload, key_of_host
+from control.client.residents import PackedShard
 
 MAX_TOPICS: Final = 1_000_000  # ten times the largest mesh we aim at; a runaway publisher must not eat the host
 
-Content = Record | AddressShard
+_MAX_ASKED: Final = 10_000
+"""Addresses whose residents are kept as objects once they were asked for; a proxy has fewer peers."""
+
+Content = Record | PackedShard
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
 
@@ -125,7 +128,9 @@ class State:
         self._addresses: _Claims[IpAddress, Workload] = _Claims()
         self._endpoints: dict[str, dict[str, Endpoint]] = {}
         self._policies: dict[str, dict[str, AuthorizationPolicy]] = {}
-        self._residents: dict[IpAddress, Resident] = {}
+        self._shards: dict[int, PackedShard] = {}
+        self._asked: dict[IpAddress, Resident | None] = {}
+        """Who lives at an address that was asked for, or that nobody does."""
         self._peers: dict[IpAddress, Workload] = {}
         """Workloads that are known from their addresses alone, once they were asked for."""
 
@@ -148,14 +153,14 @@ class State:
                         endpoints.add(record.service)
                     case AuthorizationPolicy():
                         policies.add(record.key)
-                    case AddressShard():
-                        there = other.residents if isinstance(other, AddressShard) else {}
-                        addresses |= {ip for ip, one in record.residents.items() if there.get(ip) != one}
+                    case PackedShard():
+                        addresses |= record.differences(other if isinstance(other, PackedShard) else None)
             self._file(topic, old.record, new.record, new.stamp)
         services |= {service.key for service in self._vips.take_moved()}
         workloads = {w.key for w in (*self._workloads.take_moved(), *self._addresses.take_moved())}
         self.whole = True
         for address in addresses:
+            self._asked.pop(address, None)
             self._peers.pop(address, None)
         changes = Changes(
             services=frozenset(services),
@@ -197,17 +202,25 @@ class State:
 
     def resident_at(self, ip: IpAddress) -> Resident | None:
         """Who lives at an address, a service or a workload, whether or not more is known of it."""
-        return self._residents.get(ip)
+        if ip not in self._asked:
+            shard = self._shards.get(address_shard(ip))
+            if shard is None:
+                return None
+            if len(self._asked) >= _MAX_ASKED:
+                self._asked.clear()
+                self._peers.clear()
+            self._asked[ip] = shard.resident_at(ip)
+        return self._asked[ip]
 
-    def residents(self) -> Mapping[IpAddress, Resident]:
-        """Every address that somebody lives at. A view: it changes with the state."""
-        return MappingProxyType(self._residents)
+    def residents(self) -> dict[IpAddress, Resident]:
+        """Every address that somebody lives at, made anew: a second for each 100,000."""
+        return {ip: resident for shard in self._shards.values() for ip, resident in shard.residents().items()}
 
     def workload_at(self, ip: IpAddress) -> Workload | None:
         """The workload at an address, by its record or else as far as its address tells."""
         known = self._addresses.holder.get(ip) or self._peers.get(ip)
         if known is None:
-            resident = self._residents.get(ip)
+            resident = self.resident_at(ip)
             if isinstance(resident, ResidentWorkload):
                 known = self._peers[ip] = resident.as_workload(self.trust_domain, ip)
         return known
@@ -252,7 +265,7 @@ class State:
 
     def _read_body(self, topic: Topic, body: Body) -> Content:
         if isinstance(topic, AddressesTopic):
-            return index.read_address_shard(topic, body)
+            return PackedShard.pack(topic.shard, index.read_address_shard(topic, body))
         if isinstance(topic, RecordTopic):
             return records.read(topic, body, self.trust_domain)
         raise RecordError("is of a kind that no state is made of")
@@ -271,8 +284,8 @@ class State:
                 self._endpoints.setdefault(new.service, {})[new.workload] = new
             case AuthorizationPolicy():
                 self._policies.setdefault(new.namespace, {})[new.name] = new
-            case AddressShard():
-                self._residents |= new.residents  # an address has one shard, so no other claims it
+            case PackedShard():
+                self._shards[new.shard] = new
             case None:
                 self._vips.release(topic)
                 self._workloads.release(topic)
@@ -286,9 +299,8 @@ class State:
                 _discard(self._endpoints, old.service, old.workload)
             case AuthorizationPolicy():
                 _discard(self._policies, old.namespace, old.name)
-            case AddressShard():
-                for address in old.residents:
-                    del self._residents[address]
+            case PackedShard():
+                del self._shards[old.shard]
             case Workload() | None:
                 pass  # a workload is filed by its claims alone
 

@@ -181,10 +181,11 @@ class Sync:
         `changed`: where the state may differ from what was applied last; None: anywhere, which takes a second for each
         100,000 addresses.
         """
-        residents = state.residents()
-        services, workloads = self._services.entries, self._workloads.entries
-        if changed is not None:
-            residents = {ip: residents[ip] for ip in changed if ip in residents}
+        if changed is None:
+            residents = state.residents()
+            services, workloads = self._services.entries, self._workloads.entries
+        else:
+            residents = {ip: resident for ip in changed if (resident := state.resident_at(ip)) is not None}
             addresses = [packed16(ip) for ip in changed]
             services, workloads = self._services.at(addresses), self._workloads.at(addresses)
         self._check(residents)

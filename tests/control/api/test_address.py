@@ -22,6 +22,10 @@ from control.api.address import (
 ips = st.ip_addresses().map(str)
 
 
+def _dotted(numbers):
+    return ".".join(map(str, numbers))
+
+
 @given(ips)
 def test_packing_and_unpacking_give_the_canonical_address(text):
     address = parse_address(text)
@@ -41,6 +45,17 @@ def test_an_ipv4_address_has_one_form_however_it_arrives(ip):
 @given(st.ip_addresses(v=6))
 def test_an_ipv6_address_is_read_in_any_spelling(ip):
     assert parse_address(ip.exploded.upper()) == parse_address(ip.compressed)
+
+
+@given(st.text("0125.\n", max_size=16) | st.lists(st.integers(0, 300), min_size=3, max_size=5).map(_dotted))
+def test_ipv4_is_what_the_standard_library_says_it_is(text):
+    try:
+        expected = str(ipaddress.IPv4Address(text))
+    except ValueError:
+        with pytest.raises(AddressError):
+            parse_address(text)
+    else:
+        assert parse_address(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,33 @@ def test_who_lives_at_an_address_is_known_before_anything_else_of_them():
     assert state.service_at("10.0.0.1", 80) is None  # its record says how to reach it
 
 
+def test_residents_that_were_asked_for_are_kept_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr(state_module, "_MAX_ASKED", 3)
+    state = State(TRUST_DOMAIN)
+    addresses = [f"10.0.0.{number}" for number in range(1, 9)]
+    one = ResidentWorkload("shop", "web-1", "web", {})
+    for version, ip in enumerate(addresses):
+        state.apply([shard(version, {ip: one})])
+    for ip in addresses * 2:
+        assert state.resident_at(ip) == one
+        assert state.workload_at(ip).addresses == (ip,)
+        assert len(state._asked) <= 3
+        assert len(state._peers) <= 3
+    assert state.resident_at("10.0.1.1") is None
+
+
+def test_an_address_nobody_had_is_known_once_somebody_has_it():
+    state = State(TRUST_DOMAIN)
+    one = ResidentWorkload("shop", "web-1", "web", {})
+    neighbour = next(ip for n in range(1, 2000) if topics.address_shard(ip := f"10.1.{n >> 8}.{n & 255}") == 0xB3)
+    state.apply([shard(1, {"10.0.0.1": one})])
+    assert state.workload_at(neighbour) is None
+    state.apply([shard(2, {"10.0.0.1": one, neighbour: one})])
+    assert state.workload_at(neighbour).name == "web-1"
+    state.apply([shard(3, {"10.0.0.1": one})])
+    assert state.workload_at(neighbour) is None
+
+
 SERVICE = Service(
     "shop",
     "web",
