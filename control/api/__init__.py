@@ -9,8 +9,16 @@ endpoint      one workload that serves one service: address, identity, target po
 policy        an AuthorizationPolicy: which identities may reach which ports of the workloads it selects.
 document      one YAML document, read with its line numbers (`document`); imports PyYAML, so proxies never do.
 declared ...  a resource as somebody wrote it (`declared`), before its references are checked.
-mesh          all declared resources together, references checked and VIPs allocated (`mesh`).
+mesh          the declared resources of all namespaces, or of one, references checked and VIPs allocated (`mesh`).
+elsewhere     what one namespace must know of the others to be built alone (`mesh`).
 record        the body of one message: a service, endpoint, workload or policy, or its tombstone (`records`).
+resident      who lives at an address: a service or a workload, by name (`index`).
+index         the records of a namespace that decide security, by SHA-256, in 64 shards under one signed root (`index`).
+manifest      how many endpoints a service has and which, so that a proxy knows when it has them all (`index`).
+signed bytes  what the config key signs of a message (`signing`).
 envelope      what surrounds a record on its topic: schema, epoch, version, time of issue (`messages`).
+stamp         (epoch, version) of an envelope: orders all versions of a record (`messages`).
 topic         where a record is published: `mesh/v1/<trust domain>/...` (`topics`).
+status        what a proxy reports of itself: which roots it has applied, what it waits for (`status`).
+join token    the right to one workload's first certificate, and the CA's root to trust (`token`).
 """
