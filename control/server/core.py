@@ -20,7 +20,7 @@ from typing import Final
 from control.api import index, messages, status
 from control.api.declared import Place
 from control.api.fields import RecordError
-from control.api.identity import SpiffeId, TrustDomain, make_id
+from control.api.identity import SpiffeId, TrustDomain
 from control.api.index import AddressShard
 from control.api.messages import Body, MessageError, Stamp
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
@@ -253,7 +253,8 @@ class Core:
                 self._config_key.renew(now)
                 self._reissue()
             roots = [
-                replace(self._pen(), stamp=root.stamp).again(root) for root in self._store.messages_ranked(Rank.ROOT)
+                replace(self._pen(), stamp=root.stamp).again(root)
+                for root in self._store.messages_above_records(Rank.ROOT)
             ]
             collected = self._store.tombstones(int(now) - publication.TOMBSTONE_S)
             self._commit(Batch(self._stamp, messages=roots, collected=collected), soon=False)
@@ -289,7 +290,7 @@ class Core:
     def identities(self) -> frozenset[SpiffeId]:
         """Those of all declared workloads."""
         with self._queue_lock:
-            return frozenset(make_id(self._trust_domain, *account) for account in self._registry.residents.accounts())
+            return frozenset(self._registry.residents.identities(self._trust_domain))
 
     def problems(self) -> tuple[str, ...]:
         """What people should know of: statuses that cannot be read and the like; bounded, newest last."""
@@ -341,7 +342,7 @@ class Core:
         home = {message.topic: message for message in self._store.messages_of(self._root_namespace)}
         root = format_topic(self._trust_domain, RootTopic(self._root_namespace))
         changed = [publication.trust_message(pen, self._config_key.certificates)]
-        published = self._store.messages_ranked(Rank.MANIFEST, Rank.ROOT) + self._store.messages_of("")
+        published = self._store.messages_above_records(Rank.MANIFEST, Rank.ROOT) + self._store.messages_of("")
         changed += publication.reissued(pen, published)
         if root not in home:
             changed += publication.namespace_messages(pen, self._root_namespace, home, _bodies(home))

@@ -8,15 +8,17 @@ endpoint keeps the last ones it had.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
+from itertools import chain
 from typing import Final
 
-from control.api import messages, records
+from control.api import messages, records, vips
 from control.api.address import IpAddress
 from control.api.declared import DeclaredPolicy, DeclaredService, DeclaredWorkload, Family, Place, Resource
-from control.api.identity import TrustDomain
+from control.api.identity import TrustDomain, make_id
 from control.api.index import Resident
 from control.api.labels import Labels, selects
 from control.api.mesh import Elsewhere, Mesh
@@ -27,7 +29,7 @@ from control.api.workload import Endpoint, Service
 from control.server import documents
 from control.server.documents import Document
 from control.server.publication import Message
-from control.server.residents import Others, Residents, named
+from control.server.residents import Claim, Others, Residents, named
 from control.server.store import Store
 
 HELD_SHARE: Final = 0.5
@@ -168,8 +170,10 @@ class Registry:
         self.residents.replace({name: built.residents for name, built in plan.namespaces.items()})
         for name, built in plan.namespaces.items():
             self._vips[name] = dict(built.vips)
+            resources = dict(built.resources)
+            resources |= {place: _stored(place, resources[place]) for place in plan.documents if place in resources}
             self._held[name] = _Namespace(
-                {place: _stored(place, resource) for place, resource in built.resources.items()},
+                resources,
                 frozenset((warning.field, warning.problem) for warning in built.warnings),
             )
 
@@ -215,7 +219,7 @@ class Registry:
             if text is None:
                 found.pop(place, None)
         for document in given:
-            if _group(document.place) == namespace:
+            if _group(document.place) == namespace and document.place in texts:
                 found[document.place] = document.resource
         return found
 
@@ -238,20 +242,30 @@ class Registry:
 
         The root namespace comes last, since its policies may select workloads of all others.
         """
-        touched = frozenset(resources)
-        claims = {name: self._claims(name, found.values()) for name, found in resources.items()}
+        # Whoever comes first holds an address, but no allocation may take what another namespace asks for.
+        claims: dict[IpAddress, Claim] = {}
+        order = sorted(resources, key=lambda name: (name == self._root_namespace, name))
+        for name in order:
+            for address, holder in self._claims(name, resources[name].values()):
+                claims.setdefault(address, (name, holder))
+        principals = self._principals(resources)
         built: dict[str, Built] = {}
         errors: list[ResourceError] = []
-        for name in sorted(resources, key=lambda name: (name == self._root_namespace, name)):
-            own = claims.pop(name)
-            taken = {address: holder for other in claims.values() for address, holder in other.items()}
-            elsewhere = self._elsewhere(name, touched, declared, taken, built, resources)
+        for name in order:
+            elsewhere = Elsewhere(
+                addresses=Others(name, resources, claims, self.residents),
+                namespaces=declared,
+                principals=principals,
+                vips=self._vips.get(name, {}),
+                selects=partial(self._selected_elsewhere, name, resources),
+            )
             try:
                 built[name] = self._build_one(name, resources[name], elsewhere, release=release)
-                own = {address: named(resident) for address, resident in built[name].residents.items()}
             except ResourceErrors as problem:
                 errors += problem.errors
-            claims[name] = own
+            else:
+                for address, resident in built[name].residents.items():
+                    claims.setdefault(address, (name, named(resident)))
         if errors:
             raise ResourceErrors(errors)
         return built
@@ -267,55 +281,42 @@ class Registry:
             warnings += kept
         return Built(resources, tuple(warnings), mesh.records(), mesh.residents(), mesh.vips, old)
 
-    def _elsewhere(
-        self,
-        name: str,
-        touched: frozenset[str],
-        declared: frozenset[str],
-        taken: Mapping[IpAddress, str],
-        built: Mapping[str, Built],
-        resources: Mapping[str, Mapping[Place, Resource]],
-    ) -> Elsewhere:
-        """What is true outside of one of the touched namespaces. `taken`: what the other touched ones claim."""
-        principals: frozenset[str] = frozenset()
-        if any(isinstance(resource, DeclaredPolicy) for resource in resources[name].values()):
-            principals = self.residents.principals(self._trust_domain, touched)
-            principals |= {
-                f"{self._trust_domain}/ns/{resource.namespace}/sa/{resource.service_account}"
-                for other in touched - {name}
-                for resource in resources[other].values()
-                if isinstance(resource, DeclaredWorkload)
-            }
-
-        def selects_any(selector: Labels) -> bool:
-            others = [resources[other] for other in touched - {name}]
-            return any(_selects_any(selector, found) for found in others) or any(
-                _selects_any(selector, self._resources_of(other)) for other in self._store.namespaces() - touched
-            )
-
-        return Elsewhere(
-            addresses=Others(self.residents, touched, taken),
-            namespaces=declared,
-            principals=principals,
-            vips=self._vips.get(name, {}),
-            selects=selects_any,
+    def _principals(self, resources: Mapping[str, Mapping[Place, Resource]]) -> frozenset[str]:
+        """Those of all workloads, when one of the namespaces that are being built has policies to hold against them."""
+        every = [resource for found in resources.values() for resource in found.values()]
+        if not any(isinstance(resource, DeclaredPolicy) for resource in every):
+            return frozenset()
+        accounts = {
+            (resource.namespace, resource.service_account)
+            for resource in every
+            if isinstance(resource, DeclaredWorkload)
+        }
+        identities = chain(
+            self.residents.identities(self._trust_domain, without=resources),
+            (make_id(self._trust_domain, *account) for account in accounts),
         )
+        return frozenset(identity.principal for identity in identities)
 
-    def _claims(self, namespace: str, resources: Iterable[Resource]) -> dict[IpAddress, str]:
-        """The addresses that a namespace's resources ask for, or were given earlier and keep."""
-        claims: dict[IpAddress, str] = {}
+    def _selected_elsewhere(
+        self, name: str, resources: Mapping[str, Mapping[Place, Resource]], selector: Labels
+    ) -> bool:
+        """Whether a workload of another namespace has these labels."""
+        building = (found for other, found in resources.items() if other != name)
+        untouched = (self._resources_of(other) for other in self._store.namespaces() - resources.keys())
+        return any(_selects_any(selector, found) for found in chain(building, untouched))
+
+    def _claims(self, namespace: str, resources: Iterable[Resource]) -> Iterator[tuple[IpAddress, str]]:
+        """The addresses that a namespace's resources ask for, or were given earlier and keep; and who does."""
+        earlier = self._vips.get(namespace, {})
         for resource in resources:
             match resource:
                 case DeclaredWorkload():
-                    claims |= dict.fromkeys(resource.addresses, f"WorkloadEntry {resource.key}")
+                    yield from ((address, f"WorkloadEntry {resource.key}") for address in resource.addresses)
                 case DeclaredService():
-                    earlier = [
-                        address
-                        for family in resource.families
-                        if (address := self._vips.get(namespace, {}).get((resource.key, family))) is not None
-                    ]
-                    claims |= dict.fromkeys([*resource.cluster_ips, *earlier], f"Service {resource.key}")
-        return claims
+                    for family in resource.families:
+                        address = vips.asked(resource, family) or earlier.get((resource.key, family))
+                        if address is not None:
+                            yield address, vips.holder(resource)
 
     def _vip_changes(self, built: Mapping[str, Built]) -> dict[tuple[str, Family], IpAddress | None]:
         changes: dict[tuple[str, Family], IpAddress | None] = {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from control.api.address import IpAddress
+from control.api.identity import SpiffeId, TrustDomain, make_id
 from control.api.index import AddressShard, Resident, ResidentService
 from control.api.topics import ADDRESS_SHARDS, address_shard
+
+Claim = tuple[str, str]
+"""Namespace, and who of it, as `named` writes it."""
 
 
 class Residents:
@@ -14,35 +18,26 @@ class Residents:
 
     def __init__(self, shards: Iterable[AddressShard]) -> None:
         self._at: dict[IpAddress, Resident] = {}
-        self._of: dict[str, set[IpAddress]] = {}
+        self._of: dict[str, dict[IpAddress, Resident]] = {}
+        self._accounts: dict[str, frozenset[str]] = {}
         self._shards: list[set[IpAddress]] = [set() for _ in range(ADDRESS_SHARDS)]
+        found: dict[str, dict[IpAddress, Resident]] = {}
         for shard in shards:
             for address, resident in shard.residents.items():
-                self._add(address, resident)
+                found.setdefault(resident.namespace, {})[address] = resident
+        self.replace(found)
 
-    def principals(self, trust_domain: str, without: frozenset[str]) -> frozenset[str]:
+    def identities(self, trust_domain: TrustDomain, without: Collection[str] = ()) -> Iterator[SpiffeId]:
         """Those of the workloads of all namespaces but some."""
-        return frozenset(f"{trust_domain}/ns/{namespace}/sa/{account}" for namespace, account in self.accounts(without))
-
-    def accounts(self, without: frozenset[str] = frozenset()) -> frozenset[tuple[str, str]]:
-        """(namespace, service account) of the workloads of all namespaces but some."""
-        return frozenset(
-            (resident.namespace, resident.service_account)
-            for resident in self._at.values()
-            if not isinstance(resident, ResidentService) and resident.namespace not in without
-        )
+        for namespace, accounts in self._accounts.items():
+            if namespace not in without:
+                yield from (make_id(trust_domain, namespace, account) for account in accounts)
 
     def shards_with(self, changed: Mapping[str, Mapping[IpAddress, Resident]]) -> dict[int, dict[IpAddress, Resident]]:
         """The shards that change when these namespaces (namespace -> residents) are replaced: shard -> residents."""
         moved: dict[int, dict[IpAddress, Resident | None]] = {}
-        for namespace, residents in changed.items():
-            for address in self._of.get(namespace, ()):
-                if address not in residents:
-                    # Another of the changed namespaces may have it now, which must then win.
-                    moved.setdefault(address_shard(address), {}).setdefault(address, None)
-            for address, resident in residents.items():
-                if self._at.get(address) != resident:
-                    moved.setdefault(address_shard(address), {})[address] = resident
+        for address, resident in self._moves(changed).items():
+            moved.setdefault(address_shard(address), {})[address] = resident
         found: dict[int, dict[IpAddress, Resident]] = {}
         for shard, changes in moved.items():
             merged: dict[IpAddress, Resident | None] = {address: self._at[address] for address in self._shards[shard]}
@@ -52,13 +47,19 @@ class Residents:
 
     def replace(self, changed: Mapping[str, Mapping[IpAddress, Resident]]) -> None:
         """Gives namespaces other residents."""
-        for namespace in changed:
-            for address in self._of.pop(namespace, ()):
+        for address, resident in self._moves(changed).items():
+            shard = self._shards[address_shard(address)]
+            if resident is None:
                 del self._at[address]
-                self._shards[address_shard(address)].discard(address)
-        for residents in changed.values():
-            for address, resident in residents.items():
-                self._add(address, resident)
+                shard.remove(address)
+            else:
+                self._at[address] = resident
+                shard.add(address)
+        for namespace, residents in changed.items():
+            self._of[namespace] = dict(residents)
+            self._accounts[namespace] = frozenset(
+                resident.service_account for resident in residents.values() if not isinstance(resident, ResidentService)
+            )
 
     def holder(self, address: IpAddress) -> Resident | None:
         return self._at.get(address)
@@ -66,36 +67,41 @@ class Residents:
     def __iter__(self) -> Iterator[IpAddress]:
         return iter(self._at)
 
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def _add(self, address: IpAddress, resident: Resident) -> None:
-        self._at[address] = resident
-        self._of.setdefault(resident.namespace, set()).add(address)
-        self._shards[address_shard(address)].add(address)
+    def _moves(self, changed: Mapping[str, Mapping[IpAddress, Resident]]) -> dict[IpAddress, Resident | None]:
+        """Address -> whoever lives there instead, or None, of those that change."""
+        moves: dict[IpAddress, Resident | None] = {}
+        for namespace, residents in changed.items():
+            moves |= dict.fromkeys(self._of.get(namespace, {}).keys() - residents.keys())
+        for residents in changed.values():
+            # After the above: an address may go from one of these namespaces to another.
+            moves |= {address: new for address, new in residents.items() if self._at.get(address) != new}
+        return moves
 
 
 class Others(Mapping[IpAddress, str]):
-    """Address -> who holds it, of all namespaces but some, and of whatever else is claimed."""
+    """Address -> who holds it, outside of one of the namespaces that are being built."""
 
-    def __init__(self, residents: Residents, without: frozenset[str], claimed: Mapping[IpAddress, str]) -> None:
+    def __init__(
+        self, namespace: str, building: Collection[str], claims: Mapping[IpAddress, Claim], residents: Residents
+    ) -> None:
+        """`claims`: of all namespaces that are being built. In the others, whoever lives at an address holds it."""
+        self._namespace = namespace
+        self._building = building
+        self._claims = claims
         self._residents = residents
-        self._without = without
-        self._claimed = claimed
 
     def __getitem__(self, address: IpAddress) -> str:
-        if address in self._claimed:
-            return self._claimed[address]
+        claim = self._claims.get(address)
+        if claim is not None and claim[0] != self._namespace:
+            return claim[1]
         resident = self._residents.holder(address)
-        if resident is None or resident.namespace in self._without:
-            raise KeyError(address)
-        return named(resident)
+        if resident is not None and resident.namespace not in self._building:
+            return named(resident)
+        raise KeyError(address)
 
     def __iter__(self) -> Iterator[IpAddress]:
-        yield from self._claimed
-        for address in self._residents:
-            if address not in self._claimed and address in self:
-                yield address
+        every = dict.fromkeys([*self._claims, *self._residents])
+        return (address for address in every if address in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -49,7 +49,7 @@ _MIGRATIONS: Final = (
         rank INTEGER NOT NULL, payload BLOB NOT NULL, content BLOB NOT NULL, deleted_at INTEGER NOT NULL
     );
     CREATE INDEX records_of_namespace ON records (namespace);
-    CREATE INDEX records_of_rank ON records (rank);
+    CREATE INDEX records_of_rank ON records (rank) WHERE rank > 1;
     CREATE INDEX records_deleted ON records (deleted_at) WHERE deleted_at > 0;
     CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), epoch INTEGER NOT NULL, version INTEGER NOT NULL);
     INSERT INTO meta VALUES (0, 0, 0);
@@ -67,6 +67,8 @@ _MIGRATIONS: Final = (
 """Each brings a store from its index to the next version (PRAGMA user_version). Never edited once released."""
 
 _MESSAGE: Final = "topic, namespace, epoch, version, rank, payload, content, deleted_at"
+
+_RANKS: Final = tuple(Rank)
 
 
 class StoreError(Exception):
@@ -192,9 +194,9 @@ class Store:
         """All of a namespace (empty: addresses and trust), tombstones too."""
         return self._messages("namespace = ?", (namespace,))
 
-    def messages_ranked(self, *ranks: Rank) -> list[Message]:
-        """Those of some ranks, of all namespaces."""
-        return self._messages(f"rank IN ({', '.join('?' * len(ranks))})", ranks)
+    def messages_above_records(self, *ranks: Rank) -> list[Message]:
+        """Manifests, shards or roots of all namespaces."""
+        return self._messages(f"rank IN ({', '.join('?' * len(ranks))}) AND rank > 1", ranks)
 
     def messages(self, topics: Iterable[str]) -> list[Message]:
         """Those of some topics, as of one moment; topics that hold nothing are left out."""
@@ -213,7 +215,7 @@ class Store:
     def _messages(self, where: str, values: tuple[object, ...]) -> list[Message]:
         found = self._all(f"SELECT {_MESSAGE} FROM records WHERE {where}", values)
         return [
-            Message(topic, namespace, (epoch, version), Rank(rank), payload, content, deleted_at)
+            Message(topic, namespace, (epoch, version), _RANKS[rank], payload, content, deleted_at)
             for topic, namespace, epoch, version, rank, payload, content, deleted_at in found
         ]
 
