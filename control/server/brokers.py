@@ -145,7 +145,7 @@ require_certificate true
 use_identity_as_username true
 allow_anonymous false
 acl_file {directory}/{MOSQUITTO_ACL}
-message_size_limit {_MAX_PACKET_BYTES}
+max_packet_size {_MAX_PACKET_BYTES}
 max_inflight_messages 1000
 max_queued_messages 0
 max_queued_bytes {_MAX_PENDING_BYTES}
@@ -221,7 +221,7 @@ class NatsServer:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._renew())
                 group.create_task(self._supervise(binary))
-        except* (BrokerError, CaError, OSError) as failed:
+        except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
     async def admit(self, identities: Collection[SpiffeId]) -> None:
