@@ -37,7 +37,7 @@ from control.api.topics import (
     parse_topic,
 )
 from control.server import documents, publication
-from control.server.ca import Authority
+from control.server.ca import Authority, CaError
 from control.server.documents import Document
 from control.server.pending import Pending
 from control.server.publication import Message, Pen, Rank
@@ -64,13 +64,15 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Retained:
     """What a broker holds under one topic."""
 
     stamp: Stamp | None
     """(epoch, version) of its envelope; None when it is none of ours."""
     digest: bytes
     """SHA-256 of the payload (`messages.digest`)."""
+    tombstone: bool = False
+    """Whether the envelope has no body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +180,7 @@ class Core:
         Call it at every connection, before `audited`. What this process itself has published does not count.
         """
         with self._writing:
-            latest = int(self._clock()) + MAX_EPOCH_AHEAD_S
-            if seen_epoch > latest:
+            if seen_epoch > max(self.epoch, int(self._clock()) + MAX_EPOCH_AHEAD_S):
                 # A proxy can report any number, and the largest would leave no epoch above it.
                 self._note(f"epoch {seen_epoch} was seen, which is years ahead; whoever published it is not believed")
                 seen_epoch = 0
@@ -187,11 +188,11 @@ class Core:
                 self._begin_epoch(max(seen_epoch + 1, int(self._clock())))
             return self.epoch
 
-    def audited(self, held: Mapping[str, Held]) -> None:
+    def audited(self, held: Mapping[str, Retained]) -> None:
         """Says what the broker holds under `mesh/v1/<trust domain>/`, but for `status/`.
 
         From then on exactly that is pending which differs. What the broker holds and we do not know becomes a
-        tombstone; what it holds with a stamp that is not below ours is issued again, newer still.
+        tombstone; what it holds with a stamp that is not below ours is issued again, newer still. May take seconds.
         """
         with self._writing:
             differing, newer = self._compare(held)
@@ -204,7 +205,7 @@ class Core:
             foreign: list[Topic] = []
             for name in sorted(held.keys() - known.keys()):
                 topic = self._parsed(name)
-                if topic is None or held[name].stamp is None:
+                if topic is None or held[name].stamp is None or held[name].tombstone:
                     garbage.append(name)
                 elif not isinstance(topic, StatusTopic):
                     foreign.append(topic)
@@ -250,8 +251,7 @@ class Core:
         try:
             now = self._clock()
             if self._config_key.due(now):
-                self._config_key.renew(now)
-                self._reissue()
+                self._renew_config_key(now)
             roots = [
                 replace(self._pen(), stamp=root.stamp).again(root)
                 for root in self._store.messages_above_records(Rank.ROOT)
@@ -337,6 +337,15 @@ class Core:
         self._epoch_used = False
         self._reissue()
 
+    def _renew_config_key(self, now: float) -> None:
+        try:
+            self._config_key.renew(now)
+        except CaError as error:
+            # The old one serves for as long as it lasts, and the next refresh tries again.
+            self._note(f"the config key is not renewed: {error}")
+        else:
+            self._reissue()
+
     def _reissue(self) -> None:
         pen = self._pen()
         home = {message.topic: message for message in self._store.messages_of(self._root_namespace)}
@@ -348,11 +357,13 @@ class Core:
             changed += publication.namespace_messages(pen, self._root_namespace, home, _bodies(home))
         self._commit(Batch(pen.stamp, messages=changed), soon=False)
 
-    def _compare(self, held: Mapping[str, Held]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    def _compare(self, held: Mapping[str, Retained]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
         """Namespace -> topics on which the broker differs, and those of them where its stamp is not below ours."""
         differing: dict[str, set[str]] = {}
         newer: dict[str, set[str]] = {}
-        for namespace in sorted(set(self._store.topics().values())):
+        # Trust and addresses are of namespace "", and no proxy is whole without the root namespace.
+        namespaces = set(self._store.topics().values()) - {"", self._root_namespace}
+        for namespace in ("", self._root_namespace, *sorted(namespaces)):
             for message in self._store.messages_of(namespace):
                 other = held.get(message.topic)
                 if other is not None and other.digest == messages.digest(message.payload):

@@ -117,15 +117,21 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: durable when the block ends, undone when it raises. They do not nest."""
+        """One transaction: durable when the block ends, undone when it raises. They do not nest.
+
+        Raises StoreError when the store fails, as on a full disk.
+        """
         with self._turn:
-            self._rows.execute("BEGIN IMMEDIATE")
             try:
+                self._rows.execute("BEGIN IMMEDIATE")
                 yield self._rows
-            except BaseException:
-                self._rows.execute("ROLLBACK")
+                self._rows.execute("COMMIT")
+            except BaseException as error:
+                if self._rows.in_transaction:  # SQLite itself has undone it on some errors
+                    self._rows.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise StoreError(f"{self.path} cannot be written: {error}") from error
                 raise
-            self._rows.execute("COMMIT")
 
     def commit(self, batch: Batch) -> None:
         """Writes a batch whole."""
