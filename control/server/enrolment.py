@@ -28,6 +28,9 @@ from control.api.token import SECRET_BYTES, JoinToken
 from control.server.ca import CONTROL_PLANE_ACCOUNT, DEFAULT_TTL_S, Authority, CaError, requested_key
 from control.server.store import Store
 
+CERTIFICATES_PORT: Final = 15012
+"""Where tokens are taken, over HTTPS."""
+
 TOKEN_TTL_S: Final = 600
 MAX_TOKEN_TTL_S: Final = 24 * 3600
 RETRY_S: Final = 60

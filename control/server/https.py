@@ -30,8 +30,6 @@ from aiohttp.streams import StreamReader
 
 from control.server.enrolment import Enrolment, EnrolmentError, Issued
 
-CERTIFICATES_PORT: Final = 15012
-
 MAX_CONNECTIONS: Final = 512
 MAX_BODY_BYTES: Final = 32 * 1024  # a CSR of P-256 has half a kilobyte, and 16 KiB are all that the CA reads
 HANDSHAKE_TIMEOUT_S: Final = 10.0
