@@ -1,0 +1,424 @@
+"""The control plane's own interface: JSON over HTTP on a Unix socket. Whoever may open the socket has the mesh.
+
+    POST /v1/apply      {"documents": [{"file", "text"}], "dry_run", "release"}                -> a change set
+    POST /v1/delete     {"references": [{"kind", "namespace", "name"}], "dry_run", "release"}  -> a change set
+    POST /v1/relabel    {"reference", "labels", "annotations", "overwrite", "dry_run", "release"} -> a change set
+    GET  /v1/resources  ?kind=&namespace=&name=; what is left out stands for all               -> {"resources": [...]}
+    POST /v1/tokens     {"namespace", "workload", "service_account", "addresses", "ttl_s"}, or {"node", "ttl_s"}
+    GET  /v1/status     versions, broker, proxies and problems
+
+A refusal is {"error": text}; one of resources has {"errors": [{"file", "line", "field", "problem"}]} beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from aiohttp import web
+
+from control.api import index, messages, records
+from control.api.address import IpAddress
+from control.api.declared import Place
+from control.api.identity import TrustDomain
+from control.api.messages import Body
+from control.api.problems import ResourceErrors
+from control.api.topics import (
+    ManifestTopic,
+    ServiceTopic,
+    StatusTopic,
+    WorkloadTopic,
+    format_topic,
+    parse_topic,
+    subtree,
+)
+from control.api.workload import Service, key
+from control.server import documents, proxies
+from control.server.core import Core
+from control.server.enrolment import TOKEN_TTL_S, Enrolment, EnrolmentError
+from control.server.members import Members
+from control.server.proxies import Row
+from control.server.registry import ChangeSet, Held, NotFound, named_place
+from control.server.store import Store
+
+MAX_BODY_BYTES: Final = 256 * 1024 * 1024  # 100,000 workloads in YAML are 30 MB; only operators have the socket
+_SOCKET_MODE: Final = 0o660
+_SHUTDOWN_S: Final = 5.0
+
+_log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+_T = TypeVar("_T")
+
+
+class RequestError(Exception):
+    """A request that is refused as it stands; the text says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        """Of HTTP."""
+
+
+class SocketError(Exception):
+    """The socket cannot be made; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerState:
+    """How the publisher stands with the broker."""
+
+    connected: bool
+    problem: str
+    """Why it is not connected; empty when it is."""
+    published: bool
+    """Whether the broker has acknowledged all that there is to publish."""
+
+
+class Api:
+    """Answers operators. Requests run in threads; those that change something, one after the other."""
+
+    def __init__(
+        self,
+        core: Core,
+        store: Store,
+        enrolment: Enrolment,
+        members: Members,
+        trust_domain: TrustDomain,
+        url: str,
+        broker: Callable[[], BrokerState],
+        on_identities: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`url`: where workloads find the certificate server. `on_identities` is called, in a thread and before the
+        answer is sent, when identities may have come or gone; it returns when the broker knows them.
+        """
+        self._core = core
+        self._store = store
+        self._enrolment = enrolment
+        self._members = members
+        self._trust_domain = trust_domain
+        self._url = url
+        self._broker = broker
+        self._on_identities = on_identities
+        self._clock = clock
+        self._changing = threading.Lock()
+        self._routes: Mapping[tuple[str, str], Callable[[Json], Json]] = {
+            ("POST", "/v1/apply"): self._apply,
+            ("POST", "/v1/delete"): self._delete,
+            ("POST", "/v1/relabel"): self._relabel,
+            ("GET", "/v1/resources"): self._resources,
+            ("POST", "/v1/tokens"): self._token,
+            ("GET", "/v1/status"): self._status,
+        }
+
+    async def run(self, listening: socket.socket) -> None:
+        """Serve a listening socket until cancelled."""
+        application = web.Application(client_max_size=MAX_BODY_BYTES)
+        application.router.add_route("*", "/{path:.*}", self._answer)
+        runner = web.AppRunner(application, access_log=None, shutdown_timeout=_SHUTDOWN_S)
+        await runner.setup()
+        try:
+            await web.SockSite(runner, listening).start()
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        try:
+            route = self._routes.get((request.method, request.path))
+            if route is None:
+                raise RequestError(404, f"there is no {request.method} {request.path} in this release")
+            body = await request.read() if request.method == "POST" else b""
+            content = await asyncio.to_thread(_answered, route, body, dict(request.query))
+        except web.HTTPRequestEntityTooLarge:
+            return _refusal(413, f"more than {MAX_BODY_BYTES} bytes; apply in parts")
+        except (RequestError, EnrolmentError) as error:
+            return _refusal(error.status, str(error))
+        except NotFound as error:
+            return _refusal(404, str(error))
+        except Held as error:
+            return _refusal(409, str(error))
+        except ResourceErrors as error:
+            return _refusal(422, str(error), errors=[asdict(one) for one in error.errors])
+        except Exception:
+            _log.exception("%s %s failed", request.method, request.path)
+            return _refusal(500, "the control plane failed at this; its log says where. Nothing was changed in part")
+        return web.Response(body=content, content_type="application/json")
+
+    def _apply(self, body: Json) -> Json:
+        files = [_file(document) for document in _objects(_field(body, "documents", list))]
+        dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
+        _finish(body)
+        with self._changing:
+            return self._changed(self._core.apply(files, dry_run=dry_run, release=release), dry_run)
+
+    def _delete(self, body: Json) -> Json:
+        places = [_place(reference) for reference in _objects(_field(body, "references", list))]
+        dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
+        _finish(body)
+        with self._changing:
+            return self._changed(self._core.delete(places, dry_run=dry_run, release=release), dry_run)
+
+    def _relabel(self, body: Json) -> Json:
+        place = _place(_field(body, "reference", dict))
+        labels = _pairs(_field(body, "labels", dict, {}))
+        annotations = _pairs(_field(body, "annotations", dict, {}))
+        overwrite = _field(body, "overwrite", bool, False)
+        dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
+        _finish(body)
+        with self._changing:
+            if not overwrite:
+                self._check_not_there(place, {"labels": labels, "annotations": annotations})
+            change = self._core.relabel(place, labels=labels, annotations=annotations, dry_run=dry_run, release=release)
+            return self._changed(change, dry_run)
+
+    def _check_not_there(self, place: Place, asked: Mapping[str, Mapping[str, str | None]]) -> None:
+        """Raises RequestError for a value that would be replaced by another."""
+        for _, text in self._core.get(*place):
+            metadata = documents.values(text).get("metadata")
+            for what, pairs in asked.items():
+                there = metadata.get(what) if isinstance(metadata, dict) else None
+                for name, value in pairs.items():
+                    old = there.get(name) if isinstance(there, dict) else None
+                    if old is not None and value is not None and old != value:
+                        raise RequestError(
+                            409, f"{named_place(place)} has {name}={old} already; --overwrite replaces it"
+                        )
+
+    def _changed(self, change: ChangeSet, dry_run: bool) -> Json:
+        if not dry_run:
+            self._on_identities()
+        return {
+            "changes": [
+                {
+                    "kind": one.place[0],
+                    "namespace": one.place[1],
+                    "name": one.place[2],
+                    "change": one.action.value,
+                    "diff": one.diff,
+                }
+                for one in change.resources
+            ],
+            "warnings": [asdict(warning) for warning in change.warnings],
+            "messages": change.messages,
+            "version": change.stamp,
+            "dry_run": dry_run,
+        }
+
+    def _resources(self, query: Json) -> Json:
+        asked = [_field(query, name, str, "") for name in ("kind", "namespace", "name")]
+        _finish(query)
+        return {"resources": [self._resource(place, text) for place, text in self._core.get(*asked)]}
+
+    def _resource(self, place: Place, text: str) -> Json:
+        kind, namespace, name = place
+        found: Json = {"kind": kind, "namespace": namespace, "name": name, "document": text}
+        if kind == "Service":
+            found["vips"], found["endpoints"] = self._service(namespace, name)
+        return found
+
+    def _service(self, namespace: str, name: str) -> tuple[list[IpAddress], int]:
+        """What became of a service: its virtual addresses, and how many endpoints it has."""
+        topic = ServiceTopic(namespace, name)
+        body, manifest = self._body(topic), self._body(ManifestTopic(namespace, name))
+        service = records.read(topic, body, self._trust_domain) if body is not None else None
+        vips = service.vips if isinstance(service, Service) else ()
+        return list(vips), index.read_manifest(manifest).count if manifest is not None else 0
+
+    def _body(self, topic: ServiceTopic | ManifestTopic) -> Body | None:
+        message = self._store.message(format_topic(self._trust_domain, topic))
+        return messages.decode(message.payload).body if message is not None else None
+
+    def _token(self, body: Json) -> Json:
+        ttl_s = _field(body, "ttl_s", int, TOKEN_TTL_S)
+        if "node" in body:
+            member = self._members.node(_field(body, "node", str))
+        else:
+            member = self._members.vouched(
+                _field(body, "namespace", str),
+                _field(body, "workload", str),
+                _field(body, "service_account", str, ""),
+                _texts(_field(body, "addresses", list, [])),
+            )
+        _finish(body)
+        token = self._enrolment.create_token(self._url, member, ttl_s)
+        expires_at = datetime.fromtimestamp(int(self._clock()) + ttl_s, UTC)
+        self._on_identities()
+        return {
+            "token": token.encode(),
+            "identity": str(member.identity),
+            "workload": member.workload,
+            "addresses": list(member.addresses),
+            "expires_at": expires_at.isoformat(),
+        }
+
+    def _status(self, query: Json) -> Json:
+        _finish(query)
+        now = self._clock()
+        reports = {
+            topic: (report.status, report.received_at)
+            for text, report in self._core.proxies().items()
+            if isinstance(topic := parse_topic(self._trust_domain, text), StatusTopic)
+        }
+        rows = proxies.rows(reports, self._core.roots(), self._declared(), now)
+        broker, problems = self._broker(), self._core.problems()
+        return {
+            "ok": broker.connected and broker.published and proxies.all_well(rows),
+            "trust_domain": self._trust_domain,
+            "version": self._store.stamp(),
+            "broker": asdict(broker),
+            "resources": self._counts(),
+            "problems": problems,
+            "proxies": [_proxy(row, now) for row in rows],
+        }
+
+    def _counts(self) -> dict[str, int]:
+        """Kind -> how many there are."""
+        with self._store.transaction() as rows:
+            return dict(rows.execute("SELECT kind, count(*) FROM resources GROUP BY kind ORDER BY kind").fetchall())
+
+    def _declared(self) -> dict[str, str]:
+        """Key of every declared workload -> proxy hash of its identity: its record's topic says both."""
+        below = subtree(self._trust_domain, "wl").removesuffix("#")
+        with self._store.transaction() as rows:
+            found = rows.execute(
+                "SELECT namespace, topic FROM records WHERE deleted_at = 0 AND topic > ? AND topic < ?",
+                (below, below + "\U0010ffff"),
+            ).fetchall()
+        declared: dict[str, str] = {}
+        for namespace, topic in found:
+            workload = parse_topic(self._trust_domain, topic)
+            if isinstance(workload, WorkloadTopic):
+                declared[key(namespace, workload.instance)] = workload.proxy_hash
+        return declared
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket at a path, for its owner and group. Raises SocketError.
+
+    It takes the path when it is complete, so that nobody meets it with other rights, and the remains of a crash go.
+    """
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if path.exists() and not path.is_socket():
+            raise SocketError(f"{path} exists and is no socket; name another place with --socket")
+        if _answers(path):
+            raise SocketError(f"another control plane listens on {path}; stop it, or name another place with --socket")
+        found.bind(str(staging))
+        os.chmod(staging, _SOCKET_MODE)
+        found.listen()
+        os.rename(staging, path)
+    except OSError as error:
+        found.close()
+        raise SocketError(
+            f"cannot listen on {path}: {error.strerror or error}; choose another place with --socket"
+        ) from None
+    except SocketError:
+        found.close()
+        raise
+    finally:
+        staging.unlink(missing_ok=True)
+    found.setblocking(False)
+    return found
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def _answered(route: Callable[[Json], Json], body: bytes, query: Mapping[str, str]) -> bytes:
+    """The JSON of an answer. Reading and writing it takes its time too, for a large mesh."""
+    if not body:
+        return json.dumps(route(dict(query))).encode()
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        raise RequestError(400, "the request is not JSON") from None
+    if type(request) is not dict:
+        raise RequestError(400, "the request must be a JSON object")
+    return json.dumps(route(request)).encode()
+
+
+def _refusal(status: int, text: str, **more: object) -> web.Response:
+    return web.json_response({"error": text, **more}, status=status)
+
+
+_MISSING: Final = object()
+
+
+def _field(body: Json, name: str, kind: type[_T], default: Any = _MISSING) -> _T:
+    """Takes a field out of a request. Raises RequestError."""
+    value = body.pop(name, default)
+    if value is _MISSING:
+        raise RequestError(400, f"{name!r} is missing")
+    if type(value) is not kind:
+        raise RequestError(400, f"{name!r} must be of type {kind.__name__}")
+    return value
+
+
+def _finish(body: Json) -> None:
+    """Raises RequestError for fields that nobody took: what is not understood is refused, not ignored."""
+    for name in body:
+        raise RequestError(400, f"{name!r} is not known to this control plane; is `meshctl` newer?")
+
+
+def _objects(values: list[object]) -> list[Json]:
+    if not all(type(value) is dict for value in values):
+        raise RequestError(400, "a list must hold objects")
+    return [value for value in values if isinstance(value, dict)]
+
+
+def _texts(values: list[object]) -> list[str]:
+    if not all(type(value) is str for value in values):
+        raise RequestError(400, "a list must hold texts")
+    return [value for value in values if isinstance(value, str)]
+
+
+def _file(document: Json) -> tuple[str, str]:
+    """Name and text."""
+    file = _field(document, "file", str), _field(document, "text", str)
+    _finish(document)
+    return file
+
+
+def _place(reference: Json) -> Place:
+    place = (_field(reference, "kind", str), _field(reference, "namespace", str), _field(reference, "name", str))
+    _finish(reference)
+    return place
+
+
+def _pairs(values: Json) -> dict[str, str | None]:
+    if not all(value is None or type(value) is str for value in values.values()):
+        raise RequestError(400, "labels and annotations are texts, or null to remove one")
+    return values
+
+
+def _proxy(row: Row, now: float) -> Json:
+    status = row.status
+    return {
+        "workload": row.workload,
+        "proxy_hash": row.proxy_hash,
+        "state": row.state.value,
+        "kind": status.kind.value if status else None,
+        "software": status.version if status else None,
+        "version": row.version,
+        "age_s": row.age_s,
+        "roots": dict(status.roots) if status else {},
+        "applied_at": status.applied_at if status else None,
+        "certificate": {"serial": status.serial, "left_s": status.not_after - now} if status else None,
+        "notes": row.notes,
+    }
