@@ -99,15 +99,13 @@ def _check(envelope: Envelope) -> None:
 
 def _check_value(value: object, depth: int) -> None:
     """Exact types only: an extension or a float would mean something to one side alone."""
-    if depth == 0:
-        raise MessageError(f"the body nests deeper than {_MAX_DEPTH}")
-    if type(value) is dict:
-        for name in value:
-            if type(name) is not str:
-                raise MessageError(f"a key is {name!r}; keys are text")
     if type(value) is dict or type(value) is list:
+        if depth == 0:
+            raise MessageError(f"the body nests deeper than {_MAX_DEPTH}")
+        if type(value) is dict and not all(type(name) is str for name in value):
+            raise MessageError("a key is no text")
         for item in value.values() if type(value) is dict else value:
-            if type(item) is not str or depth == 1:  # most are text, and calls are most of the work
+            if type(item) is not str:  # most are, and calls are most of the work
                 _check_value(item, depth - 1)
     elif type(value) is int:
         if not -_MAX_NUMBER <= value <= _MAX_NUMBER:

@@ -215,6 +215,8 @@ def test_a_service_keeps_the_address_it_was_given():
     # Nobody else is given it, even where its name leads there.
     first = vips.allocate("shop/db", Family.IPV4, ())
     assert vips_of(SERVICE, DB, WORKLOAD, vips={("shop/web", Family.IPV4): first})["web"] == (first,)
+    taken = {vips.allocate("shop/web", Family.IPV4, ()): "Service bank/web"}
+    assert vips_of(SERVICE, WORKLOAD, addresses=taken)["web"] not in ((), tuple(taken))
     # An address that another namespace holds by now is not taken back.
     moved = vips_of(SERVICE, WORKLOAD, vips=kept, addresses={IpAddress("240.240.7.7"): "Service bank/web"})
     assert moved["web"] not in ((), ("240.240.7.7",))

@@ -78,7 +78,7 @@ _NESTED = [1, 1, 1, 0, {"a": [[[[[[[[1]]]]]]]]}]
         ([1, 1, 1, 0, []], "the body must be"),
         ([1, 1, 1, 0, "x"], "the body must be"),
         ([1, 1, 1, 0, {"a": 1.5}], "float"),
-        ([1, 1, 1, 0, {b"a": 1}], "keys are text"),
+        ([1, 1, 1, 0, {b"a": 1}], "a key is no text"),
         ([1, 1, 1, 0, {1: 1}], "not msgpack as we write it"),
         ([1, 1, 1, 0, {"a": msgpack.ExtType(1, b"x")}], "not msgpack as we write it"),
         ([1, 1, 1, 0, {"a": msgpack.Timestamp(1)}], "not msgpack as we write it"),
