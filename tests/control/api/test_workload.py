@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from control.api.identity import SpiffeId
-from control.api.workload import Service, Workload
+from control.api.workload import Endpoint, Service, Workload
 
 
 def workload(labels):
@@ -44,3 +44,13 @@ def test_keys_and_host_names():
     service = Service("shop", "web", (), (), {}, ())
     assert (service.key, service.hostname) == ("shop/web", "web.shop.svc.cluster.local")
     assert workload({}).key == "shop/web-1"
+
+
+def test_an_endpoint_tells_of_its_workload_what_a_caller_must_know():
+    identity = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/reviews")
+    labels = {"app": "reviews", "version": "v2"}
+    endpoint = Endpoint("shop/ratings", "shop/reviews.v2", "10.0.0.1", identity, {80: 8080}, 3, True, labels)
+    workload = endpoint.as_workload()
+    assert (workload.key, workload.service_account, workload.identity) == ("shop/reviews.v2", "reviews", identity)
+    assert (workload.addresses, workload.weight) == (("10.0.0.1",), 3)
+    assert (workload.canonical_service, workload.canonical_revision) == ("reviews", "v2")
