@@ -210,13 +210,17 @@ class Core:
                 elif not isinstance(topic, StatusTopic):
                     foreign.append(topic)
             changed += self._withdrawn(pen, foreign)
-            # `pending` gives an empty payload to what the store does not hold.
-            differing.setdefault("", set()).update(garbage)
+            if garbage:
+                # What the store does not hold is cleared when its turn comes.
+                differing.setdefault("", set()).update(garbage)
             with self._queue_lock:
                 self._pending.clear()
                 self._pending.add(differing, soon=False)
                 self._taken = ()
-            self._commit(Batch(pen.stamp, messages=changed), soon=False)
+            if changed:
+                self._commit(Batch(pen.stamp, messages=changed), soon=False)
+            elif differing:
+                self.on_pending()
 
     def pending(self) -> Sequence[Publication]:
         """The next messages to publish, in this order; empty when there is nothing. The same ones until `published`.
@@ -335,7 +339,7 @@ class Core:
         """
         self._stamp = (epoch, 0)
         self._epoch_used = False
-        self._reissue()
+        self._reissue(soon=False)
 
     def _renew_config_key(self, now: float) -> None:
         try:
@@ -344,9 +348,9 @@ class Core:
             # The old one serves for as long as it lasts, and the next refresh tries again.
             self._note(f"the config key is not renewed: {error}")
         else:
-            self._reissue()
+            self._reissue(soon=True)
 
-    def _reissue(self) -> None:
+    def _reissue(self, *, soon: bool) -> None:
         pen = self._pen()
         home = {message.topic: message for message in self._store.messages_of(self._root_namespace)}
         root = format_topic(self._trust_domain, RootTopic(self._root_namespace))
@@ -355,7 +359,7 @@ class Core:
         changed += publication.reissued(pen, published)
         if root not in home:
             changed += publication.namespace_messages(pen, self._root_namespace, home, _bodies(home))
-        self._commit(Batch(pen.stamp, messages=changed), soon=False)
+        self._commit(Batch(pen.stamp, messages=changed), soon=soon)
 
     def _compare(self, held: Mapping[str, Retained]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
         """Namespace -> topics on which the broker differs, and those of them where its stamp is not below ours."""

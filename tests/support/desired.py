@@ -1,0 +1,55 @@
+"""Short resources for tests of the control plane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def service(name: str, namespace: str = "shop", app: str = "", vip: str = "", labels: str = "") -> str:
+    """A Service that selects `app`, by default the label of its own name; `app="-"`: without selector."""
+    selector = "" if app == "-" else f"  selector: {{app: {app or name}}}\n"
+    address = f"  clusterIP: {vip}\n" if vip else ""
+    return (
+        "apiVersion: v1\nkind: Service\n"
+        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}}}\n"
+        f"spec:\n{selector}{address}  ports: [{{name: http, port: 80, targetPort: 8080}}]\n"
+    )
+
+
+def workload(
+    name: str, address: str, namespace: str = "shop", app: str = "web", account: str = "", version: str = "v1"
+) -> str:
+    return (
+        "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\n"
+        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {app}, version: {version}}}}}\n"
+        f"spec: {{address: {address}, serviceAccount: {account or app}}}\n"
+    )
+
+
+def endpoints(name: str, service: str, ready: Sequence[tuple[str, bool]], namespace: str = "shop") -> str:
+    """An EndpointSlice; `ready`: address and readiness of each endpoint."""
+    listed = ", ".join(
+        f"{{addresses: [{address}], conditions: {{ready: {str(is_ready).lower()}}}}}" for address, is_ready in ready
+    )
+    return (
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n"
+        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{kubernetes.io/service-name: {service}}}}}\n"
+        f"ports: [{{name: http, port: 8080}}]\nendpoints: [{listed}]\n"
+    )
+
+
+def policy(name: str, namespace: str = "shop", app: str = "", action: str = "ALLOW", caller: str = "shop") -> str:
+    selector = f"  selector: {{matchLabels: {{app: {app}}}}}\n" if app else ""
+    return (
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec:\n{selector}  action: {action}\n  rules: [{{from: [{{source: {{namespaces: [{caller}]}}}}]}}]\n"
+    )
+
+
+def namespace(name: str) -> str:
+    return f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n"
+
+
+def together(*documents: str) -> str:
+    return "---\n".join(documents)
