@@ -170,7 +170,7 @@ def test_a_killed_writer_leaves_whole_batches_and_no_lock(tmp_path):
         with Store(path) as store:
             epoch, number = store.stamp()
             assert number >= int(said[-1] if said else 0), "what was reported done is there"
-            assert (epoch, number) == (1, number)
+            assert epoch == (1 if number else 0)
             if number:
                 name = f"r{number % 50}"
                 assert store.document(("Service", "shop", name)) == f"v{number}"
