@@ -150,6 +150,7 @@ max_inflight_messages 1000
 max_queued_messages 0
 max_queued_bytes {_MAX_PENDING_BYTES}
 persistent_client_expiration 1d
+set_tcp_nodelay true
 sys_interval 0
 persistence true
 persistence_location {directory}/{PERSISTENCE_DIR}/
