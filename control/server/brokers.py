@@ -221,7 +221,7 @@ class NatsServer:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._renew())
-                group.create_task(self._supervise(binary))
+                await self._supervise(binary)
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 

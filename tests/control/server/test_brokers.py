@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from tests.support.brokers import (
     tls,
 )
 from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.waiting import until
 
 TREE = "mesh/v1/cluster.local/"
 
@@ -66,13 +66,6 @@ def children(name: str) -> list[int]:
     """Processes of that name whose parent we are."""
     listed = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())], capture_output=True, check=True)
     return [int(line.split()[0]) for line in listed.stdout.decode().splitlines() if line.split()[1] == name]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 def test_admits_who_is_declared_and_cuts_off_who_no_longer_is(authority: Authority, tmp_path: Path) -> None:

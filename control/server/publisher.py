@@ -1,0 +1,231 @@
+"""Makes the broker hold what `Core` says, over one MQTT connection at a time, and hears what proxies report.
+
+At every connection it first reads all that the broker holds (the *audit*), because a broker may have been wiped,
+restored, or written to by a control plane that is gone. Then it publishes what differs, and what changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from control.api import messages, status
+from control.api.fields import RecordError
+from control.api.identity import TrustDomain
+from control.api.messages import MessageError
+from control.api.topics import StatusTopic, TopicError, parse_topic, subtree
+from control.client.mqtt import Arrivals, BrokerAccess, BrokerError, Connection, connection
+from control.server.core import MAX_EPOCH_AHEAD_S, Core, Publication, Retained
+
+MAX_IN_FLIGHT: Final = 16
+"""Publishes that wait for their PUBACK. More fill the broker's queues and gain little."""
+REFRESH_S: Final = 30.0
+"""How often roots are signed again: a proxy knows by them how old its configuration is."""
+
+_QUIET_S: Final = 0.3
+_AUDIT_TIMEOUT_S: Final = 120.0
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 5.0
+_MESSAGES_AT_ONCE: Final = 64
+
+_log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Carries a `Core` to a broker."""
+
+    def __init__(self, core: Core, access: BrokerAccess) -> None:
+        """`access`: as the control plane, to any of several brokers that are one cluster."""
+        self._core = core
+        self._access = access
+        self._trust_domain: TrustDomain = access.identity.trust_domain
+        self._client_id = f"control-plane-{secrets.token_hex(16)}"
+        self._statuses = subtree(self._trust_domain, "status").removesuffix("#")
+        self._wake = asyncio.Event()
+        self._epoch_seen = 0
+        """The highest that anybody has published, or that a proxy has applied."""
+        self.connected = False
+        self.problem = "not connected yet"
+        """Why it is not connected; empty when it is."""
+        self.published = False
+        """Whether the broker has acknowledged all that there is to publish."""
+
+    async def run(self) -> None:
+        """Publish until cancelled; a broker that goes away is dialled again."""
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(self._wake.set)
+
+        self._core.on_pending = wake
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._refresh())
+            group.create_task(self._reconnect())
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            if self._epoch_seen > self._core.epoch:
+                # A proxy that was away remembers more than our store and the broker do.
+                await self._raise_epoch()
+            await asyncio.to_thread(self._core.refresh)
+
+    async def _reconnect(self) -> None:
+        pause, attempt = _FIRST_PAUSE_S, 0
+        while True:
+            url = self._access.urls[attempt % len(self._access.urls)]
+            attempt += 1
+            try:
+                async with connection(self._access, url, self._client_id) as broker:
+                    await self._serve(broker)
+            except* BrokerError as lost:
+                pause = _FIRST_PAUSE_S if self.connected else min(2 * pause, _LONGEST_PAUSE_S)
+                self.problem = f"{url}: {_first(lost)}"
+                _log.warning("broker %s", self.problem)
+            finally:
+                self.connected = self.published = False
+            await asyncio.sleep(random.uniform(0.0, pause))
+
+    async def _serve(self, broker: Connection) -> None:
+        """What one connection is for, until it is lost: raises a group of BrokerError then."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._carry(broker))
+            # In the body, not in a task: in Python 3.11 a task that fails while a group waits for its end leaves its
+            # parent's count of cancellations raised, and the next timeout in the parent ends as a cancellation.
+            await broker.lost()
+
+    async def _carry(self, broker: Connection) -> None:
+        held = await self._audit(broker)
+        await self._raise_epoch()
+        await asyncio.to_thread(self._core.audited, held)
+        self.connected, self.problem = True, ""
+        _log.info("connected to the broker, which holds %d records", len(held))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._hear(broker.arrivals))
+            await self._publish(broker)
+
+    async def _raise_epoch(self) -> None:
+        seen, self._epoch_seen = self._epoch_seen, 0
+        await asyncio.to_thread(self._core.start_epoch, seen)
+
+    async def _audit(self, broker: Connection) -> dict[str, Retained]:
+        """What the broker holds, by topic, but for the statuses, which are heard as ever.
+
+        MQTT has no mark at the end of retained messages. Ours is a message to ourselves, and then silence.
+        """
+        everything = [subtree(self._trust_domain)]
+        mark = f"{subtree(self._trust_domain, 'audit').removesuffix('#')}{secrets.token_hex(16)}"
+        held: dict[str, Retained] = {}
+        await _grant(broker, everything)
+        await broker.publish(mark, b"", retain=False)
+        patience: float | None = None
+        try:
+            async with asyncio.timeout(_AUDIT_TIMEOUT_S):
+                while await self._hear_records(broker.arrivals, held, patience):
+                    if mark in held:
+                        patience = _QUIET_S
+        except TimeoutError:
+            raise BrokerError(f"it was still sending records after {_AUDIT_TIMEOUT_S:.0f} s") from None
+        del held[mark]
+        await _grant(broker, [self._statuses + "#"])
+        await broker.unsubscribe(everything)
+        return held
+
+    async def _hear_records(self, arrivals: Arrivals, held: dict[str, Retained], patience_s: float | None) -> bool:
+        """Take what has arrived; whether any of it was a record. Proxies report all the time: that prolongs nothing."""
+        before = len(held)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while len(held) == before:
+                    for topic, payload in await _some(arrivals):
+                        if topic.startswith(self._statuses):
+                            self._status(topic, payload)
+                        else:
+                            held[topic] = self._retained(payload)
+        return len(held) > before
+
+    def _retained(self, payload: bytes) -> Retained:
+        try:
+            envelope = messages.decode(payload)
+        except MessageError:
+            return Retained(None, messages.digest(payload))
+        self._epoch_seen = max(self._epoch_seen, envelope.epoch)
+        return Retained(envelope.stamp, messages.digest(payload), tombstone=envelope.body is None)
+
+    async def _hear(self, arrivals: Arrivals) -> None:
+        while True:
+            for topic, payload in await _some(arrivals):
+                if topic.startswith(self._statuses):
+                    self._status(topic, payload)
+
+    def _status(self, topic: str, payload: bytes) -> None:
+        self._core.status_received(topic, payload)
+        applied = _epoch_applied(self._trust_domain, topic, payload)
+        if applied <= time.time() + MAX_EPOCH_AHEAD_S:  # or it would hide what others report
+            self._epoch_seen = max(self._epoch_seen, applied)
+
+    async def _publish(self, broker: Connection) -> None:
+        while True:
+            self._wake.clear()
+            batch = await asyncio.to_thread(self._core.pending)
+            if not batch:
+                self.published = True
+                await self._wake.wait()
+                continue
+            self.published = False
+            await _send(broker, batch)
+            self._core.published()
+
+
+async def _some(arrivals: Arrivals) -> list[tuple[str, bytes]]:
+    """The next messages, as many as are work for 2 ms: the loop also serves certificates."""
+    await arrivals.wait()
+    await asyncio.sleep(0)
+    return list(itertools.islice(iter(arrivals.take, None), _MESSAGES_AT_ONCE))
+
+
+def _first(group: BaseExceptionGroup[BrokerError]) -> BaseException:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def _epoch_applied(trust_domain: TrustDomain, topic: str, payload: bytes) -> int:
+    """The highest epoch of a root that a proxy has applied; 0 where it cannot be told."""
+    try:
+        parsed, body = parse_topic(trust_domain, topic), messages.decode(payload).body
+        if not isinstance(parsed, StatusTopic) or body is None:
+            return 0
+        return max((epoch for epoch, _, _ in status.read(parsed, body).roots.values()), default=0)
+    except (TopicError, MessageError, RecordError):
+        return 0
+
+
+async def _grant(broker: Connection, filters: Sequence[str]) -> None:
+    refused = await broker.subscribe(filters)
+    if refused:
+        raise BrokerError(f"it does not let the control plane read {', '.join(sorted(refused))}: check its users")
+
+
+async def _send(broker: Connection, batch: Sequence[Publication]) -> None:
+    """Publish in this order, which the broker keeps; returns when it has acknowledged all."""
+    room = asyncio.Semaphore(MAX_IN_FLIGHT)
+
+    async def one(publication: Publication) -> None:
+        try:
+            await broker.publish(publication.topic, publication.payload)
+        finally:
+            room.release()
+
+    async with asyncio.TaskGroup() as group:
+        for publication in batch:
+            await room.acquire()
+            group.create_task(one(publication))
