@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from control.cli import ca, demo, validate
-from control.cli.output import CommandError
+from control.api.problems import ResourceErrors
+from control.cli import apply, ca, demo, get, label, status, token, up, validate
+from control.cli.output import CommandError, show_refusal
 
 _EXAMPLES = """\
 examples:
-  meshctl ca init --dir /etc/uproxy/ca --trust-domain cluster.local
-  meshctl validate -f mesh.yaml
-  meshctl demo
+  meshctl up                                   run the control plane and its broker on this machine
+  meshctl apply -f mesh.yaml                   say what the mesh should be
+  meshctl token create web-1 -n shop           let a workload in
+  meshctl status                               see who runs which version
 
-`meshctl COMMAND --help` explains a command. Exit status: 0 done, 1 refused or failed, 2 not understood.
+`meshctl COMMAND --help` explains a command. Exit status: 0 done, 1 refused or failed, 2 not understood, 3 the answer is
+not "all as it should be" (diff, status), 4 no control plane answered.
 """
 
 
@@ -26,8 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
+    except ResourceErrors as refused:
+        return show_refusal(refused, arguments.output)
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`meshctl get all | head`); the interpreter flushes once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
@@ -40,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"meshctl {version('uproxy-mesh')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (ca, validate, demo):
+    for command in (up, apply, get, label, token, status, validate, ca, demo):
         command.add(commands)
     return parser
 

@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Final, Literal
 
-from control.api.problems import ResourceError
+from control.api.problems import ResourceError, ResourceErrors
 
 Format = Literal["table", "json"]
 
@@ -60,6 +61,16 @@ def show_problems(kind: Literal["error", "warning"], problems: Iterable[Resource
     """A line on stderr for each, as `error: FILE:LINE: FIELD: PROBLEM`."""
     for problem in problems:
         print(f"{kind}: {printable(str(problem))}", file=sys.stderr)
+
+
+def show_refusal(refused: ResourceErrors, output: str) -> int:
+    """Show everything that is wrong with resources; return the exit status."""
+    if output == "json":
+        show_json({"error": str(refused), "errors": [asdict(error) for error in refused.errors]})
+    else:
+        show_problems("error", refused.errors)
+        print(f"refused: {counted(len(refused.errors), 'error')}; nothing was changed")
+    return REFUSED
 
 
 def printable(text: str) -> str:

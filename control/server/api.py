@@ -123,7 +123,7 @@ class Api:
         }
 
     async def run(self, listening: socket.socket) -> None:
-        """Serve a listening socket until cancelled."""
+        """Serve a listening socket until cancelled, then close it."""
         application = web.Application(client_max_size=MAX_BODY_BYTES)
         application.router.add_route("*", "/{path:.*}", self._answer)
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=_SHUTDOWN_S)
