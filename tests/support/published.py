@@ -37,6 +37,8 @@ class Shelf:
     retained: dict[str, bytes] = field(default_factory=dict)
     log: list[tuple[str, bytes]] = field(default_factory=list)
     """Everything that was ever published, in order."""
+    highest: dict[str, list[int]] = field(default_factory=dict)
+    """Topic -> epoch, version and time, of what proxies take by its stamp."""
 
     def publish(self, topic: str, payload: bytes) -> None:
         self.log.append((topic, payload))
@@ -45,6 +47,7 @@ class Shelf:
         else:
             self.retained.pop(topic, None)
         self._check_listed(topic)
+        self._check_forward(topic)
 
     def drain(self, core: Core) -> int:
         """Publish all that is pending; returns how many messages that were."""
@@ -146,6 +149,15 @@ class Shelf:
                     if levels[1:3] == [namespace, service] and len(levels) == 4
                 ]
                 assert self._envelope(topic)[4]["digest"] == sha256(msgpack.packb(sorted(live)))
+
+    def _check_forward(self, topic: str) -> None:
+        """What proxies take by its stamp never goes back."""
+        levels = topic.removeprefix(PREFIX).split("/")
+        if levels[0] in ("root", "addr", "trust") or (levels[0] == "ep" and len(levels) == 3):
+            _, *stamp, body = self._envelope(topic)
+            if body is not None:
+                assert stamp >= self.highest.get(topic, [0, 0, 0])
+                self.highest[topic] = stamp
 
     def _live(self, kind: str) -> Iterable[tuple[str, list[str]]]:
         for topic in self.retained:
