@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.lab.topology import Host, LabError
+from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import Host
 from uproxy import sandbox
 
 _START_TIMEOUT_S = 10.0

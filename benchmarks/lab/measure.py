@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.lab.apps import commands
 from benchmarks.lab.shop import DB, Shop
-from benchmarks.lab.topology import Lab, LabError, Workload
+from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import Lab, Workload
 
 ROUNDS = 5
 _PINGS = 800

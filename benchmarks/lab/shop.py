@@ -48,6 +48,9 @@ class Shop:
     reviews_v2: Workload
     db: Workload
 
+    def workloads(self) -> tuple[Workload, ...]:
+        return self.web, self.reviews_v1, self.reviews_v2, self.db
+
 
 def declare(lab: Lab) -> Shop:
     """web and reviews v2 on host a, reviews v1 and db on host b. Nothing is started yet."""

@@ -27,19 +27,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import yaml
-
-from benchmarks.lab import remains
+from benchmarks.lab import remains, sources
+from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.remains import LabNames, Owner
+from benchmarks.lab.sources import TRUST_DOMAIN, Files, LabError, Source
 from control.api.identity import SpiffeId
-from control.client import csr
-from control.server.ca import Authority, write_identity
 from uproxy import linux, sandbox
 from uproxy.entrance import Entrance, sockets_inside
 from uproxy.node.client import NodeClient
 from uproxy.sandbox import Sandbox
 
-TRUST_DOMAIN = "lab.test"
 APP_USER = "nobody"
 
 # Service addresses, then workloads of all hosts: what the mesh captures. Host i has 10.96.i.0/24.
@@ -50,14 +47,15 @@ _TWIN_RANGE = "10.98"
 # A plain `su`, and cron, leave out where nginx and tcpdump are.
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
+_CONTROL_INDEX = 250
+"""Of the control plane's machine on the underlay, out of the hosts' way."""
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
 _NODE_TIMEOUT_S = 20.0
 _START_TIMEOUT_S = 40.0
 _POLL_S = 0.01
-_ENTRY = "networking.istio.io/v1"
-
-
-class LabError(Exception):
-    """The lab cannot be built here, or something in it did not start. The text holds the logs that say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class Workload:
         )
         lab = host.lab
         self.box = Sandbox.below(host.cgroup_root, lab.names.cgroup.parent, name, [address])
-        self.identity_dir = lab.directory / "identities" / name
+        self.identity_dir = lab.source.identity_dir(self)
         self.data = lab.directory / "data" / name
         self.log = lab.directory / f"{name}.proxy.log"
         self._launcher_log = lab.directory / f"{name}.exec.log"
@@ -102,9 +100,7 @@ class Workload:
         """The `uproxy exec` line, as an operator would type it."""
         return [
             *[sys.executable, "-I", "-m", "uproxy", "exec", "--name", self.name],
-            *["--namespace", self.identity.namespace, "--service-account", self.identity.service_account],
-            *["--trust-domain", TRUST_DOMAIN, "--address", self.address],
-            *["--config", str(self.host.lab.config), "--identity-dir", str(self.identity_dir)],
+            *self.host.lab.source.workload_arguments(self),
             *["--node-socket", str(self.host.node_socket), "--cgroup-root", str(self.host.cgroup_root)],
             *["--state-dir", str(self.host.lab.directory / "state"), "--user", APP_USER],
             *["--log", str(self.log), "--log-format", "json"],
@@ -221,7 +217,7 @@ class Host:
         self.name = name
         self.index = index
         self.netns = lab.names.netns(f"host-{name}")
-        self.underlay_address = f"10.95.0.{index}"
+        self.underlay_address = _underlay_address(index)
         self.cgroup_root = lab.names.cgroup / name
         self.run_dir = lab.directory / f"run-{name}"
         self.node_socket = self.run_dir / "node.sock"
@@ -266,9 +262,8 @@ class Host:
     def start_agent(self) -> None:
         """Start `uproxy node`; return at once."""
         self.run_dir.mkdir(exist_ok=True)
-        arguments = ["--name", self.lab.names.node(self.name), "--trust-domain", TRUST_DOMAIN]
-        arguments += ["--config", str(self.lab.config), "--run-dir", str(self.run_dir)]
-        arguments += ["--mesh-cidr", *MESH_RANGES]
+        arguments = ["--name", self.lab.names.node(self.name), *self.lab.source.node_arguments(self)]
+        arguments += ["--run-dir", str(self.run_dir), "--mesh-cidr", *MESH_RANGES]
         with open(self._agent_log, "ab") as log:
             argv = [sys.executable, "-I", "-m", "uproxy", "node", *arguments]
             self.agent = self.spawn(argv, stdout=log, stderr=log)
@@ -292,14 +287,16 @@ class Host:
 class Lab:
     """See the module. Everything it makes bears `names`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, control: bool = False) -> None:
+        """`control`: configuration and identities come from a control plane in the lab, else from files."""
         self.names = LabNames(secrets.token_hex(3))
         self.directory = self.names.directory
-        self.config = self.directory / "mesh.yaml"
         self.hosts: list[Host] = []
         self.underlay = self.names.netns("net")
+        self.control = ControlPlane(self, _underlay_address(_CONTROL_INDEX)) if control else None
+        self.source: Source = self.control or Files(self)
         self._resources = ""
-        self._authority: Authority | None = None
+        self._started = False
         self._reaper: subprocess.Popen[bytes] | None = None
         self._spawned: list[subprocess.Popen[bytes]] = []
 
@@ -325,6 +322,8 @@ class Lab:
                 ["link set lo up", "link add br0 type bridge mcast_snooping 0", "link set br0 up"],
                 netns=self.underlay,
             )
+            if self.control is not None:
+                self._attach(self.control.netns, "control", _addresses(_CONTROL_INDEX))
         except BaseException:
             self.close()
             raise
@@ -352,16 +351,11 @@ class Lab:
     def host(self, name: str) -> Host:
         """Add a machine to the underlay."""
         made = Host(self, name, len(self.hosts) + 1)
-        sandbox.run_ip([f"netns add {made.netns}"])
-        sandbox.run_ip(
-            [f"link add name {name} type veth peer name eth0 netns {made.netns}", f"link set dev {name} master br0 up"],
-            netns=self.underlay,
-        )
-        commands = ["link set dev lo up", "link set dev eth0 up", *_addresses(made)]
-        for other in self.hosts:
-            commands += _routes(other)
-            sandbox.run_ip(_routes(made), netns=other.netns)
-        sandbox.run_ip(commands, netns=made.netns)
+        others = [other.netns for other in self.hosts] + ([self.control.netns] if self.control is not None else [])
+        for netns in others:
+            sandbox.run_ip(_routes(made), netns=netns)
+        routes = [route for other in self.hosts for route in _routes(other)]
+        self._attach(made.netns, name, [*_addresses(made.index), *routes])
         with made.entered():
             sandbox.write_sysctls({"net/ipv4/ip_forward": "1"})
             if sandbox.has_ipv6():
@@ -370,25 +364,30 @@ class Lab:
         self.hosts.append(made)
         return made
 
+    def _attach(self, netns: str, port: str, commands: Sequence[str]) -> None:
+        """Make a namespace with an eth0 on the underlay's bridge, and run `ip` commands in it."""
+        sandbox.run_ip([f"netns add {netns}"])
+        sandbox.run_ip(
+            [f"link add name {port} type veth peer name eth0 netns {netns}", f"link set dev {port} master br0 up"],
+            netns=self.underlay,
+        )
+        sandbox.run_ip(["link set dev lo up", "link set dev eth0 up", *commands], netns=netns)
+
     def workloads(self) -> list[Workload]:
         return [workload for host in self.hosts for workload in host.workloads]
 
     def configure(self, resources: str) -> None:
-        """Set the mesh's resources, but for Namespaces and WorkloadEntries, which the lab writes. Takes effect live."""
+        """Set the mesh's resources but for WorkloadEntries, which the lab writes. Takes effect live once it runs."""
         self._resources = resources
-        fresh = self.config.with_suffix(".new")
-        entries = [yaml.safe_dump(_entry(workload)) for workload in self.workloads()]
-        fresh.write_text("---\n".join([*entries, resources]))
-        fresh.chmod(0o644)
-        fresh.rename(self.config)
+        if self._started:
+            self._configure()
+
+    def _configure(self) -> None:
+        self.source.configure([*map(sources.entry, self.workloads()), self._resources])
 
     def issue(self, identity: SpiffeId, directory: Path, ttl_s: int = 24 * 3600) -> None:
-        """A key, a CSR and a certificate from the lab's CA, as a workload gets them."""
-        if self._authority is None:
-            self._authority = Authority.create(self.directory / "ca", TRUST_DOMAIN)
-        request = csr.make_request(directory, identity)
-        chain = self._authority.issue(request.read_bytes(), identity, ttl_s)
-        write_identity(directory, chain, self._authority.bundle_pem)
+        """An identity made by hand with the mesh's CA."""
+        sources.issue(self.source.authority(), identity, directory, ttl_s)
 
     def start(self, progress: Callable[[str], None] = lambda line: None) -> None:
         """Start the agents, then every workload, and return when all serve."""
@@ -396,30 +395,29 @@ class Lab:
         missing = [program for program in programs if shutil.which(program, path=_PATH) is None]
         if missing:
             raise LabError(f"the lab's workloads need programs that are not installed: {', '.join(sorted(missing))}")
-        if not self.config.exists():
-            self.configure(self._resources)
+        self.source.start(progress)
+        self._started = True
+        self._configure()
         for host in self.hosts:
             host.start_agent()
-        for workload in self.workloads():
-            self.issue(workload.identity, workload.identity_dir)
-        progress(f"issued {len(self.workloads())} identities")
-        self._await([host.agent_running for host in self.hosts], _NODE_TIMEOUT_S, "the node agents")
+        self.wait([host.agent_running for host in self.hosts], _NODE_TIMEOUT_S, "the node agents")
         progress("the node agents hold the maps")
         for workload in self.workloads():
             workload.launch()
-        self._await([workload.running for workload in self.workloads()], _START_TIMEOUT_S, "the workloads")
+        self.wait([workload.running for workload in self.workloads()], _START_TIMEOUT_S, "the workloads")
         progress(f"running: {', '.join(workload.name for workload in self.workloads())}")
 
-    def spawn(self, argv: Sequence[str], netns: Path, **streams: Any) -> subprocess.Popen[bytes]:
-        """A process in a namespace of the lab, which dies with the lab."""
+    def spawn(self, argv: Sequence[str], netns: Path, cgroup: str = "lab", **streams: Any) -> subprocess.Popen[bytes]:
+        """A process in a namespace of the lab, which dies with the lab. `cgroup`: which of the lab's it is in."""
         with _opened(netns) as fd:
-            enter = Entrance(self.names.cgroup / "lab", fd)
+            enter = Entrance(self.names.cgroup / cgroup, fd)
             environment = {**os.environ, "PATH": _PATH}
             process = subprocess.Popen(argv, cwd="/", env=environment, preexec_fn=enter, **streams)
         self._spawned.append(process)
         return process
 
-    def _await(self, conditions: Sequence[Callable[[], bool]], timeout_s: float, what: str) -> None:
+    def wait(self, conditions: Sequence[Callable[[], bool]], timeout_s: float, what: str) -> None:
+        """Until all are so. Raises LabError, with the logs, when they do not become so in time."""
         deadline = time.monotonic() + timeout_s
         while not all(condition() for condition in conditions):
             if time.monotonic() > deadline:
@@ -427,7 +425,9 @@ class Lab:
             time.sleep(_POLL_S)
 
     def logs(self) -> str:
-        return "".join([host.logs() for host in self.hosts] + [workload.logs() for workload in self.workloads()])
+        return self.source.logs() + "".join(
+            [host.logs() for host in self.hosts] + [workload.logs() for workload in self.workloads()]
+        )
 
 
 def _choose_congestion_control() -> None:
@@ -441,10 +441,14 @@ def _choose_congestion_control() -> None:
             return
 
 
-def _addresses(host: Host) -> list[str]:
-    """A host's own, on the underlay."""
-    ours = [f"address add {host.underlay_address}/24 dev eth0"]
-    return ours + ([f"address add fd95::{host.index}/64 dev eth0 nodad"] if sandbox.has_ipv6() else [])
+def _underlay_address(index: int) -> str:
+    return f"10.95.0.{index}"
+
+
+def _addresses(index: int) -> list[str]:
+    """A machine's own, on the underlay."""
+    ours = [f"address add {_underlay_address(index)}/24 dev eth0"]
+    return ours + ([f"address add fd95::{index}/64 dev eth0 nodad"] if sandbox.has_ipv6() else [])
 
 
 def _routes(host: Host) -> list[str]:
@@ -454,21 +458,6 @@ def _routes(host: Host) -> list[str]:
         f"route add {_TWIN_RANGE}.{host.index}.0/24 via {host.underlay_address}",
     ]
     return routes + ([f"route add fd96:0:0:{host.index}::/64 via fd95::{host.index}"] if sandbox.has_ipv6() else [])
-
-
-def _entry(workload: Workload) -> dict[str, Any]:
-    options = workload.options
-    return {
-        "apiVersion": _ENTRY,
-        "kind": "WorkloadEntry",
-        "metadata": {"name": workload.name, "namespace": workload.identity.namespace},
-        "spec": {
-            "address": workload.address,
-            "serviceAccount": workload.identity.service_account,
-            "labels": {"app": workload.name, **options.labels},
-            "ports": dict(options.ports or workload.app.ports),
-        },
-    }
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.lab import shop
 from benchmarks.lab.connect import Answer, connect, request, tls_context
-from benchmarks.lab.topology import TRUST_DOMAIN
+from benchmarks.lab.sources import TRUST_DOMAIN
 from control.api.identity import SpiffeId
 from control.client import csr
 from control.server.ca import Authority, write_identity

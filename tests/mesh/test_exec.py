@@ -191,13 +191,13 @@ class TestTheSidecar:
         below.chmod(0o755)
         closed.chmod(0o700)
         config = below / "mesh.yaml"
-        config.write_bytes(job.host.lab.config.read_bytes())
+        config.write_bytes(job.host.lab.source.file.read_bytes())
         assert _run(job, "true", config=str(config))[0] == 0
 
     def test_configuration_nobody_may_enter_is_named(self, job: Workload, tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
         config = tmp_path / "mesh.yaml"
-        config.write_bytes(job.host.lab.config.read_bytes())
+        config.write_bytes(job.host.lab.source.file.read_bytes())
         status, _, errors = _run(job, "true", config=str(config))
         assert status == 125
         assert f"chmod o+rx {tmp_path}" in errors

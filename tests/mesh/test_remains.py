@@ -23,7 +23,7 @@ import time
 from benchmarks.lab.apps import commands
 from benchmarks.lab.topology import Lab
 
-with Lab() as lab:
+with Lab(control=CONTROL) as lab:
     lab.host("a").workload("one", commands.idle())
     lab.start()
     print(lab.names.lab_id, lab._reaper.pid, flush=True)
@@ -32,10 +32,11 @@ with Lab() as lab:
 
 
 @contextmanager
-def _owner() -> Iterator[tuple[subprocess.Popen[str], LabNames, int]]:
+def _owner(*, control: bool = False) -> Iterator[tuple[subprocess.Popen[str], LabNames, int]]:
     """A process with a lab that runs, the lab's names, and the pid of its reaper."""
     root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", _OWNER], stdout=subprocess.PIPE, text=True, cwd=root) as process:
+    program = f"CONTROL = {control}\n{_OWNER}"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=root) as process:
         assert process.stdout is not None
         lab_id, reaper = process.stdout.readline().split()
         try:
@@ -66,10 +67,13 @@ def test_exception_leaves_nothing() -> None:
     assert not remains.left_of(names[0].prefix)
 
 
-def test_killed_owner_leaves_nothing() -> None:
-    with _owner() as (process, names, _):
+@pytest.mark.parametrize("control", [False, True], ids=["files", "control plane"])
+def test_killed_owner_leaves_nothing(control: bool) -> None:
+    with _owner(control=control) as (process, names, _):
         launched = _pids_of(names)
+        programs = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in launched}
         assert len(launched) >= 4
+        assert ("nats-server" in programs) is control
         process.kill()
         process.wait()
         inside.eventually(lambda: not remains.left_of(names.prefix))

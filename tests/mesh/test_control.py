@@ -1,0 +1,238 @@
+"""A mesh that runs from a control plane: what changes in it, what goes on without it, and who is let in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.lab.apps import commands
+from benchmarks.lab.control import ControlPlane
+from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import Lab, Workload
+from tests.support import inside
+
+_PORT = 9000
+_PEER = ("240.240.0.30", _PORT)
+_UNUSED = ("240.240.0.31", _PORT)
+
+_RESOURCES = f"""\
+apiVersion: v1
+kind: Service
+metadata: {{name: peer, namespace: load}}
+spec: {{clusterIP: {_PEER[0]}, selector: {{app: peer}}, ports: [{{name: tcp, port: {_PORT}, targetPort: tcp}}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: unused, namespace: load}}
+spec: {{clusterIP: {_UNUSED[0]}, selector: {{app: peer}}, ports: [{{name: tcp, port: {_PORT}, targetPort: tcp}}]}}
+"""
+_DENY = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody, namespace: load}
+spec: {selector: {matchLabels: {closed: "yes"}}, action: DENY, rules: [{}]}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Controlled:
+    """`caller` on host a, `peer` on host b; both idle."""
+
+    lab: Lab
+    control: ControlPlane
+    caller: Workload
+    peer: Workload
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Controlled]:
+    with Lab(control=True) as lab:
+        assert lab.control is not None
+        caller = lab.host("a").workload("caller", commands.idle(), namespace="load")
+        peer = lab.host("b").workload("peer", commands.idle(), namespace="load", ports={"tcp": _PORT})
+        lab.configure(_RESOURCES)
+        lab.start()
+        with inside.serving(peer, _PORT, inside.echo):
+            yield Controlled(lab, lab.control, caller, peer)
+
+
+@contextmanager
+def _gone(mesh: Controlled) -> Iterator[None]:
+    """Control plane and broker killed while the block runs, and everybody up to date again afterwards."""
+    mesh.control.kill()
+    try:
+        yield
+    finally:
+        mesh.control.start()
+        _current(mesh)
+
+
+def _current(mesh: Controlled) -> dict[str, Any]:
+    """Wait until every proxy has applied the newest configuration; what `meshctl status` says then."""
+    told: dict[str, Any] = {}
+
+    def is_current() -> bool:
+        nonlocal told
+        told = mesh.control.status()
+        return len(told["proxies"]) == 4 and all(proxy["state"] == "current" for proxy in told["proxies"])
+
+    inside.eventually(is_current, 40)
+    return told
+
+
+def _ends(mesh: Controlled, address: tuple[str, int] = _PEER) -> str:
+    """How a dial of the caller ends: "echo", "FIN" or an errno's name."""
+    try:
+        with inside.dial(mesh.caller, address, timeout_s=10) as made:
+            made.sendall(b"x")
+            return "echo" if made.recv(1) == b"x" else "FIN"
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+
+
+def _await(mesh: Controlled, wanted: str, address: tuple[str, int] = _PEER, timeout_s: float = 20) -> None:
+    """Wait until the caller's dials end like this."""
+    deadline = time.monotonic() + timeout_s
+    while (ended := _ends(mesh, address)) != wanted:
+        if time.monotonic() > deadline:
+            pytest.fail(f"after {timeout_s:g} s dials still end in {ended}, not {wanted}:\n{mesh.lab.logs()}")
+        time.sleep(0.05)
+
+
+class TestChanges:
+    def test_label_closes_and_opens_a_workload(self, mesh: Controlled) -> None:
+        mesh.control.apply(_DENY)
+        try:
+            with inside.dial(mesh.caller, _PEER) as made:
+                made.sendall(b"x")
+                assert made.recv(1) == b"x"
+                mesh.control.meshctl("label", "workload", "peer", "closed=yes", "-n", "load")
+                with pytest.raises(ConnectionResetError):
+                    made.recv(1)
+            assert _ends(mesh) == "ECONNRESET"
+            mesh.control.meshctl("label", "workload", "peer", "closed-", "-n", "load", "--overwrite")
+            _await(mesh, "echo")
+        finally:
+            mesh.control.meshctl("delete", "policy", "nobody", "-n", "load")
+
+    def test_refused_change_changes_nothing(self, mesh: Controlled) -> None:
+        before = mesh.control.status()["version"]
+        with pytest.raises(LabError, match="selectr"):
+            mesh.control.apply(_DENY.replace("{selector:", "{selectr:") + "---\n" + _DENY.replace("nobody", "other"))
+        assert mesh.control.status()["version"] == before
+        assert "other" not in mesh.control.meshctl("get", "policies", "-n", "load")
+
+    def test_deleted_service_is_gone_from_the_kernel(self, mesh: Controlled) -> None:
+        document = "apiVersion: v1\nkind: Service\nmetadata: {name: brief, namespace: load}\nspec:\n"
+        document += f"  clusterIP: 240.240.0.32\n  selector: {{app: peer}}\n  ports: [{{port: {_PORT}}}]\n"
+        mesh.control.apply(document)
+        _await(mesh, "echo", ("240.240.0.32", _PORT))
+        mesh.control.meshctl("delete", "service", "brief", "-n", "load")
+        _await(mesh, "ECONNREFUSED", ("240.240.0.32", _PORT))
+
+    def test_status_names_every_proxy_with_version_and_age(self, mesh: Controlled) -> None:
+        told = _current(mesh)
+        assert told["ok"] is True
+        names = {f"mesh-system/node-{mesh.lab.names.node(host.name)}" for host in mesh.lab.hosts}
+        assert {proxy["workload"] for proxy in told["proxies"]} == names | {"load/caller", "load/peer"}
+        assert all(0 <= proxy["age_s"] < 60 for proxy in told["proxies"])
+
+
+class TestWithoutThem:
+    """Control plane and broker are dead."""
+
+    def test_traffic_goes_on_and_everything_restarts(self, mesh: Controlled) -> None:
+        assert _ends(mesh) == "echo"
+        with inside.dial(mesh.caller, _PEER) as made, _gone(mesh):
+            made.sendall(b"x")
+            assert made.recv(1) == b"x"
+            assert _ends(mesh) == "echo"
+            for workload in (mesh.caller, mesh.peer):
+                os.kill(workload.proxy_pid(), signal.SIGKILL)
+                _await(mesh, "echo")
+            host = mesh.caller.host
+            assert host.agent is not None
+            host.agent.kill()
+            host.agent.wait()
+            host.node_socket.unlink(missing_ok=True)
+            host.start_agent()
+            inside.eventually(host.agent_running, 20)
+            assert host.node().status()["whole"] is True
+            assert _ends(mesh) == "echo"
+
+    def test_workload_starts_again_with_what_it_kept(self, mesh: Controlled) -> None:
+        caller = mesh.caller
+        assert _ends(mesh) == "echo"
+        with _gone(mesh):
+            assert caller.launcher is not None
+            caller.launcher.terminate()
+            caller.launcher.wait(20)
+            caller.launch()
+            inside.eventually(caller.running, 30)
+            assert _ends(mesh) == "echo"
+
+    def test_what_was_never_dialled_is_refused_and_says_so(self, mesh: Controlled) -> None:
+        with _gone(mesh):
+            began = time.monotonic()
+            assert _ends(mesh, _UNUSED) == "ECONNRESET"
+            assert time.monotonic() - began < 8
+            mesh.caller.await_access(lambda entry: "no-config" in entry.get("error", ""))
+        assert _ends(mesh, _UNUSED) == "echo"
+
+
+class TestTheyComeBack:
+    def test_broker_without_its_data(self, mesh: Controlled) -> None:
+        with inside.dial(mesh.caller, _PEER) as made:
+            with _gone(mesh):
+                shutil.rmtree(mesh.control.broker_data())
+            made.sendall(b"x")
+            assert made.recv(1) == b"x"
+        assert _ends(mesh) == "echo"
+
+    def test_older_backup_becomes_the_mesh(self, mesh: Controlled) -> None:
+        """Proxies have applied newer configuration: that must not keep them from taking what the backup says."""
+        directory, backup = mesh.control.directory, mesh.lab.directory / "backup"
+        mesh.control.kill()
+        shutil.copytree(directory, backup)
+        mesh.control.start()
+        mesh.control.apply(_DENY)
+        mesh.control.meshctl("label", "workload", "peer", "closed=yes", "-n", "load")
+        _await(mesh, "ECONNRESET")
+        before = mesh.control.status()["version"]
+        mesh.control.kill()
+        jetstream = mesh.control.broker_data()
+        # The broker's data is newer than the store, as it would be.
+        newer = jetstream.rename(mesh.lab.directory / "jetstream")
+        shutil.rmtree(directory)
+        backup.rename(directory)
+        shutil.rmtree(mesh.control.broker_data())
+        newer.rename(jetstream)
+        mesh.control.start()
+        _await(mesh, "echo", timeout_s=40)
+        assert _current(mesh)["version"] > before
+
+
+class TestJoining:
+    def test_used_token_is_refused(self, mesh: Controlled, tmp_path: Path) -> None:
+        argv = mesh.peer.arguments()
+        token = Path(argv[argv.index("--join") + 1])
+        fresh = tmp_path / "state"
+        argv = [sys.executable, "-I", "-m", "control.client.certify"]
+        argv += ["join", "--token-file", str(token), "--dir", str(fresh)]
+        with mesh.peer.host.entered():
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "used already" in done.stderr
+        assert not (fresh / "chain.pem").exists()
