@@ -18,7 +18,6 @@ import logging
 import os
 import secrets
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -49,11 +48,13 @@ from control.server.enrolment import TOKEN_TTL_S, Enrolment, EnrolmentError
 from control.server.members import Members
 from control.server.proxies import Row
 from control.server.registry import ChangeSet, Held, NotFound, named_place
-from control.server.store import Store
+from control.server.store import Store, StoreError
 
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024  # 100,000 workloads in YAML are 30 MB; only operators have the socket
 _SOCKET_MODE: Final = 0o660
 _SHUTDOWN_S: Final = 5.0
+_MOST_QUESTIONS: Final = 2
+"""Answered at once. The loop has six threads on two cores."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +87,9 @@ class BrokerState:
 
 
 class Api:
-    """Answers operators. Requests run in threads; those that change something, one after the other."""
+    """Answers operators, in threads. Changes are made one after the other, and so are tokens; whoever waits for a turn
+    holds none of the threads, which the publisher needs too.
+    """
 
     def __init__(
         self,
@@ -112,14 +115,14 @@ class Api:
         self._broker = broker
         self._on_identities = on_identities
         self._clock = clock
-        self._changing = threading.Lock()
-        self._routes: Mapping[tuple[str, str], Callable[[Json], Json]] = {
-            ("POST", "/v1/apply"): self._apply,
-            ("POST", "/v1/delete"): self._delete,
-            ("POST", "/v1/relabel"): self._relabel,
-            ("GET", "/v1/resources"): self._resources,
-            ("POST", "/v1/tokens"): self._token,
-            ("GET", "/v1/status"): self._status,
+        changes, tokens, questions = asyncio.Lock(), asyncio.Lock(), asyncio.Semaphore(_MOST_QUESTIONS)
+        self._routes: Mapping[tuple[str, str], tuple[Callable[[Json], Json], asyncio.Lock | asyncio.Semaphore]] = {
+            ("POST", "/v1/apply"): (self._apply, changes),
+            ("POST", "/v1/delete"): (self._delete, changes),
+            ("POST", "/v1/relabel"): (self._relabel, changes),
+            ("POST", "/v1/tokens"): (self._token, tokens),
+            ("GET", "/v1/resources"): (self._resources, questions),
+            ("GET", "/v1/status"): (self._status, questions),
         }
 
     async def run(self, listening: socket.socket) -> None:
@@ -139,14 +142,18 @@ class Api:
             route = self._routes.get((request.method, request.path))
             if route is None:
                 raise RequestError(404, f"there is no {request.method} {request.path} in this release")
+            answer, turn = route
             body = await request.read() if request.method == "POST" else b""
-            content = await asyncio.to_thread(_answered, route, body, dict(request.query))
+            async with turn:
+                content = await asyncio.to_thread(_answered, answer, body, dict(request.query))
         except web.HTTPRequestEntityTooLarge:
             return _refusal(413, f"more than {MAX_BODY_BYTES} bytes; apply in parts")
         except (RequestError, EnrolmentError) as error:
             return _refusal(error.status, str(error))
         except NotFound as error:
             return _refusal(404, str(error))
+        except StoreError as error:
+            return _refusal(503, f"{error}. Nothing was changed")
         except Held as error:
             return _refusal(409, str(error))
         except ResourceErrors as error:
@@ -160,15 +167,13 @@ class Api:
         files = [_file(document) for document in _objects(_field(body, "documents", list))]
         dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
         _finish(body)
-        with self._changing:
-            return self._changed(self._core.apply(files, dry_run=dry_run, release=release), dry_run)
+        return self._changed(self._core.apply(files, dry_run=dry_run, release=release), dry_run)
 
     def _delete(self, body: Json) -> Json:
         places = [_place(reference) for reference in _objects(_field(body, "references", list))]
         dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
         _finish(body)
-        with self._changing:
-            return self._changed(self._core.delete(places, dry_run=dry_run, release=release), dry_run)
+        return self._changed(self._core.delete(places, dry_run=dry_run, release=release), dry_run)
 
     def _relabel(self, body: Json) -> Json:
         place = _place(_field(body, "reference", dict))
@@ -177,11 +182,10 @@ class Api:
         overwrite = _field(body, "overwrite", bool, False)
         dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
         _finish(body)
-        with self._changing:
-            if not overwrite:
-                self._check_not_there(place, {"labels": labels, "annotations": annotations})
-            change = self._core.relabel(place, labels=labels, annotations=annotations, dry_run=dry_run, release=release)
-            return self._changed(change, dry_run)
+        if not overwrite:
+            self._check_not_there(place, {"labels": labels, "annotations": annotations})
+        change = self._core.relabel(place, labels=labels, annotations=annotations, dry_run=dry_run, release=release)
+        return self._changed(change, dry_run)
 
     def _check_not_there(self, place: Place, asked: Mapping[str, Mapping[str, str | None]]) -> None:
         """Raises RequestError for a value that would be replaced by another."""

@@ -4,7 +4,8 @@ A token is a right to one certificate, of one identity, for one workload at give
 transaction that records the certificate burns it, so of two that race one is served. A workload whose answer was lost
 asks again with the same key within a minute, and gets the same certificate. The store holds a digest of the secret.
 
-Rules of renewal: TLS has verified the certificate that was shown, and the new one is of that identity and no other.
+Rules of renewal: TLS has verified the certificate that was shown; the new one is of that identity and no other, and a
+workload must be declared still. Deleting a WorkloadEntry thus ends what its holder may do, within a certificate's life.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Enrolment:
             if not hmac.compare_digest(hashlib.sha256(secret).digest(), stored):
                 raise EnrolmentError(403, "the token is not known here; create another with `meshctl token create`")
             _, identity, workload, addresses, expires_at, used_at, key_sha256, chain = found
-            member = _member(identity, workload, addresses)
+            member = self._joining(Member(SpiffeId.parse(identity), workload, tuple(json.loads(addresses))))
             key = self._key(csr_pem, member.identity)
             if used_at is not None:
                 if now - used_at < RETRY_S and hmac.compare_digest(key, key_sha256):
@@ -167,26 +168,23 @@ class Enrolment:
 
         `workload` is what its owner calls itself, for when the store was restored from before it joined.
         """
-        now = int(self._clock())
         certificate = x509.load_der_x509_certificate(certificate_der)
         identity = self._identity(certificate)
         self._key(csr_pem, identity)
-        declared = self._declared(identity.namespace, workload)
         with self._store.transaction() as rows:
             found = rows.execute(
-                "SELECT workload, addresses FROM certificates WHERE serial = ?", (f"{certificate.serial_number:x}",)
+                "SELECT workload FROM certificates WHERE serial = ?", (f"{certificate.serial_number:x}",)
             ).fetchone()
             if found is not None:
-                member = _member(str(identity), *found)
-            elif declared is not None and declared.identity == identity:
-                member = declared
-            else:
+                (workload,) = found
+            member = self._declared(identity.namespace, workload)
+            if member is None or member.identity != identity:
                 raise EnrolmentError(
                     403,
-                    f"the certificate is not known here, and no workload {workload!r} of {identity} is declared; "
-                    "declare it, or join again with a new token",
+                    f"no workload {workload!r} of {identity} is declared any more; "
+                    "declare it again, or join with a new token",
                 )
-            return self._issue(rows, member, csr_pem, now)
+            return self._issue(rows, member, csr_pem, int(self._clock()))
 
     def identities(self) -> frozenset[SpiffeId]:
         """Those that hold a certificate which still lives, or a token that may become one."""
@@ -198,6 +196,17 @@ class Enrolment:
                 (now, now),
             ).fetchall()
         return frozenset(SpiffeId.parse(identity) for (identity,) in found)
+
+    def _joining(self, vouched: Member) -> Member:
+        """Whom a token is for, as resources declare it now. One that nobody declares may join ahead of that."""
+        declared = self._declared(vouched.identity.namespace, vouched.workload)
+        if declared is None:
+            return vouched
+        if declared.identity != vouched.identity:
+            raise EnrolmentError(
+                403, f"workload {vouched.workload!r} is declared to be {declared.identity} now; create another token"
+            )
+        return declared
 
     def _issue(self, rows: sqlite3.Connection, member: Member, csr_pem: bytes, now: int) -> Issued:
         try:
@@ -251,7 +260,3 @@ class Enrolment:
             raise EnrolmentError(403, f"{identity} is of another trust domain than {self._authority.trust_domain}")
         if identity.namespace == DEFAULT_ROOT_NAMESPACE and identity.service_account in RESERVED_ACCOUNTS:
             raise EnrolmentError(403, f"{identity} is the control plane's own; no workload gets it")
-
-
-def _member(identity: str, workload: str, addresses: str) -> Member:
-    return Member(SpiffeId.parse(identity), workload, tuple(json.loads(addresses)))

@@ -18,7 +18,8 @@ import json
 import logging
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -108,6 +109,8 @@ class CertificateServer:
         """Of the connections to come; replaced when the control plane's certificate is renewed."""
         self._arrivals = Arrivals()
         self._handshakes = 0
+        # One at a time, as the store is written; and not in the loop's own threads, which the publisher needs too.
+        self._worker = ThreadPoolExecutor(1, "certificates")
 
     async def run(self, listening: socket.socket) -> None:
         """Serve a listening, non-blocking socket until cancelled."""
@@ -132,6 +135,7 @@ class CertificateServer:
                         group.create_task(self._open(connection, server))
         finally:
             await server.shutdown(timeout=1.0)
+            self._worker.shutdown(wait=False)
 
     async def _open(self, connection: socket.socket, server: web.Server) -> None:
         """The handshake; then the connection is the server's, for a while."""
@@ -154,21 +158,25 @@ class CertificateServer:
                     return web.Response(body=self._enrolment.bundle_pem, content_type="application/x-pem-file")
                 case "POST", "/v1/join":
                     body = await _body(request, ("id", "secret", "csr"))
-                    join = self._enrolment.join
-                    issued = await asyncio.to_thread(join, body["id"], _secret(body["secret"]), body["csr"].encode())
-                    return self._issued(issued)
+                    secret = _secret(body["secret"])
+                    return await self._issued(self._enrolment.join, body["id"], secret, body["csr"].encode())
                 case "POST", "/v1/renew":
                     certificate = _client_certificate(request)
                     body = await _body(request, ("workload", "csr"))
-                    renew = self._enrolment.renew
-                    issued = await asyncio.to_thread(renew, certificate, body["workload"], body["csr"].encode())
-                    return self._issued(issued)
+                    return await self._issued(
+                        self._enrolment.renew, certificate, body["workload"], body["csr"].encode()
+                    )
         except EnrolmentError as error:
             _log.warning("certificates: refused %s to %s: %s", request.path, request.remote, error)
             return _refusal(error.status, str(error))
+        except Exception:
+            _log.exception("certificates: %s failed", request.path)
+            return _refusal(500, "the control plane failed at this; its log says why. Try again later")
         return _refusal(404, "there is GET /v1/bundle, POST /v1/join and POST /v1/renew")
 
-    def _issued(self, issued: Issued) -> web.Response:
+    async def _issued(self, issue: Callable[..., Issued], *arguments: object) -> web.Response:
+        """The answer to whoever gets a certificate, which is made in the worker."""
+        issued = await asyncio.get_running_loop().run_in_executor(self._worker, issue, *arguments)
         identity = issued.member.identity
         return web.json_response(
             {

@@ -35,11 +35,14 @@ class Control:
 
     url: str
     enrolment: Enrolment
+    store: Store
+    declared: dict[tuple[str, str], Member]
 
     def token(self, identity: SpiffeId, workload: str = "web-1", *addresses: str) -> JoinToken:
-        return self.enrolment.create_token(
-            self.url, Member(identity, workload, tuple(IpAddress(address) for address in addresses))
-        )
+        """A token for a workload that is declared now."""
+        member = Member(identity, workload, tuple(IpAddress(address) for address in addresses))
+        self.declared[identity.namespace, workload] = member
+        return self.enrolment.create_token(self.url, member)
 
 
 @contextlib.contextmanager
@@ -50,7 +53,8 @@ def certificate_server(authority: Authority, directory: Path, ttl_s: int = DEFAU
     listening.setblocking(False)
     url = f"https://127.0.0.1:{listening.getsockname()[1]}"
     with Store(directory / "store.db") as store, listening:
-        enrolment = Enrolment(store, authority, lambda *_: None, time.time, ttl_s)
+        declared: dict[tuple[str, str], Member] = {}
+        enrolment = Enrolment(store, authority, lambda *place: declared.get(place), time.time, ttl_s)
         server = CertificateServer(enrolment, Doors(url, BROKERS), server_context(own))
         stop: list[Callable[[], object]] = []
 
@@ -64,7 +68,7 @@ def certificate_server(authority: Authority, directory: Path, ttl_s: int = DEFAU
         thread = threading.Thread(target=asyncio.run, args=(serve(),))
         thread.start()
         try:
-            yield Control(url, enrolment)
+            yield Control(url, enrolment, store, declared)
         finally:
             stop[0]()
             thread.join(10.0)

@@ -1,7 +1,6 @@
 """Tokens and renewals: who gets which certificate, however often and in whatever order they ask."""
 
 import hashlib
-import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,7 +20,7 @@ from control.api.identity import SpiffeId, make_id
 from control.client.csr import request
 from control.server.ca import Authority
 from control.server.enrolment import Enrolment, EnrolmentError, Member
-from control.server.store import Store
+from control.server.store import Store, StoreError
 from tests.support.certificates import DB, WEB
 
 URL = "https://control.test:15012"
@@ -66,7 +65,7 @@ def store(tmp_path):
 @pytest.fixture
 def declared():
     """(namespace, name) -> what resources declare."""
-    return {}
+    return {("shop", "web-1"): MEMBER}
 
 
 @pytest.fixture
@@ -247,13 +246,13 @@ def test_the_token_is_burnt_with_the_certificate_or_neither_happens(enrolment, s
         rows.execute(
             "CREATE TRIGGER fault BEFORE UPDATE OF used_at ON tokens BEGIN SELECT RAISE(ABORT, 'disk full'); END"
         )
-    with pytest.raises(sqlite3.Error, match="disk full"):
+    with pytest.raises(StoreError, match="disk full"):
         enrolment.join(token.id, token.secret, workload.csr())
     with store.transaction() as rows:
         assert rows.execute("SELECT count(*) FROM certificates").fetchone() == (0,)
         rows.execute("DROP TRIGGER fault")
         rows.execute("CREATE TRIGGER fault BEFORE INSERT ON certificates BEGIN SELECT RAISE(ABORT, 'disk full'); END")
-    with pytest.raises(sqlite3.Error, match="disk full"):
+    with pytest.raises(StoreError, match="disk full"):
         enrolment.join(token.id, token.secret, workload.csr())
     with store.transaction() as rows:
         assert rows.execute("SELECT used_at FROM tokens").fetchall() == [(None,)]
@@ -300,6 +299,20 @@ def test_tokens_that_ended_long_ago_are_forgotten(enrolment, store, clock):
         assert rows.execute("SELECT count(*) FROM tokens").fetchone() == (1,)
 
 
+def test_a_workload_that_is_declared_otherwise_since_does_not_join(enrolment, declared):
+    token = enrolment.create_token(URL, MEMBER)
+    declared["shop", "web-1"] = Member(DB, "web-1", ("10.97.0.1",))
+    assert "is declared to be" in str(refusal(enrolment.join, token.id, token.secret, Workload().csr()))
+    declared["shop", "web-1"] = moved = Member(WEB, "web-1", ("10.97.0.9",))
+    assert enrolment.join(token.id, token.secret, Workload().csr()).member == moved
+
+
+def test_a_workload_may_join_ahead_of_its_declaration(enrolment, declared):
+    declared.clear()
+    token = enrolment.create_token(URL, MEMBER)
+    assert enrolment.join(token.id, token.secret, Workload().csr()).member == MEMBER
+
+
 # -- renewal
 
 
@@ -324,9 +337,23 @@ def test_renewal_for_another_identity_is_refused(enrolment, chain):
     assert str(DB) in str(refusal(enrolment.renew, der_of(chain), "web-1", Workload().csr(DB)))
 
 
-def test_a_workload_cannot_renew_itself_into_another(enrolment, chain, declared):
+def test_a_workload_cannot_renew_itself_into_another_of_its_identity(enrolment, chain, declared):
     declared["shop", "web-2"] = Member(WEB, "web-2", ("10.97.0.2",))
     assert enrolment.renew(der_of(chain), "web-2", Workload().csr()).member == MEMBER
+
+
+def test_a_renewal_takes_up_addresses_that_were_declared_since(enrolment, chain, declared):
+    declared["shop", "web-1"] = moved = Member(WEB, "web-1", ("10.97.0.9", "fd00::9"))
+    assert enrolment.renew(der_of(chain), "web-1", Workload().csr()).member == moved
+
+
+def test_a_workload_that_is_declared_no_more_or_otherwise_is_not_renewed(enrolment, chain, declared):
+    declared["shop", "web-1"] = Member(DB, "web-1", ("10.97.0.1",))
+    assert "is declared any more" in str(refusal(enrolment.renew, der_of(chain), "web-1", Workload().csr()))
+    del declared["shop", "web-1"]
+    assert "is declared any more" in str(refusal(enrolment.renew, der_of(chain), "web-1", Workload().csr()))
+    declared["shop", "web-1"] = MEMBER
+    enrolment.renew(der_of(chain), "web-1", Workload().csr())
 
 
 def test_after_a_restore_a_declared_workload_renews_and_another_does_not(tmp_path, authority, clock, chain):
@@ -334,11 +361,9 @@ def test_after_a_restore_a_declared_workload_renews_and_another_does_not(tmp_pat
     with Store(tmp_path / "restored.db") as store:
         enrolment = Enrolment(store, authority, lambda namespace, name: declared.get((namespace, name)), clock)
         for unknown in ("web-2", "db-1", ""):
-            assert "not known here" in str(refusal(enrolment.renew, der_of(chain), unknown, Workload().csr()))
-        issued = enrolment.renew(der_of(chain), "web-1", Workload().csr())
-        assert issued.member == MEMBER
-        declared.clear()
-        enrolment.renew(der_of(issued.chain_pem), "web-1", Workload().csr())
+            refused = refusal(enrolment.renew, der_of(chain), unknown, Workload().csr())
+            assert f"no workload {unknown!r} of {WEB} is declared" in str(refused)
+        assert enrolment.renew(der_of(chain), "web-1", Workload().csr()).member == MEMBER
 
 
 @pytest.mark.parametrize("account", ["control-plane", "broker"])

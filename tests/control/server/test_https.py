@@ -290,6 +290,19 @@ def test_a_wrong_secret_is_refused_and_its_token_lives(ask, server):
     assert ask("POST", "/v1/join", join_body(token))[0] == 200
 
 
+def test_a_store_that_cannot_be_written_is_a_reason_to_try_again(ask, server, caplog):
+    token = server.token(WEB)
+    with server.store.transaction() as rows:
+        rows.execute("CREATE TRIGGER fault BEFORE UPDATE ON tokens BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+    failed = ask("POST", "/v1/join", join_body(token))
+    assert failed[0] == 500
+    assert "Try again later" in error_of(failed)
+    assert "disk full" in caplog.text
+    with server.store.transaction() as rows:
+        rows.execute("DROP TRIGGER fault")
+    assert ask("POST", "/v1/join", join_body(token))[0] == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/"), ("GET", "/v1/join"), ("POST", "/v1/bundle"), ("DELETE", "/v1/tokens")]
 )
