@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 import aiomqtt
 
@@ -22,6 +23,8 @@ from control.api.messages import MAX_PAYLOAD_BYTES
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.client.membership import BROKER_SCHEME, host_and_port
 from control.client.x509 import X509Error, check_svid, read_leaf
+
+T = TypeVar("T")
 
 KEEPALIVE_S: Final = 15
 """A broker that says nothing for twice as long is gone. It takes us for gone after 1.5 times this (MQTT 3.1.2.10)."""
@@ -145,6 +148,15 @@ class _Link:
         except aiomqtt.MqttError as error:
             raise BrokerError(self.fault or str(error)) from None
 
+    async def answered(self, call: Awaitable[T]) -> T:
+        """What a call of aiomqtt's returns. Raises BrokerError when it fails or takes too long."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                with self.told():
+                    return await call
+        except TimeoutError:
+            raise BrokerError(f"no answer within {TIMEOUT_S:.0f} s") from None
+
 
 class _BrokerSocket(ssl.SSLSocket):
     """The socket under paho: lets no MQTT pass before the broker has proved itself, and bounds what is read."""
@@ -213,20 +225,17 @@ class Connection:
         TCP loses nothing, and a broker that would drop something hangs up instead. In nats-server a QoS 1 subscription
         is a JetStream consumer: 48 KB, and every publish of anybody is matched by all of them in turn.
         """
-        with self._link.told():
-            codes = await self._client.subscribe([(name, 0) for name in filters])
+        codes = await self._link.answered(self._client.subscribe([(name, 0) for name in filters]))
         # A refusal is not raised: SUBACK carries a code for each filter.
         values = (code if isinstance(code, int) else code.value for code in codes)
         return frozenset(name for name, value in zip(filters, values, strict=True) if value >= _FAILURE)
 
     async def unsubscribe(self, filters: Sequence[str]) -> None:
-        with self._link.told():
-            await self._client.unsubscribe(list(filters))
+        await self._link.answered(self._client.unsubscribe(list(filters)))
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = True) -> None:
         """Publish with QoS 1; returns when the broker has it."""
-        with self._link.told():
-            await self._client.publish(topic, payload, qos=1, retain=retain)
+        await self._link.answered(self._client.publish(topic, payload, qos=1, retain=retain))
 
     async def lost(self) -> NoReturn:
         """Waits for the end of the connection."""
@@ -257,7 +266,8 @@ async def connection(
         will=aiomqtt.Will(will.topic, will.payload, qos=1, retain=True) if will is not None else None,
         tls_context=context,
         keepalive=KEEPALIVE_S,
-        timeout=TIMEOUT_S,
+        # aiomqtt's own limits are asyncio.wait_for's, which Python 3.11 lets swallow a cancellation now and then.
+        timeout=math.inf,
         queue_type=lambda maxsize: link.arrivals,  # type: ignore[arg-type]  # called, and nothing else
         socket_options=((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),),
         logger=_quiet,
@@ -273,15 +283,15 @@ async def connection(
         link.abandon()
         raise
     finally:
-        with contextlib.suppress(aiomqtt.MqttError):
-            await client.__aexit__(None, None, None)
+        with contextlib.suppress(BrokerError):
+            await link.answered(client.__aexit__(None, None, None))
 
 
 async def _enter(client: aiomqtt.Client, link: _Link) -> None:
     """Connect. By itself aiomqtt waits out its time where the broker hangs up instead of answering."""
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(None) as patience:
+        async with asyncio.timeout(TIMEOUT_S) as patience:
 
             def give_up() -> None:
                 if link.on_close is tell:
@@ -297,4 +307,4 @@ async def _enter(client: aiomqtt.Client, link: _Link) -> None:
             finally:
                 link.on_close = lambda: None
     except TimeoutError:
-        raise BrokerError(link.fault or "it hung up without an answer") from None
+        raise BrokerError(link.fault or "it hangs up, or says nothing") from None
