@@ -13,14 +13,21 @@ from control.api.identity import IdentityError, SpiffeId, make_id, parse_trust_d
 from control.api.workload import key
 from uproxy.explicit import Forward, split_host_port
 
+_DEFAULT_TRUST_DOMAIN = "cluster.local"
+
 _DESCRIPTION = """\
 Run the micro proxy of one workload: mTLS to and from the mesh over HBONE, and nothing else.
+
+A workload that has joined a mesh (--join, once) needs no more than its --identity-dir: who it is stands there, and its
+configuration comes from the control plane. Without a control plane, --config names files, and the options of the
+workload say who it is.
 
 With --capture ebpf (the default) connections come from eBPF; `uproxy exec` starts it that way. With --capture none it
 needs no privileges: the application dials the --forward ports or the SOCKS5 port."""
 
 _EPILOG = """\
-example, without privileges:
+examples, without privileges:
+  uproxy run --identity-dir ./web --join web.token --capture none --forward 127.0.0.1:9080=reviews.shop:80
   uproxy run --workload web --namespace shop --service-account web --address 127.0.0.1 --config mesh.yaml \\
       --identity-dir ./web --capture none --forward 127.0.0.1:9080=reviews.shop:80 --socks5 127.0.0.1:1080
 
@@ -28,14 +35,29 @@ exit status: 0 after a drain (SIGTERM), 1 if it cannot start, 2 for a wrong opti
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """How one uProxy runs."""
+class Who:
+    """The workload that a uProxy acts for."""
 
     workload: str
     identity: SpiffeId
     addresses: tuple[IpAddress, ...]
+
+    @property
+    def key(self) -> str:
+        return key(self.identity.namespace, self.workload)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one uProxy runs."""
+
+    who: Who | None
+    """None: mesh.json of the identity directory says it, and the control plane gives the configuration."""
     config: tuple[Path, ...]
+    """Empty exactly when `who` is None."""
     identity_dir: Path
+    join: Path | None
+    """The token file to join with, should the identity directory hold no usable identity."""
     captured: bool
     probe_fds: tuple[int, ...]
     ready_fd: int | None
@@ -46,27 +68,30 @@ class Settings:
     log_json: bool
     drain_timeout_s: float
 
-    @property
-    def key(self) -> str:
-        return key(self.identity.namespace, self.workload)
-
 
 def parse(argv: Sequence[str]) -> Settings:
     """Read the command line. Exits with status 2 and a usage message when it is wrong."""
     parser = argparse.ArgumentParser(
         "uproxy run", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    who = parser.add_argument_group("the workload")
-    who.add_argument("--workload", required=True, metavar="NAME", help="name of its WorkloadEntry")
-    who.add_argument("--namespace", required=True)
-    who.add_argument("--service-account", required=True)
-    who.add_argument("--trust-domain", default="cluster.local", help="default: %(default)s")
-    who.add_argument(
-        "--address", action="append", required=True, metavar="IP", help="its mesh address; may be repeated"
+    member = parser.add_argument_group("a member of a mesh")
+    member.add_argument(
+        "--identity-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="holds key.pem, chain.pem and bundle.pem; of a member also mesh.json and the last good configuration",
     )
-    who.add_argument("--identity-dir", type=Path, required=True, help="holds key.pem, chain.pem and bundle.pem")
-    mesh = parser.add_argument_group("the mesh")
-    mesh.add_argument("--config", action="append", type=Path, required=True, metavar="FILE", help="resources in YAML")
+    member.add_argument(
+        "--join", type=Path, metavar="FILE", help="join with this token first, if DIR holds no usable identity"
+    )
+    alone = parser.add_argument_group("without a control plane")
+    alone.add_argument("--config", action="append", type=Path, default=[], metavar="FILE", help="resources in YAML")
+    alone.add_argument("--workload", metavar="NAME", help="name of its WorkloadEntry")
+    alone.add_argument("--namespace")
+    alone.add_argument("--service-account", metavar="NAME")
+    alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {_DEFAULT_TRUST_DOMAIN}")
+    alone.add_argument("--address", action="append", metavar="IP", help="its mesh address; may be repeated")
     capture = parser.add_argument_group("the application's connections")
     capture.add_argument("--capture", choices=("ebpf", "none"), default="ebpf")
     capture.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
@@ -79,9 +104,11 @@ def parse(argv: Sequence[str]) -> Settings:
     logs.add_argument("--log-format", choices=("json", "text"), default="text")
     logs.add_argument("--drain-timeout-s", type=float, default=5.0, metavar="S", help="default: %(default)s")
     options = parser.parse_args(argv)
+    wrong = _wrong_mode(options)
+    if wrong:
+        parser.error(wrong)
     try:
-        identity = make_id(parse_trust_domain(options.trust_domain), options.namespace, options.service_account)
-        addresses = tuple(parse_address(text) for text in options.address)
+        who = _who(options) if options.config else None
         forwards = tuple(Forward.parse(text) for text in options.forward)
         socks5 = split_host_port(options.socks5) if options.socks5 else None
         for host in [f.local_host for f in forwards] + ([socks5[0]] if socks5 else []):
@@ -99,11 +126,10 @@ def parse(argv: Sequence[str]) -> Settings:
     if not 0 <= options.drain_timeout_s <= 3600:
         parser.error("--drain-timeout-s is between 0 and 3600")
     return Settings(
-        workload=options.workload,
-        identity=identity,
-        addresses=addresses,
+        who=who,
         config=tuple(options.config),
         identity_dir=options.identity_dir,
+        join=options.join,
         captured=captured,
         probe_fds=tuple(options.probe_fd),
         ready_fd=options.ready_fd,
@@ -114,3 +140,29 @@ def parse(argv: Sequence[str]) -> Settings:
         log_json=options.log_format == "json",
         drain_timeout_s=options.drain_timeout_s,
     )
+
+
+def _wrong_mode(options: argparse.Namespace) -> str:
+    """What is missing without a control plane, or said twice with one; empty when nothing is."""
+    declared = {
+        "--workload": options.workload,
+        "--namespace": options.namespace,
+        "--service-account": options.service_account,
+        "--address": options.address,
+    }
+    if options.config:
+        missing = [option for option, value in declared.items() if value is None]
+        if missing:
+            return f"--config needs {', '.join(missing)} too: files do not say which workload this is"
+        return "--join belongs to a mesh with a control plane, which gives the configuration" if options.join else ""
+    given = [option for option, value in {**declared, "--trust-domain": options.trust_domain}.items() if value]
+    if given:
+        return f"{', '.join(given)}: without --config, mesh.json in --identity-dir says who this workload is"
+    return ""
+
+
+def _who(options: argparse.Namespace) -> Who:
+    """Raises AddressError or IdentityError."""
+    trust_domain = parse_trust_domain(options.trust_domain or _DEFAULT_TRUST_DOMAIN)
+    identity = make_id(trust_domain, options.namespace, options.service_account)
+    return Who(options.workload, identity, tuple(parse_address(text) for text in options.address))

@@ -12,14 +12,19 @@ import socket
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from control.api.address import AddressError, from_packed, parse_address
+from control.api.workload import key_of_host
 from control.client.state import State
 from uproxy import plane
 from uproxy.errors import RefusedError
 from uproxy.outbound import Outbound
 from uproxy.plane import Plane
 from uproxy.redirect import OriginalDestination, Route
+
+if TYPE_CHECKING:
+    from uproxy.demand import Demand
 
 SOCKS_TIMEOUT_S = 10.0  # for the whole negotiation
 
@@ -67,21 +72,41 @@ def split_host_port(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def destination_of(state: State, host: str, port: int) -> OriginalDestination:
-    """A service's name or an address, as a destination. Raises RefusedError when the mesh knows no such name."""
-    service = state.service_named(host)
-    if service is not None and service.vips:
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """What the mesh says about names and addresses; `demand` asks for what is not known yet, if there is anybody."""
+
+    state: State
+    demand: Demand | None = None
+
+    async def destination_of(self, host: str, port: int) -> OriginalDestination:
+        """A service's name or an address, as a destination. Raises RefusedError when the mesh knows no such name."""
+        with contextlib.suppress(AddressError):
+            return OriginalDestination(parse_address(host), port, Route.UNKNOWN)
+        service_key = key_of_host(host)
+        if self.demand is not None and service_key is not None and self.state.service(service_key) is None:
+            await self.demand.service(service_key)
+        service = self.state.service_named(host)
+        if service is None or not service.vips:
+            raise RefusedError("no-config", f"the mesh has no service {host!r}; names are SERVICE.NAMESPACE")
         return OriginalDestination(service.vips[0], port, Route.UNKNOWN)
-    try:
-        return OriginalDestination(parse_address(host), port, Route.UNKNOWN)
-    except AddressError:
-        raise RefusedError("no-config", f"the mesh has no service {host!r}; names are SERVICE.NAMESPACE") from None
+
+    async def has(self, destination: OriginalDestination) -> bool:
+        """Whether this is a service port or a workload. Raises RefusedError when nobody says in time."""
+        if self._has(destination) or self.demand is None:
+            return self._has(destination)
+        await self.demand.destination(destination.address)
+        return self._has(destination)
+
+    def _has(self, destination: OriginalDestination) -> bool:
+        address, port = destination.address, destination.port
+        return self.state.service_at(address, port) is not None or self.state.workload_at(address) is not None
 
 
-async def serve_forward(outbound: Outbound, state: State, forward: Forward, app: socket.socket) -> None:
+async def serve_forward(outbound: Outbound, directory: Directory, forward: Forward, app: socket.socket) -> None:
     """A connection to a static local port."""
     try:
-        destination = destination_of(state, forward.host, forward.port)
+        destination = await directory.destination_of(forward.host, forward.port)
     except RefusedError as error:
         log.warning("forward to %s:%d: %s", forward.host, forward.port, error)
         plane.reset(app)
@@ -89,7 +114,7 @@ async def serve_forward(outbound: Outbound, state: State, forward: Forward, app:
     await outbound.serve(app, destination)
 
 
-async def serve_socks(data_plane: Plane, outbound: Outbound, state: State, app: socket.socket) -> None:
+async def serve_socks(data_plane: Plane, outbound: Outbound, directory: Directory, app: socket.socket) -> None:
     """A connection to the SOCKS5 port: negotiate, then go on like any other. CONNECT only, no authentication.
 
     The reply is sent before the tunnel is up, as for a captured connection, whose connect() has succeeded by then too:
@@ -97,8 +122,8 @@ async def serve_socks(data_plane: Plane, outbound: Outbound, state: State, app: 
     """
     try:
         host, port = await _negotiate(data_plane, app)
-        destination = destination_of(state, host, port)
-        if state.service_at(destination.address, port) is None and state.workload_at(destination.address) is None:
+        destination = await directory.destination_of(host, port)
+        if not await directory.has(destination):
             raise SocksError(_NOT_ALLOWED, f"{host}:{port} is not in the mesh")
         app.send(_reply(_SUCCEEDED))
     except RefusedError as error:

@@ -15,10 +15,11 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from control.api.address import AddressError, IpAddress, parse_address
-from control.api.workload import Workload
-from control.client.state import State
+from control.api.workload import Workload, key_of_host
+from control.client.state import Changes, State
 from uproxy import hbone, plane, tunnel
 from uproxy.authz import Decision, Policies, compile_policies
 from uproxy.connections import Connections
@@ -30,6 +31,9 @@ from uproxy.relay import Relay
 from uproxy.telemetry import Connection, Peer, Telemetry
 from uproxy.tls import peer_identity
 from uproxy.tunnel import HBONE_PORT, Tunnel
+
+if TYPE_CHECKING:
+    from uproxy.demand import Demand
 
 APP_CONNECT_TIMEOUT_S = 10.0
 # Handshakes that wait for their peer. Anybody who reaches the port can start one and then say nothing, so the oldest
@@ -59,9 +63,12 @@ class Inbound:
         connections: Connections,
         telemetry: Telemetry,
         own: Self,
+        demand: Demand | None = None,
     ) -> None:
+        """`demand`: where what is not known is asked for; None when there is nobody to ask."""
         self._plane = data_plane
         self._state = state
+        self._demand = demand
         self._context = context
         self._connections = connections
         self._telemetry = telemetry
@@ -124,7 +131,7 @@ class Inbound:
         record.source.identity = str(carrier.peer)
         record.source.workload = self._workload_of(carrier)
         try:
-            address, port = self._target(fields, record)
+            address, port = await self._target(fields, record)
             policies = self._policies
             self._authorise(carrier, address, port)
             app = await self._connect(address, port)
@@ -152,7 +159,7 @@ class Inbound:
 
     # -- its stages
 
-    def _target(self, fields: dict[bytes, bytes], record: Connection) -> tuple[IpAddress, int]:
+    async def _target(self, fields: dict[bytes, bytes], record: Connection) -> tuple[IpAddress, int]:
         """The workload's address and port that a CONNECT asks for. Raises RefusedError with the status to answer."""
         method = fields[b":method"]
         if method != b"CONNECT" or b":protocol" in fields:
@@ -172,17 +179,20 @@ class Inbound:
         host = match[1] or match[2]
         address = IpAddress(host)
         if address not in self._own.addresses:  # in almost every request it is, and written as we write it
-            address, port = self._other_target(host, port, record)
+            address, port = await self._other_target(host, port, record)
         if port in FORBIDDEN_PORTS:
             raise RefusedError("port-forbidden", f"port {port} belongs to the proxy", flag=Flag.DENY)
         self._note_service(fields, record)
         return address, port
 
-    def _other_target(self, host: str, port: int, record: Connection) -> tuple[IpAddress, int]:
+    async def _other_target(self, host: str, port: int, record: Connection) -> tuple[IpAddress, int]:
         """An address in another spelling, or the name of a service of which this workload is an endpoint."""
         try:
             address = parse_address(host)
         except AddressError:
+            unknown = self._unknown_service(host)
+            if self._demand is not None and unknown:
+                await self._demand.served(unknown)
             service = self._service_here(host)
             if service is not None:
                 for endpoint in self._state.endpoints(service):
@@ -202,9 +212,17 @@ class Inbound:
         if said is not None and not record.destination_service:
             record.destination_service = self._service_here(said[1].decode()) or ""
 
+    def _unknown_service(self, host: str) -> str:
+        """Key of the named service, if it is not known and this workload may be one of its endpoints; else empty."""
+        service_key = key_of_host(host) or ""
+        ours = service_key.startswith(f"{self._own.namespace}/")  # a service selects workloads of its own namespace
+        return service_key if ours and self._state.service(service_key) is None else ""
+
     def _service_here(self, host: str) -> str | None:
         """Key of the named service, if this workload is one of its endpoints. Looked up once per configuration."""
         if host not in self._services_here:
+            if self._demand is not None and (unknown := self._unknown_service(host)):
+                self._demand.offer(unknown)
             service = self._state.service_named(host)
             endpoints = self._state.endpoints(service.key) if service is not None else ()
             mine = service is not None and any(e.workload == self._own.key for e in endpoints)
@@ -242,9 +260,11 @@ class Inbound:
 
     # -- what changes meanwhile
 
-    def config_changed(self) -> None:
+    def config_changed(self, changes: Changes) -> None:
         """Compile the policies that select this workload anew, and cut the connections that no longer pass."""
         self._services_here.clear()
+        if not changes.policies and not changes.workloads:
+            return
         workload = self._state.workload(self._own.key)
         policies = self._state.policies_for(workload) if workload is not None else ()
         self._policies = compile_policies(policies)
@@ -286,6 +306,8 @@ class Inbound:
     def _workload_of(self, carrier: Tunnel) -> Workload | None:
         """The caller's workload, for telemetry: only if address and proven identity agree."""
         workload = self._state.workload_at(carrier.peer_address)
+        if workload is None and self._demand is not None:
+            self._demand.caller(carrier.peer_address)
         return workload if workload is not None and workload.identity == carrier.peer else None
 
 

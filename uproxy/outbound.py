@@ -1,7 +1,7 @@
 """One outbound connection's life, top to bottom: from the application to the peer's uProxy.
 
-accept -> where was it going? -> plan -> a CONNECT stream (on another endpoint if the first fails before any byte was
-sent) -> relay both ways -> one access-log record.
+accept -> where was it going? -> plan, after asking the control plane for what is not known -> a CONNECT stream (on
+another endpoint if the first fails before any byte was sent) -> relay both ways -> one access-log record.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from control.api.address import IpAddress
 from control.client.state import State
@@ -28,6 +29,9 @@ from uproxy.relay import CLEAN, Relay
 from uproxy.resolve import Hop, Plan, Resolver
 from uproxy.telemetry import Connection, Peer, Telemetry
 from uproxy.tunnel import HBONE_PORT
+
+if TYPE_CHECKING:
+    from uproxy.demand import Demand
 
 # One deadline over all endpoints that are tried for a connection.
 OPEN_TIMEOUT_S = 20.0
@@ -44,13 +48,25 @@ class Self:
     trust_domain: str
     addresses: tuple[IpAddress, ...]
 
+    @property
+    def namespace(self) -> str:
+        return self.key.partition("/")[0]
+
 
 class Outbound:
     """Connections from this workload into the mesh."""
 
     def __init__(
-        self, data_plane: Plane, state: State, pool: Pool, connections: Connections, telemetry: Telemetry, own: Self
+        self,
+        data_plane: Plane,
+        state: State,
+        pool: Pool,
+        connections: Connections,
+        telemetry: Telemetry,
+        own: Self,
+        demand: Demand | None = None,
     ) -> None:
+        """`demand`: where what is not known is asked for; None when there is nobody to ask."""
         self.pool = pool
         self.probed: Callable[[tuple[str, int]], None] | None = None
         self._plane = data_plane
@@ -58,6 +74,7 @@ class Outbound:
         self._connections = connections
         self._telemetry = telemetry
         self._own = own
+        self._demand = demand
         self._resolver = Resolver(state, random.Random())
 
     async def serve_captured(self, app: socket.socket) -> None:
@@ -77,7 +94,7 @@ class Outbound:
         plane.reset_on_close(app)
         record = self._record(app, host_port(destination.address, destination.port))
         try:
-            plan = self._resolver.plan(destination.address, destination.port)
+            plan = await self._plan(destination.address, destination.port)
             record.destination_service = plan.service.key if plan.service is not None else ""
             relay, hop = await self._open(plan, record)
         except RefusedError as error:
@@ -85,6 +102,23 @@ class Outbound:
             return
         record.destination.identity = str(hop.expected)  # the pool proved it
         await relay_and_record(app, relay, record, self._connections, self._telemetry, None)
+
+    async def _plan(self, address: IpAddress, port: int) -> Plan:
+        """Raises RefusedError when the mesh does not know the destination, or has no endpoint for it."""
+        if self._demand is None:
+            return self._resolver.plan(address, port)
+        try:
+            plan: Plan | None = self._resolver.plan(address, port)
+        except RefusedError:
+            plan = None
+        if plan is None:
+            found = self._state.service_at(address, port)
+            # A known service may lack endpoints because they have not come yet.
+            await (self._demand.service(found[0].key) if found is not None else self._demand.destination(address))
+            plan = self._resolver.plan(address, port)
+        if plan.service is not None:
+            self._demand.used.add(plan.service.key)
+        return plan
 
     async def _open(self, plan: Plan, record: Connection) -> tuple[Relay, Hop]:
         """A CONNECT stream that was answered with 200, on the first endpoint that gives one (docs/hbone.md 4)."""

@@ -85,7 +85,7 @@ class Resolver:
                     endpoint.address,
                     endpoint.identity,
                     _authority(endpoint.address, endpoint.ports[port]).encode(),
-                    self._state.workload(endpoint.workload),
+                    self._state.workload(endpoint.workload) or endpoint.as_workload(),
                 )
                 for endpoint in ready
             )

@@ -16,23 +16,32 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uproxy
+from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
+from control.client.membership import Membership
 from control.client.state import State
-from uproxy import admin, config, explicit, linux, plane
+from uproxy import admin, config, explicit, joining, linux, plane
 from uproxy.access_log import AccessLog, Style
-from uproxy.config import Settings
+from uproxy.config import Settings, Who
 from uproxy.connections import Connections
+from uproxy.credentials import CurrentCredentials
 from uproxy.errors import RefusedError
+from uproxy.explicit import Directory
 from uproxy.inbound import Inbound
+from uproxy.joining import JoinError
 from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.telemetry import Telemetry
-from uproxy.tls import BUNDLE_FILE, CHAIN_FILE, Credentials, CredentialsError, client_context, server_context
+from uproxy.tls import CredentialsError, client_context, server_context
 from uproxy.tunnel import HBONE_PORT
+
+if TYPE_CHECKING:
+    from uproxy.demand import Demand
+    from uproxy.member import Member
 
 OUTBOUND_PORT, METRICS_PORT, READY_PORT = 15001, 15020, 15021
 # Dialling these from the workload's cgroup is captured always, with route "probe" (bpf/mesh.h).
@@ -60,10 +69,15 @@ def main(argv: Sequence[str]) -> int:
     settings = config.parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _harden()
+    who, membership = settings.who, None
+    name = who.key if who is not None else str(settings.identity_dir)
     try:
-        return plane.run(_run(settings))
-    except (StartError, ConfigError, CredentialsError) as error:
-        print(f"uproxy run: {settings.key}: {error}", file=sys.stderr)
+        if who is None:
+            membership = joining.member(settings.identity_dir, settings.join)
+            who = _who(membership)
+        return plane.run(_run(settings, who, membership))
+    except (JoinError, StartError, ConfigError, CredentialsError) as error:
+        print(f"uproxy run: {name}: {error}", file=sys.stderr)
         return 1
 
 
@@ -75,8 +89,15 @@ def _harden() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _run(settings: Settings) -> int:
-    proxy = _Proxy(settings, asyncio.get_running_loop())
+def _who(membership: Membership) -> Who:
+    """Raises JoinError."""
+    if not membership.addresses:
+        raise JoinError(f"{membership.key} joined without an address, as node agents do: create a token that has one")
+    return Who(membership.workload, membership.identity, membership.addresses)
+
+
+async def _run(settings: Settings, who: Who, membership: Membership | None) -> int:
+    proxy = _Proxy(settings, who, membership, asyncio.get_running_loop())
     failed: Exception | None = None
     try:
         async with asyncio.TaskGroup() as group:
@@ -102,83 +123,136 @@ class _Drained(Exception):
 class _Proxy:
     """One running proxy: its parts and its listeners."""
 
-    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, settings: Settings, who: Who, membership: Membership | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """`membership`: where the configuration comes from; None: from the files in the settings."""
         self.settings = settings
         self.stopping = asyncio.Event()
         self.pending = {"config", "certificate", "listeners"} | ({"capture"} if settings.captured else set())
+        self._who = who
         self._loop = loop
         self._plane = Plane(loop)
-        self._state = State(settings.identity.trust_domain)
-        self._source = FileSource(settings.config, settings.identity.trust_domain)
+        self._state = State(who.identity.trust_domain)
         self._log = _open_log(settings, loop)
         self._telemetry = Telemetry(uproxy.__version__, self._log)
         self._connections = Connections()
-        own = Self(settings.key, str(settings.identity), settings.identity.trust_domain, settings.addresses)
-        self._pool = Pool(self._plane, lambda: self._client_context, settings.addresses)
-        self._outbound = Outbound(self._plane, self._state, self._pool, self._connections, self._telemetry, own)
+        self._credentials = CurrentCredentials(settings.identity_dir, who.identity)
+        self._use_credentials()
+        self._member: Member | None = None
+        self._demand: Demand | None = None
+        if membership is not None:
+            self._become_member(membership)
+        own = Self(who.key, str(who.identity), who.identity.trust_domain, who.addresses)
+        self._pool = Pool(self._plane, lambda: self._client_context, who.addresses)
+        self._outbound = Outbound(
+            self._plane, self._state, self._pool, self._connections, self._telemetry, own, self._demand
+        )
         self._inbound = Inbound(
-            self._plane, self._state, lambda: self._server_context, self._connections, self._telemetry, own
+            self._plane,
+            self._state,
+            lambda: self._server_context,
+            self._connections,
+            self._telemetry,
+            own,
+            self._demand,
         )
         self._listeners: list[socket.socket] = []
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._identity_read: tuple[int, ...] = ()
-        self._credentials: Credentials
+        self._configured = asyncio.Event()
         self._client_context: ssl.SSLContext
         self._server_context: ssl.SSLContext
-        self._probes: dict[tuple[str, int], asyncio.Event] = {}
+
+    def _become_member(self, membership: Membership) -> None:
+        # Imported here: what talks to a broker takes megabytes, and configuration from files needs none of it.
+        from uproxy.demand import Demand
+        from uproxy.member import Member
+
+        self._member = Member(
+            Kind.UPROXY,
+            membership,
+            self.settings.identity_dir,
+            self._credentials,
+            self._reconfigure,
+            on_progress=self._progressed,
+        )
+        self._member.replica.want_workload(membership.identity, membership.workload)
+        self._demand = Demand(self._plane, self._state, self._member.replica, self._member.interests_changed)
 
     # -- start
 
     async def start(self, group: asyncio.TaskGroup) -> None:
+        """Return when it is ready, or when it was told to stop before. Raises StartError or ConfigError."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self.stopping.set)
+            self._loop.add_signal_handler(number, self._stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         if self.settings.captured and not self.settings.probe_fds:
             raise StartError(
                 "--capture ebpf needs --probe-fd, a socket made in the workload's cgroup: use `uproxy exec`"
             )
-        self._load_credentials()
         self.pending.discard("certificate")
-        self._state.apply(await self._loop.run_in_executor(None, self._source.load))
-        if self._state.workload(self.settings.key) is None:
-            raise StartError(f"the configuration has no WorkloadEntry {self.settings.key}: add one, or mend --workload")
-        self._inbound.config_changed()
-        self.pending.discard("config")
+        group.create_task(self._credentials.watch(self._renewed))
         self._register_gauges()
-        await self._listen()
+        await self._listen_to_operators()
+        if self._member is not None and self._demand is not None:
+            self._listen_to_the_application()  # its connections wait for the configuration
+            await self._wait_for_configuration(self._member, self._demand, group)
+        else:
+            await self._read_configuration(group)
+            self._listen_to_the_application()
+        if self.stopping.is_set():
+            return
+        self.pending.discard("config")
+        for own in self._who.addresses:
+            self._listen_on(own, HBONE_PORT, self._inbound.serve_tunnel, HANDSHAKES_PER_TURN)
         self.pending.discard("listeners")
         if self.settings.captured:
             await self._prove_capture()
         self._report_ready()
         self._tick()
-        group.create_task(self._source.watch(self._reconfigure, self._refused, WATCH_S))
-        group.create_task(self._watch_identity())
 
-    async def _listen(self) -> None:
-        for own in self.settings.addresses:
-            self._listen_on(own, HBONE_PORT, self._inbound.serve_tunnel, HANDSHAKES_PER_TURN)
+    async def _read_configuration(self, group: asyncio.TaskGroup) -> None:
+        source = FileSource(self.settings.config, self._who.identity.trust_domain)
+        self._reconfigure(await self._loop.run_in_executor(None, source.load))
+        if self._state.workload(self._who.key) is None:
+            raise StartError(f"the configuration has no WorkloadEntry {self._who.key}: add one, or mend --workload")
+        group.create_task(source.watch(self._reconfigure, self._refused, WATCH_S))
+
+    async def _wait_for_configuration(self, member: Member, demand: Demand, group: asyncio.TaskGroup) -> None:
+        """From disk, if it was ever known, and the control plane may be away; else for as long as it takes."""
+        member.restore()
+        demand.take_over()
+        group.create_task(member.run())
+        while self._state.workload(self._who.key) is None and not self.stopping.is_set():
+            self._configured.clear()
+            await self._configured.wait()
+
+    def _listen_to_the_application(self) -> None:
         if self.settings.captured:
             for address in ("127.0.0.1", "::1"):
                 self._listen_on(address, OUTBOUND_PORT, self._outbound.serve_captured)
+        directory = Directory(self._state, self._demand)
         for forward in self.settings.forwards:
             self._listen_on(
                 forward.local_host,
                 forward.local_port,
-                partial(explicit.serve_forward, self._outbound, self._state, forward),
+                partial(explicit.serve_forward, self._outbound, directory, forward),
             )
         if self.settings.socks5 is not None:
             self._listen_on(
-                *self.settings.socks5, lambda app: explicit.serve_socks(self._plane, self._outbound, self._state, app)
+                *self.settings.socks5, lambda app: explicit.serve_socks(self._plane, self._outbound, directory, app)
             )
+
+    async def _listen_to_operators(self) -> None:
         # Captured, the namespace and its ports are this workload's; else others may share the host, so metrics and
         # readiness are at its own address.
-        host = "0.0.0.0" if self.settings.captured else self.settings.addresses[0]
+        host = "0.0.0.0" if self.settings.captured else self._who.addresses[0]
         operator = host if ipaddress.ip_address(host).is_loopback else "127.0.0.1"
         for address, port, routes in (
             (operator, self.settings.admin_port, admin.admin_routes(*self._operations())),
             (host, METRICS_PORT, admin.metrics_routes(self._telemetry.render)),
-            (host, READY_PORT, admin.ready_routes(lambda: self.pending)),
+            (host, READY_PORT, admin.ready_routes(self._pending)),
         ):
             try:
                 self._servers.append(await admin.serve(address, port, routes))
@@ -186,8 +260,13 @@ class _Proxy:
                 hint = ": another uProxy may run here; see --admin-port" if port == self.settings.admin_port else ""
                 raise StartError(f"cannot listen on {address}:{port}: {error.strerror or error}{hint}") from error
 
+    def _pending(self) -> list[str]:
+        """What it is not ready for yet; of a member's configuration, what has not come."""
+        missing = self._member.replica.waiting() if self._member is not None and "config" in self.pending else ()
+        return [*self.pending, *(f"config: {text}" for text in missing)]
+
     def _operations(self) -> tuple[Callable[[], object], Callable[[], None], logging.Logger]:
-        return self._config_dump, self.stopping.set, logging.getLogger()
+        return self._config_dump, self._stop, logging.getLogger()
 
     def _listen_on(
         self,
@@ -258,7 +337,7 @@ class _Proxy:
         self.pending.discard("capture")
 
     def _report_ready(self) -> None:
-        log.info("%s is ready as %s", self.settings.key, self.settings.identity)
+        log.info("%s is ready as %s", self._who.key, self._who.identity)
         if self.settings.ready_fd is not None:
             with contextlib.suppress(OSError):
                 os.write(self.settings.ready_fd, b"ready\n")
@@ -267,44 +346,35 @@ class _Proxy:
     # -- changes
 
     def _reconfigure(self, batch: Sequence[tuple[str, bytes]]) -> None:
+        """Take configuration, whole or not at all. Raises RecordError."""
         changes = self._state.apply(batch)
         if changes:
-            log.info("configuration %d applied", self._state.generation)
-            self._plane.run(self._inbound.config_changed)
+            log.debug("configuration %d applied", self._state.generation)
+            self._plane.run(lambda: self._inbound.config_changed(changes))
+        self._configured.set()
+
+    def _progressed(self) -> None:
+        """The control plane has told more: what waits for it may go on."""
+        if self._demand is not None:
+            self._plane.run(self._demand.progress)
 
     def _refused(self, error: Exception) -> None:
         log.error("the new configuration is refused, the one before stays: %s", error)
 
-    async def _watch_identity(self) -> None:
-        """Take a renewed certificate into use; a bad one is reported, the old one stays, and it is tried again."""
-        refused = ""
-        while True:
-            await asyncio.sleep(WATCH_S)
-            if self._identity_stamp() == self._identity_read and not refused:
-                continue
-            try:
-                self._load_credentials()
-            except CredentialsError as error:
-                if str(error) != refused:
-                    log.error("the new certificate is refused, the one before stays: %s", error)
-                refused = str(error)
-                continue
-            refused = ""
-            # Streams that are open stay on their tunnels; new ones use the new certificate.
-            self._plane.run(self._pool.retire)
-            log.info("a new certificate is in use, serial %x", self._credentials.serial)
+    def _renewed(self) -> None:
+        self._use_credentials()
+        # Streams that are open stay on their tunnels; new ones use the new certificate.
+        self._plane.run(self._pool.retire)
+        if self._member is not None:
+            self._member.renewed()
 
-    def _identity_stamp(self) -> tuple[int, ...]:
-        """Changes whenever the certificate or the trust bundle is replaced; empty while one is missing."""
-        with contextlib.suppress(OSError):
-            return tuple((self.settings.identity_dir / name).stat().st_mtime_ns for name in (CHAIN_FILE, BUNDLE_FILE))
-        return ()
-
-    def _load_credentials(self) -> None:
-        self._identity_read = self._identity_stamp()  # before reading: a change meanwhile is then one more
-        credentials = Credentials.load(self.settings.identity_dir, self.settings.identity)
+    def _use_credentials(self) -> None:
+        credentials = self._credentials.value
         self._client_context, self._server_context = client_context(credentials), server_context(credentials)
-        self._credentials = credentials
+
+    def _stop(self) -> None:
+        self.stopping.set()
+        self._configured.set()
 
     def _hang_up(self) -> None:
         if self._log is not None:
@@ -317,6 +387,8 @@ class _Proxy:
             self._pool.tick(now)
             self._inbound.tick(now)
             self._connections.tick(now)
+            if self._demand is not None:
+                self._demand.tick(now)
 
         self._timer = self._loop.call_later(TICK_S, self._tick)
         self._plane.run(tick)
@@ -329,20 +401,44 @@ class _Proxy:
         gauge(
             "uproxy_certificate_expiry_timestamp_seconds",
             "When this workload's certificate expires, Unix time",
-            lambda: self._credentials.not_after,
+            lambda: self._credentials.value.not_after,
         )
         gauge("uproxy_config_generation", "Configurations applied since the start", lambda: self._state.generation)
+        if self._member is not None and self._demand is not None:
+            self._register_member_gauges(self._member, self._demand)
+
+    def _register_member_gauges(self, member: Member, demand: Demand) -> None:
+        gauge = self._telemetry.gauge
+        gauge(
+            "uproxy_config_whole",
+            "Whether everything that is subscribed to has come: 0 or 1",
+            lambda: int(member.replica.whole),
+        )
+        gauge(
+            "uproxy_config_age_seconds",
+            "Since the control plane last said that the configuration is current",
+            lambda: member.age_s,
+        )
+        gauge("uproxy_control_connected", "Whether a broker is connected: 0 or 1", lambda: int(member.connected))
+        gauge("uproxy_demanded_services", "Services subscribed to because they were dialled", lambda: demand.services)
+        self._telemetry.counter(
+            "uproxy_demand_timeouts_total",
+            "Connections refused because their configuration did not come in time",
+            lambda: demand.timeouts,
+        )
 
     def _config_dump(self) -> object:
+        certificate = self._credentials.value
         return {
-            "workload": self.settings.key,
-            "identity": str(self.settings.identity),
+            "workload": self._who.key,
+            "identity": str(self._who.identity),
             "pending": sorted(self.pending),
             "whole": self._state.whole,
             "generation": self._state.generation,
             "services": [service.key for service in self._state.services()],
             "workloads": [workload.key for workload in self._state.workloads()],
-            "certificate": {"serial": f"{self._credentials.serial:x}", "not_after": self._credentials.not_after},
+            "control": self._member.dump() if self._member is not None else None,
+            "certificate": {"serial": f"{certificate.serial:x}", "not_after": certificate.not_after},
             "tunnels": [
                 {
                     "peer": str(t.peer),

@@ -88,8 +88,9 @@ class Credentials:
     not_after: int
     """Last valid second of the leaf, Unix time."""
     serial: int
+    roots: tuple[bytes, ...] = field(repr=False)
+    """Certificates (DER) of the mesh's roots."""
     _chain_and_key: bytes = field(repr=False)
-    _bundle: bytes = field(repr=False)
 
     @classmethod
     def load(cls, identity_dir: str | Path, expected: SpiffeId | None = None) -> Credentials:
@@ -131,7 +132,7 @@ class Credentials:
                 not_after=leaf.not_after,
                 serial=leaf.serial,
                 _chain_and_key=chain_pem + key,
-                _bundle=b"".join(bundle),
+                roots=tuple(bundle),
             )
             for key in keys
         ]
@@ -173,12 +174,20 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
 
     Use it without `server_hostname`, so that no SNI is sent.
     """
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, credentials)
+    context.set_alpn_protocols([_ALPN])
+    return context
+
+
+def broker_context(credentials: Credentials) -> ssl.SSLContext:
+    """Make a context for dialling the broker, which speaks no HTTP/2: who it is, the caller finds out."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, credentials)
 
 
 def server_context(credentials: Credentials) -> ssl.SSLContext:
     """Make the context for accepting. Make one per identity and reuse it, as for dialling."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, credentials)
+    context.set_alpn_protocols([_ALPN])
     # Two tickets cost a third of the server's handshake, and a tunnel lives too long to be resumed.
     context.num_tickets = 0
     return context
@@ -233,8 +242,7 @@ def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.set_alpn_protocols([_ALPN])
-    context.load_verify_locations(cadata=credentials._bundle)
+    context.load_verify_locations(cadata=b"".join(credentials.roots))
     # `ssl` reads a key from a path alone. A file in memory keeps to the bytes that were checked, also when
     # a rotation replaces key and chain on disk at this moment.
     with _memory_file(credentials._chain_and_key) as path:

@@ -81,8 +81,8 @@ class Pair:
 
     def apply(self, *changes: Record) -> None:
         self.version += 1
-        self.state.apply([published(record, self.version) for record in changes])
-        self.plane.run(self.db.inbound.config_changed)
+        changed = self.state.apply([published(record, self.version) for record in changes])
+        self.plane.run(lambda: self.db.inbound.config_changed(changed))
 
     def apply_policy(self, policy: AuthorizationPolicy) -> None:
         self.apply(policy)
@@ -122,7 +122,7 @@ async def running_pair(directory: Path, authority: Authority, app_port: int) -> 
     service = Service("shop", "db", (VIP,), (ServicePort("", SERVICE_PORT, app_port, ""),), {}, (DB,))
     endpoint = Endpoint("shop/db", "shop/db", DB_ADDRESS, DB, {SERVICE_PORT: app_port}, 1, True, {})
     known = (workload("web", WEB_ADDRESS, WEB), workload("db", DB_ADDRESS, DB), service, endpoint)
-    state.apply([published(record, 1) for record in known])
+    changes = state.apply([published(record, 1) for record in known])
     web, db = (
         Proxy(
             data_plane,
@@ -132,7 +132,7 @@ async def running_pair(directory: Path, authority: Authority, app_port: int) -> 
         )
         for name, identity, address in (("web", WEB, WEB_ADDRESS), ("db", DB, DB_ADDRESS))
     )
-    db.inbound.config_changed()
+    db.inbound.config_changed(changes)
     listener = socket.create_server((DB_ADDRESS, 15008))
     listener.setblocking(False)
 

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,3 +118,48 @@ class Site:
         assert ended.returncode == 1, ended.stderr
         assert "Traceback" not in ended.stderr
         return ended.stderr
+
+
+@contextmanager
+def echo_server(address: tuple[str, int]) -> Iterator[None]:
+    """An application that gives back what it gets."""
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(ConnectionError):
+            while data := connection.recv(65536):
+                connection.sendall(data)
+
+    def accept(listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    with socket.create_server(address) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def dial(address: tuple[str, int], message: bytes = b"hello") -> bytes:
+    """What comes back of a message; empty when nothing does."""
+    with socket.create_connection(address, timeout=8) as app:
+        app.sendall(message)
+        return app.recv(len(message))
+
+
+def eventually(check: Callable[[], object], seconds: float = 8.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def get(address: str, port: int, path: str) -> tuple[int, str]:
+    """Status and body of a page."""
+    connection = http.client.HTTPConnection(address, port, timeout=5)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.read().decode()

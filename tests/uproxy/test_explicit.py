@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from control.server.ca import Authority
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, Pair, connected_pair, running_pair
 from uproxy import explicit, plane
-from uproxy.explicit import Forward
+from uproxy.explicit import Directory, Forward
 
 GREETING, ACCEPTED = b"\x05\x01\x00", b"\x05\x00"
 NAME = b"db.shop.svc.cluster.local"
@@ -31,7 +31,7 @@ async def converse(pair: Pair, *messages: bytes) -> bytes:
     """What the SOCKS port answers to messages sent one after the other, until it closes or echoes `ping`."""
     loop = asyncio.get_running_loop()
     app, proxied = connected_pair()
-    pair.plane.spawn(explicit.serve_socks(pair.plane, pair.web.outbound, pair.state, proxied))
+    pair.plane.spawn(explicit.serve_socks(pair.plane, pair.web.outbound, Directory(pair.state), proxied))
     answers = b""
     for message in messages:
         for byte in message:  # a byte at a time: the negotiation may arrive in any pieces

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ import pytest
 from control.api.identity import SpiffeId
 from control.server.ca import Authority, write_identity
 from tests.support.certificates import DB, WEB, identity_dir
-from tests.support.site import APP_PORT, FORWARD_PORT, Site
+from tests.support.site import APP_PORT, FORWARD_PORT, Site, dial, echo_server, eventually, get
 
 NETWORK = "127.0.79"
 WEB_ADDRESS, DB_ADDRESS = f"{NETWORK}.1", f"{NETWORK}.2"
@@ -41,56 +39,17 @@ def site(tmp_path: Path) -> Site:
     return Site.create(tmp_path, NETWORK)
 
 
-@contextmanager
-def echo_server() -> Iterator[None]:
-    """db's application."""
-
-    def serve(connection: socket.socket) -> None:
-        with connection, suppress(ConnectionError):
-            while data := connection.recv(65536):
-                connection.sendall(data)
-
-    def accept(listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    with socket.create_server((DB_ADDRESS, APP_PORT)) as listener:
-        threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        yield
-        listener.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture
 def running(site: Site) -> Iterator[tuple[Site, subprocess.Popen[str], subprocess.Popen[str]]]:
     with ExitStack() as stack:
-        stack.enter_context(echo_server())
+        stack.enter_context(echo_server((DB_ADDRESS, APP_PORT)))
         db = stack.enter_context(site.running("db"))
         web = stack.enter_context(site.running("web"))
         yield site, web, db
 
 
 def call(message: bytes = b"hello") -> bytes:
-    with socket.create_connection(FORWARD, timeout=5) as app:
-        app.sendall(message)
-        return app.recv(len(message))
-
-
-def eventually(check: object, seconds: float = 8.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.05)
-
-
-def get(address: str, port: int, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(address, port, timeout=5)
-    connection.request("GET", path)
-    response = connection.getresponse()
-    return response.status, response.read().decode()
+    return dial(FORWARD, message)
 
 
 def test_traffic_metrics_readiness_and_admin(running: tuple[Site, object, object]) -> None:
@@ -269,9 +228,27 @@ def test_capture_without_a_probe_does_not_start(site: Site) -> None:
         ["--trust-domain", "Bad"],
         ["--drain-timeout-s", "-1"],
         ["--capture", "ebpf"],
+        ["--join", "token"],
     ],
 )
 def test_a_wrong_option_is_a_usage_error(site: Site, options: list[str]) -> None:
     ended = subprocess.run(site.command("web", *options), capture_output=True, text=True, timeout=20, check=False)
     assert ended.returncode == 2
     assert "uproxy run: error:" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--config", "m.yaml", "--namespace", "n"], "--config needs --workload, --service-account, --address too"),
+        (["--address", "10.0.0.1", "--trust-domain", "td"], "--address, --trust-domain: without --config"),
+        ([], "has not joined a mesh"),
+        (["--join", "no-such-file"], "no-such-file"),
+    ],
+)
+def test_who_the_workload_is_must_be_said_once(options: list[str], told: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "uproxy", "run", "--identity-dir", str(tmp_path / "id"), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert ended.returncode == (2 if "--" in told else 1)
+    assert told in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,327 @@
+"""What connections need and the proxy does not know: asked once, waited for, bounded.
+
+A real control plane publishes to a broker without a network; a test decides when it delivers what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections.abc import Callable, Coroutine
+
+import pytest
+
+from control.api.address import parse_address
+from control.api.topics import address_shard
+from control.client.libcrypto import ConfigVerifier
+from control.client.replica import Replica, Status
+from control.client.state import State
+from control.server.ca import Authority
+from control.server.core import Core
+from control.server.signing import ConfigKey
+from control.server.store import Store
+from tests.support.certificates import WEB
+from tests.support.desired import service, together, workload
+from tests.support.published import PREFIX, Shelf
+from uproxy import demand, plane
+from uproxy.demand import Demand
+from uproxy.errors import RefusedError
+from uproxy.plane import Plane
+from uproxy.resolve import Resolver
+
+SERVICES = 12
+
+
+def vip(number: int) -> str:
+    return parse_address(f"240.240.1.{number}")
+
+
+def neighbour(address: str) -> str:
+    """An address where nobody lives, in the same shard."""
+    return next(
+        other
+        for number in range(1, 65536)
+        if address_shard(other := parse_address(f"10.98.{number >> 8}.{number & 255}")) == address_shard(address)
+    )
+
+
+def backend(number: int) -> str:
+    return parse_address(f"10.96.1.{number}")
+
+
+MESH = together(
+    workload("web", "10.96.0.10"),
+    *(service(f"db-{n}", vip=vip(n)) for n in range(1, SERVICES + 1)),
+    *(workload(f"db-{n}", backend(n), app=f"db-{n}") for n in range(1, SERVICES + 1)),
+    service("empty", vip=vip(200)),
+)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], bytes]:
+    """What the control plane published, and its root certificate."""
+    directory = tmp_path_factory.mktemp("control")
+    authority = Authority.create(directory / "ca", "cluster.local")
+    store = Store(directory / "mesh.db")
+    core = Core(store, authority, ConfigKey.open(directory / "ca", authority, time.time()))
+    core.apply([("mesh.yaml", MESH)])
+    shelf = Shelf()
+    shelf.drain(core)
+    store.close()
+    return shelf.retained, ssl.PEM_cert_to_DER_cert(authority.bundle_pem.decode())
+
+
+class Proxy:
+    """The part of a proxy that asks, and a broker that answers at its next turn, but for what is held back."""
+
+    def __init__(self, published: tuple[dict[str, bytes], bytes]) -> None:
+        self.retained, root = published
+        self.plane = Plane(asyncio.get_running_loop())
+        self.state = State("cluster.local")
+        self.replica = Replica("cluster.local", ConfigVerifier(self.state.trust_domain, lambda: [root]))
+        self.replica.want_workload(WEB, "web")
+        self.demand = Demand(self.plane, self.state, self.replica, self.interests_changed)
+        self.resolver = Resolver(self.state, random.Random(1))
+        self.held_back: Callable[[str], bool] = lambda topic: False
+        self.subscribed: set[str] = set()
+        self.subscriptions: list[str] = []
+        """Every filter, each time it was subscribed to."""
+        self._delivered: set[str] = set()
+        self._due = False
+
+    def interests_changed(self) -> None:
+        if not self._due:
+            self._due = True
+            self.plane.loop.call_soon(self.deliver)
+
+    def deliver(self) -> None:
+        self._due = False
+        wanted = self.replica.filters()
+        self.subscriptions += sorted(wanted - self.subscribed)
+        self._delivered = {topic for topic in self._delivered if _matches(wanted & self.subscribed, topic)}
+        self.subscribed = set(wanted)
+        for topic, payload in self.retained.items():
+            if _matches(wanted, topic) and topic not in self._delivered and not self.held_back(topic):
+                self._delivered.add(topic)
+                self._take(self.replica.receive(topic, payload, time.time()))
+        while self.replica.has_work:
+            self._take(self.replica.work(time.time()))
+        self.plane.run(self.demand.progress)
+
+    def _take(self, batches: object) -> None:
+        for batch in batches:  # type: ignore[attr-defined]
+            self.state.apply(batch)
+
+    async def dial(self, number: int) -> str:
+        """The address of the first hop to a service; empty when it is refused."""
+        try:
+            await self.demand.destination(vip(number))
+            return self.resolver.plan(vip(number), 80).hops[0].address
+        except RefusedError:
+            return ""
+
+    async def all(self, *coroutines: Coroutine[object, object, object]) -> list[object]:
+        """The results of coroutines of the plane, run at once."""
+        results: dict[int, object] = {}
+
+        async def keep(number: int, coroutine: Coroutine[object, object, object]) -> None:
+            try:
+                results[number] = await coroutine
+            except RefusedError as error:
+                results[number] = error
+
+        for number, coroutine in enumerate(coroutines):
+            self.plane.spawn(keep(number, coroutine))
+        while len(results) < len(coroutines):  # noqa: ASYNC110 - the plane's coroutines set no asyncio event
+            await asyncio.sleep(0.005)
+        return [results[number] for number in range(len(coroutines))]
+
+    async def one(self, coroutine: Coroutine[object, object, object]) -> object:
+        return (await self.all(coroutine))[0]
+
+
+def _matches(filters: object, topic: str) -> bool:
+    return any(
+        topic == one or (one.endswith("/#") and (topic + "/").startswith(one[:-1]))
+        for one in filters  # type: ignore[attr-defined]
+    )
+
+
+def run(published: tuple[dict[str, bytes], bytes], test: Callable[[Proxy], Coroutine[object, object, None]]) -> None:
+    async def main() -> None:
+        proxy = Proxy(published)
+        try:
+            async with asyncio.timeout(20):
+                await test(proxy)
+            assert not proxy.plane.tasks
+            assert not proxy.demand._waiting
+        finally:
+            proxy.plane.close()
+
+    plane.run(main())
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demand, "PATIENCE_S", 0.3)
+
+
+def test_a_burst_of_first_dials_is_one_subscription(published: tuple[dict[str, bytes], bytes]) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.deliver()
+        proxy.subscriptions.clear()
+        assert set(await proxy.all(*(proxy.dial(1) for _ in range(500)))) == {backend(1)}
+        assert len(proxy.subscriptions) == len(set(proxy.subscriptions)) == 3, "a shard, the service, its endpoints"
+        proxy.subscriptions.clear()
+        assert await proxy.one(proxy.dial(1)) == backend(1)
+        assert proxy.subscriptions == []
+
+    run(published, test)
+
+
+def test_what_nobody_has_is_refused_at_once(published: tuple[dict[str, bytes], bytes]) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.deliver()
+        began = time.monotonic()
+        unknown = neighbour(vip(1))
+        assert await proxy.one(proxy.demand.destination(unknown)) is None
+        assert proxy.replica.address_status(unknown) is Status.ABSENT
+        for name in ("shop/nobody", "shop/db-99"):
+            assert await proxy.one(proxy.demand.service(name)) is None
+            assert proxy.state.service(name) is None
+        assert await proxy.one(proxy.dial(200)) == "", "a service without an endpoint"
+        assert time.monotonic() - began < 1
+
+    run(published, test)
+
+
+def test_connections_wait_for_the_base(published: tuple[dict[str, bytes], bytes]) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.held_back = lambda topic: topic.startswith(PREFIX + "root/")
+        proxy.deliver()
+        assert not proxy.state.whole
+        proxy.plane.loop.call_later(0.1, lambda: setattr(proxy, "held_back", lambda topic: False))
+        proxy.plane.loop.call_later(0.1, proxy.interests_changed)
+        assert set(await proxy.all(*(proxy.dial(n) for n in (1, 2, 1)))) == {backend(1), backend(2)}
+
+    run(published, test)
+
+
+@pytest.mark.parametrize("late", ["root/", "addr/", "svc/", "ep/shop/db-1/", "ep/shop/db-1"])
+def test_whatever_does_not_come_is_waited_for_and_then_refused(
+    published: tuple[dict[str, bytes], bytes], late: str, patience: None
+) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.held_back = lambda topic: topic.startswith(PREFIX + late)
+        proxy.deliver()
+        began = time.monotonic()
+        refused = await proxy.one(proxy.demand.destination(vip(1)))
+        assert isinstance(refused, RefusedError)
+        assert refused.reason == "no-config"
+        assert "did not come from the control plane" in refused.detail
+        assert 0.25 < time.monotonic() - began < 2
+        assert proxy.demand.timeouts == 1
+        proxy.held_back = lambda topic: False
+        proxy.interests_changed()
+        assert await proxy.one(proxy.dial(1)) == backend(1)
+
+    run(published, test)
+
+
+def test_a_proxy_that_ends_ends_what_waits(published: tuple[dict[str, bytes], bytes]) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.plane.loop.call_later(
+            0.1, lambda: proxy.plane.run(lambda: proxy.plane.abort(RefusedError("shutting-down", "")))
+        )
+        ended = await proxy.all(*(proxy.demand.destination(vip(1)) for _ in range(3)))
+        assert {error.reason for error in ended if isinstance(error, RefusedError)} == {"shutting-down"}
+
+    run(published, test)
+
+
+def test_services_make_room_for_each_other(
+    published: tuple[dict[str, bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand, "MAX_SERVICES", 4)
+
+    async def test(proxy: Proxy) -> None:
+        proxy.deliver()
+        for number in (1, 2, 3, 4):
+            assert await proxy.one(proxy.dial(number)) == backend(number)
+        proxy.demand.used.add("shop/db-1")
+        proxy.demand.tick(time.monotonic() + demand.SWEEP_S)
+        await proxy.one(proxy.dial(5))
+        assert set(proxy.replica.services()) == {"shop/db-3", "shop/db-4", "shop/db-1", "shop/db-5"}
+        await proxy.one(proxy.demand.service("shop/nobody"))
+        assert "shop/db-3" not in proxy.replica.services()
+        await proxy.one(proxy.dial(6))
+        assert "shop/nobody" not in proxy.replica.services(), "what nobody has goes first"
+        assert "shop/db-4" in proxy.replica.services()
+        assert proxy.demand.services == 4
+        proxy.deliver()
+        assert proxy.state.service("shop/db-2") is None, "it is out of the state too"
+        assert await proxy.one(proxy.dial(2)) == backend(2), "and comes back when it is dialled"
+
+    run(published, test)
+
+
+def test_what_never_came_is_forgotten_and_what_came_is_kept(
+    published: tuple[dict[str, bytes], bytes], patience: None
+) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.deliver()
+        await proxy.one(proxy.dial(1))
+        await proxy.one(proxy.demand.service("shop/nobody"))
+        proxy.held_back = lambda topic: "db-2" in topic
+        await proxy.one(proxy.demand.service("shop/db-2"))
+        now = time.monotonic()
+        for sweep in (1, 2):
+            assert set(proxy.replica.services()) == {"shop/db-1", "shop/db-2", "shop/nobody"}
+            proxy.demand.tick(now + 2 * sweep * demand.SWEEP_S)
+        assert set(proxy.replica.services()) == {"shop/db-1"}
+
+    run(published, test)
+
+
+def test_what_callers_make_us_ask_for_is_bounded(
+    published: tuple[dict[str, bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand, "MAX_SERVED", 3)
+    monkeypatch.setattr(demand, "MAX_CALLER_SHARDS", 3)
+
+    async def test(proxy: Proxy) -> None:
+        proxy.deliver()
+        await proxy.one(proxy.dial(1))
+        for number in range(1, SERVICES + 1):
+            proxy.demand.offer(f"shop/db-{number}")
+            await asyncio.sleep(0.01)
+        assert len(proxy.replica.services()) == 4
+        assert "shop/db-1" in proxy.replica.services(), "it was dialled too"
+        before = len(proxy.replica.filters())
+        for number in range(1, 200):
+            proxy.demand.caller(parse_address(f"10.97.0.{number}"))
+        assert len(proxy.replica.filters()) == before + 3
+
+    run(published, test)
+
+
+def test_services_of_an_earlier_process_are_counted(published: tuple[dict[str, bytes], bytes]) -> None:
+    dumped: list[bytes] = []
+
+    async def first(proxy: Proxy) -> None:
+        proxy.deliver()
+        await proxy.one(proxy.dial(1))
+        dumped.append(proxy.replica.dump())
+
+    async def second(proxy: Proxy) -> None:
+        for batch in proxy.replica.restore(dumped[0]):
+            proxy.state.apply(batch)
+        proxy.demand.take_over()
+        assert proxy.demand.services == 1
+        assert await proxy.one(proxy.dial(1)) == backend(1), "with no broker at all"
+        assert proxy.subscriptions == []
+
+    run(published, first)
+    run(published, second)

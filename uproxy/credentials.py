@@ -1,0 +1,54 @@
+"""This process's own identity as it is now: renewed on disk while it runs, and never replaced by something worse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from control.api.identity import SpiffeId
+from uproxy.tls import BUNDLE_FILE, CHAIN_FILE, Credentials, CredentialsError
+
+_WATCH_S: Final = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class CurrentCredentials:
+    """The credentials of an identity directory. `value` changes while `watch` runs."""
+
+    def __init__(self, directory: Path, identity: SpiffeId) -> None:
+        """Raises CredentialsError when there are none that can be used."""
+        self._directory = directory
+        self._identity = identity
+        self._read = self._stamp()  # before reading: a change meanwhile is then one more
+        self.value = Credentials.load(directory, identity)
+
+    async def watch(self, on_renewed: Callable[[], None]) -> None:
+        """Take up each renewed certificate and bundle. A bad one is reported, and tried again until it is mended."""
+        refused = ""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            stamp = self._stamp()
+            if stamp == self._read and not refused:
+                continue
+            self._read = stamp
+            try:
+                self.value = Credentials.load(self._directory, self._identity)
+            except CredentialsError as error:
+                if str(error) != refused:
+                    log.error("the new certificate is refused, the one before stays: %s", error)
+                refused = str(error)
+                continue
+            refused = ""
+            on_renewed()
+            log.info("a new certificate is in use, serial %x", self.value.serial)
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes whenever the certificate or the trust bundle is replaced; empty while one is missing."""
+        with contextlib.suppress(OSError):
+            return tuple((self._directory / name).stat().st_mtime_ns for name in (CHAIN_FILE, BUNDLE_FILE))
+        return ()

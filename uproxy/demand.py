@@ -1,0 +1,199 @@
+"""What a connection needs and this proxy does not know yet: asked for once, waited for, bounded.
+
+A proxy subscribes to what it dials. The first connection to a destination asks who lives at the address (its shard),
+then for the service there and its endpoints; whoever dials it meanwhile waits for the same answer. A destination that
+is known never comes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from control.api.address import IpAddress
+from control.api.index import ResidentService
+from control.api.topics import address_shard
+from control.client.replica import Replica, Status
+from control.client.state import State
+from uproxy.errors import Flag, RefusedError
+from uproxy.plane import Plane, Waiter
+
+PATIENCE_S: Final = 5.0
+"""How long one connection waits, over all that it needs."""
+MAX_SERVICES: Final = 1000
+"""Services subscribed to because they were dialled. Beyond, one makes room for the next: one that did not come, else
+the one that was unused for longest, which costs its next caller another wait."""
+MAX_SERVED: Final = 32
+"""Services subscribed to because callers say that this workload serves them; the oldest makes room."""
+MAX_CALLER_SHARDS: Final = 16
+"""Shards of addresses, of 256, subscribed to only to know callers by name."""
+SWEEP_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What this workload cannot be without: its own record and the policies that may select it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    ip: IpAddress
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    key: str
+
+
+_Need = _Base | _Address | _Service
+
+
+class Demand:
+    """Asks the replica on behalf of connections. One thread: the data plane's."""
+
+    def __init__(
+        self, data_plane: Plane, state: State, replica: Replica, interests_changed: Callable[[], None]
+    ) -> None:
+        """`interests_changed` is called after the replica was asked for more, or for less."""
+        self.used: set[str] = set()
+        """Keys of the services dialled since the last sweep; `outbound` fills it."""
+        self.timeouts = 0
+        """Connections that were refused because what they needed did not come."""
+        self._plane = data_plane
+        self._state = state
+        self._replica = replica
+        self._interests_changed = interests_changed
+        self._dialled: dict[str, None] = {}  # the one unused for longest comes first
+        self._unanswered: frozenset[str] = frozenset()  # of these, what had not come at the last sweep
+        self._served: dict[str, None] = {}  # the oldest comes first
+        self._caller_shards: set[int] = set()
+        self._waiting: dict[_Need, set[Waiter[None]]] = {}
+        self._sweep_at = monotonic() + SWEEP_S
+
+    def take_over(self) -> None:
+        """Count the services that the replica has from an earlier process."""
+        self._dialled = dict.fromkeys(self._replica.services())
+
+    @property
+    def services(self) -> int:
+        """How many services are subscribed to because they were dialled."""
+        return len(self._dialled)
+
+    async def destination(self, address: IpAddress) -> None:
+        """Return when everything about an address is known, also that nobody lives there. Raises RefusedError."""
+        deadline = monotonic() + PATIENCE_S
+        await self._until(_Base(), deadline)
+        if not self._is_answered(_Address(address)):
+            self._want_address(address)
+        await self._until(_Address(address), deadline)
+        resident = self._state.resident_at(address)
+        if isinstance(resident, ResidentService):
+            self._want_service(resident.key, self._dialled, MAX_SERVICES)
+            await self._until(_Service(resident.key), deadline)
+
+    async def service(self, service_key: str) -> None:
+        """Return when everything about a dialled service is known, also that there is none. Raises RefusedError."""
+        deadline = monotonic() + PATIENCE_S
+        await self._until(_Base(), deadline)
+        self._want_service(service_key, self._dialled, MAX_SERVICES)
+        await self._until(_Service(service_key), deadline)
+
+    async def served(self, service_key: str) -> None:
+        """As `service`, for one that a caller dialled and this workload may serve."""
+        self.offer(service_key)
+        await self._until(_Service(service_key), monotonic() + PATIENCE_S)
+
+    def offer(self, service_key: str) -> None:
+        """A caller says that this workload serves it: ask, for the next caller to be counted under its name."""
+        self._want_service(service_key, self._served, MAX_SERVED)
+
+    def caller(self, address: IpAddress) -> None:
+        """Ask who calls from an address, for its next connection to be counted under its name."""
+        shard = address_shard(address)
+        if shard in self._caller_shards or len(self._caller_shards) >= MAX_CALLER_SHARDS:
+            return
+        self._caller_shards.add(shard)
+        self._want_address(address)
+
+    def progress(self) -> None:
+        """The replica may know more: call it on the plane, after the state was brought up to date."""
+        for need in [need for need in self._waiting if self._is_answered(need)]:
+            for waiter in self._waiting.pop(need):
+                waiter.set(None)
+
+    def tick(self, now: float) -> None:
+        """Called every few seconds: forget what was asked for and never came, and note which services are in use."""
+        if now < self._sweep_at:
+            return
+        self._sweep_at = now + SWEEP_S
+        for service_key in self.used & self._dialled.keys():
+            self._dialled[service_key] = self._dialled.pop(service_key)
+        self.used.clear()
+        unanswered = frozenset(one for one in self._dialled if not self._is_known(one))
+        for service_key in unanswered & self._unanswered:
+            if _Service(service_key) not in self._waiting:
+                self._drop(service_key, self._dialled)
+        self._unanswered = unanswered
+
+    async def _until(self, need: _Need, deadline: float) -> None:
+        if self._is_answered(need):
+            return
+        waiters = self._waiting.setdefault(need, set())
+        waiter: Waiter[None] = Waiter(self._plane)
+        waiters.add(waiter)
+        try:
+            await self._plane.wait(waiter, deadline - monotonic())
+        except TimeoutError:
+            self.timeouts += 1
+            raise RefusedError(
+                "no-config",
+                f"{_described(need)} did not come from the control plane within {PATIENCE_S:g} s",
+                flag=Flag.NO_CONFIG,
+            ) from None
+        finally:
+            waiters.discard(waiter)
+            if not waiters and self._waiting.get(need) is waiters:
+                del self._waiting[need]
+
+    def _is_answered(self, need: _Need) -> bool:
+        match need:
+            case _Base():
+                return self._replica.based
+            case _Address(ip):
+                return self._replica.address_status(ip) is not Status.WAITING
+            case _Service(service_key):
+                return self._replica.service_status(service_key) is not Status.WAITING
+
+    def _is_known(self, service_key: str) -> bool:
+        return self._replica.service_status(service_key) is Status.KNOWN
+
+    def _want_address(self, address: IpAddress) -> None:
+        self._replica.want_address(address)
+        self._interests_changed()
+
+    def _want_service(self, service_key: str, among: dict[str, None], limit: int) -> None:
+        if service_key in among:
+            return
+        if len(among) >= limit:
+            self._drop(next((one for one in among if not self._is_known(one)), next(iter(among))), among)
+        among[service_key] = None
+        self._replica.want_service(service_key)
+        self._interests_changed()
+
+    def _drop(self, service_key: str, among: dict[str, None]) -> None:
+        del among[service_key]
+        if service_key not in self._dialled and service_key not in self._served:
+            self._replica.drop_service(service_key)
+            self._interests_changed()
+
+
+def _described(need: _Need) -> str:
+    match need:
+        case _Base():
+            return "this workload's own configuration"
+        case _Address(ip):
+            return f"who lives at {ip}"
+        case _Service(service_key):
+            return f"the configuration of service {service_key}"

@@ -1,0 +1,183 @@
+"""A proxy's life as a member of a mesh: what it knows, whom it hears it from, how it stays certified, what it reports.
+
+`run` and the node agent use it; each says through `replica` what it wants to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import uproxy
+from control.api import messages, status
+from control.api.identity import proxy_hash
+from control.api.messages import Envelope
+from control.api.status import Kind, ProxyStatus
+from control.api.topics import StatusTopic, format_topic
+from control.client import snapshot
+from control.client.certificates import Renewal
+from control.client.libcrypto import ConfigVerifier
+from control.client.membership import Membership
+from control.client.mqtt import BrokerAccess
+from control.client.replica import Batch, Replica
+from control.client.snapshot import SnapshotError
+from control.client.subscriber import Subscriber
+from uproxy.credentials import CurrentCredentials
+from uproxy.tls import broker_context
+
+STATE_FILE: Final = "state"
+# A change is on disk soon after, and a busy mesh does not keep the disk busy.
+_SAVE_DELAY_S: Final = 1.0
+_SAVE_INTERVAL_S: Final = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Member:
+    """One proxy's place in the mesh. All of it belongs to the loop."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        membership: Membership,
+        identity_dir: Path,
+        credentials: CurrentCredentials,
+        on_batch: Callable[[Batch], None],
+        on_progress: Callable[[], None] = lambda: None,
+        problems: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """`on_batch` takes configuration; `on_progress` is told that the replica may have learnt something, batch or no
+        batch. `problems`: the proxy's own, for its report.
+        """
+        trust_domain = membership.identity.trust_domain
+        self.replica = Replica(trust_domain, ConfigVerifier(trust_domain, lambda: credentials.value.roots))
+        self._kind = kind
+        self._key = membership.key
+        self._topic = format_topic(trust_domain, StatusTopic(proxy_hash(membership.identity), membership.workload))
+        self._credentials = credentials
+        self._on_batch = on_batch
+        self._own_problems = problems
+        self._started_at = int(time.time())
+        self._applied_at = 0
+        self._state_file = identity_dir / STATE_FILE
+        self._unsaved = asyncio.Event()
+        self._saving_problem = ""
+        self._renewal = Renewal(identity_dir)
+        access = BrokerAccess(membership.brokers, membership.identity, lambda: broker_context(credentials.value))
+        self._subscriber = Subscriber(self.replica, access, self._apply, self._report, on_progress=on_progress)
+
+    def restore(self) -> None:
+        """Take up the last good state, if there is one, after the replica was asked for the base."""
+        try:
+            content = snapshot.read(self._state_file)
+            batches = self.replica.restore(content) if content is not None else ()
+        except (OSError, SnapshotError) as error:
+            log.error("%s cannot be used, and the control plane is asked for everything: %s", self._state_file, error)
+            return
+        for batch in batches:
+            self._applied_at = self._started_at
+            self._on_batch(batch)
+        if self.replica.based:
+            log.info("configured from %s as of %s", self._state_file, self._stamps())
+
+    async def run(self) -> None:
+        """Follow the control plane, until cancelled; what is known by then is on disk."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._subscriber.run())
+                group.create_task(self._renewal.run())
+                group.create_task(self._keep_saved())
+        finally:
+            if self._unsaved.is_set():
+                self._save(self.replica.dump())
+
+    def interests_changed(self) -> None:
+        """The replica was asked for more, or for less."""
+        self._subscriber.interests_changed()
+        self._unsaved.set()
+
+    def renewed(self) -> None:
+        """There is a new certificate."""
+        self._subscriber.certificate_renewed()
+
+    @property
+    def connected(self) -> bool:
+        """Whether a broker is there, and lets us read."""
+        return self._subscriber.connected
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the control plane last vouched for what is applied; NaN before anything is."""
+        age = self.replica.age_s(time.time())
+        return float("nan") if age is None else age
+
+    def problems(self) -> tuple[str, ...]:
+        """What somebody should look at, the worst last."""
+        own = [*self._own_problems(), self._saving_problem, self._renewal.problem]
+        return (*self.replica.problems(), *self._subscriber.problems(), *(text for text in own if text))
+
+    def dump(self) -> dict[str, object]:
+        """All of it, for operators."""
+        age = self.replica.age_s(time.time())
+        return {
+            "connected": self.connected,
+            "whole": self.replica.whole,
+            "waiting": self.replica.waiting(),
+            "age_s": None if age is None else round(age, 1),
+            "roots": {
+                name: {"epoch": epoch, "version": version, "issued_at": issued_at}
+                for name, (epoch, version, issued_at) in self.replica.roots().items()
+            },
+            "services": self.replica.services(),
+            "problems": self.problems(),
+        }
+
+    def _apply(self, batch: Batch) -> None:
+        self._applied_at = int(time.time())
+        self._unsaved.set()
+        self._subscriber.status_changed()
+        self._on_batch(batch)
+
+    def _report(self, online: bool, version: int) -> tuple[str, bytes]:
+        certificate = self._credentials.value
+        report = ProxyStatus(
+            kind=self._kind,
+            workload=self._key,
+            version=uproxy.__version__,
+            online=online,
+            whole=self.replica.whole,
+            waiting=self.replica.waiting(),
+            roots=self.replica.roots(),
+            applied_at=self._applied_at,
+            serial=f"{certificate.serial:x}",
+            not_after=certificate.not_after,
+            problems=self.problems(),
+        )
+        envelope = Envelope(self._started_at, version, int(time.time()), status.write(report))
+        return self._topic, messages.encode(envelope)
+
+    async def _keep_saved(self) -> None:
+        while True:
+            await self._unsaved.wait()
+            await asyncio.sleep(_SAVE_DELAY_S)
+            self._unsaved.clear()
+            await asyncio.to_thread(self._save, self.replica.dump())
+            await asyncio.sleep(_SAVE_INTERVAL_S - _SAVE_DELAY_S)
+
+    def _save(self, content: bytes) -> None:
+        try:
+            snapshot.write(self._state_file, content)
+        except OSError as error:
+            problem = f"{self._state_file} cannot be written, and a restart needs the control plane: {error.strerror}"
+            if problem != self._saving_problem:
+                log.error("%s", problem)
+            self._saving_problem = problem
+        else:
+            self._saving_problem = ""
+
+    def _stamps(self) -> str:
+        return ", ".join(f"{name} {epoch}.{version}" for name, (epoch, version, _) in self.replica.roots().items())
