@@ -23,13 +23,14 @@ import control
 import uproxy
 from control.api.address import AddressError, parse_address
 from control.api.names import wrong_dns_label, wrong_subdomain
+from control.client.membership import Membership, MembershipError
 from uproxy import cgroup, linux, sandbox
 from uproxy.cgroup import SandboxError
 from uproxy.claims import FIRST_UID, LOCK_DIR, ClaimError, claimed_name, claimed_uid
 from uproxy.entrance import Account, Entrance, exposures, sockets_inside
 from uproxy.node.client import DEFAULT_SOCKET, NodeClient, NodeError
 from uproxy.sandbox import Sandbox
-from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, Sidecar
+from uproxy.sidecar import IDENTITY_FILES, Identity, IdentityCopy, JoinedIdentity, Sidecar
 from uproxy.supervision import (
     FAILED,
     NOT_EXECUTABLE,
@@ -46,6 +47,8 @@ _READY_TIMEOUT_S = 30.0
 # Above what `uproxy run` grants itself for draining; what is left then is cut.
 _DRAIN_MARGIN_S = 2.0
 _DRAIN_TIMEOUT_S = 5.0
+_DEFAULT_NAMESPACE = _DEFAULT_ACCOUNT = "default"
+_DEFAULT_TRUST_DOMAIN = "cluster.local"
 
 
 _DESCRIPTION = """\
@@ -53,7 +56,8 @@ Run COMMAND as a workload of the mesh: in a network namespace and cgroups of its
 captured. It starts when the sidecar is ready; all of it is removed when COMMAND ends."""
 
 _EPILOG = """\
-example, with the node agent running on this host:
+examples, with the node agent running on this host; the first joins a mesh, and finds there who it is:
+  uproxy exec --name web --join web.token --user www-data -- python3 app.py
   uproxy exec --name web --namespace shop --service-account web --address 10.96.0.10 --config mesh.yaml \\
       --identity-dir /etc/uproxy/web --user www-data -- python3 app.py
 
@@ -83,34 +87,41 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="uproxy exec",
-        usage="uproxy exec --name NAME --address IP --config FILE --identity-dir DIR [option…] -- COMMAND [argument…]",
+        usage="uproxy exec --name NAME (--join FILE | --address IP --config FILE --identity-dir DIR) [option…] "
+        "-- COMMAND [argument…]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     who = parser.add_argument_group("the workload")
     who.add_argument("--name", required=True, help="as its WorkloadEntry is named; unique on this host")
-    who.add_argument("--namespace", default="default", help="default: %(default)s")
-    who.add_argument("--service-account", default="default", help="default: %(default)s")
-    who.add_argument("--trust-domain", default="cluster.local", help="default: %(default)s")
-    who.add_argument("--address", required=True, nargs="+", action="extend", metavar="IP", help="its mesh addresses")
-    who.add_argument(
-        "--identity-dir", required=True, type=Path, metavar="DIR", help=f"holds {', '.join(sorted(IDENTITY_FILES))}"
-    )
     who.add_argument("--user", help="whom COMMAND runs as (default: the caller)")
-    mesh = parser.add_argument_group("the mesh")
-    mesh.add_argument(
-        "--config", required=True, nargs="+", action="extend", type=Path, metavar="FILE", help="resources in YAML"
+    member = parser.add_argument_group("a member of a mesh")
+    member.add_argument(
+        "--join",
+        type=Path,
+        metavar="FILE",
+        help="join with this token, unless an earlier launch has; FILE need not exist any more then",
     )
-    mesh.add_argument("--node-socket", type=Path, default=DEFAULT_SOCKET, metavar="PATH", help="default: %(default)s")
-    mesh.add_argument(
+    alone = parser.add_argument_group("without a control plane")
+    alone.add_argument("--namespace", help=f"default: {_DEFAULT_NAMESPACE}")
+    alone.add_argument("--service-account", metavar="NAME", help=f"default: {_DEFAULT_ACCOUNT}")
+    alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {_DEFAULT_TRUST_DOMAIN}")
+    alone.add_argument("--address", nargs="+", action="extend", metavar="IP", help="its mesh addresses")
+    alone.add_argument("--config", nargs="+", action="extend", type=Path, metavar="FILE", help="resources in YAML")
+    alone.add_argument("--identity-dir", type=Path, metavar="DIR", help=f"holds {', '.join(sorted(IDENTITY_FILES))}")
+    capture = parser.add_argument_group("capture")
+    capture.add_argument(
+        "--node-socket", type=Path, default=DEFAULT_SOCKET, metavar="PATH", help="default: %(default)s"
+    )
+    capture.add_argument(
         "--capture",
         choices=("ebpf", "none"),
         default="ebpf",
         help="default: %(default)s. With none, only what COMMAND dials through --forward or --socks5 is in the mesh",
     )
-    mesh.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
-    mesh.add_argument("--socks5", metavar="IP:PORT", help="as --forward: with --capture none")
+    capture.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
+    capture.add_argument("--socks5", metavar="IP:PORT", help="as --forward: with --capture none")
     sidecar = parser.add_argument_group("the sidecar")
     sidecar.add_argument("--log", type=Path, metavar="FILE", help="its output (default: standard error)")
     sidecar.add_argument("--log-format", choices=("json", "text"), default="text", help="default: %(default)s")
@@ -124,17 +135,45 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(before)
     if not separator or not command:
         parser.error("no command: put it behind --, as in `uproxy exec … -- python3 app.py`")
-    for wrong in (wrong_subdomain(options.name), wrong_dns_label(options.namespace)):
+    wrong = _wrong_mode(options) or wrong_subdomain(options.name)
+    if wrong:
+        parser.error(wrong)
+    if options.join is None:
+        wrong = _complete(options)
         if wrong:
             parser.error(wrong)
+    options.state_dir = options.state_dir.absolute()
+    return options, command
+
+
+def _wrong_mode(options: argparse.Namespace) -> str:
+    """What is missing without a control plane, or said twice with one; empty when nothing is."""
+    needed = {"--address": options.address, "--config": options.config, "--identity-dir": options.identity_dir}
+    if options.join is None:
+        missing = [option for option, value in needed.items() if value is None]
+        return f"needs --join, or else {', '.join(missing)}" if missing else ""
+    declared = {
+        **needed,
+        "--namespace": options.namespace,
+        "--service-account": options.service_account,
+        "--trust-domain": options.trust_domain,
+    }
+    given = [option for option, value in declared.items() if value is not None]
+    return f"{', '.join(given)}: with --join, the control plane says this" if given else ""
+
+
+def _complete(options: argparse.Namespace) -> str:
+    """Fills in who the workload is where nobody else says it; returns what is wrong with it, or an empty string."""
+    options.namespace = options.namespace or _DEFAULT_NAMESPACE
+    options.service_account = options.service_account or _DEFAULT_ACCOUNT
+    options.trust_domain = options.trust_domain or _DEFAULT_TRUST_DOMAIN
+    # The sidecar's working directory is another one.
+    options.config = [path.absolute() for path in options.config]
     try:
         options.address = tuple(parse_address(text) for text in options.address)
     except AddressError as error:
-        parser.error(str(error))
-    # The sidecar's working directory is another one.
-    options.config = [path.absolute() for path in options.config]
-    options.state_dir = options.state_dir.absolute()
-    return options, command
+        return str(error)
+    return wrong_dns_label(options.namespace)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
@@ -147,11 +186,13 @@ def _split(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
 def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> int:
     """Every step registers how to undo it before it is taken, so that a failure anywhere leaves nothing."""
     _check(options, command)
-    box = _sandbox(options)
     state = options.state_dir / options.name
-    # Two names, because either could be shared with a launcher whose other options differ.
-    undo.enter_context(claimed_name(LOCK_DIR / f"{box.netns}.lock"))
     undo.enter_context(claimed_name(options.state_dir / f"{options.name}.lock"))
+    if options.join is not None:
+        _become_member(options, state)
+    box = _sandbox(options)
+    # A second name, because a launcher with another --state-dir could share it.
+    undo.enter_context(claimed_name(LOCK_DIR / f"{box.netns}.lock"))
     uid = undo.enter_context(claimed_uid(options.uid))
     signals = linux.SignalFd(SIGNALS)
     undo.callback(signals.close)
@@ -173,7 +214,12 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
             undo.callback(probe.close)
 
     account = Account(uid, uid)
-    undo.callback(shutil.rmtree, state, ignore_errors=True)
+    identity: Identity
+    if options.join is not None:
+        identity = JoinedIdentity(state, account)
+    else:
+        identity = IdentityCopy(options.identity_dir, state, account)
+        undo.callback(shutil.rmtree, state, ignore_errors=True)
     sidecar = Sidecar(
         _sidecar_arguments(options, state),
         Entrance(
@@ -187,7 +233,7 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
         ),
         probes,
         log=undo.enter_context(_log(options.log)),
-        identity=IdentityCopy(options.identity_dir, state, account),
+        identity=identity,
     )
     supervision = Supervision(options.name, signals, sidecar)
     undo.callback(supervision.end_sidecar, options.drain_timeout_s + _DRAIN_MARGIN_S)
@@ -218,6 +264,13 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
         raise LaunchError(f"{command[0]}: command not found", NOT_FOUND)
     if options.user is not None:
         _account_of(options.user)
+    if options.join is None:
+        _check_files(options)
+    if options.capture == "ebpf" and not options.node_socket.is_socket():
+        raise LaunchError(f"no node agent at {options.node_socket}: start `uproxy node` on this host first")
+
+
+def _check_files(options: argparse.Namespace) -> None:
     for path in options.config:
         if not path.is_file():
             raise LaunchError(f"--config {path}: no such file")
@@ -232,8 +285,24 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
             f"--identity-dir {options.identity_dir} is the sidecar's own directory, which is removed at the end: "
             f"keep the identity elsewhere, such as /etc/uproxy/{options.name}"
         )
-    if options.capture == "ebpf" and not options.node_socket.is_socket():
-        raise LaunchError(f"no node agent at {options.node_socket}: start `uproxy node` on this host first")
+
+
+def _become_member(options: argparse.Namespace, state: Path) -> None:
+    """Join the mesh, unless an earlier launch has, and take who the workload is from there. Raises LaunchError."""
+    command = [sys.executable, "-I", "-m", "uproxy.joining", str(state), str(options.join.absolute())]
+    child = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode != 0:
+        raise LaunchError(child.stdout.strip() or f"joining ended with status {child.returncode}")
+    try:
+        member = Membership.load(state)
+    except MembershipError as error:
+        raise LaunchError(str(error)) from None
+    if member.workload != options.name:
+        raise LaunchError(f"the token, and {state} with it, is workload {member.key}'s: use --name {member.workload}")
+    if not member.addresses:
+        raise LaunchError(f"{member.key} joined without an address, as node agents do: create a token that has one")
+    options.namespace, options.service_account = member.identity.namespace, member.identity.service_account
+    options.address = member.addresses
 
 
 def _sandbox(options: argparse.Namespace) -> Sandbox:
@@ -291,13 +360,15 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
     # -I: neither the working directory nor the environment adds to what is imported.
-    arguments = [sys.executable, "-I", "-m", "uproxy", "run", "--workload", options.name]
-    arguments += ["--namespace", options.namespace, "--service-account", options.service_account]
-    arguments += ["--trust-domain", options.trust_domain, "--identity-dir", str(state)]
-    for address in options.address:
-        arguments += ["--address", address]
-    for path in options.config:
-        arguments += ["--config", str(path)]
+    arguments = [sys.executable, "-I", "-m", "uproxy", "run", "--identity-dir", str(state)]
+    if options.join is None:
+        arguments += ["--workload", options.name]
+        arguments += ["--namespace", options.namespace, "--service-account", options.service_account]
+        arguments += ["--trust-domain", options.trust_domain]
+        for address in options.address:
+            arguments += ["--address", address]
+        for path in options.config:
+            arguments += ["--config", str(path)]
     arguments += ["--capture", options.capture, "--access-log", "-", "--log-format", options.log_format]
     arguments += ["--drain-timeout-s", str(options.drain_timeout_s)]
     for forward in options.forward:
@@ -310,7 +381,7 @@ def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
 def _directories_of_sidecar(options: argparse.Namespace) -> list[Path]:
     """What an account that owns nothing must reach: the interpreter, our packages, the configuration, its state."""
     code = [Path(package.__path__[0]) for package in (uproxy, control)]
-    data = [path.parent for path in options.config] + [options.state_dir]
+    data = [path.parent for path in options.config or ()] + [options.state_dir]
     return [Path(sys.prefix), Path(sys.base_prefix), *code, *data]
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from uproxy import linux
 from uproxy.entrance import Account, Entrance
@@ -25,6 +26,16 @@ _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.2, 5.0
 _HEALTHY_S = 10.0
 
 IDENTITY_FILES = ("key.pem", "bundle.pem", "chain.pem")
+
+
+class Identity(Protocol):
+    """What a sidecar proves itself with, where its uid can read it."""
+
+    def install(self) -> None:
+        """Put it there; called before every start. Raises OSError."""
+
+    def refresh(self) -> bool:
+        """Look for a new one while it runs; whether there was one. Raises OSError."""
 
 
 class IdentityCopy:
@@ -62,6 +73,41 @@ class IdentityCopy:
         return tuple((state.st_mtime_ns, state.st_ino, state.st_size) for state in states)
 
 
+class JoinedIdentity:
+    """A member's own directory: the sidecar renews its certificate there itself, and keeps its last configuration."""
+
+    def __init__(self, directory: Path, account: Account) -> None:
+        self._directory = directory
+        self._account = account
+
+    def install(self) -> None:
+        """Give the directory to the account: each launch may have another."""
+        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(directory, 0o700)
+            os.fchown(directory, self._account.uid, self._account.gid)
+            for name in os.listdir(directory):
+                self._give(name, directory)
+        finally:
+            os.close(directory)
+
+    def refresh(self) -> bool:
+        return False
+
+    def _give(self, name: str, directory: int) -> None:
+        # The account before could write here, and we are root: follow no link, and give away no file that has
+        # another name elsewhere.
+        if not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            return
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            status = os.fstat(file)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                os.fchown(file, self._account.uid, self._account.gid)
+        finally:
+            os.close(file)
+
+
 class Sidecar:
     """One `uproxy run` at a time. Times are `time.monotonic()`."""
 
@@ -71,7 +117,7 @@ class Sidecar:
         entrance: Entrance,
         probes: Sequence[socket.socket],
         log: IO[bytes],
-        identity: IdentityCopy,
+        identity: Identity,
     ) -> None:
         """`arguments`: the argv but for the descriptors."""
         self._arguments = arguments

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
 import pytest
 
+from control.server.ca import Authority
+from tests.support.certificates import WEB, identity_dir
+from tests.support.membership import membership
 from uproxy import launch
 
 _NEEDED = ["--name", "web", "--address", "10.0.0.1", "--config", "mesh.yaml", "--identity-dir", "id"]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.create(tmp_path_factory.mktemp("ca") / "ca", "cluster.local")
 
 
 def _usage(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -26,6 +35,9 @@ def _usage(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ([*_NEEDED, "--namespace", "a.b", "--", "true"], "'a.b' must be"),
         ([*_NEEDED, "--address", "10.0.0.300", "--", "true"], "'10.0.0.300' is not an IP address"),
         ([*_NEEDED[2:], "--", "true"], "--name"),
+        (["--name", "web", "--config", "m.yaml", "--", "true"], "needs --join, or else --address, --identity-dir"),
+        ([*_NEEDED, "--join", "t", "--", "true"], "--address, --config, --identity-dir: with --join"),
+        (["--name", "web", "--join", "t", "--namespace", "shop", "--", "true"], "--namespace: with --join"),
         ([*_NEEDED, "--capture", "iptables", "--", "true"], "--capture"),
     ],
 )
@@ -108,3 +120,42 @@ class TestRefusals:
 
         monkeypatch.setattr(cgroup, "mount_point", none)
         assert "no cgroup2" in self._refused(capsys, [*argv, "--", "true"])
+
+
+class TestMember:
+    """What a launch takes from the identity directory of a workload that has joined."""
+
+    @pytest.fixture
+    def state(self, tmp_path: Path, authority: Authority) -> Path:
+        directory = identity_dir(authority, tmp_path / "state" / "web", WEB)
+        (directory / "mesh.json").write_bytes(membership(addresses=("10.96.0.10", "fd00::10")).encode())
+        return directory
+
+    def _options(self, state: Path, name: str = "web") -> argparse.Namespace:
+        argv = ["--name", name, "--join", "gone.token", "--state-dir", str(state.parent), "--", "true"]
+        return launch._parse(argv)[0]
+
+    def test_takes_who_it_is_from_there_and_needs_no_token(self, state: Path) -> None:
+        options = self._options(state)
+        launch._become_member(options, state)
+        assert (options.namespace, options.service_account) == ("shop", "web")
+        assert options.address == ("10.96.0.10", "fd00::10")
+        arguments = launch._sidecar_arguments(options, state)
+        assert arguments[arguments.index("--identity-dir") + 1] == str(state)
+        assert not {"--config", "--workload", "--address", "--join"} & set(arguments)
+
+    def test_of_another_name_is_refused(self, state: Path) -> None:
+        with pytest.raises(launch.LaunchError, match="is workload shop/web's: use --name web"):
+            launch._become_member(self._options(state, "db"), state)
+
+    def test_without_an_address_is_refused(self, state: Path) -> None:
+        (state / "mesh.json").write_bytes(membership(addresses=()).encode())
+        with pytest.raises(launch.LaunchError, match="without an address"):
+            launch._become_member(self._options(state), state)
+
+    def test_without_identity_or_token_is_refused(self, state: Path) -> None:
+        (state / "chain.pem").unlink()
+        with pytest.raises(
+            launch.LaunchError, match=r"cannot join with .*gone\.token: the token file .* cannot be read"
+        ):
+            launch._become_member(self._options(state), state)

@@ -11,7 +11,7 @@ import pytest
 
 from uproxy import linux
 from uproxy.entrance import Account, Entrance
-from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, Sidecar
+from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, JoinedIdentity, Sidecar
 from uproxy.supervision import LaunchError, Supervision
 
 _ACCOUNT = Account(os.getuid(), os.getgid())
@@ -79,6 +79,43 @@ class TestIdentityCopy:
         with pytest.raises(FileNotFoundError):
             copy.refresh()
         assert (tmp_path / "copy/chain.pem").read_text() == "chain.pem 1"
+
+
+class TestJoinedIdentity:
+    @pytest.fixture
+    def given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
+        """Who was given what, by file name: only root can give files away."""
+        found = {}
+
+        def fchown(fd: int, uid: int, gid: int) -> None:
+            found[Path(os.readlink(f"/proc/self/fd/{fd}")).name] = (uid, gid)
+
+        monkeypatch.setattr(os, "fchown", fchown)
+        return found
+
+    def test_belongs_to_the_account_with_all_its_files(self, source: Path, given: dict[str, tuple[int, int]]) -> None:
+        source.chmod(0o755)
+        (source / "state").write_text("the last good configuration")
+        JoinedIdentity(source, Account(61200, 61201)).install()
+        assert given == dict.fromkeys(["source", "state", *IDENTITY_FILES], (61200, 61201))
+        assert source.stat().st_mode & 0o777 == 0o700
+
+    def test_gives_away_nothing_that_the_account_before_has_planted(
+        self, source: Path, tmp_path: Path, given: dict[str, tuple[int, int]]
+    ) -> None:
+        other = tmp_path / "shadow"
+        other.write_text("somebody else's")
+        (source / "link").symlink_to(other)
+        (source / "hard").hardlink_to(other)
+        os.mkfifo(source / "fifo")
+        (source / "directory").mkdir()
+        JoinedIdentity(source, _ACCOUNT).install()
+        assert set(given) == {"source", *IDENTITY_FILES}
+
+    def test_a_directory_that_is_a_link_is_refused(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(source)
+        with pytest.raises(OSError, match="link"):
+            JoinedIdentity(tmp_path / "link", _ACCOUNT).install()
 
 
 class TestSidecar:
