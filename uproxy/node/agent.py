@@ -2,6 +2,8 @@
 
 Start: pin directory → programs and maps → ranges → workloads of an earlier agent → configuration → maps whole → socket.
 The socket's existence thus says that everything before it has succeeded. End: nothing is detached.
+Configuration comes from files, or from the control plane that this node has joined: all the mesh's addresses, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,20 +26,28 @@ from bpf.libbpf import BpfError
 from bpf.loader import Loader, LoadError
 from bpf.maps import Maps
 from control.api.address import AddressError, IpAddress, parse_address
-from control.api.identity import parse_trust_domain
+from control.api.identity import make_id, parse_trust_domain
+from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.records import RecordError
+from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
+from control.client.membership import Membership
 from control.client.state import State
+from uproxy import joining
+from uproxy.credentials import CurrentCredentials
+from uproxy.joining import JoinError
 from uproxy.node import server
 from uproxy.node.client import DEFAULT_SOCKET
 from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
 from uproxy.node.server import ListenError, RequestError
 from uproxy.node.sync import MeshRanges, Sync, SyncError
 from uproxy.node.workloads import Registration, RegistrationError, Workloads, check_removable
+from uproxy.tls import CredentialsError
 
 _log: Final = logging.getLogger("uproxy.node")
 
 _SWEEP_INTERVAL_S: Final = 10.0
+_STATE_DIR: Final = Path("/var/lib/uproxy-node")
 _NODE_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MAX_LISTED: Final = 500  # workloads in a status, which must fit one message
 # <linux/capability.h>. The last two are for a workload's place: entering its namespace, opening its cgroup by id.
@@ -62,6 +72,10 @@ class Options:
 
     name: str
     config: tuple[Path, ...]
+    """Empty when the control plane configures this node."""
+    identity_dir: Path
+    join: Path | None
+    """The token file to join with, should the identity directory hold no usable identity."""
     trust_domain: str
     ranges: MeshRanges
     run_dir: Path
@@ -77,6 +91,8 @@ class Agent:
         self._sync = sync
         self._workloads = workloads
         self._state = State(options.trust_domain)
+        self.configured = asyncio.Event()
+        """Set once configuration is in the kernel."""
         self._config_error = ""
         self._lagging = True
         """Whether the maps may differ from the state: at first, as an earlier agent left them, and after a failure."""
@@ -91,6 +107,7 @@ class Agent:
             self._lagging = False
             _log.info("configuration in force: %d map entries changed, %s", written, self._sync.sizes())
         self._config_error = ""
+        self.configured.set()
 
     def on_batch(self, batch: Sequence[tuple[str, bytes]]) -> None:
         """As `apply`, while running: what cannot be applied is reported, and what was in force stays."""
@@ -119,6 +136,10 @@ class Agent:
                     raise RequestError(f"unknown op {other!r}; there are register, unregister and status")
         except (PlaceError, RegistrationError, AddressError) as error:
             raise RequestError(str(error)) from None
+
+    def problems(self) -> list[str]:
+        """What somebody should look at."""
+        return [*([self._config_error] if self._config_error else []), *self._workloads.problems()]
 
     async def sweep(self) -> None:
         """Looks now and then for workloads that ended without saying so, until cancelled."""
@@ -187,7 +208,7 @@ class Agent:
                 {"workload": one.name, "address": list(one.addresses), "app_cgroup": one.app_cgroup}
                 for one in captured[:_MAX_LISTED]
             ],
-            "error": "; ".join([*([self._config_error] if self._config_error else []), *self._workloads.problems()]),
+            "error": "; ".join(self.problems()),
         }
 
 
@@ -205,9 +226,26 @@ def _parse(argv: Sequence[str]) -> Options:
     )
     parser.add_argument("--name", required=True, help="of this node; also names its pins, so that agents can be many")
     parser.add_argument(
-        "--config", nargs="+", type=Path, default=[], metavar="FILE", help="the mesh's resources (YAML)"
+        "--join",
+        type=Path,
+        metavar="FILE",
+        help="join a mesh with this token, unless this node has; FILE need not exist any more then",
     )
-    parser.add_argument("--trust-domain", default="cluster.local")
+    parser.add_argument(
+        "--identity-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"of a node that has joined: its certificate and the last good configuration (default: {_STATE_DIR}/NAME)",
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="without a control plane: the mesh's resources (YAML)",
+    )
+    parser.add_argument("--trust-domain", metavar="NAME", help="with --config; default: cluster.local")
     parser.add_argument(
         "--mesh-cidr", nargs="+", action="extend", default=[], metavar="CIDR", help="ranges of VIPs and workloads"
     )
@@ -225,14 +263,27 @@ def _parse(argv: Sequence[str]) -> Options:
     given = parser.parse_args(argv)
     if not _NODE_NAME.fullmatch(given.name):
         parser.error(f"--name {given.name!r}: use 1-63 of a-z, 0-9 and '-', with a letter or digit at both ends")
-    if not given.remove and not (given.config and given.mesh_cidr):
-        parser.error("--config and --mesh-cidr are needed: without a range of its own nothing belongs to the mesh")
+    if not given.remove and not given.mesh_cidr:
+        parser.error("--mesh-cidr is needed: without a range of its own nothing belongs to the mesh")
+    if given.config and (given.join or given.identity_dir):
+        parser.error("--join and --identity-dir belong to a control plane, which configures instead of --config")
+    if given.trust_domain and not given.config:
+        parser.error("--trust-domain belongs to --config: a node that has joined knows it")
     try:
-        parse_trust_domain(given.trust_domain)
+        trust_domain = parse_trust_domain(given.trust_domain or "cluster.local")
         ranges = MeshRanges.parse(given.mesh_cidr, given.exclude_cidr)
     except ValueError as error:
         parser.error(str(error))
-    return Options(given.name, tuple(given.config), given.trust_domain, ranges, given.run_dir, given.remove)
+    return Options(
+        name=given.name,
+        config=tuple(given.config),
+        identity_dir=given.identity_dir or _STATE_DIR / given.name,
+        join=given.join,
+        trust_domain=trust_domain,
+        ranges=ranges,
+        run_dir=given.run_dir,
+        remove=given.remove,
+    )
 
 
 def _missing_privileges() -> str:
@@ -243,26 +294,54 @@ def _missing_privileges() -> str:
     return ", ".join(name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1)
 
 
-async def _run(agent: Agent, source: FileSource, options: Options) -> None:
+async def _run(agent: Agent, options: Options, feed: Coroutine[Any, Any, None]) -> None:
+    """Serve until SIGTERM, from when the agent is configured; `feed` keeps it so. Raises ListenError."""
     path = options.run_dir / DEFAULT_SOCKET.name
-    listener = server.listen(path)
-    try:
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(server.serve(listener, agent.handle)),
-                group.create_task(source.watch(agent.on_batch, agent.on_error)),
-                group.create_task(agent.sweep()),
-            ]
-            _log.info("node %s: ready at %s", options.name, path)
-            await stop.wait()
-            for task in tasks:
-                task.cancel()
-    finally:
-        path.unlink(missing_ok=True)
-        listener.close()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    failed: Exception | None = None
+    with ExitStack() as stack:
+        try:
+            async with asyncio.TaskGroup() as group:
+                stopped = group.create_task(stop.wait())
+                configured = group.create_task(agent.configured.wait())
+                tasks = [configured, group.create_task(feed), group.create_task(agent.sweep())]
+                await asyncio.wait((stopped, configured), return_when=asyncio.FIRST_COMPLETED)
+                if not stop.is_set():
+                    listener = stack.enter_context(server.listen(path))
+                    stack.callback(path.unlink, missing_ok=True)
+                    tasks.append(group.create_task(server.serve(listener, agent.handle)))
+                    _log.info("node %s: ready at %s", options.name, path)
+                    await stopped
+                for task in tasks:
+                    task.cancel()
+        except* ListenError as refused:
+            failed = refused.exceptions[0]
+    if failed is not None:
+        raise failed
+
+
+async def _follow(agent: Agent, membership: Membership, credentials: CurrentCredentials, directory: Path) -> None:
+    """Keep the agent as the control plane says, from disk while nobody says anything."""
+    # Imported here: what talks to a broker takes megabytes, and configuration from files needs none of it.
+    from uproxy.member import Member
+
+    member = Member(Kind.NODE, membership, directory, credentials, agent.on_batch, problems=agent.problems)
+    member.replica.want_all_addresses()
+    member.restore()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(credentials.watch(member.renewed))
+        group.create_task(member.run())
+
+
+def _membership(options: Options) -> Membership:
+    """Who this node is in the mesh; joins it first if need be. Raises JoinError."""
+    found = joining.member(options.identity_dir, options.join)
+    expected = make_id(found.identity.trust_domain, DEFAULT_ROOT_NAMESPACE, f"node-{options.name}")
+    if found.identity != expected:
+        raise JoinError(f"{options.identity_dir} is {found.identity}'s; node {options.name} must be {expected}")
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
@@ -287,17 +366,27 @@ def main(argv: Sequence[str]) -> int:
             sync = Sync(loader.maps, options.ranges)
             workloads = Workloads(loader, pins / "links")
             workloads.adopt()
-            agent = Agent(options, loader, sync, workloads)
-            source = FileSource(options.config, options.trust_domain)
-            agent.apply(source.load())
-            if source.warnings:
-                _log.warning("configuration: %s", source.warnings)
-            asyncio.run(_run(agent, source, options))
+            if options.config:
+                agent = Agent(options, loader, sync, workloads)
+                source = FileSource(options.config, options.trust_domain)
+                agent.apply(source.load())
+                if source.warnings:
+                    _log.warning("configuration: %s", source.warnings)
+                feed = source.watch(agent.on_batch, agent.on_error)
+            else:
+                membership = _membership(options)
+                credentials = CurrentCredentials(options.identity_dir, membership.identity)
+                options = replace(options, trust_domain=membership.identity.trust_domain)
+                agent = Agent(options, loader, sync, workloads)
+                feed = _follow(agent, membership, credentials, options.identity_dir)
+            asyncio.run(_run(agent, options, feed))
     except (
         PinError,
         LoadError,
         ListenError,
         ConfigError,
+        CredentialsError,
+        JoinError,
         RecordError,
         RegistrationError,
         SyncError,

@@ -18,9 +18,13 @@ import pytest
 from bpf import bpffs, layout
 from bpf.libbpf import BpfError
 from bpf.loader import HOOKS
+from control.api.identity import SpiffeId, make_id
+from control.api.status import Kind, ProxyStatus
 from control.client.files import FileSource
 from tests.support import capture
+from tests.support.brokers import Broker
 from tests.support.capture import KNOWN_V4, OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORKLOAD_V4, WORKLOAD_V6
+from tests.support.member_site import Control, controlled
 from uproxy.node import agent
 from uproxy.node.client import NodeClient, NodeError
 from uproxy.node.sync import MeshRanges, Sync
@@ -73,10 +77,19 @@ class Host:
         given = ["--name", self.name, "--run-dir", str(self.directory / "run"), "--config", str(self.config)]
         return [sys.executable, "-m", "uproxy", "node", *given, "--mesh-cidr", *MESH, *more]
 
-    @contextlib.contextmanager
-    def agent(self, *more: str) -> Iterator[subprocess.Popen[str]]:
+    def joined_arguments(self) -> list[str]:
+        """Of an agent that the control plane configures."""
+        given = ["--name", self.name, "--run-dir", str(self.directory / "run"), "--mesh-cidr", *MESH]
+        joined = ["--join", str(self.directory / "token"), "--identity-dir", str(self.directory / "identity")]
+        return [sys.executable, "-m", "uproxy", "node", *given, *joined]
+
+    def agent(self, *more: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
         """Running and ready; killed at the end if it runs still."""
-        process = subprocess.Popen(self.arguments(*more), stderr=subprocess.PIPE, text=True)
+        return self.running(self.arguments(*more))
+
+    @contextlib.contextmanager
+    def running(self, arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
         try:
             self._wait(process)
             yield process
@@ -303,7 +316,16 @@ def test_an_empty_mesh_is_whole_and_closed(host, site):
 
 def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loader, pins, monkeypatch):
     """Even if that batch changes nothing that the kernel holds."""
-    options = agent.Options(host.name, (), "cluster.local", MeshRanges.parse(MESH), host.directory, remove=False)
+    options = agent.Options(
+        name=host.name,
+        config=(),
+        identity_dir=host.directory,
+        join=None,
+        trust_domain="cluster.local",
+        ranges=MeshRanges.parse(MESH),
+        run_dir=host.directory,
+        remove=False,
+    )
     sync = Sync(loader.maps, options.ranges)
     running = agent.Agent(options, loader, sync, Workloads(loader, pins / "links"))
     running.apply([])
@@ -421,8 +443,12 @@ def test_without_objects_it_says_what_to_run(host, tmp_path):
     [
         ([], "--name"),
         (["--name", "a/b", "--config", "x", "--mesh-cidr", "10.0.0.0/8"], "use 1-63 of a-z"),
-        (["--name", "a", "--mesh-cidr", "10.0.0.0/8"], "--config and --mesh-cidr are needed"),
-        (["--name", "a", "--config", "x"], "--config and --mesh-cidr are needed"),
+        (["--name", "a", "--config", "x"], "--mesh-cidr is needed"),
+        (
+            ["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.0/8", "--join", "t"],
+            "configures instead of --config",
+        ),
+        (["--name", "a", "--mesh-cidr", "10.0.0.0/8", "--trust-domain", "td"], "--trust-domain belongs to --config"),
         (["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.1/8"], "has bits set beyond its prefix"),
         (["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.0/8", "--trust-domain", "A B"], "trust domain"),
     ],
@@ -440,3 +466,82 @@ def test_everything_is_attached(host, site):
         assert {pin.name for pin in (host.pins / "links" / "web").iterdir()} == set(HOOKS)
         (host.pins / "links" / "web" / "bind4").unlink()
         assert "not attached: bind4" in host.client.status()["error"]
+
+
+@pytest.fixture
+def joined(host, tmp_path) -> Iterator[tuple[Broker, Control]]:
+    """A control plane that has the configuration, and a token for the host's agent."""
+    with controlled(tmp_path, [identity_of(host)]) as (broker, control):
+        control.apply(CONFIG)
+        (host.directory / "token").write_text(control.token(control.members.node(host.name)))
+        yield broker, control
+
+
+def identity_of(host) -> SpiffeId:
+    return make_id("cluster.local", "mesh-system", f"node-{host.name}")
+
+
+def reported(host, control) -> ProxyStatus | None:
+    return control.status(identity_of(host), f"node-{host.name}")
+
+
+def test_a_node_that_has_joined_follows_the_control_plane(host, site, joined):
+    _, control = joined
+    with host.running(host.joined_arguments()) as process:
+        status = host.client.status()
+        assert (status["whole"], status["services"], status["addresses"], status["error"]) == (True, 1, 2, "")
+        register(host, site)
+        with site.uproxy():
+            with pytest.raises(ConnectionRefusedError):
+                site.in_app(lambda: dial(UNKNOWN_V4))
+            control.apply(CONFIG.replace(VIP_V4, UNKNOWN_V4))
+            eventually(lambda: host.client.status()["generation"] == 2)
+            assert len(site.in_app(lambda: dial(UNKNOWN_V4))) == 64
+            with pytest.raises(ConnectionRefusedError):
+                site.in_app(lambda: dial(VIP_V4))
+        control.apply(CONFIG.replace(VIP_V4, "198.51.100.1"))
+        eventually(lambda: "198.51.100.1, outside the mesh's ranges" in host.client.status()["error"])
+        eventually(lambda: any("198.51.100.1" in text for text in reported(host, control).problems))
+        assert reported(host, control).kind is Kind.NODE
+        control.apply(CONFIG)
+        eventually(lambda: not host.client.status()["error"])
+        assert_enforced(site)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    eventually(lambda: not reported(host, control).online)
+
+
+def test_a_node_that_has_joined_starts_from_disk_and_without_a_disk_opens_nothing(host, site, joined):
+    broker, control = joined
+    state = host.directory / "identity" / "state"
+    with host.running(host.joined_arguments()):
+        register(host, site)
+        eventually(state.exists)
+    control.stop()
+    broker.kill()
+    (host.directory / "token").unlink()
+    with host.running(host.joined_arguments()):
+        assert host.client.status()["whole"]
+        assert_enforced(site)
+    state.unlink()
+    process = subprocess.Popen(host.joined_arguments(), stderr=subprocess.PIPE, text=True)
+    try:
+        time.sleep(2)
+        assert process.poll() is None
+        with pytest.raises(NodeError):
+            host.client.status()
+        assert_enforced(site)
+        broker.start()
+        host._wait(process)
+        assert host.client.status()["whole"]
+        assert_enforced(site)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_node_has_its_own_identity_and_no_other(host, joined, tmp_path):
+    other = Host(capture.unique_name(), tmp_path)
+    assert f"node {other.name} must be spiffe://cluster.local/ns/mesh-system/sa/node-{other.name}" in other.fails(
+        *other.joined_arguments()
+    )
