@@ -78,6 +78,8 @@ class Subscriber:
         self._interests = asyncio.Event()
         self._report_due = asyncio.Event()
         self._renewed = asyncio.Event()
+        self._ending = False
+        """Python 3.11's TaskGroup drops a cancellation that meets a failure, such as the loss of the connection."""
         self._refused: frozenset[str] = frozenset()
         self._fault = "not connected to the broker yet"
         self._bug = ""
@@ -103,17 +105,28 @@ class Subscriber:
 
     async def run(self) -> None:
         """For ever: one connection after the other, to any of the brokers."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._reconnect())
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self._ending = True
+
+    async def _reconnect(self) -> None:
         failures = 0
         for url in _in_turn(self._access.urls):
             started = time.monotonic()
+            pause_s = 0.0
             try:
                 await self._connection(url)
-                continue
             except BrokerError as error:
                 self._lost(url, str(error))
-            failures = 0 if time.monotonic() - started > _HEALTHY_S else failures + 1
+                failures = 0 if time.monotonic() - started > _HEALTHY_S else failures + 1
+                pause_s = _retry_delay_s(failures)
+            if self._ending:
+                return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_retry_delay_s(failures)):
+                async with asyncio.timeout(pause_s):
                     await self._renewed.wait()  # the certificate may have been what was wrong
 
     async def _connection(self, url: str) -> None:

@@ -49,6 +49,8 @@ class Publisher:
         self._client_id = f"control-plane-{secrets.token_hex(16)}"
         self._statuses = subtree(self._trust_domain, "status").removesuffix("#")
         self._wake = asyncio.Event()
+        self._ending = False
+        """Python 3.11's TaskGroup drops a cancellation that meets a failure, such as the loss of the connection."""
         self._epoch_seen = 0
         """The highest that anybody has published, or that a proxy has applied."""
         self.connected = False
@@ -68,6 +70,10 @@ class Publisher:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._refresh())
             group.create_task(self._reconnect())
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self._ending = True
 
     async def _refresh(self) -> None:
         while True:
@@ -91,6 +97,8 @@ class Publisher:
                 _log.warning("broker %s", self.problem)
             finally:
                 self.connected = self.published = False
+            if self._ending:
+                return
             await asyncio.sleep(random.uniform(0.0, pause))
 
     async def _serve(self, broker: Connection) -> None:
