@@ -651,8 +651,11 @@ class Replica:
                 first = self._short(next(iter(one.missing)))
                 yield f"{name}: {len(one.missing)} of what it lists, as {first}"
             elif one.target is None and one.applied is None:
-                known = self._name(RootTopic(one.owner) if one.owner else AddressesRootTopic()) in self._unverified
-                yield f"{name}, verified: the config key is not known" if known else name
+                yield name
+        if not self._verifier.ready and self._unverified:
+            yield "trust"
+        for topic in self._to_verify:
+            yield f"{self._short(topic)}: its signature is not verified yet"
         for wanted in self._services.values():
             name = f"{wanted.topic.namespace}/{wanted.topic.name}"
             if not wanted.settled:

@@ -18,6 +18,7 @@ from control.api import messages, records
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from control.api.index import Resident
+from control.api.messages import Body, Stamp
 from control.api.records import Record
 from control.api.signing import CONFIG_KEY_OID
 from control.api.topics import (
@@ -25,6 +26,7 @@ from control.api.topics import (
     RecordTopic,
     RootTopic,
     StatusTopic,
+    Topic,
     address_shard,
     format_topic,
     parse_topic,
@@ -105,7 +107,7 @@ class ControlPlane:
         self.epoch = 0
         self.version = 0
         self.history: dict[tuple[str, tuple[int, int]], Truth] = {}
-        """(namespace or "addr", stamp of its root) -> the truth as of that root."""
+        """(topic, stamp) of each root, manifest and address shard -> the truth as of it."""
 
     def start(self, seen: int = 0) -> list[Publication]:
         """A new epoch, above all that was seen."""
@@ -121,7 +123,7 @@ class ControlPlane:
 
     def publish(self, truth: Truth) -> list[Publication]:
         """A change set."""
-        before, self.truth = self.truth, copy.deepcopy(truth)
+        before, self.truth = self.truth, Truth(dict(truth.records), dict(truth.residents))
         pen = self._pen()
         changed: list[Message] = []
         for namespace in sorted(before.namespaces() | truth.namespaces()):
@@ -150,8 +152,10 @@ class ControlPlane:
         return [(topic, b"") for topic in gone]
 
     def backup(self) -> ControlPlane:
-        """All that a restored control plane knows."""
-        return copy.deepcopy(self)
+        """All that a control plane knows which is restored later."""
+        found = copy.copy(self)
+        found.store = dict(self.store)
+        return found
 
     def audit(self, retained: Mapping[str, bytes]) -> list[Publication]:
         """Makes the broker hold what the store does, whoever published there meanwhile; for every connection."""
@@ -188,10 +192,6 @@ class ControlPlane:
         changed = [publication.trust_message(pen, self.signer.certificates)]
         return self._commit(changed + publication.reissued(pen, list(self.store.values())))
 
-    def at(self, name: str, root: tuple[int, int, int]) -> Truth:
-        """The truth as of a root that a replica has applied. Raises KeyError when there never was such a one."""
-        return self.history[name, root[:2]]
-
     def _pen(self) -> Pen:
         return Pen(TRUST_DOMAIN, (self.epoch, self.version + 1), self.now, self.signer.key.sign)
 
@@ -201,14 +201,14 @@ class ControlPlane:
             self.version += 1
         for message in found:
             self.store[message.topic] = message
-            if message.rank is Rank.ROOT:
-                self.history[message.namespace or "addr", message.stamp] = copy.deepcopy(self.truth)
+            if message.rank is not Rank.RECORD:
+                self.history[message.topic, message.stamp] = self.truth
         return [(message.topic, message.payload) for message in found]
 
     def _held(self, namespace: str) -> dict[str, Message]:
         return {topic: message for topic, message in self.store.items() if message.namespace == namespace}
 
-    def _topic(self, topic) -> str:
+    def _topic(self, topic: Topic) -> str:
         return format_topic(TRUST_DOMAIN, topic)
 
 
@@ -224,11 +224,13 @@ class Proxy:
         self._signer = key or signer()
         self.queue: list[Publication] = []
         self.subscribed: frozenset[str] = frozenset()
-        self.batches: list[Batch] = []
-        """All that were applied."""
+        self.held: dict[str, Body] = {}
+        """Topic -> body of all that the replica has handed out."""
         self._boot()
 
     def _boot(self) -> None:
+        self.held.clear()
+        self._last: Stamp = (0, 0)
         self.replica = Replica(TRUST_DOMAIN, self._signer.verifier(), ROOT_NAMESPACE)
         self.state = State(TRUST_DOMAIN, ROOT_NAMESPACE)
         self._want(self.replica)
@@ -272,6 +274,10 @@ class Proxy:
             self.deliver(now)
         self.idle(now)
 
+    def flush(self, now: float) -> None:
+        """Something arrives that says nothing."""
+        self._apply(self.replica.receive("", b"", now))
+
     def idle(self, now: float) -> None:
         while self.replica.has_work:
             self._apply(self.replica.work(now))
@@ -279,7 +285,14 @@ class Proxy:
     def _apply(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
             self.state.apply(batch)
-            self.batches.append(batch)
+            for topic, payload in batch:
+                envelope = messages.decode(payload)
+                assert envelope.stamp > self._last, "the state would not take it"
+                self._last = envelope.stamp
+                if envelope.body is None:
+                    del self.held[topic]  # nothing is taken back that was not handed out
+                else:
+                    self.held[topic] = envelope.body
 
 
 def uproxy(identity: SpiffeId, instance: str) -> Proxy:

@@ -1,0 +1,465 @@
+"""The contract: whatever becomes of messages on their way, what a proxy holds is what the control plane published as a
+whole, never goes back, knows whether it is whole, and becomes equal to the control plane's truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from control.api import index, messages, records
+from control.api.address import IpAddress
+from control.api.identity import make_id, proxy_hash
+from control.api.index import ResidentService
+from control.api.policy import Action, AuthorizationPolicy
+from control.api.topics import (
+    AddressesRootTopic,
+    AddressesTopic,
+    EndpointTopic,
+    ManifestTopic,
+    PolicyTopic,
+    RootTopic,
+    ServiceTopic,
+    Topic,
+    TrustTopic,
+    WorkloadTopic,
+    address_shard,
+    format_topic,
+    parse_topic,
+)
+from control.api.workload import Endpoint, Service, ServicePort, Workload, key
+from control.client.replica import ADDRESSES, Status
+from tests.support import plane
+from tests.support.plane import ROOT_NAMESPACE, Broker, ControlPlane, Truth, namespace_of
+from tests.support.records import TRUST_DOMAIN, policies, workloads
+
+WEB = make_id(TRUST_DOMAIN, "shop", "web")
+OWN = format_topic(TRUST_DOMAIN, WorkloadTopic(proxy_hash(WEB), "web-1"))
+OWN_NAMESPACES = ("shop", ROOT_NAMESPACE)
+NOW = plane.signer().made_at + 100
+
+service_keys = st.sampled_from(["shop/web", "shop/web", "shop/db", "bank/db", "bank/x"])
+sides = st.sampled_from(["uproxy", "uproxy", "node"])
+ips = st.integers(1, 12).map(lambda number: IpAddress(f"10.0.0.{number}"))
+residents = st.builds(ResidentService, st.just("shop"), st.sampled_from(["web", "db"]), st.just((80,)))
+
+
+@st.composite
+def services(draw) -> Service:
+    namespace, service = draw(service_keys).split("/")
+    ports = (ServicePort("http", draw(st.integers(1, 3)), 8080, ""),)
+    return Service(namespace, service, (draw(ips),), ports, {}, (make_id(TRUST_DOMAIN, namespace, "web"),))
+
+
+@st.composite
+def endpoints(draw) -> Endpoint:
+    service = draw(service_keys)
+    namespace = service.partition("/")[0]
+    workload = f"{namespace}/{draw(st.sampled_from(['web-1', 'web-2', 'web-3']))}"
+    identity = make_id(TRUST_DOMAIN, namespace, "web")
+    return Endpoint(service, workload, draw(ips), identity, {80: 8080}, draw(st.integers(1, 3)), True, {})
+
+
+own_workloads = st.builds(
+    lambda ip, weight: Workload("shop", "web-1", "web", WEB, (ip,), {}, {}, "", weight), ips, st.integers(1, 3)
+)
+few_policies = st.builds(
+    AuthorizationPolicy,
+    st.sampled_from(["shop", "shop", "bank", ROOT_NAMESPACE]),
+    st.sampled_from(["a", "b", "c"]),
+    st.sampled_from([Action.ALLOW, Action.DENY]),
+    st.none(),
+    st.just(()),
+)
+some = st.one_of(services(), endpoints(), endpoints(), endpoints(), few_policies, own_workloads)
+changes = st.one_of(
+    st.lists(some, min_size=1, max_size=4), st.lists(st.one_of(some, workloads(), policies), min_size=1, max_size=4)
+)
+
+
+def name(topic: Topic) -> str:
+    return format_topic(TRUST_DOMAIN, topic)
+
+
+def bodies(truth: Truth, namespace: str, kind: type) -> dict[str, messages.Body]:
+    """Topic -> body of a truth's records of one kind, in one namespace."""
+    return {
+        name(topic): records.write(record)
+        for topic, record in truth.records.items()
+        if isinstance(topic, kind) and namespace_of(record) == namespace
+    }
+
+
+def _parsed(text: str) -> Topic | None:
+    return None if text.endswith("#") else parse_topic(TRUST_DOMAIN, text)
+
+
+def shard_body(truth: Truth, number: int) -> Mapping[str, object]:
+    residents = {ip: truth.residents[ip] for ip in sorted(truth.residents) if address_shard(ip) == number}
+    return index.write(index.AddressShard(residents))["addresses"]
+
+
+class Contract(RuleBasedStateMachine):
+    """One uProxy and one node agent at one broker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plane = ControlPlane(1_000_000)
+        self.uproxy = plane.uproxy(WEB, "web-1")
+        self.node = plane.node_agent()
+        self.proxies = {"uproxy": self.uproxy, "node": self.node}
+        self.broker = Broker(*self.proxies.values())
+        self.floors: dict[tuple[str, str], tuple[int, int]] = {}
+        self.newest: dict[str, tuple[int, int]] = {}
+        """Topic -> stamp of the newest root or manifest that the uProxy has got."""
+        self.snapshots = [(side, None, {}, {}) for side in self.proxies]
+        self.backups: list[ControlPlane] = []
+        self.disturbed = False
+        """Whether somebody has meddled with what a proxy got, so that only reconnecting helps it."""
+
+    @initialize(found=st.lists(some, min_size=4, max_size=12), wanted=st.sets(service_keys, max_size=3))
+    def begin(self, found, wanted):
+        self.broker.publish(self.plane.start())
+        truth = Truth()
+        truth.put(Workload("shop", "web-1", "web", WEB, (IpAddress("10.0.0.1"),), {}, {}, "", 1), *found)
+        self.broker.publish(self.plane.publish(truth))
+        for service in sorted(wanted):
+            self.want_service(service)
+        for proxy in self.proxies.values():
+            proxy.connect(self.broker.retained)
+
+    # The control plane
+
+    @rule(found=changes, gone=st.lists(st.integers(0, 30), max_size=3), data=st.data())
+    def change(self, found, gone, data):
+        truth = Truth(dict(self.plane.truth.records), dict(self.plane.truth.residents))
+        for number in gone:
+            if truth.records:
+                del truth.records[list(truth.records)[number % len(truth.records)]]
+            if truth.residents:
+                del truth.residents[list(truth.residents)[number % len(truth.residents)]]
+        truth.put(*found)
+        truth.residents |= data.draw(st.dictionaries(ips, residents, max_size=2))
+        published = self.plane.publish(truth)
+        # A crash in the middle, sometimes: the rest is published by the audit of the next start.
+        self.broker.publish(published[: data.draw(st.one_of(st.none(), st.none(), st.integers(0, len(published))))])
+
+    @rule()
+    def refresh(self):
+        self.plane.now += 30
+        self.broker.publish(self.plane.refresh())
+
+    @rule()
+    def restart_control_plane(self):
+        self.plane.now += 1000
+        self.broker.publish(self.plane.start(self.broker.epoch()))
+        self.broker.publish(self.plane.audit(self.broker.retained))
+
+    @rule()
+    def back_up(self):
+        self.backups.append(self.plane.backup())
+
+    @precondition(lambda self: self.backups)
+    @rule(number=st.integers(0, 10))
+    def restore(self, number):
+        backup = self.backups[number % len(self.backups)].backup()
+        backup.now = self.plane.now
+        self.disturbed |= backup.signer is not self.plane.signer
+        self.plane = backup
+        self.restart_control_plane()
+
+    @rule()
+    def collect_tombstones(self):
+        self.broker.publish(self.plane.collect())
+
+    @rule()
+    def lose_all_retained(self):
+        for proxy in self.proxies.values():
+            proxy.disconnect()
+        self.broker.retained.clear()
+        self.broker.publish(self.plane.audit({}))
+
+    @rule(number=st.integers(0, 2))
+    def change_key(self, number):
+        self.disturbed = True  # until the trust arrives, what is signed anew is not known to be newer
+        self.broker.publish(self.plane.change_key(number))
+
+    # The way to a proxy
+
+    @precondition(lambda self: any(proxy.queue for proxy in self.proxies.values()))
+    @rule(side=sides, count=st.integers(1, 40), jumps=st.lists(st.integers(0, 100), max_size=5))
+    def deliver(self, side, count, jumps):
+        for number in range(count):
+            self._deliver(side, jumps[number] if number < len(jumps) else 0)
+
+    def _deliver(self, side, place):
+        proxy = self.proxies[side]
+        if not proxy.queue:
+            return
+        place %= len(proxy.queue)
+        topic, payload = proxy.queue[place]
+        proxy.deliver(NOW, place)
+        if side == "uproxy" and payload:
+            self._note(topic, payload)
+
+    def _note(self, topic, payload):
+        if (topic, payload) not in self.broker.log:
+            return
+        match parse_topic(TRUST_DOMAIN, topic):
+            case RootTopic(namespace):
+                wanted = namespace in self._namespaces()
+            case ManifestTopic(namespace, service):
+                wanted = key(namespace, service) in self.uproxy.replica.services()
+            case _:
+                return
+        if wanted:
+            self.newest[topic] = max(self.newest.get(topic, (-1, -1)), messages.decode(payload).stamp)
+
+    @rule(side=sides)
+    def idle(self, side):
+        self.proxies[side].idle(NOW)
+
+    @rule(side=sides, number=st.integers(0, 1000), place=st.integers(0, 1000))
+    def repeat(self, side, number, place):
+        """A message that was published once arrives again, or late."""
+        proxy = self.proxies[side]
+        topic, payload = self.broker.log[number % len(self.broker.log)]
+        if isinstance(parse_topic(TRUST_DOMAIN, topic), TrustTopic):
+            self.disturbed = True
+        proxy.queue.insert(place % (len(proxy.queue) + 1), (topic, payload))
+
+    @rule(side=sides, place=st.integers(0, 1000))
+    def lose(self, side, place):
+        """A broker drops a message, and says nothing."""
+        proxy = self.proxies[side]
+        if proxy.queue:
+            del proxy.queue[place % len(proxy.queue)]
+
+    @rule(side=sides)
+    def reconnect(self, side):
+        self.proxies[side].connect(self.broker.retained)
+
+    @rule(side=sides)
+    def disconnect(self, side):
+        self.proxies[side].disconnect()
+
+    @rule(side=sides, number=st.integers(0, 1000), how=st.integers(0, 6), place=st.integers(0, 1000), data=st.data())
+    def forge(self, side, number, how, place, data):
+        """Somebody who holds the broker, but no key."""
+        self.disturbed = True
+        proxy = self.proxies[side]
+        topic, payload = self.broker.log[number % len(self.broker.log)]
+        envelope = messages.decode(payload)
+        # Nothing protects a manifest from one that claims to be newer: until the next epoch, its service is not whole.
+        if not isinstance(parse_topic(TRUST_DOMAIN, topic), ManifestTopic) or how == 4:
+            newer = replace(envelope, version=envelope.version + data.draw(st.integers(0, 3)))
+            other, _ = self.broker.log[data.draw(st.integers(0, 1000)) % len(self.broker.log)]
+            match how:
+                case 0:
+                    payload = messages.encode(newer)
+                case 1:
+                    payload = messages.encode(replace(newer, body=None))
+                case 2:
+                    payload = messages.encode(replace(newer, epoch=newer.epoch + 1))
+                case 3 if not isinstance(parse_topic(TRUST_DOMAIN, other), ManifestTopic):
+                    topic = other
+                case 4:
+                    payload = payload[: data.draw(st.integers(0, len(payload)))]
+                case 5:
+                    payload = data.draw(st.binary(max_size=40))
+                case 6 if envelope.body is not None:
+                    spoilt = dict(envelope.body)
+                    spoilt.update(data.draw(st.sampled_from([{"signature": b""}, {"x": 1}, {"labels": {"app": "x"}}])))
+                    payload = messages.encode(replace(envelope, body=spoilt))
+            proxy.queue.insert(place % (len(proxy.queue) + 1), (topic, payload))
+
+    # The proxy
+
+    @rule(service=service_keys)
+    def want_service(self, service):
+        if service not in self.uproxy.replica.services():
+            namespace, _, service_name = service.partition("/")
+            self.newest.pop(name(ManifestTopic(namespace, service_name)), None)
+            if namespace not in self._namespaces():
+                self.newest.pop(name(RootTopic(namespace)), None)
+        self.uproxy.replica.want_service(service)
+        self._follow()
+
+    @rule(service=service_keys)
+    def drop_service(self, service):
+        self.uproxy.replica.drop_service(service)
+        self._follow()
+        self.uproxy.flush(NOW)  # what is dropped goes with the next batch
+
+    @rule(ip=ips)
+    def want_address(self, ip):
+        self.uproxy.replica.want_address(ip)
+        self._follow()
+
+    def _follow(self):
+        if self.uproxy.subscribed:
+            self.uproxy.subscribe(self.broker.retained)
+
+    @rule(side=sides)
+    def dump(self, side):
+        roots = self.proxies[side].replica.roots()
+        self.snapshots.append((side, self.proxies[side].replica.dump(), roots, dict(self.newest)))
+
+    @rule(number=st.integers(0, 1000))
+    def restart(self, number):
+        side, snapshot, roots, newest = self.snapshots[number % len(self.snapshots)]
+        self.proxies[side].restart(snapshot)
+        for owner in list(self.floors):
+            if owner[0] == side:
+                del self.floors[owner]
+        self.floors |= {(side, owner): root[:2] for owner, root in roots.items()}
+        if side == "uproxy":
+            manifests = {
+                t: stamp for t, stamp in newest.items() if isinstance(parse_topic(TRUST_DOMAIN, t), ManifestTopic)
+            }
+            self.newest = manifests if self.uproxy.replica.based else {}
+
+    # What must hold
+
+    def _namespaces(self):
+        return {*OWN_NAMESPACES, *(service.partition("/")[0] for service in self.uproxy.replica.services())}
+
+    @invariant()
+    def never_goes_back(self):
+        for side, proxy in self.proxies.items():
+            for owner, root in proxy.replica.roots().items():
+                assert root[:2] >= self.floors.get((side, owner), (-1, -1))
+                self.floors[side, owner] = root[:2]
+
+    @invariant()
+    def what_is_listed_was_published_as_a_whole(self):
+        self._check_node()
+        replica, held = self.uproxy.replica, self.uproxy.held
+        roots = replica.roots()
+        if not replica.based:
+            assert not held
+            return
+        expected: dict[str, messages.Body] = {}
+        for namespace in OWN_NAMESPACES:
+            truth = self._truth(RootTopic(namespace), roots[namespace])
+            expected |= bodies(truth, namespace, PolicyTopic)
+            expected |= {topic: body for topic, body in bodies(truth, namespace, WorkloadTopic).items() if topic == OWN}
+        for service in replica.services():
+            namespace, _, service_name = service.partition("/")
+            topic = name(ServiceTopic(namespace, service_name))
+            status = replica.service_status(service)
+            if status is Status.WAITING and topic not in held:
+                continue
+            record = bodies(self._truth(RootTopic(namespace), roots[namespace]), namespace, ServiceTopic).get(topic)
+            assert (record is None) == (status is Status.ABSENT)
+            if record is not None:
+                expected[topic] = record
+        kinds = (PolicyTopic, WorkloadTopic, ServiceTopic)
+        assert {t: b for t, b in held.items() if isinstance(parse_topic(TRUST_DOMAIN, t), kinds)} == expected
+        for topic in held:
+            match parse_topic(TRUST_DOMAIN, topic):
+                case EndpointTopic(namespace, service, _):
+                    assert name(ServiceTopic(namespace, service)) in held
+                case AddressesTopic():
+                    genuine = [messages.decode(p).body for t, p in self.broker.log if t == topic]
+                    assert held[topic] in genuine
+
+    def _check_node(self):
+        replica, held = self.node.replica, self.node.held
+        assert replica.based or not held
+        if replica.based:
+            truth = self._truth(AddressesRootTopic(), replica.roots()[ADDRESSES])
+            numbers = {address_shard(ip) for ip in truth.residents}
+            assert {t: b["addresses"] for t, b in held.items()} == {
+                name(AddressesTopic(number)): shard_body(truth, number) for number in numbers
+            }
+
+    def _truth(self, topic, root):
+        return self.plane.history[name(topic), root[:2]]
+
+    @invariant()
+    def knows_whether_it_is_whole(self):
+        replica = self.uproxy.replica
+        assert replica.whole == (not replica.waiting())
+        if not replica.whole or self.disturbed:
+            return
+        for namespace in self._namespaces():
+            newest = self.newest.get(name(RootTopic(namespace)), (-1, -1))
+            assert replica.roots()[namespace][:2] >= newest
+        for service in replica.services():
+            if replica.service_status(service) is Status.KNOWN:
+                topic = ManifestTopic(*service.split("/"))
+                if name(topic) in self.newest:
+                    truth = self.plane.history[name(topic), self.newest[name(topic)]]
+                    assert self._held_endpoints(service) == self._endpoints(truth, service)
+
+    def _held_endpoints(self, service):
+        prefix = f"mesh/v1/{TRUST_DOMAIN}/ep/{service}/"
+        return {topic: body for topic, body in self.uproxy.held.items() if topic.startswith(prefix)}
+
+    def _endpoints(self, truth, service):
+        namespace, _, service_name = service.partition("/")
+        return {
+            name(topic): records.write(record)
+            for topic, record in truth.records.items()
+            if isinstance(topic, EndpointTopic) and (topic.namespace, topic.service) == (namespace, service_name)
+        }
+
+    @rule()
+    def converges(self):
+        """Once the broker has all and delivers it, everybody holds the truth, and says so."""
+        self.broker.publish(self.plane.audit(self.broker.retained))
+        for side, proxy in self.proxies.items():
+            proxy.connect(self.broker.retained)
+            while proxy.queue:
+                self._deliver(side, 0)
+            proxy.idle(NOW)
+        self.disturbed = False
+        truth = self.plane.truth
+        there = {namespace for namespace in self._namespaces() if name(RootTopic(namespace)) in self.broker.retained}
+        replica = self.uproxy.replica
+        assert replica.based == there.issuperset(OWN_NAMESPACES)
+        if replica.based:
+            shards = {topic for topic in replica.filters() if isinstance(_parsed(topic), AddressesTopic)}
+            known = shards & self.broker.retained.keys()
+            assert replica.whole == (there == self._namespaces() and known == shards), replica.waiting()
+            for service in replica.services():
+                namespace, _, service_name = service.partition("/")
+                exists = ServiceTopic(namespace, service_name) in truth.records
+                status = Status.KNOWN if exists else Status.ABSENT if namespace in there else Status.WAITING
+                assert replica.service_status(service) is status
+                assert self._held_endpoints(service) == (self._endpoints(truth, service) if exists else {})
+            for topic in known:
+                assert self.uproxy.held[topic]["addresses"] == shard_body(truth, _parsed(topic).shard)
+            for owner, root in replica.roots().items():
+                then = self._truth(RootTopic(owner), root)
+                for kind in (ServiceTopic, PolicyTopic, WorkloadTopic):
+                    assert bodies(then, owner, kind) == bodies(truth, owner, kind)
+        assert self.node.replica.whole
+        assert self._truth(AddressesRootTopic(), self.node.replica.roots()[ADDRESSES]).residents == truth.residents
+
+    def teardown(self):
+        self.converges()
+
+
+def test_the_contract():
+    run_state_machine_as_test(
+        Contract,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
