@@ -8,6 +8,7 @@ is known never comes here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final
@@ -27,9 +28,13 @@ MAX_SERVICES: Final = 1000
 the one that was unused for longest, which costs its next caller another wait."""
 MAX_SERVED: Final = 32
 """Services subscribed to because callers say that this workload serves them; the oldest makes room."""
-MAX_CALLER_SHARDS: Final = 16
-"""Shards of addresses, of 256, subscribed to only to know callers by name."""
+MAX_CALLER_BYTES: Final = 1024 * 1024
+"""Of addresses, beyond which no more are subscribed to for a caller's name: all of 10,000, a tenth of 100,000."""
+COURTESY_S: Final = 0.1
+"""How long a caller waits to be known by name, the first time that anybody comes from its shard of addresses."""
 SWEEP_S: Final = 60.0
+
+_MAX_STRANGERS: Final = 8  # shards that are asked for at once for callers
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class Demand:
         self._dialled: dict[str, None] = {}  # the one unused for longest comes first
         self._unanswered: frozenset[str] = frozenset()  # of these, what had not come at the last sweep
         self._served: dict[str, None] = {}  # the oldest comes first
-        self._caller_shards: set[int] = set()
+        self._strangers: dict[int, IpAddress] = {}
+        """Shard that has not come -> the caller it was asked for, since the last sweep."""
         self._waiting: dict[_Need, set[Waiter[None]]] = {}
         self._sweep_at = monotonic() + SWEEP_S
 
@@ -102,26 +108,33 @@ class Demand:
 
     async def served(self, service_key: str) -> None:
         """As `service`, for one that a caller dialled and this workload may serve."""
-        self.offer(service_key)
-        await self._until(_Service(service_key), monotonic() + PATIENCE_S)
-
-    def offer(self, service_key: str) -> None:
-        """A caller says that this workload serves it: ask, for the next caller to be counted under its name."""
+        deadline = monotonic() + PATIENCE_S
         self._want_service(service_key, self._served, MAX_SERVED)
+        await self._until(_Service(service_key), deadline)
 
-    def caller(self, address: IpAddress) -> None:
-        """Ask who calls from an address, for its next connection to be counted under its name."""
-        shard = address_shard(address)
-        if shard in self._caller_shards or len(self._caller_shards) >= MAX_CALLER_SHARDS:
-            return
-        self._caller_shards.add(shard)
-        self._want_address(address)
+    async def introduce(self, caller: IpAddress | None, service_key: str) -> None:
+        """Ask who calls (None: it is known) and for the service that it says we serve (may be empty).
+
+        Telemetry only: waits a moment, the first time, and does without the answer.
+        """
+        needs: list[_Need] = []
+        if caller is not None and self._asks_for(caller):
+            needs.append(_Address(caller))
+        if service_key and service_key not in self._served:
+            self._want_service(service_key, self._served, MAX_SERVED)
+            needs.append(_Service(service_key))
+        deadline = monotonic() + COURTESY_S
+        with suppress(TimeoutError):
+            for need in needs:
+                await self._wait(need, deadline)
 
     def progress(self) -> None:
         """The replica may know more: call it on the plane, after the state was brought up to date."""
         for need in [need for need in self._waiting if self._is_answered(need)]:
             for waiter in self._waiting.pop(need):
                 waiter.set(None)
+        for shard in [shard for shard, caller in self._strangers.items() if self._is_answered(_Address(caller))]:
+            del self._strangers[shard]
 
     def tick(self, now: float) -> None:
         """Called every few seconds: forget what was asked for and never came, and note which services are in use."""
@@ -136,15 +149,12 @@ class Demand:
             if _Service(service_key) not in self._waiting:
                 self._drop(service_key, self._dialled)
         self._unanswered = unanswered
+        self._strangers.clear()
 
     async def _until(self, need: _Need, deadline: float) -> None:
-        if self._is_answered(need):
-            return
-        waiters = self._waiting.setdefault(need, set())
-        waiter: Waiter[None] = Waiter(self._plane)
-        waiters.add(waiter)
+        """Raises RefusedError when it does not come in time."""
         try:
-            await self._plane.wait(waiter, deadline - monotonic())
+            await self._wait(need, deadline)
         except TimeoutError:
             self.timeouts += 1
             raise RefusedError(
@@ -152,10 +162,34 @@ class Demand:
                 f"{_described(need)} did not come from the control plane within {PATIENCE_S:g} s",
                 flag=Flag.NO_CONFIG,
             ) from None
+
+    async def _wait(self, need: _Need, deadline: float) -> None:
+        """Raises TimeoutError."""
+        if self._is_answered(need):
+            return
+        waiters = self._waiting.setdefault(need, set())
+        waiter: Waiter[None] = Waiter(self._plane)
+        waiters.add(waiter)
+        try:
+            await self._plane.wait(waiter, deadline - monotonic())
         finally:
             waiters.discard(waiter)
             if not waiters and self._waiting.get(need) is waiters:
                 del self._waiting[need]
+
+    def _asks_for(self, caller: IpAddress) -> bool:
+        """Asks for a caller's shard of addresses, within bounds. Whether it did."""
+        shard = address_shard(caller)
+        if (
+            shard in self._strangers
+            or len(self._strangers) >= _MAX_STRANGERS
+            or self._state.address_bytes >= MAX_CALLER_BYTES
+            or self._is_answered(_Address(caller))
+        ):
+            return False
+        self._strangers[shard] = caller
+        self._want_address(caller)
+        return True
 
     def _is_answered(self, need: _Need) -> bool:
         match need:

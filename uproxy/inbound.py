@@ -129,8 +129,10 @@ class Inbound:
         request_id = traced[1].decode() if traced is not None else os.urandom(16).hex()
         record = self._record(host_port(carrier.peer_address, carrier.peer_port), request_id)
         record.source.identity = str(carrier.peer)
-        record.source.workload = self._workload_of(carrier)
         try:
+            if self._demand is not None:
+                await self._introduce(self._demand, carrier, fields)
+            record.source.workload = self._workload_of(carrier)
             address, port = await self._target(fields, record)
             policies = self._policies
             self._authorise(carrier, address, port)
@@ -158,6 +160,18 @@ class Inbound:
         await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
 
     # -- its stages
+
+    async def _introduce(self, demand: Demand, carrier: Tunnel, fields: dict[bytes, bytes]) -> None:
+        """The first time that we hear of a caller, or of a service of ours, give the control plane a moment to name it.
+
+        Telemetry only. Raises RefusedError when this proxy shuts down.
+        """
+        said = _FORWARDED_HOST.search(fields.get(b"forwarded", b""))
+        host = said[1].decode() if said is not None else ""
+        service = "" if host in self._services_here else self._unknown_service(host)
+        stranger = self._state.workload_at(carrier.peer_address) is None
+        if stranger or service:
+            await demand.introduce(carrier.peer_address if stranger else None, service)
 
     async def _target(self, fields: dict[bytes, bytes], record: Connection) -> tuple[IpAddress, int]:
         """The workload's address and port that a CONNECT asks for. Raises RefusedError with the status to answer."""
@@ -221,8 +235,6 @@ class Inbound:
     def _service_here(self, host: str) -> str | None:
         """Key of the named service, if this workload is one of its endpoints. Looked up once per configuration."""
         if host not in self._services_here:
-            if self._demand is not None and (unknown := self._unknown_service(host)):
-                self._demand.offer(unknown)
             service = self._state.service_named(host)
             endpoints = self._state.endpoints(service.key) if service is not None else ()
             mine = service is not None and any(e.workload == self._own.key for e in endpoints)
@@ -306,8 +318,6 @@ class Inbound:
     def _workload_of(self, carrier: Tunnel) -> Workload | None:
         """The caller's workload, for telemetry: only if address and proven identity agree."""
         workload = self._state.workload_at(carrier.peer_address)
-        if workload is None and self._demand is not None:
-            self._demand.caller(carrier.peer_address)
         return workload if workload is not None and workload.identity == carrier.peer else None
 
 

@@ -212,6 +212,11 @@ class State:
             self._asked[ip] = shard.resident_at(ip)
         return self._asked[ip]
 
+    @property
+    def address_bytes(self) -> int:
+        """What the addresses take, packed as they are."""
+        return sum(len(shard.packed) for shard in self._shards.values())
+
     def residents(self) -> dict[IpAddress, Resident]:
         """Every address that somebody lives at, made anew: a second for each 100,000."""
         return {ip: resident for shard in self._shards.values() for ip, resident in shard.residents().items()}

@@ -285,24 +285,63 @@ def test_what_never_came_is_forgotten_and_what_came_is_kept(
     run(published, test)
 
 
+def test_a_caller_and_the_service_it_dialled_are_known_by_their_first_connection(
+    published: tuple[dict[str, bytes], bytes],
+) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.deliver()
+        caller = backend(1)
+        assert proxy.state.workload_at(caller) is None
+        await proxy.one(proxy.demand.introduce(caller, "shop/db-2"))
+        known = proxy.state.workload_at(caller)
+        assert known is not None
+        assert known.name == "db-1"
+        assert proxy.state.service("shop/db-2") is not None
+        proxy.subscriptions.clear()
+        await proxy.one(proxy.demand.introduce(neighbour(caller), ""))
+        assert proxy.subscriptions == [], "its shard is here"
+
+    run(published, test)
+
+
+def test_a_caller_is_not_kept_waiting_for_its_name(published: tuple[dict[str, bytes], bytes]) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.deliver()
+        proxy.held_back = lambda topic: True
+        for least, most in ((demand.COURTESY_S, 1.0), (0.0, demand.COURTESY_S)):
+            began = time.monotonic()
+            await proxy.one(proxy.demand.introduce(backend(1), "shop/db-2"))
+            assert least <= time.monotonic() - began < most
+        assert proxy.demand.timeouts == 0
+
+    run(published, test)
+
+
 def test_what_callers_make_us_ask_for_is_bounded(
     published: tuple[dict[str, bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demand, "MAX_SERVED", 3)
-    monkeypatch.setattr(demand, "MAX_CALLER_SHARDS", 3)
 
     async def test(proxy: Proxy) -> None:
         proxy.deliver()
         await proxy.one(proxy.dial(1))
         for number in range(1, SERVICES + 1):
-            proxy.demand.offer(f"shop/db-{number}")
-            await asyncio.sleep(0.01)
+            await proxy.one(proxy.demand.introduce(None, f"shop/db-{number}"))
         assert len(proxy.replica.services()) == 4
         assert "shop/db-1" in proxy.replica.services(), "it was dialled too"
+        proxy.held_back = lambda topic: True
         before = len(proxy.replica.filters())
-        for number in range(1, 200):
-            proxy.demand.caller(parse_address(f"10.97.0.{number}"))
-        assert len(proxy.replica.filters()) == before + 3
+        callers = [parse_address(f"10.97.0.{number}") for number in range(1, 200)]
+        await proxy.all(*(proxy.demand.introduce(caller, "") for caller in callers))
+        assert len(proxy.replica.filters()) == before + demand._MAX_STRANGERS, "so many at once"
+        proxy.demand.tick(time.monotonic() + demand.SWEEP_S)
+        await proxy.all(*(proxy.demand.introduce(caller, "") for caller in reversed(callers)))
+        assert len(proxy.replica.filters()) > before + demand._MAX_STRANGERS, "others a minute later"
+        monkeypatch.setattr(demand, "MAX_CALLER_BYTES", 1)
+        proxy.demand.tick(time.monotonic() + 3 * demand.SWEEP_S)
+        before = len(proxy.replica.filters())
+        await proxy.all(*(proxy.demand.introduce(caller, "") for caller in callers))
+        assert len(proxy.replica.filters()) == before, "memory is bounded"
 
     run(published, test)
 

@@ -66,6 +66,9 @@ def served(site: MemberSite) -> bool:
 def test_from_token_to_traffic_and_what_it_tells_of_itself(running: tuple[MemberSite, object, object]) -> None:
     site, *_ = running
     assert dial(site.forward) == b"hello"
+    eventually(
+        lambda: 'src.workload="web"' in site.log("db") and 'dst.service="db.shop.svc.cluster.local"' in site.log("db")
+    )
     dump = control_of(site, "web")
     assert dump["connected"] is True
     assert dump["whole"] is True
