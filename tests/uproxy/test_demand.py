@@ -28,8 +28,9 @@ from tests.support.published import PREFIX, Shelf
 from uproxy import demand, plane
 from uproxy.demand import Demand
 from uproxy.errors import RefusedError
+from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
-from uproxy.resolve import Resolver
+from uproxy.resolve import Plan, Resolver
 
 SERVICES = 12
 
@@ -177,6 +178,35 @@ def test_a_burst_of_first_dials_is_one_subscription(published: tuple[dict[str, b
         proxy.subscriptions.clear()
         assert await proxy.one(proxy.dial(1)) == backend(1)
         assert proxy.subscriptions == []
+
+    run(published, test)
+
+
+def test_a_connection_asks_only_for_what_it_lacks(published: tuple[dict[str, bytes], bytes], patience: None) -> None:
+    async def test(proxy: Proxy) -> None:
+        own = Self("shop/web", str(WEB), proxy.state.trust_domain, ())
+        pool, connections, telemetry = (None,) * 3
+        outbound = Outbound(proxy.plane, proxy.state, pool, connections, telemetry, own, proxy.demand)  # type: ignore
+        proxy.deliver()
+        for asks in (True, False):
+            proxy.demand.used.clear()
+            proxy.subscriptions.clear()
+            plan = await proxy.one(outbound._plan(vip(1), 80))
+            assert isinstance(plan, Plan)
+            assert plan.hops[0].address == backend(1)
+            assert proxy.demand.used == {"shop/db-1"}
+            assert bool(proxy.subscriptions) is asks
+        proxy.held_back = lambda topic: True
+        for address, port, reason in ((vip(200), 80, "no-config"), (vip(1), 81, "no-config")):
+            proxy.subscriptions.clear()
+            refused = await proxy.one(outbound._plan(address, port))
+            assert isinstance(refused, RefusedError)
+            assert refused.reason == reason
+        proxy.held_back = lambda topic: False
+        proxy.interests_changed()
+        refused = await proxy.one(outbound._plan(vip(200), 80))
+        assert isinstance(refused, RefusedError)
+        assert refused.reason == "no-endpoint"
 
     run(published, test)
 
@@ -340,7 +370,8 @@ def test_what_callers_make_us_ask_for_is_bounded(
         monkeypatch.setattr(demand, "MAX_CALLER_BYTES", 1)
         proxy.demand.tick(time.monotonic() + 3 * demand.SWEEP_S)
         before = len(proxy.replica.filters())
-        await proxy.all(*(proxy.demand.introduce(caller, "") for caller in callers))
+        others = [parse_address(f"10.99.0.{number}") for number in range(1, 200)]
+        await proxy.all(*(proxy.demand.introduce(caller, "") for caller in others))
         assert len(proxy.replica.filters()) == before, "memory is bounded"
 
     run(published, test)

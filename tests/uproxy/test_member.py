@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import hbone
 from tests.support.certificates import DB, WEB
 from tests.support.member_site import MemberSite
 from tests.support.site import dial, echo_server, eventually, get
+from uproxy.tls import Credentials, client_context
 
 NETWORK = "127.0.84"
 
@@ -104,6 +106,34 @@ def test_a_policy_is_in_force_at_once_also_on_connections_that_are_open(
     eventually(lambda: served(site))
 
 
+def answer_to(site: MemberSite, authority: bytes) -> bytes:
+    """The header block with which db's proxy answers web's CONNECT."""
+    context = client_context(Credentials.load(site.path / "web"))
+    block = hbone.literal_block([(b":method", b"CONNECT"), (b":authority", authority)])
+    with (
+        socket.create_connection((site.address("db"), 15008), timeout=8) as tcp,
+        context.wrap_socket(tcp) as tls,
+    ):
+        tls.sendall(hbone.CLIENT_HELLO + hbone.frame(hbone.HEADERS, hbone.END_HEADERS, 1, block))
+        while True:
+            head = tls.recv(9)
+            length, kind = int.from_bytes(head[:3], "big"), head[3]
+            payload = b"".join(tls.recv(1) for _ in range(length))
+            if kind == hbone.HEADERS:
+                return payload
+
+
+def test_a_peer_may_ask_for_a_service_by_name_that_was_never_heard_of(
+    running: tuple[MemberSite, object, object],
+) -> None:
+    site, *_ = running
+    ok = b"\x88"  # RFC 7541 appendix A: :status 200
+    assert answer_to(site, b"db.shop.svc.cluster.local:6379").endswith(ok)
+    assert ok not in answer_to(site, b"nobody.shop:6379")
+    assert ok not in answer_to(site, b"db.elsewhere:6379")
+    assert control_of(site, "db")["services"] == ["shop/db", "shop/nobody"], "nothing of another namespace"
+
+
 def test_a_service_that_is_deleted_is_refused_and_back_when_it_is_back(
     running: tuple[MemberSite, object, object],
 ) -> None:
@@ -180,8 +210,10 @@ def test_what_ends_is_reported_as_gone(
         return status is not None and status.online
 
     eventually(lambda: online(WEB, "web") and online(DB, "db"))
+    assert served(site)
     web.send_signal(signal.SIGTERM)
     assert web.wait(8) == 0
+    assert knows(site, "web", b"svc/shop/db"), "what it learnt last is on disk"
     db.kill()
     eventually(lambda: not online(WEB, "web") and not online(DB, "db"))
 
@@ -213,6 +245,7 @@ def test_a_certificate_is_renewed_while_it_serves(tmp_path: Path) -> None:
             assert (tmp_path / "web" / "chain.pem").read_bytes() != first
             app.sendall(b"b")
             assert app.recv(1) == b"b"
+        eventually(lambda: site.log("web").count("connected to the broker") > 1)
         time.sleep(max(0.0, ends - time.time()))
         assert served(site), "the first one has ended"
         eventually(lambda: control_of(site, "web")["connected"])
