@@ -187,12 +187,12 @@ class Enrolment:
             return self._issue(rows, member, csr_pem, int(self._clock()))
 
     def identities(self) -> frozenset[SpiffeId]:
-        """Those that hold a certificate which still lives, or a token that may become one."""
+        """Those with a certificate or a token that has not ended."""
         now = int(self._clock())
         with self._store.transaction() as rows:
             found = rows.execute(
                 "SELECT identity FROM certificates WHERE not_after > ?"
-                " UNION SELECT identity FROM tokens WHERE used_at IS NULL AND expires_at > ?",
+                " UNION SELECT identity FROM tokens WHERE expires_at > ?",
                 (now, now),
             ).fetchall()
         return frozenset(SpiffeId.parse(identity) for (identity,) in found)

@@ -144,7 +144,7 @@ class CertificateServer:
             transport, _ = await loop.connect_accepted_socket(
                 server, connection, ssl=self.context, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S
             )
-        except (OSError, ssl.SSLError) as error:
+        except OSError as error:  # ssl.SSLError is one
             _log.info("certificates: a handshake failed: %s", error)
         else:
             loop.call_later(CONNECTION_TIMEOUT_S, transport.abort)

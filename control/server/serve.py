@@ -212,16 +212,13 @@ class _Users:
     def review(self) -> None:
         """Tell the broker when somebody came or went; call it in a thread. Returns when the broker has it."""
         with self._turn:
-            known = self._known()
-            if known == self._admitted:
-                return
-            telling = asyncio.run_coroutine_threadsafe(self._admit(known), self._loop)
             try:
-                telling.result(_ADMISSION_TIMEOUT_S)
-                self._admitted = known
-            except (OSError, BrokerError) as error:  # TimeoutError is an OSError
-                telling.cancel()
-                _log.warning("the broker cannot be told whom to let in: %r", error)
+                known = self._known()
+                if known != self._admitted:
+                    asyncio.run_coroutine_threadsafe(self._admit(known), self._loop).result(_ADMISSION_TIMEOUT_S)
+                    self._admitted = known
+            except (OSError, BrokerError, StoreError) as error:  # TimeoutError is an OSError
+                _log.warning("the broker cannot be told whom to let in, and will be told again: %r", error)
 
     async def run(self) -> None:
         while True:

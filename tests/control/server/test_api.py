@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from control.server import api
 from control.server.api import SocketError, listen
 from control.server.ca import Authority
+from control.server.registry import NotFound
 from tests.support.operators import operated
 
 WORKLOAD = """\
@@ -137,8 +139,16 @@ def test_changes_of_many_operators_at_once_all_count(ask, plane):
     assert len(plane.core.get("WorkloadEntry")) == 24
 
 
-def test_two_that_set_one_label_at_once_are_not_both_told_that_they_did(ask):
+def test_two_that_set_one_label_at_once_are_not_both_told_that_they_did(ask, plane, monkeypatch):
     ask("POST", "/v1/apply", {"documents": documents(1)})
+    look = plane.core.get
+
+    def get(*place):
+        found = look(*place)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(plane.core, "get", get)
     reference = {"kind": "WorkloadEntry", "namespace": "shop", "name": "w-1"}
     barrier = threading.Barrier(8)
 
@@ -148,6 +158,33 @@ def test_two_that_set_one_label_at_once_are_not_both_told_that_they_did(ask):
 
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(label, range(8))) == [200] + [409] * 7
+
+
+def test_whoever_waits_for_a_turn_keeps_nobody_else_waiting(ask, plane, monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def apply(files, **_):
+        entered.set()
+        assert go_on.wait(20)
+        raise NotFound("nothing, for this test")
+
+    monkeypatch.setattr(plane.core, "apply", apply)
+    with ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(ask, "POST", "/v1/apply", {"documents": []}) for _ in range(20)]
+        assert entered.wait(10)
+        for _ in range(3):
+            assert ask("GET", "/v1/status")[0] == 200
+        assert not any(one.done() for one in waiting)
+        go_on.set()
+        assert {one.result()[0] for one in waiting} == {404}
+
+
+def test_the_broker_is_told_of_whom_a_change_brings_before_the_change_is_answered(ask, plane):
+    ask("POST", "/v1/apply", {"documents": documents(1)})
+    assert plane.admissions == [{"spiffe://cluster.local/ns/shop/sa/w"}]
+    delete = {"references": [{"kind": "WorkloadEntry", "namespace": "shop", "name": "w-1"}]}
+    ask("POST", "/v1/delete", delete)
+    assert plane.admissions[-1] == frozenset()
 
 
 def test_an_answer_comes_while_a_large_change_is_made(ask, plane):
@@ -200,6 +237,16 @@ def test_a_file_in_the_sockets_place_is_left_alone(tmp_path):
     with pytest.raises(SocketError, match="is no socket"):
         listen(path)
     assert path.read_text() == "precious"
+
+
+def test_nothing_is_left_of_a_socket_that_could_not_be_made(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(SocketError, match="No space left"):
+        listen(tmp_path / "control.sock")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_told(tmp_path):

@@ -21,7 +21,7 @@ from control.client.csr import request
 from control.server.ca import Authority
 from control.server.enrolment import Enrolment, EnrolmentError, Member
 from control.server.store import Store, StoreError
-from tests.support.certificates import DB, WEB
+from tests.support.certificates import DB, WEB, forge
 
 URL = "https://control.test:15012"
 MEMBER = Member(WEB, "web-1", ("10.97.0.1",))
@@ -293,10 +293,15 @@ def test_a_token_lives_between_a_second_and_a_day(enrolment, ttl_s):
 def test_tokens_that_ended_long_ago_are_forgotten(enrolment, store, clock):
     for _ in range(3):
         enrolment.create_token(URL, MEMBER)
-    clock.now += 600 + 24 * 3600 + 1
+    clock.now += 600 + 24 * 3600
+    late = enrolment.create_token(URL, MEMBER, 1)
+    with store.transaction() as rows:
+        assert rows.execute("SELECT count(*) FROM tokens").fetchone() == (4,)
+    clock.now += 1
     enrolment.create_token(URL, MEMBER)
     with store.transaction() as rows:
-        assert rows.execute("SELECT count(*) FROM tokens").fetchone() == (1,)
+        assert rows.execute("SELECT count(*) FROM tokens").fetchone() == (2,)
+    assert "ended 0 s ago" in str(refusal(enrolment.join, late.id, late.secret, Workload().csr()))
 
 
 def test_a_workload_that_is_declared_otherwise_since_does_not_join(enrolment, declared):
@@ -373,18 +378,31 @@ def test_the_control_planes_own_certificates_are_not_renewed_over_https(enrolmen
     assert "own" in str(refusal(enrolment.renew, der_of(chain), account, Workload().csr(identity)))
 
 
+@pytest.mark.parametrize("uris", [(str(WEB), str(DB)), (str(WEB), str(WEB)), ("https://example.com",), ()])
+def test_a_certificate_names_one_workload_of_the_mesh_or_renews_nothing(enrolment, uris):
+    refusal(enrolment.renew, forge(None, uris).der, "web-1", Workload().csr())
+
+
 def test_a_certificate_of_the_ca_itself_names_nobody(enrolment, authority):
     der = authority.intermediate.public_bytes(serialization.Encoding.DER)
     assert "names no workload" in str(refusal(enrolment.renew, der, "web-1", Workload().csr()))
 
 
 def test_renewing_in_a_loop_does_not_fill_the_store(enrolment, store, chain):
+    serials = []
     for _ in range(40):
         chain = enrolment.renew(der_of(chain), "web-1", Workload().csr()).chain_pem
+        serials.append(f"{leaf_of(chain).serial_number:x}")
     with store.transaction() as rows:
-        assert rows.execute("SELECT count(*) FROM certificates").fetchone() == (32,)
-        serials = {serial for (serial,) in rows.execute("SELECT serial FROM certificates")}
-    assert f"{leaf_of(chain).serial_number:x}" in serials
+        kept = rows.execute("SELECT serial FROM certificates ORDER BY rowid").fetchall()
+    assert [serial for (serial,) in kept] == serials[-32:]
+
+
+def test_certificates_that_have_ended_are_forgotten(enrolment, store, clock, chain):
+    clock.now = leaf_of(chain).not_valid_after_utc.timestamp() + 1
+    renewed = enrolment.renew(der_of(chain), "web-1", Workload().csr()).chain_pem
+    with store.transaction() as rows:
+        assert rows.execute("SELECT serial FROM certificates").fetchall() == [(f"{leaf_of(renewed).serial_number:x}",)]
 
 
 # -- who is known

@@ -161,6 +161,13 @@ def test_it_proves_to_be_the_control_plane_in_tls_1_3(server, client, authority)
     assert names == (("URI", str(control_plane(authority))),)
 
 
+def test_no_session_is_resumed_which_would_outlive_its_certificate(server, client):
+    with socket.create_connection(address(server), 10) as raw, client().wrap_socket(raw) as connection:
+        connection.sendall(b"GET /v1/bundle HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        assert not connection.session.has_ticket
+
+
 # -- who is refused
 
 
@@ -239,7 +246,7 @@ def test_of_many_joins_at_once_with_one_token_one_is_served(ask, server):
         '{"id": "x"}',
         '{"id": "x", "secret": "x", "csr": 1}',
         '{"id": "x", "secret": "x", "csr": null}',
-        '{"id": "x", "secret": "x", "csr": "x", "identity": "spiffe://cluster.local/ns/shop/sa/db"}',
+        '{"id": "x", "secret": "eHg", "csr": "x", "identity": "spiffe://cluster.local/ns/shop/sa/db"}',
         '{"id": "x", "secret": "*", "csr": "x"}',
         '{"id": "x", "secret": "xxxxx", "csr": "x"}',
         '{"id": "\\ud800", "secret": "eHg", "csr": "x"}',
