@@ -16,7 +16,7 @@ import uproxy
 from control.api import messages, status
 from control.api.identity import proxy_hash
 from control.api.messages import Envelope
-from control.api.status import Kind, ProxyStatus
+from control.api.status import Kind, ProxyStatus, root_title
 from control.api.topics import StatusTopic, format_topic
 from control.client import snapshot
 from control.client.certificates import Renewal
@@ -180,4 +180,4 @@ class Member:
             self._saving_problem = ""
 
     def _stamps(self) -> str:
-        return ", ".join(f"{name} {epoch}.{version}" for name, (epoch, version, _) in self.replica.roots().items())
+        return ", ".join(f"{root_title(name)} {epoch}.{version}" for name, (epoch, version, _) in self.replica.roots().items())

@@ -17,6 +17,9 @@ from control.api.messages import Body, Value
 from control.api.names import wrong_dns_label, wrong_subdomain
 from control.api.topics import StatusTopic
 
+ADDRESSES: Final = "addr/"
+"""What the root of the addresses is called where namespaces' roots go by the namespace, as none can be called so."""
+
 LEASE_S: Final = 60
 """A proxy that has said nothing for so long is taken for gone; it reports every 20 s."""
 
@@ -56,7 +59,7 @@ class ProxyStatus:
     waiting: tuple[str, ...]
     """What is not known yet."""
     roots: Mapping[str, RootStamp] = field(hash=False)
-    """Namespace, or `addr`, -> the root that is applied."""
+    """Namespace, or `ADDRESSES`, -> the root that is applied."""
     applied_at: int
     """Unix time of the last change; 0 before the first."""
     serial: str
@@ -66,6 +69,11 @@ class ProxyStatus:
     problems: tuple[str, ...]
     """What was refused lately and why, newest last."""
     lease_s: int = LEASE_S
+
+
+def root_title(owner: str) -> str:
+    """How people are told of a root: by its namespace, or as `addr`."""
+    return "addr" if owner == ADDRESSES else owner
 
 
 def write(status: ProxyStatus) -> Body:
@@ -144,7 +152,11 @@ def _workload(text: str, topic: StatusTopic) -> str:
 def _roots(body: dict[str, Value]) -> dict[str, RootStamp]:
     if len(body) > MAX_ROOTS:
         raise RecordError(f"roots has {len(body)} entries; at most {MAX_ROOTS}")
-    return {checked(name, wrong_dns_label, "roots"): _root(value) for name, value in body.items()}
+    return {_owner(name): _root(value) for name, value in body.items()}
+
+
+def _owner(name: str) -> str:
+    return name if name == ADDRESSES else checked(name, wrong_dns_label, "roots")
 
 
 def _root(value: Value) -> RootStamp:

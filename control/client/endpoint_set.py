@@ -22,6 +22,7 @@ Version = tuple[Stamp, bytes]
 
 _NEVER: Final = (-1, -1)
 _ENTRY_BYTES: Final = 300  # what an endpoint takes beside its payload
+_MAX_GONE: Final = 1000  # of one service, between two manifests; one forgotten can but come back until the next
 
 
 class EndpointSet:
@@ -66,7 +67,7 @@ class EndpointSet:
         """A new connection: the broker sends everything again."""
         self._seen.clear()
         self._manifest_seen = False
-        self.bytes = sum(map(_size, self.live.values()))
+        self._count()
 
     def receive(self, workload: str, stamp: Stamp, payload: bytes | None) -> bool:
         """Takes one endpoint (None: its tombstone). Returns whether the workload has another endpoint now, or none."""
@@ -79,6 +80,9 @@ class EndpointSet:
             self._seen[workload] = held if held is not None and held == (stamp, payload) else (stamp, payload)
         changed = self._take_newer(workload, stamp, payload)
         self.bytes += self._size_of(workload)
+        if len(self._gone) > _MAX_GONE:
+            del self._gone[next(iter(self._gone))]
+            self.bytes -= _ENTRY_BYTES
         if changed:
             self.whole = False
         # No manifest speaks of what is newer than it is, so there is nothing to compare until the next one.
@@ -109,12 +113,12 @@ class EndpointSet:
         elif self._manifest_seen and self._is_listed(self._seen):
             self.whole = True
             before, self.live = self.live, dict(self._seen)
-            self.bytes = 2 * sum(map(_size, self.live.values()))
             workloads = sorted(before.keys() | self.live.keys())
             changed = [workload for workload in workloads if before.get(workload) != self.live.get(workload)]
         if self.whole:
             self._floor = self._manifest[0]
             self._gone = {workload: stamp for workload, stamp in self._gone.items() if stamp > self._floor}
+            self._count()
         return changed
 
     def progress(self) -> str:
@@ -122,6 +126,10 @@ class EndpointSet:
         if self._manifest is None:
             return "no manifest yet"
         return f"{len(self.live)} of {self._manifest[1].count}"
+
+    def _count(self) -> None:
+        held = sum(map(_size, self.live.values())) + sum(map(_size, self._seen.values()))
+        self.bytes = held + len(self._gone) * _ENTRY_BYTES
 
     def _size_of(self, workload: str) -> int:
         return (
@@ -136,7 +144,8 @@ class EndpointSet:
         elif stamp <= self._gone.get(workload, self._floor):
             return False
         if payload is None:
-            self._gone[workload] = stamp
+            self._gone.pop(workload, None)
+            self._gone[workload] = stamp  # the latest comes last
             return self.live.pop(workload, None) is not None
         self._gone.pop(workload, None)
         self.live[workload] = self._seen[workload]

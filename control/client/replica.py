@@ -26,6 +26,7 @@ from control.api.index import Manifest, manifest_digest
 from control.api.messages import Envelope, MessageError, Stamp
 from control.api.names import wrong_dns_label, wrong_service_name
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.api.status import ADDRESSES
 from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
@@ -56,8 +57,6 @@ from control.client.snapshot import Snapshot, SnapshotError
 
 Batch = list[tuple[str, bytes]]
 
-ADDRESSES: Final = "addr"
-"""The addresses' root, where namespaces have theirs."""
 MAX_ENDPOINT_BYTES: Final = 256 * 1024 * 1024
 """Of all services. Counted twice, as endpoints may be held and arrive again: some 200,000."""
 _SETTLED_AT_ONCE: Final = 256  # endpoints, which takes 0.2 ms
@@ -197,7 +196,7 @@ class Replica:
         if self._own is not None:
             found.add(self._own[1])
         if self._addresses is not None:
-            trees.add((ADDRESSES,))  # and the root: a filter x/# takes in x (MQTT 3.1.1 section 4.7.1.2)
+            trees.add(("addr",))  # and the root: a filter x/# takes in x (MQTT 3.1.1 section 4.7.1.2)
         else:
             found |= {AddressesTopic(shard) for shard in self._address_shards}
         for wanted in self._services.values():
@@ -292,7 +291,7 @@ class Replica:
         return Status.KNOWN if isinstance(held, dict) and ip in held else Status.ABSENT
 
     def roots(self) -> dict[str, tuple[int, int, int]]:
-        """Namespace, or `addr`, -> epoch, version and time of issue (Unix seconds) of its applied root."""
+        """Namespace, or `ADDRESSES`, -> epoch, version and time of issue (Unix seconds) of its applied root."""
         return {
             one.owner or ADDRESSES: (*one.applied.stamp, one.applied.issued_at)
             for one in self._all_listed()
@@ -646,7 +645,7 @@ class Replica:
 
     def _lacks(self) -> Iterator[str]:
         for one in self._all_listed():
-            name = f"root/{one.owner}" if one.owner else ADDRESSES
+            name = f"root/{one.owner}" if one.owner else "addr"
             if one.target is not None and one.missing:
                 first = self._short(next(iter(one.missing)))
                 yield f"{name}: {len(one.missing)} of what it lists, as {first}"

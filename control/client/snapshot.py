@@ -34,7 +34,7 @@ class Snapshot:
     address_shards: tuple[int, ...]
     """Those that are wanted by themselves."""
     floors: Mapping[str, Stamp] = field(hash=False)
-    """Namespace, or `addr` -> stamp of the newest root that was ever applied."""
+    """Namespace, or `ADDRESSES` -> stamp of the newest root that was ever applied."""
     messages: tuple[tuple[str, bytes], ...]
     """Topics and payloads as they came; each root after all that it lists."""
 

@@ -25,7 +25,7 @@ from control.api.index import AddressShard
 from control.api.messages import Body, MessageError, Stamp
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.problems import ResourceError, ResourceErrors
-from control.api.status import ProxyStatus, RootStamp
+from control.api.status import ADDRESSES, ProxyStatus, RootStamp
 from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
@@ -45,9 +45,6 @@ from control.server.registry import ChangeSet, NotFound, Plan, Registry, named_p
 from control.server.residents import Residents
 from control.server.signing import ConfigKey
 from control.server.store import Batch, Store
-
-ADDRESSES: Final = "addr"
-"""How the root of the addresses is called where roots are listed by namespace."""
 
 MAX_EPOCH_AHEAD_S: Final = 366 * 24 * 3600
 """An epoch is the Unix time of a start, or one above the last: only a clock that was wrong leaves one far ahead."""
@@ -288,7 +285,7 @@ class Core:
         return dict(self._reports)
 
     def roots(self) -> dict[str, RootStamp]:
-        """Namespace, or `addr` -> epoch, version and time of issue of its root: what a proxy should have applied."""
+        """Namespace, or `ADDRESSES` -> epoch, version and time of issue of its root: what proxies should have applied."""
         return dict(self._roots)
 
     def identities(self) -> frozenset[SpiffeId]:

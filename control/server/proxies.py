@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from control.api.status import ProxyStatus, RootStamp
+from control.api.status import ProxyStatus, RootStamp, root_title
 from control.api.topics import StatusTopic
 
 
@@ -86,7 +86,7 @@ def _row(
     if declared.get(status.workload, topic.proxy_hash) != topic.proxy_hash:
         notes.append("reports under another identity than its WorkloadEntry's")
     if behind:
-        notes.append(f"behind in {', '.join(behind)}")
+        notes.append(f"behind in {', '.join(map(root_title, behind))}")
     notes += (f"waits for {text}" for text in status.waiting)
     notes += reversed(status.problems)
     return Row(

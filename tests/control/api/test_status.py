@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from control.api import messages, status
 from control.api.fields import RecordError
 from control.api.messages import Envelope
-from control.api.status import MAX_ROOTS, MAX_TEXT, MAX_TEXTS, Kind, ProxyStatus
+from control.api.status import ADDRESSES, MAX_ROOTS, MAX_TEXT, MAX_TEXTS, Kind, ProxyStatus
 from control.api.topics import StatusTopic
 
 TOPIC = StatusTopic("0" * 32, "web-1")
@@ -26,14 +26,14 @@ statuses = st.builds(
     online=st.booleans(),
     whole=st.booleans(),
     waiting=st.lists(texts, max_size=MAX_TEXTS).map(tuple),
-    roots=st.dictionaries(st.sampled_from(["addr", "shop", "bank"]), st.tuples(numbers, numbers, numbers)),
+    roots=st.dictionaries(st.sampled_from([ADDRESSES, "addr", "shop", "bank"]), st.tuples(numbers, numbers, numbers)),
     applied_at=seconds,
     serial=st.text("0123456789abcdef", min_size=1, max_size=40),
     not_after=seconds,
     problems=st.lists(texts, max_size=MAX_TEXTS).map(tuple),
     lease_s=st.integers(1, 86_400),
 )
-STATUS = ProxyStatus(Kind.UPROXY, "shop/web-1", "1.0", True, True, (), {"addr": (1, 2, 3)}, 9, "0f", 10, ())
+STATUS = ProxyStatus(Kind.UPROXY, "shop/web-1", "1.0", True, True, (), {ADDRESSES: (1, 2, 3)}, 9, "0f", 10, ())
 
 
 @given(statuses)

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from control.api.identity import proxy_hash
 from control.api.messages import Envelope, encode
-from control.api.status import Kind, ProxyStatus, write
+from control.api.status import ADDRESSES, Kind, ProxyStatus, write
 from control.api.token import JoinToken
 from control.api.topics import StatusTopic, format_topic
 from control.cli.__main__ import main
@@ -383,6 +383,8 @@ def test_a_token_for_a_workload_to_come_needs_to_be_told_who_it_is(meshctl):
     status, _, err = meshctl("token", "create", "web-1", "-n", "shop")
     assert status == 1
     assert "there is no WorkloadEntry shop/web-1; apply it, or give --service-account and --address" in err
+    assert meshctl("token", "create", "web-1", "-n", "shop", "--service-account", "web")[0] == 1
+    assert meshctl("token", "create", "web-1", "-n", "shop", "--address", "10.97.0.1")[0] == 1
     create = ("token", "create", "web-1", "-n", "shop", "--service-account", "web", "--address")
     assert meshctl(*create, "10.97.0.1")[0] == 0
     assert meshctl(*create, "nonsense")[0] == 1
@@ -452,7 +454,7 @@ def rows_of(out: str) -> dict[str, list[str]]:
 def test_status_of_a_mesh_that_is_as_it_should_be(meshctl, applied, plane):
     roots = plane.core.roots()
     for identity, workload in ((WEB, "shop/web-1"), (DB, "shop/db-1")):
-        report(plane, identity, workload, roots={"shop": roots["shop"], "addr": roots["addr"]})
+        report(plane, identity, workload, roots={"shop": roots["shop"], ADDRESSES: roots[ADDRESSES]})
     status, out, err = meshctl("status")
     assert (status, err) == (0, "")
     epoch, version = plane.store.stamp()
@@ -511,6 +513,22 @@ def test_nobody_reports_for_another(meshctl, applied, plane):
     assert sorted(states) == ["absent", "current"]
     assert "reports under another identity" in out
     assert status == 3
+
+
+def test_age_is_that_of_the_oldest_root_and_a_root_that_was_only_signed_again_is_no_newer(meshctl, applied, plane):
+    roots, now = plane.core.roots(), int(time.time())
+    old = {name: (*roots[name][:2], now - age) for name, age in (("shop", 7200), (ADDRESSES, 60))}
+    report(plane, WEB, "shop/web-1", roots=old)
+    row = rows_of(meshctl("status")[1])["shop/web-1"]
+    assert row[2] == "current"
+    assert row[4] == "2h"
+
+
+def test_status_is_not_well_until_all_is_published(meshctl, plane):
+    plane.broker = BrokerState(connected=True, problem="", published=False)
+    status, out, _ = meshctl("status")
+    assert status == 3
+    assert "broker connected, something waits to be published" in out
 
 
 def test_status_says_that_the_broker_is_away(meshctl, plane):

@@ -343,7 +343,7 @@ def test_an_epoch_that_somebody_else_published_is_outdone(plane):
     plane.settle()
     assert plane.core.start_epoch(first + 1) == first + 1
     assert plane.core.start_epoch(first + 5) == first + 6
-    assert plane.core.roots()["addr"][0] == first + 6
+    assert plane.core.roots()[status.ADDRESSES][0] == first + 6
     assert Store.stamp(plane.store)[0] == first + 6
 
 
@@ -505,7 +505,7 @@ def test_a_config_key_that_cannot_be_renewed_serves_on(plane, monkeypatch):
     plane.core.refresh()
     assert "the config key is not renewed: cannot write" in plane.core.problems()[0]
     plane.settle()
-    assert plane.core.roots()["addr"][2] == plane.now
+    assert plane.core.roots()[status.ADDRESSES][2] == plane.now
 
 
 # Pending
