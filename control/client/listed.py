@@ -106,19 +106,16 @@ class Listed(ABC):
             self.plan()
 
     def sweep(self, keep: Container[str] = ()) -> None:
-        """Forgets arrivals that no root is going to list, but for some topics."""
+        """Forgets arrivals that no root is going to list, but for some topics, and reports those that none has."""
         if self.applied is None or self.target is not None:
             return  # of old stamp is also what a restored control plane publishes again
         for topic, digest, one in self._inbox.of(self.owner):
-            if topic in keep:
-                continue
-            if one.stamp <= self.applied.stamp:
+            if one.stamp > self.applied.stamp:
+                if self.vouched - one.vouched >= _PATIENCE:
+                    self._report(topic, "no root lists it: forged, or its publication was broken off")
+            elif topic not in keep:
                 self.judge(topic, digest, one)
-            elif self.vouched - one.vouched >= _PATIENCE:
-                self._report(topic, "no root lists it: forged, or its publication was broken off")
-            else:
-                continue
-            self._inbox.discard(topic, digest)
+                self._inbox.discard(topic, digest)
 
     @abstractmethod
     def holds(self, topic: ListedTopic, digest: bytes) -> bool:
@@ -183,6 +180,8 @@ class NamespaceIndex(Listed):
         """Whether all policies are of interest. Decided before the first root."""
         self._entries: dict[str, int] = {}
         """Other entries of interest -> their shard."""
+        self._asked: dict[str, int] = {}
+        """Entries that are to become of interest -> their shard."""
         self._shards: dict[int, _Shard] = {}
         self._staged: dict[int, _Staged] = {}
         self._staging = False
@@ -197,8 +196,13 @@ class NamespaceIndex(Listed):
         """Whether a record is of interest under the applied root."""
         return self._is_wanted(index_entry(topic))
 
+    def ask(self, topic: ServiceTopic) -> None:
+        """A record is to become of interest, by `fetch`."""
+        entry = index_entry(topic)
+        self._asked[entry] = index_shard(entry)
+
     def fetch(self, topic: ServiceTopic, *, complete: bool) -> bool:
-        """Makes a record of interest under the applied root, once all that this needs has arrived.
+        """Makes a record that was asked for one of interest, once all that this needs has arrived.
 
         After that `record` has it, or the applied root does not list it. `complete` is whether what belongs to it, and
         no root lists, is there; without that, only the answer that there is no such record is taken.
@@ -220,20 +224,21 @@ class NamespaceIndex(Listed):
                 shard.records[entry] = _Record(digest, arrival.stamp, arrival.payload)
                 self._inbox.discard(name, digest)
             self._shards[number] = shard
-        self._entries[entry] = number
+        self._entries[entry] = self._asked.pop(entry)
         if self.target is not None:
             self.plan()
         return True
 
     def drop(self, topic: ServiceTopic) -> None:
-        """Ends the interest in a record, fetched or not."""
+        """Ends the interest in a record, fetched or only asked for."""
         entry = index_entry(topic)
         number = index_shard(entry)
         self._inbox.forget(format_topic(self._trust_domain, topic))
         self._entries.pop(entry, None)
+        self._asked.pop(entry, None)
         if number in self._shards:
             self._shards[number].records.pop(entry, None)
-            if not self._is_needed(number):
+            if not self._is_needed(number) and number not in self._asked.values():
                 del self._shards[number]
         if self.target is not None:
             self.plan()

@@ -61,6 +61,7 @@ MAX_ENDPOINT_BYTES: Final = 256 * 1024 * 1024
 """Of all services. Counted twice, as endpoints may be held and arrive again: some 200,000."""
 _SETTLED_AT_ONCE: Final = 256  # endpoints, which takes 0.2 ms
 _MAX_FLOORS: Final = 1024  # namespaces once dialled
+_MAX_DROPPED: Final = 1000
 _MAX_TEXTS: Final = 16  # problems, or things waited for
 _MAX_TEXT: Final = 200  # characters
 _EPOCH: Final = 1  # of the stamps in batches
@@ -122,6 +123,8 @@ class Replica:
         self._namespaces: dict[str, NamespaceIndex] = {}
         self._addresses: AddressIndex | None = None
         self._services: dict[str, _Wanted] = {}
+        self._dropped: dict[str, None] = {}
+        """Services that are not wanted any more, and still subscribed to."""
         self._address_shards: dict[int, _HeldShard | None] = {}
         self._floors: dict[str, Stamp] = {}
         """Of roots that were applied and are not of interest now: they must not come back older."""
@@ -153,40 +156,37 @@ class Replica:
 
     def want_service(self, service_key: str) -> None:
         """Asks for a service and its endpoints. What can be no service's key is not asked for, and stays unknown."""
+        self._dropped.pop(service_key, None)
         namespace, _, name = service_key.partition("/")
         if service_key in self._services or wrong_dns_label(namespace) or wrong_service_name(name):
             return
         wanted = self._services[service_key] = _Wanted(ServiceTopic(namespace, name))
-        self._namespace(namespace)
+        self._namespace(namespace).ask(wanted.topic)
         self._fetch(wanted)
 
     def drop_service(self, service_key: str) -> None:
-        """Ends the interest in a service. The next batch takes it out of the state."""
-        wanted = self._services.pop(service_key, None)
-        if wanted is None:
-            return
-        if wanted.visible:
-            self._emit([(self._name(wanted.topic), None)])
-            self._emit_endpoints(wanted, wanted.endpoints.live, gone=True)
-        self._endpoint_bytes -= wanted.endpoints.bytes
-        self._to_settle.pop(service_key, None)
-        namespace = self._namespaces[wanted.topic.namespace]
-        namespace.drop(wanted.topic)
-        if namespace in self._base or any(one.topic.namespace == namespace.owner for one in self._services.values()):
-            self._apply(namespace)
-        else:
-            self._forget(namespace)
+        """Ends the interest in a service, from the next call of `filters` on."""
+        if service_key in self._services:
+            self._dropped[service_key] = None
+        # Nobody calls `filters` while there is no broker. Its next session sends everything again.
+        if len(self._dropped) > _MAX_DROPPED:
+            self._forget_dropped()
 
     def services(self) -> tuple[str, ...]:
         """Keys of the services that are wanted, in the order in which they were asked for."""
-        return tuple(self._services)
+        return tuple(one for one in self._services if one not in self._dropped)
 
     def want_address(self, ip: IpAddress) -> None:
         """Asks who lives at an address. The answer has all addresses of its shard."""
         self._address_shards.setdefault(address_shard(ip), None)
 
     def filters(self) -> frozenset[str]:
-        """MQTT topic filters for all that is wanted now."""
+        """MQTT topic filters for all that is wanted now.
+
+        Unsubscribe from all others. What was dropped is forgotten here and not before: if it is wanted again, that is
+        a new subscription, and the broker sends it again.
+        """
+        self._forget_dropped()
         found: set[Topic] = {TrustTopic()}
         trees: set[tuple[str, ...]] = set()
         for namespace in self._namespaces.values():
@@ -269,7 +269,7 @@ class Replica:
     def service_status(self, service_key: str) -> Status:
         """KNOWN when the state has the service with all its endpoints."""
         wanted = self._services.get(service_key)
-        if wanted is None or not wanted.settled:
+        if wanted is None or not wanted.settled or service_key in self._dropped:
             return Status.WAITING
         if not wanted.visible:
             return Status.ABSENT
@@ -312,7 +312,7 @@ class Replica:
     def dump(self) -> bytes:
         """All that is handed out, for `restore`."""
         found: list[tuple[str, bytes]] = []
-        services = [wanted for wanted in self._services.values() if wanted.visible]
+        services = [one for one in self._services.values() if one.visible and one.key not in self._dropped]
         floors = dict(self._floors)
         for one in self._all_listed():
             if one.applied is not None:
@@ -593,6 +593,23 @@ class Replica:
             topic = EndpointTopic(wanted.topic.namespace, wanted.topic.name, workload)
             self._emit([(self._name(topic), payload)])
 
+    def _forget_dropped(self) -> None:
+        for service_key in self._dropped:
+            wanted = self._services.pop(service_key)
+            if wanted.visible:
+                self._emit([(self._name(wanted.topic), None)])
+                self._emit_endpoints(wanted, wanted.endpoints.live, gone=True)
+            self._endpoint_bytes -= wanted.endpoints.bytes
+            self._to_settle.pop(service_key, None)
+            namespace = self._namespaces[wanted.topic.namespace]
+            namespace.drop(wanted.topic)
+            in_use = any(one.topic.namespace == namespace.owner for one in self._services.values())
+            if in_use or namespace in self._base:
+                self._apply(namespace)
+            else:
+                self._forget(namespace)
+        self._dropped.clear()
+
     # What belongs to what
 
     def _all_listed(self) -> Iterator[Listed]:
@@ -655,12 +672,12 @@ class Replica:
             yield "trust"
         for topic in self._to_verify:
             yield f"{self._short(topic)}: its signature is not verified yet"
-        for wanted in self._services.values():
-            name = f"{wanted.topic.namespace}/{wanted.topic.name}"
+        for service_key in self.services():
+            wanted = self._services[service_key]
             if not wanted.settled:
-                yield f"svc/{name}"
+                yield f"svc/{service_key}"
             if (wanted.visible or not wanted.settled) and not wanted.endpoints.whole:
-                yield f"ep/{name}: {wanted.endpoints.progress()}"
+                yield f"ep/{service_key}: {wanted.endpoints.progress()}"
         for number, held in self._address_shards.items():
             if held is None and self._addresses is None:
                 yield self._short(self._name(AddressesTopic(number)))

@@ -13,7 +13,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -88,6 +87,9 @@ changes = st.one_of(
 )
 
 
+TROUBLES = ("start", "start", "refresh", "back up", "restore", "collect", "wipe", "key")
+
+
 def name(topic: Topic) -> str:
     return format_topic(TRUST_DOMAIN, topic)
 
@@ -125,6 +127,10 @@ class Contract(RuleBasedStateMachine):
         """Topic -> stamp of the newest root or manifest that the uProxy has got."""
         self.snapshots = [(side, None, {}, {}) for side in self.proxies]
         self.backups: list[ControlPlane] = []
+        self.shelves: list[dict[str, bytes]] = [{}]
+        """What the broker retained once."""
+        self.was_absent: set[str] = set()
+        """Services that the proxy was told not to exist: they come with their root, complete or not."""
         self.disturbed = False
         """Whether somebody has meddled with what a proxy got, so that only reconnecting helps it."""
 
@@ -135,13 +141,13 @@ class Contract(RuleBasedStateMachine):
         truth.put(Workload("shop", "web-1", "web", WEB, (IpAddress("10.0.0.1"),), {}, {}, "", 1), *found)
         self.broker.publish(self.plane.publish(truth))
         for service in sorted(wanted):
-            self.want_service(service)
+            self._want(service)
         for proxy in self.proxies.values():
             proxy.connect(self.broker.retained)
 
     # The control plane
 
-    @rule(found=changes, gone=st.lists(st.integers(0, 30), max_size=3), data=st.data())
+    @rule(found=changes, gone=st.lists(st.integers(0, 30), max_size=2), data=st.data())
     def change(self, found, gone, data):
         truth = Truth(dict(self.plane.truth.records), dict(self.plane.truth.residents))
         for number in gone:
@@ -153,55 +159,59 @@ class Contract(RuleBasedStateMachine):
         truth.residents |= data.draw(st.dictionaries(ips, residents, max_size=2))
         published = self.plane.publish(truth)
         # A crash in the middle, sometimes: the rest is published by the audit of the next start.
-        self.broker.publish(published[: data.draw(st.one_of(st.none(), st.none(), st.integers(0, len(published))))])
+        cut = data.draw(st.sampled_from([False, False, False, True]))
+        self.broker.publish(published[: data.draw(st.integers(0, len(published)))] if cut else published)
+        self.shelves.append(dict(self.broker.retained))
 
-    @rule()
-    def refresh(self):
-        self.plane.now += 30
-        self.broker.publish(self.plane.refresh())
+    @rule(
+        what=st.sampled_from(["start", "start", "refresh", "back up", "restore", "collect", "wipe", "key"]),
+        number=st.integers(0, 10),
+    )
+    def trouble(self, what, number):
+        """At the control plane or its broker."""
+        match what:
+            case "start":
+                self._start()
+            case "refresh":
+                self.plane.now += 30
+                self.broker.publish(self.plane.refresh())
+            case "back up":
+                self.backups.append(self.plane.backup())
+            case "restore" if self.backups:
+                backup = self.backups[number % len(self.backups)].backup()
+                backup.now = self.plane.now
+                self.disturbed |= backup.signer is not self.plane.signer
+                self.plane = backup
+                self._start()
+            case "collect":
+                self.broker.publish(self.plane.collect())
+            case "wipe":
+                for proxy in self.proxies.values():
+                    proxy.disconnect()
+                self.broker.retained.clear()
+                self.broker.publish(self.plane.audit({}))
+            case "key":
+                self.disturbed = True  # until the trust arrives, what is signed anew is not known to be newer
+                self.broker.publish(self.plane.change_key(number % 3))
 
-    @rule()
-    def restart_control_plane(self):
+    def _start(self):
         self.plane.now += 1000
         self.broker.publish(self.plane.start(self.broker.epoch()))
         self.broker.publish(self.plane.audit(self.broker.retained))
 
-    @rule()
-    def back_up(self):
-        self.backups.append(self.plane.backup())
-
-    @precondition(lambda self: self.backups)
-    @rule(number=st.integers(0, 10))
-    def restore(self, number):
-        backup = self.backups[number % len(self.backups)].backup()
-        backup.now = self.plane.now
-        self.disturbed |= backup.signer is not self.plane.signer
-        self.plane = backup
-        self.restart_control_plane()
-
-    @rule()
-    def collect_tombstones(self):
-        self.broker.publish(self.plane.collect())
-
-    @rule()
-    def lose_all_retained(self):
-        for proxy in self.proxies.values():
-            proxy.disconnect()
-        self.broker.retained.clear()
-        self.broker.publish(self.plane.audit({}))
-
-    @rule(number=st.integers(0, 2))
-    def change_key(self, number):
-        self.disturbed = True  # until the trust arrives, what is signed anew is not known to be newer
-        self.broker.publish(self.plane.change_key(number))
-
     # The way to a proxy
 
-    @precondition(lambda self: any(proxy.queue for proxy in self.proxies.values()))
-    @rule(side=sides, count=st.integers(1, 40), jumps=st.lists(st.integers(0, 100), max_size=5))
+    @rule(side=sides, count=st.integers(1, 60), jumps=st.lists(st.integers(0, 100), max_size=10))
     def deliver(self, side, count, jumps):
         for number in range(count):
             self._deliver(side, jumps[number] if number < len(jumps) else 0)
+
+    @rule(side=sides, seed=st.randoms(use_true_random=False))
+    def deliver_shuffled(self, side, seed):
+        """All of it, in any order."""
+        seed.shuffle(self.proxies[side].queue)
+        while self.proxies[side].queue:
+            self._deliver(side, 0)
 
     def _deliver(self, side, place):
         proxy = self.proxies[side]
@@ -226,33 +236,34 @@ class Contract(RuleBasedStateMachine):
         if wanted:
             self.newest[topic] = max(self.newest.get(topic, (-1, -1)), messages.decode(payload).stamp)
 
-    @rule(side=sides)
-    def idle(self, side):
-        self.proxies[side].idle(NOW)
-
-    @rule(side=sides, number=st.integers(0, 1000), place=st.integers(0, 1000))
-    def repeat(self, side, number, place):
-        """A message that was published once arrives again, or late."""
+    @rule(side=sides, number=st.integers(0, 1000), count=st.integers(1, 30), place=st.integers(0, 1000))
+    def repeat(self, side, number, count, place):
+        """Messages that were published once arrive again, or late."""
         proxy = self.proxies[side]
-        topic, payload = self.broker.log[number % len(self.broker.log)]
-        if isinstance(parse_topic(TRUST_DOMAIN, topic), TrustTopic):
-            self.disturbed = True
-        proxy.queue.insert(place % (len(proxy.queue) + 1), (topic, payload))
+        number %= len(self.broker.log)
+        late = self.broker.log[number : number + count]
+        self.disturbed |= any(topic == name(TrustTopic()) for topic, _ in late)
+        place %= len(proxy.queue) + 1
+        proxy.queue[place:place] = late
 
-    @rule(side=sides, place=st.integers(0, 1000))
-    def lose(self, side, place):
-        """A broker drops a message, and says nothing."""
-        proxy = self.proxies[side]
-        if proxy.queue:
-            del proxy.queue[place % len(proxy.queue)]
+    @rule(side=sides, place=st.integers(0, 1000), count=st.integers(1, 5))
+    def lose(self, side, place, count):
+        """A broker drops messages, and says nothing."""
+        queue = self.proxies[side].queue
+        place %= len(queue) + 1
+        del queue[place : place + count]
 
-    @rule(side=sides)
-    def reconnect(self, side):
-        self.proxies[side].connect(self.broker.retained)
-
-    @rule(side=sides)
-    def disconnect(self, side):
-        self.proxies[side].disconnect()
+    @rule(side=sides, what=st.sampled_from(["now", "now", "before", "off"]), number=st.integers(0, 1000))
+    def connect(self, side, what, number):
+        """To the broker, or to one that has fallen behind."""
+        match what:
+            case "now":
+                self.proxies[side].connect(self.broker.retained)
+            case "before":
+                self.proxies[side].connect(self.shelves[number % len(self.shelves)])
+                self.disturbed = True
+            case "off":
+                self.proxies[side].disconnect()
 
     @rule(side=sides, number=st.integers(0, 1000), how=st.integers(0, 6), place=st.integers(0, 1000), data=st.data())
     def forge(self, side, number, how, place, data):
@@ -286,8 +297,16 @@ class Contract(RuleBasedStateMachine):
 
     # The proxy
 
-    @rule(service=service_keys)
-    def want_service(self, service):
+    @rule(service=service_keys, want=st.sampled_from([True, True, False]), data=st.data())
+    def interest(self, service, want, data):
+        if want:
+            self._want(service)
+        else:
+            self.uproxy.replica.drop_service(service)
+            if data.draw(st.booleans()):
+                self._follow()
+
+    def _want(self, service):
         if service not in self.uproxy.replica.services():
             namespace, _, service_name = service.partition("/")
             self.newest.pop(name(ManifestTopic(namespace, service_name)), None)
@@ -295,12 +314,6 @@ class Contract(RuleBasedStateMachine):
                 self.newest.pop(name(RootTopic(namespace)), None)
         self.uproxy.replica.want_service(service)
         self._follow()
-
-    @rule(service=service_keys)
-    def drop_service(self, service):
-        self.uproxy.replica.drop_service(service)
-        self._follow()
-        self.uproxy.flush(NOW)  # what is dropped goes with the next batch
 
     @rule(ip=ips)
     def want_address(self, ip):
@@ -310,6 +323,13 @@ class Contract(RuleBasedStateMachine):
     def _follow(self):
         if self.uproxy.subscribed:
             self.uproxy.subscribe(self.broker.retained)
+            self.uproxy.flush(NOW)  # what is dropped goes with the next batch
+            for service in self.was_absent - set(self.uproxy.replica.services()):
+                self.was_absent.discard(service)
+
+    @rule(side=sides)
+    def idle(self, side):
+        self.proxies[side].idle(NOW)
 
     @rule(side=sides)
     def dump(self, side):
@@ -325,9 +345,8 @@ class Contract(RuleBasedStateMachine):
                 del self.floors[owner]
         self.floors |= {(side, owner): root[:2] for owner, root in roots.items()}
         if side == "uproxy":
-            manifests = {
-                t: stamp for t, stamp in newest.items() if isinstance(parse_topic(TRUST_DOMAIN, t), ManifestTopic)
-            }
+            self.was_absent.clear()
+            manifests = {t: stamp for t, stamp in newest.items() if isinstance(_parsed(t), ManifestTopic)}
             self.newest = manifests if self.uproxy.replica.based else {}
 
     # What must hold
@@ -363,8 +382,11 @@ class Contract(RuleBasedStateMachine):
                 continue
             record = bodies(self._truth(RootTopic(namespace), roots[namespace]), namespace, ServiceTopic).get(topic)
             assert (record is None) == (status is Status.ABSENT)
-            if record is not None:
+            if record is None:
+                self.was_absent.add(service)
+            else:
                 expected[topic] = record
+                assert status is Status.KNOWN or service in self.was_absent
         kinds = (PolicyTopic, WorkloadTopic, ServiceTopic)
         assert {t: b for t, b in held.items() if isinstance(parse_topic(TRUST_DOMAIN, t), kinds)} == expected
         for topic in held:
@@ -457,8 +479,8 @@ def test_the_contract():
     run_state_machine_as_test(
         Contract,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=40,
+            max_examples=80,
+            stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
