@@ -90,6 +90,6 @@ class ForeignBroker:
             if pid <= 1:
                 raise ValueError(f"{pid} is no process of a broker")
             os.kill(pid, signal.SIGHUP)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             # It reads everything when it starts; until then nobody new gets in.
             _log.warning("the broker of %s cannot be told of a change: %s", self._pid_file, error)
