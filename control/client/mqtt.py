@@ -119,6 +119,7 @@ class _Link:
         """Why the connection ended, where the socket knows."""
         self.on_close: Callable[[], object] = lambda: None
         """May be called in either."""
+        self.closed = False
         self._socket: socket.socket | None = None
         self._abandoned = False
 
@@ -130,9 +131,9 @@ class _Link:
             raise ConnectionAbortedError("nobody waits for this connection any more")
 
     def abandon(self) -> None:
-        """End the connection as if it broke: paho notices and cleans up, and the broker publishes the last will.
+        """End the connection as if it broke, so that the broker publishes the last will.
 
-        When connecting is cancelled or takes too long, aiomqtt would leave it open, with its callbacks in the loop.
+        The thread that connects cannot be stopped. What it has opened by now, paho will find closed.
         """
         self._abandoned = True
         if self._socket is not None:
@@ -146,7 +147,7 @@ class _Link:
         try:
             yield
         except aiomqtt.MqttError as error:
-            raise BrokerError(self.fault or str(error)) from None
+            raise BrokerError(self.fault or str(error.__cause__ or error)) from None
 
     async def answered(self, call: Awaitable[T]) -> T:
         """What a call of aiomqtt's returns. Raises BrokerError when it fails or takes too long."""
@@ -193,6 +194,7 @@ class _BrokerSocket(ssl.SSLSocket):
 
     def close(self) -> None:
         super().close()
+        self.link.closed = True
         self.link.on_close()
 
 
@@ -274,17 +276,17 @@ async def connection(
     )
     try:
         await _enter(client, link)
-    except BaseException:
-        link.abandon()
-        raise
-    try:
         yield Connection(client, link)
     except BaseException:
         link.abandon()
         raise
-    finally:
+    else:
         with contextlib.suppress(BrokerError):
             await link.answered(client.__aexit__(None, None, None))
+    finally:
+        # aiomqtt leaves paho's socket and timer in the loop when connecting fails late, and when a packet makes paho
+        # raise: then the loop would be told of the same packet for ever.
+        client._client._sock_close()
 
 
 async def _enter(client: aiomqtt.Client, link: _Link) -> None:
@@ -304,6 +306,8 @@ async def _enter(client: aiomqtt.Client, link: _Link) -> None:
             try:
                 with link.told():
                     await client.__aenter__()
+                if link.closed:  # in the same turn as it was accepted, which aiomqtt forgets
+                    raise BrokerError(link.fault or "it hangs up at once")
             finally:
                 link.on_close = lambda: None
     except TimeoutError:

@@ -18,6 +18,7 @@ from typing import Final
 from control.api.identity import proxy_hash
 from control.client.mqtt import Arrivals, BrokerAccess, BrokerError, Connection, LastWill, connection
 from control.client.replica import Batch, Replica
+from control.client.subscriptions import Subscriptions
 
 SLICE_S: Final = 0.002
 """Work on messages at a stretch; between two slices the data plane has its turn."""
@@ -30,8 +31,9 @@ _FIRST_RETRY_S: Final = 0.2
 _LAST_RETRY_S: Final = 30.0
 # A connection that held for so long was good: after it, the next attempt is prompt again.
 _HEALTHY_S: Final = 10.0
-# A broker that does not know us yet, or lets us read less than we want, may be about to be told better.
-_REFUSED_RETRY_S: Final = 30.0
+# What was refused or brought nothing is asked for again: the broker may not have read its rules or its store yet.
+_FIRST_DOUBT_S: Final = 1.0
+_LAST_DOUBT_S: Final = 30.0
 _FILTERS_AT_ONCE: Final = 64  # of some 80 bytes each
 
 Report = Callable[[bool, int], tuple[str, bytes]]
@@ -78,9 +80,11 @@ class Subscriber:
         self._interests = asyncio.Event()
         self._report_due = asyncio.Event()
         self._renewed = asyncio.Event()
-        self._ending = False
-        """Python 3.11's TaskGroup drops a cancellation that meets a failure, such as the loss of the connection."""
+        self._subscriptions = Subscriptions()
+        """Of the present connection."""
+        self._heard_at = 0.0
         self._refused: frozenset[str] = frozenset()
+        """What the broker refuses, as last told."""
         self._fault = "not connected to the broker yet"
         self._bug = ""
         self.connected = False
@@ -105,28 +109,21 @@ class Subscriber:
 
     async def run(self) -> None:
         """For ever: one connection after the other, to any of the brokers."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._reconnect())
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self._ending = True
-
-    async def _reconnect(self) -> None:
+        task = asyncio.current_task()
         failures = 0
         for url in _in_turn(self._access.urls):
             started = time.monotonic()
-            pause_s = 0.0
             try:
                 await self._connection(url)
+                continue
             except BrokerError as error:
                 self._lost(url, str(error))
-                failures = 0 if time.monotonic() - started > _HEALTHY_S else failures + 1
-                pause_s = _retry_delay_s(failures)
-            if self._ending:
-                return
+            if task is not None and task.cancelling():
+                # Python 3.11's TaskGroup drops a cancellation that meets a failure, here the loss of the connection.
+                raise asyncio.CancelledError
+            failures = 0 if time.monotonic() - started > _HEALTHY_S else failures + 1
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with asyncio.timeout(_retry_delay_s(failures)):
                     await self._renewed.wait()  # the certificate may have been what was wrong
 
     async def _connection(self, url: str) -> None:
@@ -137,6 +134,7 @@ class Subscriber:
         will = LastWill(*self._report(False, first_version + _VERSIONS_PER_CONNECTION - 1))
         async with connection(self._access, url, self._client_id, will) as broker:
             self._replica.session_started()
+            self._subscriptions = Subscriptions()
             try:
                 with contextlib.suppress(_Renewed), _one_of(BrokerError, _Renewed):
                     async with asyncio.TaskGroup() as group:
@@ -166,6 +164,8 @@ class Subscriber:
             return False
         try:
             if message is not None:
+                self._heard_at = time.monotonic()
+                self._subscriptions.heard(message[0])
                 batches = self._replica.receive(*message, self._now())
             else:
                 batches = self._replica.work(self._now())
@@ -179,23 +179,33 @@ class Subscriber:
 
     async def _subscribe(self, broker: Connection, url: str) -> None:
         """Keep the subscriptions equal to the replica's interests."""
-        held: set[str] = set()
+        subscriptions = self._subscriptions
+        pause_s = _FIRST_DOUBT_S
         while True:
             self._interests.clear()
-            wanted = self._replica.filters()
-            refused: set[str] = set()
-            for filters in _portions(sorted(wanted - held)):
-                refused |= await broker.subscribe(filters)
-                held.update(filters)
-            held -= refused
-            for filters in _portions(sorted(held - wanted)):
+            subscriptions.want(self._replica.filters())
+            for filters in _portions(subscriptions.missing):
+                subscriptions.asked(filters, await broker.subscribe(filters))
+            for filters in _portions(subscriptions.surplus):
                 await broker.unsubscribe(filters)
-            held &= wanted
+                subscriptions.dropped(filters)
             broker.arrivals.wake()  # what is wanted now may need work on what is there
-            self._subscribed(url, frozenset(refused))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_REFUSED_RETRY_S if refused else None):
+            self._subscribed(url)
+            try:
+                async with asyncio.timeout(pause_s):
                     await self._interests.wait()
+                pause_s = _FIRST_DOUBT_S
+            except TimeoutError:
+                self._doubt(pause_s)
+                pause_s = min(2 * pause_s, _LAST_DOUBT_S)
+
+    def _doubt(self, pause_s: float) -> None:
+        """Ask again, after a pause, for what may have been lost; less and less often."""
+        if not self._replica.whole:
+            if time.monotonic() - self._heard_at > pause_s:  # while it comes, it comes
+                self._subscriptions.doubt_all()
+        elif pause_s < _LAST_DOUBT_S:
+            self._subscriptions.doubt_silent()
 
     async def _send_reports(self, broker: Connection, version: int) -> None:
         while True:
@@ -207,7 +217,8 @@ class Subscriber:
                 async with asyncio.timeout(REPORT_INTERVAL_S):
                     await self._report_due.wait()
 
-    def _subscribed(self, url: str, refused: frozenset[str]) -> None:
+    def _subscribed(self, url: str) -> None:
+        refused = self._subscriptions.refused
         for name in sorted(refused - self._refused):
             log.error("the broker refuses to let us read %s", name)
         if not self.connected:

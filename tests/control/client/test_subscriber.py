@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import ssl
 import time
@@ -37,6 +38,7 @@ class Replica:
         self.heard: list[tuple[str, bytes]] = []
         self.sessions = 0
         self.has_work = False
+        self.whole = True
         self.on_receive: Callable[[], None] = lambda: None
 
     def filters(self) -> frozenset[str]:
@@ -101,6 +103,14 @@ async def until(condition: Callable[[], object], patience_s: float = 30.0) -> No
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError("it never came to be") from None
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_lost_in_the_loop(caplog):
+    """asyncio logs what callbacks raised, and errors that nobody asked for."""
+    yield
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 @pytest.fixture(scope="module")
@@ -226,26 +236,67 @@ def test_what_the_broker_refuses_is_told_and_the_rest_is_heard(broker, operator,
     assert caplog.text.count("refuses") == is_nats(broker)
 
 
-def test_a_refused_filter_is_asked_for_again(broker, web_dir, monkeypatch):
-    if not is_nats(broker):
-        return
-    monkeypatch.setattr(subscriber, "_REFUSED_RETRY_S", 0.05)
-    asked = []
+@pytest.fixture
+def asked(monkeypatch) -> list[list[str]]:
+    """What the broker is asked for, as it is asked."""
+    found = []
     real = mqtt.Connection.subscribe
 
     async def subscribe(self, filters):
-        asked.append(list(filters))
+        found.append([name.removeprefix("mesh/v1/cluster.local/") for name in filters])
         return await real(self, filters)
 
     monkeypatch.setattr(mqtt.Connection, "subscribe", subscribe)
-    forbidden, allowed = subtree("cluster.local", "policy", "other"), f"{SHOP}/none"
+    monkeypatch.setattr(subscriber, "_FIRST_DOUBT_S", 0.05)
+    monkeypatch.setattr(subscriber, "_LAST_DOUBT_S", 0.2)
+    return found
+
+
+def test_what_was_refused_is_asked_for_again(broker, operator, web_dir, asked):
+    if not is_nats(broker):
+        return
 
     async def scenario() -> None:
-        async with subscribed(access(broker, web_dir), forbidden, allowed):
-            await until(lambda: len(asked) == 3)
+        async with operator() as control:
+            (allowed,) = await publish(control, "allowed")
+            async with subscribed(access(broker, web_dir), subtree("cluster.local", "policy", "other"), allowed):
+                await until(lambda: len(asked) == 5)
 
     plane.run(scenario())
-    assert asked[:3] == [[forbidden, allowed], [forbidden], [forbidden]]
+    assert asked[:5] == [["policy/other/#", "svc/shop/allowed"], *[["policy/other/#"]] * 4]
+
+
+def test_what_brought_nothing_is_asked_for_again_for_a_while(broker, operator, web_dir, asked):
+    async def scenario() -> None:
+        async with operator() as control:
+            (there,) = await publish(control, "there")
+            async with subscribed(access(broker, web_dir), there, f"{SHOP}/none") as proxy:
+                await until(lambda: len(asked) == 3)
+                await asyncio.sleep(0.5)
+                assert asked == [["svc/shop/none", "svc/shop/there"], ["svc/shop/none"], ["svc/shop/none"]]
+                # A new interest, and there is doubt again.
+                proxy.replica.wanted |= {f"{SHOP}/nobody"}
+                proxy.subscriber.interests_changed()
+                await until(lambda: len(asked) == 6)
+                assert asked[3:] == [["svc/shop/nobody"], *[["svc/shop/nobody", "svc/shop/none"]] * 2]
+
+    plane.run(scenario())
+
+
+def test_while_the_replica_is_not_whole_and_nothing_comes_all_is_asked_for_again(broker, operator, web_dir, asked):
+    async def scenario() -> None:
+        async with operator() as control:
+            topics = await publish(control, "part", "whole")
+            async with subscribed(access(broker, web_dir), *topics) as proxy:
+                proxy.replica.whole = False
+                await until(lambda: len(asked) == 6)  # as often as it takes
+                proxy.replica.whole = True
+                await asyncio.sleep(0.5)
+                assert asked == [["svc/shop/part", "svc/shop/whole"]] * len(asked)
+                assert len(asked) <= 7
+                assert len(proxy.replica.heard) == 2 * len(asked)
+
+    plane.run(scenario())
 
 
 @contextlib.asynccontextmanager
@@ -359,7 +410,7 @@ def test_a_broker_that_was_away_is_found_again(authority, tmp_path, broker, oper
                 assert f"no connection to the broker {own.url}: " in told
                 await asyncio.sleep(0.3)
                 own.start()
-                await until(lambda: proxy.subscriber.connected and len(proxy.replica.heard) == 2)
+                await until(lambda: proxy.subscriber.connected and len(proxy.replica.heard) >= 2)
                 assert proxy.subscriber.problems() == ()
                 assert proxy.replica.sessions == 2
 

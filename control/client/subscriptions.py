@@ -1,0 +1,64 @@
+"""The filters of one connection: which to ask for, and for which to ask again. Pure.
+
+A broker need not be ready when it takes a subscription: nats-server that has just started acknowledges it, and may not
+have read what it retains yet; then that never comes. MQTT has no word for the end of what is retained. But to
+subscribe again to the same filter brings all of it again (MQTT 3.1.1 section 3.8.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class Subscriptions:
+    """What is wanted, what was asked of the broker, and what came of it."""
+
+    def __init__(self) -> None:
+        self._wanted: frozenset[str] = frozenset()
+        self._held: set[str] = set()
+        self._refused: set[str] = set()
+        self._silent: set[str] = set()
+        self._doubted: set[str] = set()
+
+    def want(self, filters: frozenset[str]) -> None:
+        """From now on it is exactly these."""
+        self._wanted = filters
+
+    @property
+    def missing(self) -> list[str]:
+        """What has to be asked for, in a fixed order."""
+        return sorted(self._wanted - (self._held - self._doubted))
+
+    @property
+    def surplus(self) -> list[str]:
+        """What is held and no longer wanted."""
+        return sorted(self._held - self._wanted)
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """What is wanted, and the broker does not let us have."""
+        return self._wanted & self._refused
+
+    def asked(self, filters: Collection[str], refused: frozenset[str]) -> None:
+        """The broker has answered."""
+        granted = set(filters) - refused
+        self._held = self._held - refused | granted
+        self._silent |= granted
+        self._doubted.difference_update(filters)
+        self._refused = self._refused - granted | refused
+
+    def dropped(self, filters: Collection[str]) -> None:
+        """The broker sends these no more."""
+        self._held.difference_update(filters)
+
+    def heard(self, topic: str) -> None:
+        """Something came. A filter is a topic, or a level and all below it (`x/#`)."""
+        self._silent -= {topic, f"{topic}/#", f"{topic.rpartition('/')[0]}/#"}
+
+    def doubt_silent(self) -> None:
+        """Ask again for what brought nothing. There may be nothing."""
+        self._doubted |= self._silent
+
+    def doubt_all(self) -> None:
+        """Ask again for everything."""
+        self._doubted |= self._held
