@@ -24,7 +24,7 @@ from control.server.enrolment import CERTIFICATES_PORT
 if TYPE_CHECKING:
     from control.server.serve import Running
 
-DEFAULT_DIR: Final = Path("/var/lib/uproxy/control")
+DEFAULT_DIR: Final = Path("/var/lib/uproxy-control")
 CA_DIR: Final = "ca"
 
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
