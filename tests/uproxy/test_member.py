@@ -163,6 +163,7 @@ def test_it_restarts_and_serves_with_control_plane_and_broker_gone(site: MemberS
         dump = control_of(site, "web")
         assert dump["connected"] is False
         assert dump["age_s"] is not None
+        assert "\nuproxy_demanded_services 1\n" in get(site.address("web"), 15020, "/metrics")[1]
         site.broker.start()
         site.control.start()
         site.control.apply(DENY_WEB)
