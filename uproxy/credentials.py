@@ -38,13 +38,13 @@ class CurrentCredentials:
             self._read = stamp
             try:
                 self.value = Credentials.load(self._directory, self._identity)
-            except CredentialsError as error:
+                on_renewed()
+            except (CredentialsError, OSError) as error:  # OSError: of memory or descriptors, which may come back
                 if str(error) != refused:
                     log.error("the new certificate is refused, the one before stays: %s", error)
                 refused = str(error)
                 continue
             refused = ""
-            on_renewed()
             log.info("a new certificate is in use, serial %x", self.value.serial)
 
     def _stamp(self) -> tuple[int, ...]:

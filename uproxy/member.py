@@ -180,4 +180,6 @@ class Member:
             self._saving_problem = ""
 
     def _stamps(self) -> str:
-        return ", ".join(f"{root_title(name)} {epoch}.{version}" for name, (epoch, version, _) in self.replica.roots().items())
+        return ", ".join(
+            f"{root_title(name)} {epoch}.{version}" for name, (epoch, version, _) in self.replica.roots().items()
+        )

@@ -133,19 +133,22 @@ def _retry_delay_s(failures: int) -> float:
 
 async def _certify(*arguments: str) -> _Failure | None:
     """Run `certify`; None when it is done. A child that is not waited for any more is killed."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-I",  # a module in the working directory must not stand in for one of ours
-        "-X",
-        "utf8",
-        "-m",
-        "control.client.certify",
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        env={},
-    )
+    try:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",  # a module in the working directory must not stand in for one of ours
+            "-X",
+            "utf8",
+            "-m",
+            "control.client.certify",
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env={},
+        )
+    except OSError as error:  # no memory, process or descriptor left; or Python itself is being replaced
+        return _Failure(f"{sys.executable} cannot be started: {error.strerror}", final=False)
     try:
         async with asyncio.timeout(_CHILD_TIMEOUT_S):
             _, said = await child.communicate()

@@ -36,7 +36,7 @@ from control.api.identity import SpiffeId, proxy_hash
 from control.api.messages import MAX_PAYLOAD_BYTES
 from control.server.ca import DEFAULT_TTL_S, Authority, CaError
 from control.server.rights import Rights, broker_id, control_plane_id, rights_of
-from control.server.svid import issue_own
+from control.server.svid import due, issue_own
 
 BROKER_PORT: Final = 8883
 
@@ -307,16 +307,14 @@ class NatsServer:
         issue_own(self._authority, self._directory / IDENTITY_DIR, identity, self._svid_ttl_s)
 
     async def _renew(self) -> None:
-        pause = self._svid_ttl_s / 2
         while True:
-            await asyncio.sleep(pause)
+            await due(self._directory / IDENTITY_DIR, self._svid_ttl_s)
             try:
                 self._certify()
             except (CaError, OSError) as error:
                 _log.warning("the broker's certificate cannot be renewed: %s", error)
-                pause = min(_RENEWAL_RETRY_S, self._svid_ttl_s / 10)
+                await asyncio.sleep(min(_RENEWAL_RETRY_S, self._svid_ttl_s / 10))
                 continue
-            pause = self._svid_ttl_s / 2
             async with self._reloading:
                 await self._reload()
 

@@ -285,7 +285,7 @@ class Core:
         return dict(self._reports)
 
     def roots(self) -> dict[str, RootStamp]:
-        """Namespace, or `ADDRESSES` -> epoch, version and time of issue of its root: what proxies should have applied."""
+        """Namespace, or `ADDRESSES` -> epoch, version and time of issue of its root: what proxies should have."""
         return dict(self._roots)
 
     def identities(self) -> frozenset[SpiffeId]:
@@ -385,20 +385,12 @@ class Core:
     def _withdrawn(self, pen: Pen, foreign: Iterable[Topic]) -> list[Message]:
         """What takes the place of messages that somebody else published: tombstones, and roots that list nothing."""
         changed: list[Message] = []
-        shards: list[int] = []
         for topic in foreign:
-            match topic:
-                case RootTopic(namespace):
-                    changed += publication.namespace_messages(pen, namespace, {}, {})
-                case AddressesTopic(shard):
-                    shards.append(shard)
-                case _:
-                    name = format_topic(self._trust_domain, topic)
-                    changed.append(pen.tombstone(name, getattr(topic, "namespace", "")))
-        if shards:
-            changed += publication.address_messages(
-                pen, self._addresses_published(shards), {shard: {} for shard in shards}
-            )
+            if isinstance(topic, RootTopic):
+                changed += publication.namespace_messages(pen, topic.namespace, {}, {})
+            else:
+                name = format_topic(self._trust_domain, topic)
+                changed.append(pen.tombstone(name, getattr(topic, "namespace", "")))
         return changed
 
     def _commit(self, batch: Batch, *, soon: bool, plan: Plan | None = None) -> None:

@@ -14,7 +14,7 @@ from control.api.identity import SpiffeId
 from control.server.brokers import IDENTITY_DIR, Listen, all_rights, mosquitto_files, nats_files, prepare, write_files
 from control.server.ca import DEFAULT_TTL_S, Authority, CaError
 from control.server.rights import broker_id
-from control.server.svid import issue_own
+from control.server.svid import due, issue_own
 
 _RENEWAL_RETRY_S: Final = 60.0
 _MAX_PID_BYTES: Final = 32
@@ -50,16 +50,14 @@ class ForeignBroker:
         self._configure()
         self._tell()
         self.ready.set()
-        pause = self._svid_ttl_s / 2
         while True:
-            await asyncio.sleep(pause)
+            await due(self._directory / IDENTITY_DIR, self._svid_ttl_s)
             try:
                 self._certify()
             except (CaError, OSError) as error:
                 _log.warning("the broker's certificate cannot be renewed: %s", error)
-                pause = min(_RENEWAL_RETRY_S, self._svid_ttl_s / 10)
+                await asyncio.sleep(min(_RENEWAL_RETRY_S, self._svid_ttl_s / 10))
                 continue
-            pause = self._svid_ttl_s / 2
             self._tell()
 
     async def admit(self, identities: Collection[SpiffeId]) -> None:

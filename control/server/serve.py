@@ -26,7 +26,7 @@ from control.api.identity import SpiffeId, TrustDomain
 from control.client.mqtt import BrokerAccess
 from control.server.api import Api, BrokerState, SocketError, listen
 from control.server.brokers import BrokerError, Listen, NatsServer
-from control.server.ca import DEFAULT_TTL_S, Authority, CaError
+from control.server.ca import Authority, CaError
 from control.server.core import Core
 from control.server.enrolment import Enrolment
 from control.server.foreign import ForeignBroker
@@ -36,7 +36,7 @@ from control.server.publisher import Publisher
 from control.server.rights import control_plane_id
 from control.server.signing import ConfigKey
 from control.server.store import Store, StoreError
-from control.server.svid import issue_own
+from control.server.svid import due, issue_own
 
 STORE_FILE: Final = "mesh.db"
 
@@ -183,16 +183,14 @@ class _Plane:
 
     async def _renew(self) -> None:
         """Keep our own certificate fresh. Connections take the new one when they are made."""
-        pause = DEFAULT_TTL_S / 2
         while True:
-            await asyncio.sleep(pause)
+            await due(self._own)
             try:
                 issue_own(self._authority, self._own, self._identity)
                 self._https.context = server_context(self._own)
-                pause = DEFAULT_TTL_S / 2
             except (CaError, OSError) as error:
                 _log.warning("the control plane's own certificate cannot be renewed: %s", error)
-                pause = _RETRY_S
+                await asyncio.sleep(_RETRY_S)
 
 
 class _Users:

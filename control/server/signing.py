@@ -37,8 +37,16 @@ class ConfigKey:
         self._path = directory / CONFIG_KEY_FILE
         self._authority = authority
         self._passphrase = passphrase
-        loaded = self._load(now)
-        self._key, self._certificate = loaded if loaded is not None else self._make(now)
+        loaded = self._load()
+        if loaded is not None:
+            self._key, self._certificate = loaded
+        if loaded is None or self.due(now):
+            try:
+                self.renew(now)
+            except CaError as error:
+                if loaded is None or not _lives(self._certificate, now):
+                    raise
+                _log.warning("the config key is not renewed, and serves on: %s", error)
 
     @classmethod
     def open(
@@ -62,9 +70,9 @@ class ConfigKey:
         return self._key.sign(message)
 
     def due(self, now: float) -> bool:
-        """Whether half of its life is over."""
+        """Whether half of its life is over; or it has not begun, as the clock was wrong when the key was made."""
         half = self._certificate.not_valid_after_utc - LIFE / 2
-        return datetime.fromtimestamp(now, UTC) >= half
+        return not self._certificate.not_valid_before_utc <= datetime.fromtimestamp(now, UTC) < half
 
     def renew(self, now: float) -> None:
         """Takes a new key. Everything that is signed must then be signed again. Raises CaError."""
@@ -84,8 +92,8 @@ class ConfigKey:
             raise CaError(f"cannot write the config key to {self._path}: {error.strerror}") from None
         return key, certificate
 
-    def _load(self, now: float) -> tuple[Ed25519PrivateKey, x509.Certificate] | None:
-        """What the file holds; None when there is none that this CA made and that lives long enough."""
+    def _load(self) -> tuple[Ed25519PrivateKey, x509.Certificate] | None:
+        """What the file holds; None when there is none that this CA made."""
         try:
             with self._path.open("rb") as file:
                 content = file.read(_MAX_BYTES)
@@ -104,5 +112,8 @@ class ConfigKey:
         if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
             _log.warning("%s is replaced: its key is not that of its certificate", self._path)
             return None
-        due = datetime.fromtimestamp(now, UTC) >= certificate.not_valid_after_utc - LIFE / 2
-        return None if due else (key, certificate)
+        return key, certificate
+
+
+def _lives(certificate: x509.Certificate, now: float) -> bool:
+    return certificate.not_valid_before_utc <= datetime.fromtimestamp(now, UTC) < certificate.not_valid_after_utc

@@ -168,6 +168,22 @@ def test_while_the_control_plane_is_away_the_certificate_stays_and_the_reason_is
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
+def test_a_host_without_room_for_a_child_keeps_the_certificate(joined, monkeypatch, caplog):
+    before = serial(joined)
+    monkeypatch.setattr(certificates.sys, "executable", str(joined / "python that is being upgraded"))
+    clock = Clock(HALF_A_DAY_S + 600)
+    renewal = Renewal(joined, clock)
+
+    async def run():
+        async with asyncio.timeout(2):
+            await renewal.run()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
+    assert "cannot be started: No such file or directory" in renewal.problem
+    assert serial(joined) == before
+
+
 def test_the_end_comes_with_a_louder_alarm(joined, silent, caplog):
     move_control_plane(joined, silent)
     clock = Clock(0.8 * 86400)

@@ -77,7 +77,7 @@ def test_a_renewed_key_is_the_one_that_is_kept(ca_dir, authority):
     before = key.certificates
     key.renew(NOW + DAY_S)
     assert key.certificates != before
-    assert opened(ca_dir, authority).certificates == key.certificates
+    assert opened(ca_dir, authority, NOW + DAY_S).certificates == key.certificates
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "other CA", "other key"])
@@ -128,3 +128,22 @@ def test_it_never_outlives_the_intermediate(ca_dir, authority):
     end = authority.intermediate.not_valid_after_utc.timestamp()
     with pytest.raises(CaError, match="the intermediate CA ends at"):
         opened(ca_dir, authority, end - LIFE.total_seconds() + 1)
+
+
+def test_one_made_while_the_clock_was_ahead_is_replaced(ca_dir, authority):
+    ahead = opened(ca_dir, authority, NOW + 90 * DAY_S)
+    assert ahead.due(NOW)
+    assert not ahead.due(NOW + 90 * DAY_S)
+    now = opened(ca_dir, authority)
+    assert now.certificates != ahead.certificates
+    assert not now.due(NOW)
+
+
+def test_one_that_lives_serves_on_where_it_cannot_be_renewed(ca_dir, authority, monkeypatch, caplog):
+    end = authority.intermediate.not_valid_after_utc.timestamp()
+    last = opened(ca_dir, authority, end - LIFE.total_seconds())
+    again = opened(ca_dir, authority, end - DAY_S)
+    assert again.certificates == last.certificates
+    assert "the config key is not renewed, and serves on: the intermediate CA ends at" in caplog.text
+    with pytest.raises(CaError, match="the intermediate CA ends at"):
+        opened(ca_dir, authority, end + 1)
