@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from control.api.problems import ResourceErrors
 from control.cli import apply, ca, demo, get, label, status, token, up, validate
+from control.cli.arguments import CommandParser
 from control.cli.output import CommandError, show_refusal
 
 _EXAMPLES = """\
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"meshctl {version('uproxy-mesh')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
     for command in (up, apply, get, label, token, status, validate, ca, demo):
         command.add(commands)
     return parser

@@ -304,6 +304,28 @@ def test_get_one_for_programs_and_as_applied(meshctl, applied, tmp_path):
     assert meshctl("diff", "-f", again)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "get service web -n shop",
+        "get service -n shop web",
+        "get -n shop service web",
+        "get -n shop service/web",
+        "label service -n shop web --dry-run a=b",
+        "label service web -n shop a=b --dry-run",
+        "label -n shop --dry-run svc/web a=b",
+        "delete -n shop workload db-1 --dry-run web-1",
+        "delete --dry-run we/db-1 -n shop we/web-1",
+        "token create web-1 -n shop",
+        "token create -n shop web-1 --ttl 90s",
+    ],
+)
+def test_options_may_stand_wherever_people_type_them(meshctl, applied, line):
+    status, out, err = meshctl(*line.split())
+    assert status == 0, err
+    assert out
+
+
 def test_get_of_one_that_is_not_there_fails(meshctl, applied):
     assert meshctl("get", "service", "db", "-n", "shop") == (1, "", "error: there is no Service db in namespace shop\n")
     assert meshctl("get", "service/db", "-A")[0] == 1
