@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
@@ -24,6 +24,7 @@ from control.api.index import AddressShard, IndexShard, Manifest, Resident, Root
 from control.api.messages import Body, Envelope, MessageError, Stamp
 from control.api.signing import SIGNATURE, signed_bytes
 from control.api.topics import (
+    ADDRESS_SHARDS,
     AddressesRootTopic,
     AddressesTopic,
     EndpointTopic,
@@ -101,10 +102,10 @@ class Pen:
         return self.live(topic, namespace, {**body, SIGNATURE: self.sign(signed_bytes(topic, unsigned))})
 
     def again(self, message: Message) -> Message:
-        """The same content under this pen's stamp and time, signed if it was."""
+        """The same content under this pen's stamp and time, signed if it was. Raises ValueError for a tombstone."""
         body = messages.decode(message.payload).body
         if body is None:
-            return replace(self.tombstone(message.topic, message.namespace), deleted_at=message.deleted_at)
+            raise ValueError(f"{message.topic} is a tombstone, which has no content")
         write = self.signed if SIGNATURE in body else self.live
         return write(message.topic, message.namespace, body)
 
@@ -171,16 +172,23 @@ def trust_message(pen: Pen, certificates: tuple[bytes, ...]) -> Message:
 def reissued(pen: Pen, old: Iterable[Message]) -> list[Message]:
     """Issues again what proxies take by its stamp: manifests, roots, address shards. Other messages are left out.
 
-    The root of the addresses is made when there is none.
+    The root of the addresses and shards that there are not yet are made: a proxy that asks for one address must be
+    told, by a signature, that nobody lives there.
     """
     changed: list[Message] = []
     addresses: list[Message] = []
+    absent = set(range(ADDRESS_SHARDS))
     for message in old:
         topic = parse_topic(pen.trust_domain, message.topic)
         if isinstance(topic, AddressesTopic):
             addresses.append(pen.again(message))
+            absent.remove(topic.shard)
         elif isinstance(topic, ManifestTopic | RootTopic) and not message.deleted_at:
             changed.append(pen.again(message))
+    nobody = index.write(AddressShard({}))
+    addresses += [
+        pen.signed(format_topic(pen.trust_domain, AddressesTopic(shard)), "", nobody) for shard in sorted(absent)
+    ]
     return in_order([*changed, *addresses, *_root(pen, AddressesRootTopic(), "", {}, addresses, frozenset())])
 
 

@@ -2,11 +2,13 @@
 
 import errno
 import time
+from contextlib import nullcontext
 
 import pytest
 
 from control import durable
-from control.api import messages, status
+from control.api import messages, status, vips
+from control.api.declared import Family
 from control.api.identity import SpiffeId, proxy_hash
 from control.api.problems import ResourceErrors
 from control.api.status import Kind, ProxyStatus
@@ -75,7 +77,9 @@ def plane(tmp_path):
 
 def test_an_empty_control_plane_publishes_trust_the_root_namespace_and_no_addresses(plane):
     assert plane.settle().namespaces == {"mesh-system"}
-    assert plane.shelf.retained.keys() == {PREFIX + name for name in ("trust", "addr", "root/mesh-system")}
+    # An empty shard says, by its signature, that nobody lives at an address that a proxy asks for.
+    shards = [f"addr/{shard:02x}" for shard in range(256)]
+    assert plane.shelf.retained.keys() == {PREFIX + name for name in ("trust", "addr", "root/mesh-system", *shards)}
 
 
 def test_what_is_applied_is_published(plane):
@@ -165,8 +169,18 @@ def test_deletions_are_tombstones_that_are_collected_after_a_week(plane):
     plane.now += 120
     plane.core.refresh()
     found = plane.settle()
-    assert not any("db" in topic for topic in plane.shelf.retained)
+    assert not any("/shop/db" in topic or topic.endswith("/db-1") for topic in plane.shelf.retained)
     assert "svc/shop/web" in found.records
+
+
+def test_a_tombstone_is_published_once(plane):
+    plane.apply(SHOP)
+    plane.core.delete([("Service", "shop", "db")])
+    plane.settle()
+    plane.apply(policy("allow", caller="zoo"))
+    assert plane.shelf.drain(plane.core) == 3
+    plane.core.delete([("AuthorizationPolicy", "shop", "allow")])
+    assert plane.shelf.drain(plane.core) == 3
 
 
 def test_a_namespace_that_is_emptied_keeps_a_root_that_lists_nothing(plane):
@@ -198,6 +212,14 @@ def test_relabel_changes_labels_and_annotations(plane):
     assert "annotations" not in text
     with pytest.raises(ResourceErrors, match="Service shop/web:"):
         plane.core.relabel(place, labels={"istio.io/use-waypoint": "wp"})
+
+
+@pytest.mark.parametrize(("removed", "of", "is_held"), [(3, 3, False), (4, 4, True), (4, 7, True), (4, 8, False)])
+def test_more_than_half_and_at_least_four_are_held(plane, removed, of, is_held):
+    plane.apply(*(workload(f"w{number}", f"10.0.1.{number}") for number in range(of)), policy("allow"))
+    gone = [("WorkloadEntry", "shop", f"w{number}") for number in range(removed)]
+    with pytest.raises(HeldBack) if is_held else nullcontext():
+        plane.core.delete(gone)
 
 
 def test_what_removes_most_of_a_namespace_is_held_until_released(plane):
@@ -267,8 +289,30 @@ def test_virtual_addresses_stay_across_changes_and_restarts(plane):
     with pytest.raises(ResourceErrors, match=f"{vips[0]} is the address of Service shop/web"):
         plane.apply(service("thief", namespace="zoo", vip=vips[0]))
     plane.core.delete([("Service", "shop", "web")])
+    assert [service for service, _ in plane.store.vips()] == ["shop/db"]
     plane.apply(service("heir", namespace="zoo", vip=vips[0]))
     assert plane.settle().addresses[vips[0]] == ["s", "zoo", "heir", [80]]
+
+
+def test_no_address_is_allocated_that_another_namespace_asks_for(plane):
+    asked = vips.allocate("one/web", Family.IPV4, ())
+    plane.apply(service("web", namespace="one"), service("web", namespace="two", vip=asked))
+    found = plane.settle()
+    assert found.records["svc/two/web"]["vips"] == [asked]
+    assert found.records["svc/one/web"]["vips"] != [asked]
+
+
+@pytest.mark.parametrize("together_now", [True, False])
+def test_two_namespaces_never_get_one_address(plane, together_now):
+    wanted = {vips.allocate(f"one/s{number}", Family.IPV4, ()): f"s{number}" for number in range(600)}
+    other = next(f"s{number}" for number in range(10**6) if vips.allocate(f"two/s{number}", Family.IPV4, ()) in wanted)
+    address = vips.allocate(f"two/{other}", Family.IPV4, ())
+    texts = service(wanted[address], namespace="one"), service(other, namespace="two")
+    for text in [together(*texts)] if together_now else texts:
+        plane.apply(text)
+    found = plane.settle()
+    assert found.addresses[address] == ["s", "one", wanted[address], [80]]
+    assert len(found.addresses) == 2
 
 
 def test_an_address_may_move_between_namespaces_in_one_change(plane):
@@ -329,6 +373,14 @@ def test_every_start_takes_a_new_epoch_and_outdoes_the_last(plane):
         assert (before[PREFIX + name] == plane.shelf.retained[PREFIX + name]) is not again
 
 
+def test_a_new_epoch_is_taken_though_the_broker_remembers_none(plane):
+    plane.settle()
+    first = plane.core.epoch
+    plane.shelf.retained.clear()
+    plane.restart()
+    assert plane.core.epoch == first + 1
+
+
 def test_the_epoch_is_at_least_the_time(plane):
     assert plane.core.epoch == int(START)
     plane.now += 1000
@@ -379,9 +431,25 @@ def test_a_broker_that_lost_everything_gets_everything(plane):
 
 def test_a_broker_that_holds_everything_gets_nothing(plane):
     plane.apply(SHOP)
+    batch = plane.core.pending()
     plane.settle()
+    plane.apply(service("web", labels="a: b"))
+    plane.settle()
+    plane.core._pending.add({"shop": [one.topic for one in batch]}, soon=True)
+    assert plane.core.pending()
     plane.shelf.connect(plane.core)
     assert not plane.core.pending()
+
+
+def test_a_root_that_was_signed_again_is_published_with_its_stamp(plane):
+    plane.apply(SHOP)
+    plane.settle()
+    plane.now += 30
+    plane.core.refresh()
+    stamp = plane.core.roots()["shop"][:2]
+    plane.shelf.connect(plane.core)
+    plane.settle()
+    assert plane.core.roots()["shop"] == (*stamp, START + 30)
 
 
 def test_what_is_foreign_is_withdrawn(plane):
@@ -396,7 +464,6 @@ def test_what_is_foreign_is_withdrawn(plane):
         "policy/shop/no",
         "index/zoo/00",
         "root/zoo",
-        "addr/00",
         "wl/" + "0" * 32 + "/a",
     ]
     held |= {PREFIX + name: newer for name in foreign}
@@ -419,19 +486,41 @@ def test_what_is_foreign_is_withdrawn(plane):
         assert retained(plane.shelf.retained[PREFIX + name]).tombstone
 
 
-def test_what_is_newer_on_the_broker_is_issued_again_newer_still(plane):
-    plane.apply(SHOP)
+@pytest.mark.parametrize("version", [2, 7])  # that of ours, and a higher one
+def test_what_is_newer_on_the_broker_is_issued_again_newer_still(plane, version):
+    plane.apply(SHOP, service("gone"))
+    plane.core.delete([("Service", "shop", "gone")])
     plane.settle()
     held = {topic: retained(payload) for topic, payload in plane.shelf.retained.items()}
-    newer = Retained((plane.core.epoch, 7), b"?" * 32)
-    names = ["svc/shop/web", "ep/shop/web/web-1", "addr"]
+    newer = Retained((plane.core.epoch, version), b"?" * 32)
+    own = retained(plane.shelf.retained[PREFIX + "svc/shop/web"]).stamp
+    shard = next(name for name in plane.shelf.retained if "/index/" in name).removeprefix(PREFIX)
+    names = [
+        "svc/shop/web",
+        "ep/shop/web/web-1",
+        "ep/shop/db",
+        "policy/shop/allow",
+        "svc/shop/gone",
+        shard,
+        "root/shop",
+    ]
     held |= {PREFIX + name: newer for name in names}
     plane.core.audited(held)
     plane.settle()
-    plane.core.start_epoch(plane.core.epoch + 1)
     for name in names:
-        plane.settle()
-        assert retained(plane.shelf.retained[PREFIX + name]).stamp > (int(START), 2)
+        assert retained(plane.shelf.retained[PREFIX + name]).stamp > own, name
+
+
+def test_addresses_that_are_newer_on_the_broker_are_issued_again(plane):
+    plane.apply(SHOP)
+    plane.settle()
+    held = {topic: retained(payload) for topic, payload in plane.shelf.retained.items()}
+    shard = next(name for name in plane.shelf.retained if "/addr/" in name)
+    own = held[shard].stamp
+    held[shard] = Retained((plane.core.epoch, 7), b"?" * 32)
+    plane.core.audited(held)
+    plane.settle()
+    assert retained(plane.shelf.retained[shard]).stamp > own
 
 
 def test_restored_from_an_older_backup(plane, tmp_path):

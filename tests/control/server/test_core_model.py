@@ -235,10 +235,11 @@ class Histories(RuleBasedStateMachine):
         self.oracle.check(self.shelf.read())
 
 
-def test_any_history_ends_in_the_desired_state():
+@pytest.mark.parametrize("histories", [15, pytest.param(400, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_any_history_ends_in_the_desired_state(histories):
     run_state_machine_as_test(
         Histories,
         settings=settings(
-            max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=histories, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
