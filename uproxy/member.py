@@ -15,7 +15,7 @@ from typing import Final
 import uproxy
 from control.api import messages, status
 from control.api.identity import proxy_hash
-from control.api.messages import Envelope
+from control.api.messages import Envelope, Stamp
 from control.api.status import Kind, ProxyStatus, root_title
 from control.api.topics import StatusTopic, format_topic
 from control.client import snapshot
@@ -60,15 +60,17 @@ class Member:
         self._topic = format_topic(trust_domain, StatusTopic(proxy_hash(membership.identity), membership.workload))
         self._credentials = credentials
         self._on_batch = on_batch
+        self._on_progress = on_progress
         self._own_problems = problems
         self._started_at = int(time.time())
         self._applied_at = 0
+        self._told = self._knowledge()
         self._state_file = identity_dir / STATE_FILE
         self._unsaved = asyncio.Event()
         self._saving_problem = ""
         self._renewal = Renewal(identity_dir)
         access = BrokerAccess(membership.brokers, membership.identity, lambda: broker_context(credentials.value))
-        self._subscriber = Subscriber(self.replica, access, self._apply, self._report, on_progress=on_progress)
+        self._subscriber = Subscriber(self.replica, access, self._apply, self._report, on_progress=self._progress)
 
     def restore(self) -> None:
         """Take up the last good state, if there is one, after the replica was asked for the base."""
@@ -141,6 +143,19 @@ class Member:
         self._unsaved.set()
         self._subscriber.status_changed()
         self._on_batch(batch)
+
+    def _progress(self) -> None:
+        """A root that changes nothing for this proxy comes without a batch, and is applied all the same."""
+        known = self._knowledge()
+        if known != self._told:
+            self._told = known
+            self._unsaved.set()
+            self._subscriber.status_changed()
+        self._on_progress()
+
+    def _knowledge(self) -> tuple[bool, dict[str, Stamp]]:
+        """Whether the replica is whole, and which roots it has applied, however often they were signed."""
+        return self.replica.whole, {name: root[:2] for name, root in self.replica.roots().items()}
 
     def _report(self, online: bool, version: int) -> tuple[str, bytes]:
         certificate = self._credentials.value

@@ -30,6 +30,13 @@ spec:
   rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/web]}}]}]
 """
 
+UNHEARD_OF = """
+apiVersion: v1
+kind: Service
+metadata: {name: unheard-of, namespace: shop}
+spec: {selector: {app: nobody}, ports: [{port: 80}]}
+"""
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[MemberSite]:
@@ -88,6 +95,25 @@ def test_from_token_to_traffic_and_what_it_tells_of_itself(running: tuple[Member
         assert status is not None
         assert status.online
         assert status.roots["shop"][:2] == roots["shop"][:2]
+
+
+def test_a_change_that_concerns_others_is_reported_too(running: tuple[MemberSite, object, object]) -> None:
+    """Else `meshctl status` would show a proxy behind until its next regular report."""
+    site, *_ = running
+    assert dial(site.forward) == b"hello"
+    for deleted in (False, True):
+        if deleted:
+            site.control.delete("Service", "shop", "unheard-of")
+        else:
+            site.control.apply(UNHEARD_OF)
+        root = site.control.plane.core.roots()["shop"]
+        for identity, name in ((WEB, "web"), (DB, "db")):
+            eventually(
+                lambda identity=identity, name=name, root=root: (
+                    (s := site.control.status(identity, name)) and s.roots.get("shop", ())[:2] == root[:2]
+                ),
+                5,
+            )
 
 
 def test_a_policy_is_in_force_at_once_also_on_connections_that_are_open(
