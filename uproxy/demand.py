@@ -196,7 +196,7 @@ class Demand:
             case _Base():
                 return self._replica.based
             case _Address(ip):
-                return self._replica.address_status(ip) is not Status.WAITING
+                return self._state.covers(ip)
             case _Service(service_key):
                 return self._replica.service_status(service_key) is not Status.WAITING
 

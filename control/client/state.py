@@ -200,6 +200,10 @@ class State:
         found = self._endpoints.get(service_key, {}).values()
         return tuple(endpoint for endpoint in found if endpoint.identity in service.identities)
 
+    def covers(self, ip: IpAddress) -> bool:
+        """Whether it is known who lives at an address, or that nobody does."""
+        return address_shard(ip) in self._shards
+
     def resident_at(self, ip: IpAddress) -> Resident | None:
         """Who lives at an address, a service or a workload, whether or not more is known of it."""
         if ip not in self._asked:

@@ -292,6 +292,18 @@ def test_residents_that_were_asked_for_are_kept_up_to_a_bound(monkeypatch):
     assert state.resident_at("10.0.1.1") is None
 
 
+def test_a_shard_covers_its_addresses_also_where_nobody_lives():
+    state = State(TRUST_DOMAIN)
+    assert not state.covers("10.0.0.1")
+    state.apply([shard(1, {})])
+    assert state.covers("10.0.0.1")
+    assert state.resident_at("10.0.0.1") is None
+    assert not all(state.covers(f"10.0.0.{number}") for number in range(2, 20)), "of other shards"
+    empty = state.address_bytes
+    state.apply([shard(2, {"10.0.0.1": ResidentWorkload("shop", "web-1", "web", {})})])
+    assert state.address_bytes > empty
+
+
 def test_an_address_nobody_had_is_known_once_somebody_has_it():
     state = State(TRUST_DOMAIN)
     one = ResidentWorkload("shop", "web-1", "web", {})
