@@ -142,12 +142,16 @@ class CertificateServer:
         loop = asyncio.get_running_loop()
         try:
             transport, _ = await loop.connect_accepted_socket(
-                server, connection, ssl=self.context, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S
+                server,
+                connection,
+                ssl=self.context,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                ssl_shutdown_timeout=HANDSHAKE_TIMEOUT_S,
             )
         except OSError as error:  # ssl.SSLError is one
             _log.info("certificates: a handshake failed: %s", error)
         else:
-            loop.call_later(CONNECTION_TIMEOUT_S, transport.abort)
+            loop.call_later(CONNECTION_TIMEOUT_S, _end, transport)
         finally:
             self._handshakes -= 1
 
@@ -193,6 +197,12 @@ class CertificateServer:
                 },
             }
         )
+
+
+def _end(transport: asyncio.Transport) -> None:
+    # One that is closed already may have let go of what `abort` needs (Python 3.11).
+    if not transport.is_closing():
+        transport.abort()
 
 
 def _request(

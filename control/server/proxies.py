@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from control.api.status import ProxyStatus, RootStamp, root_title
+from control.api.status import Kind, ProxyStatus, RootStamp, root_title
 from control.api.topics import StatusTopic
 
 
@@ -28,6 +28,9 @@ class State(Enum):
     """Its lease has run out without a last will."""
     ABSENT = "absent"
     """Declared, and nothing was heard of it."""
+
+
+_GONE = (State.OFFLINE, State.SILENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,21 @@ def rows(
 ) -> list[Row]:
     """One row for each report and each declared workload without any, by name.
 
+    Of a workload that nobody declares any more there is none once it is gone: nothing is wrong then.
+
     `reports`: with the Unix time at which each came; `declared`: workload's key -> proxy hash of its identity.
     """
     found = [_row(topic, status, at, roots, declared, now) for topic, (status, at) in reports.items()]
     seen = {(status.workload, topic.proxy_hash) for topic, (status, _) in reports.items()}
+    found = [row for row in found if row.state not in _GONE or _expected(row, declared)]
     found += [Row(*named, State.ABSENT, None, None, None, ()) for named in declared.items() if named not in seen]
     return sorted(found, key=lambda row: (row.workload, row.proxy_hash))
+
+
+def _expected(row: Row, declared: Mapping[str, str]) -> bool:
+    """Whether somebody counts on this proxy. Node agents are not declared; whoever made one wants to know of it."""
+    is_node = row.status is not None and row.status.kind is Kind.NODE
+    return is_node or declared.get(row.workload) == row.proxy_hash
 
 
 def _row(

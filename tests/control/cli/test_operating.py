@@ -9,7 +9,7 @@ import time
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from control.api.identity import proxy_hash
+from control.api.identity import SpiffeId, proxy_hash
 from control.api.messages import Envelope, encode
 from control.api.status import ADDRESSES, Kind, ProxyStatus, write
 from control.api.token import JoinToken
@@ -525,6 +525,24 @@ def test_a_workload_that_is_deleted_is_absent_no_more(meshctl, applied, plane):
     report(plane, WEB, "shop/web-1")
     meshctl("delete", "workload", "db-1", "-n", "shop")
     assert rows_of(meshctl("status")[1]).keys() == {"shop/web-1"}
+
+
+def test_a_workload_that_is_deleted_and_gone_is_no_trouble(meshctl, applied, plane):
+    report(plane, WEB, "shop/web-1")
+    meshctl("delete", "workload", "db-1", "-n", "shop")
+    for change, shown in (({}, True), ({"whole": False}, True), ({"online": False}, False)):
+        report(plane, DB, "shop/db-1", **change)
+        status, out, _ = meshctl("status")
+        assert ("shop/db-1" in rows_of(out)) is shown
+    assert status == 0
+
+
+def test_a_node_agent_that_is_gone_is_told_of(meshctl, plane):
+    node = SpiffeId.parse("spiffe://cluster.local/ns/mesh-system/sa/node-a")
+    report(plane, node, "mesh-system/node-a", kind=Kind.NODE, online=False)
+    status, out, _ = meshctl("status")
+    assert rows_of(out)["mesh-system/node-a"][1:3] == ["node", "offline"]
+    assert status == 3
 
 
 def test_nobody_reports_for_another(meshctl, applied, plane):

@@ -369,6 +369,22 @@ def test_a_slow_sender_is_cut_off(authority, tmp_path, bundle, monkeypatch, sent
         assert closed_within(connection, 5)
 
 
+@pytest.mark.parametrize("path", ["/v1/bundle", "/v1/nothing"])
+def test_a_connection_that_ended_in_time_is_not_ended_again(authority, tmp_path, bundle, monkeypatch, caplog, path):
+    monkeypatch.setattr(https, "CONNECTION_TIMEOUT_S", 0.3)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(bundle)
+    with certificate_server(authority, tmp_path / "server") as control:
+        for headers in ({}, {"Connection": "close"}):
+            connection = http.client.HTTPSConnection(*address(control), context=context, timeout=10)
+            connection.request("GET", path, headers=headers)
+            connection.getresponse().read()
+            connection.close()
+        time.sleep(0.6)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_connections_beyond_the_bound_are_closed_and_room_is_made_again(authority, tmp_path, monkeypatch):
     monkeypatch.setattr(https, "MAX_CONNECTIONS", 4)
     with certificate_server(authority, tmp_path / "server") as control, contextlib.ExitStack() as stack:
