@@ -18,7 +18,7 @@ from control.cli.client import add_socket_option
 from control.cli.output import CommandError, add_output_option, show_fields
 from control.client.membership import BROKER_SCHEME, MembershipError, host_and_port
 from control.server.brokers import BROKER_PORT
-from control.server.ca import DEFAULT_TTL_S, ROOT_FILE, Authority, CaError
+from control.server.ca import DEFAULT_TTL_S, PASSPHRASE_FILE, ROOT_FILE, Authority, CaError
 from control.server.enrolment import CERTIFICATES_PORT
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DIR: Final = Path("/var/lib/uproxy-control")
 CA_DIR: Final = "ca"
+DEFAULT_TRUST_DOMAIN: Final = "cluster.local"
 
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 # Documentation's own (RFC 5737): a UDP socket that is connected there sends nothing, and tells the way out.
@@ -67,9 +68,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     up.add_argument(
         "--trust-domain",
         type=_trust_domain,
-        default="cluster.local",
         metavar="NAME",
-        help="of a new CA; default: cluster.local",
+        help=f"of a new CA; default: {DEFAULT_TRUST_DOMAIN}",
     )
     up.add_argument("--broker-port", type=_port, default=BROKER_PORT, metavar="PORT", help=f"default: {BROKER_PORT}")
     _add_serving_options(up)
@@ -84,9 +84,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     _add_directory_option(serve)
     serve.add_argument("--ca", type=Path, metavar="DIR", help="directory of the CA; default: ca in --dir")
-    serve.add_argument(
-        "--passphrase-file", type=Path, metavar="FILE", help="holds the passphrase of the CA's keys; default: in --ca"
-    )
     serve.add_argument(
         "--broker",
         dest="brokers",
@@ -111,6 +108,12 @@ def _add_directory_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serving_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--passphrase-file",
+        type=Path,
+        metavar="FILE",
+        help=f"holds the passphrase of the CA's keys; default: {PASSPHRASE_FILE} in the CA's directory",
+    )
     parser.add_argument(
         "--host",
         type=_host,
@@ -137,29 +140,32 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    ca = arguments.dir / CA_DIR
-    if not (ca / ROOT_FILE).exists():
-        try:
+    ca, asked = arguments.dir / CA_DIR, arguments.trust_domain
+    try:
+        if (ca / ROOT_FILE).exists():
+            there = Authority.open(ca, arguments.passphrase_file).trust_domain
+            if asked not in (None, there):
+                raise CommandError(f"the CA in {ca} is of {there}, not of {asked}; name another --dir for another mesh")
+        else:
             arguments.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            Authority.create(ca, arguments.trust_domain)
-        except OSError as error:
-            raise CommandError(f"cannot make {arguments.dir}: {error.strerror}; name another with --dir") from None
-        except CaError as error:
-            raise CommandError(str(error)) from None
-        print(f"made a CA in {ca}: whoever has it can issue any identity of {arguments.trust_domain}", file=sys.stderr)
-    return _run(arguments, ca, None, arguments.broker_port, (), None)
+            made = Authority.create(ca, asked or DEFAULT_TRUST_DOMAIN, arguments.passphrase_file)
+            print(f"made a CA in {ca}: whoever has it can issue any identity of {made.trust_domain}", file=sys.stderr)
+    except OSError as error:
+        raise CommandError(f"cannot make {arguments.dir}: {error.strerror}; name another with --dir") from None
+    except CaError as error:
+        raise CommandError(str(error)) from None
+    return _run(arguments, ca, arguments.broker_port, (), None)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     ca = arguments.ca or arguments.dir / CA_DIR
     _, port = host_and_port(arguments.brokers[0], BROKER_SCHEME)
-    return _run(arguments, ca, arguments.passphrase_file, port, tuple(arguments.brokers), arguments.broker_pid_file)
+    return _run(arguments, ca, port, tuple(arguments.brokers), arguments.broker_pid_file)
 
 
 def _run(
     arguments: argparse.Namespace,
     ca: Path,
-    passphrase_file: Path | None,
     broker_port: int,
     brokers: tuple[str, ...],
     broker_pid_file: Path | None,
@@ -170,7 +176,7 @@ def _run(
     settings = Settings(
         directory=arguments.dir,
         ca=ca,
-        passphrase_file=passphrase_file,
+        passphrase_file=arguments.passphrase_file,
         socket=arguments.socket,
         host=arguments.host or _own_address(),
         listen=arguments.listen,

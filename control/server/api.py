@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ from control.server.core import Core
 from control.server.enrolment import TOKEN_TTL_S, Enrolment, EnrolmentError
 from control.server.members import Members
 from control.server.proxies import Row
-from control.server.registry import ChangeSet, Held, NotFound, named_place
+from control.server.registry import Action, ChangeSet, Held, NotFound, named_place
 from control.server.store import Store, StoreError
 
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024  # 100,000 workloads in YAML are 30 MB; only operators have the socket
@@ -55,6 +56,10 @@ _SOCKET_MODE: Final = 0o660
 _SHUTDOWN_S: Final = 5.0
 _MOST_QUESTIONS: Final = 2
 """Answered at once. The loop has six threads on two cores."""
+
+_MOST_LOGGED: Final = 20
+"""Resources of one change set that are named in the log."""
+_PEERCRED: Final = struct.Struct("3i")  # struct ucred: process, user, group
 
 _log = logging.getLogger(__name__)
 
@@ -144,8 +149,9 @@ class Api:
                 raise RequestError(404, f"there is no {request.method} {request.path} in this release")
             answer, turn = route
             body = await request.read() if request.method == "POST" else b""
+            asker = _asker(request)
             async with turn:
-                content = await asyncio.to_thread(_answered, answer, body, dict(request.query))
+                content = await asyncio.to_thread(_answered, answer, body, dict(request.query), asker)
         except web.HTTPRequestEntityTooLarge:
             return _refusal(413, f"more than {MAX_BODY_BYTES} bytes; apply in parts")
         except (RequestError, EnrolmentError) as error:
@@ -344,7 +350,14 @@ def _answers(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def _answered(route: Callable[[Json], Json], body: bytes, query: Mapping[str, str]) -> bytes:
+def _asker(request: web.Request) -> str:
+    """Who is at the other end of the socket, for the log."""
+    peer = request.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    pid, uid, _ = _PEERCRED.unpack(peer)
+    return f"user {uid} (process {pid})"
+
+
+def _answered(route: Callable[[Json], Json], body: bytes, query: Mapping[str, str], asker: str) -> bytes:
     """The JSON of an answer. Reading and writing it takes its time too, for a large mesh."""
     if not body:
         return json.dumps(route(dict(query))).encode()
@@ -354,7 +367,25 @@ def _answered(route: Callable[[Json], Json], body: bytes, query: Mapping[str, st
         raise RequestError(400, "the request is not JSON") from None
     if type(request) is not dict:
         raise RequestError(400, "the request must be a JSON object")
-    return json.dumps(route(request)).encode()
+    answer = route(request)
+    if done := _done(answer):
+        _log.info("%s %s", asker, done)
+    return json.dumps(answer).encode()
+
+
+def _done(answer: Json) -> str:
+    """What a request did, for the log; empty when that is nothing."""
+    if "token" in answer:
+        return f"made a token for workload {answer['workload']} of {answer['identity']}"
+    if answer["dry_run"]:
+        return ""
+    changes = [
+        f"{one['change']} {named_place((one['kind'], one['namespace'], one['name']))}"
+        for one in answer["changes"]
+        if one["change"] != Action.UNCHANGED.value
+    ]
+    more = f" and {len(changes) - _MOST_LOGGED} more" if len(changes) > _MOST_LOGGED else ""
+    return ", ".join(changes[:_MOST_LOGGED]) + more
 
 
 def _refusal(status: int, text: str, **more: object) -> web.Response:

@@ -282,6 +282,26 @@ def test_a_port_that_is_taken_is_told(tmp_path, option):
     assert not (tmp_path / "sock").exists()
 
 
+def test_a_mesh_is_not_taken_for_another(plane):
+    port = free_port()
+    other = ("--trust-domain", "other.example", "--port", port, "--broker-port", free_port())
+    refused = plane.meshctl("up", "--dir", plane.directory, *other)
+    assert refused.returncode == 1
+    assert "is of cluster.local, not of other.example" in refused.stderr
+
+
+def test_the_passphrase_may_be_kept_elsewhere(tmp_path):
+    passphrase = tmp_path / "passphrase"
+    passphrase.write_text("a passphrase that is long enough\n")
+    passphrase.chmod(0o600)
+    with up(tmp_path / "mesh", "--passphrase-file", passphrase, "--trust-domain", "mesh.example") as plane:
+        assert plane.told["trust_domain"] == "mesh.example"
+        assert not (plane.directory / "ca" / "passphrase").exists()
+    refused = plane.meshctl("up", "--dir", plane.directory, "--port", free_port(), "--broker-port", free_port())
+    assert refused.returncode == 1
+    assert "passphrase does not exist" in refused.stderr
+
+
 def test_ctrl_c_ends_it_in_order(tmp_path):
     with up(tmp_path / "mesh") as plane:
         plane.process.send_signal(signal.SIGINT)

@@ -206,6 +206,22 @@ def test_an_answer_comes_while_a_large_change_is_made(ask, plane):
     assert answers > 3
 
 
+def test_the_log_tells_who_did_what_and_no_secret(ask, caplog):
+    caplog.set_level("INFO", "control.server.api")
+    who = f"user {os.getuid()} (process {os.getpid()})"
+    ask("POST", "/v1/apply", {"documents": documents(1), "dry_run": True})
+    assert caplog.messages == []
+    ask("POST", "/v1/apply", {"documents": documents(1)})
+    assert caplog.messages[-1] == f"{who} added WorkloadEntry shop/w-1"
+    ask("POST", "/v1/apply", {"documents": documents(1)})
+    assert len(caplog.messages) == 1
+    ask("POST", "/v1/apply", {"documents": documents(*range(2, 30))})
+    assert caplog.messages[-1].endswith("added WorkloadEntry shop/w-21 and 8 more")
+    token = ask("POST", "/v1/tokens", {"node": "a"})[1]["token"]
+    assert caplog.messages[-1].startswith(f"{who} made a token for workload node-a of spiffe://")
+    assert token not in caplog.text
+
+
 # -- the socket
 
 
