@@ -35,6 +35,7 @@ from control.api.topics import (
     TopicError,
     format_topic,
     parse_topic,
+    subtree,
 )
 from control.server import documents, publication
 from control.server.ca import Authority, CaError
@@ -44,12 +45,17 @@ from control.server.publication import Message, Pen, Rank
 from control.server.registry import ChangeSet, NotFound, Plan, Registry, named_place
 from control.server.residents import Residents
 from control.server.signing import ConfigKey
-from control.server.store import Batch, Store
+from control.server.store import Batch, Store, StoreError
 
 MAX_EPOCH_AHEAD_S: Final = 366 * 24 * 3600
 """An epoch is the Unix time of a start, or one above the last: only a clock that was wrong leaves one far ahead."""
-MAX_REPORTS: Final = 100_000
+MAX_REPORT_BYTES: Final = 16 * 1024 * 1024
+"""Of one identity, which may report of as many workloads as it likes, and may be stolen: 10,000 honest ones."""
+_REPORT_OVERHEAD_BYTES: Final = 1000
+_MAX_UNTAKEN: Final = 1000  # statuses that wait to be taken off the broker
 _MAX_PROBLEMS: Final = 100
+_STATUSES: Final = "status/"
+"""Their group among what waits, where others go by their namespace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,8 @@ class Report:
     status: ProxyStatus
     received_at: float
     """Unix time by our clock."""
+    size: int
+    """Bytes."""
 
 
 class Core:
@@ -112,6 +120,8 @@ class Core:
         """Whether something of this epoch may be on a broker."""
         self._roots: dict[str, RootStamp] = {}
         self._reports: dict[str, Report] = {}
+        self._report_bytes: dict[str, int] = {}
+        """By proxy hash."""
         self._problems: deque[str] = deque(maxlen=_MAX_PROBLEMS)
         self._registry = Registry(store, self._trust_domain, root_namespace, _residents(store, self._trust_domain))
         self._stamp = store.stamp()
@@ -182,6 +192,11 @@ class Core:
                 self._note(f"epoch {seen_epoch} was seen, which is years ahead; whoever published it is not believed")
                 seen_epoch = 0
             if seen_epoch > self.epoch or (seen_epoch == self.epoch and not self._epoch_used):
+                if self._epoch_used:
+                    self._note(
+                        f"epoch {seen_epoch} was seen, which is not ours: is there another control plane of this mesh, "
+                        "or was its clock ahead once?"
+                    )
                 self._begin_epoch(max(seen_epoch + 1, int(self._clock())))
             return self.epoch
 
@@ -251,6 +266,7 @@ class Core:
             return
         try:
             now = self._clock()
+            self._forget_reports(now)
             if self._config_key.due(now):
                 self._renew_config_key(now)
             roots = [
@@ -259,24 +275,26 @@ class Core:
             ]
             collected = self._store.tombstones(int(now) - publication.TOMBSTONE_S)
             self._commit(Batch(self._stamp, messages=roots, collected=collected), soon=False)
+        except StoreError as error:
+            self._note(f"roots cannot be signed again, so that every proxy's configuration seems to age: {error}")
         finally:
             self._writing.release()
 
     def status_received(self, topic: str, payload: bytes) -> None:
         """Takes the status of a proxy; an empty payload forgets it. Never raises for what it holds."""
+        if not payload and topic not in self._reports:
+            return  # we cleared it ourselves
         try:
             parsed = parse_topic(self._trust_domain, topic)
             if not isinstance(parsed, StatusTopic):
                 raise TopicError(f"{topic[:120]!r} is no status")
             body = messages.decode(payload).body if payload else None
-            if body is None:
-                self._reports.pop(topic, None)
-            elif topic in self._reports or len(self._reports) < MAX_REPORTS:
-                self._reports[topic] = Report(status.read(parsed, body), self._clock())
-            else:
-                self._note(f"{topic}: more than {MAX_REPORTS} proxies report; this one is left out")
+            self._forget_report(topic, parsed)
+            if body is not None:
+                self._take_report(topic, parsed, Report(status.read(parsed, body), self._clock(), len(payload)))
         except (TopicError, MessageError, RecordError) as error:
             self._note(f"status {topic[:120]}: {error}")
+            self._clear([topic])
 
     # What is known
 
@@ -296,6 +314,39 @@ class Core:
     def problems(self) -> tuple[str, ...]:
         """What people should know of: statuses that cannot be read and the like; bounded, newest last."""
         return tuple(self._problems)
+
+    def _take_report(self, topic: str, parsed: StatusTopic, report: Report) -> None:
+        taken = self._report_bytes.get(parsed.proxy_hash, 0) + report.size + _REPORT_OVERHEAD_BYTES
+        if taken > MAX_REPORT_BYTES:
+            raise RecordError(f"its identity reports of more workloads than {MAX_REPORT_BYTES} bytes hold")
+        self._report_bytes[parsed.proxy_hash] = taken
+        self._reports[topic] = report
+
+    def _forget_report(self, topic: str, parsed: StatusTopic) -> None:
+        report = self._reports.pop(topic, None)
+        if report is not None:
+            self._report_bytes[parsed.proxy_hash] -= report.size + _REPORT_OVERHEAD_BYTES
+            if not self._report_bytes[parsed.proxy_hash]:
+                del self._report_bytes[parsed.proxy_hash]
+
+    def _forget_reports(self, now: float) -> None:
+        """Clears the last words of proxies that are gone for good: their certificates ended long ago."""
+        ended = now - publication.TOMBSTONE_S
+        self._clear(
+            topic
+            for topic, report in list(self._reports.items())
+            if report.status.not_after < ended and report.received_at + report.status.lease_s < now
+        )
+
+    def _clear(self, statuses: Iterable[str]) -> None:
+        """Takes statuses off the broker, a bounded number at a time."""
+        below = subtree(self._trust_domain, "status").removesuffix("#")
+        found = [topic for topic in statuses if topic.startswith(below)]
+        if found:
+            with self._queue_lock:
+                room = max(0, _MAX_UNTAKEN - self._pending.waiting(_STATUSES))
+                self._pending.add({_STATUSES: found[:room]}, soon=False)
+            self.on_pending()
 
     def _change(
         self, given: Sequence[Document], removed: Iterable[Place], *, dry_run: bool, release: bool
@@ -424,6 +475,8 @@ class Core:
             return None
 
     def _note(self, problem: str) -> None:
+        if problem in self._problems:
+            self._problems.remove(problem)
         self._problems.append(problem)
 
 

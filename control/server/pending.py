@@ -20,11 +20,17 @@ class Pending:
     def __bool__(self) -> bool:
         return bool(self._soon or self._later)
 
+    def waiting(self, group: str) -> int:
+        """How many topics of a group wait."""
+        return len(self._soon.get(group, ())) + len(self._later.get(group, ()))
+
     def add(self, topics: Mapping[str, Iterable[str]], *, soon: bool) -> None:
         """Group -> topics to publish: `soon` those that somebody changed."""
         queue = self._soon if soon else self._later
         for group, found in topics.items():
             queue.setdefault(group, set()).update(found)
+            if not queue[group]:
+                del queue[group]
 
     def clear(self) -> None:
         self._soon.clear()

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import random
 import secrets
 import time
@@ -23,9 +24,13 @@ from control.api.messages import MessageError
 from control.api.topics import StatusTopic, TopicError, parse_topic, subtree
 from control.client.mqtt import Arrivals, BrokerAccess, BrokerError, Connection, connection
 from control.server.core import MAX_EPOCH_AHEAD_S, Core, Publication, Retained
+from control.server.store import StoreError
 
 MAX_IN_FLIGHT: Final = 16
 """Publishes that wait for their PUBACK. More fill the broker's queues and gain little."""
+RAISE_PAUSE_S: Final = 600.0
+"""Between two epochs that are taken because proxies report higher ones. Each publishes half of everything again, and
+whoever has a proxy's key can report any."""
 REFRESH_S: Final = 30.0
 """How often roots are signed again: a proxy knows by them how old its configuration is."""
 
@@ -76,11 +81,17 @@ class Publisher:
                 self._ending = True
 
     async def _refresh(self) -> None:
+        loop = asyncio.get_running_loop()
+        raised_at = -math.inf
         while True:
             await asyncio.sleep(REFRESH_S)
-            if self._epoch_seen > self._core.epoch:
+            if self._epoch_seen > self._core.epoch and loop.time() - raised_at > RAISE_PAUSE_S:
                 # A proxy that was away remembers more than our store and the broker do.
-                await self._raise_epoch()
+                raised_at = loop.time()
+                try:
+                    await self._raise_epoch()
+                except StoreError as error:
+                    _log.error("no new epoch can be taken: %s", error)
             await asyncio.to_thread(self._core.refresh)
 
     async def _reconnect(self) -> None:
@@ -91,7 +102,7 @@ class Publisher:
             try:
                 async with connection(self._access, url, self._client_id) as broker:
                     await self._serve(broker)
-            except* BrokerError as lost:
+            except* (BrokerError, StoreError) as lost:  # a disk that is full may have room again
                 pause = _FIRST_PAUSE_S if self.connected else min(2 * pause, _LONGEST_PAUSE_S)
                 self.problem = f"{url}: {_first(lost)}"
                 _log.warning("broker %s", self.problem)
@@ -199,7 +210,7 @@ async def _some(arrivals: Arrivals) -> list[tuple[str, bytes]]:
     return list(itertools.islice(iter(arrivals.take, None), _MESSAGES_AT_ONCE))
 
 
-def _first(group: BaseExceptionGroup[BrokerError]) -> BaseException:
+def _first(group: BaseExceptionGroup[BrokerError | StoreError]) -> BaseException:
     found: BaseException = group
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]

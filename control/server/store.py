@@ -227,7 +227,10 @@ class Store:
 
     def _all(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         with self._turn:
-            return self._rows.execute(query, values).fetchall()
+            try:
+                return self._rows.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise StoreError(f"{self.path} cannot be read: {error}") from error
 
 
 def _lock(path: Path) -> int:

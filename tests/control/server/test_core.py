@@ -12,6 +12,7 @@ from control.api.declared import Family
 from control.api.identity import SpiffeId, proxy_hash
 from control.api.problems import ResourceErrors
 from control.api.status import Kind, ProxyStatus
+from control.server import core as core_module
 from control.server import publication
 from control.server.ca import Authority
 from control.server.core import MAX_EPOCH_AHEAD_S, Core, Retained
@@ -673,6 +674,72 @@ def test_a_status_that_is_none_is_noted_and_left_out(plane, name, payload):
     plane.core.status_received(PREFIX + name, payload)
     assert plane.core.proxies() == {}
     assert len(plane.core.problems()) == 1
+
+
+def test_one_identity_cannot_fill_the_memory_or_the_broker_with_statuses(plane, monkeypatch):
+    plane.settle()
+    monkeypatch.setattr(core_module, "MAX_REPORT_BYTES", 20_000)
+    honest = f"{PREFIX}status/{'1' * 32}/web-1"
+    for number in range(50):
+        topic = f"{PREFIX}status/{'0' * 32}/w{number}"
+        plane.core.status_received(topic, report(f"shop/w{number}"))
+    taken = len(plane.core.proxies())
+    assert 10 < taken < 20
+    assert "reports of more workloads" in plane.core.problems()[-1]
+    cleared = plane.core.pending()
+    assert {one.topic for one in cleared} == {f"{PREFIX}status/{'0' * 32}/w{number}" for number in range(taken, 50)}
+    assert {one.payload for one in cleared} == {b""}
+    plane.core.published()
+    plane.core.status_received(honest, report())
+    assert honest in plane.core.proxies()
+    # One that reports again takes no more room; one that goes makes room.
+    for _ in range(30):
+        plane.core.status_received(f"{PREFIX}status/{'0' * 32}/w0", report("shop/w0"))
+    plane.core.status_received(f"{PREFIX}status/{'0' * 32}/w0", b"")
+    plane.core.status_received(f"{PREFIX}status/{'0' * 32}/w40", report("shop/w40"))
+    assert len(plane.core.proxies()) == taken + 1
+    assert not plane.core.pending()
+
+
+@pytest.mark.parametrize("name", [f"{'0' * 32}/no name", "short", f"{'0' * 32}/web-1"])
+def test_what_is_no_status_is_taken_off_the_broker_once(plane, name):
+    plane.settle()
+    topic = f"{PREFIX}status/{name}"
+    plane.core.status_received(topic, b"?")
+    (cleared,) = plane.core.pending()
+    assert (cleared.topic, cleared.payload) == (topic, b"")
+    plane.core.published()
+    plane.core.status_received(topic, b"")  # we hear ourselves
+    assert not plane.core.pending()
+
+
+def test_what_waits_to_be_taken_off_the_broker_is_bounded(plane):
+    plane.settle()
+    for number in range(core_module._MAX_UNTAKEN + 10):
+        plane.core.status_received(f"{PREFIX}status/{'0' * 32}/w{number}", b"?")
+    assert len(plane.core.pending()) == core_module._MAX_UNTAKEN
+
+
+def test_the_last_words_of_the_long_gone_are_cleared(plane):
+    plane.settle()
+    topic = f"{PREFIX}status/{'0' * 32}/web-1"
+    plane.core.status_received(topic, report(not_after=int(START)))
+    week = 7 * 24 * 3600
+    for ahead, cleared in ((week - 10, False), (week + 10, True)):
+        plane.now = START + ahead
+        plane.core.refresh()
+        assert (topic in {one.topic for one in everything_pending(plane)}) is cleared
+    plane.core.status_received(topic, report(not_after=int(START)))  # one that lives, though its certificate does not
+    plane.core.refresh()
+    assert topic not in {one.topic for one in everything_pending(plane)}
+
+
+def everything_pending(plane):
+    found = []
+    while batch := plane.core.pending():
+        found += batch
+        plane.core.published()
+    return found
 
 
 def test_identities_are_those_of_declared_workloads(plane):

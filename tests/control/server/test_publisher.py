@@ -43,7 +43,7 @@ class Site:
         """What the broker holds, but for statuses."""
         shelf = Shelf()
         async with client(self.broker, self.plane.path.parent / "own") as reader:
-            await reader.subscribe(PREFIX + "#", qos=1)
+            await reader.subscribe(PREFIX + "#")
             await reader.publish(PREFIX + "end", b"", qos=1)
             async with asyncio.timeout(PATIENCE_S):
                 async for message in reader.messages:
@@ -179,6 +179,7 @@ def test_a_restored_store_outdoes_what_the_broker_and_proxies_remember(site: Sit
 
 def test_an_epoch_that_only_a_proxy_remembers_is_outdone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "REFRESH_S", 0.1)
+    monkeypatch.setattr(publisher, "RAISE_PAUSE_S", 0.0)
 
     async def check() -> None:
         ahead = int(time.time()) + 10_000
@@ -196,6 +197,54 @@ def test_an_epoch_that_only_a_proxy_remembers_is_outdone(site: Site, monkeypatch
                 )
             await until(lambda: site.plane.core.epoch > ahead + 900)
             assert site.plane.core.epoch < ahead + 5000
+
+    asyncio.run(check())
+
+
+def test_a_stolen_identity_cannot_have_everything_published_again_and_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "REFRESH_S", 0.1)
+
+    async def check() -> None:
+        async with site.running():
+            for number in range(1, 4):
+                await site.report(web_status(site.plane.core.epoch + 10))
+                if number == 1:
+                    epoch = site.plane.core.epoch
+                    await until(lambda before=epoch: site.plane.core.epoch > before)
+                    epoch = site.plane.core.epoch
+                await asyncio.sleep(0.5)
+            assert site.plane.core.epoch == epoch
+            assert "is there another control plane of this mesh" in site.plane.core.problems()[-1]
+
+    asyncio.run(check())
+
+
+def test_a_disk_that_takes_nothing_ends_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "REFRESH_S", 0.1)
+    monkeypatch.setattr(publisher, "RAISE_PAUSE_S", 0.0)
+    core = site.plane.core
+
+    def writable(be: bool) -> None:
+        site.plane.store._rows.execute(f"PRAGMA query_only = {not be}")
+
+    def told() -> int:
+        return sum("cannot be written" in problem for problem in core.problems())
+
+    async def check() -> None:
+        async with site.running():
+            writable(False)
+            await until(told)
+            await site.report(web_status(core.epoch + 1000))
+            await asyncio.sleep(0.5)
+            assert told() == 1
+            writable(True)
+            before = core.roots()["mesh-system"]
+            await until(lambda: core.roots()["mesh-system"] > before)
+            site.apply(SHOP)
+            await site.plane.settled()
+            assert "svc/shop/web" in (await site.held()).read().records
 
     asyncio.run(check())
 
