@@ -5,8 +5,8 @@ this process; the kernel knows its *original destination*. *Plan* (`resolve`): w
 *Demand* (`demand`): what a plan lacks is asked of the control plane, and waited for.
 *Tunnel* (`tunnel`, `pool`): one mTLS connection to a peer, which carries many connections as HBONE *streams* (`hbone`).
 *Relay* (`relay`): the copy between one application socket and one stream. `outbound` and `inbound` are the two paths,
-readable top to bottom; `plane` is the loop that drives them; `run` wires one process together. A *member* (`member`) has
-joined a mesh (`joining`) and is configured and certified (`credentials`) by its control plane. Beside them stand
+readable top to bottom; `plane` is the loop that drives them; `run` wires one process together. A *member* (`member`)
+has joined a mesh (`joining`) and is configured and certified (`credentials`) by its control plane. Beside them stand
 `authz` (who may), `telemetry` and `access_log` (what happened), `admin` (ask the process), `explicit` (no capture),
 `launch` (`uproxy exec`) and `node` (the node agent, the only one that loads eBPF).
 """
