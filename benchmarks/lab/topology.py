@@ -34,7 +34,7 @@ from benchmarks.lab.sources import TRUST_DOMAIN, Files, LabError, Source
 from control.api.identity import SpiffeId
 from uproxy import linux, sandbox
 from uproxy.entrance import Entrance, sockets_inside
-from uproxy.node.client import NodeClient
+from uproxy.node.client import NodeClient, NodeError
 from uproxy.sandbox import Sandbox
 
 APP_USER = "nobody"
@@ -275,7 +275,10 @@ class Host:
             raise LabError(
                 f"`uproxy node` on {self.name} ended with {self.agent.returncode}:\n{_tail(self._agent_log)}"
             )
-        return self.node_socket.is_socket()
+        try:
+            return self.node_socket.is_socket() and bool(self.node().status())
+        except (NodeError, OSError):
+            return False
 
     def node(self) -> NodeClient:
         return NodeClient(self.node_socket)

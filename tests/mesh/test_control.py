@@ -6,11 +6,13 @@ import errno
 import os
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from benchmarks.lab.apps import commands
 from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab, Workload
+from control.server.serve import STORE_FILE
 from tests.support import inside
 
 _PORT = 9000
@@ -48,35 +51,27 @@ spec: {selector: {matchLabels: {closed: "yes"}}, action: DENY, rules: [{}]}
 
 @dataclass(frozen=True, slots=True)
 class Controlled:
-    """`caller` on host a, `peer` on host b; both idle."""
+    """`caller` and `other` on host a, `peer` on host b; all idle, and something answers for `peer`."""
 
     lab: Lab
     control: ControlPlane
     caller: Workload
     peer: Workload
+    other: Workload
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Controlled]:
     with Lab(control=True) as lab:
         assert lab.control is not None
-        caller = lab.host("a").workload("caller", commands.idle(), namespace="load")
+        a = lab.host("a")
+        caller = a.workload("caller", commands.idle(), namespace="load")
+        other = a.workload("other", commands.idle(), namespace="load")
         peer = lab.host("b").workload("peer", commands.idle(), namespace="load", ports={"tcp": _PORT})
         lab.configure(_RESOURCES)
         lab.start()
         with inside.serving(peer, _PORT, inside.echo):
-            yield Controlled(lab, lab.control, caller, peer)
-
-
-@contextmanager
-def _gone(mesh: Controlled) -> Iterator[None]:
-    """Control plane and broker killed while the block runs, and everybody up to date again afterwards."""
-    mesh.control.kill()
-    try:
-        yield
-    finally:
-        mesh.control.start()
-        _current(mesh)
+            yield Controlled(lab, lab.control, caller, peer, other)
 
 
 def _current(mesh: Controlled) -> dict[str, Any]:
@@ -86,7 +81,7 @@ def _current(mesh: Controlled) -> dict[str, Any]:
     def is_current() -> bool:
         nonlocal told
         told = mesh.control.status()
-        return len(told["proxies"]) == 4 and all(proxy["state"] == "current" for proxy in told["proxies"])
+        return len(told["proxies"]) == 5 and all(proxy["state"] == "current" for proxy in told["proxies"])
 
     inside.eventually(is_current, 40)
     return told
@@ -107,8 +102,78 @@ def _await(mesh: Controlled, wanted: str, address: tuple[str, int] = _PEER, time
     deadline = time.monotonic() + timeout_s
     while (ended := _ends(mesh, address)) != wanted:
         if time.monotonic() > deadline:
-            pytest.fail(f"after {timeout_s:g} s dials still end in {ended}, not {wanted}:\n{mesh.lab.logs()}")
+            told = mesh.control.meshctl("status")
+            pytest.fail(f"after {timeout_s:g} s dials still end in {ended}, not {wanted}: {told}\n{mesh.lab.logs()}")
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="class")
+def gone(mesh: Controlled) -> Iterator[socket.socket]:
+    """Control plane and broker are killed; a connection from before."""
+    for caller in (mesh.caller, mesh.other):
+        with inside.dial(caller, _PEER) as made:
+            made.sendall(b"x")
+            assert made.recv(1) == b"x"
+        # What a uProxy that is killed has on disk may be some seconds old.
+        inside.eventually(lambda state=caller.identity_dir / "state": b"/svc/load/peer" in state.read_bytes())
+    with inside.dial(mesh.caller, _PEER) as made:
+        mesh.control.kill()
+        yield made
+
+
+@pytest.mark.usefixtures("gone")
+class TestWithoutThem:
+    """Control plane and broker are dead. One outage for all of it: the longer it is, the later proxies try again."""
+
+    def test_traffic_goes_on(self, mesh: Controlled, gone: socket.socket) -> None:
+        gone.sendall(b"a connection from before")
+        assert gone.recv(64) == b"a connection from before"
+        assert _ends(mesh) == "echo"
+
+    def test_uproxy_and_node_agent_restart(self, mesh: Controlled) -> None:
+        host = mesh.peer.host
+        assert host.agent is not None
+        host.agent.kill()
+        host.agent.wait()
+        host.node_socket.unlink(missing_ok=True)
+        host.start_agent()
+        inside.eventually(host.agent_running, 20)
+        assert host.node().status()["whole"] is True
+        with inside.dial(mesh.caller, _PEER) as made:
+            made.sendall(b"x")
+            assert made.recv(1) == b"x"
+        old = mesh.caller.proxy_pid()
+        os.kill(old, signal.SIGKILL)
+        _await(mesh, "ECONNREFUSED")
+        _await(mesh, "echo")
+        assert mesh.caller.proxy_pid() != old
+
+    def test_what_was_never_dialled_is_refused_and_says_so(self, mesh: Controlled) -> None:
+        began = time.monotonic()
+        assert _ends(mesh, _UNUSED) == "ECONNRESET"
+        assert time.monotonic() - began < 8
+        mesh.caller.await_access(lambda entry: "no-config" in entry.get("error", ""))
+
+    def test_workload_starts_again_with_what_it_kept(self, mesh: Controlled) -> None:
+        other = mesh.other
+        assert other.launcher is not None
+        other.launcher.terminate()
+        other.launcher.wait(20)
+        other.launch()
+        inside.eventually(other.running, 30)
+        with inside.dial(other, _PEER) as made:
+            made.sendall(b"x")
+            assert made.recv(1) == b"x"
+
+
+class TestTheyComeBack:
+    def test_broker_without_its_data_is_given_everything(self, mesh: Controlled) -> None:
+        mesh.control.kill()
+        shutil.rmtree(mesh.control.broker_data())
+        mesh.control.start()
+        assert _current(mesh)["ok"] is True
+        assert _ends(mesh) == "echo"
+        assert _ends(mesh, _UNUSED) == "echo"
 
 
 class TestChanges:
@@ -130,9 +195,9 @@ class TestChanges:
     def test_refused_change_changes_nothing(self, mesh: Controlled) -> None:
         before = mesh.control.status()["version"]
         with pytest.raises(LabError, match="selectr"):
-            mesh.control.apply(_DENY.replace("{selector:", "{selectr:") + "---\n" + _DENY.replace("nobody", "other"))
+            mesh.control.apply(_DENY.replace("{selector:", "{selectr:") + "---\n" + _DENY.replace("nobody", "second"))
         assert mesh.control.status()["version"] == before
-        assert "other" not in mesh.control.meshctl("get", "policies", "-n", "load")
+        assert "second" not in mesh.control.meshctl("get", "policies", "-n", "load")
 
     def test_deleted_service_is_gone_from_the_kernel(self, mesh: Controlled) -> None:
         document = "apiVersion: v1\nkind: Service\nmetadata: {name: brief, namespace: load}\nspec:\n"
@@ -146,80 +211,26 @@ class TestChanges:
         told = _current(mesh)
         assert told["ok"] is True
         names = {f"mesh-system/node-{mesh.lab.names.node(host.name)}" for host in mesh.lab.hosts}
-        assert {proxy["workload"] for proxy in told["proxies"]} == names | {"load/caller", "load/peer"}
+        assert {proxy["workload"] for proxy in told["proxies"]} == names | {"load/caller", "load/peer", "load/other"}
         assert all(0 <= proxy["age_s"] < 60 for proxy in told["proxies"])
 
 
-class TestWithoutThem:
-    """Control plane and broker are dead."""
-
-    def test_traffic_goes_on_and_everything_restarts(self, mesh: Controlled) -> None:
-        assert _ends(mesh) == "echo"
-        with inside.dial(mesh.caller, _PEER) as made, _gone(mesh):
-            made.sendall(b"x")
-            assert made.recv(1) == b"x"
-            assert _ends(mesh) == "echo"
-            for workload in (mesh.caller, mesh.peer):
-                os.kill(workload.proxy_pid(), signal.SIGKILL)
-                _await(mesh, "echo")
-            host = mesh.caller.host
-            assert host.agent is not None
-            host.agent.kill()
-            host.agent.wait()
-            host.node_socket.unlink(missing_ok=True)
-            host.start_agent()
-            inside.eventually(host.agent_running, 20)
-            assert host.node().status()["whole"] is True
-            assert _ends(mesh) == "echo"
-
-    def test_workload_starts_again_with_what_it_kept(self, mesh: Controlled) -> None:
-        caller = mesh.caller
-        assert _ends(mesh) == "echo"
-        with _gone(mesh):
-            assert caller.launcher is not None
-            caller.launcher.terminate()
-            caller.launcher.wait(20)
-            caller.launch()
-            inside.eventually(caller.running, 30)
-            assert _ends(mesh) == "echo"
-
-    def test_what_was_never_dialled_is_refused_and_says_so(self, mesh: Controlled) -> None:
-        with _gone(mesh):
-            began = time.monotonic()
-            assert _ends(mesh, _UNUSED) == "ECONNRESET"
-            assert time.monotonic() - began < 8
-            mesh.caller.await_access(lambda entry: "no-config" in entry.get("error", ""))
-        assert _ends(mesh, _UNUSED) == "echo"
-
-
-class TestTheyComeBack:
-    def test_broker_without_its_data(self, mesh: Controlled) -> None:
-        with inside.dial(mesh.caller, _PEER) as made:
-            with _gone(mesh):
-                shutil.rmtree(mesh.control.broker_data())
-            made.sendall(b"x")
-            assert made.recv(1) == b"x"
-        assert _ends(mesh) == "echo"
-
+class TestBackup:
     def test_older_backup_becomes_the_mesh(self, mesh: Controlled) -> None:
         """Proxies have applied newer configuration: that must not keep them from taking what the backup says."""
-        directory, backup = mesh.control.directory, mesh.lab.directory / "backup"
-        mesh.control.kill()
-        shutil.copytree(directory, backup)
-        mesh.control.start()
+        backup = mesh.lab.directory / "backup.db"
+        store = mesh.control.directory / STORE_FILE
+        with closing(sqlite3.connect(store)) as live, closing(sqlite3.connect(backup)) as copy:
+            live.backup(copy)
         mesh.control.apply(_DENY)
         mesh.control.meshctl("label", "workload", "peer", "closed=yes", "-n", "load")
         _await(mesh, "ECONNRESET")
-        before = mesh.control.status()["version"]
+        before = _current(mesh)["version"]
         mesh.control.kill()
-        jetstream = mesh.control.broker_data()
-        # The broker's data is newer than the store, as it would be.
-        newer = jetstream.rename(mesh.lab.directory / "jetstream")
-        shutil.rmtree(directory)
-        backup.rename(directory)
-        shutil.rmtree(mesh.control.broker_data())
-        newer.rename(jetstream)
-        mesh.control.start()
+        for file in store.parent.glob(f"{STORE_FILE}*"):
+            file.unlink()
+        backup.rename(store)
+        mesh.control.start()  # on the broker's data, which is newer than the store
         _await(mesh, "echo", timeout_s=40)
         assert _current(mesh)["version"] > before
 
