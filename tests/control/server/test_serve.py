@@ -7,12 +7,14 @@ import signal
 import socket
 import ssl
 import time
+from functools import partial
 
 import pytest
 
 from control.server import serve as serving
 from control.server.ca import Authority
 from control.server.serve import REFUSALS, Running, Settings, serve
+from control.server.svid import due, issue_own
 from tests.support.brokers import free_port
 
 
@@ -59,7 +61,8 @@ def look_until_renewed(port: int, bundle) -> None:
 
 
 def test_its_own_certificate_is_renewed_and_shown_to_new_connections(settings, monkeypatch):
-    monkeypatch.setattr(serving, "DEFAULT_TTL_S", 1)
+    monkeypatch.setattr(serving, "issue_own", partial(issue_own, ttl_s=3))
+    monkeypatch.setattr(serving, "due", partial(due, ttl_s=3))
 
     async def run():
         loop = asyncio.get_running_loop()
