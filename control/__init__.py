@@ -2,7 +2,7 @@
 
 api       the vocabulary both planes share: identities, labels, resources, policy, records, topics. Pure.
 client    what a proxy runs: where its configuration comes from, the state it keeps of it, its key and CSR.
-server    what a proxy never imports: the certificate authority.
+server    what a proxy never imports: desired state, publication, certificates, the broker.
 cli       `meshctl`.
 
 Flow: YAML (`api.resources`) -> checked mesh (`api.mesh`) -> records on topics (`api.records`, `api.messages`,
