@@ -36,6 +36,8 @@ MAX_BODY_BYTES: Final = 32 * 1024  # a CSR of P-256 has half a kilobyte, and 16 
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 CONNECTION_TIMEOUT_S: Final = 30.0
 """From the handshake's end to the connection's: one exchange takes milliseconds, and a slow sender holds a place."""
+SILENCE_S: Final = 1.0
+"""After so long without a whole request, a connection makes room for another where there are too many."""
 
 # A host that boots with 100 workloads joins each with two connections, and many hosts may share one address.
 SOURCE_BURST: Final = 400
@@ -109,6 +111,8 @@ class CertificateServer:
         """Of the connections to come; replaced when the control plane's certificate is renewed."""
         self._arrivals = Arrivals()
         self._handshakes = 0
+        self._silent: dict[object, tuple[float, Callable[[], object]]] = {}
+        """Connections that have not asked for a certificate yet, oldest first: since when, and what ends them."""
         # One at a time, as the store is written; and not in the loop's own threads, which the publisher needs too.
         self._worker = ThreadPoolExecutor(1, "certificates")
 
@@ -128,14 +132,28 @@ class CertificateServer:
                         await asyncio.sleep(_ACCEPT_PAUSE_S)
                         continue
                     crowded = len(server.connections) + self._handshakes >= MAX_CONNECTIONS
-                    if crowded or not self._arrivals.admit(peer[0], loop.time()):
+                    if not self._arrivals.admit(peer[0], loop.time()) or (crowded and not await self._make_room()):
                         connection.close()
                     else:
                         self._handshakes += 1
-                        group.create_task(self._open(connection, server))
+                        opening = group.create_task(self._open(connection, server))
+                        self._silent[connection] = loop.time(), opening.cancel
         finally:
             await server.shutdown(timeout=1.0)
             self._worker.shutdown(wait=False)
+
+    async def _make_room(self) -> bool:
+        """Ends the connection that has been silent for longest, if that is long."""
+        now = asyncio.get_running_loop().time()
+        for silent, (since, end) in list(self._silent.items()):
+            if now - since < SILENCE_S:
+                break
+            del self._silent[silent]
+            if not (isinstance(silent, asyncio.BaseTransport) and silent.is_closing()):
+                end()
+                await asyncio.sleep(0)
+                return True
+        return False
 
     async def _open(self, connection: socket.socket, server: web.Server) -> None:
         """The handshake; then the connection is the server's, for a while."""
@@ -151,9 +169,15 @@ class CertificateServer:
         except OSError as error:  # ssl.SSLError is one
             _log.info("certificates: a handshake failed: %s", error)
         else:
-            loop.call_later(CONNECTION_TIMEOUT_S, _end, transport)
+            self._silent[transport] = loop.time(), transport.abort
+            loop.call_later(CONNECTION_TIMEOUT_S, self._end, transport)
         finally:
+            self._silent.pop(connection, None)
             self._handshakes -= 1
+
+    def _end(self, transport: asyncio.Transport) -> None:
+        self._silent.pop(transport, None)
+        _end(transport)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
@@ -162,11 +186,13 @@ class CertificateServer:
                     return web.Response(body=self._enrolment.bundle_pem, content_type="application/x-pem-file")
                 case "POST", "/v1/join":
                     body = await _body(request, ("id", "secret", "csr"))
+                    self._silent.pop(request.transport, None)
                     secret = _secret(body["secret"])
                     return await self._issued(self._enrolment.join, body["id"], secret, body["csr"].encode())
                 case "POST", "/v1/renew":
                     certificate = _client_certificate(request)
                     body = await _body(request, ("workload", "csr"))
+                    self._silent.pop(request.transport, None)
                     return await self._issued(
                         self._enrolment.renew, certificate, body["workload"], body["csr"].encode()
                     )

@@ -402,6 +402,28 @@ def test_connections_beyond_the_bound_are_closed_and_room_is_made_again(authorit
             assert time.monotonic() < deadline
 
 
+@pytest.mark.parametrize("shakes_hands", [False, True])
+def test_whoever_says_nothing_makes_room_for_others(authority, tmp_path, monkeypatch, shakes_hands):
+    monkeypatch.setattr(https, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(https, "SILENCE_S", 0.3)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cadata=authority.bundle_pem.decode())
+    with certificate_server(authority, tmp_path / "server") as control, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(address(control), 10)) for _ in range(4)]
+        if shakes_hands:
+            held = [stack.enter_context(context.wrap_socket(connection)) for connection in held]
+            held[0].sendall(b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.4)
+        for _ in range(6):
+            connection = http.client.HTTPSConnection(*address(control), context=context, timeout=10)
+            connection.request("GET", "/v1/bundle")
+            assert connection.getresponse().read() == authority.bundle_pem
+            connection.close()
+        assert closed_within(held[0], 5)
+        assert not closed_within(held[3], 0.1)
+
+
 def test_a_source_that_dials_too_often_is_turned_away(authority, tmp_path, monkeypatch):
     monkeypatch.setattr(https, "SOURCE_BURST", 3)
     monkeypatch.setattr(https, "SOURCE_RATE_PER_S", 0.0)
