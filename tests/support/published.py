@@ -7,7 +7,7 @@ can disagree. `Shelf.publish` also checks the order: whatever lists something co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgpack
@@ -39,6 +39,8 @@ class Shelf:
     """Everything that was ever published, in order."""
     highest: dict[str, list[int]] = field(default_factory=dict)
     """Topic -> epoch, version and time, of what proxies take by its stamp."""
+    subscribers: list[Callable[[str, bytes], None]] = field(default_factory=list)
+    """Called with whatever is published."""
 
     def publish(self, topic: str, payload: bytes) -> None:
         self.log.append((topic, payload))
@@ -48,6 +50,8 @@ class Shelf:
             self.retained.pop(topic, None)
         self._check_listed(topic)
         self._check_forward(topic)
+        for subscriber in self.subscribers:
+            subscriber(topic, payload)
 
     def drain(self, core: Core) -> int:
         """Publish all that is pending; returns how many messages that were."""

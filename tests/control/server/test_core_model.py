@@ -1,13 +1,16 @@
 """Any history of changes, crashes, lost connections and restores ends in the desired state on the broker.
 
 The broker is a `Shelf`, whose reader checks every root, digest and signature, and the order of what is published. What
-is desired, the `Oracle` works out from all documents at once; the control plane never does that.
+is desired, the `Oracle` works out from all documents at once; the control plane never does that. Two proxies
+follow: one that dials services, and a node agent that wants all addresses.
 """
 
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from control.api import resources
+from control.api.identity import SpiffeId
 from control.api.problems import ResourceErrors
 from control.server.ca import Authority
 from control.server.core import Core
@@ -30,12 +34,15 @@ from control.server.registry import Held
 from control.server.signing import ConfigKey
 from control.server.store import Store
 from tests.support.desired import endpoints, namespace, policy, service, together, workload
+from tests.support.follower import Follower
 from tests.support.oracle import Oracle, build
 from tests.support.published import Shelf
 
 NAMESPACES = ["mesh-system", "shop", "zoo"]
 WORKLOADS = [f"w{number}" for number in range(5)]
 APPS = ["a", "b"]
+SERVICES = tuple(f"{where}/{app}" for where in NAMESPACES for app in APPS)
+DIALLER = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/a")
 ODD = st.integers(0, 9).map(lambda number: number == 0)
 """True once in ten times: most changes must be good ones for a history to get anywhere."""
 
@@ -90,7 +97,14 @@ class Histories(RuleBasedStateMachine):
         self.shelf = Shelf()
         self.oracle = Oracle()
         self.backup = None
+        self.dialler = Follower(self.authority, self.shelf, lambda: self.now)
+        self.dialler.replica.want_workload(DIALLER, "w0")
+        for key in SERVICES:
+            self.dialler.replica.want_service(key)
+        self.node = Follower(self.authority, self.shelf, lambda: self.now)
+        self.node.replica.want_all_addresses()
         self.open()
+        self.connect_proxies(0)
         for where in NAMESPACES:
             served = [workload(name, usual_address(name, where), where, "a") for name in WORKLOADS[:3]]
             self.apply([service("a", where), service("b", where), *served], release=False, doubled=False)
@@ -207,21 +221,28 @@ class Histories(RuleBasedStateMachine):
         self.store.close()
         if wiped:
             self.shelf.retained.clear()
+            self.connect_proxies(0)
         self.open()
+
+    @rule(seed=st.integers(0, 2**32))
+    def connect_proxies(self, seed):
+        self.dialler.connect(seed)
+        self.node.connect(seed)
 
     @rule()
     def back_up(self):
-        self.store.close()
-        self.backup = (self.directory / "mesh.db").read_bytes(), replace(self.oracle)
-        self.open()
+        copy = self.directory / "backup.db"
+        copy.unlink(missing_ok=True)
+        with closing(sqlite3.connect(self.directory / "mesh.db")) as live, closing(sqlite3.connect(copy)) as kept:
+            live.backup(kept)
+        self.backup = replace(self.oracle)
 
     @precondition(lambda self: self.backup is not None)
     @rule()
     def restore(self):
         self.store.close()
-        content, oracle = self.backup
-        (self.directory / "mesh.db").write_bytes(content)
-        self.oracle = replace(oracle)
+        shutil.copy(self.directory / "backup.db", self.directory / "mesh.db")
+        self.oracle = replace(self.backup)
         self.open()
 
     @rule(passed_s=st.sampled_from([1, 30, 8 * 24 * 3600, 16 * 24 * 3600]))
@@ -233,6 +254,8 @@ class Histories(RuleBasedStateMachine):
     def settle(self):
         self.shelf.drain(self.core)
         self.oracle.check(self.shelf.read())
+        self.dialler.check(self.oracle, DIALLER, "w0", SERVICES)
+        self.node.check_addresses(self.oracle)
 
 
 @pytest.mark.parametrize("histories", [15, pytest.param(400, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
