@@ -121,7 +121,7 @@ class ConfigVerifier:
         if self._key is None:
             raise VerifyError("no config key is known yet")
         if not self._not_before <= now <= self._not_after:
-            raise VerifyError("the config key's certificate has ended; the control plane must renew it")
+            raise VerifyError("the config key's certificate is not valid now: check the clocks here and there")
         signature = envelope.body.get(SIGNATURE) if envelope.body is not None else None
         if not isinstance(signature, bytes) or len(signature) != SIGNATURE_BYTES:
             raise VerifyError("unsigned")

@@ -165,8 +165,8 @@ class _Staged:
 
     digest: bytes
     payload: bytes
-    wanted: dict[str, bytes]
-    """Entry -> digest; those of interest."""
+    wanted: dict[str, tuple[str, bytes]]
+    """Entry -> topic and digest; those of interest."""
 
 
 class NamespaceIndex(Listed):
@@ -194,7 +194,7 @@ class NamespaceIndex(Listed):
 
     def wants(self, topic: IndexedTopic) -> bool:
         """Whether a record is of interest under the applied root."""
-        return self._is_wanted(index_entry(topic))
+        return self._is_wanted(index_entry(topic), topic)
 
     def ask(self, topic: ServiceTopic) -> None:
         """A record is to become of interest, by `fetch`."""
@@ -245,7 +245,7 @@ class NamespaceIndex(Listed):
 
     def record(self, topic: IndexedTopic) -> bytes | None:
         """A record of interest that the applied root lists."""
-        held = self._record(index_entry(topic))
+        held = self._find(topic)
         return held.payload if held is not None else None
 
     def holds(self, topic: ListedTopic, digest: bytes) -> bool:
@@ -255,7 +255,7 @@ class NamespaceIndex(Listed):
             case AddressesTopic():
                 return False
             case _:
-                held = self._record(index_entry(topic))
+                held = self._find(topic)
                 return held is not None and held.digest == digest
 
     def plan(self) -> None:
@@ -288,7 +288,7 @@ class NamespaceIndex(Listed):
                 if self._is_needed(number) and self.applied.shards.get(number) != digest:
                     self._report(topic, "not the shard that the root lists: altered, mixed or replayed")
             case record if self.wants(record):
-                held = self._record(index_entry(record))
+                held = self._find(record)
                 if held is None:
                     self._report(topic, "the root does not list it: forged, or replayed after it was deleted")
                 elif arrival.stamp < held.stamp:
@@ -302,26 +302,27 @@ class NamespaceIndex(Listed):
         changes: list[Change] = []
         for number, staged in self._staged.items():
             records: dict[str, _Record] = {}
-            for entry, digest in staged.wanted.items():
-                held = self._record(entry)
+            for entry, (topic, digest) in staged.wanted.items():
+                held = self._record(number, entry)
                 if held is None or held.digest != digest:
-                    arrival = self._inbox.get(self._record_topic(entry), digest)
+                    arrival = self._inbox.get(topic, digest)
                     if arrival is None:  # a full inbox pushed it out
                         self.plan()
                         return []
                     held = _Record(digest, arrival.stamp, arrival.payload)
-                    changes.append((self._record_topic(entry), arrival.payload))
+                    changes.append((topic, arrival.payload))
                 records[entry] = held
             shards[number] = _Shard(staged.digest, staged.payload, records)
         for number, old in self._shards.items():
             if self.target.shards.get(number) == old.digest:
                 shards[number] = old
-            kept = shards[number].records if number in shards else {}
-            changes += [(self._record_topic(entry), None) for entry in old.records if entry not in kept]
+            else:
+                kept = shards[number].records if number in shards else {}
+                changes += [(self._record_topic(entry), None) for entry in old.records if entry not in kept]
         for number, staged in self._staged.items():
             self._inbox.discard(self._shard_topic(number), staged.digest)
-            for entry, digest in staged.wanted.items():
-                self._inbox.discard(self._record_topic(entry), digest)
+            for topic, digest in staged.wanted.values():
+                self._inbox.discard(topic, digest)
         self.applied, self.target = self.target, None
         self._shards, self._staged = shards, {}
         return changes
@@ -333,8 +334,8 @@ class NamespaceIndex(Listed):
             found += [(self._record_topic(entry), record.payload) for entry, record in shard.records.items()]
         return found
 
-    def _is_wanted(self, entry: str) -> bool:
-        return entry in self._entries or (self.policies and isinstance(entry_topic(self.owner, entry), PolicyTopic))
+    def _is_wanted(self, entry: str, topic: IndexedTopic) -> bool:
+        return entry in self._entries or (self.policies and isinstance(topic, PolicyTopic))
 
     def _is_needed(self, number: int) -> bool:
         return self.policies or number in self._entries.values()
@@ -343,9 +344,13 @@ class NamespaceIndex(Listed):
         shard = self._shards.get(number)
         return shard is not None and shard.digest == digest
 
-    def _record(self, entry: str) -> _Record | None:
-        shard = self._shards.get(index_shard(entry))
+    def _record(self, number: int, entry: str) -> _Record | None:
+        shard = self._shards.get(number)
         return shard.records.get(entry) if shard is not None else None
+
+    def _find(self, topic: IndexedTopic) -> _Record | None:
+        entry = index_entry(topic)
+        return self._record(index_shard(entry), entry)
 
     def _current_shard(self, number: int, digest: bytes) -> _Shard | None:
         """A shard that the applied root lists, also when it was not of interest before."""
@@ -360,16 +365,19 @@ class NamespaceIndex(Listed):
         listed = self._read(number, arrival.payload) if arrival is not None else None
         if arrival is None or listed is None:
             return False
-        wanted = {entry: digest for entry, digest in listed.items() if self._is_wanted(entry)}
+        wanted = {
+            entry: (format_topic(self._trust_domain, topic), digest)
+            for entry, digest in listed.items()
+            if self._is_wanted(entry, topic := entry_topic(self.owner, entry))
+        }
         self._staged[number] = _Staged(digest, arrival.payload, wanted)
         return True
 
     def _find_missing_records(self) -> None:
         self._staging = False
-        for staged in self._staged.values():
-            for entry, digest in staged.wanted.items():
-                held = self._record(entry)
-                topic = self._record_topic(entry)
+        for number, staged in self._staged.items():
+            for entry, (topic, digest) in staged.wanted.items():
+                held = self._record(number, entry)
                 if (held is None or held.digest != digest) and self._inbox.get(topic, digest) is None:
                     self.missing[topic] = digest
 

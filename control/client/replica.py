@@ -222,8 +222,9 @@ class Replica:
         """
         if payload:  # an empty one says that the broker forgot a topic, not that a record is gone
             try:
-                parsed, envelope = topics.parse_topic(self._trust_domain, topic), messages.decode(payload)
-                self._take(topic, parsed, envelope, payload, now)
+                parsed = topics.parse_topic(self._trust_domain, topic)
+                if not self._has(parsed, payload):
+                    self._take(topic, parsed, messages.decode(payload), payload, now)
             except (TopicError, MessageError, RecordError) as error:
                 self._refuse(topic, f"malformed: {error}")
             except VerifyError as error:
@@ -383,6 +384,23 @@ class Replica:
             case StatusTopic():
                 pass  # another proxy's
 
+    def _has(self, parsed: Topic, payload: bytes) -> bool:
+        """Whether this very message counts already, as most of them do that a new session brings."""
+        match parsed:
+            case EndpointTopic(namespace, service, workload):
+                wanted = self._services.get(key(namespace, service))
+                if wanted is None:
+                    return False
+                stamp, held = wanted.endpoints.live.get(workload, (NEVER, b""))
+                if held == payload:
+                    self._take_version(wanted, workload, stamp, payload)
+                    self._settle_soon(wanted)
+                return held == payload
+            case ServiceTopic() | PolicyTopic() | WorkloadTopic() | IndexTopic() | AddressesTopic():
+                listed = self._listed_for(parsed)
+                return listed is not None and listed.holds(parsed, messages.digest(payload))
+        return False
+
     def _take_trust(self, envelope: Envelope, now: float) -> None:
         if envelope.body is None:
             raise VerifyError("unsigned: it is never deleted")
@@ -453,8 +471,6 @@ class Replica:
         if listed is None or envelope.body is None:
             return
         digest = messages.digest(payload)
-        if listed.holds(parsed, digest):
-            return
         if isinstance(parsed, AddressesTopic):
             if not index.read_address_shard(parsed, envelope.body).residents:
                 return  # for readers of single shards; no root lists it
@@ -478,12 +494,16 @@ class Replica:
             if self._endpoint_bytes > MAX_ENDPOINT_BYTES:
                 raise RecordError("more endpoints than this proxy can hold")
             live = payload
-        self._endpoint_bytes -= wanted.endpoints.bytes
-        changed = wanted.endpoints.receive(parsed.workload, envelope.stamp, live)
-        self._endpoint_bytes += wanted.endpoints.bytes
-        if changed and wanted.visible:
+        if self._take_version(wanted, parsed.workload, envelope.stamp, live) and wanted.visible:
             self._emit([(topic, live)])
         self._settle_soon(wanted)
+
+    def _take_version(self, wanted: _Wanted, workload: str, stamp: Stamp, live: bytes | None) -> bool:
+        """Returns whether the workload has another endpoint now, or none."""
+        self._endpoint_bytes -= wanted.endpoints.bytes
+        changed = wanted.endpoints.receive(workload, stamp, live)
+        self._endpoint_bytes += wanted.endpoints.bytes
+        return changed
 
     def _take_manifest(self, parsed: ManifestTopic, envelope: Envelope, payload: bytes) -> None:
         wanted = self._services.get(key(parsed.namespace, parsed.service))

@@ -208,8 +208,8 @@ def test_what_was_not_signed_for_this_place_is_refused():
 def test_a_key_ends_with_its_certificate():
     checker = verifier()
     checker.trust(trusted(LEAF, INTERMEDIATE), NOW)
-    assert "ended" in refuses(checker, signed(ENVELOPE), at=NOW + 3700)
-    assert "ended" in refuses(checker, signed(ENVELOPE), at=NOW - 3700)
+    assert "not valid now" in refuses(checker, signed(ENVELOPE), at=NOW + 3700)
+    assert "not valid now" in refuses(checker, signed(ENVELOPE), at=NOW - 3700)
 
 
 IMPOSTORS = {
@@ -269,9 +269,10 @@ def test_the_key_changes_with_the_trust_and_the_root_with_the_bundle():
     with pytest.raises(VerifyError):
         checker.trust(content, NOW)
     roots.append(new_root)
-    assert checker.trust(content, NOW)
-    checker.check(TOPIC, signed(ENVELOPE, new_key), NOW)
-    assert "another key" in refuses(checker, signed(ENVELOPE))
+    now = time.time()  # the module may have been loaded minutes ago
+    assert checker.trust(content, now)
+    checker.check(TOPIC, signed(ENVELOPE, new_key), now)
+    assert "another key" in refuses(checker, signed(ENVELOPE), at=now)
 
 
 def test_nothing_leaks():

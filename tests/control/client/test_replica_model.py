@@ -129,6 +129,8 @@ class Contract(RuleBasedStateMachine):
         self.backups: list[ControlPlane] = []
         self.shelves: list[dict[str, bytes]] = [{}]
         """What the broker retained once."""
+        self.leaving: set[str] = set()
+        """Services that were dropped and are still subscribed to."""
         self.was_absent: set[str] = set()
         """Services that the proxy was told not to exist: they come with their root, complete or not."""
         self.disturbed = False
@@ -258,12 +260,17 @@ class Contract(RuleBasedStateMachine):
         """To the broker, or to one that has fallen behind."""
         match what:
             case "now":
-                self.proxies[side].connect(self.broker.retained)
+                self._connect(side, self.broker.retained)
             case "before":
-                self.proxies[side].connect(self.shelves[number % len(self.shelves)])
+                self._connect(side, self.shelves[number % len(self.shelves)])
                 self.disturbed = True
             case "off":
                 self.proxies[side].disconnect()
+
+    def _connect(self, side, retained):
+        self.proxies[side].connect(retained)
+        if side == "uproxy":
+            self._forget_leaving()
 
     @rule(side=sides, number=st.integers(0, 1000), how=st.integers(0, 6), place=st.integers(0, 1000), data=st.data())
     def forge(self, side, number, how, place, data):
@@ -302,6 +309,7 @@ class Contract(RuleBasedStateMachine):
         if want:
             self._want(service)
         else:
+            self.leaving |= {service} & set(self.uproxy.replica.services())
             self.uproxy.replica.drop_service(service)
             if data.draw(st.booleans()):
                 self._follow()
@@ -312,6 +320,7 @@ class Contract(RuleBasedStateMachine):
             self.newest.pop(name(ManifestTopic(namespace, service_name)), None)
             if namespace not in self._namespaces():
                 self.newest.pop(name(RootTopic(namespace)), None)
+        self.leaving.discard(service)
         self.uproxy.replica.want_service(service)
         self._follow()
 
@@ -323,9 +332,12 @@ class Contract(RuleBasedStateMachine):
     def _follow(self):
         if self.uproxy.subscribed:
             self.uproxy.subscribe(self.broker.retained)
-            self.uproxy.flush(NOW)  # what is dropped goes with the next batch
-            for service in self.was_absent - set(self.uproxy.replica.services()):
-                self.was_absent.discard(service)
+            self._forget_leaving()
+
+    def _forget_leaving(self):
+        self.uproxy.flush(NOW)  # what is dropped goes with the next batch
+        self.leaving.clear()
+        self.was_absent &= set(self.uproxy.replica.services())
 
     @rule(side=sides)
     def idle(self, side):
@@ -346,6 +358,7 @@ class Contract(RuleBasedStateMachine):
         self.floors |= {(side, owner): root[:2] for owner, root in roots.items()}
         if side == "uproxy":
             self.was_absent.clear()
+            self.leaving.clear()
             manifests = {t: stamp for t, stamp in newest.items() if isinstance(_parsed(t), ManifestTopic)}
             self.newest = manifests if self.uproxy.replica.based else {}
 
@@ -374,13 +387,16 @@ class Contract(RuleBasedStateMachine):
             truth = self._truth(RootTopic(namespace), roots[namespace])
             expected |= bodies(truth, namespace, PolicyTopic)
             expected |= {topic: body for topic, body in bodies(truth, namespace, WorkloadTopic).items() if topic == OWN}
-        for service in replica.services():
+        for service in {*replica.services(), *self.leaving}:
             namespace, _, service_name = service.partition("/")
             topic = name(ServiceTopic(namespace, service_name))
             status = replica.service_status(service)
             if status is Status.WAITING and topic not in held:
                 continue
             record = bodies(self._truth(RootTopic(namespace), roots[namespace]), namespace, ServiceTopic).get(topic)
+            if service in self.leaving:
+                expected[topic] = record
+                continue
             assert (record is None) == (status is Status.ABSENT)
             if record is None:
                 self.was_absent.add(service)
@@ -443,7 +459,7 @@ class Contract(RuleBasedStateMachine):
         """Once the broker has all and delivers it, everybody holds the truth, and says so."""
         self.broker.publish(self.plane.audit(self.broker.retained))
         for side, proxy in self.proxies.items():
-            proxy.connect(self.broker.retained)
+            self._connect(side, self.broker.retained)
             while proxy.queue:
                 self._deliver(side, 0)
             proxy.idle(NOW)
