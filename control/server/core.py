@@ -54,6 +54,7 @@ MAX_REPORT_BYTES: Final = 16 * 1024 * 1024
 _REPORT_OVERHEAD_BYTES: Final = 1000
 _MAX_UNTAKEN: Final = 1000  # statuses that wait to be taken off the broker
 _MAX_PROBLEMS: Final = 100
+_CLOCK_STEP_S: Final = 60
 _STATUSES: Final = "status/"
 """Their group among what waits, where others go by their namespace."""
 
@@ -269,6 +270,9 @@ class Core:
             self._forget_reports(now)
             if self._config_key.due(now):
                 self._renew_config_key(now)
+            if any(issued_at > now + _CLOCK_STEP_S for *_, issued_at in self._roots.values()):
+                # The clock was set back. Of an equal stamp proxies take only what is later, and would see no age.
+                self._reissue(soon=False)
             roots = [
                 replace(self._pen(), stamp=root.stamp).again(root)
                 for root in self._store.messages_above_records(Rank.ROOT)

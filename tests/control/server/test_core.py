@@ -573,6 +573,25 @@ def test_a_root_is_not_signed_again_ahead_of_what_it_lists(plane):
     plane.settle()  # the shelf checks the order
 
 
+def test_a_clock_that_is_set_back_is_published_with_a_higher_version(plane):
+    plane.apply(SHOP)
+    plane.settle()
+    plane.now += 24 * 3600
+    plane.core.refresh()
+    ahead = plane.core.roots()
+    plane.settle()
+    plane.now -= 24 * 3600
+    plane.core.refresh()
+    for name, (epoch, version, issued_at) in plane.core.roots().items():
+        assert (epoch, version) > ahead[name][:2]
+        assert issued_at == START
+    plane.settle()
+    back = plane.core.roots()
+    plane.now -= 50  # a small step is waited out
+    plane.core.refresh()
+    assert {name: root[:2] for name, root in plane.core.roots().items()} == {n: root[:2] for n, root in back.items()}
+
+
 def test_the_config_key_is_renewed_at_half_its_life_and_everything_is_signed_with_it(plane):
     plane.apply(SHOP)
     plane.settle()
