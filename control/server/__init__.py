@@ -13,7 +13,7 @@ registry       desired state: plans a change set whole, or refuses it (`registry
 publication    which messages make the published state equal to the desired one, in which order (`publication`).
 core           all of these as one object, without network (`core`).
 publisher      makes the broker hold what the core says, and hears what proxies report (`publisher`).
-broker         nats-server, our child (`brokers`), or one that somebody else runs (`foreign`); `rights` are its clients'.
+broker         nats-server, our child (`brokers`), or one that somebody else runs (`foreign`); `rights`: its clients'.
 
 token          a right to one certificate; member: whom it is for (`enrolment`, `members`).
 door           where a workload finds the control plane: certificates over HTTPS (`https`), and the broker.
