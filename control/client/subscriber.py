@@ -118,6 +118,10 @@ class Subscriber:
                 continue
             except BrokerError as error:
                 self._lost(url, str(error))
+            except Exception as error:
+                # No thread or memory left, or our bug: the data plane keeps going with what it has.
+                log.exception("the connection to the broker failed")
+                self._lost(url, f"internal error: {error!r}")
             if task is not None and task.cancelling():
                 # Python 3.11's TaskGroup drops a cancellation that meets a failure, here the loss of the connection.
                 raise asyncio.CancelledError

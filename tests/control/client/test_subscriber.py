@@ -428,6 +428,24 @@ def test_any_of_the_brokers_will_do(broker, web_dir):
     plane.run(scenario())
 
 
+def test_a_host_that_is_short_of_threads_ends_nothing(broker, web_dir, caplog):
+    short = [True]
+
+    def context():
+        if short:
+            short.clear()
+            raise RuntimeError("can't start new thread")
+        return brokers.tls(web_dir)
+
+    async def scenario() -> None:
+        async with subscribed(BrokerAccess((broker.url,), WEB, context), f"{SHOP}/none") as proxy:
+            await until(lambda: proxy.subscriber.connected)
+            assert proxy.subscriber.problems() == ()
+
+    plane.run(scenario())
+    assert 'internal error: RuntimeError("can\'t start new thread")' in caplog.text
+
+
 def test_a_bug_in_the_configuration_leaves_the_line_up(broker, operator, web_dir, caplog):
     async def scenario() -> None:
         async with operator() as control:
