@@ -7,8 +7,10 @@ the broker delivers in the order that a test asks for.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cache
 
 from cryptography import x509
@@ -43,6 +45,12 @@ from tests.support.records import TRUST_DOMAIN
 CONTROL_PLANE = f"spiffe://{TRUST_DOMAIN}/ns/mesh-system/sa/control-plane"
 ROOT_NAMESPACE = "mesh-system"
 
+NOW = time.time()
+"""When it is, here."""
+
+_ROOT = forge_ca(None, "root", path_length=1)
+_INTERMEDIATE = forge_ca(_ROOT, "intermediate", path_length=0)
+
 Publication = tuple[str, bytes]
 
 
@@ -53,8 +61,6 @@ class Signer:
     key: Ed25519PrivateKey
     certificates: tuple[bytes, bytes]
     root: bytes
-    made_at: float
-    """Unix time; the certificates last an hour from then."""
 
     def verifier(self) -> ConfigVerifier:
         return ConfigVerifier(TRUST_DOMAIN, lambda: [self.root])
@@ -63,17 +69,11 @@ class Signer:
 @cache
 def signer(number: int = 0) -> Signer:
     """One of several keys of one mesh."""
-    root, intermediate = _authority()
     key = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
-    leaf = forge(intermediate, (CONTROL_PLANE,), key=key, purposes=(x509.ObjectIdentifier(CONFIG_KEY_OID),))
-    made_at = leaf.certificate.not_valid_before_utc.timestamp()
-    return Signer(key, (leaf.der, intermediate.der), root.der, made_at)
-
-
-@cache
-def _authority():
-    root = forge_ca(None, "root", path_length=1)
-    return root, forge_ca(root, "intermediate", path_length=0)
+    purposes = (x509.ObjectIdentifier(CONFIG_KEY_OID),)
+    # Made when it is needed, and valid at NOW, which is when the tests were loaded.
+    leaf = forge(_INTERMEDIATE, (CONTROL_PLANE,), key=key, purposes=purposes, not_before=timedelta(hours=-12))
+    return Signer(key, (leaf.der, _INTERMEDIATE.der), _ROOT.der)
 
 
 @dataclass

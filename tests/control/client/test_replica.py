@@ -37,12 +37,11 @@ from control.client import snapshot
 from control.client.replica import Replica, Status
 from control.client.snapshot import SnapshotError
 from tests.support import plane
-from tests.support.plane import ROOT_NAMESPACE, Broker, ControlPlane, Truth
+from tests.support.plane import NOW, ROOT_NAMESPACE, Broker, ControlPlane, Truth
 from tests.support.records import TRUST_DOMAIN
 
 WEB = make_id(TRUST_DOMAIN, "shop", "web")
 BANK = make_id(TRUST_DOMAIN, "bank", "web")
-NOW = plane.signer().made_at + 100
 VIP = IpAddress("240.240.0.1")
 
 
@@ -484,6 +483,30 @@ def test_a_record_of_old_stamp_is_taken_when_a_new_root_lists_it(mesh):
     mesh.settle()
     assert mesh.proxy.held[name(PolicyTopic("shop", "a"))] == records.write(policy("a"))
     assert mesh.replica.whole
+
+
+def test_a_late_heartbeat_of_the_root_before_costs_the_next_one_nothing(mesh):
+    """What it waits for may have old stamps, and must not be swept out with what the old root does not list."""
+    mesh.put(policy("a"), policy("b"))
+    backup = mesh.plane.backup()
+    mesh.put(policy("a", action=Action.DENY), policy("b", action=Action.DENY))
+    mesh.up()
+    mesh.plane.now += 30
+    (heartbeat,) = [one for one in mesh.plane.refresh() if one[0] == name(RootTopic("shop"))]
+    mesh.plane = backup
+    mesh.plane.now += 1000
+    mesh.proxy.connect({})
+    mesh.proxy.hear(mesh.plane.start())
+    mesh.settle()
+    assert not mesh.replica.whole
+    mesh.proxy.hear([(topic, payload) for topic, payload in mesh.plane.audit({}) if "/policy/" not in topic])
+    mesh.settle()
+    for record in ("a", "b"):
+        topic = name(PolicyTopic("shop", record))
+        mesh.proxy.queue += [(topic, mesh.plane.store[topic].payload), heartbeat]
+    mesh.settle()
+    assert mesh.replica.whole
+    assert mesh.proxy.held[name(PolicyTopic("shop", "a"))] == records.write(policy("a"))
 
 
 def test_a_message_that_is_not_of_this_mesh_is_refused(mesh):

@@ -12,10 +12,9 @@ from control.api.topics import AddressesRootTopic, EndpointTopic, ManifestTopic,
 from control.api.workload import Service, ServicePort
 from control.client import endpoint_set
 from tests.support import plane
-from tests.support.plane import Broker, ControlPlane, Truth
+from tests.support.plane import NOW, Broker, ControlPlane, Truth
 from tests.support.records import TRUST_DOMAIN
 
-NOW = plane.signer().made_at + 100
 VIP = IpAddress("240.240.0.1")
 WEB = make_id(TRUST_DOMAIN, "shop", "web")
 

@@ -40,13 +40,12 @@ from control.api.topics import (
 from control.api.workload import Endpoint, Service, ServicePort, Workload, key
 from control.client.replica import ADDRESSES, Status
 from tests.support import plane
-from tests.support.plane import ROOT_NAMESPACE, Broker, ControlPlane, Truth, namespace_of
+from tests.support.plane import NOW, ROOT_NAMESPACE, Broker, ControlPlane, Truth, namespace_of
 from tests.support.records import TRUST_DOMAIN, policies, workloads
 
 WEB = make_id(TRUST_DOMAIN, "shop", "web")
 OWN = format_topic(TRUST_DOMAIN, WorkloadTopic(proxy_hash(WEB), "web-1"))
 OWN_NAMESPACES = ("shop", ROOT_NAMESPACE)
-NOW = plane.signer().made_at + 100
 
 service_keys = st.sampled_from(["shop/web", "shop/web", "shop/db", "bank/db", "bank/x"])
 sides = st.sampled_from(["uproxy", "uproxy", "node"])
@@ -495,7 +494,7 @@ def test_the_contract():
     run_state_machine_as_test(
         Contract,
         settings=settings(
-            max_examples=80,
+            max_examples=50,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
