@@ -322,8 +322,8 @@ class Replica:
                 found += [*one.messages(), (self._name(root), one.applied.payload)]
         for wanted in services:
             namespace, name = wanted.topic.namespace, wanted.topic.name
-            for workload, (_, payload) in wanted.endpoints.live.items():
-                found.append((self._name(EndpointTopic(namespace, name, workload)), payload))
+            below = self._name(EndpointTopic(namespace, name, ""))  # once: there may be 10,000, and traffic waits
+            found += [(below + workload, payload) for workload, (_, payload) in wanted.endpoints.live.items()]
             if wanted.endpoints.manifest_payload is not None:
                 found.append((self._name(ManifestTopic(namespace, name)), wanted.endpoints.manifest_payload))
         shards = {number: held for number, held in self._address_shards.items() if held is not None}
