@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,19 +30,11 @@ from hypothesis.stateful import (
 )
 
 from control.api.address import parse_address
-from control.api.identity import SpiffeId
 from control.api.problems import ResourceErrors
-from control.client import subscriber
-from control.server import publisher
-from control.server.ca import Authority
+from tests.contract.conftest import PROXIES
 from tests.contract.forgeries import FORGERIES
-from tests.contract.world import Who, World, world
-from tests.support.brokers import BROKERS, Broker
-from tests.support.certificates import DB, WEB, identity_dir
+from tests.contract.world import Site, World, world
 from tests.support.desired import endpoints, policy, service, workload
-
-NODE = SpiffeId.parse("spiffe://cluster.local/ns/mesh-system/sa/node-a")
-PROXIES = {"web-1": WEB, "db-1": DB, "node-a": NODE}
 
 SERVICES = ("shop/web", "shop/db", "bank/web")
 WORKLOADS = {
@@ -56,8 +48,8 @@ WORKLOADS = {
 POLICIES = ("shop/a", "shop/b", "bank/a", "mesh-system/a")
 KINDS = {"svc": "Service", "wl": "WorkloadEntry", "policy": "AuthorizationPolicy", "slice": "EndpointSlice"}
 
-who = st.sampled_from([*PROXIES, "control-plane"])
-proxies = st.sampled_from([*PROXIES])
+proxies = st.sampled_from([who.workload for who in PROXIES])
+who = st.one_of(proxies, st.just("control-plane"))
 resources = st.one_of(
     st.tuples(st.just("svc"), st.sampled_from(SERVICES)),
     st.tuples(st.just("wl"), st.sampled_from([*WORKLOADS])),
@@ -68,15 +60,14 @@ resources = st.one_of(
 
 
 class Contract(RuleBasedStateMachine):
-    """What may happen. `broker` and the directories are set by the test."""
+    """What may happen. `site` is set by the test."""
 
-    broker: ClassVar[Broker]
-    ca_dir: ClassVar[Path]
-    identities: ClassVar[dict[Who, Path]]
+    site: ClassVar[Site]
 
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
+        self.broker = self.site.broker
         self.directory = Path(tempfile.mkdtemp(prefix="contract-"))
         self.stack = AsyncExitStack()
         self.desired: set[tuple[str, str]] = set()
@@ -89,9 +80,7 @@ class Contract(RuleBasedStateMachine):
         self.broker.kill()
         self.broker.wipe()
         self.broker.start()
-        self.world: World = self.run(
-            self.stack.enter_async_context(world(self.broker, self.directory, self.ca_dir, self.identities, seed))
-        )
+        self.world: World = self.run(self.stack.enter_async_context(world(self.site, self.directory, seed)))
         # Of a namespace that never had a record, nothing is published: whoever asks for a service there waits.
         self.apply({("svc", "shop/web"), ("wl", "shop/web-1"), ("wl", "shop/db-1"), ("policy", "bank/a")})
 
@@ -228,8 +217,7 @@ class Contract(RuleBasedStateMachine):
     @precondition(lambda self: self.broker.process is not None)
     @rule(forgery=st.sampled_from([*FORGERIES]))
     def forge(self, forgery: str) -> None:
-        for topic, payload in FORGERIES[forgery](self.world.ledger, self.chance):
-            self.run(self.world.forge(topic, payload))
+        self.run(self.world.forge(FORGERIES[forgery](self.world.ledger, self.chance)))
 
     # What must hold
 
@@ -253,24 +241,11 @@ class Contract(RuleBasedStateMachine):
         return self.world.way if which == "control-plane" else self.world.proxies[which].way
 
 
-@pytest.fixture(params=BROKERS)
-def contract(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[type[Contract]]:
-    # The waits are made for machines that share a broker; nothing else shares this one.
-    monkeypatch.setattr(subscriber, "_LAST_RETRY_S", 0.3)
-    monkeypatch.setattr(publisher, "_LONGEST_PAUSE_S", 0.3)
-    monkeypatch.setattr(publisher, "_QUIET_S", 0.1)
-    authority = Authority.create(tmp_path / "ca", "cluster.local")
-    with BROKERS[request.param](tmp_path / "broker", authority, PROXIES.values()) as broker:
-        machine: type[Contract] = type("OfBroker", (Contract,), {})
-        machine.broker = broker
-        machine.ca_dir = tmp_path / "ca"
-        machine.identities = {
-            Who(identity, name): identity_dir(authority, tmp_path / name, identity)
-            for name, identity in PROXIES.items()
-        }
-        yield machine
+@pytest.fixture
+def contract(site: Site) -> type[Contract]:
+    machine: type[Contract] = type("OfBroker", (Contract,), {})
+    machine.site = site
+    return machine
 
 
 def histories(machine: type[Contract], number: int, steps: int) -> None:

@@ -24,6 +24,7 @@ from control.api.address import IpAddress
 from control.api.identity import SpiffeId, proxy_hash
 from control.api.messages import Body, Envelope
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.api.signing import SIGNATURE
 from control.api.status import ADDRESSES, Kind, ProxyStatus, RootStamp
 from control.api.topics import (
     AddressesTopic,
@@ -64,11 +65,14 @@ class Ledger:
         """Topic of a root -> its payloads by stamp; signed again, the newest."""
         self.issued: dict[str, list[bytes]] = {}
         """Topic -> payloads in the order of issue."""
+        self.order: list[str] = []
+        """The topics of all, in that order."""
 
     def note(self, batch: Iterable[Publication]) -> None:
         for topic, payload in ((one.topic.removeprefix(PREFIX), one.payload) for one in batch):
             self._by_digest[messages.digest(payload)] = payload
             self.issued.setdefault(topic, []).append(payload)
+            self.order.append(topic)
             if payload and (topic.startswith("root/") or topic == "addr"):
                 self.roots.setdefault(topic, {})[messages.decode(payload).stamp] = payload
 
@@ -112,8 +116,14 @@ class _NotedCore:
         return batch
 
 
-def _body(payload: bytes) -> Body:
+def content(payload: bytes) -> Body | None:
+    """What a message says, without the signature, which differs each time; None for a tombstone."""
     body = messages.decode(payload).body
+    return {name: value for name, value in body.items() if name != SIGNATURE} if body is not None else None
+
+
+def _body(payload: bytes) -> Body:
+    body = content(payload)
     assert body is not None
     return body
 
@@ -278,12 +288,12 @@ class Proxy:
     def _take_checked(self, batch: Batch) -> None:
         self.state.apply(batch)  # it refuses what is inconsistent
         for topic, payload in batch:
-            body = messages.decode(payload).body
+            name, body = topic.removeprefix(PREFIX), content(payload)
             if body is None:
-                self.records.pop(topic.removeprefix(PREFIX), None)
+                self.records.pop(name, None)
             else:
-                self.records[topic.removeprefix(PREFIX)] = body
-                self._endpoint_is_no_older(topic.removeprefix(PREFIX), body)
+                self.records[name] = body
+                self._endpoint_is_no_older(name, body)
         self._is_what_roots_say()
 
     def _is_what_roots_say(self) -> None:
@@ -308,7 +318,7 @@ class Proxy:
     def _endpoint_is_no_older(self, name: str, body: Body) -> None:
         """It was issued at or after the one before it: the bodies that came are in the order of their issue."""
         if name.startswith("ep/"):
-            issued = [messages.decode(one).body if one else None for one in self._ledger.issued.get(name, [])]
+            issued = [content(one) if one else None for one in self._ledger.issued.get(name, [])]
             at = self._seen_endpoints.get(name, 0)
             assert body in issued[at:], f"{self.who.name}: {name} goes back"
             self._seen_endpoints[name] = issued.index(body, at)
@@ -384,28 +394,29 @@ def live(plane: ControlPlane) -> Records:
     """What the control plane says now, by topic without its prefix."""
     found: Records = {}
     for message in plane.store.messages(plane.store.topics()):
-        body = messages.decode(message.payload).body
+        body = content(message.payload)
         if body is not None:
             found[message.topic.removeprefix(PREFIX)] = body
     return found
 
 
+@dataclass(frozen=True)
+class Site:
+    """What worlds have in common: a running broker, a CA, and who may be there."""
+
+    broker: Broker
+    ca_dir: Path
+    identities: dict[Who, Path]
+    """Proxy -> its identity directory."""
+
+
 class World:
     """Everything, and what may happen to it."""
 
-    def __init__(
-        self,
-        broker: Broker,
-        directory: Path,
-        ca_dir: Path,
-        identities: dict[Who, Path],
-        seed: int,
-        stack: AsyncExitStack,
-    ) -> None:
-        self.broker = broker
+    def __init__(self, site: Site, directory: Path, seed: int, stack: AsyncExitStack) -> None:
+        self.broker = site.broker
         self.ledger = Ledger()
-        self._directory, self._ca_dir, self._identities, self._seed = directory, ca_dir, identities, seed
-        self._stack = stack
+        self._site, self._directory, self._seed, self._stack = site, directory, seed, stack
         self._publishing: AsyncExitStack | None = None
         self._backup: bytes | None = None
         self.proxies: dict[str, Proxy] = {}
@@ -413,12 +424,12 @@ class World:
 
     async def open(self) -> None:
         self.way = await self._stack.enter_async_context(relay(self.broker.port))
-        self.plane = ControlPlane(self._directory / "plane", self._ca_dir, self.way.url)
+        self.plane = ControlPlane(self._directory / "plane", self._site.ca_dir, self.way.url)
         self._stack.callback(lambda: self.plane.close())
         self._stack.push_async_callback(self.stop_publishing)
         await self.start_publishing()
         roots = [self.plane.authority.root.public_bytes(Encoding.DER)]
-        for number, (who, own) in enumerate(self._identities.items()):
+        for number, (who, own) in enumerate(self._site.identities.items()):
             way = await self._stack.enter_async_context(relay(self.broker.port))
             proxy = Proxy(who, own, roots, self.ledger, way, self._seed + number)
             self.proxies[who.workload] = proxy
@@ -457,11 +468,12 @@ class World:
         await self.start_publishing()
         return True
 
-    async def forge(self, topic: str, payload: bytes) -> None:
-        """What a broker in wrong hands can do: put anything under any topic."""
+    async def forge(self, forged: Iterable[tuple[str, bytes]]) -> None:
+        """What a broker in wrong hands can do: put anything under any topic (without its prefix)."""
         self.attacked = True
         async with client(self.broker, self.plane.path.parent / "own") as writer:
-            await writer.publish(PREFIX + topic, payload, qos=1, retain=True)
+            for topic, payload in forged:
+                await writer.publish(PREFIX + topic, payload, qos=1, retain=True)
 
     async def settle(self) -> None:
         """End all faults, and wait until every proxy knows everything. Raises AssertionError."""
@@ -496,10 +508,9 @@ class World:
 
 
 @asynccontextmanager
-async def world(
-    broker: Broker, directory: Path, ca_dir: Path, identities: dict[Who, Path], seed: int
-) -> AsyncIterator[World]:
+async def world(site: Site, directory: Path, seed: int) -> AsyncIterator[World]:
+    """A world in an empty directory, on a broker that holds nothing yet."""
     async with AsyncExitStack() as stack:
-        made = World(broker, directory, ca_dir, identities, seed, stack)
+        made = World(site, directory, seed, stack)
         await made.open()
         yield made

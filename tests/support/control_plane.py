@@ -24,7 +24,7 @@ class ControlPlane:
     """Can be stopped and started again on its store, and put back to an older copy of it."""
 
     def __init__(self, directory: Path, ca_dir: Path, url: str, clock: Callable[[], float] = time.time) -> None:
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         self.authority = Authority.open(ca_dir)
         self.path = directory / "mesh.db"
         self.url = url
