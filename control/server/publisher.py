@@ -121,68 +121,47 @@ class Publisher:
             await broker.lost()
 
     async def _carry(self, broker: Connection) -> None:
-        held = await self._audit(broker)
-        await self._raise_epoch()
-        await asyncio.to_thread(self._core.audited, held)
-        self.connected, self.problem = True, ""
-        _log.info("connected to the broker, which holds %d records", len(held))
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._hear(broker.arrivals))
+            audit = _Audit(self._trust_domain)
+            # From the first moment: while what has arrived is not taken, the socket is not read, and no answer arrives.
+            group.create_task(self._hear(broker.arrivals, audit))
+            await self._read_all(broker, audit)
+            await self._raise_epoch()
+            await asyncio.to_thread(self._core.audited, audit.held)
+            self.connected, self.problem = True, ""
+            _log.info("connected to the broker, which holds %d records", len(audit.held))
             await self._publish(broker)
 
     async def _raise_epoch(self) -> None:
         seen, self._epoch_seen = self._epoch_seen, 0
         await asyncio.to_thread(self._core.start_epoch, seen)
 
-    async def _audit(self, broker: Connection) -> dict[str, Retained]:
-        """What the broker holds, by topic, but for the statuses, which are heard as ever.
+    async def _read_all(self, broker: Connection, audit: _Audit) -> None:
+        """Has the broker tell everything that it holds.
 
         MQTT has no mark at the end of retained messages. Ours is a message to ourselves, and then silence.
         """
         everything = [subtree(self._trust_domain)]
-        mark = f"{subtree(self._trust_domain, 'audit').removesuffix('#')}{secrets.token_hex(16)}"
-        held: dict[str, Retained] = {}
-        await _grant(broker, everything)
-        await broker.publish(mark, b"", retain=False)
-        patience: float | None = None
         try:
             async with asyncio.timeout(_AUDIT_TIMEOUT_S):
-                while await self._hear_records(broker.arrivals, held, patience):
-                    if mark in held:
-                        patience = _QUIET_S
+                await _grant(broker, everything)
+                await broker.publish(audit.mark, b"", retain=False)
+                await audit.finished()
         except TimeoutError:
             raise BrokerError(f"it was still sending records after {_AUDIT_TIMEOUT_S:.0f} s") from None
-        del held[mark]
         await _grant(broker, [self._statuses + "#"])
         await broker.unsubscribe(everything)
-        return held
 
-    async def _hear_records(self, arrivals: Arrivals, held: dict[str, Retained], patience_s: float | None) -> bool:
-        """Take what has arrived; whether any of it was a record. Proxies report all the time: that prolongs nothing."""
-        before = len(held)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
-                while len(held) == before:
-                    for topic, payload in await _some(arrivals):
-                        if topic.startswith(self._statuses):
-                            self._status(topic, payload)
-                        else:
-                            held[topic] = self._retained(payload)
-        return len(held) > before
-
-    def _retained(self, payload: bytes) -> Retained:
-        try:
-            envelope = messages.decode(payload)
-        except MessageError:
-            return Retained(None, messages.digest(payload))
-        self._epoch_seen = max(self._epoch_seen, envelope.epoch)
-        return Retained(envelope.stamp, messages.digest(payload), tombstone=envelope.body is None)
-
-    async def _hear(self, arrivals: Arrivals) -> None:
+    async def _hear(self, arrivals: Arrivals, audit: _Audit) -> None:
         while True:
-            for topic, payload in await _some(arrivals):
+            await arrivals.wait()
+            for topic, payload in itertools.islice(iter(arrivals.take, None), _MESSAGES_AT_ONCE):
                 if topic.startswith(self._statuses):
                     self._status(topic, payload)
+                else:
+                    audit.take(topic, payload)
+                    self._epoch_seen = max(self._epoch_seen, audit.epoch)
+            await asyncio.sleep(0)
 
     def _status(self, topic: str, payload: bytes) -> None:
         self._core.status_received(topic, payload)
@@ -203,11 +182,39 @@ class Publisher:
             self._core.published()
 
 
-async def _some(arrivals: Arrivals) -> list[tuple[str, bytes]]:
-    """The next messages, as many as are work for 2 ms: the loop also serves certificates."""
-    await arrivals.wait()
-    await asyncio.sleep(0)
-    return list(itertools.islice(iter(arrivals.take, None), _MESSAGES_AT_ONCE))
+class _Audit:
+    """What the broker holds, but for statuses."""
+
+    def __init__(self, trust_domain: TrustDomain) -> None:
+        self.mark = f"{subtree(trust_domain, 'audit').removesuffix('#')}{secrets.token_hex(16)}"
+        self.held: dict[str, Retained] = {}
+        """By topic."""
+        self.epoch = 0
+        """The highest of all."""
+        self._marked = asyncio.Event()
+        self._news = asyncio.Event()
+
+    def take(self, topic: str, payload: bytes) -> None:
+        if topic == self.mark:
+            self._marked.set()
+            return
+        self._news.set()
+        try:
+            envelope = messages.decode(payload)
+        except MessageError:
+            self.held[topic] = Retained(None, messages.digest(payload))
+            return
+        self.epoch = max(self.epoch, envelope.epoch)
+        self.held[topic] = Retained(envelope.stamp, messages.digest(payload), tombstone=envelope.body is None)
+
+    async def finished(self) -> None:
+        """Until the mark is back, and nothing has come for a while."""
+        await self._marked.wait()
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self._news.clear()
+                async with asyncio.timeout(_QUIET_S):
+                    await self._news.wait()
 
 
 def _first(group: BaseExceptionGroup[BrokerError | StoreError]) -> BaseException:
