@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final
 
 import msgpack
@@ -110,7 +111,7 @@ class Pen:
         return write(message.topic, message.namespace, body)
 
     def _rank(self, topic: str) -> Rank:
-        return rank(parse_topic(self.trust_domain, topic))
+        return rank(_parsed(self.trust_domain, topic))
 
 
 def content_digest(body: Body) -> bytes:
@@ -179,7 +180,7 @@ def reissued(pen: Pen, old: Iterable[Message]) -> list[Message]:
     addresses: list[Message] = []
     absent = set(range(ADDRESS_SHARDS))
     for message in old:
-        topic = parse_topic(pen.trust_domain, message.topic)
+        topic = _parsed(pen.trust_domain, message.topic)
         if isinstance(topic, AddressesTopic):
             addresses.append(pen.again(message))
             absent.remove(topic.shard)
@@ -211,13 +212,18 @@ def rank(topic: Topic) -> Rank:
             return Rank.ROOT
 
 
+@lru_cache(maxsize=16_384)  # each topic of a namespace is looked at several times while its messages are made
+def _parsed(trust_domain: TrustDomain, topic: str) -> Topic:
+    return parse_topic(trust_domain, topic)
+
+
 def _manifests(
     pen: Pen, namespace: str, old: Mapping[str, Message], changed: Sequence[Message], again: frozenset[str]
 ) -> list[Message]:
     """The manifests of services that came, went or got other endpoints."""
     concerned: set[str] = set()
     for name in (*again, *(message.topic for message in changed)):
-        match parse_topic(pen.trust_domain, name):
+        match _parsed(pen.trust_domain, name):
             case ServiceTopic(_, service) | EndpointTopic(_, service) | ManifestTopic(_, service):
                 concerned.add(service)
     if not concerned:
@@ -246,7 +252,7 @@ def _endpoint_stamps(
     for name, message in held.items():
         # A cheap look first, at what may be thousands of topics.
         if not message.deleted_at and name.rsplit("/", 2)[1] in stamps:
-            match parse_topic(trust_domain, name):
+            match _parsed(trust_domain, name):
                 case EndpointTopic(_, service, workload):
                     stamps[service][workload] = message.stamp
     return stamps
@@ -258,12 +264,12 @@ def _index_shards(
     """The shards whose entries changed. An empty one is a tombstone."""
     entries: dict[int, dict[str, Message]] = {}
     for message in changed:
-        topic = parse_topic(pen.trust_domain, message.topic)
+        topic = _parsed(pen.trust_domain, message.topic)
         if isinstance(topic, IndexedTopic):
             entry = index_entry(topic)
             entries.setdefault(index_shard(entry), {})[entry] = message
     for topic_name in again:
-        match parse_topic(pen.trust_domain, topic_name):
+        match _parsed(pen.trust_domain, topic_name):
             case IndexTopic(_, number):
                 entries.setdefault(number, {})
     found: list[Message] = []
@@ -313,7 +319,7 @@ def _root(
     shards = dict(index.read_root(topic, body).shards) if body is not None else {}
     touched = name not in old or name in again
     for message in changed:
-        match parse_topic(pen.trust_domain, message.topic):
+        match _parsed(pen.trust_domain, message.topic):
             case IndexTopic(_, shard) | AddressesTopic(shard):
                 touched = True
                 if _is_empty(message):

@@ -8,7 +8,7 @@ endpoint keeps the last ones it had.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -109,7 +109,7 @@ class Plan:
 class _Namespace:
     """What is in force in one namespace."""
 
-    resources: Mapping[Place, Resource]
+    resources: dict[Place, Resource]
     warnings: frozenset[tuple[str, str]]
     """Field and problem of those that were told already."""
 
@@ -152,13 +152,19 @@ class Registry:
         declared = self._declared_after(texts)
         if declared and not self._declared:
             touched |= self._store.namespaces()
-        resources = {name: self._resources_after(name, given, texts) for name in touched}
+        resources = {name: dict(self._resources_of(name)) for name in touched}
+        for place in texts:
+            resources[_group(place)].pop(place, None)
+        for document in given:
+            if document.place in texts:
+                resources[_group(document.place)][document.place] = document.resource
         if not release:
             self._check_removals(resources)
         built = self._build(resources, declared, release=release)
+        files = {document.resource.position.file for document in given}
         return Plan(
             changes=tuple(changes),
-            warnings=tuple(warning for name, one in built.items() for warning in self._untold(name, one, given)),
+            warnings=tuple(warning for name, one in built.items() for warning in self._untold(name, one, files)),
             documents=texts,
             namespaces=built,
             vips=self._vip_changes(built),
@@ -170,12 +176,12 @@ class Registry:
         self.residents.replace({name: built.residents for name, built in plan.namespaces.items()})
         for name, built in plan.namespaces.items():
             self._vips[name] = dict(built.vips)
-            resources = dict(built.resources)
-            resources |= {place: _stored(place, resources[place]) for place in plan.documents if place in resources}
-            self._held[name] = _Namespace(
-                resources,
-                frozenset((warning.field, warning.problem) for warning in built.warnings),
-            )
+            told = frozenset((warning.field, warning.problem) for warning in built.warnings)
+            self._held[name] = _Namespace(dict(built.resources), told)
+        for place, text in plan.documents.items():
+            if text is not None:
+                resources = self._held[_group(place)].resources
+                resources[place] = _stored(place, resources[place])
 
     def _change(self, document: Document) -> ResourceChange:
         old = self._store.document(document.place)
@@ -210,18 +216,6 @@ class Registry:
                 found[place] = _stored(place, document.resource)
             self._held[namespace] = _Namespace(found, frozenset())
         return self._held[namespace].resources
-
-    def _resources_after(
-        self, namespace: str, given: Iterable[Document], texts: Mapping[Place, str | None]
-    ) -> dict[Place, Resource]:
-        found = dict(self._resources_of(namespace))
-        for place, text in texts.items():
-            if text is None:
-                found.pop(place, None)
-        for document in given:
-            if _group(document.place) == namespace and document.place in texts:
-                found[document.place] = document.resource
-        return found
 
     def _check_removals(self, resources: Mapping[str, Mapping[Place, Resource]]) -> None:
         """Raises Held."""
@@ -326,9 +320,8 @@ class Registry:
             changes |= {service: address for service, address in one.vips.items() if old.get(service) != address}
         return changes
 
-    def _untold(self, name: str, built: Built, given: Iterable[Document]) -> list[ResourceError]:
+    def _untold(self, name: str, built: Built, files: Collection[str]) -> list[ResourceError]:
         """The warnings about what was given now, and those that are new."""
-        files = {document.resource.position.file for document in given}
         told = self._held[name].warnings
         return [
             warning
