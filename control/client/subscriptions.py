@@ -1,13 +1,18 @@
 """The filters of one connection: which to ask for, and for which to ask again. Pure.
 
-A broker need not be ready when it takes a subscription: nats-server that has just started acknowledges it, and may not
-have read what it retains yet; then that never comes. MQTT has no word for the end of what is retained. But to
-subscribe again to the same filter brings all of it again (MQTT 3.1.1 section 3.8.4).
+A broker need not be ready when it takes a subscription: nats-server 2.15 that has just started acknowledges it before
+it has read what it retains, and sends none or a part of that, and nothing later. MQTT has no word for the end of what is
+retained. But to subscribe again to the same filter brings all of it again (MQTT 3.1.1 section 3.8.4).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
+
+_HEADLESS: Final = frozenset(("policy", "index"))
+"""Kinds whose filters have no topic at their root. In `ep/ns/service/#` that is the manifest, and the rest says little
+without it."""
 
 
 class Subscriptions:
@@ -53,7 +58,10 @@ class Subscriptions:
 
     def heard(self, topic: str) -> None:
         """Something came. A filter is a topic, or a level and all below it (`x/#`)."""
-        self._silent -= {topic, f"{topic}/#", f"{topic.rpartition('/')[0]}/#"}
+        self._silent -= {topic, f"{topic}/#"}
+        levels = topic.split("/")
+        if _HEADLESS.intersection(levels[3:4]):  # mesh/v1/<trust domain>/<kind>/...
+            self._silent.discard("/".join((*levels[:-1], "#")))
 
     def doubt_silent(self) -> None:
         """Ask again for what brought nothing. There may be nothing."""

@@ -418,6 +418,25 @@ def test_a_broker_that_was_away_is_found_again(authority, tmp_path, broker, oper
     assert 1 <= caplog.text.count("no connection to the broker") <= 4  # each reason once, not each attempt
 
 
+def test_a_broker_that_has_not_read_its_store_yet_is_asked_again(authority, tmp_path, broker, operator_dir, web_dir):
+    """nats-server sends none of these 2,000, or a part, to whoever subscribes right after its start."""
+    with brokers.BROKERS[broker.directory.name](tmp_path / "own", authority, [WEB]) as own:
+
+        async def scenario() -> None:
+            async with brokers.client(own, operator_dir) as control:
+                for number in range(0, 2000, 10):
+                    async with asyncio.TaskGroup() as group:
+                        for name in range(number, number + 10):
+                            group.create_task(publish(control, f"cold-{name}"))
+            own.stop()
+            own.start()
+            async with subscribed(access(own, web_dir), f"{SHOP}/#") as proxy:
+                proxy.replica.whole = False
+                await until(lambda: len({topic for topic, _ in proxy.replica.heard}) == 2000)
+
+        plane.run(scenario())
+
+
 def test_any_of_the_brokers_will_do(broker, web_dir):
     async def scenario() -> None:
         dead = f"mqtts://127.0.0.1:{brokers.free_port()}"
