@@ -1,8 +1,8 @@
 """The filters of one connection: which to ask for, and for which to ask again. Pure.
 
 A broker need not be ready when it takes a subscription: nats-server 2.15 that has just started acknowledges it before
-it has read what it retains, and sends none or a part of that, and nothing later. MQTT has no word for the end of what is
-retained. But to subscribe again to the same filter brings all of it again (MQTT 3.1.1 section 3.8.4).
+it has read what it retains, and sends none of that or a part, and nothing later. MQTT has no word for the end of what
+is retained. But to subscribe again to the same filter brings all of it again (MQTT 3.1.1 section 3.8.4).
 """
 
 from __future__ import annotations

@@ -528,7 +528,7 @@ def test_a_replica_that_is_slow_makes_the_broker_wait(broker, operator, web_dir,
     monkeypatch.setattr(mqtt, "MAX_WAITING_BYTES", 64 * 1024)
     most = 0
     payload = bytes(3000)
-    names = [f"bulk-{number}" for number in range(600)]
+    names = [f"bulk-{number}" for number in range(300)]
     real = mqtt.Arrivals.put_nowait
 
     def put(self, item) -> None:
@@ -542,7 +542,7 @@ def test_a_replica_that_is_slow_makes_the_broker_wait(broker, operator, web_dir,
         async with operator() as control:
             topics = await publish(control, *names, payload=payload)
             async with subscribed(access(broker, web_dir), f"{SHOP}/#") as proxy:
-                proxy.replica.on_receive = lambda: burn(0.001)
+                proxy.replica.on_receive = lambda: burn(0.0005)
                 heard = proxy.replica.heard
                 await until(lambda: {topic for topic, _ in heard if "/bulk-" in topic} == set(topics))
                 assert proxy.subscriber.connected
