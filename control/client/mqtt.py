@@ -16,11 +16,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeVar
 
-import aiomqtt
-
 from control.api.identity import SpiffeId, make_id
 from control.api.messages import MAX_PAYLOAD_BYTES
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.client.lean_aiomqtt import aiomqtt
 from control.client.membership import BROKER_SCHEME, host_and_port
 from control.client.x509 import X509Error, check_svid, read_leaf
 
@@ -120,6 +119,7 @@ class _Link:
         self.on_close: Callable[[], object] = lambda: None
         """May be called in either."""
         self.closed = False
+        self._patience: set[asyncio.Timeout] = set()
         self._socket: socket.socket | None = None
         self._abandoned = False
 
@@ -150,13 +150,26 @@ class _Link:
             raise BrokerError(self.fault or str(error.__cause__ or error)) from None
 
     async def answered(self, call: Awaitable[T]) -> T:
-        """What a call of aiomqtt's returns. Raises BrokerError when it fails or takes too long."""
+        """What a call of aiomqtt's returns. Raises BrokerError when it fails, or nothing is heard for too long.
+
+        A broker may send all that it retains before it answers, which takes its time on a slow line.
+        """
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                with self.told():
-                    return await call
+            async with asyncio.timeout(TIMEOUT_S) as patience:
+                self._patience.add(patience)
+                try:
+                    with self.told():
+                        return await call
+                finally:
+                    self._patience.remove(patience)
         except TimeoutError:
             raise BrokerError(f"no answer within {TIMEOUT_S:.0f} s") from None
+
+    def heard(self) -> None:
+        """The broker has sent something."""
+        for patience in self._patience:
+            if not patience.expired():
+                patience.reschedule(asyncio.get_running_loop().time() + TIMEOUT_S)
 
 
 class _BrokerSocket(ssl.SSLSocket):
@@ -185,7 +198,9 @@ class _BrokerSocket(ssl.SSLSocket):
         if self.link.arrivals.full() and not self.pending():
             raise ssl.SSLWantReadError
         try:
-            return super().recv(buflen, flags)
+            received = super().recv(buflen, flags)
+            self.link.heard()
+            return received
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except OSError as error:

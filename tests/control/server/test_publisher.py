@@ -301,6 +301,23 @@ def test_a_connection_that_is_cut_or_hangs_is_dialled_again(site: Site, monkeypa
     asyncio.run(check())
 
 
+def test_a_slow_line_is_no_silent_broker(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control.client.mqtt.TIMEOUT_S", 0.8)
+
+    async def check() -> None:
+        async with client(site.broker, site.plane.path.parent / "own") as writer:
+            for number in range(300):
+                await writer.publish(f"{PREFIX}policy/shop/p{number}", bytes(5000), qos=1, retain=True)
+        async with relay(site.broker.port) as way:
+            site.plane.close()
+            site.plane = ControlPlane(site.plane.path.parent, Path(site.plane._ca_dir), way.url)
+            way.bytes_per_s = 500_000
+            async with site.running():
+                assert not any(topic.startswith(PREFIX + "policy/") for topic in (await site.held()).retained)
+
+    asyncio.run(check())
+
+
 def test_at_most_sixteen_publishes_are_in_flight_and_in_order() -> None:
     class Counting:
         def __init__(self) -> None:
