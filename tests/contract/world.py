@@ -67,6 +67,7 @@ class Ledger:
         """Topic -> payloads in the order of issue."""
         self.order: list[str] = []
         """The topics of all, in that order."""
+        self._said: dict[tuple[str, tuple[int, int]], Records] = {}
 
     def note(self, batch: Iterable[Publication]) -> None:
         for topic, payload in ((one.topic.removeprefix(PREFIX), one.payload) for one in batch):
@@ -78,20 +79,24 @@ class Ledger:
 
     def indexed(self, namespace: str, stamp: tuple[int, int]) -> Records:
         """What the root of that stamp lists, by name. The digests alone lead there."""
-        found: Records = {}
-        for digest in self._shards(f"root/{namespace}", stamp).values():
-            for entry, listed in _body(self._by_digest[digest])["records"].items():
-                kind, _, rest = entry.partition("/")
-                name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}"
-                found[name] = _body(self._by_digest[listed])
-        return found
+        if (namespace, stamp) not in self._said:
+            found: Records = {}
+            for digest in self._shards(f"root/{namespace}", stamp).values():
+                for entry, listed in _body(self._by_digest[digest])["records"].items():
+                    kind, _, rest = entry.partition("/")
+                    name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}"
+                    found[name] = _body(self._by_digest[listed])
+            self._said[namespace, stamp] = found
+        return self._said[namespace, stamp]
 
-    def addresses(self, stamp: tuple[int, int]) -> dict[str, object]:
+    def addresses(self, stamp: tuple[int, int]) -> Records:
         """Who lives where, by the root of that stamp."""
-        found: dict[str, object] = {}
-        for digest in self._shards("addr", stamp).values():
-            found |= _body(self._by_digest[digest])["addresses"]
-        return found
+        if (ADDRESSES, stamp) not in self._said:
+            found: Records = {}
+            for digest in self._shards("addr", stamp).values():
+                found |= _body(self._by_digest[digest])["addresses"]
+            self._said[ADDRESSES, stamp] = found
+        return self._said[ADDRESSES, stamp]
 
     def _shards(self, topic: str, stamp: tuple[int, int]) -> dict[str, bytes]:
         assert stamp in self.roots.get(topic, {}), f"{topic} {stamp} was never signed"
@@ -331,8 +336,8 @@ class Proxy:
             for address, who in body["addresses"].items()
         }
 
-    def differs(self, plane: ControlPlane) -> str:
-        """In what it differs from the control plane; empty when in nothing."""
+    def differs(self, plane: ControlPlane, truth: Records) -> str:
+        """In what it differs from the control plane, which says `truth`; empty when in nothing."""
         if self.crash is not None:
             raise self.crash
         if not self.running or not self.subscriber.connected:
@@ -343,7 +348,7 @@ class Proxy:
         for owner, root in self.replica.roots().items():
             if stamps.get(owner) != root[:2]:
                 return f"root {owner} is {root[:2]}, not {stamps.get(owner)}"
-        expected = self._expected(plane)
+        expected = self._expected(truth)
         if self.records != expected:
             different = {n for n in self.records.keys() | expected.keys() if self.records.get(n) != expected.get(n)}
             return f"records differ: {sorted(different)}"
@@ -355,8 +360,7 @@ class Proxy:
             return "reported older roots"
         return ""
 
-    def _expected(self, plane: ControlPlane) -> Records:
-        truth = live(plane)
+    def _expected(self, truth: Records) -> Records:
         wanted = set(self.replica.services())
         shards = {name for name in self.records if name.startswith("addr/")}
         if is_node(self.who.identity):
@@ -390,16 +394,6 @@ def _stamps(roots: Mapping[str, RootStamp]) -> dict[str, tuple[int, int]]:
     return {name: root[:2] for name, root in roots.items()}
 
 
-def live(plane: ControlPlane) -> Records:
-    """What the control plane says now, by topic without its prefix."""
-    found: Records = {}
-    for message in plane.store.messages(plane.store.topics()):
-        body = content(message.payload)
-        if body is not None:
-            found[message.topic.removeprefix(PREFIX)] = body
-    return found
-
-
 @dataclass(frozen=True)
 class Site:
     """What worlds have in common: a running broker, a CA, and who may be there."""
@@ -419,6 +413,7 @@ class World:
         self._site, self._directory, self._seed, self._stack = site, directory, seed, stack
         self._publishing: AsyncExitStack | None = None
         self._backup: bytes | None = None
+        self._truth: tuple[tuple[int, int], Records] | None = None
         self.proxies: dict[str, Proxy] = {}
         self.attacked = False
 
@@ -448,6 +443,14 @@ class World:
 
     def apply(self, *texts: str) -> None:
         self.plane.core.apply([("world.yaml", together(*texts))], release=True)
+
+    def truth(self) -> Records:
+        """What the control plane says now, by topic without its prefix."""
+        stamp = self.plane.store.stamp()
+        if self._truth is None or self._truth[0] != stamp:
+            bodies = ((one.topic, content(one.payload)) for one in self.plane.store.messages(self.plane.store.topics()))
+            self._truth = stamp, {name.removeprefix(PREFIX): body for name, body in bodies if body is not None}
+        return self._truth[1]
 
     async def restart_control_plane(self) -> None:
         await self.stop_publishing()
@@ -493,7 +496,7 @@ class World:
         try:
             await until(self._settled, SETTLE_S)
         except TimeoutError:
-            problems = {name: proxy.differs(self.plane) for name, proxy in self.proxies.items()}
+            problems = {name: proxy.differs(self.plane, self.truth()) for name, proxy in self.proxies.items()}
             raise AssertionError(
                 f"published: {self.plane.publisher.published} {self.plane.publisher.problem}; {problems}; "
                 f"{ {name: proxy.replica.problems() for name, proxy in self.proxies.items()} }"
@@ -503,7 +506,7 @@ class World:
         return (
             self.plane.publisher.published
             and not self.plane.core.pending()
-            and not any(proxy.differs(self.plane) for proxy in self.proxies.values())
+            and not any(proxy.differs(self.plane, self.truth()) for proxy in self.proxies.values())
         )
 
 
