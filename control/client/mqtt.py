@@ -11,6 +11,7 @@ import logging
 import math
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ class _Link:
         self.on_close: Callable[[], object] = lambda: None
         """May be called in either."""
         self.closed = False
-        self._patience: set[asyncio.Timeout] = set()
+        self.heard_at = 0.0
+        """When the broker last sent something, by the loop's clock."""
         self._socket: socket.socket | None = None
         self._abandoned = False
 
@@ -154,22 +156,28 @@ class _Link:
 
         A broker may send all that it retains before it answers, which takes its time on a slow line.
         """
+        loop = asyncio.get_running_loop()
+        self.heard_at = loop.time()
+        timer: asyncio.TimerHandle | None = None
         try:
-            async with asyncio.timeout(TIMEOUT_S) as patience:
-                self._patience.add(patience)
-                try:
-                    with self.told():
-                        return await call
-                finally:
-                    self._patience.remove(patience)
+            async with asyncio.timeout(None) as patience:
+
+                def check() -> None:
+                    nonlocal timer
+                    end = self.heard_at + TIMEOUT_S
+                    if loop.time() < end:
+                        timer = loop.call_at(end, check)
+                    else:
+                        patience.reschedule(end)
+
+                check()
+                with self.told():
+                    return await call
         except TimeoutError:
             raise BrokerError(f"no answer within {TIMEOUT_S:.0f} s") from None
-
-    def heard(self) -> None:
-        """The broker has sent something."""
-        for patience in self._patience:
-            if not patience.expired():
-                patience.reschedule(asyncio.get_running_loop().time() + TIMEOUT_S)
+        finally:
+            if timer is not None:
+                timer.cancel()
 
 
 class _BrokerSocket(ssl.SSLSocket):
@@ -199,7 +207,7 @@ class _BrokerSocket(ssl.SSLSocket):
             raise ssl.SSLWantReadError
         try:
             received = super().recv(buflen, flags)
-            self.link.heard()
+            self.link.heard_at = time.monotonic()  # the loop's clock
             return received
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise

@@ -5,6 +5,8 @@ import contextlib
 import gc
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -148,6 +150,30 @@ def test_a_broker_that_says_nothing_is_left(broker_dir, web_dir, monkeypatch):
     assert peer.heard.startswith(b"\x10")  # CONNECT
 
 
+def test_a_broker_that_sends_much_before_it_answers_is_heard_out(broker_dir, web_dir, monkeypatch):
+    """Mosquitto and nats-server send what they retain before SUBACK."""
+    monkeypatch.setattr(mqtt, "TIMEOUT_S", 0.3)
+
+    def act(tls: ssl.SSLSocket) -> None:
+        tls.recv(4096)
+        tls.sendall(CONNACK)
+        assert tls.recv(4096)[0] == 0x82  # SUBSCRIBE
+        for _ in range(8):
+            time.sleep(0.1)
+            tls.sendall(b"\x30\x04\x00\x01ab")
+        tls.sendall(b"\x90\x04\x00\x01\x00\x80")
+
+    async def scenario() -> None:
+        access = BrokerAccess((peer.url,), WEB, lambda: brokers.tls(web_dir))
+        async with connection(access, peer.url, "client", WILL) as broker:
+            assert await broker.subscribe(["a", "b"]) == {"b"}
+            with pytest.raises(BrokerError, match="no answer"):
+                await broker.publish("a", b"")
+
+    with Peer(broker_dir, act) as peer:
+        plane.run(scenario())
+
+
 def test_a_host_that_does_not_speak_tls_is_left(web_dir):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -216,3 +242,27 @@ def test_connecting_that_is_cancelled_leaves_nothing(broker_dir, web_dir):
                 assert len(asyncio.all_tasks()) == 1
 
         plane.run(scenario())
+
+
+# -- what a proxy pays
+
+
+def loaded(code: str, *names: str) -> list[str]:
+    """Which of these modules a fresh interpreter has after some code."""
+    code = f"import sys\n{code}\nprint(*({set(names)!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return run.stdout.split()
+
+
+def test_a_proxy_that_has_files_imports_no_mqtt():
+    assert loaded("import uproxy.run", "aiomqtt", "paho.mqtt.client", "control.client.mqtt") == []
+
+
+def test_a_member_imports_nothing_that_it_does_not_use():
+    heavy = ("urllib.request", "http.client", "email", "cryptography", "aiohttp", "yaml")
+    assert loaded("import control.client.subscriber", *heavy) == []
+
+
+def test_urllib_is_whole_afterwards():
+    code = "import control.client.mqtt, urllib.request\nassert urllib.request.getproxies() == {}\nimport http.client"
+    assert loaded(code, "http.client") == ["http.client"]
