@@ -330,6 +330,29 @@ def test_heartbeats_keep_it_young(mesh):
     assert mesh.replica.problems() == ()
 
 
+def test_a_late_heartbeat_makes_it_no_older(mesh):
+    mesh.up()
+    heartbeats = []
+    for _ in range(2):
+        mesh.plane.now += 30
+        heartbeats.append(mesh.plane.refresh())
+    mesh.proxy.hear(heartbeats[1] + heartbeats[0])
+    mesh.settle()
+    assert mesh.replica.age_s(NOW + 60) == pytest.approx(0, abs=1)
+    assert mesh.replica.problems() == ()
+
+
+def test_before_there_is_a_key_the_newest_root_is_kept(mesh):
+    trust = (name(TrustTopic()), mesh.payload(TrustTopic()))
+    old = (name(RootTopic("shop")), mesh.payload(RootTopic("shop")))
+    mesh.put(policy("a"))
+    mesh.proxy.connect({topic: payload for topic, payload in mesh.broker.retained.items() if topic != trust[0]})
+    mesh.proxy.queue += [old, trust]
+    mesh.settle()
+    assert mesh.replica.whole
+    assert mesh.held("policy") == {"shop/a"}
+
+
 # Attacks
 
 
@@ -862,6 +885,50 @@ def test_what_nobody_lists_cannot_fill_the_memory(mesh, monkeypatch):
     mesh.put(policy("a"), policy("b"))
     mesh.settle()
     assert mesh.held("policy") == {"shop/a", "shop/b"}
+
+
+def test_a_change_that_does_not_fit_is_not_applied_in_part(mesh, monkeypatch):
+    mesh.up().put(policy("a"), policy("b"))
+    monkeypatch.setattr(inbox_module, "MAX_BYTES", 1000)
+    mesh.settle()
+    assert mesh.held("policy") == set()
+    assert not mesh.replica.whole
+    monkeypatch.undo()
+    mesh.proxy.connect(mesh.broker.retained)
+    mesh.settle()
+    assert mesh.held("policy") == {"shop/a", "shop/b"}
+    assert mesh.replica.whole
+
+
+def test_nothing_is_kept_that_no_root_will_list(mesh):
+    mesh.put(policy("a"), service(), endpoint(), service("bank/db"), endpoint(key="bank/db"))
+    old = dict(mesh.broker.retained)
+    mesh.up().want("shop/reviews", "bank/db")
+    assert mesh.replica._inbox._topics == {}
+    assert mesh.replica._unverified == {}
+    mesh.put(policy("a", action=Action.DENY), service(port=81), service("bank/db", port=81))
+    mesh.put(policy("a"), service(port=82), service("bank/db", port=82))
+    mesh.settle()
+    assert mesh.replica._inbox._topics == {}
+    mesh.proxy.hear(old.items())
+    mesh.settle()
+    mesh.broker.publish(mesh.plane.refresh())
+    mesh.plane.now += 30
+    mesh.broker.publish(mesh.plane.refresh())
+    mesh.settle()
+    assert mesh.replica._inbox._topics == {}
+    # One that is dropped while it is waited for leaves nothing either.
+    mesh.replica.want_service("bank/x")
+    mesh.put(service("bank/x"))
+    record = (name(ServiceTopic("bank", "x")), mesh.payload(ServiceTopic("bank", "x")))
+    mesh.proxy.queue.append(record)
+    mesh.proxy.deliver(NOW, len(mesh.proxy.queue) - 1)
+    mesh.replica.drop_service("bank/x")
+    mesh.want()
+    assert mesh.replica._inbox._topics == {}
+    mesh.replica.drop_service("bank/db")
+    mesh.want()
+    assert mesh.replica._namespaces.keys() == {"shop", ROOT_NAMESPACE}
 
 
 def test_endpoints_cannot_fill_the_memory(mesh, monkeypatch):
