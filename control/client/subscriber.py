@@ -208,8 +208,10 @@ class Subscriber:
         if not self._replica.whole:
             if time.monotonic() - self._heard_at > pause_s:  # while it comes, it comes
                 self._subscriptions.doubt_all()
-        elif pause_s < _LAST_DOUBT_S:
-            self._subscriptions.doubt_silent()
+        else:
+            self._subscriptions.look_again()
+            if pause_s < _LAST_DOUBT_S:
+                self._subscriptions.doubt_silent()
 
     async def _send_reports(self, broker: Connection, version: int) -> None:
         while True:

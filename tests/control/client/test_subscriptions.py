@@ -27,6 +27,24 @@ def test_a_filter_is_asked_for_once():
     assert subscriptions.surplus == []
 
 
+def test_everything_is_asked_for_a_second_time_and_no_third():
+    subscriptions = Subscriptions()
+    subscriptions.want(frozenset({"a", "b", "refused"}))
+    ask(subscriptions, frozenset({"refused"}))
+    subscriptions.want(frozenset({"b", "c"}))
+    subscriptions.dropped(["a"])
+    assert ask(subscriptions) == ["c"]
+    subscriptions.look_again()
+    assert ask(subscriptions) == ["b", "c"]
+    subscriptions.want(frozenset({"a", "b", "c"}))
+    subscriptions.look_again()
+    assert ask(subscriptions) == ["a"]
+    subscriptions.look_again()
+    assert ask(subscriptions) == ["a"]
+    subscriptions.look_again()
+    assert ask(subscriptions) == []
+
+
 def test_what_is_refused_is_asked_for_until_it_is_granted():
     subscriptions = Subscriptions()
     subscriptions.want(frozenset({"a", "b"}))
