@@ -277,8 +277,7 @@ class Core:
                 replace(self._pen(), stamp=root.stamp).again(root)
                 for root in self._store.messages_above_records(Rank.ROOT)
             ]
-            collected = self._store.tombstones(int(now) - publication.TOMBSTONE_S)
-            self._commit(Batch(self._stamp, messages=roots, collected=collected), soon=False)
+            self._commit(Batch(self._stamp, messages=roots, collected=self._old_tombstones(int(now))), soon=False)
         except StoreError as error:
             self._note(f"roots cannot be signed again, so that every proxy's configuration seems to age: {error}")
         finally:
@@ -361,7 +360,9 @@ class Core:
             changed = [
                 message
                 for namespace, built in sorted(plan.namespaces.items())
-                for message in publication.namespace_messages(pen, namespace, built.old, built.bodies)
+                for message in publication.namespace_messages(
+                    pen, namespace, built.old, built.bodies, unchanged=built.unchanged
+                )
             ]
             changed += self._address_messages(pen, plan)
         except MessageError as error:
@@ -392,6 +393,16 @@ class Core:
         self._stamp = (epoch, 0)
         self._epoch_used = False
         self._reissue(soon=False)
+
+    def _old_tombstones(self, now: int) -> list[str]:
+        """Those that have served their time; it has not begun while the broker has not even got them."""
+        with self._queue_lock:
+            taken = {one.topic for one in self._taken}
+            return [
+                topic
+                for topic in self._store.tombstones(now - publication.TOMBSTONE_S)
+                if topic not in taken and topic not in self._pending
+            ]
 
     def _renew_config_key(self, now: float) -> None:
         try:

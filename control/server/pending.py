@@ -20,6 +20,9 @@ class Pending:
     def __bool__(self) -> bool:
         return bool(self._soon or self._later)
 
+    def __contains__(self, topic: str) -> bool:
+        return any(topic in topics for queue in (self._soon, self._later) for topics in queue.values())
+
     def waiting(self, group: str) -> int:
         """How many topics of a group wait."""
         return len(self._soon.get(group, ())) + len(self._later.get(group, ()))

@@ -8,7 +8,7 @@ endpoint keeps the last ones it had.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -23,9 +23,11 @@ from control.api.index import Resident
 from control.api.labels import Labels, selects
 from control.api.mesh import Elsewhere, Mesh
 from control.api.messages import Body, Stamp
+from control.api.policy import AuthorizationPolicy
 from control.api.problems import Position, ResourceError, ResourceErrors
+from control.api.records import Record
 from control.api.topics import EndpointTopic, format_topic
-from control.api.workload import Endpoint, Service
+from control.api.workload import Endpoint, Service, Workload
 from control.server import documents
 from control.server.documents import Document
 from control.server.publication import Message
@@ -36,6 +38,8 @@ HELD_SHARE: Final = 0.5
 """A change that removes more than this share of a namespace's services and workloads is held (DESIGN invariant 9)."""
 HELD_LEAST: Final = 4
 """... but not when it removes fewer than this many: a namespace of two is half gone with one."""
+
+_MAX_FORMS: Final = 8  # namespaces; of 1,000 workloads each, they take 20 MB
 
 _GUARDED: Final = ("Service", "WorkloadEntry")
 
@@ -79,13 +83,25 @@ class Held(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class _Form:
+    """A record as it is published."""
+
+    record: Record
+    topic: str
+    body: Body
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     """One namespace as it should be."""
 
     resources: Mapping[Place, Resource]
     warnings: tuple[ResourceError, ...]
+    forms: Mapping[Hashable, _Form]
     bodies: Mapping[str, Body]
     """Topic -> body of every record."""
+    unchanged: frozenset[str]
+    """Topics of those that are known to be published as they are."""
     residents: Mapping[IpAddress, Resident]
     vips: Mapping[tuple[str, Family], IpAddress]
     old: Mapping[str, Message]
@@ -124,6 +140,8 @@ class Registry:
         self._root_namespace = root_namespace
         self.residents = residents
         self._held: dict[str, _Namespace] = {}
+        self._forms: dict[str, Mapping[Hashable, _Form]] = {}
+        """Of the namespaces that changed last, so that a change of one record does not cost all of them."""
         self._declared = frozenset(name for (_, _, name), _ in store.documents(kind="Namespace"))
         self._vips: dict[str, dict[tuple[str, Family], IpAddress]] = {}
         for (service, family), address in store.vips().items():
@@ -178,6 +196,10 @@ class Registry:
             self._vips[name] = dict(built.vips)
             told = frozenset((warning.field, warning.problem) for warning in built.warnings)
             self._held[name] = _Namespace(dict(built.resources), told)
+            self._forms.pop(name, None)
+            self._forms[name] = built.forms
+        for name in list(self._forms)[:-_MAX_FORMS]:
+            del self._forms[name]
         for place, text in plan.documents.items():
             if text is not None:
                 resources = self._held[_group(place)].resources
@@ -273,7 +295,18 @@ class Registry:
         if not release:
             mesh, kept = _with_last_endpoints(mesh, old, resources)
             warnings += kept
-        return Built(resources, tuple(warnings), mesh.records(), mesh.residents(), mesh.vips, old)
+        before = self._forms.get(name, {})
+        forms = _forms_of(mesh, before)
+        return Built(
+            resources=resources,
+            warnings=tuple(warnings),
+            forms=forms,
+            bodies={form.topic: form.body for form in forms.values()},
+            unchanged=frozenset(form.topic for key, form in forms.items() if before.get(key) is form),
+            residents=mesh.residents(),
+            vips=mesh.vips,
+            old=old,
+        )
 
     def _principals(self, resources: Mapping[str, Mapping[Place, Resource]]) -> frozenset[str]:
         """Those of all workloads, when one of the namespaces that are being built has policies to hold against them."""
@@ -349,6 +382,33 @@ def _namespace_of(service_key: str) -> str:
 def _stored(place: Place, resource: Resource) -> Resource:
     """A resource without the lines of the file it came from, which is another's and takes more memory than the rest."""
     return replace(resource, position=Position(named_place(place), 0, {}))
+
+
+def _forms_of(mesh: Mesh, before: Mapping[Hashable, _Form]) -> dict[Hashable, _Form]:
+    """All records of a namespace; those that are as they were `before` are the very same."""
+    forms: dict[Hashable, _Form] = {}
+    every: Iterable[Record] = (*mesh.services, *mesh.workloads, *mesh.endpoints, *mesh.policies)
+    for record in every:
+        key = _key_of(record)
+        form = before.get(key)
+        if form is None or form.record != record:
+            topic = format_topic(mesh.trust_domain, records.topic_of(record))
+            form = _Form(record, topic, records.write(record))
+        forms[key] = form
+    return forms
+
+
+def _key_of(record: Record) -> Hashable:
+    """What tells a record from all others of its namespace, and is cheaper to make than its topic."""
+    match record:
+        case Service():
+            return "svc", record.name
+        case Workload():
+            return "wl", record.identity, record.name
+        case Endpoint():
+            return "ep", record.service, record.workload
+        case AuthorizationPolicy():
+            return "policy", record.name
 
 
 def _selects_any(selector: Labels, resources: Mapping[Place, Resource]) -> bool:

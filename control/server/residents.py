@@ -90,14 +90,23 @@ class Others(Mapping[IpAddress, str]):
         self._claims = claims
         self._residents = residents
 
+    def __contains__(self, address: object) -> bool:
+        return isinstance(address, str) and self._holder(IpAddress(address)) is not None
+
     def __getitem__(self, address: IpAddress) -> str:
+        holder = self._holder(address)
+        if holder is None:
+            raise KeyError(address)
+        return holder
+
+    def _holder(self, address: IpAddress) -> str | None:
         claim = self._claims.get(address)
         if claim is not None and claim[0] != self._namespace:
             return claim[1]
         resident = self._residents.holder(address)
         if resident is not None and resident.namespace not in self._building:
             return named(resident)
-        raise KeyError(address)
+        return None
 
     def __iter__(self) -> Iterator[IpAddress]:
         every = dict.fromkeys([*self._claims, *self._residents])

@@ -174,6 +174,24 @@ def test_deletions_are_tombstones_that_are_collected_after_a_week(plane):
     assert "svc/shop/web" in found.records
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_tombstone_is_not_collected_before_it_is_published(plane, taken):
+    plane.apply(SHOP)
+    plane.settle()
+    plane.core.delete([("WorkloadEntry", "shop", "web-2")])
+    batch = plane.core.pending() if taken else ()
+    plane.now += 2 * publication.TOMBSTONE_S
+    plane.core.refresh()
+    plane.shelf.log.clear()
+    assert plane.core.pending() is batch or not taken
+    plane.settle()
+    (tombstone,) = (payload for topic, payload in plane.shelf.log if topic == PREFIX + "ep/shop/web/web-2")
+    assert retained(tombstone).tombstone
+    plane.core.refresh()
+    plane.settle()
+    assert PREFIX + "ep/shop/web/web-2" not in plane.shelf.retained
+
+
 def test_a_tombstone_is_published_once(plane):
     plane.apply(SHOP)
     plane.core.delete([("Service", "shop", "db")])
