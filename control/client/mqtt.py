@@ -32,6 +32,8 @@ TIMEOUT_S: Final = 15.0
 """For each answer of the broker. paho gives the TCP connection and the handshake 5 s each."""
 MAX_WAITING_BYTES: Final = 1024 * 1024
 """Of messages that have arrived and were not taken yet. Beyond, the broker waits."""
+READ_SLICE_S: Final = 0.0005
+"""Reading at a stretch, and to the end of a TLS record. aiomqtt would empty the socket: 30 ms, for 1,000 messages."""
 
 _MESSAGE_OVERHEAD_BYTES: Final = 1024  # what a message takes beside its payload
 _MAX_PACKET_BYTES: Final = MAX_PAYLOAD_BYTES + 4096  # with the topic; MQTT itself would let a packet have 256 MB
@@ -126,11 +128,10 @@ class _Link:
         self._abandoned = False
 
     def opened(self, sock: socket.socket) -> None:
+        """Raises ConnectionAbortedError when nobody waits for this connection any more."""
         self._socket = sock
-
-    def check_wanted(self) -> None:
         if self._abandoned:
-            raise ConnectionAbortedError("nobody waits for this connection any more")
+            raise ConnectionAbortedError
 
     def abandon(self) -> None:
         """End the connection as if it broke, so that the broker publishes the last will.
@@ -184,14 +185,14 @@ class _BrokerSocket(ssl.SSLSocket):
     """The socket under paho: lets no MQTT pass before the broker has proved itself, and bounds what is read."""
 
     link: _Link
+    _reading_since = 0.0
+    """When the loop began to read without a pause; 0 while it does not."""
 
     def do_handshake(self, block: bool = False) -> None:
         try:
             self.link.opened(self)
-            self.link.check_wanted()
             super().do_handshake(block)
             _check_broker(self, self.link.broker)
-            self.link.check_wanted()
         except BaseException:
             self.close()
             raise
@@ -203,13 +204,18 @@ class _BrokerSocket(ssl.SSLSocket):
             raise ConnectionAbortedError(self.link.fault)
         # What TLS has decrypted already must be read: the loop hears only of what is in the kernel's buffer. That it
         # hears of that again and again meanwhile costs little, for it is at work on the messages anyway.
-        if self.link.arrivals.full() and not self.pending():
-            raise ssl.SSLWantReadError
+        if not self.pending():
+            now = time.perf_counter()
+            if self.link.arrivals.full() or (self._reading_since and now - self._reading_since > READ_SLICE_S):
+                self._reading_since = 0.0
+                raise ssl.SSLWantReadError
+            self._reading_since = self._reading_since or now
         try:
             received = super().recv(buflen, flags)
             self.link.heard_at = time.monotonic()  # the loop's clock
             return received
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            self._reading_since = 0.0
             raise
         except OSError as error:
             self.link.fault = getattr(error, "reason", None) or str(error)

@@ -174,6 +174,31 @@ def test_a_broker_that_sends_much_before_it_answers_is_heard_out(broker_dir, web
         plane.run(scenario())
 
 
+def test_much_at_once_is_read_in_slices(broker_dir, web_dir):
+    """A megabyte in records of 16 KB, 54 messages each: others have their turn after a few of them."""
+    message = b"\x30\xac\x02\x00\x01a" + bytes(297)
+    number = 3000
+
+    def act(tls: ssl.SSLSocket) -> None:
+        tls.recv(4096)
+        tls.sendall(CONNACK + number * message)
+
+    async def scenario() -> None:
+        access = BrokerAccess((peer.url,), WEB, lambda: brokers.tls(web_dir))
+        taken, most = 0, 0
+        async with connection(access, peer.url, "client", WILL) as broker, asyncio.timeout(30):
+            while taken < number:
+                before = taken
+                while broker.arrivals.take() is not None:
+                    taken += 1
+                most = max(most, taken - before)
+                await asyncio.sleep(0)
+        assert most < 500
+
+    with Peer(broker_dir, act) as peer:
+        plane.run(scenario())
+
+
 def test_a_host_that_does_not_speak_tls_is_left(web_dir):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
