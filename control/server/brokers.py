@@ -52,8 +52,8 @@ _MAX_PACKET_BYTES: Final = 2 * MAX_PAYLOAD_BYTES
 # more than this wait, or for longer than `write_deadline`.
 _MAX_PENDING_BYTES: Final = 256 * 1024 * 1024
 _MAX_STORE_BYTES: Final = 4 * 1024 * 1024 * 1024
-# A session may have 65,535 deliveries in flight over all of its QoS 1 subscriptions, each of which reserves this many.
-_MAX_ACK_PENDING: Final = 64
+# QoS 1 subscriptions of all clients together. Ours make none; who does burdens every publish with each of them.
+_MAX_CONSUMERS: Final = 64
 
 _START_TIMEOUT_S: Final = 60.0
 """nats-server listens when it has read its store: a second for 100,000 records."""
@@ -105,12 +105,10 @@ jetstream {{
   store_dir: {_quoted(directory / JETSTREAM_DIR)}
   max_memory_store: {_MAX_PENDING_BYTES}
   max_file_store: {_MAX_STORE_BYTES}
-  # One consumer is one QoS 1 subscription; the default of 1,000 would be shared by all proxies.
-  limits {{ default_max_consumers: -1 }}
+  limits {{ default_max_consumers: {_MAX_CONSUMERS} }}
 }}
 mqtt {{
   listen: "{listen}"
-  max_ack_pending: {_MAX_ACK_PENDING}
   {tls}
 }}
 authorization {{
@@ -397,10 +395,10 @@ def _nats_tls(identity: Path) -> str:
 
 
 def _nats_user(rights: Rights) -> str:
-    # A QoS 1 subscription is delivered through a subject of its own with a random name. A client cannot ask for that
-    # subject itself: nats-server refuses filters below $MQTT/sub.
-    reads = [*_subjects(rights.reads), "$MQTT.sub.*"]
-    permissions = {"publish": {"allow": _subjects(rights.writes)}, "subscribe": {"allow": reads}}
+    permissions = {
+        "publish": {"allow": _subjects(rights.writes)},
+        "subscribe": {"allow": _subjects(rights.reads)},
+    }
     user = {
         "user": str(rights.identity),
         "allowed_connection_types": ["MQTT"],

@@ -309,7 +309,7 @@ async def reports(control) -> AsyncIterator[list[tuple[bool, int]]]:
             if message.payload and not message.retain:
                 found.append(read_report(message.payload))
 
-    await control.subscribe(STATUS, qos=1)
+    await control.subscribe(STATUS)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(read())
         yield found
@@ -319,7 +319,7 @@ async def reports(control) -> AsyncIterator[list[tuple[bool, int]]]:
 async def retained_report(operator) -> tuple[bool, int]:
     """What somebody who connects now is told."""
     async with operator() as control, asyncio.timeout(10):
-        await control.subscribe(STATUS, qos=1)
+        await control.subscribe(STATUS)
         async for message in control.messages:
             return read_report(message.payload)
 

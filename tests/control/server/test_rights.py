@@ -101,7 +101,7 @@ async def retained(site: Site) -> dict[str, bytes]:
 async def seen_by(site: Site, identity: Path, filters: Sequence[str]) -> tuple[set[str], bool]:
     """What an identity is sent, retained and live, when it subscribes; and whether a filter was refused."""
     async with client(site.broker, site.control_plane) as control_plane, client(site.broker, identity) as thief:
-        codes = [code for each in filters for code in await thief.subscribe(each, qos=1)]
+        codes = [code for each in filters for code in await thief.subscribe(each)]
         for topic in sorted(EVERYTHING):
             await control_plane.publish(TREE + topic, b"true", qos=1, retain=True)
         # Last, where everybody may look: what is to come has come by then.
@@ -142,6 +142,26 @@ def test_a_stolen_identity_reads_nothing_of_others(site: Site, greedy: str) -> N
     assert found <= OF_WEB
     # Mosquitto grants a filter that reaches too far, and then delivers what may be read.
     assert refused == ("nats" in str(site.broker.directory))
+
+
+def test_nobody_can_burden_nats_with_consumers(tmp_path: Path) -> None:
+    """Each QoS 1 subscription is one, and every publish of anybody is matched by all of them."""
+    authority = Authority.create(tmp_path / "ca", "cluster.local")
+    web, own = identity_dir(authority, tmp_path / "web", WEB), control_plane_dir(authority, tmp_path / "own")
+
+    async def attack(broker: Broker) -> None:
+        async with client(broker, own) as control_plane, client(broker, web) as thief, client(broker, web) as honest:
+            greedy = [(f"{TREE}svc/shop/s{number}", 1) for number in range(200)]
+            codes = await thief.subscribe(greedy)
+            assert sum(not code.is_failure for code in codes) <= 64
+            (code,) = await honest.subscribe(TREE + "svc/#")
+            assert not code.is_failure
+            await control_plane.publish(TREE + "svc/shop/s199", b"here", qos=1)
+            message = await asyncio.wait_for(anext(aiter(honest.messages)), PATIENCE_S)
+            assert message.payload == b"here"
+
+    with nats(tmp_path / "broker", authority, [WEB]) as broker:
+        asyncio.run(attack(broker))
 
 
 @pytest.mark.parametrize("greedy", [TREE + "#", TREE + "svc/#", TREE + "policy/mesh-system/#", TREE + "wl/#"])
@@ -263,7 +283,7 @@ def test_a_session_is_not_inherited_with_its_client_id(site: Site) -> None:
         if not own.exists():
             identity_dir(site.broker.authority, own, DB)
         async with client(site.broker, own, identifier="known", clean_session=False) as db:
-            await db.subscribe(f"{TREE}wl/{DB_HASH}/#", qos=1)
+            await db.subscribe(f"{TREE}wl/{DB_HASH}/#")
         async with client(site.broker, site.control_plane) as control_plane:
             await control_plane.publish(f"{TREE}wl/{DB_HASH}/db-1", b"true", qos=1, retain=True)
             found = set()
