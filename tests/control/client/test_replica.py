@@ -706,6 +706,18 @@ def test_a_service_that_is_known_is_never_behind_its_policies(mesh):
     assert mesh.proxy.held[name(ServiceTopic("shop", "reviews"))]["ports"][0][1] == 81
 
 
+def test_the_last_message_of_a_session_may_be_one_that_was_known(mesh):
+    mesh.put(service(), endpoint("web-1"), endpoint("web-2"))
+    mesh.up().want("shop/reviews")
+    mesh.remove(EndpointTopic("shop", "reviews", "web-2"))
+    mesh.broker.publish(mesh.plane.collect())
+    mesh.proxy.connect({})
+    mesh.proxy.hear(sorted(mesh.broker.retained.items()))  # the manifest before its endpoints
+    mesh.settle()
+    assert mesh.held("ep") == {"shop/reviews/web-1"}
+    assert mesh.replica.whole
+
+
 def test_many_endpoints_are_compared_with_their_manifest_when_there_is_time(mesh):
     count = 600
     mesh.put(service(), *(endpoint(f"web-{number}") for number in range(count)))
@@ -898,6 +910,47 @@ def test_a_change_that_does_not_fit_is_not_applied_in_part(mesh, monkeypatch):
     mesh.settle()
     assert mesh.held("policy") == {"shop/a", "shop/b"}
     assert mesh.replica.whole
+
+
+def test_a_repetition_is_kept_nowhere(mesh):
+    mesh.put(policy("a"), service(), endpoint())
+    mesh.up().want("shop/reviews")
+    mesh.proxy.connect(mesh.broker.retained)
+    mesh.settle()
+    assert mesh.replica._inbox._topics == {}
+
+
+def test_what_is_dropped_while_there_is_no_broker_is_forgotten_all_the_same(mesh, monkeypatch):
+    monkeypatch.setattr(replica_module, "_MAX_DROPPED", 3)
+    mesh.put(*(service(f"n{number}/db") for number in range(10)))
+    mesh.up().want(*(f"n{number}/db" for number in range(10)))
+    mesh.proxy.disconnect()
+    for number in range(10):
+        mesh.replica.drop_service(f"n{number}/db")
+    mesh.proxy.flush(NOW)
+    assert len(mesh.held("svc")) <= 3
+
+
+def test_namespaces_once_dialled_are_remembered_to_a_limit(mesh, monkeypatch):
+    monkeypatch.setattr(replica_module, "_MAX_FLOORS", 2)
+    for number in range(5):
+        mesh.put(service(f"n{number}/db"))
+    mesh.up()
+    for number in range(5):
+        mesh.want(f"n{number}/db")
+        mesh.replica.drop_service(f"n{number}/db")
+        mesh.want()
+    assert mesh.replica._floors.keys() == {"n3", "n4"}
+
+
+def test_a_root_that_could_not_be_verified_goes_with_its_namespace(mesh):
+    mesh.put(service("bank/db"))
+    mesh.up().want("bank/db")
+    mesh.inject(name(RootTopic("bank")), altered(mesh.payload(RootTopic("bank")), epoch=2**40))
+    assert len(mesh.replica._unverified) == 1
+    mesh.replica.drop_service("bank/db")
+    mesh.want()
+    assert mesh.replica._unverified == {}
 
 
 def test_nothing_is_kept_that_no_root_will_list(mesh):
