@@ -103,7 +103,6 @@ class _HeldShard:
     """An address shard by itself: its own signature vouches for it."""
 
     stamp: Stamp
-    issued_at: int
     payload: bytes
 
 
@@ -429,7 +428,7 @@ class Replica:
                 return True
             if envelope.stamp < held.stamp:
                 raise VerifyError(f"replayed: version {envelope.stamp} is older than {held.stamp}, which was applied")
-            return payload != held.payload and envelope.issued_at >= held.issued_at
+            return payload != held.payload  # signed again, by another key
         listed = self._listed_at(parsed)
         if listed is None:
             return False
@@ -454,7 +453,7 @@ class Replica:
     def _accept(self, topic: str, parsed: _Signed, envelope: Envelope, payload: bytes) -> None:
         """Takes up something signed, now that it is verified. Raises RecordError and VerifyError."""
         if isinstance(parsed, AddressesTopic):
-            self._address_shards[parsed.shard] = _HeldShard(envelope.stamp, envelope.issued_at, payload)
+            self._address_shards[parsed.shard] = _HeldShard(envelope.stamp, payload)
             if self._started:
                 self._emit([(topic, payload)])
             return

@@ -15,6 +15,7 @@ from control.api.identity import make_id, proxy_hash
 from control.api.index import ResidentService
 from control.api.messages import MAX_PAYLOAD_BYTES, Envelope
 from control.api.policy import Action, AuthorizationPolicy
+from control.api.records import topic_of
 from control.api.status import ADDRESSES
 from control.api.topics import (
     AddressesTopic,
@@ -733,6 +734,18 @@ def test_many_endpoints_are_compared_with_their_manifest_when_there_is_time(mesh
     assert len(mesh.proxy.state.endpoints("shop/reviews")) == count
 
 
+def test_a_service_that_is_dropped_is_compared_no_more(mesh):
+    mesh.put(service("bank/db"), *(endpoint(f"web-{number}", key="bank/db") for number in range(300)))
+    mesh.up().replica.want_service("bank/db")
+    mesh.proxy.subscribe(mesh.broker.retained)
+    while mesh.proxy.queue:
+        mesh.proxy.deliver(NOW)
+    assert mesh.replica.has_work
+    mesh.replica.drop_service("bank/db")
+    mesh.want()
+    assert not mesh.replica.has_work
+
+
 # Addresses
 
 
@@ -951,6 +964,27 @@ def test_a_root_that_could_not_be_verified_goes_with_its_namespace(mesh):
     mesh.replica.drop_service("bank/db")
     mesh.want()
     assert mesh.replica._unverified == {}
+
+
+def test_what_came_of_a_namespace_without_its_root_goes_with_it(mesh):
+    mesh.put(service("bank/db"))
+    mesh.up().replica.want_service("bank/db")
+    mesh.proxy.subscribe({topic: payload for topic, payload in mesh.broker.retained.items() if "/root/" not in topic})
+    mesh.settle()
+    assert len(mesh.replica._inbox._topics) == 2
+    mesh.replica.drop_service("bank/db")
+    mesh.want()
+    assert mesh.replica._inbox._topics == {}
+
+
+def test_another_workloads_record_is_none_of_our_business(mesh):
+    other = replace(workload(), name="web-2")
+    mesh.put(other)
+    mesh.up()
+    topic = name(topic_of(other))
+    mesh.inject(topic, mesh.broker.retained[topic])
+    assert mesh.replica._inbox._topics == {}
+    assert mesh.replica.problems() == ()
 
 
 def test_nothing_is_kept_that_no_root_will_list(mesh):
