@@ -68,6 +68,11 @@ class Simulation:
         at: list[float] = self.wait(lambda event: wanted.items() <= event.items(), timeout_s)["at"]
         return at
 
+    def cpu_s(self) -> float:
+        """Processor time that the process has used."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime, proc(5)
+
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -103,13 +108,13 @@ def members(lab: Lab, count: int) -> list[dict[str, Any]]:
 def member_entries(count: int) -> str:
     """Their WorkloadEntries, in YAML."""
     return "".join(
-        _entry(NAMESPACE, f"f{number}", f"10.99.{number >> 8}.{number & 255}", f"f{number}", "fleet")
+        _entry(NAMESPACE, f"f{number}", f"10.192.{number >> 8}.{number & 255}", f"f{number}", "fleet")
         for number in range(count)
     )
 
 
 def large_namespace(number: int) -> str:
-    """One namespace of a large mesh, in YAML: its services, and the workloads behind them."""
+    """One namespace of a large mesh, in YAML: its services, and the workloads behind them, of one service account."""
     namespace = f"n{number}"
     parts = []
     for index in range(SERVICES_EACH):
@@ -122,7 +127,7 @@ def large_namespace(number: int) -> str:
         for endpoint in range(ENDPOINTS_EACH):
             at = service * ENDPOINTS_EACH + endpoint
             address = f"10.{128 + (at >> 16)}.{at >> 8 & 255}.{at & 255}"
-            parts.append(_entry(namespace, f"s{index}-{endpoint}", address, f"s{index}", f"s{index}"))
+            parts.append(_entry(namespace, f"s{index}-{endpoint}", address, namespace, f"s{index}"))
     return "".join(parts)
 
 

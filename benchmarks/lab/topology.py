@@ -39,8 +39,9 @@ from uproxy.sandbox import Sandbox
 
 APP_USER = "nobody"
 
-# Service addresses, then workloads of all hosts: what the mesh captures. Host i has 10.96.i.0/24.
-MESH_RANGES = ("240.240.0.0/16", "10.96.0.0/16", "fd96::/48")
+# What the mesh captures: service addresses; workloads of all hosts, host i has 10.96.i.0/24; and workloads that are
+# declared and do not exist.
+MESH_RANGES = ("240.240.0.0/16", "10.96.0.0/16", "fd96::/48", "10.128.0.0/9")
 # Twins of workloads, on the same links and outside of the mesh.
 _TWIN_RANGE = "10.98"
 
@@ -49,6 +50,27 @@ _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
 _CONTROL_INDEX = 250
 """Of the control plane's machine on the underlay, out of the hosts' way."""
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+# A plain `su`, and cron, leave out where nginx and tcpdump are.
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
 # A plain `su`, and cron, leave out where nginx and tcpdump are.
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
@@ -386,7 +408,8 @@ class Lab:
             self._configure()
 
     def _configure(self) -> None:
-        self.source.configure([*map(sources.entry, self.workloads()), self._resources])
+        given = [self._resources] if self._resources else []
+        self.source.configure([*map(sources.entry, self.workloads()), *given])
 
     def issue(self, identity: SpiffeId, directory: Path, ttl_s: int = 24 * 3600) -> None:
         """An identity made by hand with the mesh's CA."""
