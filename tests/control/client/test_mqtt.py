@@ -246,6 +246,31 @@ def test_a_broker_that_breaks_the_protocol_is_left(broker_dir, web_dir, packet, 
         assert told in refused(peer.url, web_dir)
 
 
+def test_connecting_that_is_cancelled_before_the_host_answers_leaves_nothing(broker_dir, web_dir, monkeypatch):
+    real = socket.create_connection
+
+    def slowly(*arguments, **options):
+        time.sleep(0.1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(socket, "create_connection", slowly)
+
+    async def scenario() -> None:
+        with Peer(broker_dir, silent) as peer:
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(dial(peer.url, web_dir))
+                await asyncio.sleep(0.02)
+                task.cancel()
+            while not peer.hung_up:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)
+            assert len(asyncio.get_running_loop().selector.get_map()) == 1
+            assert len(asyncio.all_tasks()) == 1
+        assert peer.heard == b""
+
+    plane.run(scenario())
+
+
 def test_connecting_that_is_cancelled_leaves_nothing(broker_dir, web_dir):
     """At any moment: before the handshake, in it, and while the broker does not answer."""
     for after_s in (0.0, 0.002, 0.005, 0.01, 0.02, 0.1):

@@ -437,6 +437,41 @@ def test_a_broker_that_has_not_read_its_store_yet_is_asked_again(authority, tmp_
         plane.run(scenario())
 
 
+def test_a_broker_that_is_away_is_told_of_once(web_dir, monkeypatch, caplog):
+    attempts = []
+    monkeypatch.setattr(subscriber, "_retry_delay_s", lambda failures: attempts.append(failures) or 0.005)
+
+    async def scenario() -> None:
+        way = BrokerAccess((f"mqtts://127.0.0.1:{brokers.free_port()}",), WEB, lambda: brokers.tls(web_dir))
+        async with subscribed(way) as proxy:
+            await until(lambda: len(attempts) == 5)
+            assert "Connection refused" in str(proxy.subscriber.problems())
+
+    plane.run(scenario())
+    assert attempts == [1, 2, 3, 4, 5]
+    assert len(caplog.records) == 1
+
+
+def test_an_end_that_meets_the_loss_of_the_connection_is_an_end(broker, web_dir, monkeypatch):
+    """Python 3.11's TaskGroup raises the loss then, and forgets the cancellation."""
+
+    async def lost(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise mqtt.BrokerError("at that moment")
+
+    monkeypatch.setattr(mqtt.Connection, "lost", lost)
+    monkeypatch.setattr(subscriber, "_retry_delay_s", lambda failures: 3600.0)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(10):
+            async with subscribed(access(broker, web_dir)) as proxy:
+                await until(lambda: proxy.subscriber.connected)
+
+    plane.run(scenario())
+
+
 def test_any_of_the_brokers_will_do(broker, web_dir):
     async def scenario() -> None:
         dead = f"mqtts://127.0.0.1:{brokers.free_port()}"
