@@ -122,7 +122,7 @@ class Publisher:
 
     async def _carry(self, broker: Connection) -> None:
         async with asyncio.TaskGroup() as group:
-            audit = _Audit(self._trust_domain)
+            audit = _Audit()
             # From the first moment: while what has arrived is not taken, the socket is not read, and no answer arrives.
             group.create_task(self._hear(broker.arrivals, audit))
             await self._read_all(broker, audit)
@@ -139,17 +139,19 @@ class Publisher:
     async def _read_all(self, broker: Connection, audit: _Audit) -> None:
         """Has the broker tell everything that it holds.
 
-        MQTT has no mark at the end of retained messages. Ours is a message to ourselves, and then silence.
+        MQTT has no mark at the end of retained messages. A broker by itself sends them before it answers the next
+        request; one of a cluster may not, and then silence is all there is to go by. Statuses are asked for twice:
+        what is published in the moment of a subscription may be lost (`control.client.subscriptions`).
         """
-        everything = [subtree(self._trust_domain)]
+        everything, statuses = [subtree(self._trust_domain)], [self._statuses + "#"]
         try:
             async with asyncio.timeout(_AUDIT_TIMEOUT_S):
                 await _grant(broker, everything)
-                await broker.publish(audit.mark, b"", retain=False)
-                await audit.finished()
+                await _grant(broker, statuses)
+                await audit.silence()
+                await _grant(broker, statuses)
         except TimeoutError:
             raise BrokerError(f"it was still sending records after {_AUDIT_TIMEOUT_S:.0f} s") from None
-        await _grant(broker, [self._statuses + "#"])
         await broker.unsubscribe(everything)
 
     async def _hear(self, arrivals: Arrivals, audit: _Audit) -> None:
@@ -185,19 +187,14 @@ class Publisher:
 class _Audit:
     """What the broker holds, but for statuses."""
 
-    def __init__(self, trust_domain: TrustDomain) -> None:
-        self.mark = f"{subtree(trust_domain, 'audit').removesuffix('#')}{secrets.token_hex(16)}"
+    def __init__(self) -> None:
         self.held: dict[str, Retained] = {}
         """By topic."""
         self.epoch = 0
         """The highest of all."""
-        self._marked = asyncio.Event()
         self._news = asyncio.Event()
 
     def take(self, topic: str, payload: bytes) -> None:
-        if topic == self.mark:
-            self._marked.set()
-            return
         self._news.set()
         try:
             envelope = messages.decode(payload)
@@ -207,9 +204,8 @@ class _Audit:
         self.epoch = max(self.epoch, envelope.epoch)
         self.held[topic] = Retained(envelope.stamp, messages.digest(payload), tombstone=envelope.body is None)
 
-    async def finished(self) -> None:
-        """Until the mark is back, and nothing has come for a while."""
-        await self._marked.wait()
+    async def silence(self) -> None:
+        """Until nothing has come for a while."""
         with contextlib.suppress(TimeoutError):
             while True:
                 self._news.clear()

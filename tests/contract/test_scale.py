@@ -72,7 +72,9 @@ def test_ten_thousand_records_reach_everybody_however_slow(site: Site, tmp_path:
 
             # And a proxy that was away while much of it was deleted knows nothing of that.
             await web.stop()
-            gone = [("Service", NAMESPACES[number % len(NAMESPACES)], f"s{number}") for number in range(2, SERVICES, 10)]
+            gone = [
+                ("Service", NAMESPACES[number % len(NAMESPACES)], f"s{number}") for number in range(2, SERVICES, 10)
+            ]
             await asyncio.to_thread(made.plane.core.delete, gone, release=True)
             web.start()
             await made.settle()

@@ -133,6 +133,10 @@ def _body(payload: bytes) -> Body:
     return body
 
 
+class Interim(list[tuple[str, bytes]]):
+    """A batch after which others come that the replica has made already."""
+
+
 class Unruly(Replica):
     """A replica whose messages come twice, late and in another order, as `chance` has it."""
 
@@ -151,13 +155,17 @@ class Unruly(Replica):
                 given = []  # late
         if self._held_back and self._chance.random() < 0.3:
             given.append(self._held_back.popleft())
-        return [batch for message in given for batch in super(Unruly, self).receive(*message, now)]
+        return self._received(given, now)
 
     def calm(self, now: float) -> list[Batch]:
         """Let everything through that was held back, and hold nothing back any more."""
         self.unruly = 0.0
         held, self._held_back = self._held_back, deque()
-        return [batch for message in held for batch in super(Unruly, self).receive(*message, now)]
+        return self._received(held, now)
+
+    def _received(self, given: Iterable[tuple[str, bytes]], now: float) -> list[Batch]:
+        batches = [batch for message in given for batch in Replica.receive(self, *message, now)]
+        return [*map(Interim, batches[:-1]), *batches[-1:]]
 
 
 @dataclass(frozen=True)
@@ -299,7 +307,8 @@ class Proxy:
             else:
                 self.records[name] = body
                 self._endpoint_is_no_older(name, body)
-        self._is_what_roots_say()
+        if not isinstance(batch, Interim):
+            self._is_what_roots_say()
 
     def _is_what_roots_say(self) -> None:
         for owner, (epoch, version, _) in self.replica.roots().items():

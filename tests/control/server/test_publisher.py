@@ -110,7 +110,7 @@ def test_what_is_applied_is_on_the_broker_in_an_order_in_which_all_that_is_liste
             while live.retained != held.retained:
                 message = await asyncio.wait_for(anext(aiter(watcher.messages)), PATIENCE_S)
                 topic = str(message.topic)
-                if topic != PREFIX + "end" and not topic.startswith(PREFIX + "audit/"):
+                if topic != PREFIX + "end":
                     live.publish(topic, bytes(message.payload))
         found = held.read()
         assert found.addresses.keys() & {"10.0.0.1", "10.0.0.2", "10.0.0.3"} == {"10.0.0.1", "10.0.0.3"}
@@ -303,6 +303,7 @@ def test_a_connection_that_is_cut_or_hangs_is_dialled_again(site: Site, monkeypa
 
 def test_a_slow_line_is_no_silent_broker(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("control.client.mqtt.TIMEOUT_S", 0.8)
+    monkeypatch.setattr(publisher, "_QUIET_S", 0.05)  # shorter than the line's own pauses, which mean nothing
 
     async def check() -> None:
         async with client(site.broker, site.plane.path.parent / "own") as writer:
@@ -314,6 +315,20 @@ def test_a_slow_line_is_no_silent_broker(site: Site, monkeypatch: pytest.MonkeyP
             way.bytes_per_s = 500_000
             async with site.running():
                 assert not any(topic.startswith(PREFIX + "policy/") for topic in (await site.held()).retained)
+
+    asyncio.run(check())
+
+
+def test_an_audit_ends_with_silence_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "_QUIET_S", 0.2)
+
+    async def check() -> None:
+        audit = publisher._Audit()
+        loop = asyncio.get_running_loop()
+        for number in range(5):
+            loop.call_later(0.1 * number, audit.take, f"{PREFIX}svc/shop/s{number}", b"")
+        await audit.silence()
+        assert len(audit.held) == 5
 
     asyncio.run(check())
 
