@@ -404,7 +404,7 @@ def _key_of(record: Record) -> Hashable:
         case Service():
             return "svc", record.name
         case Workload():
-            return "wl", record.identity, record.name
+            return "wl", record.name
         case Endpoint():
             return "ep", record.service, record.workload
         case AuthorizationPolicy():
