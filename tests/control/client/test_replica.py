@@ -844,6 +844,15 @@ def test_a_proxy_starts_from_its_snapshot_alone(mesh):
     assert mesh.replica.problems() == ()
 
 
+def test_a_service_that_was_dropped_is_not_restored(mesh):
+    mesh.put(service(), service("bank/db"))
+    mesh.up().want("shop/reviews", "bank/db")
+    mesh.replica.drop_service("bank/db")
+    restarted(mesh)
+    assert mesh.replica.services() == ("shop/reviews",)
+    assert mesh.held("svc") == {"shop/reviews"}
+
+
 def test_a_service_is_restored_with_what_was_on_its_way(mesh):
     mesh.put(service(), endpoint("web-1"))
     mesh.up().want("shop/reviews")
@@ -974,6 +983,13 @@ def test_what_came_of_a_namespace_without_its_root_goes_with_it(mesh):
     assert len(mesh.replica._inbox._topics) == 2
     mesh.replica.drop_service("bank/db")
     mesh.want()
+    assert mesh.replica._inbox._topics == {}
+
+
+def test_policies_of_a_namespace_that_is_only_dialled_are_none_of_our_business(mesh):
+    mesh.put(service("bank/db"), policy("a", "bank"))
+    mesh.up().want("bank/db")
+    mesh.inject(name(PolicyTopic("bank", "a")), mesh.payload(PolicyTopic("bank", "a")))
     assert mesh.replica._inbox._topics == {}
 
 
