@@ -74,13 +74,15 @@ class Contract(RuleBasedStateMachine):
         self.backed_up: set[tuple[str, str]] | None = None
         self.count = 0
 
-    @initialize(seed=st.integers(0, 2**32))
-    def begin(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 2**32), unruly=st.sampled_from([0.0, 0.2, 0.6]))
+    def begin(self, seed: int, unruly: float) -> None:
         self.chance = random.Random(seed)
         self.broker.kill()
         self.broker.wipe()
         self.broker.start()
         self.world: World = self.run(self.stack.enter_async_context(world(self.site, self.directory, seed)))
+        for proxy in self.world.proxies.values():
+            proxy.unruly = unruly
         # Of a namespace that never had a record, nothing is published: whoever asks for a service there waits.
         self.apply({("svc", "shop/web"), ("wl", "shop/web-1"), ("wl", "shop/db-1"), ("policy", "bank/a")})
 
@@ -124,6 +126,9 @@ class Contract(RuleBasedStateMachine):
 
     @rule(removed=st.sets(resources, min_size=1, max_size=3))
     def delete(self, removed: set[tuple[str, str]]) -> None:
+        self.delete_desired(removed)
+
+    def delete_desired(self, removed: set[tuple[str, str]]) -> None:
         gone = removed & self.desired
         if gone:
             places = [(KINDS[kind], *name.split("/")) for kind, name in sorted(gone)]
@@ -141,6 +146,13 @@ class Contract(RuleBasedStateMachine):
     def address(self, which: str, name: str) -> None:
         if self.world.proxies[which].running:
             self.world.proxies[which].want_address(parse_address(WORKLOADS[name][0]))
+
+    @rule(added=st.sets(resources, min_size=1, max_size=4), removed=st.sets(resources, max_size=2))
+    def changes_in_quick_succession(self, added: set[tuple[str, str]], removed: set[tuple[str, str]]) -> None:
+        for _ in range(3):
+            self.apply(added)
+            self.delete_desired(removed)
+            self.run(asyncio.sleep(0.01))
 
     @rule()
     def sign_again(self) -> None:
@@ -167,10 +179,6 @@ class Contract(RuleBasedStateMachine):
     @rule(which=proxies)
     def slow(self, which: str) -> None:
         self.way(which).bytes_per_s = 50_000
-
-    @rule(which=proxies, how=st.sampled_from([0.2, 0.6]))
-    def unruly(self, which: str, how: float) -> None:
-        self.world.proxies[which].replica.unruly = how
 
     @rule(which=proxies, forget=st.booleans())
     def stop_proxy(self, which: str, forget: bool) -> None:
@@ -262,9 +270,9 @@ def histories(machine: type[Contract], number: int, steps: int) -> None:
 
 
 def test_every_proxy_ends_up_with_what_the_control_plane_says(contract: type[Contract]) -> None:
-    histories(contract, int(os.environ.get("HISTORIES", "5")), 25)
+    histories(contract, int(os.environ.get("HISTORIES", "5")), 80)
 
 
 @pytest.mark.soak
 def test_every_proxy_ends_up_with_what_the_control_plane_says_for_long(contract: type[Contract]) -> None:
-    histories(contract, 150, 50)
+    histories(contract, 100, 150)

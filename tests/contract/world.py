@@ -191,6 +191,7 @@ class Proxy:
         self._task: asyncio.Task[None] | None = None
         self._snapshot: bytes | None = None
         self.crash: BaseException | None = None
+        self.unruly = 0.0
         self._highest: dict[str, tuple[int, int]] = {}
         self._seen_endpoints: dict[str, int] = {}
         self._reported: object = None
@@ -214,6 +215,7 @@ class Proxy:
 
     def start(self) -> None:
         """Begin from the last good state, if there is one."""
+        self.replica.unruly = self.unruly
         if self._snapshot is not None:
             for batch in self.replica.restore(self._snapshot):
                 self._take(batch)
@@ -258,6 +260,7 @@ class Proxy:
         self.subscriber.interests_changed()
 
     def calm(self) -> None:
+        """Let all messages through, once and at once."""
         for batch in self.replica.calm(time.time()):
             self._take(batch)
 
@@ -510,6 +513,9 @@ class World:
                 f"published: {self.plane.publisher.published} {self.plane.publisher.problem}; {problems}; "
                 f"{ {name: proxy.replica.problems() for name, proxy in self.proxies.items()} }"
             ) from None
+
+        for proxy in self.proxies.values():
+            proxy.replica.unruly = proxy.unruly
 
     def _settled(self) -> bool:
         return (
