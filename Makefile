@@ -41,8 +41,9 @@ fix: setup  ## Format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## Measure the tunnel against plain TCP and Envoy; four minutes, prints a table
+bench: setup  ## Measure the tunnel against plain TCP and Envoy, and the control plane; prints tables
 	$(BIN)/python -m benchmarks.paths
+	$(BIN)/python -m benchmarks.control
 
 soak: setup  ## Minutes of load: memory, descriptors and map entries must stay flat
 	$(BIN)/pytest -m soak --timeout 1800

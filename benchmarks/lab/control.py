@@ -131,7 +131,7 @@ class ControlPlane:
     def configure(self, documents: Sequence[str]) -> None:
         """Apply these, and delete what an earlier call applied and this one leaves out."""
         text = "---\n".join(documents)
-        wanted = {_reference(document) for document in yaml.safe_load_all(text)}
+        wanted = {_reference(document) for document in yaml.safe_load_all(text) if document is not None}
         self.apply(text)
         for kind, namespace, name in sorted(self._applied - wanted):
             self.meshctl("delete", kind, name, *(["--namespace", namespace] if namespace else []))

@@ -92,7 +92,7 @@ class Live:
         return f"`meshctl delete` took {settled * 1000:.0f} ms; then v1 {fresh['v1']}x, v2 {fresh['v2']}x, v3 never"
 
     def no_failure(self) -> str:
-        return _without_failure(self._end_traffic())
+        return self._without_failure(self._end_traffic())
 
     def status(self) -> str:
         version, proxies = self._agreed()
@@ -104,7 +104,7 @@ class Live:
         self._begin_traffic()
         self._control.kill()
         time.sleep(_ALONE_S)
-        told = _without_failure(self._end_traffic())
+        told = self._without_failure(self._end_traffic())
         if self._control.processes():
             raise UnexpectedError(f"still alive: {self._control.processes()}")
         return f"killed {killed}; in {_ALONE_S:g} s from then on {told}"
@@ -152,6 +152,20 @@ class Live:
     def _end_traffic(self) -> dict[str, Any]:
         return self._job(job="traffic-told", end=True)
 
+    def _without_failure(self, told: dict[str, Any]) -> str:
+        counts = told["requests"]
+        if told["failed"] or min(counts.values()) < 50:
+            failed = [
+                f"{workload.name}: {entry}"
+                for workload in self._lab.workloads()
+                for entry in workload.access_log()[-200:]
+                if "error" in entry
+            ]
+            lines = "\n".join(failed)
+            raise UnexpectedError(f"requests: {counts}, failed: {told['failed']}: {told['failures']}\n{lines}")
+        kinds = ", ".join(f"{count} on {kind}" for kind, count in counts.items())
+        return f"{kinds}: none failed, the longest took {told['longest_ms']} ms"
+
     def _job(self, **job: Any) -> dict[str, Any]:
         answer = self._shop.web.job(**job)
         if "error" in answer:
@@ -166,11 +180,3 @@ def _until(condition: Callable[[], bool], timeout_s: float, began: float, otherw
             raise UnexpectedError(f"{otherwise} {timeout_s:g} s after the change")
         time.sleep(0.005)
     return f"{(time.monotonic() - began) * 1000:.0f} ms"
-
-
-def _without_failure(told: dict[str, Any]) -> str:
-    counts = told["requests"]
-    if told["failed"] or min(counts.values()) < 50:
-        raise UnexpectedError(f"requests: {counts}, failed: {told['failed']}: {told['failures']}")
-    kinds = ", ".join(f"{count} on {kind}" for kind, count in counts.items())
-    return f"{kinds}: none failed, the longest took {told['longest_ms']} ms"
