@@ -312,7 +312,7 @@ class Core:
     def identities(self) -> frozenset[SpiffeId]:
         """Those of all declared workloads."""
         with self._queue_lock:
-            return frozenset(self._registry.residents.identities(self._trust_domain))
+            return self._registry.residents.identities()
 
     def problems(self) -> tuple[str, ...]:
         """What people should know of: statuses that cannot be read and the like; bounded, newest last."""
@@ -512,4 +512,4 @@ def _residents(store: Store, trust_domain: TrustDomain) -> Residents:
         body = messages.decode(message.payload).body
         if isinstance(topic, AddressesTopic) and body is not None:
             shards.append(index.read_address_shard(topic, body))
-    return Residents(shards)
+    return Residents(trust_domain, shards)

@@ -318,11 +318,9 @@ class Registry:
             for resource in every
             if isinstance(resource, DeclaredWorkload)
         }
-        identities = chain(
-            self.residents.identities(self._trust_domain, without=resources),
-            (make_id(self._trust_domain, *account) for account in accounts),
+        return self.residents.principals(without=resources).union(
+            make_id(self._trust_domain, *account).principal for account in accounts
         )
-        return frozenset(identity.principal for identity in identities)
 
     def _selected_elsewhere(
         self, name: str, resources: Mapping[str, Mapping[Place, Resource]], selector: Labels

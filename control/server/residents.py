@@ -16,10 +16,12 @@ Claim = tuple[str, str]
 class Residents:
     """All addresses that are taken. Changes only by `replace`."""
 
-    def __init__(self, shards: Iterable[AddressShard]) -> None:
+    def __init__(self, trust_domain: TrustDomain, shards: Iterable[AddressShard]) -> None:
+        self._trust_domain = trust_domain
         self._at: dict[IpAddress, Resident] = {}
         self._of: dict[str, dict[IpAddress, Resident]] = {}
-        self._accounts: dict[str, frozenset[str]] = {}
+        self._identities: dict[str, dict[str, SpiffeId]] = {}
+        """Namespace -> principal -> identity, kept since a change of one namespace is held against all others."""
         self._shards: list[set[IpAddress]] = [set() for _ in range(ADDRESS_SHARDS)]
         found: dict[str, dict[IpAddress, Resident]] = {}
         for shard in shards:
@@ -27,11 +29,13 @@ class Residents:
                 found.setdefault(resident.namespace, {})[address] = resident
         self.replace(found)
 
-    def identities(self, trust_domain: TrustDomain, without: Collection[str] = ()) -> Iterator[SpiffeId]:
+    def identities(self) -> frozenset[SpiffeId]:
+        """Those of all workloads."""
+        return frozenset(identity for known in self._identities.values() for identity in known.values())
+
+    def principals(self, without: Collection[str]) -> frozenset[str]:
         """Those of the workloads of all namespaces but some."""
-        for namespace, accounts in self._accounts.items():
-            if namespace not in without:
-                yield from (make_id(trust_domain, namespace, account) for account in accounts)
+        return frozenset().union(*(known for name, known in self._identities.items() if name not in without))
 
     def shards_with(self, changed: Mapping[str, Mapping[IpAddress, Resident]]) -> dict[int, dict[IpAddress, Resident]]:
         """The shards that change when these namespaces (namespace -> residents) are replaced: shard -> residents."""
@@ -57,9 +61,9 @@ class Residents:
                 shard.add(address)
         for namespace, residents in changed.items():
             self._of[namespace] = dict(residents)
-            self._accounts[namespace] = frozenset(
-                resident.service_account for resident in residents.values() if not isinstance(resident, ResidentService)
-            )
+            accounts = {one.service_account for one in residents.values() if not isinstance(one, ResidentService)}
+            identities = [make_id(self._trust_domain, namespace, account) for account in accounts]
+            self._identities[namespace] = {identity.principal: identity for identity in identities}
 
     def holder(self, address: IpAddress) -> Resident | None:
         return self._at.get(address)
