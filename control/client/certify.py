@@ -371,6 +371,8 @@ def main(argv: list[str] | None = None) -> int:
     except CertifyError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, RefusedError) else TRY_LATER
+    finally:
+        signal.alarm(0)
     return DONE
 
 

@@ -75,7 +75,7 @@ class Subscriber:
         self._on_progress = on_progress
         # Nobody can guess it, so nobody else can take the session over; and ourselves we do, when a connection is dead
         # and the broker has not noticed.
-        self._client_id = f"{proxy_hash(access.identity)}-{secrets.token_hex(8)}"
+        self._client_id = f"{proxy_hash(access.identity)}-{secrets.token_hex(16)}"
         self._connections = 0
         self._interests = asyncio.Event()
         self._report_due = asyncio.Event()

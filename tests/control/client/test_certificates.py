@@ -97,24 +97,25 @@ async def running(renewal: Renewal):
 # -- renewal
 
 
-def test_a_certificate_is_renewed_at_half_life_again_and_again(authority, tmp_path):
-    with certificate_server(authority, tmp_path / "control", ttl_s=2) as control:
-        certify.join(control.token(WEB), tmp_path / "id")
-        serials = [serial(tmp_path / "id")]
+def test_a_certificate_is_renewed_at_half_life_again_and_again(joined):
+    serials = [serial(joined)]
 
-        def renewed() -> bool:
-            now = serial(tmp_path / "id")  # it never ends meanwhile, nor is it without its key
-            if now != serials[-1]:
-                serials.append(now)
-            return len(serials) == 3
+    def renewed() -> bool:
+        now = serial(joined)  # there is one at any moment, and with its key
+        if now != serials[-1]:
+            serials.append(now)
+        return len(serials) == 3
 
-        async def scenario() -> None:
-            renewal = Renewal(tmp_path / "id")
-            async with running(renewal):
-                await until(renewed)
-            assert renewal.problem == ""
+    async def scenario() -> None:
+        renewal = Renewal(joined, Clock(HALF_A_DAY_S - 1.0))
+        renewal._share = 0.5
+        async with running(renewal):
+            await asyncio.sleep(0.1)
+            assert not renewed()
+            await until(renewed)
+        assert renewal.problem == ""
 
-        plane.run(scenario())
+    plane.run(scenario())
 
 
 @pytest.mark.parametrize(("ahead_s", "due"), [(0.48 * 86400, False), (0.52 * 86400, True), (2 * 86400, True)])
@@ -207,6 +208,7 @@ def test_a_certificate_that_cannot_be_read_is_due_and_told(joined, caplog):
         renewal = Renewal(joined)
         async with running(renewal):
             await until(lambda: "cannot be read, nor renewed: the certificate in" in renewal.problem)
+            await asyncio.sleep(1.2)  # more than twice the first pause
 
     plane.run(scenario())
     assert [record.levelname for record in caplog.records] == ["ERROR"]  # refused for good: no second one at once
