@@ -342,7 +342,7 @@ def test_files_and_names_in_the_architecture_exist():
         name = re.fullmatch(r"(\w+)\.((?:[A-Z_]\w*)(?:\.\w+)?|\w+)", mark)
         if name is None or mark.endswith((".py", ".h", ".toml")):
             continue
-        for package in ("uproxy", "control.api", "control.client", "bpf"):
+        for package in ("uproxy", "control.api", "control.client", "control.server", "bpf"):
             spec = importlib.util.find_spec(f"{package}.{name[1]}")
             if spec is not None and spec.origin is not None:
                 found = importlib.import_module(f"{package}.{name[1]}")
@@ -354,7 +354,7 @@ def test_files_and_names_in_the_architecture_exist():
 def is_written(value: float, text: str) -> bool:
     """Whether a page has a limit: as a count, bytes or seconds."""
     whole = int(value)
-    forms = {f"{whole:,}", f"{whole} s", f"{whole // 60} min", f"{whole >> 10} KiB", f"{whole >> 20} MiB"}
+    forms = {f"{whole:,}", f"{whole} s", f"{value * 1000:g} ms", f"{whole // 60} min", f"{whole >> 10} KiB", f"{whole >> 20} MiB"}
     forms |= {f"{whole >> 20} Mi"}
     return any(re.search(rf"(?<![\d,]){form}(?![\d\w]|,\d)", text) for form in forms if not form.startswith("0 "))
 
@@ -367,7 +367,7 @@ def test_limits_in_the_architecture_exist_and_have_these_values():
             if "/" in mark:
                 continue
             module = owner if dot else module
-            packages = ("uproxy", "control.api", "control.client")
+            packages = ("uproxy", "control.api", "control.client", "control.server")
             owners = [p for p in packages if importlib.util.find_spec(f"{p}.{module}") is not None]
             values = [getattr(importlib.import_module(f"{p}.{module}"), name, None) for p in owners]
             value = next((value for value in values if value is not None), None)
