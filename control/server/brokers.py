@@ -255,7 +255,7 @@ class NatsServer:
             stdin=DEVNULL,
             stdout=DEVNULL,
             stderr=PIPE,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         assert process.stderr is not None
         log = _NatsLog(process.stderr)
@@ -371,7 +371,7 @@ async def _stop(process: Process) -> None:
         await process.wait()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """SIGTERM for a broker whose control plane is killed: the next one needs its port and its store."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 

@@ -72,7 +72,12 @@ class Broker:
     def start(self) -> None:
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                preexec_fn=brokers.end_with_parent,
             )
         deadline = time.monotonic() + PATIENCE_S
         while not accepts(self.port):
@@ -152,9 +157,21 @@ def tls(identity_dir: Path) -> ssl.SSLContext:
     return context
 
 
+class _Client(aiomqtt.Client):
+    """One whose connection may end without anybody asking why."""
+
+    async def __aexit__(self, *error: Any) -> None:
+        try:
+            await super().__aexit__(*error)
+        finally:
+            if self._disconnected.done() and not self._disconnected.cancelled():
+                # Or asyncio logs that nobody did, in whichever test comes next.
+                self._disconnected.exception()
+
+
 def client(broker: Broker, identity_dir: Path, **options: Any) -> aiomqtt.Client:
     """A plain MQTT client, for what a test does as somebody else."""
-    return aiomqtt.Client(
+    return _Client(
         HOST,
         options.pop("port", broker.port),
         tls_context=tls(identity_dir),

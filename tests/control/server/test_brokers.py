@@ -123,7 +123,7 @@ def test_renews_its_certificate_without_ending_connections(authority: Authority,
         await server.admit([WEB])
         async with running(server), aiomqtt.Client(HOST, port, tls_context=tls(web)) as connected:
             first = serial(port, web)
-            await until(lambda: serial(port, web) != first)
+            await until(lambda: shows_another(port, web, first))
             await connected.publish(f"{TREE}status/{proxy_hash(WEB)}/w", b"", qos=1)
 
     asyncio.run(check())
@@ -136,6 +136,14 @@ def serial(port: int, identity: Path) -> int:
         assert leaf is not None
         assert read_leaf(leaf).uri_sans == ("spiffe://cluster.local/ns/mesh-system/sa/broker",)
         return read_leaf(leaf).serial
+
+
+def shows_another(port: int, identity: Path, first: int) -> bool:
+    """Whether the broker shows another certificate than that one."""
+    try:
+        return serial(port, identity) != first
+    except OSError:  # nats-server cuts off whoever is in the middle of a handshake while it reads its configuration
+        return False
 
 
 def test_says_when_it_cannot_run(authority: Authority, tmp_path: Path) -> None:
@@ -185,7 +193,7 @@ def test_a_reload_lets_new_identities_in_and_shows_a_new_certificate(
             identity = brokers.broker_id(authority.trust_domain)
             issue_own(authority, broker.directory / brokers.IDENTITY_DIR, identity)
             broker.admit([WEB])
-            await until(lambda: serial(broker.port, web) != first)
+            await until(lambda: shows_another(broker.port, web, first))
             async with client(broker, web) as proxy:
                 await proxy.publish(status, b"here", qos=1)
             message = await asyncio.wait_for(anext(aiter(control_plane.messages)), PATIENCE_S)
