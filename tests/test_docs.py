@@ -354,7 +354,14 @@ def test_files_and_names_in_the_architecture_exist():
 def is_written(value: float, text: str) -> bool:
     """Whether a page has a limit: as a count, bytes or seconds."""
     whole = int(value)
-    forms = {f"{whole:,}", f"{whole} s", f"{value * 1000:g} ms", f"{whole // 60} min", f"{whole >> 10} KiB", f"{whole >> 20} MiB"}
+    forms = {
+        f"{whole:,}",
+        f"{whole} s",
+        f"{value * 1000:g} ms",
+        f"{whole // 60} min",
+        f"{whole >> 10} KiB",
+        f"{whole >> 20} MiB",
+    }
     forms |= {f"{whole >> 20} Mi"}
     return any(re.search(rf"(?<![\d,]){form}(?![\d\w]|,\d)", text) for form in forms if not form.startswith("0 "))
 
