@@ -27,7 +27,8 @@ from control.client.x509 import X509Error, check_svid, read_leaf
 T = TypeVar("T")
 
 KEEPALIVE_S: Final = 15
-"""A broker that says nothing for twice as long is gone. It takes us for gone after 1.5 times this (MQTT 3.1.2.10)."""
+"""A broker that says nothing for twice as long is gone. It takes us for gone after 1.5 times this (MQTT 3.1.1 section
+3.1.2.10)."""
 TIMEOUT_S: Final = 15.0
 """For each answer of the broker. paho gives the TCP connection and the handshake 5 s each."""
 MAX_WAITING_BYTES: Final = 1024 * 1024

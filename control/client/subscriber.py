@@ -206,7 +206,7 @@ class Subscriber:
     def _doubt(self, pause_s: float) -> None:
         """Ask again, after a pause, for what may have been lost; less and less often."""
         if not self._replica.whole:
-            if time.monotonic() - self._heard_at > pause_s:  # while it comes, it comes
+            if time.monotonic() - self._heard_at > _FIRST_DOUBT_S:  # else it may be on its way
                 self._subscriptions.doubt_all()
         else:
             self._subscriptions.look_again()
