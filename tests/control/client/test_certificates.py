@@ -172,7 +172,7 @@ def test_while_the_control_plane_is_away_the_certificate_stays_and_the_reason_is
 def test_a_host_without_room_for_a_child_keeps_the_certificate(joined, monkeypatch, caplog):
     before = serial(joined)
     monkeypatch.setattr(certificates.sys, "executable", str(joined / "python that is being upgraded"))
-    clock = Clock(HALF_A_DAY_S + 600)
+    clock = Clock(HALF_A_DAY_S + 1800)
     renewal = Renewal(joined, clock)
 
     async def run():
