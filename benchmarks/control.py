@@ -220,16 +220,23 @@ class Bench:
         """Memory of one real uProxy before and after it has dialled ten services of the large mesh."""
         workload = self._ring[0]
         pid = workload.proxy_pid()
-        before, demanded = _private_mb(pid), _demanded(workload)
+        before, demanded = _private_mb(pid), _metric(workload, "uproxy_demanded_services")
         step = self._size.namespaces * fleet.SERVICES_EACH // _DIALLED
-        for number in range(_DIALLED):
-            (made,) = workload.sockets()
-            with made, suppress(OSError):  # nobody is behind the endpoints: it is refused when all of them are known
-                made.settimeout(30)
+        with ExitStack() as stack:
+            for number in range(_DIALLED):
+                (made,) = workload.sockets()
+                stack.callback(made.close)
+                made.settimeout(_ENFORCED_S)
+                # Captured, so that it succeeds at once; nobody is behind the endpoints.
                 made.connect((fleet.service_address(number * step), 80))
-                made.recv(1)
-        if (workload.proxy_pid(), _demanded(workload)) != (pid, demanded + _DIALLED):
-            raise LabError(f"the uProxy of {workload.name} does not know the ten services:\n{workload.logs()}")
+
+            def knows_all() -> bool:
+                known = _metric(workload, "uproxy_demanded_services") == demanded + _DIALLED
+                return known and _metric(workload, "uproxy_config_whole") == 1
+
+            self._lab.wait([knows_all], _ENFORCED_S, "what was dialled")
+        if workload.proxy_pid() != pid:
+            raise LabError(f"the uProxy of {workload.name} has died:\n{workload.logs()}")
         self._show(Result("growth of a uProxy that dials ten services", "MB", _private_mb(pid) - before))
 
     # -- what the control plane is asked
@@ -331,16 +338,17 @@ def _private_mb(pid: int) -> float:
     return sum(int(kb) for kb in re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE)) * 1024 / 1e6
 
 
-def _demanded(workload: Workload) -> int:
-    """How many services its uProxy is subscribed to."""
+def _metric(workload: Workload, name: str) -> int:
+    """A metric of its uProxy."""
     with workload.entered():
         connection = http.client.HTTPConnection("127.0.0.1", METRICS_PORT, timeout=_ENFORCED_S)
         connection.connect()
     with closing(connection):
         connection.request("GET", "/metrics")
-        found = re.search(rb"^uproxy_demanded_services (\d+)$", connection.getresponse().read(), re.MULTILINE)
+        text = connection.getresponse().read().decode()
+    found = re.search(rf"^{name} (\d+)$", text, re.MULTILINE)
     if found is None:
-        raise LabError(f"the uProxy of {workload.name} does not tell how many services it knows")
+        raise LabError(f"the uProxy of {workload.name} has no metric {name}")
     return int(found[1])
 
 

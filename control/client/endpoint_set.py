@@ -3,10 +3,11 @@
 Each workload's newest endpoint counts. The service's manifest has their number and a digest over their stamps; they
 are *whole* when it is that of the newest manifest. Stamps alone do not do after a proxy was away for long (tombstones
 have been cleared meanwhile) or the control plane was restored (it may publish an older stamp again): if instead
-exactly what the broker holds now, that is all received in this session, is what the newest manifest says, then that
-is what counts.
+exactly what the broker holds now, that is the newest of each received in this session, is what the newest manifest
+says, then that is what counts.
 
-Invariant: an endpoint that a manifest has left out never comes back with a stamp that is not above that manifest's.
+Invariants: an endpoint that a manifest has left out never comes back with a stamp that is not above that manifest's;
+within a session, none goes back, in whatever order messages come.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from control.api.messages import Stamp
 
 Version = tuple[Stamp, bytes]
 """Stamp and payload of a live endpoint."""
+_Seen = tuple[Stamp, bytes | None]
+"""The same of what arrived; None: a tombstone."""
 
 _NEVER: Final = (-1, -1)
 _ENTRY_BYTES: Final = 300  # what an endpoint takes beside its payload
@@ -58,8 +61,8 @@ class EndpointSet:
         """Of the manifest that last was matched: what it left out is gone, up to here."""
         self._gone: dict[str, Stamp] = {}
         """Workloads whose endpoint was taken back above the floor."""
-        self._seen: dict[str, Version] = {}
-        """What arrived in this session, by arrival and not by stamp."""
+        self._seen: dict[str, _Seen] = {}
+        """The newest that arrived in this session, though `live` may have a newer one of an earlier session."""
         self.bytes = 0
         """What is kept, at most; also what does not count now."""
 
@@ -72,17 +75,16 @@ class EndpointSet:
     def receive(self, workload: str, stamp: Stamp, payload: bytes | None) -> bool:
         """Takes one endpoint (None: its tombstone). Returns whether the workload has another endpoint now, or none."""
         self.bytes -= self._size_of(workload)
-        if payload is None:
-            self._seen.pop(workload, None)
-        else:
-            held = self.live.get(workload)
+        arrived, seen, held = (stamp, payload), self._seen.get(workload), self.live.get(workload)
+        if seen is None or stamp >= seen[0]:
             # One object for both where they agree, so that a reconnect costs no memory.
-            self._seen[workload] = held if held is not None and held == (stamp, payload) else (stamp, payload)
+            self._seen[workload] = held if held is not None and held == arrived else arrived
+            if payload is None and stamp <= self._floor:
+                del self._seen[workload]  # no manifest lists what came before it
         changed = self._take_newer(workload, stamp, payload)
         self.bytes += self._size_of(workload)
         if len(self._gone) > _MAX_GONE:
-            del self._gone[next(iter(self._gone))]
-            self.bytes -= _ENTRY_BYTES
+            self._forget_gone(next(iter(self._gone)))
         if changed:
             self.whole = False
         # No manifest speaks of what is newer than it is, so there is nothing to compare until the next one.
@@ -110,14 +112,18 @@ class EndpointSet:
         changed: list[str] = []
         if self._is_listed(self.live):
             self.whole = True
-        elif self._manifest_seen and self._is_listed(self._seen):
+        elif self._manifest_seen and self._is_listed(seen := self._seen_live()):
             self.whole = True
-            before, self.live = self.live, dict(self._seen)
+            before, self.live = self.live, seen
             workloads = sorted(before.keys() | self.live.keys())
             changed = [workload for workload in workloads if before.get(workload) != self.live.get(workload)]
         if self.whole:
             self._floor = self._manifest[0]
             self._gone = {workload: stamp for workload, stamp in self._gone.items() if stamp > self._floor}
+            for workload in [
+                name for name, (stamp, payload) in self._seen.items() if payload is None and stamp <= self._floor
+            ]:
+                del self._seen[workload]
             self._count()
         return changed
 
@@ -126,6 +132,16 @@ class EndpointSet:
         if self._manifest is None:
             return "no manifest yet"
         return f"{len(self.live)} of {self._manifest[1].count}"
+
+    def _forget_gone(self, workload: str) -> None:
+        self.bytes -= self._size_of(workload)
+        del self._gone[workload]
+        if workload in self._seen and self._seen[workload][1] is None:
+            del self._seen[workload]
+        self.bytes += self._size_of(workload)
+
+    def _seen_live(self) -> dict[str, Version]:
+        return {workload: (stamp, payload) for workload, (stamp, payload) in self._seen.items() if payload is not None}
 
     def _count(self) -> None:
         held = sum(map(_size, self.live.values())) + sum(map(_size, self._seen.values()))
@@ -148,7 +164,7 @@ class EndpointSet:
             self._gone[workload] = stamp  # the latest comes last
             return self.live.pop(workload, None) is not None
         self._gone.pop(workload, None)
-        self.live[workload] = self._seen[workload]
+        self.live[workload] = stamp, payload
         return True
 
     def _is_listed(self, endpoints: Mapping[str, Version]) -> bool:
@@ -159,5 +175,6 @@ class EndpointSet:
         return manifest_digest({workload: stamp for workload, (stamp, _) in endpoints.items()}) == manifest.digest
 
 
-def _size(version: Version | None) -> int:
-    return _ENTRY_BYTES + len(version[1]) if version is not None else 0
+def _size(version: _Seen | None) -> int:
+    """A tombstone is counted as what is gone."""
+    return _ENTRY_BYTES + len(version[1]) if version is not None and version[1] is not None else 0

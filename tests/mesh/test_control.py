@@ -115,7 +115,9 @@ def gone(mesh: Controlled) -> Iterator[socket.socket]:
             made.sendall(b"x")
             assert made.recv(1) == b"x"
         # What a uProxy that is killed has on disk may be some seconds old.
-        inside.eventually(lambda state=caller.identity_dir / "state": b"/svc/load/peer" in state.read_bytes())
+        inside.eventually(
+            lambda state=caller.identity_dir / "state": state.exists() and b"/svc/load/peer" in state.read_bytes()
+        )
     with inside.dial(mesh.caller, _PEER) as made:
         mesh.control.kill()
         yield made

@@ -230,7 +230,8 @@ def test_what_was_sent_arrives_though_its_tunnel_is_retired(tmp_path: Path, auth
             pair.plane.run(lambda: pair.web.pool.tick(time.monotonic()))
             await asyncio.sleep(0.05)
         await eventually(lambda: not pair.db.connections, "the receiver's side has not ended")
-        assert len(got) == size
+        # The server may still read what the kernel holds for it.
+        await eventually(lambda: len(got) == size, "not all that was sent has arrived")
         await eventually(lambda: not pair.db.inbound.tunnels and not pair.web.pool.tunnels(), "a tunnel is left")
 
     run(tmp_path, authority, server, client)

@@ -166,6 +166,54 @@ def test_what_an_earlier_session_brought_proves_nothing_of_this_one():
     assert endpoints.whole
 
 
+def test_what_comes_late_takes_nothing_back():
+    """An older endpoint, or one that is deleted, that comes once more while the newest manifest is not here yet."""
+    endpoints = whole(a=1)
+    listed(endpoints, 2, manifest(a=2))
+    receive(endpoints, "a", 3)
+    receive(endpoints, "a", 2)
+    assert endpoints.settle() == []
+    assert held(endpoints) == {"a": 3}
+    assert listed(endpoints, 3, manifest(a=3)) == []
+    assert endpoints.whole
+    receive(endpoints, "a", 4, live=False)
+    receive(endpoints, "a", 3)
+    assert endpoints.settle() == []
+    assert held(endpoints) == {}
+    listed(endpoints, 4, manifest())
+    assert endpoints.whole
+    assert endpoints._seen == {}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=1, max_size=12),
+    st.randoms(use_true_random=False),
+)
+def test_in_whatever_order_messages_of_a_session_come_nothing_goes_back(changes, chance):
+    messages, listing = [], {}
+    for version, (workload, live) in enumerate(changes, 1):
+        if live:
+            listing[workload] = version
+        else:
+            listing.pop(workload, None)
+        messages += [(workload, version, live), (None, version, manifest(**listing))]
+    given_ = messages + chance.choices(messages, k=len(messages))
+    chance.shuffle(given_)
+    endpoints, highest = EndpointSet(), {}
+    for workload, version, said in given_:
+        if workload is None:
+            endpoints.receive_manifest((1, version), said, b"manifest")
+        else:
+            receive(endpoints, workload, version, live=said)
+            highest[workload] = max(version, highest.get(workload, 0))
+        if chance.random() < 0.7:
+            endpoints.settle()
+        assert all(version == highest[name] for name, version in held(endpoints).items())
+    endpoints.settle()
+    assert endpoints.whole
+    assert held(endpoints) == listing
+
+
 def test_damage_does_not_outlast_a_session():
     """Content of one stamp is what the broker says last, so that a mended broker mends the proxy."""
     endpoints = whole(a=1)
@@ -214,5 +262,5 @@ def test_the_account_of_memory_is_right(steps):
         else:
             receive(endpoints, workload, version, live=what == "live")
         kept = [*endpoints.live.values(), *endpoints._seen.values()]
-        expected = sum(300 + len(payload) for _, payload in kept) + 300 * len(endpoints._gone)
+        expected = sum(300 + len(payload) for _, payload in kept if payload is not None) + 300 * len(endpoints._gone)
         assert endpoints.bytes == expected
