@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+from uproxy import linux
 
 # `make fuzz` chooses "deep". No deadline: the machines that run this are shared, and a slow example is no failure.
 settings.register_profile("fast", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -13,6 +18,30 @@ settings.register_profile("deep", max_examples=20_000, deadline=None, suppress_h
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 _PRIVILEGED = ("root", "mesh")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One for each core, if each can have a network of its own: tests listen on the ports that the mesh has."""
+    return os.cpu_count() or 1 if os.geteuid() == 0 else 0
+
+
+class _ByFile(LoadScopeScheduling):
+    """Files run side by side, but those that make labs: they look at what there is of labs on the whole machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "lab" if nodeid.startswith("tests/mesh/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
+    return _ByFile(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        linux.unshare(linux.CLONE_NEWNET)
+        # A host has an address, by which workloads know it.
+        for command in ("link set lo up", "address add 198.18.0.1/32 dev lo"):
+            subprocess.run(["ip", *command.split()], check=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -87,8 +87,8 @@ def sweep() -> None:
             lock.unlink(missing_ok=True)
 
 
-def run_inside(netns: int, directory: Path | None, function: Callable[[], _Result]) -> _Result:
-    """The function's result, from a child in the namespace and cgroup. Its exception is raised here."""
+def run_inside(netns: int | None, directory: Path | None, function: Callable[[], _Result]) -> _Result:
+    """The function's result, from a child in the namespace and cgroup, if given. Its exception is raised here."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -113,10 +113,11 @@ def run_inside(netns: int, directory: Path | None, function: Callable[[], _Resul
     return value
 
 
-def _enter(netns: int, directory: Path | None) -> None:
+def _enter(netns: int | None, directory: Path | None) -> None:
     if directory is not None:
         (directory / "cgroup.procs").write_text("0")
-    linux.setns(netns)
+    if netns is not None:
+        linux.setns(netns)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.capture import run_inside
 from uproxy import linux
 from uproxy.entrance import Account, Entrance
 from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, JoinedIdentity, Sidecar
-from uproxy.supervision import LaunchError, Supervision
+from uproxy.supervision import SIGNALS, LaunchError, Supervision
 
 _ACCOUNT = Account(os.getuid(), os.getgid())
 
@@ -170,33 +171,42 @@ class TestSidecar:
 
 
 class TestSupervision:
-    def _supervise(self, sidecar: Sidecar, timeout_s: float) -> None:
-        from uproxy.supervision import SIGNALS
+    @pytest.fixture
+    def supervise(self, capsys: pytest.CaptureFixture[str]) -> Callable[[Sidecar, float], str]:
+        """Supervises until it is ready; what it printed."""
 
-        signals = linux.SignalFd(SIGNALS)
-        supervision = Supervision("web", signals, sidecar)
-        try:
-            supervision.start_sidecar(timeout_s)
-        finally:
-            supervision.end_sidecar(2)
-            signals.close()
+        def in_child(sidecar: Sidecar, timeout_s: float) -> str:
+            signals = linux.SignalFd(SIGNALS)
+            supervision = Supervision("web", signals, sidecar)
+            try:
+                supervision.start_sidecar(timeout_s)
+            finally:
+                supervision.end_sidecar(2)
+                signals.close()
+            return capsys.readouterr().err
 
-    def test_late_sidecar_is_named_with_what_is_pending(self, make: Callable[[str], Sidecar]) -> None:
+        # Alone, as a launcher is: a signal goes to any thread that does not block it.
+        return lambda sidecar, timeout_s: run_inside(None, None, lambda: in_child(sidecar, timeout_s))
+
+    def test_late_sidecar_is_named_with_what_is_pending(
+        self, make: Callable[[str], Sidecar], supervise: Callable[[Sidecar, float], str]
+    ) -> None:
         with pytest.raises(LaunchError, match=r"not ready after 0\.3 s; pending: its own start"):
-            self._supervise(make("sleep 100"), 0.3)
+            supervise(make("sleep 100"), 0.3)
 
-    def test_sidecar_that_gives_up_is_told_at_once(self, make: Callable[[str], Sidecar]) -> None:
+    def test_sidecar_that_gives_up_is_told_at_once(
+        self, make: Callable[[str], Sidecar], supervise: Callable[[Sidecar, float], str]
+    ) -> None:
         began = time.monotonic()
         with pytest.raises(LaunchError, match="ended with status 3 before it was ready"):
-            self._supervise(make("exit 3"), 20)
+            supervise(make("exit 3"), 20)
         assert time.monotonic() - began < 5
 
     def test_killed_before_ready_is_tried_again(
-        self, make: Callable[[str], Sidecar], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, make: Callable[[str], Sidecar], supervise: Callable[[Sidecar, float], str], tmp_path: Path
     ) -> None:
         once = tmp_path / "once"
         script = f"if [ ! -e {once} ]; then touch {once}; kill -9 $$; fi; echo ready > /proc/$$/fd/$2; sleep 100"
-        self._supervise(make(script), 10)
-        told = capsys.readouterr().err
+        told = supervise(make(script), 10)
         assert "the sidecar ended (SIGKILL); connections are refused until it is back" in told
         assert "serves again (restart 1)" in told
