@@ -270,7 +270,7 @@ def histories(machine: type[Contract], number: int, steps: int) -> None:
 
 
 def test_every_proxy_ends_up_with_what_the_control_plane_says(contract: type[Contract]) -> None:
-    histories(contract, int(os.environ.get("HISTORIES", "4")), 80)
+    histories(contract, int(os.environ.get("HISTORIES", "2")), 80)
 
 
 @pytest.mark.soak
