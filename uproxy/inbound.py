@@ -1,12 +1,11 @@
 """One inbound connection's life, top to bottom: from a peer's tunnel to the application.
 
-accept -> TLS -> who is the peer? -> for each CONNECT stream: what does it ask for? -> may it? -> connect to the
-application -> 200 -> relay both ways -> one access-log record. Statuses are those of docs/hbone.md 2.4.
+accept -> TLS -> who is the peer? (`listener.TunnelServer`) -> for each CONNECT stream: what does it ask for? -> may it?
+-> connect to the application -> 200 -> relay both ways -> one access-log record. Statuses: docs/hbone.md 2.4.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -20,34 +19,29 @@ from typing import TYPE_CHECKING
 from control.api.address import AddressError, IpAddress, parse_address
 from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
-from uproxy import hbone, plane, tunnel
+from uproxy import listener, plane
 from uproxy.authz import Decision, Policies, compile_policies
 from uproxy.connections import Connections
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
-from uproxy.outbound import Self, fail, host_port, relay_and_record
+from uproxy.listener import TunnelServer, asked_for, bad_request
+from uproxy.outbound import Self, fail, relay_and_record
 from uproxy.plane import Plane
 from uproxy.relay import Relay
+from uproxy.resolve import host_port
 from uproxy.telemetry import Connection, Peer, Telemetry
-from uproxy.tls import peer_identity
 from uproxy.tunnel import HBONE_PORT, Tunnel
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand
 
 APP_CONNECT_TIMEOUT_S = 10.0
-# Handshakes that wait for their peer. Anybody who reaches the port can start one and then say nothing, so the oldest
-# makes room for a newcomer: a peer that does answer is done within a round trip or two.
-MAX_HANDSHAKES = 512
-MAX_TUNNELS = 4096
 MAX_REMEMBERED_HOSTS = 1024
 # The proxy's own ports: a peer must not reach the admin port, or make the proxy dial itself. 15020 (metrics) and 15021
 # (readiness) are meant to be read, by whom policy allows.
 FORBIDDEN_PORTS = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
 
-_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:/@\s]{1,253})):([0-9]{1,5})", re.ASCII)
 _FORWARDED_HOST = re.compile(rb"(?:^|;)host=([a-z0-9.-]{1,253})(?:;|$)")
-_TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 log = logging.getLogger(__name__)
 
@@ -66,56 +60,20 @@ class Inbound:
         demand: Demand | None = None,
     ) -> None:
         """`demand`: where what is not known is asked for; None when there is nobody to ask."""
+        self.server = TunnelServer(data_plane, context, own.trust_domain, self._on_request, self._on_tunnel_refused)
         self._plane = data_plane
         self._state = state
         self._demand = demand
-        self._context = context
         self._connections = connections
         self._telemetry = telemetry
         self._own = own
-        self._handshakes: dict[socket.socket, None] = {}  # oldest first
-        self._tunnels: set[Tunnel] = set()
         self._policies: Policies = compile_policies(())
         self._services_here: dict[str, str | None] = {}
 
     # -- the connection
 
-    async def serve_tunnel(self, sock: socket.socket) -> None:
-        """One mTLS connection from a peer. Never raises."""
-        record = self._record(_peer_address(sock), os.urandom(16).hex())
-        if len(self._tunnels) >= MAX_TUNNELS:
-            sock.close()
-            detail = f"{len(self._tunnels)} tunnels are as many as are served"
-            fail(record, RefusedError("overload", detail, flag=Flag.TLS_FAILURE), self._telemetry)
-            return
-        if len(self._handshakes) >= MAX_HANDSHAKES:
-            self._give_up_handshake(next(iter(self._handshakes)))
-        self._handshakes[sock] = None
-        try:
-            tls, bios = await tunnel.handshake(self._plane, sock, self._context(), server_side=True)
-            peer = peer_identity(tls, self._own.trust_domain)
-            accepted = Tunnel(self._plane, sock, tls, bios, peer, client=False, on_request=self._on_request)
-        except RefusedError as error:
-            sock.close()
-            detail = f"the oldest of {MAX_HANDSHAKES} handshakes made room for another"
-            given_up = RefusedError("overload", detail, flag=Flag.TLS_FAILURE)
-            fail(record, error if sock in self._handshakes else given_up, self._telemetry)
-            return
-        except OSError as error:  # it went away between two steps
-            sock.close()
-            fail(record, RefusedError("tls-failure", str(error), flag=Flag.TLS_FAILURE), self._telemetry)
-            return
-        finally:
-            self._handshakes.pop(sock, None)
-        if not accepted.closed:
-            self._tunnels.add(accepted)
-            accepted.on_close = self._tunnels.discard
-
-    def _give_up_handshake(self, sock: socket.socket) -> None:
-        """Its coroutine waits for the peer; to it, the peer hangs up."""
-        del self._handshakes[sock]
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    def _on_tunnel_refused(self, source: str, started: float, error: RefusedError) -> None:
+        fail(self._record(source, os.urandom(16).hex(), started), error, self._telemetry)
 
     def _on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
         if ended:
@@ -125,9 +83,8 @@ class Inbound:
     async def _serve_connect(self, carrier: Tunnel, relay: Relay, headers: Headers) -> None:
         """One CONNECT stream, to its end. Never raises."""
         fields = dict(headers)
-        traced = _TRACEPARENT.fullmatch(fields.get(b"traceparent", b""))
-        request_id = traced[1].decode() if traced is not None else os.urandom(16).hex()
-        record = self._record(host_port(carrier.peer_address, carrier.peer_port), request_id)
+        request_id = listener.request_id(fields)
+        record = self._record(host_port(carrier.peer_address, carrier.peer_port), request_id, time.monotonic())
         record.source.identity = str(carrier.peer)
         try:
             if self._demand is not None:
@@ -144,11 +101,7 @@ class Inbound:
                     plane.reset(app)
                     raise
         except RefusedError as error:
-            carrier.respond(relay, _refusal_headers(error, request_id), end=True)
-            relay.discard()
-            # The answer is whole, and nothing more is read (RFC 9113 section 8.1): a sender that never ended its side
-            # would hold the stream for good.
-            carrier.reset_stream(relay.stream, hbone.ErrorCode.NO_ERROR)
+            listener.refuse(carrier, relay, error, request_id)
             fail(record, error, self._telemetry)
             return
         carrier.respond(relay, ((b":status", b"200"),))
@@ -175,25 +128,17 @@ class Inbound:
 
     async def _target(self, fields: dict[bytes, bytes], record: Connection) -> tuple[IpAddress, int]:
         """The workload's address and port that a CONNECT asks for. Raises RefusedError with the status to answer."""
-        method = fields[b":method"]
-        if method != b"CONNECT" or b":protocol" in fields:
-            raise _bad_request(f"{method.decode('latin-1')} on the HBONE port; only a plain CONNECT is served")
-        authority = fields.get(b":authority", b"").decode("latin-1")
-        match = _AUTHORITY.fullmatch(authority)
-        if match is None or not 0 < int(match[3]) < 65536:
-            raise _bad_request(f"{authority[:300]!r} is no host:port")
-        record.hbone_address = authority
-        port = int(match[3])
+        asked = asked_for(fields)
+        record.hbone_address = asked.authority
         workload = self._state.workload(self._own.key)
         if not self._state.whole or workload is None:
             raise RefusedError(
                 "no-config", f"the mesh's configuration has no workload {self._own.key}", flag=Flag.NO_CONFIG
             )
         record.destination.workload = workload
-        host = match[1] or match[2]
-        address = IpAddress(host)
+        address, port = IpAddress(asked.host), asked.port
         if address not in self._own.addresses:  # in almost every request it is, and written as we write it
-            address, port = await self._other_target(host, port, record)
+            address, port = await self._other_target(asked.host, port, record)
         if port in FORBIDDEN_PORTS:
             raise RefusedError("port-forbidden", f"port {port} belongs to the proxy", flag=Flag.DENY)
         self._note_service(fields, record)
@@ -213,7 +158,7 @@ class Inbound:
                     if endpoint.workload == self._own.key and port in endpoint.ports:
                         record.destination_service = service
                         return self._own.addresses[0], endpoint.ports[port]
-            raise _bad_request(f"{host}:{port} is no service port of {self._own.key}") from None
+            raise bad_request(f"{host}:{port} is no service port of {self._own.key}") from None
         if address not in self._own.addresses:
             raise RefusedError(
                 "wrong-destination", f"{address} is no address of {self._own.key}", status=400, flag=Flag.DENY
@@ -282,63 +227,19 @@ class Inbound:
         self._policies = compile_policies(policies)
         self._connections.reauthorise()
 
-    def tick(self, now: float) -> None:
-        for carrier in list(self._tunnels):
-            carrier.tick(now)
-
-    def drain(self, *, final: bool) -> None:
-        for carrier in list(self._tunnels):
-            carrier.drain(final=final)
-
-    def finish(self) -> None:
-        """Every connection has ended: close the tunnels in order."""
-        for carrier in list(self._tunnels):
-            carrier.finish("shutting down")
-
-    def close(self) -> None:
-        for carrier in list(self._tunnels):
-            carrier.shut_down(hbone.ErrorCode.NO_ERROR, "shutting down")
-
-    @property
-    def tunnels(self) -> int:
-        return len(self._tunnels)
-
     # -- records
 
-    def _record(self, source: str, request_id: str) -> Connection:
+    def _record(self, source: str, request_id: str, started: float) -> Connection:
         own = self._state.workload(self._own.key)
         return Connection(
             direction="inbound",
             source=Peer(source, None, ""),
             destination=Peer(host_port(self._own.addresses[0], HBONE_PORT), own, self._own.identity),
             request_id=request_id,
-            started=time.monotonic(),
+            started=started,
         )
 
     def _workload_of(self, carrier: Tunnel) -> Workload | None:
         """The caller's workload, for telemetry: only if address and proven identity agree."""
         workload = self._state.workload_at(carrier.peer_address)
         return workload if workload is not None and workload.identity == carrier.peer else None
-
-
-def _bad_request(detail: str) -> RefusedError:
-    return RefusedError("bad-request", detail, status=400, flag=Flag.DENY)
-
-
-def _refusal_headers(error: RefusedError, request_id: str) -> Headers:
-    """The status, and why (docs/hbone.md 4): a reason for programs, the rule's name, and the id in both logs."""
-    headers = [
-        (b":status", str(error.status).encode()),
-        (b"x-uproxy-reason", error.reason.encode()),
-        (b"x-request-id", request_id.encode()),
-    ]
-    if error.policy:
-        headers.append((b"x-uproxy-policy", error.policy.encode()))
-    return headers
-
-
-def _peer_address(sock: socket.socket) -> str:
-    try:
-        return host_port(*sock.getpeername()[:2])
-    except OSError:
-        return "-"

@@ -26,7 +26,7 @@ from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route, original_destination
 from uproxy.relay import CLEAN, Relay
-from uproxy.resolve import Hop, Plan, Resolver
+from uproxy.resolve import Hop, Plan, Resolver, host_port
 from uproxy.telemetry import Connection, Peer, Telemetry
 from uproxy.tunnel import HBONE_PORT
 
@@ -208,7 +208,3 @@ def _headers(plan: Plan, record: Connection) -> Headers:
         (b"forwarded", forwarded.encode()),
         (b"traceparent", f"00-{record.request_id}-{record.request_id[:16]}-00".encode()),
     )
-
-
-def host_port(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

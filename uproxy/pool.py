@@ -1,14 +1,15 @@
 """Tunnels to peers, shared by all connections that go the same way.
 
-The key is (peer address, the identity expected there): this process has one identity of its own. A burst of connections
-to a new peer opens one tunnel; the others wait for it (docs/hbone.md 2.6).
+The key is (peer address, the identity expected there, owner): this process has one identity of its own, and a waypoint
+keeps its callers' streams apart. A burst of connections to a new peer opens one tunnel; the others wait for it
+(docs/hbone.md 2.6).
 """
 
 from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
@@ -27,7 +28,7 @@ IDLE_TIMEOUT_S = 300.0  # ztunnel's pool
 # Tunnels on which one connection tries to open its stream: shared ones may be closing or full.
 MAX_ATTEMPTS = 3
 
-Key = tuple[str, SpiffeId]
+Key = tuple[str, SpiffeId, Hashable]
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,13 @@ class Pool:
     def tunnels(self) -> list[Tunnel]:
         return [t for group in self._tunnels.values() for t in group]
 
-    async def connect(self, hop: Hop, headers: Headers) -> Relay:
-        """Open a CONNECT stream to a hop and wait for its 200. Raises RefusedError with what the peer said."""
+    async def connect(self, hop: Hop, headers: Headers, owner: Hashable = None) -> Relay:
+        """Open a CONNECT stream to a hop and wait for its 200. Raises RefusedError with what the peer said.
+
+        Streams of different owners never share a tunnel.
+        """
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            carrier, fresh = await self._tunnel(hop)
+            carrier, fresh = await self._tunnel((hop.address, hop.expected, owner))
             relay = carrier.open(headers)
             try:
                 answer = await self._plane.wait(relay.response, ANSWER_TIMEOUT_S)
@@ -71,9 +75,8 @@ class Pool:
             raise _refusal(hop, fields)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _tunnel(self, hop: Hop) -> tuple[Tunnel, bool]:
+    async def _tunnel(self, key: Key) -> tuple[Tunnel, bool]:
         """A tunnel with room for a stream, and whether it was opened just now."""
-        key = (hop.address, hop.expected)
         while True:
             for carrier in self._tunnels.get(key, ()):
                 if carrier.usable:
@@ -86,7 +89,7 @@ class Pool:
             await waiter
 
     async def _dial(self, key: Key) -> Tunnel:
-        address, expected = key
+        address, expected, _ = key
         waiting = self._dialling[key] = []
 
         def identify(tls: ssl.SSLObject) -> SpiffeId:

@@ -67,10 +67,10 @@ class Resolver:
         if workload is None:
             raise RefusedError(
                 "no-config",
-                f"{_authority(address, port)} lies in the mesh, but no service port or workload has this address",
+                f"{host_port(address, port)} lies in the mesh, but no service port or workload has this address",
                 flag=Flag.NO_CONFIG,
             )
-        hop = Hop(address, workload.identity, _authority(address, port).encode(), workload)
+        hop = Hop(address, workload.identity, host_port(address, port).encode(), workload)
         return Plan(address, port, None, (hop,))
 
     def _group(self, service: Service, port: int) -> _Group:
@@ -84,7 +84,7 @@ class Resolver:
                 Hop(
                     endpoint.address,
                     endpoint.identity,
-                    _authority(endpoint.address, endpoint.ports[port]).encode(),
+                    host_port(endpoint.address, endpoint.ports[port]).encode(),
                     self._state.workload(endpoint.workload) or endpoint.as_workload(),
                 )
                 for endpoint in ready
@@ -113,5 +113,5 @@ class Resolver:
         return tuple(hops[index] for index in drawn)
 
 
-def _authority(address: str, port: int) -> str:
+def host_port(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

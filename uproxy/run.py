@@ -14,9 +14,9 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uproxy
 from control.api.status import Kind
@@ -32,6 +32,7 @@ from uproxy.errors import RefusedError
 from uproxy.explicit import Directory
 from uproxy.inbound import Inbound
 from uproxy.joining import JoinError
+from uproxy.listener import ACCEPTS_PER_TURN, HANDSHAKES_PER_TURN, Listeners, Serve
 from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
 from uproxy.pool import Pool
@@ -48,10 +49,6 @@ OUTBOUND_PORT, METRICS_PORT, READY_PORT = 15001, 15020, 15021
 PROBE_ADDRESSES = {socket.AF_INET: "240.240.255.255", socket.AF_INET6: "fd75:5072:6f78::ffff"}
 PROBE_PORT = 15021
 PROBE_TIMEOUT_S = 5.0
-BACKLOG = 4096
-ACCEPTS_PER_TURN = 64
-# A handshake costs a millisecond: few at a time, or the tunnels that are open wait for a crowd of newcomers.
-HANDSHAKES_PER_TURN = 8
 # Beyond the drain time, for tunnels to be closed by both ends.
 FAREWELL_S = 0.5
 TICK_S = 5.0
@@ -157,7 +154,7 @@ class _Proxy:
             own,
             self._demand,
         )
-        self._listeners: list[socket.socket] = []
+        self._listeners = Listeners(self._plane)
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._configured = asyncio.Event()
@@ -205,7 +202,7 @@ class _Proxy:
             return
         self.pending.discard("config")
         for own in self._who.addresses:
-            self._listen_on(own, HBONE_PORT, self._inbound.serve_tunnel, HANDSHAKES_PER_TURN)
+            self._listen_on(own, HBONE_PORT, self._inbound.server.serve, HANDSHAKES_PER_TURN)
         self.pending.discard("listeners")
         if self.settings.captured:
             await self._prove_capture()
@@ -268,52 +265,13 @@ class _Proxy:
     def _operations(self) -> tuple[Callable[[], object], Callable[[], None], logging.Logger]:
         return self._config_dump, self._stop, logging.getLogger()
 
-    def _listen_on(
-        self,
-        address: str,
-        port: int,
-        serve: Callable[[socket.socket], Coroutine[Any, Any, None]],
-        at_once: int = ACCEPTS_PER_TURN,
-    ) -> None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self._listeners.append(listener)
+    def _listen_on(self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN) -> None:
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            # Accepted sockets inherit it.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            listener.bind((address, port))
-            listener.listen(BACKLOG)
+            self._listeners.listen(address, port, serve, at_once)
         except OSError as error:
-            if family == socket.AF_INET6 and address == "::1" and error.errno == errno.EADDRNOTAVAIL:
+            if address == "::1" and error.errno == errno.EADDRNOTAVAIL:
                 return  # no IPv6 here, so nothing can be captured to it either
             raise StartError(f"cannot listen on {address}:{port}: {error.strerror}") from error
-        self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, serve, at_once))
-
-    def _accept(
-        self, listener: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]], at_once: int
-    ) -> None:
-        for _ in range(at_once):
-            try:
-                sock, _ = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    # The backlog keeps what we cannot take yet; asking again at once would only burn CPU.
-                    log.error("cannot accept: %s", error.strerror)
-                    self._plane.rearm(listener.fileno(), 0)
-                    self._plane.call_later(0.1, lambda: self._rearm(listener))
-                    return
-                continue  # that one connection is gone (ECONNABORTED, EPROTO, ...)
-            sock.setblocking(False)
-            self._plane.spawn(serve(sock))
-
-    def _rearm(self, listener: socket.socket) -> None:
-        if listener.fileno() >= 0:
-            self._plane.rearm(listener.fileno(), plane.READ)
 
     async def _prove_capture(self) -> None:
         """Dial ourselves through capture, with sockets made in the application's cgroup: programs, maps and getsockopt
@@ -385,7 +343,7 @@ class _Proxy:
 
         def tick() -> None:
             self._pool.tick(now)
-            self._inbound.tick(now)
+            self._inbound.server.tick(now)
             self._connections.tick(now)
             if self._demand is not None:
                 self._demand.tick(now)
@@ -396,7 +354,7 @@ class _Proxy:
     def _register_gauges(self) -> None:
         gauge = self._telemetry.gauge
         gauge("uproxy_tunnels_outbound", "Open tunnels to peers", lambda: len(self._pool.tunnels()))
-        gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: self._inbound.tunnels)
+        gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: len(self._inbound.server.tunnels()))
         gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
         gauge(
             "uproxy_certificate_expiry_timestamp_seconds",
@@ -469,11 +427,11 @@ class _Proxy:
         log.info("draining %d connections for up to %g s", len(self._connections), self.settings.drain_timeout_s)
         self.pending.add("draining")
         deadline = time.monotonic() + self.settings.drain_timeout_s
-        self._close_listeners()
-        self._plane.run(lambda: self._inbound.drain(final=False))
+        self._listeners.close()
+        self._plane.run(lambda: self._inbound.server.drain(final=False))
         # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
         await asyncio.sleep(min(0.1, self.settings.drain_timeout_s))
-        self._plane.run(lambda: self._inbound.drain(final=True))
+        self._plane.run(lambda: self._inbound.server.drain(final=True))
         while self._plane.tasks and time.monotonic() < deadline:  # noqa: ASYNC110 - once in a process's life
             await asyncio.sleep(0.02)
         left = len(self._connections)
@@ -481,26 +439,20 @@ class _Proxy:
         # Those that were not relayed yet: an application whose connection was being made gets a reset.
         self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this proxy is shutting down")))
         self._plane.run(self._pool.finish)
-        self._plane.run(self._inbound.finish)
+        self._plane.run(self._inbound.server.finish)
         deadline = max(deadline, time.monotonic() + FAREWELL_S)
-        while (self._pool.tunnels() or self._inbound.tunnels) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while (self._pool.tunnels() or self._inbound.server.tunnels()) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         self._plane.run(self._pool.close)
-        self._plane.run(self._inbound.close)
+        self._plane.run(self._inbound.server.close)
         log.info("drained; %d connections were cut", left)
-
-    def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            self._plane.unwatch(listener.fileno())
-            listener.close()
-        self._listeners.clear()
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         for server in self._servers:
             server.close()
-        self._close_listeners()
+        self._listeners.close()
         if self._log is not None:
             self._log.close()
         self._plane.close()

@@ -141,7 +141,7 @@ async def running_pair(directory: Path, authority: Authority, app_port: int) -> 
             sock, _address = listener.accept()
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            data_plane.spawn(db.inbound.serve_tunnel(sock))
+            data_plane.spawn(db.inbound.server.serve(sock))
 
     data_plane.watch(listener.fileno(), plane.READ, accept)
     try:
@@ -150,6 +150,6 @@ async def running_pair(directory: Path, authority: Authority, app_port: int) -> 
         data_plane.unwatch(listener.fileno())
         listener.close()
         data_plane.run(web.pool.close)
-        data_plane.run(db.inbound.close)
+        data_plane.run(db.inbound.server.close)
         await asyncio.sleep(0.01)
         data_plane.close()

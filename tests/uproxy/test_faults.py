@@ -28,7 +28,7 @@ from tests.support.site import Site
 from uproxy import explicit, hbone, plane, tunnel
 from uproxy.connections import HALF_CLOSED_TIMEOUT_S
 from uproxy.errors import Flag
-from uproxy.inbound import MAX_HANDSHAKES
+from uproxy.listener import MAX_HANDSHAKES
 from uproxy.plane import Plane, Waiter
 from uproxy.relay import Relay
 
@@ -219,7 +219,7 @@ def test_what_was_sent_arrives_though_its_tunnel_is_retired(tmp_path: Path, auth
         assert await receive(app) == b""
         carrier = carrier_of(pair)
         carrier._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
-        (far,) = pair.db.inbound._tunnels
+        (far,) = pair.db.inbound.server.tunnels()
         far._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         with deaf(pair, far):
             await asyncio.get_running_loop().sock_sendall(app, bytes(size))
@@ -232,7 +232,9 @@ def test_what_was_sent_arrives_though_its_tunnel_is_retired(tmp_path: Path, auth
         await eventually(lambda: not pair.db.connections, "the receiver's side has not ended")
         # The server may still read what the kernel holds for it.
         await eventually(lambda: len(got) == size, "not all that was sent has arrived")
-        await eventually(lambda: not pair.db.inbound.tunnels and not pair.web.pool.tunnels(), "a tunnel is left")
+        await eventually(
+            lambda: not pair.db.inbound.server.tunnels() and not pair.web.pool.tunnels(), "a tunnel is left"
+        )
 
     run(tmp_path, authority, server, client)
 
@@ -245,7 +247,7 @@ def test_a_peer_that_always_hangs_up_is_not_asked_by_each_connection_in_turn(
 ) -> None:
     async def client(pair: Pair) -> None:
         served = 0
-        serve = pair.db.inbound.serve_tunnel
+        serve = pair.db.inbound.server.serve
 
         async def hang_up(sock: socket.socket) -> None:
             nonlocal served
@@ -254,10 +256,10 @@ def test_a_peer_that_always_hangs_up_is_not_asked_by_each_connection_in_turn(
             waiter: Waiter[None] = Waiter(pair.plane)
             pair.plane.call_later(0.02, lambda: waiter.set(None))
             await waiter
-            for carrier in list(pair.db.inbound._tunnels):
+            for carrier in pair.db.inbound.server.tunnels():
                 carrier._fail("hung up")
 
-        monkeypatch.setattr(pair.db.inbound, "serve_tunnel", hang_up)
+        monkeypatch.setattr(pair.db.inbound.server, "serve", hang_up)
         monkeypatch.setattr(pair.db.inbound, "_serve_connect", never)
         apps = [pair.dial() for _ in range(40)]
         async with asyncio.TaskGroup() as group:
@@ -309,7 +311,7 @@ def test_a_tunnel_whose_peer_reads_nothing_ends_instead_of_growing(tmp_path: Pat
     async def client(pair: Pair) -> None:
         app = await opened(pair)
         carrier = carrier_of(pair)
-        (far,) = pair.db.inbound._tunnels
+        (far,) = pair.db.inbound.server.tunnels()
         with deaf(pair, far):
             carrier.blocked = True  # as when the socket takes no more
 
@@ -329,7 +331,7 @@ def test_a_frozen_peer_is_given_up_after_the_keepalive(tmp_path: Path, authority
     async def client(pair: Pair) -> None:
         app = await opened(pair)
         carrier = carrier_of(pair)
-        (far,) = pair.db.inbound._tunnels
+        (far,) = pair.db.inbound.server.tunnels()
         with deaf(pair, far):
             now = time.monotonic()
             pair.plane.run(lambda: pair.web.pool.tick(now + tunnel.KEEPALIVE_S + 1))
@@ -338,7 +340,7 @@ def test_a_frozen_peer_is_given_up_after_the_keepalive(tmp_path: Path, authority
             late = now + tunnel.KEEPALIVE_S + tunnel.KEEPALIVE_TIMEOUT_S + 3
             pair.plane.run(lambda: pair.web.pool.tick(late))
             assert await is_reset(app)
-        await eventually(lambda: not pair.db.inbound.tunnels, "the other end keeps its half")
+        await eventually(lambda: not pair.db.inbound.server.tunnels(), "the other end keeps its half")
 
     run(tmp_path, authority, echo, client)
 
@@ -518,7 +520,9 @@ def test_what_has_ended_does_not_wait_for_the_garbage_collector(tmp_path: Path, 
             await eventually(lambda: not pair.plane.tasks, "a connection is left")
             pair.plane.run(pair.web.pool.retire)
             pair.plane.run(lambda: pair.web.pool.tick(time.monotonic()))
-            await eventually(lambda: not pair.db.inbound.tunnels and not pair.web.pool.tunnels(), "a tunnel is left")
+            await eventually(
+                lambda: not pair.db.inbound.server.tunnels() and not pair.web.pool.tunnels(), "a tunnel is left"
+            )
         for proxy in (pair.web, pair.db):
             proxy.telemetry.ended.clear()  # each of these knows its relay
         await asyncio.sleep(0.01)

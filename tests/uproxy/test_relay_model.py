@@ -172,7 +172,7 @@ async def make_narrow(pair: Pair, count: int) -> None:
         for live in proxy.connections._live:
             assert live.relay._sock is not None
             live.relay._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
-    for carrier in (*pair.web.pool.tunnels(), *pair.db.inbound._tunnels):
+    for carrier in (*pair.web.pool.tunnels(), *pair.db.inbound.server.tunnels()):
         carrier._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
 
 
@@ -210,7 +210,7 @@ async def act(pair: Pair, connections: list[Ends], history: list[Step]) -> bool:
 
 def freeze(pair: Pair, side: int, events: int) -> None:
     """One proxy reads no tunnel, or reads them again."""
-    for carrier in (pair.web.pool.tunnels(), list(pair.db.inbound._tunnels))[side]:
+    for carrier in (pair.web.pool.tunnels(), pair.db.inbound.server.tunnels())[side]:
         carrier.plane.rearm(carrier._sock.fileno(), events | (plane.WRITE if carrier.blocked else 0))
 
 
@@ -240,7 +240,7 @@ def check(ends: Ends, was_cut: bool) -> None:
 async def nothing_is_left(pair: Pair, before: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        tunnels = [*pair.web.pool.tunnels(), *pair.db.inbound._tunnels]
+        tunnels = [*pair.web.pool.tunnels(), *pair.db.inbound.server.tunnels()]
         left = [
             *pair.plane.tasks,
             *pair.web.connections.records(),

@@ -1,0 +1,230 @@
+"""Sockets that take connections, and the server side of tunnels: accept -> TLS -> who is the peer? -> CONNECT streams.
+
+What a stream asks for, and whether it may have it, is its owner's business: `inbound` for a workload, else a waypoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from uproxy import hbone, plane, tunnel
+from uproxy.errors import Flag, RefusedError
+from uproxy.plane import Plane
+from uproxy.relay import Relay
+from uproxy.resolve import host_port
+from uproxy.tls import peer_identity
+from uproxy.tunnel import RequestCallback, Tunnel
+
+BACKLOG = 4096
+ACCEPTS_PER_TURN = 64
+# A handshake costs a millisecond: few at a time, or the tunnels that are open wait for a crowd of newcomers.
+HANDSHAKES_PER_TURN = 8
+# Handshakes that wait for their peer. Anybody who reaches the port can start one and then say nothing, so the oldest
+# makes room for a newcomer: a peer that does answer is done within a round trip or two.
+MAX_HANDSHAKES = 512
+MAX_TUNNELS = 4096
+
+_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:/@\s]{1,253})):([0-9]{1,5})", re.ASCII)
+_TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+Serve = Callable[[socket.socket], Coroutine[Any, Any, None]]
+Refused = Callable[[str, float, RefusedError], None]
+
+log = logging.getLogger(__name__)
+
+
+class Listeners:
+    """The data plane's listening sockets, of one process."""
+
+    def __init__(self, data_plane: Plane) -> None:
+        self._plane = data_plane
+        self._sockets: list[socket.socket] = []
+
+    def listen(self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN) -> None:
+        """Spawn `serve` for each connection, at most `at_once` in one turn. Raises OSError."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._sockets.append(listener)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Accepted sockets inherit it.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+        self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, serve, at_once))
+
+    def close(self) -> None:
+        for listener in self._sockets:
+            self._plane.unwatch(listener.fileno())
+            listener.close()
+        self._sockets.clear()
+
+    def _accept(self, listener: socket.socket, serve: Serve, at_once: int) -> None:
+        for _ in range(at_once):
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    # The backlog keeps what we cannot take yet; asking again at once would only burn CPU.
+                    log.error("cannot accept: %s", error.strerror)
+                    self._plane.rearm(listener.fileno(), 0)
+                    self._plane.call_later(0.1, lambda: self._rearm(listener))
+                    return
+                continue  # that one connection is gone (ECONNABORTED, EPROTO, ...)
+            sock.setblocking(False)
+            self._plane.spawn(serve(sock))
+
+    def _rearm(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._plane.rearm(listener.fileno(), plane.READ)
+
+
+class TunnelServer:
+    """Tunnels from peers, from their TCP connection on."""
+
+    def __init__(
+        self,
+        data_plane: Plane,
+        context: Callable[[], ssl.SSLContext],
+        trust_domain: str,
+        on_request: RequestCallback,
+        on_refused: Refused,
+    ) -> None:
+        """`context` gives the TLS context of the moment. `on_request` is called in the turn in which a stream came.
+
+        `on_refused` is told of each connection that never became a tunnel: from where (`ip:port`), since when
+        (monotonic seconds) and why not.
+        """
+        self._plane = data_plane
+        self._context = context
+        self._trust_domain = trust_domain
+        self._on_request = on_request
+        self._on_refused = on_refused
+        self._handshakes: dict[socket.socket, None] = {}  # oldest first
+        self._tunnels: set[Tunnel] = set()
+
+    def tunnels(self) -> list[Tunnel]:
+        return list(self._tunnels)
+
+    async def serve(self, sock: socket.socket) -> None:
+        """One mTLS connection from a peer. Never raises."""
+        started, source = time.monotonic(), _peer_address(sock)
+        if len(self._tunnels) >= MAX_TUNNELS:
+            sock.close()
+            self._on_refused(source, started, _overload(f"{len(self._tunnels)} tunnels are as many as are served"))
+            return
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            self._give_up_handshake(next(iter(self._handshakes)))
+        self._handshakes[sock] = None
+        try:
+            tls, bios = await tunnel.handshake(self._plane, sock, self._context(), server_side=True)
+            peer = peer_identity(tls, self._trust_domain)
+            accepted = Tunnel(self._plane, sock, tls, bios, peer, client=False, on_request=self._on_request)
+        except RefusedError as error:
+            sock.close()
+            given_up = _overload(f"the oldest of {MAX_HANDSHAKES} handshakes made room for another")
+            self._on_refused(source, started, error if sock in self._handshakes else given_up)
+            return
+        except OSError as error:  # it went away between two steps
+            sock.close()
+            self._on_refused(source, started, RefusedError("tls-failure", str(error), flag=Flag.TLS_FAILURE))
+            return
+        finally:
+            self._handshakes.pop(sock, None)
+        if not accepted.closed:
+            self._tunnels.add(accepted)
+            accepted.on_close = self._tunnels.discard
+
+    def _give_up_handshake(self, sock: socket.socket) -> None:
+        """Its coroutine waits for the peer; to it, the peer hangs up."""
+        del self._handshakes[sock]
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def tick(self, now: float) -> None:
+        for carrier in self.tunnels():
+            carrier.tick(now)
+
+    def drain(self, *, final: bool) -> None:
+        for carrier in self.tunnels():
+            carrier.drain(final=final)
+
+    def finish(self) -> None:
+        """Every connection has ended: close the tunnels in order."""
+        for carrier in self.tunnels():
+            carrier.finish("shutting down")
+
+    def close(self) -> None:
+        for carrier in self.tunnels():
+            carrier.shut_down(hbone.ErrorCode.NO_ERROR, "shutting down")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a CONNECT asks for; `host` is an address, in any spelling, or a name."""
+
+    authority: str
+    host: str
+    port: int
+
+
+def asked_for(fields: dict[bytes, bytes]) -> Asked:
+    """Read a request's headers. Raises RefusedError with status 400."""
+    method = fields[b":method"]
+    if method != b"CONNECT" or b":protocol" in fields:
+        raise bad_request(f"{method.decode('latin-1')} on the HBONE port; only a plain CONNECT is served")
+    authority = fields.get(b":authority", b"").decode("latin-1")
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise bad_request(f"{authority[:300]!r} is no host:port")
+    return Asked(authority, match[1] or match[2], int(match[3]))
+
+
+def request_id(fields: dict[bytes, bytes]) -> str:
+    """The id under which the caller logs this connection, or a new one: 32 hex digits."""
+    traced = _TRACEPARENT.fullmatch(fields.get(b"traceparent", b""))
+    return traced[1].decode() if traced is not None else os.urandom(16).hex()
+
+
+def refuse(carrier: Tunnel, relay: Relay, error: RefusedError, request_id: str) -> None:
+    """Answer a CONNECT with the status, and why (docs/hbone.md 4): a reason for programs, the rule, the id in logs."""
+    headers = [
+        (b":status", str(error.status).encode()),
+        (b"x-uproxy-reason", error.reason.encode()),
+        (b"x-request-id", request_id.encode()),
+    ]
+    if error.policy:
+        headers.append((b"x-uproxy-policy", error.policy.encode()))
+    carrier.respond(relay, headers, end=True)
+    relay.discard()
+    # The answer is whole, and nothing more is read (RFC 9113 section 8.1): a sender that never ended its side would
+    # hold the stream for good.
+    carrier.reset_stream(relay.stream, hbone.ErrorCode.NO_ERROR)
+
+
+def bad_request(detail: str) -> RefusedError:
+    return RefusedError("bad-request", detail, status=400, flag=Flag.DENY)
+
+
+def _overload(detail: str) -> RefusedError:
+    return RefusedError("overload", detail, flag=Flag.TLS_FAILURE)
+
+
+def _peer_address(sock: socket.socket) -> str:
+    try:
+        return host_port(*sock.getpeername()[:2])
+    except OSError:
+        return "-"
