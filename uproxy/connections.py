@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from uproxy.relay import Relay
 from uproxy.telemetry import Connection
 
 # A connection that one side has closed and on which nothing moves: applications that use half-close answer sooner, and
@@ -17,11 +17,24 @@ from uproxy.telemetry import Connection
 HALF_CLOSED_TIMEOUT_S = 600.0
 
 
+class Carrier(Protocol):
+    """What moves a connection's bytes: a `Relay`, or a waypoint's two streams."""
+
+    active: bool
+    """Whether bytes moved since somebody set it to False."""
+
+    @property
+    def half_closed(self) -> bool: ...
+
+    def cut(self, text: str) -> None:
+        """End it on both sides at once, as a reset; `text` says why."""
+
+
 @dataclass(slots=True, eq=False)
 class Live:
     """One relayed connection. `permitted` is asked again when policy changes: the text says why it must end."""
 
-    relay: Relay
+    relay: Carrier
     record: Connection
     permitted: Callable[[], str] | None
     half_closed_since: float = field(default_factory=time.monotonic)

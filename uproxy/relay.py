@@ -14,7 +14,7 @@ import logging
 import select
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from uproxy import hbone, plane
 from uproxy.errors import Flag
@@ -40,6 +40,24 @@ class Outcome:
 CLEAN = Outcome(Flag.NONE, "")
 
 
+class StreamOwner(Protocol):
+    """Who is told what happens on a stream: a relay, or whoever takes the stream over from one."""
+
+    stream: hbone.Stream
+
+    def on_response(self, headers: Headers) -> None: ...
+
+    def on_data(self, data: memoryview) -> None:
+        """`data` is gone when this returns."""
+
+    def on_end(self) -> None: ...
+
+    def on_reset(self, code: int, text: str = "") -> None: ...
+
+    def on_room(self) -> None:
+        """It waited in `Tunnel.starved`, and may send again."""
+
+
 class _Nobody:
     """Owns the streams of relays that have ended: what still arrives is dropped."""
 
@@ -52,7 +70,7 @@ class _Nobody:
     def on_reset(self, code: int, text: str = "") -> None: ...
 
 
-_NOBODY = _Nobody()
+NOBODY = _Nobody()
 
 
 class Relay:
@@ -283,15 +301,26 @@ class Relay:
     def discard(self) -> None:
         """The request was refused and answered: what its sender still sends is dropped."""
         self.outcome = CLEAN
-        self.stream.owner = _NOBODY
+        self.stream.owner = NOBODY
         self._pending.clear()
+
+    def hand_over(self, owner: StreamOwner) -> tuple[bytes, bool]:
+        """Give the stream to another owner instead of a socket. What its sender has sent so far, and whether that is
+        all. Raises ConnectionResetError when the stream is gone already.
+        """
+        if self.outcome is not None:
+            raise ConnectionResetError(self.outcome.text)
+        received = bytes(self._pending), self._end_pending
+        self.discard()
+        self.stream.owner = owner
+        return received
 
     def _finish(self, outcome: Outcome) -> None:
         if self.outcome is not None:
             return
         self.outcome = outcome
         # A relay, its stream and its tunnel must not keep each other alive until a full garbage collection.
-        self.stream.owner = _NOBODY
+        self.stream.owner = NOBODY
         self.tunnel.starved.pop(self, None)
         sock, self._sock = self._sock, None
         self._pending.clear()

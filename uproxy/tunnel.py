@@ -20,7 +20,7 @@ from control.api.identity import SpiffeId
 from uproxy import hbone, plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
-from uproxy.relay import Relay
+from uproxy.relay import Relay, StreamOwner
 from uproxy.tls import handshake_refusal
 
 HBONE_PORT = 15008
@@ -66,7 +66,7 @@ class Tunnel:
         self.plane = data_plane
         self.peer = peer
         self.connection = hbone.Connection(client=client)
-        self.starved: dict[Relay, None] = {}  # those that wait for room, in the order in which they get it
+        self.starved: dict[StreamOwner, None] = {}  # those that wait for room, in the order in which they get it
         self.blocked = False  # the socket takes no more for now
         self.closed = False
         self.error = ""
@@ -172,9 +172,9 @@ class Tunnel:
     def _feed(self) -> None:
         """Let the streams that waited for room read their applications again, but for those without a window."""
         if self.connection.send_window > 0:
-            for relay in [r for r in self.starved if r.stream.send_window > 0]:
-                del self.starved[relay]
-                relay.on_room()
+            for owner in [one for one in self.starved if one.stream.send_window > 0]:
+                del self.starved[owner]
+                owner.on_room()
 
     # -- receiving
 
