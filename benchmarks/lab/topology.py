@@ -51,30 +51,6 @@ _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _CONTROL_INDEX = 250
 """Of the control plane's machine on the underlay, out of the hosts' way."""
 
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-# A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
 _NODE_TIMEOUT_S = 20.0
 _START_TIMEOUT_S = 40.0
 _POLL_S = 0.01
