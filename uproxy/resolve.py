@@ -62,7 +62,7 @@ class Resolver:
         found = state.service_at(address, port)
         if found is not None:
             service, _ = found
-            return Plan(address, port, service, self._draw(self._group(service, port)))
+            return Plan(address, port, service, self.backends(service, port))
         workload = state.workload_at(address)
         if workload is None:
             raise RefusedError(
@@ -72,6 +72,12 @@ class Resolver:
             )
         hop = Hop(address, workload.identity, host_port(address, port).encode(), workload)
         return Plan(address, port, None, (hop,))
+
+    def backends(self, service: Service, port: int) -> tuple[Hop, ...]:
+        """Ready endpoints of a service port in random order by weight, at most MAX_HOPS: straight to each, whatever the
+        service is bound to. Raises RefusedError when there is none.
+        """
+        return self._draw(self._group(service, port))
 
     def _group(self, service: Service, port: int) -> _Group:
         if self._generation != self._state.generation:
