@@ -207,8 +207,6 @@ class Api:
                         )
 
     def _changed(self, change: ChangeSet, dry_run: bool) -> Json:
-        if not dry_run:
-            self._on_identities()
         return {
             "changes": [
                 {

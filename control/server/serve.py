@@ -145,7 +145,7 @@ class _Plane:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         broker = self._broker()
-        users = _Users(broker.admit, lambda: self._core.identities() | self._enrolment.identities())
+        users = _Users(broker.admit, self._enrolment.identities)
         async with asyncio.TaskGroup() as group:
             await asyncio.to_thread(users.review)
             group.create_task(_refused_as(broker.run()))

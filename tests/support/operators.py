@@ -46,7 +46,7 @@ def operated(ca: Path, authority: Authority, directory: Path) -> Iterator[Operat
         found = Operated(directory / "control.sock", core, store, enrolment)
 
         def admit() -> None:
-            found.admissions.append(frozenset(map(str, core.identities() | enrolment.identities())))
+            found.admissions.append(frozenset(map(str, enrolment.identities())))
 
         api = Api(
             core,
