@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import TypeVar
 
 from control.api import labels as label
 from control.api.address import AddressError, IpAddress, parse_address
+from control.api.gateway import Binding, Via
 from control.api.identity import IdentityError, SpiffeId, TrustDomain
 from control.api.messages import Value
+from control.api.names import wrong_dns_label, wrong_subdomain
 
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=Enum)
+_Ordered = TypeVar("_Ordered", int, str, tuple[str, str], SpiffeId)
 
 
 class RecordError(ValueError):
@@ -36,6 +42,10 @@ class Fields:
 
     def number(self, name: str, low: int, high: int) -> int:
         return number_in(self.take(name, int), low, high, name)
+
+    def has(self, name: str) -> bool:
+        """Whether a field that may be absent is there."""
+        return name in self._rest
 
     def optional_list(self, name: str, check: Callable[[Value, str], _T]) -> tuple[_T, ...]:
         """An absent field is empty, and an empty one is not written: a policy has one encoding."""
@@ -84,6 +94,38 @@ def read_port(value: Value, name: str) -> int:
     return number_in(value, 1, 65535, name)
 
 
+def read_key(value: Value, name: str, wrong: Callable[[str], str] = wrong_subdomain) -> str:
+    """A key; `wrong` finds what is wrong with its name."""
+    text = typed(value, str, name)
+    namespace, slash, resource = text.partition("/")
+    if not slash:
+        raise RecordError(f"{name}: {text[:80]!r} must be namespace/name")
+    checked(namespace, wrong_dns_label, name)
+    checked(resource, wrong, name)
+    return text
+
+
+def read_binding(value: Value, name: str) -> Binding:
+    match value:
+        case [gateway, via]:
+            return Binding(read_key(gateway, name), read_member(via, Via, name))
+    raise RecordError(f"{name} must be [gateway, via]")
+
+
+def write_binding(binding: Binding) -> list[Value]:
+    return [binding.gateway, binding.via.value]
+
+
+def read_member(value: Value, kind: type[_E], name: str) -> _E:
+    """The member of an enumeration that has this text."""
+    text = typed(value, str, name)
+    try:
+        return kind(text)
+    except ValueError:
+        known = ", ".join(str(member.value) for member in kind)
+        raise RecordError(f"{name} is {text[:40]!r}; it must be one of {known}") from None
+
+
 def read_address(value: Value, name: str) -> IpAddress:
     """An address in its canonical form."""
     text = typed(value, str, name)
@@ -99,6 +141,11 @@ def read_address(value: Value, name: str) -> IpAddress:
 def check_distinct(items: Sequence[object], name: str) -> None:
     if len(set(items)) != len(items):
         raise RecordError(f"{name} names one twice")
+
+
+def check_ordered(items: Sequence[_Ordered], name: str) -> None:
+    if any(first >= second for first, second in itertools.pairwise(items)):
+        raise RecordError(f"{name} must be in order, each once")
 
 
 def checked(text: str, wrong: Callable[[str], str], name: str) -> str:
@@ -119,14 +166,20 @@ def read_labels(value: Value, name: str) -> dict[str, str]:
     }
 
 
-def read_identity(text: str, trust_domain: TrustDomain, namespace: str) -> SpiffeId:
-    """An identity of this trust domain and namespace."""
+def read_any_identity(text: str, trust_domain: TrustDomain) -> SpiffeId:
+    """An identity of this trust domain."""
     try:
         found = SpiffeId.parse(text)
     except IdentityError as error:
         raise RecordError(f"identity: {error}") from None
     if found.trust_domain != trust_domain:
         raise RecordError(f"identity: {text} is of another trust domain than {trust_domain}")
+    return found
+
+
+def read_identity(text: str, trust_domain: TrustDomain, namespace: str) -> SpiffeId:
+    """An identity of this trust domain and namespace."""
+    found = read_any_identity(text, trust_domain)
     if found.namespace != namespace:
         raise RecordError(f"identity: {text} is of another namespace than {namespace}")
     return found

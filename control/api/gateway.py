@@ -11,7 +11,7 @@ from enum import Enum
 
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId, TrustDomain, make_id
-from control.api.workload import key
+from control.api.names import key
 
 
 class Traffic(Enum):

@@ -14,7 +14,21 @@ from typing import Final
 import msgpack
 
 from control.api.address import IpAddress
-from control.api.fields import Fields, RecordError, check_distinct, checked, read_address, read_labels, read_port, typed
+from control.api.fields import (
+    Fields,
+    RecordError,
+    check_distinct,
+    check_ordered,
+    checked,
+    number_in,
+    read_address,
+    read_binding,
+    read_labels,
+    read_port,
+    typed,
+    write_binding,
+)
+from control.api.gateway import Binding
 from control.api.identity import TrustDomain, make_id
 from control.api.labels import Labels
 from control.api.messages import Body, Stamp, Value
@@ -67,6 +81,8 @@ class ResidentService:
     namespace: str
     name: str
     ports: tuple[int, ...]
+    bound: bool = False
+    """Whether callers go through a waypoint, or are to refuse, rather than connect directly."""
 
     @property
     def key(self) -> str:
@@ -82,10 +98,20 @@ class ResidentWorkload:
     service_account: str
     labels: Labels = field(hash=False)
     """Those of `labels.telemetry` only."""
+    bindings: tuple[tuple[int, Binding], ...] = ()
+    """Port -> how callers reach it at this address, in the order of ports, each once. 0: every port that has none of
+    its own."""
 
     @property
     def key(self) -> str:
         return key(self.namespace, self.name)
+
+    def binding_at(self, port: int) -> Binding | None:
+        """How callers reach a port; None: directly."""
+        for bound, binding in self.bindings:
+            if bound == port:
+                return binding
+        return self.bindings[0][1] if self.bindings and self.bindings[0][0] == 0 else None
 
     def as_workload(self, trust_domain: TrustDomain, address: IpAddress) -> Workload:
         """The workload as far as it is known from one of its addresses."""
@@ -209,29 +235,48 @@ def read_trust(body: Body) -> Trust:
 def write_resident(resident: Resident) -> Value:
     """One entry of an address shard."""
     match resident:
-        case ResidentService(namespace, name, ports):
-            return ["s", namespace, name, list(ports)]
-        case ResidentWorkload(namespace, name, service_account, labels):
-            return ["w", namespace, name, service_account, dict(labels)]
+        case ResidentService(namespace, name, ports, bound):
+            return ["s", namespace, name, list(ports), *([True] if bound else [])]
+        case ResidentWorkload(namespace, name, service_account, labels, bindings):
+            listed: list[Value] = [[port, *write_binding(binding)] for port, binding in bindings]
+            return ["w", namespace, name, service_account, dict(labels), *([listed] if listed else [])]
 
 
 def read_resident(value: Value) -> Resident:
     """Raises RecordError."""
     match value:
-        case ["s", namespace, name, ports]:
+        case ["s", namespace, name, ports] | ["s", namespace, name, ports, True]:
             found = tuple(read_port(port, "addresses") for port in typed(ports, list, "addresses"))
             check_distinct(found, "addresses")
-            return ResidentService(_name(namespace, wrong_dns_label), _name(name, wrong_service_name), found)
-        case ["w", namespace, name, service_account, labels]:
+            return ResidentService(
+                _name(namespace, wrong_dns_label), _name(name, wrong_service_name), found, bound=len(value) == 5
+            )
+        case ["w", namespace, name, service_account, labels, *bindings] if len(bindings) <= 1:
             return ResidentWorkload(
                 _name(namespace, wrong_dns_label),
                 _name(name, wrong_subdomain),
                 _name(service_account, wrong_subdomain),
                 read_labels(labels, "addresses"),
+                _read_bindings(bindings[0]) if bindings else (),
             )
     raise RecordError(
-        'addresses: each must be ["s", namespace, name, [ports]] or ["w", namespace, name, service account, {labels}]'
+        'addresses: each must be ["s", namespace, name, [ports]], with true when bound, or '
+        '["w", namespace, name, service account, {labels}], with [[port, gateway, via]] when bound'
     )
+
+
+def _read_bindings(value: Value) -> tuple[tuple[int, Binding], ...]:
+    found: list[tuple[int, Binding]] = []
+    for item in typed(value, list, "addresses"):
+        match item:
+            case [port, *binding]:
+                found.append((number_in(port, 0, 65535, "addresses"), read_binding(binding, "addresses")))
+            case _:
+                raise RecordError("addresses: each binding must be [port, gateway, via]")
+    if not found:
+        raise RecordError("addresses: bindings are empty; they must then be absent")
+    check_ordered([port for port, _ in found], "addresses")
+    return tuple(found)
 
 
 def shard_addresses(residents: Mapping[IpAddress, Resident]) -> dict[int, AddressShard]:

@@ -22,7 +22,7 @@ SCHEMA: Final = 1
 
 MAX_PAYLOAD_BYTES: Final = 256 * 1024  # brokers take 1 MB by default (EMQX, NATS); the largest sane policy is far below
 _MAX_NUMBER: Final = 2**63 - 1
-_MAX_DEPTH: Final = 8  # the deepest body, a policy's, nests 6
+_MAX_DEPTH: Final = 8  # the deepest body, a route's, nests 8
 
 
 class MessageError(ValueError):

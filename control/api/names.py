@@ -14,6 +14,11 @@ _MAX_SUBDOMAIN: Final = 253
 _PORT: Final = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
 
+def key(namespace: str, name: str) -> str:
+    """How services, workloads, Gateways and routes are referred to: `namespace/name`."""
+    return f"{namespace}/{name}"
+
+
 def wrong_dns_label(text: str) -> str:
     """RFC 1123 label: a namespace."""
     if _LABEL.fullmatch(text):

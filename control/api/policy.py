@@ -7,24 +7,32 @@ of `sources`, one of `operations` and all of `conditions` must hold; within a so
 fields must hold; within a field one value must, and in a `not_` field none may. A caller without an
 identity matches no positive field of identity, and every negative one.
 
-Patterns (principals, namespaces): `exact`, `prefix*`, `*suffix`, and `*` for anything that is present.
+A policy with targets holds at the waypoints that serve them, and one without at the uProxy of each workload that it
+selects. Only the former may ask for what HTTP says (hosts, methods, paths, headers). Of a connection that is not HTTP
+nothing is known of that: a DENY matches as if the rule did not ask for it, and an ALLOW does not match.
+
+Patterns (all but ports, blocks and keys): `exact`, `prefix*`, `*suffix`, and `*` for anything that is present.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from typing import Final, Literal
 
 from control.api.address import IpBlock, parse_block
+from control.api.http_text import normal_path, wrong_field_value, wrong_method
 from control.api.identity import SCHEME, IdentityError, SpiffeId
 from control.api.labels import Labels, selects
-from control.api.names import wrong_dns_label
+from control.api.names import key, wrong_dns_label
 from control.api.problems import shown
 
 DEFAULT_ROOT_NAMESPACE: Final = "mesh-system"
 """Policies of this namespace apply to every namespace."""
+
+_HOST: Final = re.compile(r"[A-Za-z0-9._*:\[\]-]{1,255}")
 
 
 class Action(Enum):
@@ -35,13 +43,15 @@ class Action(Enum):
 
 
 class ConditionKey(Enum):
-    """The attributes of a connection that a `when` may ask for at L4."""
+    """The attributes of a connection or request that a `when` may ask for."""
 
     SOURCE_IP = "source.ip"
     SOURCE_NAMESPACE = "source.namespace"
     SOURCE_PRINCIPAL = "source.principal"
     DESTINATION_IP = "destination.ip"
     DESTINATION_PORT = "destination.port"
+    REQUEST_HEADERS = "request.headers"
+    """At waypoints only. Written `request.headers[x-name]`: any of the header's values."""
 
 
 class MtlsMode(Enum):
@@ -68,10 +78,24 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What is called: ports of the workload (not of the service)."""
+    """What is called. All but the ports is for waypoints."""
 
     ports: tuple[int, ...] = ()
+    """At a uProxy of the workload; at a waypoint of the service, or of the workload when that was dialled."""
     not_ports: tuple[int, ...] = ()
+    hosts: tuple[str, ...] = ()
+    """Patterns over the authority, in lower case, which is how it is to be compared."""
+    not_hosts: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    """Patterns over the method, which tells upper case from lower."""
+    not_methods: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    """Patterns over the normalised path, without the query."""
+    not_paths: tuple[str, ...] = ()
+
+    @property
+    def asks_http(self) -> bool:
+        return bool(self.hosts or self.not_hosts or self.methods or self.not_methods or self.paths or self.not_paths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +105,12 @@ class Condition:
     key: ConditionKey
     values: tuple[str, ...] = ()
     not_values: tuple[str, ...] = ()
+    name: str = ""
+    """Of the header, in lower case; empty for every other key."""
+
+    @property
+    def asks_http(self) -> bool:
+        return self.key is ConditionKey.REQUEST_HEADERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +121,25 @@ class Rule:
     operations: tuple[Operation, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
+    @property
+    def asks_http(self) -> bool:
+        """Whether anything of it can be told of HTTP requests only."""
+        return any(operation.asks_http for operation in self.operations) or any(
+            condition.asks_http for condition in self.conditions
+        )
+
+
+TargetKind = Literal["Gateway", "Service"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """All requests through a waypoint, or those to one service."""
+
+    kind: TargetKind
+    key: str
+    """Of a Gateway or Service of the policy's own namespace."""
+
 
 @dataclass(frozen=True, slots=True)
 class AuthorizationPolicy:
@@ -100,12 +149,18 @@ class AuthorizationPolicy:
     name: str
     action: Action
     selector: Labels | None = field(hash=False)
-    """Which workloads of its scope; None: all."""
+    """Which workloads of its scope; None: all, unless there are targets."""
     rules: tuple[Rule, ...]
+    targets: tuple[Target, ...] = ()
+    """At which waypoints it holds, in order, each once; none: at the workloads that it selects."""
 
     @property
     def key(self) -> str:
-        return f"{self.namespace}/{self.name}"
+        return key(self.namespace, self.name)
+
+    @property
+    def asks_http(self) -> bool:
+        return any(rule.asks_http for rule in self.rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +195,8 @@ def canonical_value(key: ConditionKey, text: str) -> str:
             return canonical_principal(text)
         case ConditionKey.SOURCE_NAMESPACE:
             return canonical_namespace(text)
+        case ConditionKey.REQUEST_HEADERS:
+            return canonical_text(text)
 
 
 def canonical_principal(text: str) -> str:
@@ -165,6 +222,38 @@ def canonical_namespace(text: str) -> str:
     return text
 
 
+def canonical_text(text: str) -> str:
+    """A pattern over the value of a header. Raises ValueError."""
+    _check_pattern(text)
+    if problem := wrong_field_value(text):
+        raise ValueError(problem)
+    return text
+
+
+def canonical_host(text: str) -> str:
+    """A pattern over hosts, with or without a port. Raises ValueError."""
+    _check_pattern(text)
+    if not _HOST.fullmatch(text):
+        raise ValueError(f"{shown(text)} is no host, as shop.example, *.example or shop.example:*")
+    return text.lower()
+
+
+def canonical_method(text: str) -> str:
+    """A pattern over methods. Raises ValueError."""
+    _check_pattern(text)
+    if problem := wrong_method(text.replace("*", "") or "GET"):
+        raise ValueError(problem)
+    return text
+
+
+def canonical_path(text: str) -> str:
+    """A pattern over normalised paths. Raises ValueError for one that no such path can match."""
+    _check_pattern(text)
+    if not text.startswith(("/", "*")):
+        raise ValueError(f"{shown(text)} must begin with '/' or '*'")
+    return normal_path(text)
+
+
 def parse_port(text: str) -> int:
     """A port number as Istio's policies write it: in quotes. Raises ValueError."""
     if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
@@ -173,8 +262,8 @@ def parse_port(text: str) -> int:
 
 
 def applies(policy: AuthorizationPolicy, namespace: str, labels: Labels, root_namespace: str) -> bool:
-    """Whether the policy selects a workload with these labels in this namespace."""
-    if policy.namespace not in (namespace, root_namespace):
+    """Whether the policy selects a workload with these labels in this namespace. One with targets selects none."""
+    if policy.targets or policy.namespace not in (namespace, root_namespace):
         return False
     return policy.selector is None or selects(policy.selector, labels)
 

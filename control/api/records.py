@@ -1,12 +1,12 @@
-"""Services, endpoints, workloads and policies as message bodies, and back: `read(topic, write(x)) == x`.
+"""Services, endpoints, workloads, policies, Gateways and routes as message bodies: `read(topic, write(x)) == x`.
 
 What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
-every field must be there, none may be added, and every value must be in its canonical form.
+every field must be there, none may be added, and every value must be in its canonical form. What waypoints ask for
+(`binding`, `bounds`, `targets`) is absent where there is none, so that a mesh without them is as it was.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Final
 
@@ -14,16 +14,25 @@ from control.api.address import AddressError, IpBlock, parse_block
 from control.api.fields import (
     Fields,
     check_distinct,
+    check_ordered,
     checked,
+    number_in,
     read_address,
+    read_any_identity,
+    read_binding,
     read_identity,
+    read_key,
+    read_member,
     read_port,
     typed,
+    write_binding,
 )
 from control.api.fields import RecordError as RecordError  # what `read` raises
+from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic
+from control.api.http_text import wrong_header_name
 from control.api.identity import SpiffeId, TrustDomain, make_id, proxy_hash
 from control.api.messages import Body, Value
-from control.api.names import wrong_dns_label, wrong_subdomain
+from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.policy import (
     Action,
     AuthorizationPolicy,
@@ -32,14 +41,29 @@ from control.api.policy import (
     Operation,
     Rule,
     Source,
+    Target,
+    TargetKind,
+    canonical_host,
+    canonical_method,
     canonical_namespace,
+    canonical_path,
     canonical_principal,
     canonical_value,
 )
-from control.api.topics import EndpointTopic, PolicyTopic, RecordTopic, ServiceTopic, WorkloadTopic
-from control.api.workload import Endpoint, Service, ServicePort, Workload, key
+from control.api.route import HTTPRoute
+from control.api.route_record import read_route, write_route
+from control.api.topics import (
+    EndpointTopic,
+    GatewayTopic,
+    PolicyTopic,
+    RecordTopic,
+    RouteTopic,
+    ServiceTopic,
+    WorkloadTopic,
+)
+from control.api.workload import Endpoint, Service, ServicePort, Workload
 
-Record = Service | Endpoint | Workload | AuthorizationPolicy
+Record = Service | Endpoint | Workload | AuthorizationPolicy | Gateway | HTTPRoute
 
 MAX_WEIGHT: Final = 65_535
 
@@ -56,6 +80,10 @@ def topic_of(record: Record) -> RecordTopic:
             return WorkloadTopic(proxy_hash(record.identity), record.name)
         case AuthorizationPolicy():
             return PolicyTopic(record.namespace, record.name)
+        case Gateway():
+            return GatewayTopic(record.namespace, record.name)
+        case HTTPRoute():
+            return RouteTopic(record.namespace, record.name)
 
 
 def write(record: Record) -> Body:
@@ -67,6 +95,7 @@ def write(record: Record) -> Body:
                 "ports": [[p.name, p.port, p.target_port, p.app_protocol] for p in record.ports],
                 "labels": dict(record.labels),
                 "identities": [str(identity) for identity in record.identities],
+                **({} if record.binding is None else {"binding": write_binding(record.binding)}),
             }
         case Endpoint():
             return {
@@ -86,13 +115,24 @@ def write(record: Record) -> Body:
                 "ports": dict(record.ports),
                 "node": record.node,
                 "weight": record.weight,
+                **({"bounds": [_write_bound(bound) for bound in record.bounds]} if record.bounds else {}),
             }
         case AuthorizationPolicy():
             return {
                 "action": record.action.value,
                 "selector": None if record.selector is None else dict(record.selector),
                 "rules": [_write_rule(rule) for rule in record.rules],
+                **({"targets": [[t.kind, _name_in(t.key)] for t in record.targets]} if record.targets else {}),
             }
+        case Gateway():
+            return {
+                "traffic": record.traffic.value,
+                "instances": [[_name_in(instance.workload), instance.address] for instance in record.instances],
+                "services": list(record.services),
+                "workloads": list(record.workloads),
+            }
+        case HTTPRoute():
+            return write_route(record)
 
 
 def read(topic: RecordTopic, body: Body, trust_domain: TrustDomain) -> Record:
@@ -113,6 +153,10 @@ def _read(topic: RecordTopic, fields: Fields, trust_domain: TrustDomain) -> Reco
             return _read_workload(topic, fields, trust_domain)
         case PolicyTopic():
             return _read_policy(topic, fields)
+        case GatewayTopic():
+            return _read_gateway(topic, fields)
+        case RouteTopic():
+            return read_route(topic, fields)
 
 
 def _block(value: Value, name: str) -> IpBlock:
@@ -152,13 +196,17 @@ def _read_service(topic: ServiceTopic, fields: Fields, trust_domain: TrustDomain
         ports=ports,
         labels=fields.labels("labels"),
         identities=_read_identities(fields.take("identities", list), trust_domain, topic.namespace),
+        binding=_read_binding(fields),
     )
+
+
+def _read_binding(fields: Fields) -> Binding | None:
+    return read_binding(fields.take("binding", list), "binding") if fields.has("binding") else None
 
 
 def _read_identities(values: list[Value], trust_domain: TrustDomain, namespace: str) -> tuple[SpiffeId, ...]:
     found = [read_identity(typed(value, str, "identities"), trust_domain, namespace) for value in values]
-    if any(first >= second for first, second in itertools.pairwise(found)):
-        raise RecordError("identities must be in order, each once")
+    check_ordered(found, "identities")
     return tuple(found)
 
 
@@ -217,7 +265,64 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         ports={name: read_port(port, f"ports.{name}") for name, port in fields.take("ports", dict).items()},
         node=fields.take("node", str),
         weight=fields.number("weight", 1, MAX_WEIGHT),
+        bounds=_read_bounds(fields, trust_domain),
     )
+
+
+def _write_bound(bound: Bound) -> list[Value]:
+    return [bound.port, list(bound.gateways), [str(identity) for identity in bound.exempt], bound.enforced]
+
+
+def _read_bounds(fields: Fields, trust_domain: TrustDomain) -> tuple[Bound, ...]:
+    def read_bound(value: Value, name: str) -> Bound:
+        match value:
+            case [port, gateways, exempt, enforced]:
+                found = Bound(
+                    port=number_in(port, 0, 65535, name),
+                    gateways=tuple(read_key(item, name) for item in typed(gateways, list, name)),
+                    exempt=tuple(
+                        read_any_identity(typed(item, str, name), trust_domain) for item in typed(exempt, list, name)
+                    ),
+                    enforced=typed(enforced, bool, name),
+                )
+                if not found.gateways:
+                    raise RecordError(f"{name}: gateways are missing")
+                check_ordered(found.gateways, name)
+                check_ordered(found.exempt, name)
+                return found
+        raise RecordError(f"{name}: each must be [port, [gateways], [exempt identities], enforced]")
+
+    bounds = fields.optional_list("bounds", read_bound)
+    check_ordered([bound.port for bound in bounds], "bounds")
+    return bounds
+
+
+def _name_in(of_namespace: str) -> str:
+    """The name in a key whose namespace the topic says."""
+    return of_namespace.partition("/")[2]
+
+
+def _read_gateway(topic: GatewayTopic, fields: Fields) -> Gateway:
+    instances: list[Instance] = []
+    for item in fields.take("instances", list):
+        match item:
+            case [name, address]:
+                checked(typed(name, str, "instances"), wrong_subdomain, "instances")
+                instances.append(Instance(key(topic.namespace, name), read_address(address, "instances")))
+            case _:
+                raise RecordError("instances: each must be [name of a workload, address]")
+    gateway = Gateway(
+        namespace=topic.namespace,
+        name=topic.name,
+        traffic=read_member(fields.take("traffic", str), Traffic, "traffic"),
+        instances=tuple(instances),
+        services=tuple(read_key(item, "services", wrong_service_name) for item in fields.take("services", list)),
+        workloads=tuple(read_key(item, "workloads") for item in fields.take("workloads", list)),
+    )
+    check_ordered([instance.workload for instance in gateway.instances], "instances")
+    check_ordered(gateway.services, "services")
+    check_ordered(gateway.workloads, "workloads")
+    return gateway
 
 
 def _write_rule(rule: Rule) -> Body:
@@ -236,11 +341,26 @@ def _write_rule(rule: Rule) -> Body:
         ]
     if rule.operations:
         body["operations"] = [
-            _present(ports=operation.ports, not_ports=operation.not_ports) for operation in rule.operations
+            _present(
+                ports=operation.ports,
+                not_ports=operation.not_ports,
+                hosts=operation.hosts,
+                not_hosts=operation.not_hosts,
+                methods=operation.methods,
+                not_methods=operation.not_methods,
+                paths=operation.paths,
+                not_paths=operation.not_paths,
+            )
+            for operation in rule.operations
         ]
     if rule.conditions:
         body["conditions"] = [
-            {"key": c.key.value, **_present(values=c.values, not_values=c.not_values)} for c in rule.conditions
+            {
+                "key": c.key.value,
+                **({"name": c.name} if c.name else {}),
+                **_present(values=c.values, not_values=c.not_values),
+            }
+            for c in rule.conditions
         ]
     return body
 
@@ -250,16 +370,32 @@ def _present(**lists: tuple[str, ...] | tuple[int, ...]) -> Body:
 
 
 def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
-    action = fields.take("action", str)
-    if action not in Action.__members__:
-        raise RecordError(f"action is {action[:40]!r}; it must be ALLOW or DENY")
-    return AuthorizationPolicy(
+    policy = AuthorizationPolicy(
         namespace=topic.namespace,
         name=topic.name,
-        action=Action(action),
+        action=read_member(fields.take("action", str), Action, "action"),
         selector=fields.selector("selector"),
         rules=tuple(_read_rule(item) for item in fields.take("rules", list)),
+        targets=fields.optional_list("targets", lambda value, name: _read_target(value, name, topic.namespace)),
     )
+    check_ordered([(target.kind, target.key) for target in policy.targets], "targets")
+    if policy.targets and policy.selector is not None:
+        raise RecordError("selector cannot stand beside targets")
+    if policy.asks_http and not policy.targets:
+        raise RecordError("rules ask for what only a waypoint sees, and there are no targets")
+    return policy
+
+
+def _read_target(value: Value, name: str, namespace: str) -> Target:
+    kind: TargetKind
+    match value:
+        case ["Gateway" as kind, target]:
+            wrong = wrong_subdomain
+        case ["Service" as kind, target]:
+            wrong = wrong_service_name
+        case _:
+            raise RecordError(f"{name}: each must be [Gateway or Service, name]")
+    return Target(kind, key(namespace, checked(typed(target, str, name), wrong, name)))
 
 
 def _read_rule(value: Value) -> Rule:
@@ -290,7 +426,14 @@ def _read_source(value: Value, name: str) -> Source:
 def _read_operation(value: Value, name: str) -> Operation:
     fields = Fields(value, name)
     operation = Operation(
-        ports=fields.optional_list("ports", read_port), not_ports=fields.optional_list("not_ports", read_port)
+        ports=fields.optional_list("ports", read_port),
+        not_ports=fields.optional_list("not_ports", read_port),
+        hosts=fields.optional_list("hosts", _canonical(canonical_host)),
+        not_hosts=fields.optional_list("not_hosts", _canonical(canonical_host)),
+        methods=fields.optional_list("methods", _canonical(canonical_method)),
+        not_methods=fields.optional_list("not_methods", _canonical(canonical_method)),
+        paths=fields.optional_list("paths", _canonical(canonical_path)),
+        not_paths=fields.optional_list("not_paths", _canonical(canonical_path)),
     )
     fields.finish()
     return operation
@@ -298,15 +441,16 @@ def _read_operation(value: Value, name: str) -> Operation:
 
 def _read_condition(value: Value, name: str) -> Condition:
     fields = Fields(value, name)
-    text = fields.take("key", str)
-    if text not in {key.value for key in ConditionKey}:
-        raise RecordError(f"key {text[:40]!r} is none that an L4 proxy knows")
-    condition_key = ConditionKey(text)
+    condition_key = read_member(fields.take("key", str), ConditionKey, "key")
+    header = ""
+    if condition_key is ConditionKey.REQUEST_HEADERS:
+        header = checked(fields.take("name", str), wrong_header_name, "name")
     check = _canonical(lambda value_text: canonical_value(condition_key, value_text))
     condition = Condition(
         condition_key,
         values=fields.optional_list("values", check),
         not_values=fields.optional_list("not_values", check),
+        name=header,
     )
     if not condition.values and not condition.not_values:
         raise RecordError("a condition has neither values nor not_values")

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
-from control.api.workload import key
+from control.api.http_text import normal_path, wrong_header_name
+from control.api.names import key, wrong_subdomain
+from control.api.problems import shown
+
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+"""Those that Gateway API lets a match name."""
+MAX_WEIGHT: Final = 1_000_000  # Gateway API's
+MAX_TIMEOUT_MS: Final = 99_999 * 3_600_000  # the longest duration that Gateway API can write
+
+_QUERY_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
+_UNTOUCHED: Final = frozenset(
+    (
+        "connection",
+        "content-length",
+        "expect",
+        "host",
+        "http2-settings",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-forwarded-client-cert",
+        "x-forwarded-for",
+    )
+)
+_OURS: Final = "x-uproxy-"
 
 
 class PathKind(Enum):
@@ -103,6 +132,8 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class HTTPRoute:
+    """A route, as its waypoints know it."""
+
     namespace: str
     name: str
     parents: tuple[Parent, ...]
@@ -114,3 +145,36 @@ class HTTPRoute:
     @property
     def key(self) -> str:
         return key(self.namespace, self.name)
+
+
+def canonical_route_path(kind: PathKind, text: str) -> str:
+    """The one form of the value of a path match. Raises ValueError for one that could match nothing."""
+    if not text.startswith("/"):
+        raise ValueError(f"{shown(text)} must begin with '/'")
+    if "//" in text:
+        raise ValueError(f"{shown(text)} has an empty element, '//'; write one '/'")
+    path = normal_path(text)
+    return path.rstrip("/") or "/" if kind is PathKind.PREFIX else path
+
+
+def wrong_hostname(text: str) -> str:
+    """What is wrong with a route's host name, or an empty string."""
+    name = text.removeprefix("*.")
+    if problem := wrong_subdomain(name):
+        return problem
+    # Gateway API: a host name, never an address.
+    return f"{shown(text)} is an address; write a host name" if name.rpartition(".")[2].isdigit() else ""
+
+
+def wrong_query_name(text: str) -> str:
+    """What is wrong with the name of a query parameter, or an empty string."""
+    return "" if _QUERY_NAME.fullmatch(text) else f"{shown(text)} is no name of a query parameter"
+
+
+def wrong_modified(name: str) -> str:
+    """What is wrong with a route's setting, adding to or removing a header, or an empty string."""
+    if problem := wrong_header_name(name):
+        return problem
+    if name in _UNTOUCHED or name.startswith(_OURS):
+        return f"{name!r} is the waypoint's own to write, since messages end by it or callers are known by it"
+    return ""

@@ -12,17 +12,14 @@ from typing import Final
 
 from control.api import labels as label
 from control.api.address import IpAddress
+from control.api.gateway import Binding, Bound
 from control.api.identity import SpiffeId
 from control.api.labels import Labels
+from control.api.names import key as key  # beside what has one
 from control.api.names import wrong_dns_label, wrong_service_name
 
 CLUSTER_DOMAIN: Final = "cluster.local"
 """The DNS suffix of service host names. It is not the trust domain, though both are often the same text."""
-
-
-def key(namespace: str, name: str) -> str:
-    """How services and workloads are referred to: `namespace/name`."""
-    return f"{namespace}/{name}"
 
 
 def key_of_host(host: str) -> str | None:
@@ -59,6 +56,8 @@ class Service:
     labels: Labels = field(hash=False)
     identities: tuple[SpiffeId, ...]
     """Who may serve it, in order. Services are signed and endpoints are not: an endpoint of anybody else is none."""
+    binding: Binding | None = None
+    """How callers reach it; None: directly."""
 
     @property
     def key(self) -> str:
@@ -86,10 +85,19 @@ class Workload:
     """The host it runs on; empty when not declared."""
     weight: int
     """Share of traffic relative to the service's other endpoints, at least 1."""
+    bounds: tuple[Bound, ...] = ()
+    """Ports that waypoints stand before, in the order of their numbers, each once."""
 
     @property
     def key(self) -> str:
         return key(self.namespace, self.name)
+
+    def bound_at(self, port: int) -> Bound | None:
+        """What is demanded of who connects to a port: what stands for that port alone, else what stands for all."""
+        for bound in self.bounds:
+            if bound.port == port:
+                return bound
+        return self.bounds[0] if self.bounds and self.bounds[0].port == 0 else None
 
     @property
     def canonical_service(self) -> str:

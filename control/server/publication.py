@@ -29,11 +29,13 @@ from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
     EndpointTopic,
+    GatewayTopic,
     IndexedTopic,
     IndexTopic,
     ManifestTopic,
     PolicyTopic,
     RootTopic,
+    RouteTopic,
     ServiceTopic,
     StatusTopic,
     Topic,
@@ -204,7 +206,9 @@ def rank(topic: Topic) -> Rank:
     match topic:
         case TrustTopic():
             return Rank.TRUST
-        case ServiceTopic() | EndpointTopic() | WorkloadTopic() | PolicyTopic() | StatusTopic():
+        case ServiceTopic() | EndpointTopic() | WorkloadTopic() | PolicyTopic() | GatewayTopic() | RouteTopic():
+            return Rank.RECORD
+        case StatusTopic():
             return Rank.RECORD
         case ManifestTopic():
             return Rank.MANIFEST

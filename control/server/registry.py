@@ -18,6 +18,7 @@ from typing import Final
 from control.api import messages, records, vips
 from control.api.address import IpAddress
 from control.api.declared import DeclaredPolicy, DeclaredService, DeclaredWorkload, Family, Place, Resource
+from control.api.gateway import Gateway
 from control.api.identity import TrustDomain, make_id
 from control.api.index import Resident
 from control.api.labels import Labels, selects
@@ -26,6 +27,7 @@ from control.api.messages import Body, Stamp
 from control.api.policy import AuthorizationPolicy
 from control.api.problems import Position, ResourceError, ResourceErrors
 from control.api.records import Record
+from control.api.route import HTTPRoute
 from control.api.topics import EndpointTopic, format_topic
 from control.api.workload import Endpoint, Service, Workload
 from control.server import documents
@@ -407,6 +409,10 @@ def _key_of(record: Record) -> Hashable:
             return "ep", record.service, record.workload
         case AuthorizationPolicy():
             return "policy", record.name
+        case Gateway():
+            return "gw", record.name
+        case HTTPRoute():
+            return "route", record.name
 
 
 def _selects_any(selector: Labels, resources: Mapping[Place, Resource]) -> bool:

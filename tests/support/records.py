@@ -7,10 +7,23 @@ import ipaddress
 from hypothesis import strategies as st
 
 from control.api.address import IpAddress, IpBlock, parse_address, parse_block
+from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.index import AddressShard, ResidentService, ResidentWorkload
-from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source
+from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
 from control.api.records import Record
+from control.api.route import (
+    Backend,
+    HeaderMatch,
+    HeaderModifier,
+    HTTPRoute,
+    Match,
+    Parent,
+    PathKind,
+    PathMatch,
+    QueryMatch,
+    RouteRule,
+)
 from control.api.topics import AddressesTopic, address_shard
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
@@ -22,6 +35,9 @@ workload_names = st.sampled_from(["web-1", "web-2", "db.0", "x"])
 accounts = st.sampled_from(["default", "web", "db"])
 ports = st.integers(1, 65535)
 weights = st.integers(1, 65535)
+service_keys = st.builds("{}/{}".format, namespaces, names)
+gateway_keys = service_keys
+bindings = st.builds(Binding, gateway_keys, st.sampled_from(Via))
 labels = st.dictionaries(st.sampled_from(["app", "version", "a.b/c"]), st.sampled_from(["", "web", "v1"]), max_size=3)
 
 
@@ -63,7 +79,24 @@ def services(draw: st.DrawFn) -> Service:
         ports=draw(_few(service_ports, unique_by=lambda port: port.port)),
         labels=draw(labels),
         identities=tuple(make_id(TRUST_DOMAIN, namespace, account) for account in sorted(draw(st.sets(accounts)))),
+        binding=draw(st.none() | bindings),
     )
+
+
+@st.composite
+def bounds(draw: st.DrawFn) -> Bound:
+    """Of a port from 0 to 3, so that a workload often has several."""
+    exempt = draw(st.sets(st.builds(make_id, st.just(TRUST_DOMAIN), namespaces, accounts), max_size=2))
+    return Bound(
+        port=draw(st.integers(0, 3)),
+        gateways=tuple(sorted(draw(st.sets(gateway_keys, min_size=1, max_size=2)))),
+        exempt=tuple(sorted(exempt)),
+        enforced=draw(st.booleans()),
+    )
+
+
+def _by_port(items: list[Bound]) -> tuple[Bound, ...]:
+    return tuple(sorted(items, key=lambda bound: bound.port))
 
 
 @st.composite
@@ -79,6 +112,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         ports=draw(st.dictionaries(st.sampled_from(["http", "tcp"]), ports, max_size=2)),
         node=draw(st.sampled_from(["", "a"])),
         weight=draw(weights),
+        bounds=draw(st.lists(bounds(), max_size=2, unique_by=lambda bound: bound.port).map(_by_port)),
     )
 
 
@@ -109,6 +143,16 @@ sources = st.builds(
     not_ip_blocks=_few(blocks),
 )
 operations = st.builds(Operation, ports=_few(ports), not_ports=_few(ports))
+http_operations = st.builds(
+    Operation,
+    ports=_few(ports),
+    hosts=_few(st.sampled_from(["*", "reviews.shop", "shop.example:*"])),
+    not_hosts=_few(st.sampled_from(["*", "reviews.shop"])),
+    methods=_few(st.sampled_from(["GET", "P*", "*"])),
+    not_methods=_few(st.sampled_from(["GET", "*T"])),
+    paths=_few(st.sampled_from(["/", "/v2/*", "*.css", "*"])),
+    not_paths=_few(st.sampled_from(["/admin*", "/a%2Ab"])),
+)
 
 
 def _values(key: ConditionKey) -> st.SearchStrategy[str] | st.SearchStrategy[IpBlock]:
@@ -121,15 +165,28 @@ def _values(key: ConditionKey) -> st.SearchStrategy[str] | st.SearchStrategy[IpB
             return namespace_patterns
         case ConditionKey.DESTINATION_PORT:
             return ports.map(str)
+        case ConditionKey.REQUEST_HEADERS:
+            return st.sampled_from(["*", "beta", "be*", "*ta"])
 
 
-conditions = st.sampled_from(ConditionKey).flatmap(
-    lambda key: st.builds(
-        Condition, key=st.just(key), values=_few(_values(key), min_size=1), not_values=_few(_values(key))
-    )
+def _conditions(key: ConditionKey) -> st.SearchStrategy[Condition]:
+    header = st.sampled_from(["x-user", "cookie"]) if key is ConditionKey.REQUEST_HEADERS else st.just("")
+    values = _values(key)
+    return st.builds(Condition, st.just(key), _few(values, min_size=1), _few(values), header)
+
+
+def _rules(
+    operations: st.SearchStrategy[Operation], conditions: st.SearchStrategy[Condition]
+) -> st.SearchStrategy[Rule]:
+    return st.builds(Rule, sources=_few(sources), operations=_few(operations), conditions=_few(conditions))
+
+
+http_rules = _rules(operations | http_operations, st.sampled_from(ConditionKey).flatmap(_conditions))
+rules = _rules(
+    operations,
+    st.sampled_from(sorted(set(ConditionKey) - {ConditionKey.REQUEST_HEADERS}, key=str)).flatmap(_conditions),
 )
-rules = st.builds(Rule, sources=_few(sources), operations=_few(operations), conditions=_few(conditions))
-policies = st.builds(
+selecting_policies = st.builds(
     AuthorizationPolicy,
     namespace=namespaces,
     name=names,
@@ -137,11 +194,110 @@ policies = st.builds(
     selector=st.none() | labels,
     rules=_few(rules),
 )
+"""Those that uProxies enforce."""
 
 
-residents = st.builds(
-    ResidentService, namespaces, names, st.lists(ports, max_size=3, unique=True).map(tuple)
-) | st.builds(ResidentWorkload, namespaces, workload_names, accounts, labels)
+@st.composite
+def targeting_policies(draw: st.DrawFn) -> AuthorizationPolicy:
+    """Those that waypoints enforce."""
+    namespace = draw(namespaces)
+    targets = st.builds(Target, st.sampled_from(["Gateway", "Service"]), names.map(lambda name: f"{namespace}/{name}"))
+    return AuthorizationPolicy(
+        namespace=namespace,
+        name=draw(names),
+        action=draw(st.sampled_from(Action)),
+        selector=None,
+        rules=draw(_few(http_rules)),
+        targets=tuple(sorted(draw(st.sets(targets, min_size=1, max_size=2)))),
+    )
+
+
+policies = selecting_policies | targeting_policies()
+
+
+@st.composite
+def gateways(draw: st.DrawFn) -> Gateway:
+    namespace = draw(namespaces)
+    instances = draw(st.dictionaries(workload_names, addresses(), max_size=2))
+    return Gateway(
+        namespace=namespace,
+        name=draw(names),
+        traffic=draw(st.sampled_from(Traffic)),
+        instances=tuple(Instance(f"{namespace}/{name}", instances[name]) for name in sorted(instances)),
+        services=tuple(sorted(draw(st.sets(service_keys, max_size=3)))),
+        workloads=tuple(sorted(draw(st.sets(st.builds("{}/{}".format, namespaces, workload_names), max_size=3)))),
+    )
+
+
+_header_names = st.sampled_from(["x-user", "cookie", "x-added"])
+_header_values = st.sampled_from(["a", "two words", ""])
+
+
+@st.composite
+def modifiers(draw: st.DrawFn) -> HeaderModifier:
+    """Each header in at most one place."""
+    found = draw(st.lists(_header_names, max_size=3, unique=True))
+    first, second = sorted((draw(st.integers(0, 3)), draw(st.integers(0, 3))))
+    return HeaderModifier(
+        set=tuple((name, draw(_header_values)) for name in found[:first]),
+        add=tuple((name, draw(_header_values)) for name in found[first:second]),
+        remove=tuple(found[second:]),
+    )
+
+
+matches = st.builds(
+    Match,
+    path=st.builds(PathMatch, st.sampled_from(PathKind), st.sampled_from(["/", "/v2", "/v2/x%2A"])),
+    headers=_few(st.builds(HeaderMatch, _header_names, _header_values), unique_by=lambda header: header.name),
+    query=_few(
+        st.builds(QueryMatch, st.sampled_from(["a", "b"]), st.sampled_from(["1", "\u00fc &"])),
+        unique_by=lambda parameter: parameter.name,
+    ),
+    method=st.sampled_from(["", "GET", "DELETE"]),
+)
+
+
+@st.composite
+def routes(draw: st.DrawFn) -> HTTPRoute:
+    namespace = draw(namespaces)
+    services = names.map(lambda name: f"{namespace}/{name}")
+    backends = st.builds(Backend, services, ports, st.integers(0, 1_000_000), modifiers(), modifiers())
+    rules = st.builds(
+        RouteRule,
+        name=st.sampled_from(["", "canary"]),
+        matches=_few(matches, min_size=1),
+        request=modifiers(),
+        response=modifiers(),
+        backends=_few(backends),
+        timeout_ms=st.integers(0, 100_000),
+        backend_timeout_ms=st.integers(0, 100_000),
+    )
+    parents = st.builds(Parent, services, st.integers(0, 65535))
+    return HTTPRoute(
+        namespace=namespace,
+        name=draw(names),
+        parents=draw(_few(parents, min_size=1, unique=True)),
+        hostnames=draw(_few(st.sampled_from(["reviews.shop", "*.example"]), unique=True)),
+        rules=draw(_few(rules, min_size=1)),
+    )
+
+
+@st.composite
+def resident_workloads(draw: st.DrawFn) -> ResidentWorkload:
+    bound = draw(st.dictionaries(st.integers(0, 3), bindings, max_size=2))
+    return ResidentWorkload(
+        draw(namespaces), draw(workload_names), draw(accounts), draw(labels), tuple(sorted(bound.items(), key=_port))
+    )
+
+
+def _port(item: tuple[int, Binding]) -> int:
+    return item[0]
+
+
+residents = (
+    st.builds(ResidentService, namespaces, names, st.lists(ports, max_size=3, unique=True).map(tuple), st.booleans())
+    | resident_workloads()
+)
 
 
 @st.composite
@@ -158,4 +314,4 @@ for _text in [f"10.0.{n >> 8}.{n & 255}" for n in range(1, 1024)] + [f"fd00::{n}
 
 
 def records() -> st.SearchStrategy[Record]:
-    return st.one_of(services(), workloads(), endpoints(), policies)
+    return st.one_of(services(), workloads(), endpoints(), policies, gateways(), routes())

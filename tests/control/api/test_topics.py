@@ -103,6 +103,9 @@ def test_each_kind_has_its_place(topic, text):
         f"mesh/v1/cluster.local/wl/{_HASH}0/web",
         f"mesh/v1/cluster.local/wl/{_HASH}/WEB",
         "mesh/v1/cluster.local/policy/shop/-",
+        "mesh/v1/cluster.local/gw/shop",
+        "mesh/v1/cluster.local/gw/shop/WP",
+        "mesh/v1/cluster.local/route/shop/a/b",
         "mesh/v1/cluster.local/index/shop/40",
         "mesh/v1/cluster.local/index/shop/0A",
         "mesh/v1/cluster.local/index/shop/0",
@@ -131,7 +134,20 @@ def test_an_index_entry_is_its_record_s_topic_without_the_namespace(topic, names
 
 
 @pytest.mark.parametrize(
-    "entry", ["", "svc", "svc/Web", "svc/web/x", "ep/web/web-1", "ep/web", "wl/x/web", "policy/-", f"wl/{_HASH}/+"]
+    "entry",
+    [
+        "",
+        "svc",
+        "svc/Web",
+        "svc/web/x",
+        "ep/web/web-1",
+        "ep/web",
+        "wl/x/web",
+        "policy/-",
+        "gw/-",
+        "route/a/b",
+        f"wl/{_HASH}/+",
+    ],
 )
 def test_an_entry_of_no_record_is_refused(entry):
     with pytest.raises(TopicError):
