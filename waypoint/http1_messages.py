@@ -1,0 +1,95 @@
+"""What HTTP/1.1 messages consist of: the values that readers give and writers take. See `waypoint.http1`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+Fields = Sequence[tuple[bytes, bytes]]
+"""The header fields of a head in their order: names in lower case, values without white space at the ends."""
+
+
+class MessageError(Exception):
+    """A message that is not passed on. `status` is what the client is answered with."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Ending(Enum):
+    """How the end of a body is known."""
+
+    NONE = auto()
+    """There is no body."""
+    LENGTH = auto()
+    CHUNKED = auto()
+    CLOSE = auto()
+    """Responses only: the connection ends with the body, so a lost connection cannot be told from a whole body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """Where a message ends."""
+
+    ending: Ending
+    length: int | None = None
+    """What Content-Length says; None when it is absent. A response without a body (HEAD, 304) may say one, too."""
+
+
+NO_BODY = Framing(Ending.NONE)
+CHUNKED = Framing(Ending.CHUNKED)
+UNTIL_CLOSE = Framing(Ending.CLOSE)
+
+
+def length(octets: int) -> Framing:
+    """A body of so many bytes."""
+    return Framing(Ending.LENGTH, octets)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    method: str
+    target: str
+    """In origin form: a path that begins with `/`, and perhaps a query; visible ASCII, not normalised."""
+    fields: Fields
+    """With exactly one Host."""
+    framing: Framing = NO_BODY
+    keep_alive: bool = True
+    """Whether the client takes another response on this connection."""
+    minor: int = 1
+    """HTTP/1.`minor`: 0 or 1."""
+    expects_continue: bool = False
+    """The client waits for 100 (Continue) before it sends the body. The Expect field is among the fields then."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    status: int
+    reason: bytes
+    fields: Fields
+    framing: Framing = NO_BODY
+
+    @property
+    def interim(self) -> bool:
+        """1xx: the response itself is still to come."""
+        return self.status < 200
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The next bytes of a body, without framing; never empty."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The message is whole."""
+
+
+END = End()
+
+RequestEvent = RequestHead | Body | End
+ResponseEvent = ResponseHead | Body | End

@@ -1,0 +1,103 @@
+"""Writers of HTTP/1.1: the messages of one exchange, as bytes for either peer. See `waypoint.http1`."""
+
+from __future__ import annotations
+
+from waypoint.http1_head import OF_CONNECTION, check_written
+from waypoint.http1_messages import CHUNKED, UNTIL_CLOSE, Ending, Fields, Framing, RequestHead, ResponseHead
+
+
+class _Writer:
+    """The body of one message. A ValueError is a mistake of ours, and means that the connection must be given up."""
+
+    __slots__ = ("_ending", "_left")
+
+    def __init__(self) -> None:
+        self._ending = Ending.NONE
+        self._left = 0  # bytes that were promised and not written
+
+    def body(self, data: bytes) -> bytes:
+        """The next bytes of the body as they are sent."""
+        if self._ending is Ending.CHUNKED:
+            return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        if self._ending is Ending.LENGTH:
+            self._left -= len(data)
+            if self._left < 0:
+                raise ValueError("a body is longer than its head says")
+        elif self._ending is Ending.NONE:
+            return b""
+        return data
+
+    def end(self) -> bytes:
+        """What says that the body is whole."""
+        if self._ending is Ending.LENGTH and self._left:
+            raise ValueError("a body is shorter than its head says")
+        return b"0\r\n\r\n" if self._ending is Ending.CHUNKED else b""
+
+    def _begin(self, framing: Framing) -> None:
+        self._ending = framing.ending
+        self._left = framing.length or 0
+
+
+class RequestWriter(_Writer):
+    """One request, to a server."""
+
+    __slots__ = ()
+
+    def head(self, request: RequestHead) -> bytes:
+        """Raises ValueError for a head that no reader of ours would take."""
+        self._begin(request.framing)
+        line = f"{request.method} {request.target} HTTP/1.1\r\n".encode("ascii")
+        head = _written(line, request.fields, request.framing)
+        check_written(head, request=True)
+        return head
+
+
+class ResponseWriter(_Writer):
+    """The response to one request, and the interim ones before it."""
+
+    __slots__ = ("_request", "close")
+
+    def __init__(self, request: RequestHead) -> None:
+        super().__init__()
+        self._request = request
+        self.close = not request.keep_alive
+        """Whether the connection must be closed once the response is sent. Holds after the head."""
+
+    def head(self, response: ResponseHead, *, close: bool = False) -> bytes:
+        """Empty for what this client cannot be sent. Raises ValueError for a head that no reader of ours would take.
+
+        `close` asks for the connection to be closed after this response.
+        """
+        line = b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)
+        if response.interim:
+            if not self._request.minor:  # RFC 9110 section 15.2
+                return b""
+            head = _written(line, response.fields, response.framing)
+        else:
+            framing = self._framing(response.framing)
+            if framing is UNTIL_CLOSE or close:
+                self.close = True
+            if self.close:
+                line += b"connection: close\r\n"
+            head = _written(line, response.fields, framing)
+            if self._request.method != "HEAD":
+                self._begin(framing)
+        check_written(head, request=False)
+        return head
+
+    def _framing(self, framing: Framing) -> Framing:
+        """The end of the body as this client understands it: chunked where that is possible and it has no length."""
+        if framing.ending in (Ending.CHUNKED, Ending.CLOSE):
+            return CHUNKED if self._request.minor else UNTIL_CLOSE
+        return framing
+
+
+def _written(line: bytes, fields: Fields, framing: Framing) -> bytes:
+    if not OF_CONNECTION.isdisjoint([name for name, _ in fields]):
+        raise ValueError("a field that only writers may write is among the fields of a head")
+    lines = [b"%b: %b\r\n" % field for field in fields]
+    if framing.length is not None:
+        lines.append(b"content-length: %d\r\n" % framing.length)
+    elif framing.ending is Ending.CHUNKED:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    return b"%b%b\r\n" % (line, b"".join(lines))
