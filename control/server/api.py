@@ -30,7 +30,7 @@ from aiohttp import web
 from control.api import index, messages, records
 from control.api.address import IpAddress
 from control.api.declared import Place
-from control.api.identity import TrustDomain
+from control.api.identity import SpiffeId, TrustDomain
 from control.api.messages import Body
 from control.api.problems import ResourceErrors
 from control.api.topics import (
@@ -106,10 +106,12 @@ class Api:
         url: str,
         broker: Callable[[], BrokerState],
         on_identities: Callable[[], None],
+        admit: Callable[[SpiffeId], None],
         clock: Callable[[], float],
     ) -> None:
-        """`url`: where workloads find the certificate server. `on_identities` is called, in a thread and before the
-        answer is sent, when identities may have come or gone; it returns when the broker knows them.
+        """`url`: where workloads find the certificate server. `on_identities` is called in a thread when identities
+        may have come or gone. So is `admit`, before a token for somebody is given out; it returns when the broker
+        knows them.
         """
         self._core = core
         self._store = store
@@ -119,6 +121,7 @@ class Api:
         self._url = url
         self._broker = broker
         self._on_identities = on_identities
+        self._admit = admit
         self._clock = clock
         changes, tokens, questions = asyncio.Lock(), asyncio.Lock(), asyncio.Semaphore(_MOST_QUESTIONS)
         self._routes: Mapping[tuple[str, str], tuple[Callable[[Json], Json], asyncio.Lock | asyncio.Semaphore]] = {
@@ -207,6 +210,8 @@ class Api:
                         )
 
     def _changed(self, change: ChangeSet, dry_run: bool) -> Json:
+        if not dry_run:
+            self._on_identities()
         return {
             "changes": [
                 {
@@ -262,7 +267,7 @@ class Api:
         _finish(body)
         token = self._enrolment.create_token(self._url, member, ttl_s)
         expires_at = datetime.fromtimestamp(int(self._clock()) + ttl_s, UTC)
-        self._on_identities()
+        self._admit(member.identity)
         return {
             "token": token.encode(),
             "identity": str(member.identity),

@@ -20,7 +20,7 @@ from typing import Final
 from control.api import index, messages, status
 from control.api.declared import Place
 from control.api.fields import RecordError
-from control.api.identity import TrustDomain
+from control.api.identity import SpiffeId, TrustDomain
 from control.api.index import AddressShard
 from control.api.messages import Body, MessageError, Stamp
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
@@ -308,6 +308,11 @@ class Core:
     def roots(self) -> dict[str, RootStamp]:
         """Namespace, or `ADDRESSES` -> epoch, version and time of issue of its root: what proxies should have."""
         return dict(self._roots)
+
+    def identities(self) -> frozenset[SpiffeId]:
+        """Those of all declared workloads."""
+        with self._queue_lock:
+            return self._registry.residents.identities()
 
     def problems(self) -> tuple[str, ...]:
         """What people should know of: statuses that cannot be read and the like; bounded, newest last."""

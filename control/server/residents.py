@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from control.api.address import IpAddress
-from control.api.identity import TrustDomain, make_id
+from control.api.identity import SpiffeId, TrustDomain, make_id
 from control.api.index import AddressShard, Resident, ResidentService
 from control.api.topics import ADDRESS_SHARDS, address_shard
 
@@ -20,8 +20,8 @@ class Residents:
         self._trust_domain = trust_domain
         self._at: dict[IpAddress, Resident] = {}
         self._of: dict[str, dict[IpAddress, Resident]] = {}
-        self._principals: dict[str, frozenset[str]] = {}
-        """By namespace; kept since a change of one is held against all others."""
+        self._identities: dict[str, dict[str, SpiffeId]] = {}
+        """Namespace -> principal -> identity, kept since a change of one namespace is held against all others."""
         self._shards: list[set[IpAddress]] = [set() for _ in range(ADDRESS_SHARDS)]
         found: dict[str, dict[IpAddress, Resident]] = {}
         for shard in shards:
@@ -29,9 +29,13 @@ class Residents:
                 found.setdefault(resident.namespace, {})[address] = resident
         self.replace(found)
 
+    def identities(self) -> frozenset[SpiffeId]:
+        """Those of all workloads."""
+        return frozenset(identity for known in self._identities.values() for identity in known.values())
+
     def principals(self, without: Collection[str]) -> frozenset[str]:
         """Those of the workloads of all namespaces but some."""
-        return frozenset().union(*(known for name, known in self._principals.items() if name not in without))
+        return frozenset().union(*(known for name, known in self._identities.items() if name not in without))
 
     def shards_with(self, changed: Mapping[str, Mapping[IpAddress, Resident]]) -> dict[int, dict[IpAddress, Resident]]:
         """The shards that change when these namespaces (namespace -> residents) are replaced: shard -> residents."""
@@ -58,9 +62,8 @@ class Residents:
         for namespace, residents in changed.items():
             self._of[namespace] = dict(residents)
             accounts = {one.service_account for one in residents.values() if not isinstance(one, ResidentService)}
-            self._principals[namespace] = frozenset(
-                make_id(self._trust_domain, namespace, account).principal for account in accounts
-            )
+            identities = [make_id(self._trust_domain, namespace, account) for account in accounts]
+            self._identities[namespace] = {identity.principal: identity for identity in identities}
 
     def holder(self, address: IpAddress) -> Resident | None:
         return self._at.get(address)

@@ -17,7 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -46,6 +46,8 @@ _BACKLOG: Final = 1024
 _ADMISSION_TIMEOUT_S: Final = 15.0
 _REVIEW_S: Final = 30.0
 """How often the broker's users are compared with those who are known: tokens and certificates end by themselves."""
+_RESTS: Final = 4
+"""How many times as long as it needed to take new users the broker is then left to its work."""
 _RETRY_S: Final = 60.0
 
 _log = logging.getLogger(__name__)
@@ -145,7 +147,7 @@ class _Plane:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         broker = self._broker()
-        users = _Users(broker.admit, self._enrolment.identities)
+        users = _Users(broker.admit, lambda: self._core.identities() | self._enrolment.identities())
         async with asyncio.TaskGroup() as group:
             await asyncio.to_thread(users.review)
             group.create_task(_refused_as(broker.run()))
@@ -177,7 +179,8 @@ class _Plane:
             self._identity.trust_domain,
             self._doors.control,
             broker=lambda: BrokerState(self._publisher.connected, self._publisher.problem, self._publisher.published),
-            on_identities=users.review,
+            on_identities=users.changed,
+            admit=users.admit,
             clock=time.time,
         )
 
@@ -194,7 +197,11 @@ class _Plane:
 
 
 class _Users:
-    """Keeps whom the broker lets in equal to who is known."""
+    """Keeps whom the broker lets in equal to who is known.
+
+    It costs the broker about a millisecond for each user, so that changes are gathered; but nobody is given a token
+    before the broker lets them in.
+    """
 
     def __init__(
         self,
@@ -205,7 +212,17 @@ class _Users:
         self._known = known
         self._loop = asyncio.get_running_loop()
         self._turn = threading.Lock()
+        self._changed = asyncio.Event()
         self._admitted: frozenset[SpiffeId] | None = None
+
+    def changed(self) -> None:
+        """Somebody may have come or gone; call it from any thread."""
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    def admit(self, identity: SpiffeId) -> None:
+        """Returns when the broker lets this one in, or cannot be told; call it in a thread."""
+        if self._admitted is None or identity not in self._admitted:
+            self.review()
 
     def review(self) -> None:
         """Tell the broker when somebody came or went; call it in a thread. Returns when the broker has it."""
@@ -220,8 +237,13 @@ class _Users:
 
     async def run(self) -> None:
         while True:
-            await asyncio.sleep(_REVIEW_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REVIEW_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            began = self._loop.time()
             await asyncio.to_thread(self.review)
+            await asyncio.sleep(_RESTS * (self._loop.time() - began))
 
 
 def _first(failed: BaseException) -> BaseException:

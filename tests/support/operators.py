@@ -30,8 +30,10 @@ class Operated:
     store: Store
     enrolment: Enrolment
     broker: BrokerState = field(default_factory=lambda: BrokerState(connected=True, problem="", published=True))
-    admissions: list[frozenset[str]] = field(default_factory=list)
-    """Who was known each time the broker was told."""
+    changes: int = 0
+    """How often identities may have come or gone."""
+    admissions: list[str] = field(default_factory=list)
+    """Whom the broker had to let in at once."""
     clock: Callable[[], float] = time.time
 
 
@@ -45,8 +47,8 @@ def operated(ca: Path, authority: Authority, directory: Path) -> Iterator[Operat
         enrolment = Enrolment(store, authority, members.declared, time.time)
         found = Operated(directory / "control.sock", core, store, enrolment)
 
-        def admit() -> None:
-            found.admissions.append(frozenset(map(str, enrolment.identities())))
+        def changed() -> None:
+            found.changes += 1
 
         api = Api(
             core,
@@ -56,7 +58,8 @@ def operated(ca: Path, authority: Authority, directory: Path) -> Iterator[Operat
             authority.trust_domain,
             URL,
             lambda: found.broker,
-            admit,
+            changed,
+            lambda identity: found.admissions.append(str(identity)),
             lambda: found.clock(),
         )
         stop: list[Callable[[], object]] = []

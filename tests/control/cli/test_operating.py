@@ -385,7 +385,7 @@ def test_a_token_is_for_the_workload_as_it_is_declared(meshctl, applied, plane):
 
 def test_the_broker_knows_whom_a_token_is_for_before_the_token_is_told(meshctl, plane):
     meshctl("token", "create", "--node", "host-a")
-    assert plane.admissions == [frozenset({"spiffe://cluster.local/ns/mesh-system/sa/node-host-a"})]
+    assert plane.admissions == ["spiffe://cluster.local/ns/mesh-system/sa/node-host-a"]
 
 
 def test_a_token_for_programs_and_in_a_file(meshctl, applied, tmp_path):

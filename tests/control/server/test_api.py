@@ -179,12 +179,16 @@ def test_whoever_waits_for_a_turn_keeps_nobody_else_waiting(ask, plane, monkeypa
         assert {one.result()[0] for one in waiting} == {404}
 
 
-def test_the_broker_is_told_of_whom_a_token_is_for_before_it_is_answered(ask, plane):
-    """And not of those who are only declared: a broker needs seconds for thousands of users."""
+def test_the_broker_lets_in_who_gets_a_token_before_it_is_answered_and_the_rest_when_it_may(ask, plane):
+    ask("POST", "/v1/apply", {"documents": documents(1), "dry_run": True})
+    assert plane.changes == 0
     ask("POST", "/v1/apply", {"documents": documents(1)})
-    assert plane.admissions == []
+    assert plane.changes == 1
     ask("POST", "/v1/tokens", {"namespace": "shop", "workload": "w-1"})
-    assert plane.admissions == [{"spiffe://cluster.local/ns/shop/sa/w"}]
+    assert plane.admissions == ["spiffe://cluster.local/ns/shop/sa/w"]
+    delete = {"references": [{"kind": "WorkloadEntry", "namespace": "shop", "name": "w-1"}]}
+    ask("POST", "/v1/delete", delete)
+    assert plane.changes == 2
 
 
 def test_an_answer_comes_while_a_large_change_is_made(ask, plane):

@@ -779,6 +779,16 @@ def everything_pending(plane):
     return found
 
 
+def test_identities_are_those_of_declared_workloads(plane):
+    plane.apply(SHOP, workload("a", "10.9.9.9", namespace="zoo", account="keeper"))
+    plane.restart()
+    assert sorted(map(str, plane.core.identities())) == [
+        "spiffe://cluster.local/ns/shop/sa/db",
+        "spiffe://cluster.local/ns/shop/sa/web",
+        "spiffe://cluster.local/ns/zoo/sa/keeper",
+    ]
+
+
 def test_a_change_while_everything_is_published_takes_milliseconds(plane):
     """A guard against costs that grow with the mesh, not a measurement."""
     for number in range(40):

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from control.api.identity import make_id, parse_trust_domain
 from control.server import serve as serving
 from control.server.ca import Authority
 from control.server.serve import REFUSALS, Running, Settings, serve
@@ -116,3 +117,31 @@ def test_a_ca_that_is_not_there_is_told(settings, tmp_path):
         path.unlink()
     with pytest.raises(REFUSALS, match="meshctl ca init"):
         asyncio.run(serve(settings, lambda _: pytest.fail("ready")))
+
+
+def test_users_who_are_declared_are_gathered_and_those_with_a_token_are_not_kept_waiting():
+    web, db, node = (make_id(parse_trust_domain("cluster.local"), "shop", name) for name in ("web", "db", "node"))
+    known, told = {web}, []
+
+    async def admit(identities):
+        told.append(set(identities))
+        await asyncio.sleep(0.1)
+
+    async def run():
+        users = serving._Users(admit, lambda: frozenset(known))
+        await asyncio.to_thread(users.review)
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(users.run())
+            known.add(db)
+            for _ in range(50):
+                users.changed()
+                await asyncio.sleep(0.005)
+            assert told == [{web}, {web, db}]
+            known.add(node)
+            await asyncio.to_thread(users.admit, node)
+            assert told[2:] == [{web, db, node}]
+            await asyncio.to_thread(users.admit, web)
+            assert len(told) == 3
+            running.cancel()
+
+    asyncio.run(run())
