@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 APP_CONNECT_TIMEOUT_S = 10.0
 MAX_REMEMBERED_HOSTS = 1024
+# What has begun may end when the configuration lets go of this workload: some callers learn of that later than we do.
+LEAVING_S = 30.0
 # The proxy's own ports: a peer must not reach the admin port, or make the proxy dial itself. 15020 (metrics) and 15021
 # (readiness) are meant to be read, by whom policy allows.
 FORBIDDEN_PORTS = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
@@ -68,6 +70,8 @@ class Inbound:
         self._telemetry = telemetry
         self._own = own
         self._policies: Policies = compile_policies(())
+        self._workload: Workload | None = None  # as it was last configured: what has begun is judged by it
+        self._leaving = False  # the configuration has let go of it, and what has begun may still end
         self._services_here: dict[str, str | None] = {}
 
     # -- the connection
@@ -96,6 +100,7 @@ class Inbound:
             app = await self._connect(address, port)
             if policies is not self._policies:  # they changed while we waited for the application
                 try:
+                    self._configured()
                     self._authorise(carrier, address, port)
                 except RefusedError:
                     plane.reset(app)
@@ -130,12 +135,7 @@ class Inbound:
         """The workload's address and port that a CONNECT asks for. Raises RefusedError with the status to answer."""
         asked = asked_for(fields)
         record.hbone_address = asked.authority
-        workload = self._state.workload(self._own.key)
-        if not self._state.whole or workload is None:
-            raise RefusedError(
-                "no-config", f"the mesh's configuration has no workload {self._own.key}", flag=Flag.NO_CONFIG
-            )
-        record.destination.workload = workload
+        record.destination.workload = self._configured()
         address, port = IpAddress(asked.host), asked.port
         if address not in self._own.addresses:  # in almost every request it is, and written as we write it
             address, port = await self._other_target(asked.host, port, record)
@@ -143,6 +143,15 @@ class Inbound:
             raise RefusedError("port-forbidden", f"port {port} belongs to the proxy", flag=Flag.DENY)
         self._note_service(fields, record)
         return address, port
+
+    def _configured(self) -> Workload:
+        """This workload's record. Raises RefusedError when there is none: the caller then tries another endpoint."""
+        workload = self._state.workload(self._own.key)
+        if not self._state.whole or workload is None:
+            raise RefusedError(
+                "no-config", f"the mesh's configuration has no workload {self._own.key}", flag=Flag.NO_CONFIG
+            )
+        return workload
 
     async def _other_target(self, host: str, port: int, record: Connection) -> tuple[IpAddress, int]:
         """An address in another spelling, or the name of a service of which this workload is an endpoint."""
@@ -190,7 +199,7 @@ class Inbound:
 
     def _decide(self, carrier: Tunnel, address: IpAddress, port: int) -> Decision:
         """L4 authorization: who (from TLS), from where (the TCP peer), to which address and port of the workload."""
-        if self._state.workload(self._own.key) is None:
+        if self._workload is None:
             return Decision(False, "", "the configuration no longer has this workload")
         return self._policies.decide(carrier.peer, carrier.peer_address, address, port)
 
@@ -222,8 +231,22 @@ class Inbound:
         self._services_here.clear()
         if not changes.policies and not changes.workloads:
             return
-        workload = self._state.workload(self._own.key)
-        policies = self._state.policies_for(workload) if workload is not None else ()
+        known = self._state.workload(self._own.key)
+        if known is not None:
+            self._workload, self._leaving = known, False
+        elif self._workload is not None and not self._leaving:
+            self._leaving, last = True, self._workload
+            self._plane.call_later(LEAVING_S, lambda: self._left(last))
+        self._judge_again()
+
+    def _left(self, last: Workload) -> None:
+        """The time of what has begun is over, unless the workload is back."""
+        if self._leaving and self._workload is last:
+            self._workload, self._leaving = None, False
+            self._judge_again()
+
+    def _judge_again(self) -> None:
+        policies = self._state.policies_for(self._workload) if self._workload is not None else ()
         self._policies = compile_policies(policies)
         self._connections.reauthorise()
 

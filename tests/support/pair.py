@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,14 @@ class Pair:
 
     def apply(self, *changes: Record) -> None:
         self.version += 1
-        changed = self.state.apply([published(record, self.version) for record in changes])
+        self._take([published(record, self.version) for record in changes])
+
+    def withdraw(self, record: Record) -> None:
+        self.version += 1
+        self._take([withdrawn(record, self.version)])
+
+    def _take(self, batch: Sequence[tuple[str, bytes]]) -> None:
+        changed = self.state.apply(batch)
         self.plane.run(lambda: self.db.inbound.config_changed(changed))
 
     def apply_policy(self, policy: AuthorizationPolicy) -> None:
@@ -103,6 +110,12 @@ def published(record: Record, version: int) -> tuple[str, bytes]:
     """A record as the control plane publishes it."""
     topic = topics.format_topic(DB.trust_domain, records.topic_of(record))
     return topic, messages.encode(Envelope(epoch=1, version=version, issued_at=0, body=records.write(record)))
+
+
+def withdrawn(record: Record, version: int) -> tuple[str, bytes]:
+    """A record's tombstone as the control plane publishes it."""
+    topic = topics.format_topic(DB.trust_domain, records.topic_of(record))
+    return topic, messages.encode(Envelope(epoch=1, version=version, issued_at=0, body=None))
 
 
 def workload(name: str, address: str, identity: object) -> Workload:

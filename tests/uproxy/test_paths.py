@@ -15,9 +15,10 @@ import pytest
 
 from control.api.identity import SpiffeId
 from control.api.policy import Action, AuthorizationPolicy, Rule, Source
+from control.api.workload import Workload
 from control.server.ca import Authority
 from tests.support.pair import DB_ADDRESS, Pair, running_pair
-from uproxy import plane
+from uproxy import inbound, plane
 from uproxy.errors import Flag
 
 Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -245,6 +246,97 @@ def test_a_new_policy_cuts_the_connections_that_no_longer_pass(tmp_path: Path, a
         app.close()
 
     run(tmp_path, authority, echo, client)
+
+
+class TestDeletedWorkload:
+    """Its callers and its own uProxy learn of the deletion one after the other, in any order."""
+
+    def test_what_has_begun_goes_on_and_what_is_new_may_try_elsewhere(
+        self, tmp_path: Path, authority: Authority
+    ) -> None:
+        async def client(pair: Pair) -> None:
+            loop = asyncio.get_running_loop()
+            app = pair.dial()
+            await loop.sock_sendall(app, b"x")
+            assert await loop.sock_recv(app, 1) == b"x"
+            pair.withdraw(own_record(pair))
+            await loop.sock_sendall(app, b"y")
+            assert await loop.sock_recv(app, 1) == b"y"
+            await refused(pair)
+            told = pair.db.telemetry.ended[0]
+            assert told.flag is Flag.NO_CONFIG
+            app.close()
+
+        run(tmp_path, authority, echo, client)
+
+    def test_policy_still_cuts_what_has_begun(self, tmp_path: Path, authority: Authority) -> None:
+        async def client(pair: Pair) -> None:
+            loop = asyncio.get_running_loop()
+            app = pair.dial()
+            await loop.sock_sendall(app, b"x")
+            assert await loop.sock_recv(app, 1) == b"x"
+            pair.withdraw(own_record(pair))
+            pair.apply_policy(deny("cluster.local/ns/shop/sa/web"))
+            with pytest.raises(ConnectionResetError):
+                await loop.sock_recv(app, 1)
+            app.close()
+
+        run(tmp_path, authority, echo, client)
+
+    def test_what_has_begun_has_some_time(
+        self, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(inbound, "LEAVING_S", 0.2)
+
+        async def client(pair: Pair) -> None:
+            loop = asyncio.get_running_loop()
+            app = pair.dial()
+            await loop.sock_sendall(app, b"x")
+            assert await loop.sock_recv(app, 1) == b"x"
+            own = own_record(pair)
+            pair.withdraw(own)
+            pair.apply(own)  # it is back: what was to end stays
+            await asyncio.sleep(0.4)
+            await loop.sock_sendall(app, b"y")
+            assert await loop.sock_recv(app, 1) == b"y"
+            pair.withdraw(own)
+            with pytest.raises(ConnectionResetError):
+                await loop.sock_recv(app, 1)
+            (cut,) = pair.db.telemetry.ended
+            assert "no longer has this workload" in cut.error
+            app.close()
+
+        run(tmp_path, authority, echo, client)
+
+    def test_connection_that_is_being_made_may_try_elsewhere(self, tmp_path: Path, authority: Authority) -> None:
+        async def client(pair: Pair) -> None:
+            own = own_record(pair)
+            connect = pair.plane.connect
+
+            async def connect_slowly(*arguments: object, **options: object) -> socket.socket:
+                made = await connect(*arguments, **options)  # type: ignore[arg-type]
+                if arguments[1] == pair.app_port:
+                    pair.withdraw(own)
+                return made
+
+            pair.plane.connect = connect_slowly  # type: ignore[method-assign, assignment]
+            await refused(pair)
+            assert pair.db.telemetry.ended[0].flag is Flag.NO_CONFIG
+
+        run(tmp_path, authority, echo, client)
+
+
+def own_record(pair: Pair) -> Workload:
+    own = pair.state.workload("shop/db")
+    assert own is not None
+    return own
+
+
+async def refused(pair: Pair) -> None:
+    app = pair.dial()
+    with pytest.raises(ConnectionResetError):
+        await asyncio.get_running_loop().sock_recv(app, 1)
+    app.close()
 
 
 def test_an_unknown_destination_is_refused(tmp_path: Path, authority: Authority) -> None:
