@@ -1,0 +1,421 @@
+"""The flip: no caller is refused while proxies change one by one, and nothing is enforced that cannot be kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from control.api.bindings import Standing, Wish, at_once
+from control.api.gateway import Binding, Via
+from control.api.status import ADDRESSES, Kind, ProxyStatus
+from control.server.bindings import (
+    LINGER_S,
+    LONGEST_S,
+    SWITCH_S,
+    Phase,
+    Report,
+    Seen,
+    State,
+    look,
+    next_look,
+    resumed,
+    settled,
+    standing,
+    step,
+    waits_for,
+)
+
+WEB = ("Service", "shop/web")
+WP, OTHER = "shop/wp", "infra/other"
+NONE = Standing((), enforced=False, binding=None)
+READY = Seen(alive=True, ready=True, destinations=(), callers=())
+ABSENT = Seen(alive=False, ready=False, destinations=(), callers=())
+
+
+def wish(gateway=WP, *, optional=False, guarded=False):
+    return Wish(gateway, optional, guarded)
+
+
+def state(phase, *, gateway=WP, previous="", optional=False, stamp=(1, 1), since=0.0):
+    return State(gateway, previous, phase, optional, stamp, since)
+
+
+def patience(old):
+    """How long proxies that are there are waited for."""
+    if old.phase is Phase.SWITCHING:
+        return LINGER_S + LONGEST_S if old.previous else SWITCH_S
+    return LONGEST_S
+
+
+@dataclass
+class Proxy:
+    """Somebody who applies what is published later than it is published, but in order."""
+
+    applied: int = -1
+    """Number of the last publication."""
+    live: bool = True
+    excused: bool = False
+    """It was waited for in vain, or was away: until it has caught up, it may be refused."""
+
+
+class Flips(RuleBasedStateMachine):
+    """One service; two waypoints with one process each, two callers, two destinations."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.wish = None
+        self.state = None
+        self.published = [NONE]
+        """What proxies see, one for each stamp."""
+        self.was_refused = [False]
+        self.callers = [Proxy(0), Proxy(0)]
+        self.destinations = [Proxy(0), Proxy(0)]
+        self.waypoints = {WP: Proxy(0), OTHER: Proxy(0)}
+        self.readied = set()
+
+    # What happens in the world
+
+    @rule(
+        gateway=st.sampled_from([WP, OTHER]),
+        optional=st.sampled_from([False, False, True]),
+        guarded=st.booleans(),
+    )
+    def label(self, gateway, optional, guarded):
+        self.wish = wish(gateway, optional=optional, guarded=guarded)
+        self.go_on()
+
+    @precondition(lambda self: self.wish)
+    @rule()
+    def unlabel(self):
+        self.wish = None
+        self.go_on()
+
+    @rule(data=st.data())
+    def somebody_applies(self, data):
+        behind = [proxy for proxy in self.proxies() if proxy.applied < len(self.published) - 1]
+        if behind:
+            proxy = data.draw(st.sampled_from(behind))
+            proxy.applied = data.draw(st.integers(proxy.applied + 1, len(self.published) - 1))
+            self.forgive()
+            self.go_on()
+
+    @rule()
+    def everybody_applies(self):
+        for proxy in self.proxies():
+            if proxy.live:
+                proxy.applied = len(self.published) - 1
+        self.forgive()
+        self.go_on()
+
+    @rule(seconds=st.sampled_from([0.1, SWITCH_S, LONGEST_S, LINGER_S]))
+    def time_passes(self, seconds):
+        self.now += seconds
+        self.go_on()
+
+    @rule(data=st.data())
+    def somebody_goes_or_comes_back(self, data):
+        proxy = data.draw(st.sampled_from(self.proxies()))
+        proxy.live = not proxy.live
+        proxy.excused = True
+        self.forgive()
+        self.go_on()
+
+    @rule()
+    def the_control_plane_restarts(self):
+        if self.state is not None:
+            self.state = resumed({WEB: self.state}, self.now)[WEB]
+        self.go_on()
+
+    # What follows
+
+    def go_on(self):
+        old = self.state
+        seen = self.seen()
+        if seen.ready and old is not None:
+            self.readied.add(old.gateway)
+        stamp = (1, len(self.published))
+        self.state = step(old, self.wish, seen, self.now, stamp)
+        if self.state is None:
+            self.readied.clear()
+        before, after = (standing(one) if one else NONE for one in (old, self.state))
+        if old and self.state is not old and self.now - old.since >= patience(old):
+            self.excuse(old)
+        if before != after:
+            self.published.append(after)
+            self.was_refused.append(bool(self.state and self.state.phase is Phase.REFUSED))
+
+    def seen(self):
+        stamp = self.state.stamp[1] if self.state else 0
+        needed = min(stamp, len(self.published) - 1)
+        gateway = self.state.gateway if self.state else self.wish.gateway if self.wish else WP
+        process = self.waypoints[gateway]
+        return Seen(
+            process.live,
+            process.live and process.applied >= needed,
+            tuple(f"d{number}" for number, one in enumerate(self.destinations) if one.live and one.applied < needed),
+            tuple(f"c{number}" for number, one in enumerate(self.callers) if one.live and one.applied < needed),
+        )
+
+    def excuse(self, old):
+        """Time is up, and the flip goes on although somebody lags."""
+        for proxy in self.proxies():
+            if proxy.applied < min(old.stamp[1], len(self.published) - 1):
+                proxy.excused = True
+
+    def forgive(self):
+        for proxy in self.proxies():
+            if proxy.applied == len(self.published) - 1 and proxy.live:
+                proxy.excused = False
+
+    def proxies(self):
+        return [*self.callers, *self.destinations, *self.waypoints.values()]
+
+    @invariant()
+    def nobody_is_refused(self):
+        for caller in self.callers:
+            for destination in self.destinations:
+                if caller.live and destination.live and not caller.excused and not destination.excused:
+                    self.check_connection(caller, destination)
+
+    def check_connection(self, caller, destination):
+        oldest = min(caller.applied, destination.applied)
+        if any(self.was_refused[oldest:]):
+            return  # an L7 policy was not to be missed
+        seen, demanded = self.published[caller.applied], self.published[destination.applied]
+        if seen.binding is None:
+            assert not demanded.enforced, "a caller goes directly and is refused"
+            return
+        assert seen.binding.via is not Via.REFUSE
+        gateway = seen.binding.gateway
+        assert gateway in demanded.gateways, "a destination does not know the waypoint that a caller goes through"
+        process = self.waypoints[gateway]
+        if process.live and not process.excused:
+            assert gateway in self.published[process.applied].gateways, "a waypoint does not know the service"
+
+    @invariant()
+    def nothing_is_bound_before_a_waypoint_was_ready(self):
+        if self.state and self.state.phase in (Phase.SWITCHING, Phase.ENFORCED, Phase.RELEASING):
+            assert self.state.gateway in self.readied
+        if self.state and self.state.previous:
+            assert self.state.previous in self.readied
+
+    @invariant()
+    def refusal_is_for_policies(self):
+        if self.state and self.state.phase is Phase.REFUSED:
+            assert standing(self.state).enforced
+
+    @invariant()
+    def stamps_only_rise(self):
+        if self.state:
+            assert self.state.stamp[1] <= len(self.published)
+
+    def teardown(self):
+        """Whoever is there follows; then everything ends as labels say."""
+        for proxy in self.proxies():
+            proxy.live, proxy.excused = True, False
+        for _ in range(12):
+            for proxy in self.proxies():
+                proxy.applied = len(self.published) - 1
+            self.now += LINGER_S
+            self.go_on()
+        if self.wish is None:
+            assert self.state is None
+        else:
+            assert self.state.phase is Phase.ENFORCED
+            assert standing(self.state) == at_once(self.wish)
+
+
+def test_no_history_of_labels_reports_and_restarts_refuses_anybody():
+    run_state_machine_as_test(Flips, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
+
+
+# -- one by one
+
+
+def test_the_whole_way_and_back():
+    phases = []
+    found = None
+    for asked in [wish()] * 4 + [None] * 5:
+        found = step(found, asked, READY, 0.0, (1, len(phases)))
+        phases.append(found and found.phase)
+    assert phases[:4] == [Phase.PENDING, Phase.SWITCHING, Phase.ENFORCED, Phase.ENFORCED]
+    assert phases[4:] == [Phase.RELEASING, Phase.LEAVING, *[Phase.LINGERING] * 3]
+    assert step(found, None, READY, LINGER_S, (1, 9)) is None
+
+
+def test_what_does_not_change_is_the_same_state():
+    old = state(Phase.ENFORCED)
+    assert step(old, wish(), READY, 9.0, (1, 9)) is old
+
+
+def test_a_waypoint_that_disappears_changes_nothing():
+    old = state(Phase.ENFORCED)
+    assert step(old, wish(guarded=True), ABSENT, 1e6, (1, 9)) is old
+
+
+def test_pending_waits_for_a_waypoint_however_long():
+    old = state(Phase.PENDING)
+    assert step(old, wish(), ABSENT, 1e6, (1, 9)) is old
+    assert standing(old) == Standing((WP,), enforced=False, binding=None)
+
+
+@pytest.mark.parametrize(
+    ("phase", "waited", "follows"),
+    [
+        (Phase.SWITCHING, SWITCH_S - 1, Phase.SWITCHING),
+        (Phase.SWITCHING, SWITCH_S, Phase.ENFORCED),
+        (Phase.RELEASING, LONGEST_S - 1, Phase.RELEASING),
+        (Phase.RELEASING, LONGEST_S, Phase.LEAVING),
+        (Phase.LEAVING, LONGEST_S - 1, Phase.LEAVING),
+        (Phase.LEAVING, LONGEST_S, Phase.LINGERING),
+        (Phase.PENDING, LONGEST_S - 1, Phase.PENDING),
+        (Phase.PENDING, LONGEST_S, Phase.SWITCHING),
+        (Phase.REFUSED, LONGEST_S - 1, Phase.REFUSED),
+        (Phase.REFUSED, LONGEST_S, Phase.ENFORCED),
+    ],
+)
+def test_stragglers_are_waited_for_so_long_and_no_longer(phase, waited, follows):
+    lagging = Seen(alive=True, ready=True, destinations=("shop/web-1",), callers=("shop/a",))
+    asked = None if phase in (Phase.RELEASING, Phase.LEAVING) else wish(guarded=phase is Phase.REFUSED)
+    assert step(state(phase), asked, lagging, waited, (1, 2)).phase is follows
+
+
+@pytest.mark.parametrize(
+    ("seen", "waited", "follows"),
+    [
+        (ABSENT, 0.0, Phase.REFUSED),
+        (replace(ABSENT, alive=True), SWITCH_S - 1, Phase.PENDING),
+        (replace(ABSENT, alive=True), SWITCH_S, Phase.REFUSED),
+        (READY, SWITCH_S, Phase.SWITCHING),
+    ],
+)
+def test_an_l7_policy_is_missed_only_while_a_waypoint_takes_up_its_configuration(seen, waited, follows):
+    assert step(state(Phase.PENDING), wish(guarded=True), seen, waited, (1, 2)).phase is follows
+    assert (
+        step(state(Phase.PENDING), wish(guarded=True, optional=True), seen, waited, (1, 2)).phase is not Phase.REFUSED
+    )
+
+
+def test_a_policy_that_goes_lets_calls_pass_again():
+    assert step(state(Phase.REFUSED), wish(), ABSENT, 9.0, (1, 2)).phase is Phase.PENDING
+
+
+def test_from_one_waypoint_to_another_is_never_open():
+    moving = step(state(Phase.ENFORCED), wish(OTHER), ABSENT, 0.0, (1, 2))
+    assert standing(moving) == Standing((OTHER, WP), enforced=True, binding=Binding(WP, Via.WAYPOINT))
+    assert step(moving, wish(OTHER, guarded=True), ABSENT, 1e6, (1, 3)) is moving
+    moved = step(moving, wish(OTHER), READY, 10.0, (1, 3))
+    assert standing(moved) == Standing((OTHER, WP), enforced=True, binding=Binding(OTHER, Via.WAYPOINT))
+    assert settled(moved, READY)
+    assert step(moved, wish(OTHER), READY, 9.0 + LINGER_S, (1, 4)) is moved
+    done = step(moved, wish(OTHER), READY, 10.0 + LINGER_S, (1, 4))
+    assert standing(done) == at_once(wish(OTHER))
+
+
+def test_optional_is_never_enforced():
+    for phase in Phase:
+        if phase is not Phase.REFUSED:
+            assert not standing(state(phase, optional=True)).enforced
+    changed = step(state(Phase.ENFORCED, optional=True), wish(), READY, 9.0, (1, 2))
+    assert (changed.phase, changed.stamp, changed.since) == (Phase.ENFORCED, (1, 2), 0.0)
+    assert standing(changed).enforced
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("previous", ["", OTHER])
+def test_whatever_waits_for_time_is_looked_at_in_time(phase, previous):
+    """Time alone takes a state further at a look, and never between two."""
+    lagging = Seen(alive=True, ready=True, destinations=("shop/web-1",), callers=("shop/a",))
+    old = state(phase, previous=previous)
+    asked = wish(guarded=True) if phase not in (Phase.RELEASING, Phase.LEAVING, Phase.LINGERING) else None
+    looks, now = [0.0], 0.0
+    while (wait := next_look(old, now)) is not None:
+        now += wait
+        looks.append(now)
+    phases = [step(old, asked, lagging, at, (1, 2)) for at in looks]
+    for at, found, later in zip(looks, phases, [*looks[1:], 1e6], strict=True):
+        follows = step(old, asked, lagging, at + (later - at) * 0.99, (1, 2))
+        assert (follows and follows.phase) == (found and found.phase)
+
+
+def test_only_what_is_under_way_begins_anew_after_a_restart():
+    states = {WEB: state(Phase.SWITCHING), ("Service", "shop/db"): state(Phase.ENFORCED)}
+    assert [one.since for one in resumed(states, 50.0).values()] == [50.0, 0.0]
+
+
+def test_settled_and_what_is_waited_for():
+    lagging = Seen(alive=True, ready=True, destinations=("shop/web-1",), callers=("shop/a", "shop/web-1"))
+    assert settled(state(Phase.ENFORCED), READY)
+    assert not settled(state(Phase.ENFORCED), lagging)
+    assert waits_for(state(Phase.ENFORCED), lagging) == ("shop/a", "shop/web-1")
+    assert not settled(state(Phase.SWITCHING), READY)
+    assert waits_for(state(Phase.SWITCHING), lagging) == ("shop/a", "shop/web-1")
+    assert waits_for(state(Phase.RELEASING), lagging) == ("shop/web-1",)
+    assert waits_for(state(Phase.PENDING), ABSENT) == ("a process of Gateway shop/wp: none is there",)
+    assert settled(state(Phase.LINGERING), lagging)
+
+
+# -- what reports say
+
+
+def report(workload, kind=Kind.UPROXY, *, whole=True, proxy_hash="h", **roots):
+    stamps = {(ADDRESSES if name == "addr" else name): (1, version, 0) for name, version in roots.items()}
+    return Report(proxy_hash, ProxyStatus(kind, workload, "1", True, whole, (), stamps, 0, "ab", 2**33, ()))
+
+
+PUBLISHED = {"shop": (1, 7, 0), "infra": (1, 4, 0), ADDRESSES: (1, 7, 0)}
+
+
+def looked(*reports, gateway=WP, version=7, instances=None, destinations=frozenset({"shop/web-1"})):
+    return look(
+        WEB,
+        state(Phase.PENDING, gateway=gateway, stamp=(1, version)),
+        reports,
+        PUBLISHED,
+        {"shop/wp-1": "w"} if instances is None else instances,
+        destinations,
+    )
+
+
+def test_callers_are_those_who_know_of_the_namespace_or_of_all_addresses():
+    found = looked(
+        report("shop/a", shop=6),
+        report("shop/b", shop=7),
+        report("shop/c", infra=1),
+        report("mesh-system/node-x", Kind.NODE, addr=6),
+        report("mesh-system/node-y", Kind.NODE, addr=7),
+    )
+    assert found == Seen(alive=False, ready=False, destinations=(), callers=("mesh-system/node-x", "shop/a"))
+
+
+def test_a_destination_must_have_it_even_when_it_says_nothing_of_the_namespace():
+    assert looked(report("shop/web-1", infra=9)).destinations == ("shop/web-1",)
+    assert looked(report("shop/web-1", shop=7)).destinations == ()
+
+
+@pytest.mark.parametrize(
+    ("process", "alive", "ready"),
+    [
+        (report("shop/wp-1", Kind.WAYPOINT, proxy_hash="w", shop=7), True, True),
+        (report("shop/wp-1", Kind.WAYPOINT, proxy_hash="w", shop=6), True, False),
+        (report("shop/wp-1", Kind.WAYPOINT, proxy_hash="w", whole=False, shop=7), True, False),
+        (report("shop/wp-1", Kind.WAYPOINT, proxy_hash="another", shop=7), False, False),
+        (report("shop/wp-2", Kind.WAYPOINT, proxy_hash="w", shop=7), False, False),
+        (report("shop/wp-1", Kind.UPROXY, proxy_hash="w", shop=7), False, False),
+    ],
+)
+def test_a_waypoint_is_ready_when_one_of_its_own_processes_has_all_of_it(process, alive, ready):
+    found = looked(process)
+    assert (found.alive, found.ready) == (alive, ready)
+
+
+def test_a_root_that_the_change_left_as_it_was_need_not_be_newer():
+    process = report("infra/wp-1", Kind.WAYPOINT, proxy_hash="w", shop=7, infra=4)
+    assert looked(process, gateway=OTHER, instances={"infra/wp-1": "w"}).ready
+    late = report("infra/wp-1", Kind.WAYPOINT, proxy_hash="w", shop=7, infra=3)
+    assert not looked(late, gateway=OTHER, instances={"infra/wp-1": "w"}).ready
