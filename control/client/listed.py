@@ -21,8 +21,6 @@ from control.api.topics import (
     AddressesTopic,
     IndexedTopic,
     IndexTopic,
-    PolicyTopic,
-    ServiceTopic,
     entry_topic,
     format_topic,
     index_entry,
@@ -176,8 +174,8 @@ class NamespaceIndex(Listed):
         self, trust_domain: TrustDomain, namespace: str, inbox: Inbox, report: Report, floor: Stamp = NEVER
     ) -> None:
         super().__init__(trust_domain, namespace, inbox, report, floor)
-        self.policies = False
-        """Whether all policies are of interest. Decided before the first root."""
+        self.kinds: tuple[type[IndexedTopic], ...] = ()
+        """Kinds of which all records are of interest. Decided before the first root."""
         self._entries: dict[str, int] = {}
         """Other entries of interest -> their shard."""
         self._asked: dict[str, int] = {}
@@ -196,12 +194,12 @@ class NamespaceIndex(Listed):
         """Whether a record is of interest under the applied root."""
         return self._is_wanted(index_entry(topic), topic)
 
-    def ask(self, topic: ServiceTopic) -> None:
+    def ask(self, topic: IndexedTopic) -> None:
         """A record is to become of interest, by `fetch`."""
         entry = index_entry(topic)
         self._asked[entry] = index_shard(entry)
 
-    def fetch(self, topic: ServiceTopic, *, complete: bool) -> bool:
+    def fetch(self, topic: IndexedTopic, *, complete: bool) -> bool:
         """Makes a record that was asked for one of interest, once all that this needs has arrived.
 
         After that `record` has it, or the applied root does not list it. `complete` is whether what belongs to it, and
@@ -229,7 +227,7 @@ class NamespaceIndex(Listed):
             self.plan()
         return True
 
-    def drop(self, topic: ServiceTopic) -> None:
+    def drop(self, topic: IndexedTopic) -> None:
         """Ends the interest in a record, fetched or only asked for."""
         entry = index_entry(topic)
         number = index_shard(entry)
@@ -247,6 +245,10 @@ class NamespaceIndex(Listed):
         """A record of interest that the applied root lists."""
         held = self._find(topic)
         return held.payload if held is not None else None
+
+    def records(self) -> list[str]:
+        """Topics of all records of interest that the applied root lists."""
+        return [self._record_topic(entry) for shard in self._shards.values() for entry in shard.records]
 
     def holds(self, topic: ListedTopic, digest: bytes) -> bool:
         match topic:
@@ -335,10 +337,10 @@ class NamespaceIndex(Listed):
         return found
 
     def _is_wanted(self, entry: str, topic: IndexedTopic) -> bool:
-        return entry in self._entries or (self.policies and isinstance(topic, PolicyTopic))
+        return entry in self._entries or isinstance(topic, self.kinds)
 
     def _is_needed(self, number: int) -> bool:
-        return self.policies or number in self._entries.values()
+        return bool(self.kinds) or number in self._entries.values()
 
     def _is_current(self, number: int, digest: bytes) -> bool:
         shard = self._shards.get(number)

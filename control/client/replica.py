@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 from typing import Final
 
 import msgpack
@@ -24,17 +25,20 @@ from control.api.fields import RecordError
 from control.api.identity import SpiffeId, parse_trust_domain, proxy_hash
 from control.api.index import Manifest, manifest_digest
 from control.api.messages import Envelope, MessageError, Stamp
-from control.api.names import wrong_dns_label, wrong_service_name
+from control.api.names import wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.status import ADDRESSES
 from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
     EndpointTopic,
+    GatewayTopic,
+    IndexedTopic,
     IndexTopic,
     ManifestTopic,
     PolicyTopic,
     RootTopic,
+    RouteTopic,
     ServiceTopic,
     StatusTopic,
     Topic,
@@ -50,6 +54,7 @@ from control.api.topics import (
 from control.api.workload import key
 from control.client import snapshot
 from control.client.endpoint_set import EndpointSet
+from control.client.following import Following, WantedTopic
 from control.client.inbox import Arrival, Inbox, ListedTopic
 from control.client.libcrypto import ConfigVerifier, VerifyError
 from control.client.listed import NEVER, AddressIndex, Change, Listed, NamespaceIndex, SignedRoot
@@ -67,6 +72,8 @@ _MAX_TEXT: Final = 200  # characters
 _EPOCH: Final = 1  # of the stamps in batches
 _MAX_HEAD_BYTES: Final = 32  # of a message: the list's own and three numbers
 _NO_ENDPOINTS: Final = Manifest(0, manifest_digest({}))
+_LEVELS: Final[dict[type[IndexedTopic], str]] = {PolicyTopic: "policy", RouteTopic: "route"}
+"""Kinds that are wanted as a whole -> level of their topics."""
 
 _Signed = RootTopic | AddressesRootTopic | AddressesTopic
 
@@ -82,20 +89,37 @@ class Status(Enum):
 
 @dataclass(slots=True)
 class _Wanted:
-    """A service that was asked for."""
+    """A service or a Gateway that is of interest."""
 
-    topic: ServiceTopic
-    endpoints: EndpointSet = field(default_factory=EndpointSet)
+    topic: WantedTopic
+    asked: bool = False
+    """Whether somebody has asked for it."""
+    followed: bool = False
+    """Whether something that is known leads to it."""
     settled: bool = False
-    """Whether the applied root has told if there is such a service. From then on, no root is applied without it."""
+    """Whether the applied root has told if there is such a one. From then on, no root is applied without it."""
+
+    @property
+    def key(self) -> str:
+        return key(self.topic.namespace, self.topic.name)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all is there that belongs to it and that no root lists."""
+        return True
+
+
+@dataclass(slots=True)
+class _WantedService(_Wanted):
+    endpoints: EndpointSet = field(default_factory=EndpointSet)
     visible: bool = False
     """Whether its record and endpoints are handed out."""
     complete: bool = False
     """Whether its endpoints were all there once."""
 
     @property
-    def key(self) -> str:
-        return key(self.topic.namespace, self.topic.name)
+    def ready(self) -> bool:
+        return self.complete or self.endpoints.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +145,16 @@ class Replica:
         self._base: list[Listed] = []
         self._namespaces: dict[str, NamespaceIndex] = {}
         self._addresses: AddressIndex | None = None
-        self._services: dict[str, _Wanted] = {}
-        self._dropped: dict[str, None] = {}
-        """Services that are not wanted any more, and still subscribed to."""
+        self._kinds: tuple[type[IndexedTopic], ...] = ()
+        """Kinds of which all records are of interest, in every namespace in which anything is."""
+        self._services: dict[str, _WantedService] = {}
+        self._gateways: dict[str, _Wanted] = {}
+        self._dropped: dict[WantedTopic, None] = {}
+        """What is not wanted any more, and still subscribed to."""
+        self._following = Following()
+        self._followed: frozenset[WantedTopic] = frozenset()
+        self.asks_anew = False
+        """Whether `filters` says something else than when it was last called, because of what has come since."""
         self._address_shards: dict[int, _HeldShard | None] = {}
         self._floors: dict[str, Stamp] = {}
         """Of roots that were applied and are not of interest now: they must not come back older."""
@@ -144,9 +175,24 @@ class Replica:
         self._own = (identity.namespace, WorkloadTopic(proxy_hash(identity), instance))
         for name in sorted({identity.namespace, self._root_namespace}):
             namespace = self._namespace(name)
-            namespace.policies = True
+            namespace.kinds = (PolicyTopic,)
             self._base.append(namespace)
         self._namespaces[identity.namespace].want(self._own[1])
+
+    def want_waypoint(self, gateway_key: str) -> None:
+        """Makes the Gateway that this proxy is a process of part of the base, and follows it: to each of its services,
+        to those that their routes name, and to all policies and routes of every namespace that has any of these.
+
+        Comes after `want_workload`. Raises ValueError for what is no key of a Gateway of the workload's namespace.
+        """
+        topic = _gateway_topic(gateway_key)
+        if self._own is None or topic is None or topic.namespace != self._own[0]:
+            raise ValueError(f"{gateway_key!r} is no Gateway of this workload's namespace")
+        self._following = Following(topic)
+        self._kinds = (PolicyTopic, RouteTopic)
+        for namespace in self._namespaces.values():
+            namespace.kinds = self._kinds
+        self._namespaces[topic.namespace].want(topic)
 
     def want_all_addresses(self) -> None:
         """Makes all addresses of the mesh part of the base. Comes first."""
@@ -154,26 +200,35 @@ class Replica:
         self._base.append(self._addresses)
 
     def want_service(self, service_key: str) -> None:
-        """Asks for a service and its endpoints. What can be no service's key is not asked for, and stays unknown."""
-        self._dropped.pop(service_key, None)
-        namespace, _, name = service_key.partition("/")
-        if service_key in self._services or wrong_dns_label(namespace) or wrong_service_name(name):
-            return
-        wanted = self._services[service_key] = _Wanted(ServiceTopic(namespace, name))
-        self._namespace(namespace).ask(wanted.topic)
-        self._fetch(wanted)
+        """Asks for a service, its endpoints, and the Gateway that it is bound to.
+
+        What can be no service's key is not asked for, and stays unknown.
+        """
+        topic = _service_topic(service_key)
+        if topic is not None:
+            self._take_up(topic).asked = True
 
     def drop_service(self, service_key: str) -> None:
         """Ends the interest in a service, from the next call of `filters` on."""
-        if service_key in self._services:
-            self._dropped[service_key] = None
-        # Nobody calls `filters` while there is no broker. Its next session sends everything again.
-        if len(self._dropped) > _MAX_DROPPED:
-            self._forget_dropped()
+        self._drop(self._services.get(service_key))
 
     def services(self) -> tuple[str, ...]:
-        """Keys of the services that are wanted, in the order in which they were asked for."""
-        return tuple(one for one in self._services if one not in self._dropped)
+        """Keys of the services that are wanted, in the order in which they came to be."""
+        return tuple(key for key, one in self._services.items() if one.topic not in self._dropped)
+
+    def want_gateway(self, gateway_key: str) -> None:
+        """Asks for a Gateway by itself, for a workload that is bound to it. As `want_service`."""
+        topic = _gateway_topic(gateway_key)
+        if topic is not None and topic != self._following.waypoint:
+            self._take_up(topic).asked = True
+
+    def drop_gateway(self, gateway_key: str) -> None:
+        """As `drop_service`. A Gateway that a wanted service is bound to stays wanted."""
+        self._drop(self._gateways.get(gateway_key))
+
+    def gateways(self) -> tuple[str, ...]:
+        """Keys of the Gateways that are wanted, as `services`."""
+        return tuple(key for key, one in self._gateways.items() if one.topic not in self._dropped)
 
     def want_address(self, ip: IpAddress) -> None:
         """Asks who lives at an address. The answer has all addresses of its shard."""
@@ -186,22 +241,26 @@ class Replica:
         a new subscription, and the broker sends it again.
         """
         self._forget_dropped()
+        self.asks_anew = False
         found: set[Topic] = {TrustTopic()}
         trees: set[tuple[str, ...]] = set()
         for namespace in self._namespaces.values():
             found.add(RootTopic(namespace.owner))
-            if namespace.policies:
-                trees |= {("policy", namespace.owner), ("index", namespace.owner)}
+            if namespace.kinds:
+                trees |= {(level, namespace.owner) for level in ("index", *map(_LEVELS.__getitem__, namespace.kinds))}
         if self._own is not None:
             found.add(self._own[1])
+        if self._following.waypoint is not None:
+            found.add(self._following.waypoint)
         if self._addresses is not None:
             trees.add(("addr",))  # and the root: a filter x/# takes in x (MQTT 3.1.1 section 4.7.1.2)
         else:
             found |= {AddressesTopic(shard) for shard in self._address_shards}
-        for wanted in self._services.values():
+        for wanted in self._wanted():
             found.add(wanted.topic)
-            trees.add(("ep", wanted.topic.namespace, wanted.topic.name))  # and the manifest
-            if not self._namespaces[wanted.topic.namespace].policies:
+            if isinstance(wanted, _WantedService):
+                trees.add(("ep", wanted.topic.namespace, wanted.topic.name))  # and the manifest
+            if not self._namespaces[wanted.topic.namespace].kinds:
                 found.add(_shard_of(wanted.topic))
         return frozenset(map(self._name, found)) | {subtree(self._trust_domain, *levels) for levels in trees}
 
@@ -267,13 +326,29 @@ class Replica:
         return tuple(found)
 
     def service_status(self, service_key: str) -> Status:
-        """KNOWN when the state has the service with all its endpoints."""
+        """KNOWN when the state has the service with all its endpoints, and the Gateway that it is bound to if there is
+        one.
+        """
         wanted = self._services.get(service_key)
-        if wanted is None or not wanted.settled or service_key in self._dropped:
+        if wanted is None or not wanted.settled or wanted.topic in self._dropped:
             return Status.WAITING
         if not wanted.visible:
             return Status.ABSENT
+        gateway = self._following.gateway_of(ServiceTopic(wanted.topic.namespace, wanted.topic.name))
+        if gateway is not None and self.gateway_status(key(gateway.namespace, gateway.name)) is Status.WAITING:
+            return Status.WAITING
         return Status.KNOWN if wanted.complete else Status.WAITING
+
+    def gateway_status(self, gateway_key: str) -> Status:
+        """KNOWN when the state has the Gateway."""
+        topic = _gateway_topic(gateway_key)
+        if topic is None:
+            return Status.WAITING
+        wanted = self._gateways.get(gateway_key)
+        settled = wanted is not None and wanted.settled and topic not in self._dropped
+        if not settled and not (self._started and topic == self._following.waypoint):
+            return Status.WAITING
+        return Status.KNOWN if self._namespaces[topic.namespace].record(topic) is not None else Status.ABSENT
 
     def address_status(self, ip: IpAddress) -> Status:
         """KNOWN when the state knows who lives at an address. Takes 1 ms in a mesh of 100,000 addresses."""
@@ -312,7 +387,8 @@ class Replica:
     def dump(self) -> bytes:
         """All that is handed out, for `restore`."""
         found: list[tuple[str, bytes]] = []
-        services = [one for one in self._services.values() if one.visible and one.key not in self._dropped]
+        services = [one for one in self._services.values() if one.visible and one.topic not in self._dropped]
+        gateways = tuple(one for one in self.gateways() if self.gateway_status(one) is Status.KNOWN)
         floors = dict(self._floors)
         for one in self._all_listed():
             if one.applied is not None:
@@ -328,7 +404,7 @@ class Replica:
         shards = {number: held for number, held in self._address_shards.items() if held is not None}
         found += [(self._name(AddressesTopic(number)), held.payload) for number, held in shards.items()]
         keys = tuple(wanted.key for wanted in services)
-        return snapshot.pack(Snapshot(self._trust_domain, keys, tuple(shards), floors, tuple(found)))
+        return snapshot.pack(Snapshot(self._trust_domain, keys, gateways, tuple(shards), floors, tuple(found)))
 
     def restore(self, dumped: bytes) -> Sequence[Batch]:
         """Takes up what an earlier process dumped: after the base is wanted, and before any message.
@@ -342,10 +418,7 @@ class Replica:
         self._floors = dict(found.floors)
         for one in self._all_listed():
             one.floor = self._floors.pop(one.owner or ADDRESSES, NEVER)
-        for service_key in found.services:
-            self.want_service(service_key)
-            if service_key in self._services:
-                self._services[service_key].complete = True  # it was, whatever was on its way at the end
+        self._take_up_again(found)
         self._address_shards |= dict.fromkeys(found.address_shards)
         for topic, payload in found.messages:
             try:
@@ -360,7 +433,7 @@ class Replica:
             except (TopicError, MessageError, RecordError, VerifyError) as error:
                 self._refuse(topic, f"of the snapshot: {error}")
         while self._to_settle:
-            self.work(0)
+            self._settle(self._services[self._to_settle.popitem()[0]])
         return self._batches()
 
     # Taking messages
@@ -372,8 +445,6 @@ class Replica:
                 self._take_signed(topic, parsed, envelope, payload)
             case AddressesTopic() if self._addresses is None:
                 self._take_signed(topic, parsed, envelope, payload)
-            case ServiceTopic() | PolicyTopic() | WorkloadTopic() | IndexTopic() | AddressesTopic():
-                self._take_listed(topic, parsed, envelope, payload)
             case EndpointTopic():
                 self._take_endpoint(topic, parsed, envelope, payload)
             case ManifestTopic():
@@ -382,6 +453,8 @@ class Replica:
                 self._take_trust(envelope, now)
             case StatusTopic():
                 pass  # another proxy's
+            case listed:
+                self._take_listed(topic, listed, envelope, payload)
 
     def _has(self, parsed: Topic, payload: bytes) -> bool:
         """Whether this very message counts already, as most of them do that a new session brings."""
@@ -395,10 +468,11 @@ class Replica:
                     self._take_version(wanted, workload, stamp, payload)
                     self._settle_soon(wanted)
                 return held == payload
-            case ServiceTopic() | PolicyTopic() | WorkloadTopic() | IndexTopic() | AddressesTopic():
+            case RootTopic() | AddressesRootTopic() | ManifestTopic() | TrustTopic() | StatusTopic():
+                return False
+            case _:
                 listed = self._listed_for(parsed)
                 return listed is not None and listed.holds(parsed, messages.digest(payload))
-        return False
 
     def _take_trust(self, envelope: Envelope, now: float) -> None:
         if envelope.body is None:
@@ -497,7 +571,7 @@ class Replica:
             self._emit([(topic, live)])
         self._settle_soon(wanted)
 
-    def _take_version(self, wanted: _Wanted, workload: str, stamp: Stamp, live: bytes | None) -> bool:
+    def _take_version(self, wanted: _WantedService, workload: str, stamp: Stamp, live: bytes | None) -> bool:
         """Returns whether the workload has another endpoint now, or none."""
         self._endpoint_bytes -= wanted.endpoints.bytes
         changed = wanted.endpoints.receive(workload, stamp, live)
@@ -516,56 +590,60 @@ class Replica:
     def _apply(self, listed: Listed) -> None:
         """Applies a root, if there is one for which everything has come."""
         if self._started and listed.ready:
-            self._emit(listed.apply())
-            for wanted in self._services.values():
+            self._hand_out(listed.apply())
+            for wanted in self._wanted():
                 if wanted.topic.namespace == listed.owner:
                     self._show(wanted)
                     self._fetch(wanted)
             self._sweep(listed)
 
     def _sweep(self, listed: Listed) -> None:
-        """Forgets what no root is going to list. What a service still waits for may be listed already."""
-        waiting = [wanted.topic for wanted in self._services.values() if not wanted.settled]
+        """Forgets what no root is going to list. What something wanted still waits for may be listed already."""
+        waiting = [wanted.topic for wanted in self._wanted() if not wanted.settled]
         shards = [_shard_of(topic) for topic in waiting]
         listed.sweep({*map(self._name, waiting), *map(self._name, shards)})
 
     def _fetch_with(self, parsed: ListedTopic) -> None:
-        """Looks whether a message was the last one that a service waited for."""
-        if isinstance(parsed, ServiceTopic):
-            self._fetch(self._services[key(parsed.namespace, parsed.name)])
+        """Looks whether a message was the last one that something wanted waited for."""
+        if isinstance(parsed, WantedTopic):
+            wanted = self._find(parsed)
+            if wanted is not None:
+                self._fetch(wanted)
         elif isinstance(parsed, IndexTopic):
-            for wanted in self._services.values():
+            for wanted in self._wanted():
                 if not wanted.settled and _shard_of(wanted.topic) == parsed:
                     self._fetch(wanted)
 
     def _fetch(self, wanted: _Wanted) -> None:
-        """Hands a service out that was asked for, when all of it has come, or notes that there is none."""
+        """Hands out what was asked for, when all of it has come, or notes that there is none."""
         if not self._started or wanted.settled:
             return
         namespace = self._namespaces[wanted.topic.namespace]
-        if namespace.fetch(wanted.topic, complete=wanted.complete or wanted.endpoints.whole):
+        if namespace.fetch(wanted.topic, complete=wanted.ready):
             wanted.settled = True
             record = namespace.record(wanted.topic)
             if record is not None:
-                self._emit([(self._name(wanted.topic), record)])
+                self._hand_out([(self._name(wanted.topic), record)])
             self._show(wanted)
 
     def _show(self, wanted: _Wanted) -> None:
         """Lets the endpoints of a service follow its record, in and out."""
+        if not isinstance(wanted, _WantedService):
+            return
         there = wanted.settled and self._namespaces[wanted.topic.namespace].record(wanted.topic) is not None
         if there != wanted.visible:
             wanted.visible = there
             wanted.complete = there and (wanted.complete or wanted.endpoints.whole)
             self._emit_endpoints(wanted, wanted.endpoints.live, gone=not there)
 
-    def _settle_soon(self, wanted: _Wanted) -> None:
+    def _settle_soon(self, wanted: _WantedService) -> None:
         if wanted.endpoints.unsettled:
             if len(wanted.endpoints.live) <= _SETTLED_AT_ONCE:
                 self._settle(wanted)
             else:
                 self._to_settle[wanted.key] = None
 
-    def _settle(self, wanted: _Wanted) -> None:
+    def _settle(self, wanted: _WantedService) -> None:
         """Compares endpoints with their manifest."""
         self._endpoint_bytes -= wanted.endpoints.bytes
         changed = wanted.endpoints.settle()
@@ -580,6 +658,7 @@ class Replica:
     def _batches(self) -> Sequence[Batch]:
         if not self._started and all(one.ready for one in self._base):
             self._start()
+        self._follow()
         if self._batch is None or not self._started:
             return ()
         batch, self._batch = self._batch, None
@@ -591,11 +670,21 @@ class Replica:
         self._batch = []  # also when there is nothing in it: then that is known
         for listed in list(self._all_listed()):
             self._apply(listed)
-        for wanted in self._services.values():
+        for wanted in self._wanted():
             self._fetch(wanted)
         for number, held in self._address_shards.items():
             if held is not None:
                 self._emit([(self._name(AddressesTopic(number)), held.payload)])
+
+    def _hand_out(self, changes: Sequence[Change]) -> None:
+        """Emits what roots list, and notes where it leads."""
+        for name, payload in changes:
+            topic = topics.parse_topic(self._trust_domain, name)
+            if isinstance(topic, ServiceTopic | GatewayTopic | RouteTopic):
+                body = messages.decode(payload).body if payload is not None else None
+                record = records.read(topic, body, self._trust_domain) if body is not None else None
+                self._following.note(topic, record)
+        self._emit(changes)
 
     def _emit(self, changes: Iterable[Change]) -> None:
         for topic, payload in changes:
@@ -605,29 +694,102 @@ class Replica:
                 self._batch = []
             self._batch.append((topic, stamped))
 
-    def _emit_endpoints(self, wanted: _Wanted, workloads: Iterable[str], *, gone: bool = False) -> None:
+    def _emit_endpoints(self, wanted: _WantedService, workloads: Iterable[str], *, gone: bool = False) -> None:
         live = {} if gone else wanted.endpoints.live
         for workload in workloads:
             _, payload = live.get(workload, (NEVER, None))
             topic = EndpointTopic(wanted.topic.namespace, wanted.topic.name, workload)
             self._emit([(self._name(topic), payload)])
 
+    # Interests
+
+    def _wanted(self) -> Iterator[_Wanted]:
+        """All that is of interest by itself, in two groups."""
+        return chain(self._services.values(), self._gateways.values())
+
+    def _find(self, topic: WantedTopic) -> _Wanted | None:
+        held = self._services if isinstance(topic, ServiceTopic) else self._gateways
+        return held.get(key(topic.namespace, topic.name))
+
+    def _take_up(self, topic: WantedTopic) -> _Wanted:
+        """Makes something of interest, if it is not."""
+        self._dropped.pop(topic, None)
+        wanted = self._find(topic)
+        if wanted is None:
+            if isinstance(topic, ServiceTopic):
+                service = _WantedService(topic)
+                self._services[service.key] = wanted = service
+            else:
+                wanted = _Wanted(topic)
+                self._gateways[wanted.key] = wanted
+            self._namespace(topic.namespace).ask(topic)
+            self._fetch(wanted)
+        return wanted
+
+    def _take_up_again(self, found: Snapshot) -> None:
+        """Makes of interest what an earlier process had: its services whole, whatever was on its way at the end."""
+        for topic in (*map(_service_topic, found.services), *map(_gateway_topic, found.gateways)):
+            if topic is None:
+                continue
+            wanted = self._take_up(topic)
+            if isinstance(wanted, _WantedService):
+                wanted.complete = True
+            if self._following.waypoint is None:
+                wanted.asked = True
+            else:  # a waypoint has only what it was led to, and is still, or not
+                wanted.followed = True
+                self._followed |= {topic}
+
+    def _drop(self, wanted: _Wanted | None) -> None:
+        if wanted is not None:
+            wanted.asked = False
+            self._let_go(wanted)
+        # Nobody calls `filters` while there is no broker. Its next session sends everything again.
+        if len(self._dropped) > _MAX_DROPPED:
+            self._forget_dropped()
+
+    def _let_go(self, wanted: _Wanted) -> None:
+        """Ends the interest, if nobody has any more."""
+        if not wanted.asked and not wanted.followed:
+            self._dropped[wanted.topic] = None
+
+    def _follow(self) -> None:
+        """Takes up where that leads which is known now, and lets go of what nothing leads to any more."""
+        while self._started and self._following.changed:  # what is taken up may be here, and lead further
+            before, self._followed = self._followed, self._following.wanted()
+            for topic in sorted(self._followed - before, key=self._name):
+                self._take_up(topic).followed = True
+            for topic in sorted(before - self._followed, key=self._name):
+                wanted = self._find(topic)
+                if wanted is not None:
+                    wanted.followed = False
+                    self._let_go(wanted)
+            self.asks_anew |= self._followed != before
+
     def _forget_dropped(self) -> None:
-        for service_key in self._dropped:
-            wanted = self._services.pop(service_key)
+        while self._dropped:
+            topic = next(iter(self._dropped))
+            del self._dropped[topic]
+            self._forget_wanted(topic)
+            self._follow()
+
+    def _forget_wanted(self, topic: WantedTopic) -> None:
+        namespace = self._namespaces[topic.namespace]
+        held = self._services if isinstance(topic, ServiceTopic) else self._gateways
+        wanted = held.pop(key(topic.namespace, topic.name))
+        if wanted.settled and namespace.record(topic) is not None:
+            self._hand_out([(self._name(topic), None)])
+        if isinstance(wanted, _WantedService):
             if wanted.visible:
-                self._emit([(self._name(wanted.topic), None)])
                 self._emit_endpoints(wanted, wanted.endpoints.live, gone=True)
             self._endpoint_bytes -= wanted.endpoints.bytes
-            self._to_settle.pop(service_key, None)
-            namespace = self._namespaces[wanted.topic.namespace]
-            namespace.drop(wanted.topic)
-            in_use = any(one.topic.namespace == namespace.owner for one in self._services.values())
-            if in_use or namespace in self._base:
-                self._apply(namespace)
-            else:
-                self._forget(namespace)
-        self._dropped.clear()
+            self._to_settle.pop(wanted.key, None)
+        namespace.drop(topic)
+        in_use = any(one.topic.namespace == namespace.owner for one in self._wanted())
+        if in_use or namespace in self._base:
+            self._apply(namespace)
+        else:
+            self._forget(namespace)
 
     # What belongs to what
 
@@ -648,26 +810,29 @@ class Replica:
             case WorkloadTopic():
                 own = self._own is not None and self._own[1] == topic
                 return self._namespaces[self._own[0]] if own and self._own is not None else None
-            case ServiceTopic(namespace, name):
-                return self._namespaces[namespace] if key(namespace, name) in self._services else None
-            case PolicyTopic(namespace):
+            case ServiceTopic() | GatewayTopic():
+                of_interest = topic == self._following.waypoint or self._find(topic) is not None
+                return self._namespaces[topic.namespace] if of_interest else None
+            case PolicyTopic(namespace) | RouteTopic(namespace):
                 found = self._namespaces.get(namespace)
-                return found if found is not None and found.policies else None
+                return found if found is not None and isinstance(topic, found.kinds) else None
             case IndexTopic(namespace):
                 found = self._namespaces.get(namespace)
-                wanted = (_shard_of(one.topic) for one in self._services.values())
-                return found if found is not None and (found.policies or topic in wanted) else None
+                wanted = (_shard_of(one.topic) for one in self._wanted())
+                return found if found is not None and (found.kinds or topic in wanted) else None
 
     def _namespace(self, name: str) -> NamespaceIndex:
         found = self._namespaces.get(name)
         if found is None:
             floor = self._floors.pop(name, NEVER)
             found = NamespaceIndex(self._trust_domain, name, self._inbox, self._refuse, floor)
+            found.kinds = self._kinds
             self._namespaces[name] = found
         return found
 
     def _forget(self, namespace: NamespaceIndex) -> None:
         """Nothing of a namespace is wanted any more."""
+        self._hand_out([(topic, None) for topic in namespace.records()])
         del self._namespaces[namespace.owner]
         topic = self._name(RootTopic(namespace.owner))
         self._unverified.pop(topic, None)
@@ -697,6 +862,9 @@ class Replica:
                 yield f"svc/{service_key}"
             if (wanted.visible or not wanted.settled) and not wanted.endpoints.whole:
                 yield f"ep/{service_key}: {wanted.endpoints.progress()}"
+        for gateway_key in self.gateways():
+            if not self._gateways[gateway_key].settled:
+                yield f"gw/{gateway_key}"
         for number, held in self._address_shards.items():
             if held is None and self._addresses is None:
                 yield self._short(self._name(AddressesTopic(number)))
@@ -714,7 +882,19 @@ class Replica:
         return topic.removeprefix(subtree(self._trust_domain).removesuffix("#"))
 
 
-def _shard_of(topic: ServiceTopic) -> IndexTopic:
+def _service_topic(service_key: str) -> ServiceTopic | None:
+    """None for what can be no service's key."""
+    namespace, _, name = service_key.partition("/")
+    return ServiceTopic(namespace, name) if not wrong_dns_label(namespace) and not wrong_service_name(name) else None
+
+
+def _gateway_topic(gateway_key: str) -> GatewayTopic | None:
+    """None for what can be no Gateway's key."""
+    namespace, _, name = gateway_key.partition("/")
+    return GatewayTopic(namespace, name) if not wrong_dns_label(namespace) and not wrong_subdomain(name) else None
+
+
+def _shard_of(topic: WantedTopic) -> IndexTopic:
     return IndexTopic(topic.namespace, index_shard(index_entry(topic)))
 
 

@@ -6,17 +6,19 @@ arrived in. A batch is applied whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Final, Generic, TypeVar
 
 from control.api import index, messages, records, topics
 from control.api.address import IpAddress
+from control.api.gateway import Binding, Gateway
 from control.api.identity import parse_trust_domain
 from control.api.index import Resident, ResidentWorkload
 from control.api.messages import Body, MessageError, Stamp
-from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, applies
+from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, Target, TargetKind, applies
 from control.api.records import Record, RecordError
+from control.api.route import HTTPRoute
 from control.api.topics import AddressesTopic, RecordTopic, Topic, TopicError, address_shard
 from control.api.workload import Endpoint, Service, ServicePort, Workload, key_of_host
 from control.client.residents import PackedShard
@@ -41,10 +43,12 @@ class Changes:
     """Keys of the services whose endpoints, or whose identities that may serve, changed."""
     policies: frozenset[str] = frozenset()
     addresses: frozenset[IpAddress] = frozenset()
-    """Where somebody else lives now than before, or nobody."""
+    """Where somebody else lives now than before, or nobody; or somebody who is bound otherwise."""
+    gateways: frozenset[str] = frozenset()
+    routes: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.services or self.workloads or self.endpoints or self.policies or self.addresses)
+        return any(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,11 @@ class State:
         self._addresses: _Claims[IpAddress, Workload] = _Claims()
         self._endpoints: dict[str, dict[str, Endpoint]] = {}
         self._policies: dict[str, dict[str, AuthorizationPolicy]] = {}
+        """By namespace and name, those without targets."""
+        self._targeting: dict[Target, dict[str, AuthorizationPolicy]] = {}
+        self._gateways: dict[str, Gateway] = {}
+        self._routes: dict[str, dict[str, HTTPRoute]] = {}
+        """By key of a parent, then their own."""
         self._shards: dict[int, PackedShard] = {}
         self._asked: dict[IpAddress, Resident | None] = {}
         """Who lives at an address that was asked for, or that nobody does."""
@@ -136,7 +145,7 @@ class State:
 
     def apply(self, batch: Sequence[tuple[str, bytes]]) -> Changes:
         """Applies a batch. Raises RecordError, and then nothing of it is applied."""
-        services, endpoints, policies = set(), set(), set()
+        services, endpoints, policies, gateways, routes = set(), set(), set(), set(), set()
         addresses: set[IpAddress] = set()
         for topic, new in self._newest_of(batch).items():
             old = self._held.get(topic, _NOTHING)
@@ -153,6 +162,10 @@ class State:
                         endpoints.add(record.service)
                     case AuthorizationPolicy():
                         policies.add(record.key)
+                    case Gateway():
+                        gateways.add(record.key)
+                    case HTTPRoute():
+                        routes.add(record.key)
                     case PackedShard():
                         addresses |= record.differences(other if isinstance(other, PackedShard) else None)
             self._file(topic, old.record, new.record, new.stamp)
@@ -168,6 +181,8 @@ class State:
             endpoints=frozenset(endpoints),
             policies=frozenset(policies),
             addresses=frozenset(addresses),
+            gateways=frozenset(gateways),
+            routes=frozenset(routes),
         )
         self.generation += bool(changes)
         return changes
@@ -240,6 +255,28 @@ class State:
     def workloads(self) -> tuple[Workload, ...]:
         return tuple(self._workloads.holder.values())
 
+    def gateway(self, gateway_key: str) -> Gateway | None:
+        return self._gateways.get(gateway_key)
+
+    def binding_at(self, ip: IpAddress, port: int) -> Binding | None:
+        """How a port is reached at an address: of a service as its record says, of a workload as its address does.
+
+        None: directly, or nobody is known there.
+        """
+        found = self.service_at(ip, port)
+        if found is not None:
+            return found[0].binding
+        resident = self.resident_at(ip)
+        return resident.binding_at(port) if isinstance(resident, ResidentWorkload) else None
+
+    def routes_for(self, service_key: str) -> tuple[HTTPRoute, ...]:
+        """The routes that have a service as a parent, whatever the port, in order of their keys."""
+        return _in_order(self._routes.get(service_key, {}))
+
+    def policies_targeting(self, kind: TargetKind, target_key: str) -> tuple[AuthorizationPolicy, ...]:
+        """The policies that hold at waypoints for all requests (a Gateway's key) or a service, in order of keys."""
+        return _in_order(self._targeting.get(Target(kind, target_key), {}))
+
     def policies_for(self, workload: Workload) -> tuple[AuthorizationPolicy, ...]:
         """The policies that select a workload, in order of their keys. Linear: compile them once per generation."""
         scopes = {self.root_namespace, workload.namespace}
@@ -291,8 +328,16 @@ class State:
                 self._addresses.claim(topic, new.addresses, stamp, new)
             case Endpoint():
                 self._endpoints.setdefault(new.service, {})[new.workload] = new
-            case AuthorizationPolicy():
+            case AuthorizationPolicy(targets=()):
                 self._policies.setdefault(new.namespace, {})[new.name] = new
+            case AuthorizationPolicy():
+                for target in new.targets:
+                    self._targeting.setdefault(target, {})[new.key] = new
+            case Gateway():
+                self._gateways[new.key] = new
+            case HTTPRoute():
+                for service_key in _parents(new):
+                    self._routes.setdefault(service_key, {})[new.key] = new
             case PackedShard():
                 self._shards[new.shard] = new
             case None:
@@ -306,15 +351,31 @@ class State:
                 del self._services[old.key]
             case Endpoint():
                 _discard(self._endpoints, old.service, old.workload)
-            case AuthorizationPolicy():
+            case AuthorizationPolicy(targets=()):
                 _discard(self._policies, old.namespace, old.name)
+            case AuthorizationPolicy():
+                for target in old.targets:
+                    _discard(self._targeting, target, old.key)
+            case Gateway():
+                del self._gateways[old.key]
+            case HTTPRoute():
+                for service_key in _parents(old):
+                    _discard(self._routes, service_key, old.key)
             case PackedShard():
                 del self._shards[old.shard]
             case Workload() | None:
                 pass  # a workload is filed by its claims alone
 
 
-def _discard(index: dict[str, dict[str, _V]], outer: str, inner: str) -> None:
+def _parents(route: HTTPRoute) -> set[str]:
+    return {parent.service for parent in route.parents}
+
+
+def _in_order(found: Mapping[str, _V]) -> tuple[_V, ...]:
+    return tuple(found[its] for its in sorted(found))
+
+
+def _discard(index: dict[_K, dict[str, _V]], outer: _K, inner: str) -> None:
     """Removes an entry, and the level above it when that was its last."""
     entries = index[outer]
     del entries[inner]

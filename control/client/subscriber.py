@@ -158,6 +158,8 @@ class Subscriber:
             end = time.perf_counter() + SLICE_S
             while time.perf_counter() < end and self._step(arrivals):
                 pass
+            if self._replica.asks_anew:
+                self._interests.set()
             self._on_progress()
             await asyncio.sleep(0)
 

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control.api import index, messages, topics
+from control.api.gateway import Binding, Gateway, Via
 from control.api.identity import make_id
 from control.api.index import AddressShard, ResidentService, ResidentWorkload
 from control.api.messages import Envelope
-from control.api.policy import AuthorizationPolicy, applies
+from control.api.policy import AuthorizationPolicy, Target, applies
 from control.api.records import RecordError, topic_of, write
+from control.api.route import HTTPRoute
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 from control.client import state as state_module
 from control.client.state import Changes, State
@@ -110,7 +112,10 @@ class Model:
                 for *_, e in self.of(Endpoint)
                 if e.service in services and e.identity in services[e.service].identities
             },
-            "policies": {p.key: p for *_, p in self.of(AuthorizationPolicy)},
+            "policies": {p.key: p for *_, p in self.of(AuthorizationPolicy) if not p.targets},
+            "targeting": {(t, p.key): p for *_, p in self.of(AuthorizationPolicy) for t in p.targets},
+            "gateways": {g.key: g for *_, g in self.of(Gateway)},
+            "routes": {(parent.service, r.key): r for *_, r in self.of(HTTPRoute) for parent in r.parents},
         }
 
 
@@ -130,20 +135,25 @@ def view(state, model):
     )
     assert all(state.resident_at(ip) == resident for ip, resident in state.residents().items())
     namespaces = {"shop", "bank", "mesh-system"}
+    keys = [f"{namespace}/{name}" for namespace in sorted(namespaces) for name in ("web", "reviews", "db", "x")]
+    targets = [Target(kind, target) for kind in ("Gateway", "Service") for target in keys]
     return {
         "services": {s.key: s for s in state.services()},
         "vips": vips,
         "workloads": {w.key: w for w in state.workloads()},
         "addresses": {a: w for a in addresses if (w := state.workload_at(a)) is not None},
         "residents": dict(state.residents()),
-        "endpoints": {
-            (e.service, e.workload): e
-            for namespace in namespaces
-            for name in ("web", "reviews", "db", "x")
-            for e in state.endpoints(f"{namespace}/{name}")
-        },
+        "endpoints": {(e.service, e.workload): e for key in keys for e in state.endpoints(key)},
         "policies": {p.key: p for scope in namespaces for p in policies_of(state, scope)},
+        "targeting": {(t, p.key): p for t in targets for p in ordered(state.policies_targeting(t.kind, t.key))},
+        "gateways": {key: gateway for key in keys if (gateway := state.gateway(key)) is not None},
+        "routes": {(key, route.key): route for key in keys for route in ordered(state.routes_for(key))},
     }
+
+
+def ordered(found):
+    assert list(found) == sorted(found, key=lambda one: one.key)
+    return found
 
 
 def policies_of(state, namespace):
@@ -192,9 +202,26 @@ def differences(before, after):
         services=frozenset(s.key for _, s in changed("services") | changed("vips")),
         workloads=frozenset(w.key for _, w in changed("workloads") | changed("claims")),
         endpoints=frozenset(e.service for _, e in changed("all endpoints")) | {k for k, _ in changed("identities")},
-        policies=frozenset(p.key for _, p in changed("policies")),
+        policies=frozenset(p.key for _, p in changed("policies") | changed("targeting")),
         addresses=frozenset(ip for ip, _ in changed("residents")),
+        gateways=frozenset(key for key, _ in changed("gateways")),
+        routes=frozenset(r.key for _, r in changed("routes")),
     )
+
+
+def test_a_binding_is_found_where_it_counts():
+    state = State(TRUST_DOMAIN)
+    bound, other = Binding("shop/wp", Via.WAYPOINT), Binding("shop/other", Via.REFUSE)
+    pod = ResidentWorkload("shop", "web-1", "web", {}, ((0, bound), (8080, other)))
+    free = ResidentWorkload("shop", "web-2", "web", {}, ((8080, other),))
+    state.apply([published(dataclasses.replace(SERVICE, binding=bound)), shard(1, {"10.0.0.1": pod})])
+    assert [state.binding_at(SERVICE.vips[0], port) for port in (80, 81, 82)] == [bound, bound, None]
+    assert [state.binding_at("10.0.0.1", port) for port in (80, 8080)] == [bound, other]
+    assert state.binding_at("10.9.9.9", 80) is None
+    assert state.apply([shard(2, {"10.0.0.1": free})]).addresses == {"10.0.0.1"}
+    assert [state.binding_at("10.0.0.1", port) for port in (80, 8080)] == [None, other]
+    assert state.apply([published(SERVICE, version=2)]).services == {SERVICE.key}
+    assert state.binding_at(SERVICE.vips[0], 80) is None
 
 
 BAD = [

@@ -39,9 +39,11 @@ class Replica:
         self.sessions = 0
         self.has_work = False
         self.whole = True
+        self.asks_anew = False
         self.on_receive: Callable[[], None] = lambda: None
 
     def filters(self) -> frozenset[str]:
+        self.asks_anew = False
         return self.wanted
 
     def session_started(self) -> None:
