@@ -25,7 +25,7 @@ from control.api.route import (
     PathMatch,
     RouteRule,
 )
-from waypoint.request import Fields, Request, host_name, merged_slashes
+from waypoint.request import Fields, Request, host_name
 
 _Query = dict[str, str]
 _SEVERAL_LINES: Final = b"set-cookie"  # its values cannot be joined by commas (RFC 9110 section 5.3)
@@ -152,7 +152,7 @@ def _match_precedence(match: Match) -> tuple[int, ...]:
 
 def _path_test(path: PathMatch) -> Callable[[str], bool]:
     if path.kind is PathKind.EXACT:
-        return merged_slashes(path.value).__eq__
+        return path.value.__eq__
     prefix = _prefix(path)
     if not prefix:
         return _anything
@@ -162,7 +162,7 @@ def _path_test(path: PathMatch) -> Callable[[str], bool]:
 
 def _prefix(path: PathMatch) -> str:
     """A prefix is one of whole elements, with or without a slash at its end."""
-    return merged_slashes(path.value).rstrip("/")
+    return path.value.rstrip("/")
 
 
 def _host_test(hostname: str) -> Callable[[str], bool]:

@@ -1,0 +1,339 @@
+"""Policies on requests against a naive reading of Istio's documentation, and the cases where it leaves room."""
+
+import ipaddress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from control.api.address import parse_address, parse_block
+from control.api.identity import SpiffeId
+from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
+from waypoint.authz import compile_policies
+from waypoint.request import host_name, read_request
+
+WEB = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/web")
+DB = SpiffeId.parse("spiffe://cluster.local/ns/data/sa/db")
+CALLER = parse_address("10.0.0.1")
+VIP = parse_address("240.240.0.7")
+TARGETS = (Target("Service", "shop/reviews"),)
+
+
+def policy(action, *rules, name="p"):
+    return AuthorizationPolicy("shop", name, Action(action), None, rules, TARGETS)
+
+
+def to(**fields):
+    return Rule(operations=(Operation(**fields),))
+
+
+def when(name, values=(), not_values=()):
+    return Rule(conditions=(Condition(ConditionKey.REQUEST_HEADERS, tuple(values), tuple(not_values), name),))
+
+
+def http(method="GET", target="/", host="reviews.shop", *fields):
+    named = [(b"Host", host.encode())] if host else []
+    return read_request(method, target, [*named, *fields])
+
+
+def allowed(*policies, request=None, source=WEB, port=80):
+    return compile_policies(policies).decide(source, CALLER, VIP, port, request).allowed
+
+
+def matches(rule, request, **call):
+    """Whether the rule matches; asked as ALLOW and as DENY, which must agree."""
+    as_allow = allowed(policy("ALLOW", rule), request=request, **call)
+    assert as_allow is not allowed(policy("DENY", rule), request=request, **call)
+    return as_allow
+
+
+# The documentation, read literally.
+# https://istio.io/latest/docs/reference/config/security/authorization-policy/
+
+
+def naive_decision(policies, call) -> bool:
+    # "2. If there are any DENY policies that match the request, deny the request."
+    if any(p.action is Action.DENY and naive_policy(p, call) for p in policies):
+        return False
+    # "3. If there are no ALLOW policies for the workload, allow the request."
+    if not any(p.action is Action.ALLOW for p in policies):
+        return True
+    # "4. If any of the ALLOW policies match the request, allow the request." "5. Deny the request."
+    return any(p.action is Action.ALLOW and naive_policy(p, call) for p in policies)
+
+
+def naive_policy(policy, call) -> bool:
+    return any(naive_rule(policy.action, rule, call) for rule in policy.rules)
+
+
+def naive_rule(action, rule, call) -> bool:
+    # On TCP, a DENY rule is taken without its HTTP fields, and an ALLOW rule with any is ignored
+    # (https://istio.io/latest/docs/tasks/security/authorization/authz-tcp/).
+    is_http = call[4] is not None
+    asks_http = any(
+        o.hosts or o.not_hosts or o.methods or o.not_methods or o.paths or o.not_paths for o in rule.operations
+    ) or any(c.key is ConditionKey.REQUEST_HEADERS for c in rule.conditions)
+    if action is Action.ALLOW and asks_http and not is_http:
+        return False
+    if rule.sources and not any(naive_source(source, call) for source in rule.sources):
+        return False
+    if rule.operations and not any(naive_operation(operation, call) for operation in rule.operations):
+        return False
+    return all(naive_condition(action, condition, call) for condition in rule.conditions)
+
+
+def both(values, not_values, holds) -> bool:
+    return (not values or holds(values)) and not (not_values and holds(not_values))
+
+
+def naive_source(source, call) -> bool:
+    identity, ip = call[0], call[1]
+    return (
+        both(source.principals, source.not_principals, lambda v: naive_texts(v, identity and identity.principal))
+        and both(source.namespaces, source.not_namespaces, lambda v: naive_texts(v, identity and identity.namespace))
+        and both(source.ip_blocks, source.not_ip_blocks, lambda v: naive_blocks(v, ip))
+    )
+
+
+def naive_operation(operation, call) -> bool:
+    _, _, _, port, request = call
+    if not both(operation.ports, operation.not_ports, lambda v: port in v):
+        return False
+    if request is None:
+        return True
+    names = [request.host, host_name(request.host)] if request.host else []
+    return (
+        both(operation.methods, operation.not_methods, lambda v: naive_texts(v, request.method))
+        and both(operation.paths, operation.not_paths, lambda v: naive_texts(v, request.path))
+        and both(operation.hosts, operation.not_hosts, lambda v: any(naive_texts(v, name) for name in names))
+    )
+
+
+def naive_condition(action, condition, call) -> bool:
+    identity, source_ip, destination_ip, port, request = call
+    values, not_values = condition.values, condition.not_values
+    match condition.key:
+        case ConditionKey.SOURCE_IP:
+            return both(values, not_values, lambda v: naive_blocks(v, source_ip))
+        case ConditionKey.DESTINATION_IP:
+            return both(values, not_values, lambda v: naive_blocks(v, destination_ip))
+        case ConditionKey.DESTINATION_PORT:
+            return both(values, not_values, lambda v: str(port) in v)
+        case ConditionKey.SOURCE_NAMESPACE:
+            return both(values, not_values, lambda v: naive_texts(v, identity and identity.namespace))
+        case ConditionKey.SOURCE_PRINCIPAL:
+            return both(values, not_values, lambda v: naive_texts(v, identity and identity.principal))
+        case ConditionKey.REQUEST_HEADERS:
+            if request is None:
+                return True
+            lines = [value.decode() for name, value in request.fields if name.decode().lower() == condition.name]
+            whole = [",".join(lines)] if lines else []
+            each = whole + [part.strip() for line in lines for part in line.split(",")]
+            refusing, letting = (values, not_values) if action is Action.DENY else (not_values, values)
+            one = both(refusing, (), lambda v: any(naive_texts(v, text) for text in each))
+            other = both(letting, (), lambda v: any(naive_texts(v, text) for text in whole))
+            # Each is a positive field for one of the actions and a `not` field for the other.
+            if action is Action.DENY:
+                return (one or not values) and not (not_values and other)
+            return (other or not values) and not (not_values and one)
+
+
+def naive_texts(patterns, value) -> bool:
+    if value is None:
+        return False
+    for pattern in patterns:
+        if pattern == "*":
+            return True
+        if pattern.startswith("*"):
+            found = len(value) >= len(pattern) - 1 and value[len(value) - len(pattern) + 1 :] == pattern[1:]
+        elif pattern.endswith("*"):
+            found = value[: len(pattern) - 1] == pattern[:-1]
+        else:
+            found = value == pattern
+        if found:
+            return True
+    return False
+
+
+def naive_blocks(blocks, address) -> bool:
+    return any(ipaddress.ip_address(address) in ipaddress.ip_network(block) for block in blocks)
+
+
+def some(values):
+    return st.lists(values, max_size=2).map(tuple)
+
+
+def patterns_over(*values):
+    def cut(value, at, kind):
+        at %= len(value) + 1
+        return {"exact": value, "prefix": value[:at] + "*", "suffix": "*" + value[at:], "any": "*"}[kind]
+
+    kinds = st.sampled_from(["exact", "exact", "exact", "prefix", "suffix", "any"])
+    return st.builds(cut, st.sampled_from(values), st.integers(0, 20), kinds)
+
+
+methods = patterns_over("GET", "PUT")
+paths = patterns_over("/", "/admin", "/admin/x")
+hosts = patterns_over("shop.io", "shop.io:80", "a.shop.io")
+values = patterns_over("1", "2", "1,2")
+blocks = st.sampled_from(["10.0.0.1/32", "10.0.0.0/8", "::/0"]).map(parse_block)
+principals, namespaces = patterns_over(WEB.principal, DB.principal), patterns_over("shop", "data")
+ports = st.sampled_from([80, 81])
+sources = st.builds(
+    Source, some(principals), some(principals), some(namespaces), some(namespaces), some(blocks), some(blocks)
+)
+operations = st.builds(
+    Operation,
+    some(ports),
+    some(ports),
+    some(hosts),
+    some(hosts),
+    some(methods),
+    some(methods),
+    some(paths),
+    some(paths),
+)
+one_field = st.one_of(
+    st.builds(Operation, **{name: st.lists(kind, min_size=1, max_size=2).map(tuple)})
+    for field, kind in {"ports": ports, "hosts": hosts, "methods": methods, "paths": paths}.items()
+    for name in (field, f"not_{field}")
+)
+header_conditions = st.builds(
+    Condition, st.just(ConditionKey.REQUEST_HEADERS), some(values), some(values), st.sampled_from(["x", "y"])
+)
+conditions = header_conditions | st.one_of(
+    st.builds(Condition, st.just(key), some(kind), some(kind))
+    for key, kind in {
+        ConditionKey.SOURCE_IP: blocks,
+        ConditionKey.DESTINATION_PORT: ports.map(str),
+        ConditionKey.SOURCE_NAMESPACE: namespaces,
+    }.items()
+)
+rules = st.builds(Rule, some(sources), some(operations | one_field), some(conditions))
+policies = st.builds(
+    AuthorizationPolicy,
+    st.just("shop"),
+    st.sampled_from("abc"),
+    st.sampled_from(Action),
+    st.none(),
+    st.lists(rules, max_size=2).map(tuple),
+    st.just(TARGETS),
+)
+requests = st.builds(
+    lambda method, target, host, fields: http(method, target, host, *fields),
+    st.sampled_from(["GET", "PUT", "DELETE"]),
+    st.sampled_from(["/", "/admin", "//admin", "/admin/x?y=1", "/x/../admin", "/administer"]),
+    st.sampled_from(["", "shop.io", "SHOP.io:80", "a.shop.io", "shop.io."]),
+    st.lists(st.tuples(st.sampled_from([b"x", b"X", b"y"]), st.sampled_from([b"1", b"2", b"1, 2", b"3"])), max_size=3),
+)
+callers = st.sampled_from([None, WEB, DB])
+addresses = st.sampled_from(["10.0.0.1", "10.1.0.1", "fd00::1"]).map(parse_address)
+calls = st.tuples(callers, addresses, st.just(VIP), ports, st.none() | requests)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(policies, max_size=3), calls)
+def test_decisions_agree_with_the_documentation(given_policies, call):
+    assert compile_policies(given_policies).decide(*call).allowed is naive_decision(given_policies, call)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(Action),
+    st.builds(Rule, operations=st.lists(one_field, min_size=1, max_size=2).map(tuple))
+    | st.builds(Rule, conditions=st.lists(header_conditions, min_size=1, max_size=2).map(tuple)),
+    calls,
+)
+def test_one_field_agrees_with_the_documentation(action, rule, call):
+    """Fewer things at once, so that each one decides more often than in the test above."""
+    one = [AuthorizationPolicy("shop", "p", action, None, (rule,), TARGETS)]
+    assert compile_policies(one).decide(*call).allowed is naive_decision(one, call)
+
+
+@pytest.mark.parametrize(
+    ("fields", "request_", "wanted"),
+    [
+        ({"methods": ("DELETE",)}, http("DELETE"), True),
+        ({"methods": ("DELETE",)}, http("GET"), False),
+        ({"methods": ("DELETE",)}, http("delete"), False),
+        ({"not_methods": ("GET", "HEAD")}, http("POST"), True),
+        ({"paths": ("/admin*",)}, http(target="/admin"), True),
+        ({"paths": ("/admin*",)}, http(target="//admin/x"), True),
+        ({"paths": ("/admin*",)}, http(target="/%61dmin"), True),
+        ({"paths": ("/admin*",)}, http(target="/public/../admin"), True),
+        ({"paths": ("/admin*",)}, http(target="/public?/admin"), False),
+        ({"paths": ("/admin",)}, http(target="/admin?x=1"), True),
+        ({"paths": ("*/info",)}, http(target="/a/info"), True),
+        ({"paths": ("//admin",)}, http(target="/admin"), True),
+        ({"not_paths": ("/health",)}, http(target="/x"), True),
+        ({"hosts": ("shop.io",)}, http(host="Shop.IO"), True),
+        ({"hosts": ("shop.io",)}, http(host="shop.io:8080"), True),
+        ({"hosts": ("shop.io:*",)}, http(host="shop.io:8080"), True),
+        ({"hosts": ("shop.io:80",)}, http(host="shop.io"), False),
+        ({"hosts": ("shop.io",)}, http(host="shop.io."), True),
+        ({"hosts": ("*.shop.io",)}, http(host="a.shop.io:1"), True),
+        ({"hosts": ("*",)}, http(host=""), False),
+        ({"not_hosts": ("*",)}, http(host=""), True),
+        ({"methods": ("GET",), "paths": ("/a",)}, http("GET", "/b"), False),
+    ],
+)
+def test_operations(fields, request_, wanted):
+    assert matches(to(**fields), request_) is wanted
+
+
+@pytest.mark.parametrize(
+    ("rule", "lines", "allow", "deny"),
+    [
+        (when("x", ["1"]), [b"1"], True, True),
+        (when("x", ["1"]), [], False, False),
+        (when("x", ["*"]), [b""], True, True),
+        (when("x", ["1"]), [b"1", b"2"], False, True),  # a DENY is not talked away by a second line
+        (when("x", ["1"]), [b"2, 1"], False, True),
+        (when("x", ["1"]), [b"1", b"1"], False, True),
+        (when("x", ["1,2"]), [b"1", b"2"], True, True),
+        (when("x", not_values=["1"]), [], True, True),
+        (when("x", not_values=["1"]), [b"2"], True, True),
+        (when("x", not_values=["1"]), [b"1"], False, False),
+        (when("x", not_values=["1"]), [b"1", b"2"], False, True),  # nor is an ALLOW but for 1
+    ],
+)
+def test_headers(rule, lines, allow, deny):
+    request = http("GET", "/", "h", *((b"X", line) for line in lines))
+    assert allowed(policy("ALLOW", rule), request=request) is allow
+    assert allowed(policy("DENY", rule), request=request) is not deny
+
+
+@pytest.mark.parametrize(
+    ("action", "rule", "port", "wanted"),
+    [
+        ("ALLOW", to(methods=("GET",)), 80, False),
+        ("ALLOW", to(not_methods=("GET",)), 80, False),
+        ("ALLOW", to(ports=(80,)), 80, True),
+        ("ALLOW", to(ports=(80,), methods=("GET",)), 80, False),
+        ("ALLOW", Rule(operations=(Operation(ports=(80,)), Operation(methods=("GET",)))), 80, False),
+        ("ALLOW", when("x", not_values=["1"]), 80, False),
+        ("DENY", to(methods=("GET",)), 80, False),
+        ("DENY", to(ports=(80,), methods=("GET",)), 80, False),
+        ("DENY", to(ports=(80,), methods=("GET",)), 81, True),
+        ("DENY", when("x", ["1"]), 80, False),
+        ("DENY", Rule((Source(namespaces=("data",)),), (Operation(paths=("/x",)),)), 80, True),
+    ],
+)
+def test_a_connection_that_is_not_http(action, rule, port, wanted):
+    """Nothing is known of it: a DENY for HTTP holds as far as it can be told, and an ALLOW for HTTP does not."""
+    assert allowed(policy(action, rule), port=port) is wanted
+
+
+def test_decisions_name_their_rule():
+    compiled = compile_policies(
+        [policy("ALLOW", to(methods=("PUT",)), to(methods=("GET",)), name="a"), policy("DENY", to(paths=("/x",)))]
+    )
+
+    def decide(request):
+        decision = compiled.decide(WEB, CALLER, VIP, 80, request)
+        return decision.allowed, decision.policy, decision.reason
+
+    assert decide(http("GET", "/")) == (True, "shop/a[1]", "allowed by shop/a[1]")
+    assert decide(http("GET", "/x")) == (False, "shop/p[0]", "denied by shop/p[0]")
+    assert decide(http("DELETE", "/")) == (False, "", "no ALLOW policy matched (shop/a)")
+    assert compile_policies([]).decide(None, CALLER, VIP, 80, http()).reason.startswith("no ALLOW policy selects")
