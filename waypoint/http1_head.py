@@ -28,7 +28,7 @@ _TEXT: Final = rb"[\t -~\x80-\xff]*+"
 _FIELDS: Final = rb"((?:" + _TOKEN + rb":" + _TEXT + rb"\r\n)*+)"
 # Some clients end a body with a line feed too many (RFC 9112 section 2.2).
 # Methods in lower case are nobody's, but some applications take `delete` for DELETE where a policy does not.
-_REQUEST_LINE: Final = rb"(?:\r\n)?+([A-Z]++(?:-[A-Z]++)*+) ([!$-;=?-~]++) HTTP/1\.([01])\r\n"
+_REQUEST_LINE: Final = rb"(?:\r\n)?+([A-Z]++(?:-[A-Z]++)*+) ([!\x22$-~]++) HTTP/1\.([01])\r\n"
 # Some servers send no reason, and then no space before it.
 _STATUS_LINE: Final = rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: (" + _TEXT + rb"))?+\r\n"
 _START: Final = re.compile(_REQUEST_LINE)
@@ -37,7 +37,7 @@ _RESPONSE: Final = re.compile(_STATUS_LINE + _FIELDS + rb"\r\n")
 _TRAILERS: Final = re.compile(_FIELDS + rb"\r\n")
 _OPTION: Final = re.compile(_TOKEN)
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
-_HOST: Final = re.compile(rb"(?:[0-9A-Za-z._~!$&'()*+,;=%-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
+_HOST: Final = re.compile(rb"(?:[0-9A-Za-z._-]++|\[[0-9A-Fa-f]*+:[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
 _ABSOLUTE: Final = re.compile(rb"http://([^/?]++)(.*)", re.IGNORECASE)
 
 OF_CONNECTION: Final = frozenset(
@@ -70,6 +70,8 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
     method, target, version, lines = found.groups()
     if found.start(4) > MAX_START_LINE:
         raise MessageError(414, f"a request line of more than {MAX_START_LINE} bytes")
+    if method == b"CONNECT":
+        raise MessageError(501, "CONNECT inside a tunnel is not supported")
     fields, special = _split(lines)
     if b"_" in lines:
         _refuse_lookalikes(fields)
@@ -84,8 +86,6 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
     else:
         hosts.append(default_host)
     fields.insert(0, (b"host", hosts[0]))
-    if method == b"CONNECT":
-        raise MessageError(501, "CONNECT inside a tunnel is not supported")
     minor = 1 if version == b"1" else 0
     if not special and minor:
         return RequestHead(method.decode(), target.decode(), fields)
@@ -150,9 +150,12 @@ def check_trailers(lines: bytes) -> None:
         raise MessageError(431, f"more than {MAX_FIELDS} trailers")
 
 
-def check_written(head: bytes, *, request: bool) -> None:
-    """Raises ValueError for a head that would not be read here. Fields need not be a peer's: some are configuration."""
-    if (_REQUEST if request else _RESPONSE).fullmatch(head) is None:
+def check_written(head: bytes, lines: int, *, request: bool) -> None:
+    """Raises ValueError for a head that would not be read here as so many lines, the start line and the empty one too.
+
+    What is written need not come from a peer: some is configuration.
+    """
+    if (_REQUEST if request else _RESPONSE).fullmatch(head) is None or head.count(b"\r\n") != lines:
         raise ValueError(f"refused to write a malformed head: {head[:200]!r}")
 
 

@@ -75,7 +75,7 @@ class _Reader:
         if self._state is _State.UNTIL_CLOSE:
             return self._take(len(self._buffer))
         pieces: list[bytes] = []
-        while self._chunked(pieces):
+        while self._buffer and self._chunked(pieces):
             pass
         return b"".join(pieces)
 
@@ -117,6 +117,7 @@ class _Reader:
 
     def _take(self, count: int) -> bytes:
         buffer = self._buffer
+        self._seen = 0
         if count >= len(buffer):
             data = bytes(buffer)
             buffer.clear()
@@ -130,7 +131,6 @@ class _Reader:
         buffer = self._buffer
         end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0))
         if end >= 0:
-            self._seen = 0
             if end + 4 > MAX_HEAD:
                 raise MessageError(431, f"a head of more than {MAX_HEAD} bytes")
             return end + 4
@@ -155,7 +155,10 @@ class RequestReader(_Reader):
         self._started = False  # the start line of an unfinished head is well formed
 
     def feed(self, data: bytes) -> list[RequestEvent]:
-        """Events of the present message. What comes after its end waits for `proceed`. Raises MessageError."""
+        """Events of the present message. Raises MessageError.
+
+        What comes after its end waits for `proceed`, all of it: do not go on receiving meanwhile.
+        """
         self._buffer += data
         return self._read()
 
@@ -168,6 +171,7 @@ class RequestReader(_Reader):
     def eof(self) -> None:
         """The client has ended its side. Raises MessageError when that cuts a request off."""
         if self._state is not _State.DONE and not self.idle:
+            self._state = _State.REFUSED
             raise MessageError(400, "the request was cut off")
 
     @property
@@ -176,8 +180,6 @@ class RequestReader(_Reader):
         return self._state is _State.HEAD and not self._buffer
 
     def _read(self) -> list[RequestEvent]:
-        if self._state is _State.REFUSED:
-            raise MessageError(400, "a request after one that was refused")
         if not self._buffer or self._state is _State.DONE:
             return []
         try:
@@ -249,5 +251,6 @@ class ResponseReader(_Reader):
             self._state = _State.DONE
             return [END]
         if self._state is not _State.DONE:
+            self._state = _State.REFUSED
             raise MessageError(502, "the response was cut off" if self.begun else "the server closed the connection")
         return []

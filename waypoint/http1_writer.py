@@ -47,9 +47,7 @@ class RequestWriter(_Writer):
         """Raises ValueError for a head that no reader of ours would take."""
         self._begin(request.framing)
         line = f"{request.method} {request.target} HTTP/1.1\r\n".encode("ascii")
-        head = _written(line, request.fields, request.framing)
-        check_written(head, request=True)
-        return head
+        return _written(line, request.fields, request.framing, request=True)
 
 
 class ResponseWriter(_Writer):
@@ -72,18 +70,13 @@ class ResponseWriter(_Writer):
         if response.interim:
             if not self._request.minor:  # RFC 9110 section 15.2
                 return b""
-            head = _written(line, response.fields, response.framing)
-        else:
-            framing = self._framing(response.framing)
-            if framing is UNTIL_CLOSE or close:
-                self.close = True
-            if self.close:
-                line += b"connection: close\r\n"
-            head = _written(line, response.fields, framing)
-            if self._request.method != "HEAD":
-                self._begin(framing)
-        check_written(head, request=False)
-        return head
+            return _written(line, response.fields, response.framing)
+        framing = self._framing(response.framing)
+        if framing is UNTIL_CLOSE or close:
+            self.close = True
+        if self._request.method != "HEAD":
+            self._begin(framing)
+        return _written(line, response.fields, framing, close=self.close)
 
     def _framing(self, framing: Framing) -> Framing:
         """The end of the body as this client understands it: chunked where that is possible and it has no length."""
@@ -92,12 +85,17 @@ class ResponseWriter(_Writer):
         return framing
 
 
-def _written(line: bytes, fields: Fields, framing: Framing) -> bytes:
+def _written(start: bytes, fields: Fields, framing: Framing, *, request: bool = False, close: bool = False) -> bytes:
     if not OF_CONNECTION.isdisjoint([name for name, _ in fields]):
         raise ValueError("a field that only writers may write is among the fields of a head")
-    lines = [b"%b: %b\r\n" % field for field in fields]
+    lines = [start, *[b"%b: %b\r\n" % field for field in fields]]
+    if close:
+        lines.append(b"connection: close\r\n")
     if framing.length is not None:
         lines.append(b"content-length: %d\r\n" % framing.length)
     elif framing.ending is Ending.CHUNKED:
         lines.append(b"transfer-encoding: chunked\r\n")
-    return b"%b%b\r\n" % (line, b"".join(lines))
+    lines.append(b"\r\n")
+    head = b"".join(lines)
+    check_written(head, len(lines), request=request)
+    return head
