@@ -111,9 +111,10 @@ def _fields() -> Iterator[tuple[str, bytes]]:
     for field in (
         b"X : y", b"X\t: y", b"X\x0b: y", b": y", b"X", b"X y", b" X: y", b"\tX: y", b"X y: z", b"X\x00: y",
         b"X\x7f: y", b"X\xa0: y", b"\xa0X: y", b"\x85X: y", b"X\xe9: y", b"X(: y", b'"X": y', b"X/: y", b"X@: y",
-        b"X[: y", b"X{: y", b"X,Y: z", b"X;Y: z", b"X=Y", b"\\X: y", b"<X>: y", b"X?: y", b"X: y\x00", b"X: \x00y", b"X: y\x7f",
-        b"X: \x1b", b"X: y\rz", b"X: y\nz", b"X: y\n z", b"X: y\r\n z", b"X: y\r\n\tz", b"X: y\r\n ", b"X:\r\n y", b"X: \x0b",
-        b"X: \x08", b"X_Forwarded_For: 1", b"x-forwarded_client-cert: 1", b"X_UPROXY_CALLER: a",
+        b"X[: y", b"X{: y", b"X,Y: z", b"X;Y: z", b"X=Y", b"\\X: y", b"<X>: y", b"X?: y", b"X: y\x00", b"X: \x00y",
+        b"X: y\x7f", b"X: \x1b", b"X: y\rz", b"X: y\nz", b"X: y\n z", b"X: y\r\n z", b"X: y\r\n\tz", b"X: y\r\n ",
+        b"X:\r\n y", b"X: \x0b", b"X: \x08", b"X_Forwarded_For: 1", b"x-forwarded_client-cert: 1",
+        b"X_UPROXY_CALLER: a",
     ):  # fmt: skip
         yield f"field {field!r}", request(field, b"Y: z")
     yield "a first field that begins with a space", b"GET / HTTP/1.1\r\n X: y\r\nHost: a\r\n\r\n"
