@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 from control.api import records, topics, vips
 from control.api.address import IpAddress
+from control.api.bindings import Standings, Subject, Wish
 from control.api.declared import (
     DeclaredEndpoints,
     DeclaredNamespace,
@@ -22,6 +23,7 @@ from control.api.declared import (
     place_of,
 )
 from control.api.endpoints import endpoints_of
+from control.api.gateway import Gateway
 from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain
 from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.api.labels import Labels, telemetry
@@ -37,6 +39,7 @@ from control.api.policy import (
 )
 from control.api.problems import Findings, Position, ResourceError, shown
 from control.api.records import Record
+from control.api.route import HTTPRoute
 from control.api.selection import Workloads
 from control.api.vips import Addresses, Vips
 from control.api.workload import Endpoint, Service, Workload
@@ -76,10 +79,14 @@ class Mesh:
     workloads: tuple[Workload, ...]
     endpoints: tuple[Endpoint, ...]
     policies: tuple[AuthorizationPolicy, ...]
+    gateways: tuple[Gateway, ...]
+    routes: tuple[HTTPRoute, ...]
     peer_authentications: tuple[PeerAuthentication, ...]
     """Checked, and no records: all they can ask for is what every proxy does anyway."""
     vips: Vips
     """Of the services that ask for no address. Who keeps them gives them back as `Elsewhere.vips`."""
+    wishes: Mapping[Subject, Wish]
+    """What labels ask of waypoints."""
     warnings: tuple[ResourceError, ...]
 
     @classmethod
@@ -90,9 +97,12 @@ class Mesh:
         root_namespace: str = DEFAULT_ROOT_NAMESPACE,
         *,
         elsewhere: Elsewhere = _NOTHING,
+        standings: Standings | None = None,
     ) -> Mesh:
         """Builds the mesh. Raises ResourceErrors with everything that does not hold together, and
         IdentityError for a trust domain that is none.
+
+        `standings`: what is bound to waypoints; None: whatever labels ask for.
         """
         findings = Findings()
         declared = _unique(resources, findings)
@@ -113,7 +123,10 @@ class Mesh:
             endpoints=endpoints,
             policies=tuple(item.policy for item in policies),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
+            gateways=(),
+            routes=(),
             vips=addresses.allocated,
+            wishes={},
             warnings=tuple(findings.warnings),
         )
         findings.report.raise_errors()
@@ -121,7 +134,14 @@ class Mesh:
 
     def records(self) -> dict[str, Body]:
         """Topic -> body of every service, workload, endpoint and policy."""
-        every: Iterable[Record] = (*self.services, *self.workloads, *self.endpoints, *self.policies)
+        every: Iterable[Record] = (
+            *self.services,
+            *self.workloads,
+            *self.endpoints,
+            *self.policies,
+            *self.gateways,
+            *self.routes,
+        )
         return {
             topics.format_topic(self.trust_domain, records.topic_of(record)): records.write(record) for record in every
         }

@@ -85,6 +85,15 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
+class Bypass:
+    """A binding of a service that an operator has suspended."""
+
+    until: float
+    """Unix time at which it ends by itself."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a proxy that is online and within its lease says of itself."""
 

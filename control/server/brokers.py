@@ -178,10 +178,12 @@ def prepare(directory: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def all_rights(authority: Authority, identities: Iterable[SpiffeId]) -> list[Rights]:
-    """Those of the control plane and of each identity, in a steady order."""
+def all_rights(
+    authority: Authority, identities: Iterable[SpiffeId], waypoints: Collection[SpiffeId] = ()
+) -> list[Rights]:
+    """Those of the control plane and of each identity, in a steady order; `waypoints`: of processes of Gateways."""
     known = {control_plane_id(authority.trust_domain), *identities}
-    return [rights_of(identity) for identity in sorted(known)]
+    return [rights_of(identity, waypoint=identity in waypoints) for identity in sorted(known)]
 
 
 def find_nats_server() -> Path:
@@ -203,6 +205,7 @@ class NatsServer:
         self._authority = authority
         self._svid_ttl_s = svid_ttl_s
         self._identities: frozenset[SpiffeId] = frozenset()
+        self._waypoints: frozenset[SpiffeId] = frozenset()
         self._running: tuple[Process, _NatsLog] | None = None
         self._reloading = asyncio.Lock()
         self.ready = asyncio.Event()
@@ -223,13 +226,14 @@ class NatsServer:
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
-    async def admit(self, identities: Collection[SpiffeId]) -> None:
+    async def admit(self, identities: Collection[SpiffeId], waypoints: Collection[SpiffeId] = ()) -> None:
         """Let exactly these in (and the control plane); returns when that is in force. Raises OSError.
 
-        Connections of an identity that is no longer among them are closed.
+        `waypoints`: those of them that are of processes of Gateways. Connections of an identity that is no longer among
+        those who are let in are closed.
         """
         async with self._reloading:
-            self._identities = frozenset(identities)
+            self._identities, self._waypoints = frozenset(identities), frozenset(waypoints)
             if self._directory.is_dir() and self._configure():
                 await self._reload()
 
@@ -297,7 +301,7 @@ class NatsServer:
             _log.warning("nats-server does not say that it has read its configuration again")
 
     def _configure(self) -> bool:
-        rights = all_rights(self._authority, self._identities)
+        rights = all_rights(self._authority, self._identities, self._waypoints)
         return write_files(self._directory, nats_files(self._directory, self._listen, rights))
 
     def _certify(self) -> None:

@@ -20,6 +20,7 @@ from typing import Final
 from control.api import index, messages, status
 from control.api.declared import Place
 from control.api.fields import RecordError
+from control.api.gateway import gateway_identity
 from control.api.identity import SpiffeId, TrustDomain
 from control.api.index import AddressShard
 from control.api.messages import Body, MessageError, Stamp
@@ -37,6 +38,7 @@ from control.api.topics import (
     parse_topic,
     subtree,
 )
+from control.api.workload import key
 from control.server import documents, publication
 from control.server.ca import Authority, CaError
 from control.server.documents import Document
@@ -313,6 +315,11 @@ class Core:
         """Those of all declared workloads."""
         with self._queue_lock:
             return self._registry.residents.identities()
+
+    def waypoints(self) -> frozenset[SpiffeId]:
+        """Those of the processes of all Gateways."""
+        places = (place for place, _ in self._store.documents(kind="Gateway"))
+        return frozenset(gateway_identity(self._trust_domain, key(namespace, name)) for _, namespace, name in places)
 
     def problems(self) -> tuple[str, ...]:
         """What people should know of: statuses that cannot be read and the like; bounded, newest last."""

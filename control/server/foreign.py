@@ -40,6 +40,7 @@ class ForeignBroker:
         self._pid_file = pid_file
         self._svid_ttl_s = svid_ttl_s
         self._identities: frozenset[SpiffeId] = frozenset()
+        self._waypoints: frozenset[SpiffeId] = frozenset()
         self.ready = asyncio.Event()
         """Set once everything that the broker reads is there."""
 
@@ -60,15 +61,15 @@ class ForeignBroker:
                 continue
             self._tell()
 
-    async def admit(self, identities: Collection[SpiffeId]) -> None:
+    async def admit(self, identities: Collection[SpiffeId], waypoints: Collection[SpiffeId] = ()) -> None:
         """Let exactly these in (and the control plane), as soon as the broker reads it. Raises OSError."""
-        self._identities = frozenset(identities)
+        self._identities, self._waypoints = frozenset(identities), frozenset(waypoints)
         if self._directory.is_dir() and self._configure():
             self._tell()
 
     def _configure(self) -> bool:
         """Write what both kinds of broker read; whether anything changed."""
-        rights = all_rights(self._authority, self._identities)
+        rights = all_rights(self._authority, self._identities, self._waypoints)
         files = {
             **nats_files(self._directory, self._listen, rights),
             **mosquitto_files(self._directory, self._listen, rights),

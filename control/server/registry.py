@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import Final
 
 from control.api import messages, records, vips
 from control.api.address import IpAddress
+from control.api.bindings import Standings, Subject, Wish
 from control.api.declared import DeclaredPolicy, DeclaredService, DeclaredWorkload, Family, Place, Resource
 from control.api.gateway import Gateway
 from control.api.identity import TrustDomain, make_id
@@ -94,6 +96,18 @@ class _Form:
 
 
 @dataclass(frozen=True, slots=True)
+class Bound:
+    """What one namespace has to do with waypoints."""
+
+    wishes: Mapping[Subject, Wish]
+    """What its labels ask for."""
+    served: Mapping[Subject, frozenset[str]]
+    """Keys of the workloads behind whatever is bound or asks to be; what is not there any more is not in it."""
+    instances: Mapping[str, frozenset[str]]
+    """Key of each of its Gateways -> keys of the workloads that are processes of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     """One namespace as it should be."""
 
@@ -106,6 +120,7 @@ class Built:
     """Topics of those that are known to be published as they are."""
     residents: Mapping[IpAddress, Resident]
     vips: Mapping[tuple[str, Family], IpAddress]
+    bound: Bound
     old: Mapping[str, Message]
     """What is published of it now, by topic."""
 
@@ -142,6 +157,8 @@ class Registry:
         self._root_namespace = root_namespace
         self.residents = residents
         self._held: dict[str, _Namespace] = {}
+        self.bound: dict[str, Bound] = {}
+        """By namespace, of those that were built since the start."""
         self._forms: dict[str, Mapping[Hashable, _Form]] = {}
         """Of the namespaces that changed last, so that a change of one record does not cost all of them."""
         self._declared = frozenset(name for (_, _, name), _ in store.documents(kind="Namespace"))
@@ -149,10 +166,19 @@ class Registry:
         for (service, family), address in store.vips().items():
             self._vips.setdefault(_namespace_of(service), {})[service, family] = address
 
-    def plan(self, given: Sequence[Document], removed: Iterable[Place] = (), *, release: bool = False) -> Plan:
+    def plan(
+        self,
+        given: Sequence[Document],
+        removed: Iterable[Place] = (),
+        *,
+        release: bool = False,
+        standings: Standings = MappingProxyType({}),
+        again: Collection[str] = (),
+    ) -> Plan:
         """The change set that adds or replaces some resources and removes others.
 
-        Raises ResourceErrors, NotFound and Held.
+        `standings`: what is bound to waypoints; `again`: namespaces to build again, since that has changed. Raises
+        ResourceErrors, NotFound and Held.
         """
         _check_distinct(given)
         texts: dict[Place, str | None] = {}
@@ -165,7 +191,7 @@ class Registry:
         for place in removed:
             changes.append(self._removal(place))
             texts[place] = None
-        touched = {_group(place) for place in texts}
+        touched = {_group(place) for place in texts} | (set(again) & self._store.namespaces())
         if release:
             # What was kept back goes now, though no document says anything new.
             touched |= {_group(document.place) for document in given}
@@ -180,7 +206,7 @@ class Registry:
                 resources[_group(document.place)][document.place] = document.resource
         if not release:
             self._check_removals(resources)
-        built = self._build(resources, declared, release=release)
+        built = self._build(resources, declared, standings, release=release)
         files = {document.resource.position.file for document in given}
         return Plan(
             changes=tuple(changes),
@@ -196,6 +222,7 @@ class Registry:
         self.residents.replace({name: built.residents for name, built in plan.namespaces.items()})
         for name, built in plan.namespaces.items():
             self._vips[name] = dict(built.vips)
+            self.bound[name] = built.bound
             told = frozenset((warning.field, warning.problem) for warning in built.warnings)
             self._held[name] = _Namespace(dict(built.resources), told)
             self._forms.pop(name, None)
@@ -254,7 +281,12 @@ class Registry:
                 )
 
     def _build(
-        self, resources: Mapping[str, Mapping[Place, Resource]], declared: frozenset[str], *, release: bool
+        self,
+        resources: Mapping[str, Mapping[Place, Resource]],
+        declared: frozenset[str],
+        standings: Standings,
+        *,
+        release: bool,
     ) -> dict[str, Built]:
         """The touched namespaces, each by itself, against what the others hold. Raises ResourceErrors with all errors.
 
@@ -278,7 +310,7 @@ class Registry:
                 selects=partial(self._selected_elsewhere, name, resources),
             )
             try:
-                built[name] = self._build_one(name, resources[name], elsewhere, release=release)
+                built[name] = self._build_one(name, resources[name], elsewhere, standings, release=release)
             except ResourceErrors as problem:
                 errors += problem.errors
             else:
@@ -289,9 +321,17 @@ class Registry:
         return built
 
     def _build_one(
-        self, name: str, resources: Mapping[Place, Resource], elsewhere: Elsewhere, *, release: bool
+        self,
+        name: str,
+        resources: Mapping[Place, Resource],
+        elsewhere: Elsewhere,
+        standings: Standings,
+        *,
+        release: bool,
     ) -> Built:
-        mesh = Mesh.build(resources.values(), self._trust_domain, self._root_namespace, elsewhere=elsewhere)
+        mesh = Mesh.build(
+            resources.values(), self._trust_domain, self._root_namespace, elsewhere=elsewhere, standings=standings
+        )
         old = {message.topic: message for message in self._store.messages_of(name)}
         warnings = list(mesh.warnings)
         if not release:
@@ -307,6 +347,7 @@ class Registry:
             unchanged=frozenset(form.topic for key, form in forms.items() if before.get(key) is form),
             residents=mesh.residents(),
             vips=mesh.vips,
+            bound=_bound(name, mesh, standings),
             old=old,
         )
 
@@ -387,7 +428,14 @@ def _stored(place: Place, resource: Resource) -> Resource:
 def _forms_of(mesh: Mesh, before: Mapping[Hashable, _Form]) -> dict[Hashable, _Form]:
     """All records of a namespace; those that are as they were `before` are the very same."""
     forms: dict[Hashable, _Form] = {}
-    every: Iterable[Record] = (*mesh.services, *mesh.workloads, *mesh.endpoints, *mesh.policies)
+    every: Iterable[Record] = (
+        *mesh.services,
+        *mesh.workloads,
+        *mesh.endpoints,
+        *mesh.policies,
+        *mesh.gateways,
+        *mesh.routes,
+    )
     for record in every:
         key = _key_of(record)
         form = before.get(key)
@@ -396,6 +444,26 @@ def _forms_of(mesh: Mesh, before: Mapping[Hashable, _Form]) -> dict[Hashable, _F
             form = _Form(record, topic, records.write(record))
         forms[key] = form
     return forms
+
+
+def _bound(namespace: str, mesh: Mesh, standings: Standings) -> Bound:
+    concerned = {*mesh.wishes, *(subject for subject in standings if _namespace_of(subject[1]) == namespace)}
+    served: dict[Subject, frozenset[str]] = {}
+    if concerned:
+        behind: dict[str, set[str]] = {service.key: set() for service in mesh.services}
+        for endpoint in mesh.endpoints:
+            behind[endpoint.service].add(endpoint.workload)
+        workloads = {workload.key for workload in mesh.workloads}
+        for subject in concerned:
+            kind, key = subject
+            if kind == "Service" and key in behind:
+                served[subject] = frozenset(behind[key])
+            elif kind == "WorkloadEntry" and key in workloads:
+                served[subject] = frozenset({key})
+    instances = {
+        gateway.key: frozenset(instance.workload for instance in gateway.instances) for gateway in mesh.gateways
+    }
+    return Bound(mesh.wishes, served, instances)
 
 
 def _key_of(record: Record) -> Hashable:

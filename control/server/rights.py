@@ -1,6 +1,7 @@
 """Who may read and write what on the broker: the least that each identity needs, in MQTT's own terms.
 
-Everything follows from the identity, so that two brokers, or a broker restored from a backup, cannot disagree.
+Everything follows from the identity, and from whether there is a Gateway of its name, so that two brokers, or a broker
+restored from a backup, cannot disagree.
 """
 
 from __future__ import annotations
@@ -42,17 +43,20 @@ def is_node(identity: SpiffeId) -> bool:
     return identity.namespace == DEFAULT_ROOT_NAMESPACE and identity.service_account.startswith(NODE_PREFIX)
 
 
-def rights_of(identity: SpiffeId) -> Rights:
-    """What this identity may do."""
+def rights_of(identity: SpiffeId, *, waypoint: bool = False) -> Rights:
+    """What this identity may do; `waypoint`: it is that of a Gateway's processes, which hold policies for others."""
     domain = identity.trust_domain
     if identity == control_plane_id(domain):
         return Rights(identity, (subtree(domain),), (subtree(domain),))
     digest = proxy_hash(identity)
     reads = [format_topic(domain, TrustTopic()), subtree(domain, "addr")]
     if not is_node(identity):
-        reads += [subtree(domain, kind) for kind in ("svc", "ep", "index", "root")]
-        namespaces = sorted({identity.namespace, DEFAULT_ROOT_NAMESPACE})
-        reads += [subtree(domain, "policy", namespace) for namespace in namespaces]
+        reads += [subtree(domain, kind) for kind in ("svc", "ep", "gw", "index", "root")]
+        if waypoint:
+            reads += [subtree(domain, "policy"), subtree(domain, "route")]
+        else:
+            namespaces = sorted({identity.namespace, DEFAULT_ROOT_NAMESPACE})
+            reads += [subtree(domain, "policy", namespace) for namespace in namespaces]
         reads.append(subtree(domain, "wl", digest))
     # One level below the hash, and not a subtree: a proxy has one status topic per instance, and no others.
     return Rights(identity, tuple(reads), (subtree(domain, "status", digest).removesuffix("#") + "+",))

@@ -147,7 +147,9 @@ class _Plane:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         broker = self._broker()
-        users = _Users(broker.admit, lambda: self._core.identities() | self._enrolment.identities())
+        users = _Users(
+            broker.admit, lambda: self._core.identities() | self._enrolment.identities(), self._core.waypoints
+        )
         async with asyncio.TaskGroup() as group:
             await asyncio.to_thread(users.review)
             group.create_task(_refused_as(broker.run()))
@@ -205,15 +207,18 @@ class _Users:
 
     def __init__(
         self,
-        admit: Callable[[frozenset[SpiffeId]], Coroutine[None, None, None]],
+        admit: Callable[[frozenset[SpiffeId], frozenset[SpiffeId]], Coroutine[None, None, None]],
         known: Callable[[], frozenset[SpiffeId]],
+        waypoints: Callable[[], frozenset[SpiffeId]],
     ) -> None:
+        """`waypoints`: who of them has the rights of a waypoint's process."""
         self._admit = admit
         self._known = known
+        self._waypoints = waypoints
         self._loop = asyncio.get_running_loop()
         self._turn = threading.Lock()
         self._changed = asyncio.Event()
-        self._admitted: frozenset[SpiffeId] | None = None
+        self._admitted: tuple[frozenset[SpiffeId], frozenset[SpiffeId]] | None = None
 
     def changed(self) -> None:
         """Somebody may have come or gone; call it from any thread."""
@@ -221,16 +226,16 @@ class _Users:
 
     def admit(self, identity: SpiffeId) -> None:
         """Returns when the broker lets this one in, or cannot be told; call it in a thread."""
-        if self._admitted is None or identity not in self._admitted:
+        if self._admitted is None or identity not in self._admitted[0]:
             self.review()
 
     def review(self) -> None:
         """Tell the broker when somebody came or went; call it in a thread. Returns when the broker has it."""
         with self._turn:
             try:
-                known = self._known()
+                known = self._known(), self._waypoints()
                 if known != self._admitted:
-                    asyncio.run_coroutine_threadsafe(self._admit(known), self._loop).result(_ADMISSION_TIMEOUT_S)
+                    asyncio.run_coroutine_threadsafe(self._admit(*known), self._loop).result(_ADMISSION_TIMEOUT_S)
                     self._admitted = known
             except (OSError, BrokerError, StoreError) as error:  # TimeoutError is an OSError
                 _log.warning("the broker cannot be told whom to let in, and will be told again: %r", error)

@@ -6,6 +6,8 @@ records       what is (or is about to be) retained on the broker, tombstones inc
 meta          epoch and version of the last change set
 tokens        join tokens: a digest of the secret, whom it is for, and what it was taken for
 certificates  the certificates that were given out, until they end
+bindings      how far each binding to a waypoint has come
+bypasses      bindings that an operator has suspended for a while
 
 A change set is one transaction, synced to the disk before `commit` returns: after a crash it is there whole or not at
 all. A second process is refused by a lock beside the file; the lock goes with the process that held it.
@@ -24,8 +26,10 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from control.api.address import IpAddress
+from control.api.bindings import Subject
 from control.api.declared import Family, Place
 from control.api.messages import Stamp
+from control.server.bindings import Bypass, Phase, State
 from control.server.publication import Message, Rank
 
 Vips = dict[tuple[str, Family], IpAddress]
@@ -63,6 +67,14 @@ _MIGRATIONS: Final = (
     );
     CREATE INDEX certificates_of_identity ON certificates (identity, workload);
     """,
+    """
+    CREATE TABLE bindings (
+        kind TEXT NOT NULL, key TEXT NOT NULL, gateway TEXT NOT NULL, previous TEXT NOT NULL, phase TEXT NOT NULL,
+        optional INTEGER NOT NULL, epoch INTEGER NOT NULL, version INTEGER NOT NULL, since REAL NOT NULL,
+        PRIMARY KEY (kind, key)
+    ) WITHOUT ROWID;
+    CREATE TABLE bypasses (service TEXT NOT NULL PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
+    """,
 )
 """Each brings a store from its index to the next version (PRAGMA user_version). Never edited once released."""
 
@@ -87,6 +99,10 @@ class Batch:
     messages: list[Message] = field(default_factory=list)
     collected: list[str] = field(default_factory=list)
     """Topics of tombstones that have served their time."""
+    bindings: dict[Subject, State | None] = field(default_factory=dict)
+    """Those that change; None: gone."""
+    bypasses: dict[str, Bypass | None] = field(default_factory=dict)
+    """By the service's key; None: ended."""
 
 
 class Store:
@@ -160,6 +176,20 @@ class Store:
                 ],
             )
             rows.executemany("DELETE FROM records WHERE topic = ?", [(topic,) for topic in batch.collected])
+            rows.executemany("DELETE FROM bindings WHERE kind = ? AND key = ?", batch.bindings)
+            rows.executemany(
+                "INSERT INTO bindings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (*subject, one.gateway, one.previous, one.phase.value, one.optional, *one.stamp, one.since)
+                    for subject, one in batch.bindings.items()
+                    if one is not None
+                ],
+            )
+            rows.executemany("DELETE FROM bypasses WHERE service = ?", [(service,) for service in batch.bypasses])
+            rows.executemany(
+                "INSERT INTO bypasses VALUES (?, ?, ?)",
+                [(service, one.until, one.reason) for service, one in batch.bypasses.items() if one is not None],
+            )
             rows.execute("UPDATE meta SET epoch = ?, version = ?", batch.stamp)
 
     def stamp(self) -> Stamp:
@@ -191,6 +221,18 @@ class Store:
     def vips(self) -> Vips:
         found = self._all("SELECT service, family, address FROM vips")
         return {(service, Family(family)): IpAddress(address) for service, family, address in found}
+
+    def bindings(self) -> dict[Subject, State]:
+        found = self._all("SELECT * FROM bindings ORDER BY kind, key")
+        return {
+            (kind, key): State(gateway, previous, Phase(phase), bool(optional), (epoch, version), since)
+            for kind, key, gateway, previous, phase, optional, epoch, version, since in found
+        }
+
+    def bypasses(self) -> dict[str, Bypass]:
+        """Key of the service -> the bypass."""
+        found = self._all("SELECT service, until, reason FROM bypasses ORDER BY service")
+        return {service: Bypass(until, reason) for service, until, reason in found}
 
     def message(self, topic: str) -> Message | None:
         found = self._messages("topic = ?", (topic,))

@@ -230,7 +230,7 @@ def test_relabel_changes_labels_and_annotations(plane):
     (_, text), *_ = plane.core.get("Service", "shop", "web")
     assert "annotations" not in text
     with pytest.raises(ResourceErrors, match="Service shop/web:"):
-        plane.core.relabel(place, labels={"istio.io/use-waypoint": "wp"})
+        plane.core.relabel(place, labels={"istio.io/dataplane-mode": "none"})
 
 
 @pytest.mark.parametrize(("removed", "of", "is_held"), [(3, 3, False), (4, 4, True), (4, 7, True), (4, 8, False)])

@@ -29,14 +29,15 @@ WEB_HASH, DB_HASH, NODE_HASH = proxy_hash(WEB), proxy_hash(DB), proxy_hash(NODE)
 OWN_STATUS = f"status/{WEB_HASH}/web-1"
 
 ADDRESSES = {"trust", "addr", "addr/0a"}
-SHARED = ADDRESSES | {"svc/shop/web", "ep/shop/web", "ep/shop/web/web-1.a", "index/shop/0a", "root/shop"}
+SHARED = ADDRESSES | {"svc/shop/web", "gw/shop/wp", "ep/shop/web", "ep/shop/web/web-1.a", "index/shop/0a", "root/shop"}
 OF_WEB = SHARED | {"policy/shop/allow", "policy/mesh-system/deny", f"wl/{WEB_HASH}/web-1"}
 STATUSES = {OWN_STATUS, f"status/{DB_HASH}/db-1"}
-OF_OTHERS = {"policy/bank/allow", f"wl/{DB_HASH}/db-1", f"wl/{NODE_HASH}/node-a"}
+OF_OTHERS = {"policy/bank/allow", "route/shop/web", f"wl/{DB_HASH}/db-1", f"wl/{NODE_HASH}/node-a"}
 EVERYTHING = OF_WEB | OF_OTHERS | STATUSES
 
 # What a uProxy subscribes to, and what each of it holds.
-NEEDED = ("trust", "addr/#", "addr/0a", "svc/#", "svc/shop/web", "ep/#", "ep/shop/web/#", "index/shop/#", "root/shop")
+NEEDED = ("trust", "addr/#", "addr/0a", "svc/#", "svc/shop/web", "ep/#", "ep/shop/web/#", "gw/shop/wp")
+NEEDED += ("index/shop/#", "root/shop")
 OF_ITS_OWN = ("policy/shop/#", "policy/mesh-system/#", f"wl/{WEB_HASH}/#")
 GREEDY = ("#", "+/#", "mesh/#", "mesh/v1/+/wl/#", "/#", f"$share/thieves/{TREE}wl/#", "$queue/#")
 INTERNAL = ("$SYS/#", "$JS/#", "$JS/API/#", "$MQTT/#", "$MQTT/sub/#", "$MQTT/sub/+", "$MQTT/rmsgs/#", "$MQTT_rmsgs/#")
@@ -121,6 +122,11 @@ def test_rights_follow_from_the_identity() -> None:
     assert is_node(NODE)
     assert not is_node(SpiffeId(DOMAIN, "shop", "node-a"))
     assert rights_of(NODE).reads == (TREE + "trust", TREE + "addr/#")
+    waypoint = rights_of(WEB, waypoint=True)
+    assert {TREE + "policy/#", TREE + "route/#", TREE + "gw/#"} <= set(waypoint.reads)
+    assert waypoint.writes == rights_of(WEB).writes
+    assert TREE + "route/#" not in rights_of(WEB).reads
+    assert rights_of(NODE, waypoint=True) == rights_of(NODE)
     assert rights_of(NODE).writes == (f"{TREE}status/{NODE_HASH}/+",)
     # A service account of a namespace that merely looks like the root's gets no node's or control plane's rights.
     assert rights_of(SpiffeId(DOMAIN, "shop", "control-plane")).writes == (

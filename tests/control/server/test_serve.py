@@ -123,12 +123,12 @@ def test_users_who_are_declared_are_gathered_and_those_with_a_token_are_not_kept
     web, db, node = (make_id(parse_trust_domain("cluster.local"), "shop", name) for name in ("web", "db", "node"))
     known, told = {web}, []
 
-    async def admit(identities):
+    async def admit(identities, _waypoints):
         told.append(set(identities))
         await asyncio.sleep(0.1)
 
     async def run():
-        users = serving._Users(admit, lambda: frozenset(known))
+        users = serving._Users(admit, lambda: frozenset(known), frozenset)
         await asyncio.to_thread(users.review)
         async with asyncio.TaskGroup() as group:
             running = group.create_task(users.run())
