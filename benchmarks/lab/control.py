@@ -139,10 +139,10 @@ class ControlPlane:
 
     def node_arguments(self, host: Host) -> list[str]:
         name = self._lab.names.node(host.name)
-        return ["--join", str(self._token("--node", name)), "--identity-dir", str(self._lab.directory / "state" / name)]
+        return ["--join", str(self.token("--node", name)), "--identity-dir", str(self._lab.directory / "state" / name)]
 
     def workload_arguments(self, workload: Workload) -> list[str]:
-        return ["--join", str(self._token(workload.name, "--namespace", workload.identity.namespace))]
+        return ["--join", str(self.token(workload.name, "--namespace", workload.identity.namespace))]
 
     def identity_dir(self, workload: Workload) -> Path:
         return self._lab.directory / "state" / workload.name
@@ -150,7 +150,7 @@ class ControlPlane:
     def authority(self) -> Authority:
         return Authority.open(self.directory / "ca")
 
-    def _token(self, *words: str) -> Path:
+    def token(self, *words: str) -> Path:
         """The file with a join token, made once: whoever has joined starts again without it."""
         if words not in self._tokens:
             directory = self._lab.directory / "tokens"

@@ -73,7 +73,7 @@ def run(show: _Show) -> tuple[list[Step], list[PathCost]]:
             for name, step in Tour(lab, the_shop).steps() + Live(lab, lab.control, the_shop).steps():
                 take(name, step)
             show.progress(f"measuring, {ROUNDS} interleaved rounds")
-            paths = measure(lab, the_shop)
+            paths = measure(lab, lab.control, the_shop)
             show.progress("removing the lab")
             return steps, paths
     except BrokenPipeError:
@@ -109,7 +109,7 @@ class _Show:
                 file=self._stream,
             )
         print(
-            f"Redis PING from host a to host b; requests/s over {CONNECTIONS} connections. One machine runs it:\n"
+            f"HTTP from host a to host b; requests/s over {CONNECTIONS} connections. One machine runs it:\n"
             "read the ratio, not the times.",
             file=self._stream,
         )

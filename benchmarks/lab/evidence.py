@@ -74,6 +74,51 @@ class Web:
         raise UnexpectedError(f"no answer within {timeout_s:g} s: {answer}\n{self.workload.logs()}")
 
 
+class Traffic:
+    """web's requests beside everything else: to reviews on new connections, to db on one (apps/client.py)."""
+
+    def __init__(self, web: Workload) -> None:
+        self._web = web
+
+    def begin(self) -> None:
+        self._job(job="traffic", http=REVIEWS, redis=DB)
+
+    def told(self) -> dict[str, Any]:
+        """What it has seen so far."""
+        return self._job(job="traffic-told")
+
+    def without_failure(self) -> str:
+        """End it; what it has seen. Raises UnexpectedError when a request failed, or there were next to none."""
+        told = self._job(job="traffic-told", end=True)
+        counts = told["requests"]
+        if told["failed"] or min(counts.values()) < 50:
+            failed = [
+                f"{workload.name}: {entry}"
+                for workload in self._web.host.lab.workloads()
+                for entry in workload.access_log()[-200:]
+                if "error" in entry
+            ]
+            lines = "\n".join(failed)
+            raise UnexpectedError(f"requests: {counts}, failed: {told['failed']}: {told['failures']}\n{lines}")
+        kinds = ", ".join(f"{count} on {kind}" for kind, count in counts.items())
+        return f"{kinds}: none failed, the longest took {told['longest_ms']} ms"
+
+    def _job(self, **job: Any) -> dict[str, Any]:
+        answer = self._web.job(**job)
+        if "error" in answer:
+            raise UnexpectedError(f"web answered {answer}")
+        return answer
+
+
+def until(condition: Callable[[], bool], timeout_s: float, began: float, otherwise: str) -> str:
+    """How long after `began` (monotonic) something is so, as text. Raises UnexpectedError when that takes too long."""
+    while not condition():
+        if time.monotonic() - began > timeout_s:
+            raise UnexpectedError(f"{otherwise} {timeout_s:g} s after the change")
+        time.sleep(0.005)
+    return f"{(time.monotonic() - began) * 1000:.0f} ms"
+
+
 def ask(caller: Workload, target: Workload, port: int) -> Answer:
     """A CONNECT to the target's uProxy by hand, with the caller's certificate and from its address."""
     with caller.entered():

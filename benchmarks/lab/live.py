@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.lab import sources
 from benchmarks.lab.apps import commands
 from benchmarks.lab.control import ControlPlane
-from benchmarks.lab.evidence import Steps, UnexpectedError, Web, ask
-from benchmarks.lab.shop import DB, REVIEWS, Shop
+from benchmarks.lab.evidence import Steps, Traffic, UnexpectedError, Web, ask, until
+from benchmarks.lab.shop import DB, Shop
 from benchmarks.lab.topology import Lab
 
 _POLICY = """\
@@ -39,6 +38,7 @@ class Live:
         self._control = control
         self._shop = the_shop
         self._web = Web(the_shop.web)
+        self._traffic = Traffic(the_shop.web)
 
     def steps(self) -> Steps:
         return [
@@ -53,12 +53,12 @@ class Live:
         ]
 
     def policy(self) -> str:
-        self._begin_traffic()
+        self._traffic.begin()
         caller, db = self._shop.reviews_v1, self._shop.db
         before = ask(caller, db, DB[1]).status
         began = time.monotonic()
         self._control.apply(_POLICY)
-        took = _until(lambda: ask(caller, db, DB[1]).status == 200, _ENFORCED_S, began, "reviews may not call db")
+        took = until(lambda: ask(caller, db, DB[1]).status == 200, _ENFORCED_S, began, "reviews may not call db")
         if before != 401:
             raise UnexpectedError(f"before the policy the CONNECT of reviews was answered {before}")
         return f"CONNECT of {caller.identity} to db: 401, then 200, {took} after `meshctl apply` was started"
@@ -71,11 +71,11 @@ class Live:
         self._control.apply(sources.entry(fresh))
         fresh.launch()
         self._lab.wait([fresh.running], _START_S, "reviews-v3")
-        if "v3" in self._traffic()["answers"]:
+        if "v3" in self._traffic.told()["answers"]:
             raise UnexpectedError("v3 answers before anybody made it a backend")
         began = time.monotonic()
         self._control.meshctl("label", "workload", "reviews-v3", "app=reviews", "--overwrite")
-        took = _until(lambda: "v3" in self._traffic()["answers"], _ENFORCED_S, began, "v3 does not answer")
+        took = until(lambda: "v3" in self._traffic.told()["answers"], _ENFORCED_S, began, "v3 does not answer")
         return f"joined with a token; its first answer came {took} after `meshctl label … app=reviews` was started"
 
     def deletion(self) -> str:
@@ -83,16 +83,16 @@ class Live:
         self._control.meshctl("delete", "workload", "reviews-v3")
         settled = time.monotonic() - began
         time.sleep(0.5)
-        before = self._traffic()["answers"]
+        before = self._traffic.told()["answers"]
         time.sleep(1.0)
-        after = self._traffic()["answers"]
+        after = self._traffic.told()["answers"]
         fresh = {version: count - before.get(version, 0) for version, count in after.items()}
         if fresh.get("v3") or not fresh.get("v1") or not fresh.get("v2"):
             raise UnexpectedError(f"answers by version after the deletion: {fresh}")
         return f"`meshctl delete` took {settled * 1000:.0f} ms; then v1 {fresh['v1']}x, v2 {fresh['v2']}x, v3 never"
 
     def no_failure(self) -> str:
-        return self._without_failure(self._end_traffic())
+        return self._traffic.without_failure()
 
     def status(self) -> str:
         version, proxies = self._agreed()
@@ -101,10 +101,10 @@ class Live:
 
     def alone(self) -> str:
         killed = " and ".join(f"{name} ({pid})" for name, pid in self._control.processes().items())
-        self._begin_traffic()
+        self._traffic.begin()
         self._control.kill()
         time.sleep(_ALONE_S)
-        told = self._without_failure(self._end_traffic())
+        told = self._traffic.without_failure()
         if self._control.processes():
             raise UnexpectedError(f"still alive: {self._control.processes()}")
         return f"killed {killed}; in {_ALONE_S:g} s from then on {told}"
@@ -125,7 +125,7 @@ class Live:
         caller, db = self._shop.reviews_v1, self._shop.db
         began = time.monotonic()
         self._control.meshctl("delete", "policy", "reviews-too")
-        took = _until(lambda: ask(caller, db, DB[1]).status == 401, _START_S, began, "db still lets reviews in")
+        took = until(lambda: ask(caller, db, DB[1]).status == 401, _START_S, began, "db still lets reviews in")
         version, proxies = self._agreed()
         return f"its deletion is enforced at db {took} later; {len(proxies)} proxies at version {version}"
 
@@ -142,41 +142,3 @@ class Live:
                 return ".".join(map(str, told["version"])), current
             time.sleep(0.1)
         raise UnexpectedError(f"the proxies are not current within {_START_S:g} s: {told}")
-
-    def _begin_traffic(self) -> None:
-        self._job(job="traffic", http=REVIEWS, redis=DB)
-
-    def _traffic(self) -> dict[str, Any]:
-        return self._job(job="traffic-told")
-
-    def _end_traffic(self) -> dict[str, Any]:
-        return self._job(job="traffic-told", end=True)
-
-    def _without_failure(self, told: dict[str, Any]) -> str:
-        counts = told["requests"]
-        if told["failed"] or min(counts.values()) < 50:
-            failed = [
-                f"{workload.name}: {entry}"
-                for workload in self._lab.workloads()
-                for entry in workload.access_log()[-200:]
-                if "error" in entry
-            ]
-            lines = "\n".join(failed)
-            raise UnexpectedError(f"requests: {counts}, failed: {told['failed']}: {told['failures']}\n{lines}")
-        kinds = ", ".join(f"{count} on {kind}" for kind, count in counts.items())
-        return f"{kinds}: none failed, the longest took {told['longest_ms']} ms"
-
-    def _job(self, **job: Any) -> dict[str, Any]:
-        answer = self._shop.web.job(**job)
-        if "error" in answer:
-            raise UnexpectedError(f"web answered {answer}")
-        return answer
-
-
-def _until(condition: Callable[[], bool], timeout_s: float, began: float, otherwise: str) -> str:
-    """How long after `began` something is so, as text."""
-    while not condition():
-        if time.monotonic() - began > timeout_s:
-            raise UnexpectedError(f"{otherwise} {timeout_s:g} s after the change")
-        time.sleep(0.005)
-    return f"{(time.monotonic() - began) * 1000:.0f} ms"

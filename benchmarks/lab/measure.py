@@ -1,4 +1,4 @@
-"""What the mesh costs: Redis PINGs from one host to the other, as plain TCP and through the mTLS tunnel."""
+"""What the mesh costs: HTTP between two hosts, as plain TCP and through the mTLS tunnel."""
 
 from __future__ import annotations
 
@@ -10,14 +10,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.lab.apps import commands
-from benchmarks.lab.shop import DB, Shop
+from benchmarks.lab.control import ControlPlane
+from benchmarks.lab.shop import REVIEWS, Shop
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab, Workload
 
 ROUNDS = 5
-_PINGS = 800
+_REQUESTS = 400
 CONNECTIONS = 16
 _LOOP_S = 0.8
+_PATIENCE_S = 10.0
+_DIRECT = ("240.240.0.40", REVIEWS[1])
+_SERVICE = f"""\
+apiVersion: v1
+kind: Service
+metadata: {{name: measured, namespace: default}}
+spec:
+  clusterIP: {_DIRECT[0]}
+  selector: {{app: reviews, version: v1}}
+  ports: [{{name: http, port: {_DIRECT[1]}, targetPort: http}}]
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +42,29 @@ class PathCost:
     requests_per_s: float
 
 
-def measure(lab: Lab, the_shop: Shop) -> list[PathCost]:
-    """Redis PINGs from web's namespace to host b: plain TCP to a twin of db, and through the mesh; interleaved."""
-    twin = the_shop.b.twin("db-twin")
+def measure(lab: Lab, control: ControlPlane, the_shop: Shop) -> list[PathCost]:
+    """HTTP from web's namespace to host b: plain TCP to a twin of reviews v1, and through the mesh; interleaved.
+
+    Raises LabError.
+    """
+    twin = the_shop.b.twin("reviews-twin")
     data = lab.directory / "data" / twin.workload
     data.mkdir()
-    redis = commands.redis()
-    lab.spawn(redis.argv(twin.addresses[0], data), twin.netns_path, stdout=subprocess.DEVNULL)
+    lab.spawn(commands.nginx("v1").argv(twin.addresses[0], data), twin.netns_path, stdout=subprocess.DEVNULL)
+    control.apply(_SERVICE)
     plain = _PlainClient(lab, the_shop.web)
     targets: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, int]]] = {
-        "plain TCP": (plain.job, (twin.addresses[0], DB[1])),
-        "mTLS tunnel": (the_shop.web.job, DB),
+        "plain TCP": (plain.job, (twin.addresses[0], REVIEWS[1])),
+        "mTLS tunnel": (the_shop.web.job, _DIRECT),
     }
-    _await_redis(plain, twin.addresses[0])
+    for job, target in targets.values():
+        _await(job, target)
     times: dict[str, list[float]] = {path: [] for path in targets}
     rates: dict[str, list[float]] = {path: [] for path in targets}
     for turn in range(ROUNDS):
         # Each path goes first in every other round, so that a drift of the machine favours neither.
         for path, (job, (host, port)) in list(targets.items())[:: 1 if turn % 2 else -1]:
-            answered = job(job="pings", host=host, port=port, count=_PINGS)
+            answered = job(job="round-trips", host=host, port=port, count=_REQUESTS)
             looped = job(job="closed-loop", host=host, port=port, connections=CONNECTIONS, seconds=_LOOP_S)
             if "us" not in answered or "requests" not in looped:
                 raise LabError(f"measuring {path}: {answered if 'us' not in answered else looped}")
@@ -79,9 +95,10 @@ class _PlainClient:
         return answer
 
 
-def _await_redis(client: _PlainClient, host: str) -> None:
-    deadline = time.monotonic() + 5
-    while "reply" not in (answer := client.job(job="redis", host=host, port=DB[1], command=["PING"])):
+def _await(job: Callable[..., dict[str, Any]], target: tuple[str, int]) -> None:
+    """Until the application answers there."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while (answer := job(job="http", host=target[0], port=target[1])).get("status") != 200:
         if time.monotonic() > deadline:
-            raise LabError(f"the twin of db does not answer: {answer}")
+            raise LabError(f"{target[0]}:{target[1]} answers {answer}")
         time.sleep(0.02)

@@ -138,7 +138,7 @@ class Workload:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """This thread in the workload's namespace, but not in its app cgroup: what is made here is not captured."""
-        with _opened(self.box.netns_path) as netns, linux.inside(netns):
+        with entered(self.box.netns_path):
             yield
 
     def sockets(self, count: int = 1, family: int = socket.AF_INET) -> list[socket.socket]:
@@ -186,11 +186,11 @@ class Workload:
                 if matches(entry):
                     return entry
             if time.monotonic() > deadline:
-                raise LabError(f"no such line in {self.name}'s access log:\n{_tail(self.log)}")
+                raise LabError(f"no such line in {self.name}'s access log:\n{tail(self.log)}")
             time.sleep(_POLL_S)
 
     def logs(self) -> str:
-        return _tail(self._launcher_log) + _tail(self.log)
+        return tail(self._launcher_log) + tail(self.log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,17 +233,21 @@ class Host:
         return made
 
     def twin(self, name: str) -> Sandbox:
-        """Make a namespace with the same plumbing as a workload's and nothing of the mesh in it."""
-        address = f"{_TWIN_RANGE}.{self.index}.{len(self.twins) + 10}"
+        """Make a place that is outside of the mesh."""
+        box = self.place(name, f"{_TWIN_RANGE}.{self.index}.{len(self.twins) + 10}")
+        self.twins.append(box)
+        return box
+
+    def place(self, name: str, address: str) -> Sandbox:
+        """Make a namespace with the same plumbing as a workload's and no uProxy in it."""
         box = Sandbox.below(self.cgroup_root, self.lab.names.cgroup.parent, name, [address])
         with self.entered():
             sandbox.build(box)
-        self.twins.append(box)
         return box
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        with _opened(sandbox.NETNS_DIR / self.netns) as netns, linux.inside(netns):
+        with entered(sandbox.NETNS_DIR / self.netns):
             yield
 
     def spawn(
@@ -270,9 +274,7 @@ class Host:
         """Whether it answers. Raises LabError when it gave up."""
         assert self.agent is not None
         if self.agent.poll() is not None:
-            raise LabError(
-                f"`uproxy node` on {self.name} ended with {self.agent.returncode}:\n{_tail(self._agent_log)}"
-            )
+            raise LabError(f"`uproxy node` on {self.name} ended with {self.agent.returncode}:\n{tail(self._agent_log)}")
         try:
             return self.node_socket.is_socket() and bool(self.node().status())
         except (NodeError, OSError):
@@ -282,7 +284,7 @@ class Host:
         return NodeClient(self.node_socket)
 
     def logs(self) -> str:
-        return _tail(self._agent_log)
+        return tail(self._agent_log)
 
 
 class Lab:
@@ -463,6 +465,13 @@ def _routes(host: Host) -> list[str]:
 
 
 @contextmanager
+def entered(netns: Path) -> Iterator[None]:
+    """This thread in a network namespace."""
+    with _opened(netns) as fd, linux.inside(fd):
+        yield
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[int]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -471,7 +480,8 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _tail(path: Path, lines: int = 15) -> str:
+def tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, headed by its name; nothing of one that does not exist."""
     if not path.exists():
         return ""
     kept = path.read_text(errors="replace").splitlines()[-lines:]

@@ -36,7 +36,7 @@ def test_step_that_fails_is_told_and_ends_with_status_1(
     """Without the policy, nobody is forbidden anything: the steps that show a refusal must say so."""
     monkeypatch.setattr(shop, "RESOURCES", shop.RESOURCES.split("---\napiVersion: security")[0])
     monkeypatch.setattr(Live, "steps", lambda _: [])
-    monkeypatch.setattr(demo, "measure", lambda lab, the_shop: [PathCost("none", 1, 1, 1)])
+    monkeypatch.setattr(demo, "measure", lambda *_: [PathCost("none", 1, 1, 1)])
     assert demo.main(["--output", "json"]) == 1
     steps = json.loads(capsys.readouterr().out)["steps"]
     failed = {step["name"] for step in steps if not step["ok"]}

@@ -2,18 +2,21 @@
 
 Standard library only; copied to run. It knows nothing of the mesh: ordinary sockets, ordinary addresses.
 
-    {"job": "http", "host": …, "port": …, "path": …, "body": …}       -> {"status", "body", "peer", "us"}
+    {"job": "http", "host", "port", "path", "body", "method"}          -> {"status", "body", "peer", "us"}
     {"job": "redis", "host": …, "port": …, "command": [...]}           -> {"reply", "us"}
     {"job": "dial", "host": …, "port": …, "send": …, "timeout_s": …}   -> {"connected", "received"}
-    {"job": "pings", "host": …, "port": …, "count": …}                 -> {"us": [...]}
+    {"job": "round-trips", "host": …, "port": …, "count": …}           -> {"us": [...]}
     {"job": "closed-loop", "host", "port", "connections", "seconds"}   -> {"requests", "seconds"}
     {"job": "traffic", "http": [host, port], "redis": [host, port]}    -> {"began"}; goes on beside other jobs
     {"job": "traffic-told", "end": …}                                  -> {"requests", "failed", …}, see Traffic
+    {"job": "open-loop", "host": …, "port": …, "per_s": …}             -> {"began"}; goes on beside other jobs
+    {"job": "open-loop-end"}                                           -> {"requests": [...]}, see OpenLoop
 A job that fails answers {"error": name of the exception, "errno": …, "text": …}.
 """
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import selectors
@@ -27,16 +30,17 @@ from typing import Any
 _TIMEOUT_S = 10.0
 _PING = b"PING\r\n"
 _PONG = b"+PONG\r\n"
+_GET = b"GET / HTTP/1.1\r\nhost: reviews\r\n\r\n"
 _PAUSE_S = 0.005
 _MAX_TOLD = 5
 
 
-def fetch(host: str, port: int, path: str = "/", body: str | None = None) -> dict[str, Any]:
-    """One HTTP request on a connection of its own."""
+def fetch(host: str, port: int, path: str = "/", body: str | None = None, method: str = "") -> dict[str, Any]:
+    """One HTTP request on a connection of its own. `method`: GET, or POST when there is a body, unless it says more."""
     began = time.perf_counter()
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S)
     try:
-        connection.request("GET" if body is None else "POST", path, body)
+        connection.request(method or ("GET" if body is None else "POST"), path, body)
         answer = connection.getresponse()
         content = answer.read().decode()
         peer = connection.sock.getpeername()[0] if connection.sock else host
@@ -62,55 +66,70 @@ def dial(host: str, port: int, send: str = "", timeout_s: float = _TIMEOUT_S) ->
         return {"connected": True, "received": made.recv(4096).decode("utf-8", "replace")}
 
 
-def pings(host: str, port: int, count: int) -> dict[str, Any]:
-    """Round trips of a Redis PING, one at a time on one connection, in microseconds."""
+def round_trips(host: str, port: int, count: int) -> dict[str, Any]:
+    """Round trips of an HTTP request, one at a time on one connection, in microseconds."""
     with socket.create_connection((host, port), timeout=_TIMEOUT_S) as made:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         took = []
         for _ in range(count):
             began = time.perf_counter_ns()
-            made.sendall(_PING)
-            received = made.recv(64)
-            while len(received) < len(_PONG):
-                more = made.recv(64)
-                if not more:
-                    raise ConnectionError("the connection ended in the middle of a reply")
-                received += more
+            made.sendall(_GET)
+            received = bytearray()
+            while not _is_whole(received):
+                _receive(made, received)
             took.append((time.perf_counter_ns() - began) / 1000)
         return {"us": took}
 
 
 def closed_loop(host: str, port: int, connections: int, seconds: float) -> dict[str, Any]:
-    """Redis PINGs on many connections at once, the next one when the last is answered."""
+    """HTTP requests on many connections at once, the next one when the last is answered."""
     selector = selectors.DefaultSelector()
-    made = [socket.create_connection((host, port), timeout=_TIMEOUT_S) for _ in range(connections)]
+    made = {socket.create_connection((host, port), timeout=_TIMEOUT_S): bytearray() for _ in range(connections)}
     try:
         for one in made:
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            one.setblocking(False)
             selector.register(one, selectors.EVENT_READ, one)
         requests = 0
         began = time.perf_counter()
         until = began + seconds
         for one in made:
-            one.send(_PING)
+            one.sendall(_GET)
         while time.perf_counter() < until:
             for key, _ in selector.select(_TIMEOUT_S):
                 ready: socket.socket = key.data
-                if len(ready.recv(64)) != len(_PONG):
-                    raise ConnectionError("a reply of the wrong length")
-                requests += 1
-                ready.send(_PING)
+                _receive(ready, made[ready])
+                if _is_whole(made[ready]):
+                    requests += 1
+                    made[ready].clear()
+                    ready.sendall(_GET)
         took = time.perf_counter() - began
-        # The last replies are on their way: closing on unread data would reset the connections.
-        for one in made:
-            one.setblocking(True)
-            one.recv(64)
+        # The last answers are on their way: closing on unread data would reset the connections.
+        for one, received in made.items():
+            while not _is_whole(received):
+                _receive(one, received)
         return {"requests": requests, "seconds": took}
     finally:
         for one in made:
             one.close()
         selector.close()
+
+
+def _receive(made: socket.socket, received: bytearray) -> None:
+    more = made.recv(4096)
+    if not more:
+        raise ConnectionError("the connection ended before the answer did")
+    received += more
+
+
+def _is_whole(received: bytearray) -> bool:
+    """Whether an answer with a Content-Length is there from its head to its end. Raises OSError when it is not 200."""
+    head = received.find(b"\r\n\r\n")
+    if head < 0:
+        return False
+    if not received.startswith(b"HTTP/1.1 200"):
+        raise OSError(f"answered {received[:40].decode('latin-1')!r}")
+    at = received.lower().index(b"\r\ncontent-length:")
+    return len(received) >= head + 4 + int(received[at + 17 : received.index(b"\r\n", at + 2)])
 
 
 class Traffic:
@@ -124,6 +143,7 @@ class Traffic:
         self._lock = threading.Lock()
         self._counts = {"new connections": 0, "one connection": 0}
         self._answers: dict[str, int] = {}
+        self._callers: dict[str, int] = {}
         self._failures: list[str] = []
         self._longest_us = 0.0
         self._threads = [
@@ -134,11 +154,14 @@ class Traffic:
             thread.start()
 
     def told(self) -> dict[str, Any]:
-        """Counts so far; `answers` by the version that answered, `failed` with the first few of the failures."""
+        """Counts so far; `answers` by the version that answered, `callers` by who the application was told had called,
+        `failed` with the first few of the failures.
+        """
         with self._lock:
             return {
                 "requests": dict(self._counts),
                 "answers": dict(self._answers),
+                "callers": dict(self._callers),
                 "failed": len(self._failures),
                 "failures": self._failures[:_MAX_TOLD],
                 "longest_ms": round(self._longest_us / 1000, 1),
@@ -157,11 +180,12 @@ class Traffic:
                 answer = fetch(host, port)
                 if answer["status"] != 200:
                     raise ConnectionError(f"status {answer['status']}")
-                version = str(json.loads(answer["body"])["version"])
+                content = json.loads(answer["body"])
+                version, caller = str(content["version"]), str(content.get("caller", ""))
             except (OSError, ValueError, http.client.HTTPException) as error:
                 self._failed(f"http: {type(error).__name__}: {error}", began)
             else:
-                self._took("new connections", began, version)
+                self._took("new connections", began, version, caller)
 
     def _ping(self, host: str, port: int) -> None:
         while not self._ended.is_set():
@@ -178,19 +202,64 @@ class Traffic:
                 self._failed(f"redis: {type(error).__name__}: {error}", began)
                 self._ended.wait(_PAUSE_S)
 
-    def _took(self, kind: str, began: float, version: str | None = None) -> None:
+    def _took(self, kind: str, began: float, version: str | None = None, caller: str = "") -> None:
         with self._lock:
             self._counts[kind] += 1
             self._longest_us = max(self._longest_us, _since_us(began))
             if version is not None:
                 self._answers[version] = self._answers.get(version, 0) + 1
+                self._callers[caller] = self._callers.get(caller, 0) + 1
 
     def _failed(self, text: str, began: float) -> None:
         with self._lock:
             self._failures.append(f"{text} after {_since_us(began) / 1000:.1f} ms")
 
 
+class OpenLoop:
+    """HTTP requests that begin when their time has come, however long the others take, each on a new connection."""
+
+    def __init__(self, host: str, port: int, per_s: float) -> None:
+        self._target = (host, port)
+        self._interval_s = 1 / per_s
+        self._ended = threading.Event()
+        self._requests: list[tuple[float, float, str, str]] = []
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+
+    def end(self) -> dict[str, Any]:
+        """Every request: when it began and ended (monotonic), the caller the application was told of, what failed."""
+        self._ended.set()
+        self._thread.join(2 * _TIMEOUT_S)
+        return {"requests": self._requests}
+
+    async def _run(self) -> None:
+        due = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            while not self._ended.is_set():
+                group.create_task(self._fetch())
+                due += self._interval_s
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+
+    async def _fetch(self) -> None:
+        began, caller, failure = time.monotonic(), "", ""
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(*self._target)
+                try:
+                    writer.write(_GET.replace(b"host", b"connection: close\r\nhost"))
+                    received = bytearray(await reader.read())
+                    if not _is_whole(received):
+                        raise ConnectionError(f"the connection ended after {len(received)} bytes")
+                finally:
+                    writer.close()
+            caller = json.loads(received.partition(b"\r\n\r\n")[2])["caller"]
+        except (OSError, ValueError) as error:
+            failure = f"{type(error).__name__}: {error}"
+        self._requests.append((began, time.monotonic(), caller, failure))
+
+
 _running: list[Traffic] = []
+_open_loops: list[OpenLoop] = []
 
 
 def begin_traffic(http: list[Any], redis: list[Any]) -> dict[str, Any]:
@@ -208,6 +277,17 @@ def tell_traffic(end: bool = False) -> dict[str, Any]:
     return _running.pop().end() if end else _running[0].told()
 
 
+def begin_open_loop(host: str, port: int, per_s: float) -> dict[str, Any]:
+    """Start an open loop beside the jobs."""
+    _open_loops.append(OpenLoop(host, port, per_s))
+    return {"began": True}
+
+
+def end_open_loop() -> dict[str, Any]:
+    """End the one that was started last."""
+    return _open_loops.pop().end()
+
+
 def _since_us(began: float) -> float:
     return round((time.perf_counter() - began) * 1e6, 1)
 
@@ -216,10 +296,12 @@ _JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "http": fetch,
     "redis": ask_redis,
     "dial": dial,
-    "pings": pings,
+    "round-trips": round_trips,
     "closed-loop": closed_loop,
     "traffic": begin_traffic,
     "traffic-told": tell_traffic,
+    "open-loop": begin_open_loop,
+    "open-loop-end": end_open_loop,
 }
 
 

@@ -19,12 +19,16 @@ error_log {data}/error.log;
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
+    keepalive_requests 1000000;
     client_body_temp_path {data}/body; proxy_temp_path {data}/proxy; fastcgi_temp_path {data}/fastcgi;
     uwsgi_temp_path {data}/uwsgi; scgi_temp_path {data}/scgi;
     server {{
         listen {address}:{port};
         default_type application/json;
-        location / {{ return 200 '{{"version": "{version}", "path": "$request_uri"}}'; }}
+        location / {{
+            return 200 '{{"version": "{version}", "method": "$request_method", "path": "$request_uri",
+                "caller": "$http_x_forwarded_client_cert"}}';
+        }}
     }}
 }}
 """

@@ -1,5 +1,7 @@
 """Reviews, version 2: a small HTTP server as an application would write one. Standard library only; copied to run.
 
+It answers with what it was asked, and by whom, as far as anybody told it.
+
 python3 reviews.py ADDRESS PORT VERSION
 """
 
@@ -15,14 +17,19 @@ class Reviews(BaseHTTPRequestHandler):
     version = ""
 
     def do_GET(self) -> None:
-        self._answer({"version": self.version, "path": self.path})
+        self._answer({})
+
+    def do_DELETE(self) -> None:
+        self._answer({})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", "0")))
-        self._answer({"version": self.version, "path": self.path, "received": body.decode("utf-8", "replace")})
+        self._answer({"received": body.decode("utf-8", "replace")})
 
     def _answer(self, content: dict[str, str]) -> None:
-        body = json.dumps(content).encode()
+        asked = {"version": self.version, "method": self.command, "path": self.path}
+        caller = {"caller": self.headers.get("x-forwarded-client-cert", "")}
+        body = json.dumps({**asked, **caller, **content}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
