@@ -92,12 +92,17 @@ class _Wanted:
     """A service or a Gateway that is of interest."""
 
     topic: WantedTopic
+    shard: IndexTopic = field(init=False)
+    """Which lists it."""
     asked: bool = False
     """Whether somebody has asked for it."""
     followed: bool = False
     """Whether something that is known leads to it."""
     settled: bool = False
     """Whether the applied root has told if there is such a one. From then on, no root is applied without it."""
+
+    def __post_init__(self) -> None:
+        self.shard = IndexTopic(self.topic.namespace, index_shard(index_entry(self.topic)))
 
     @property
     def key(self) -> str:
@@ -149,6 +154,8 @@ class Replica:
         """Kinds of which all records are of interest, in every namespace in which anything is."""
         self._services: dict[str, _WantedService] = {}
         self._gateways: dict[str, _Wanted] = {}
+        self._by_shard: dict[IndexTopic, dict[WantedTopic, _Wanted]] = {}
+        """The same, by the shard that lists it."""
         self._dropped: dict[WantedTopic, None] = {}
         """What is not wanted any more, and still subscribed to."""
         self._following = Following()
@@ -261,7 +268,7 @@ class Replica:
             if isinstance(wanted, _WantedService):
                 trees.add(("ep", wanted.topic.namespace, wanted.topic.name))  # and the manifest
             if not self._namespaces[wanted.topic.namespace].kinds:
-                found.add(_shard_of(wanted.topic))
+                found.add(wanted.shard)
         return frozenset(map(self._name, found)) | {subtree(self._trust_domain, *levels) for levels in trees}
 
     # Messages
@@ -600,7 +607,7 @@ class Replica:
     def _sweep(self, listed: Listed) -> None:
         """Forgets what no root is going to list. What something wanted still waits for may be listed already."""
         waiting = [wanted.topic for wanted in self._wanted() if not wanted.settled]
-        shards = [_shard_of(topic) for topic in waiting]
+        shards = {wanted.shard for wanted in self._wanted() if not wanted.settled}
         listed.sweep({*map(self._name, waiting), *map(self._name, shards)})
 
     def _fetch_with(self, parsed: ListedTopic) -> None:
@@ -610,9 +617,8 @@ class Replica:
             if wanted is not None:
                 self._fetch(wanted)
         elif isinstance(parsed, IndexTopic):
-            for wanted in self._wanted():
-                if not wanted.settled and _shard_of(wanted.topic) == parsed:
-                    self._fetch(wanted)
+            for wanted in tuple(self._by_shard.get(parsed, {}).values()):
+                self._fetch(wanted)
 
     def _fetch(self, wanted: _Wanted) -> None:
         """Hands out what was asked for, when all of it has come, or notes that there is none."""
@@ -722,6 +728,7 @@ class Replica:
             else:
                 wanted = _Wanted(topic)
                 self._gateways[wanted.key] = wanted
+            self._by_shard.setdefault(wanted.shard, {})[topic] = wanted
             self._namespace(topic.namespace).ask(topic)
             self._fetch(wanted)
         return wanted
@@ -777,6 +784,10 @@ class Replica:
         namespace = self._namespaces[topic.namespace]
         held = self._services if isinstance(topic, ServiceTopic) else self._gateways
         wanted = held.pop(key(topic.namespace, topic.name))
+        sharing = self._by_shard[wanted.shard]
+        del sharing[topic]
+        if not sharing:
+            del self._by_shard[wanted.shard]
         if wanted.settled and namespace.record(topic) is not None:
             self._hand_out([(self._name(topic), None)])
         if isinstance(wanted, _WantedService):
@@ -818,8 +829,7 @@ class Replica:
                 return found if found is not None and isinstance(topic, found.kinds) else None
             case IndexTopic(namespace):
                 found = self._namespaces.get(namespace)
-                wanted = (_shard_of(one.topic) for one in self._wanted())
-                return found if found is not None and (found.kinds or topic in wanted) else None
+                return found if found is not None and (found.kinds or topic in self._by_shard) else None
 
     def _namespace(self, name: str) -> NamespaceIndex:
         found = self._namespaces.get(name)
@@ -892,10 +902,6 @@ def _gateway_topic(gateway_key: str) -> GatewayTopic | None:
     """None for what can be no Gateway's key."""
     namespace, _, name = gateway_key.partition("/")
     return GatewayTopic(namespace, name) if not wrong_dns_label(namespace) and not wrong_subdomain(name) else None
-
-
-def _shard_of(topic: WantedTopic) -> IndexTopic:
-    return IndexTopic(topic.namespace, index_shard(index_entry(topic)))
 
 
 def _signed_body(envelope: Envelope) -> messages.Body:
