@@ -218,7 +218,7 @@ TAKEN = {
     "a target that is a URL without a path": request(b"Host: a:80", line=b"GET http://a:80 HTTP/1.1"),
     "a target that is a URL with a query alone": request(b"Host: a", line=b"GET http://a?b HTTP/1.1"),
     "an address as the host": request(b"Host: [::1]:8080"),
-    "a method of its own": request(line=b"VERSION-CONTROL / HTTP/1.1"),
+    "a method of another standard": request(line=b"PROPFIND / HTTP/1.1"),
     "HTTP/1.0": request(line=b"GET / HTTP/1.0"),
     "HTTP/1.0 without a host": b"GET / HTTP/1.0\r\n\r\n",
     "HTTP/1.0 with a body": request(b"Content-Length: 5", line=b"POST /x HTTP/1.0", body=b"hello"),
