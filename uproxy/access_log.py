@@ -1,4 +1,4 @@
-"""One line per connection, with ztunnel's field names, as JSON or text.
+"""One line per connection, and at a waypoint per request, with ztunnel's field names, as JSON or text.
 
 Writing never blocks the data plane: lines wait in a bounded buffer, are written a little at a time when the sink can
 take them, and are dropped and counted when it cannot. No value can end a line or begin a field: every string is
@@ -36,9 +36,10 @@ MAX_VALUE: Final = 2048
 
 _CHUNK: Final = 4096  # PIPE_BUF: what a pipe that polls writable takes whole, without blocking (pipe(7))
 _STDOUT: Final = 1
+_MESSAGE: Final = "connection complete"
 _ADDRESS: Final = re.compile(r"[0-9A-Za-z.:\[\]-]+")
 
-_Field = Callable[[str, "str | int"], str]
+Field = Callable[[str, "str | int"], str]
 """Name and value -> the text of a field."""
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class AccessLog:
         """Opens `target`, a path or `-` for standard output; OSError if that fails. Without a loop, call `flush`."""
         self._target = target
         self._format = _json_line if style is Style.JSON else _text_line
+        self._shape = _json if style is Style.JSON else _text
         self._loop = loop
         self._wall_clock = wall_clock
         self._fd = _open(target)
@@ -77,7 +79,13 @@ class AccessLog:
 
     def record(self, connection: Connection, now: float) -> None:
         """Adds the line of a connection that ended at `now` (monotonic seconds)."""
-        line = self._format(connection, now, _timestamp(self._wall_clock()))
+        self._add(self._format(connection, now, _timestamp(self._wall_clock())))
+
+    def note(self, message: str, level: str, fields: Callable[[Field], list[str]]) -> None:
+        """Adds another line. `fields` gives its fields, each made by the function that it is called with."""
+        self._add(self._shape(message, level, fields, _timestamp(self._wall_clock())))
+
+    def _add(self, line: str) -> None:
         if self._buffered + len(line) > MAX_BUFFER:
             self.dropped += 1
             return
@@ -191,16 +199,23 @@ def _timestamp(wall: float) -> str:
 
 
 def _json_line(connection: Connection, now: float, timestamp: str) -> str:
-    head = f'{{"level":"{_level(connection)}","time":"{timestamp}","scope":"access","message":"connection complete"'
-    return f"{head},{','.join(_fields(connection, now, _json_field))}}}\n"
+    return _json(_MESSAGE, _level(connection), lambda field: _fields(connection, now, field), timestamp)
 
 
 def _text_line(connection: Connection, now: float, timestamp: str) -> str:
-    fields = " ".join(_fields(connection, now, _text_field))
-    return f"{timestamp}\t{_level(connection)}\taccess\tconnection complete\t{fields}\n"
+    return _text(_MESSAGE, _level(connection), lambda field: _fields(connection, now, field), timestamp)
 
 
-def _fields(connection: Connection, now: float, field: _Field) -> list[str]:
+def _json(message: str, level: str, fields: Callable[[Field], list[str]], timestamp: str) -> str:
+    head = f'{{"level":"{level}","time":"{timestamp}","scope":"access","message":"{message}"'
+    return f"{head},{','.join(fields(_json_field))}}}\n"
+
+
+def _text(message: str, level: str, fields: Callable[[Field], list[str]], timestamp: str) -> str:
+    return f"{timestamp}\t{level}\taccess\t{message}\t{' '.join(fields(_text_field))}\n"
+
+
+def _fields(connection: Connection, now: float, field: Field) -> list[str]:
     """What is known, in ztunnel's order; the fields that ztunnel has not follow."""
     fields = [
         field("src.addr", connection.source.address),
@@ -222,12 +237,14 @@ def _fields(connection: Connection, now: float, field: _Field) -> list[str]:
         fields.append(field("response_flags", connection.flag.value))
     if connection.policy:
         fields.append(field("policy", connection.policy))
+    if connection.caller:
+        fields.append(field("caller", connection.caller))
     if connection.request_id:
         fields.append(field("request_id", connection.request_id))
     return fields
 
 
-def _peer(field: _Field, side: str, peer: Peer) -> tuple[str, ...]:
+def _peer(field: Field, side: str, peer: Peer) -> tuple[str, ...]:
     workload = peer.workload
     if workload is None:
         return _peer_fields(field, side, "", "", peer.identity)
@@ -235,7 +252,7 @@ def _peer(field: _Field, side: str, peer: Peer) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=512)  # the same peers come again and again; this saves a third of a line's cost
-def _peer_fields(field: _Field, side: str, workload: str, namespace: str, identity: str) -> tuple[str, ...]:
+def _peer_fields(field: Field, side: str, workload: str, namespace: str, identity: str) -> tuple[str, ...]:
     parts = (("workload", workload), ("namespace", namespace), ("identity", identity))
     return tuple(field(f"{side}.{name}", value) for name, value in parts if value)
 

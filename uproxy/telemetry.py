@@ -28,7 +28,7 @@ RECEIVED: Final = "istio_tcp_received_bytes_total"
 SENT: Final = "istio_tcp_sent_bytes_total"
 BUILD: Final = "istio_build"
 
-_UNKNOWN: Final = "unknown"
+UNKNOWN: Final = "unknown"
 _NAME: Final = re.compile(r"uproxy_[a-z0-9]+(_[a-z0-9]+)*")
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Peer:
 class Connection:
     """One connection from its first byte, or its refusal, to its end. Compared by being the same one."""
 
-    direction: Literal["inbound", "outbound"]
+    direction: Literal["inbound", "outbound", "waypoint"]
     source: Peer
     destination: Peer
     started: float
@@ -74,6 +74,8 @@ class Connection:
     error: str = ""
     policy: str = ""
     """The rule that refused."""
+    caller: str = ""
+    """The SPIFFE ID that a waypoint says it connects for, when this proxy believes it."""
     meter: Meter | None = None
     """Where the two counts come from while the connection lives."""
 
@@ -151,9 +153,10 @@ class Telemetry:
 
     def render(self) -> bytes:
         """Everything, in Prometheus' text format 0.0.4."""
-        return "\n".join([*self._istio_lines(), *self._registered_lines(), ""]).encode("utf-8", "backslashreplace")
+        return "\n".join([*self.istio_lines(), *self._registered_lines(), ""]).encode("utf-8", "backslashreplace")
 
-    def _istio_lines(self) -> Iterator[str]:
+    def istio_lines(self) -> Iterator[str]:
+        """The metrics that have Istio's names, and lines that tell what they are."""
         live: dict[_Series, tuple[int, int]] = {}
         for connection, series in self._live.items():
             connection.read_meter()
@@ -170,7 +173,7 @@ class Telemetry:
                     yield f"{name}{{{series.labels}}} {value}"
         yield f"# HELP {BUILD} Istio component build info"
         yield f"# TYPE {BUILD} gauge"
-        yield f'{BUILD}{{component="uproxy",tag="{_escaped(self._version)}"}} 1'
+        yield f'{BUILD}{{component="uproxy",tag="{escaped(self._version)}"}} 1'
 
     def _registered_lines(self) -> Iterator[str]:
         for name, (kind, help_text, read) in self._registered.items():
@@ -243,6 +246,8 @@ class _Series:
         self.used = 0.0
 
 
+_REPORTERS: Final = {"outbound": "source", "inbound": "destination", "waypoint": "waypoint"}
+
 _Key = tuple[str, int, str, int, str, str, Flag]
 
 _METRICS: Final[tuple[tuple[str, str, Callable[[_Series, tuple[int, int]], int]], ...]] = (
@@ -275,20 +280,21 @@ def _labels(connection: Connection, flag: Flag) -> str:
     namespace, _, name = connection.destination_service.partition("/")
     proven = connection.destination.identity if outbound else connection.source.identity
     values = [
-        ("reporter", "source" if outbound else "destination"),
-        *_peer_labels("source", connection.source),
+        ("reporter", _REPORTERS[connection.direction]),
+        *peer_labels("source", connection.source),
         ("destination_service", connection.destination_hostname if name else ""),
         ("destination_service_namespace", namespace),
         ("destination_service_name", name),
-        *_peer_labels("destination", connection.destination),
+        *peer_labels("destination", connection.destination),
         ("request_protocol", "tcp"),
         ("response_flags", flag.value),
-        ("connection_security_policy", "mutual_tls" if proven else _UNKNOWN),
+        ("connection_security_policy", "mutual_tls" if proven else UNKNOWN),
     ]
-    return ",".join(f'{label}="{_escaped(value or _UNKNOWN)}"' for label, value in values)
+    return ",".join(f'{label}="{escaped(value or UNKNOWN)}"' for label, value in values)
 
 
-def _peer_labels(side: str, peer: Peer) -> list[tuple[str, str]]:
+def peer_labels(side: str, peer: Peer) -> list[tuple[str, str]]:
+    """Istio's labels of one end, in Istio's order; what is not known is empty."""
     workload = peer.workload
     return [
         (f"{side}_workload", workload.name if workload else ""),
@@ -302,5 +308,6 @@ def _peer_labels(side: str, peer: Peer) -> list[tuple[str, str]]:
     ]
 
 
-def _escaped(value: str) -> str:
+def escaped(value: str) -> str:
+    """A label's value in Prometheus' text format."""
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,33 +1,26 @@
-"""The `waypoint` command, which so far only says that there is no waypoint yet."""
+"""The `waypoint` command: `run`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
-_ABSENT = """\
-error: the waypoint is not part of this release, so that nothing was started.
-Run the mesh without one: uProxies connect workloads directly, with mTLS from instance to instance and authorization
-by identity, address and port (`uproxy run --help`). Give no service, workload or namespace a label
-istio.io/use-waypoint, and keep AuthorizationPolicies to what an L4 proxy sees (`meshctl validate` tells)."""
+import uproxy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="waypoint",
-        description="The L7 proxy of a uProxy mesh. It is not part of this release.",
-        epilog="Exit status: 2 for `run`, until there is a waypoint to run.",
-    )
-    parser.add_argument("--version", action="version", version=f"waypoint {version('uproxy-mesh')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    commands.add_parser("run", help="says that the waypoint is not part of this release, and what to do instead")
-    # Whatever options somebody gives to `run`, the answer is the same.
-    parser.parse_known_args(argv)
-    print(_ABSENT, file=sys.stderr)
-    return 2
+    """Hand over to the command, which has options and --help of its own. Returns the exit status."""
+    parser = argparse.ArgumentParser("waypoint", description="The L7 proxy that a label puts before a service.")
+    parser.add_argument("--version", action="version", version=f"waypoint {uproxy.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("run", help="run one process of a waypoint", add_help=False)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    # Only the first word is ours: what follows belongs to the command.
+    parser.parse_args(arguments[:1])
+    from waypoint import run  # once it is known that it is wanted: --help and --version are quick
+
+    return run.main(arguments[1:])
 
 
 if __name__ == "__main__":

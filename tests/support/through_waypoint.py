@@ -1,0 +1,121 @@
+"""A waypoint between the two uProxies of `pair`, in the same process and on the same plane.
+
+`web` dials `shop/db` on its virtual address, which is bound to Gateway `shop/wp` at 127.0.77.3; db's application is an
+HTTP server, or one of bytes, that a test brings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from control.api.address import parse_address
+from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
+from control.api.identity import SpiffeId
+from control.api.workload import Service, ServicePort
+from control.server.ca import Authority
+from tests.support.certificates import DB
+from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, Pair, issued, running_pair, workload
+from uproxy.connections import Connections
+from uproxy.listener import Listeners, TunnelServer
+from uproxy.pool import Pool
+from uproxy.telemetry import Connection
+from uproxy.tls import Credentials, client_context, server_context
+from uproxy.tunnel import HBONE_PORT
+from waypoint import gateway
+from waypoint.telemetry import Exchange, WaypointTelemetry
+from waypoint.upstream import Upstream
+
+WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
+WP_ADDRESS = parse_address("127.0.77.3")
+
+Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Recorder(WaypointTelemetry):
+    """Keeps what was recorded."""
+
+    def __init__(self) -> None:
+        super().__init__("test")
+        self.exchanges: list[Exchange] = []
+        self.ended: list[Connection] = []
+
+    def answered(self, exchange: Exchange, now: float) -> None:
+        super().answered(exchange, now)
+        self.exchanges.append(exchange)
+
+    def closed(self, connection: Connection, now: float) -> None:
+        super().closed(connection, now)
+        self.ended.append(connection)
+
+
+@dataclass
+class Through:
+    """The pair, and the waypoint's parts."""
+
+    pair: Pair
+    gateway: gateway.Gateway
+    upstream: Upstream
+    connections: Connections
+    telemetry: Recorder
+    server: TunnelServer
+    pool: Pool
+
+    async def open(
+        self, address: str = VIP, port: int = SERVICE_PORT
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of web's application."""
+        return await asyncio.open_connection(sock=self.pair.dial(address, port))
+
+
+@contextlib.asynccontextmanager
+async def running_waypoint(
+    directory: Path, authority: Authority, app_port: int, protocol: str
+) -> AsyncIterator[Through]:
+    """`protocol` is the service port's appProtocol; `app_port` as for `running_pair`."""
+    async with running_pair(directory, authority, app_port) as pair:
+        bound = Bound(0, ("shop/wp",), (), True)
+        service = Service(
+            "shop",
+            "db",
+            (VIP,),
+            (ServicePort("", SERVICE_PORT, app_port, protocol),),
+            {},
+            (DB,),
+            Binding("shop/wp", Via.WAYPOINT),
+        )
+        pair.apply(
+            service,
+            replace(workload("db", DB_ADDRESS, DB), bounds=(bound,)),
+            replace(workload("wp-1", WP_ADDRESS, WP), service_account="wp"),
+            Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp-1", WP_ADDRESS),), ("shop/db",), ()),
+        )
+        credentials = Credentials.load(issued(authority, directory / "wp", WP))
+        contexts = client_context(credentials), server_context(credentials)
+        pool = Pool(pair.plane, lambda: contexts[0], (WP_ADDRESS,))
+        upstream, connections, telemetry = Upstream(pair.plane, pool), Connections(), Recorder()
+        waypoint = gateway.Gateway(pair.plane, pair.state, "shop/wp", upstream, connections, telemetry)
+        server = TunnelServer(pair.plane, lambda: contexts[1], "cluster.local", waypoint.on_request, lambda *_: None)
+        listeners = Listeners(pair.plane)
+        listeners.listen(WP_ADDRESS, HBONE_PORT, server.serve)
+        try:
+            yield Through(pair, waypoint, upstream, connections, telemetry, server, pool)
+        finally:
+            listeners.close()
+            pair.plane.run(waypoint.close_idle)
+            pair.plane.run(upstream.close)
+            pair.plane.run(pool.close)
+            pair.plane.run(server.close)
+            await asyncio.sleep(0.01)
+
+
+async def settled(through: Through) -> None:
+    """Wait until no coroutine of the data plane is left."""
+    for _ in range(200):
+        if not through.pair.plane.tasks:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"left: {through.pair.plane.tasks}")

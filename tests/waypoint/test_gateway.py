@@ -1,0 +1,453 @@
+"""Requests through a real waypoint, from one uProxy's application to another's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from control.api.gateway import Gateway, Instance, Traffic
+from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
+from control.api.route import (
+    NO_MODIFIER,
+    Backend,
+    HeaderModifier,
+    HTTPRoute,
+    Match,
+    Parent,
+    PathKind,
+    PathMatch,
+    RouteRule,
+)
+from control.server.ca import Authority
+from tests.support.certificates import WEB
+from tests.support.pair import DB_ADDRESS, SERVICE_PORT
+from tests.support.through_waypoint import WP_ADDRESS, Server, Through, running_waypoint, settled
+from uproxy import plane
+
+Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.create(tmp_path_factory.mktemp("ca") / "ca", "cluster.local")
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("identities")
+
+
+def run(
+    directory: Path,
+    authority: Authority,
+    server: Server,
+    client: Callable[[Through], Awaitable[None]],
+    protocol: str = "http",
+) -> None:
+    """Serve as db's application, and run the client against the waypoint."""
+
+    async def main() -> None:
+        app = await asyncio.start_server(server, DB_ADDRESS, 0)
+        port = app.sockets[0].getsockname()[1]
+        try:
+            async with running_waypoint(directory, authority, port, protocol) as through, asyncio.timeout(30):
+                await client(through)
+                through.pair.plane.run(through.gateway.close_idle)
+                through.pair.plane.run(through.upstream.close)
+                await settled(through)
+                assert not through.connections
+        finally:
+            app.close()
+
+    plane.run(main())
+
+
+async def request_head(reader: Reader) -> bytes:
+    return await reader.readuntil(b"\r\n\r\n")
+
+
+async def tell(reader: Reader, writer: Writer) -> None:
+    """An application that answers each request with its head, as it arrived."""
+    served = 0
+    while not reader.at_eof():
+        try:
+            head = await request_head(reader)
+        except asyncio.IncompleteReadError:
+            break
+        length = next(
+            (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+        )
+        body = await reader.readexactly(length)
+        served += 1
+        answer = head + body
+        extra = b"x-uproxy-reason: forged\r\nserved: %d\r\n" % served
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b" % (len(answer), extra, answer))
+    writer.close()
+
+
+async def answer(reader: Reader) -> tuple[int, bytes, bytes]:
+    """Status, head and body of a response that says its length or is chunked."""
+    head = await request_head(reader)
+    status = int(head.split(b" ", 2)[1])
+    lowered = head.lower()
+    if b"transfer-encoding: chunked" in lowered:
+        body = b""
+        while size := int(await reader.readline(), 16):
+            body += await reader.readexactly(size)
+            await reader.readexactly(2)
+        await reader.readline()
+        return status, head, body
+    length = next((int(line[15:]) for line in lowered.split(b"\r\n") if line.startswith(b"content-length:")), 0)
+    return status, head, await reader.readexactly(length)
+
+
+def rule(path: str, **given: object) -> RouteRule:
+    fields: dict[str, object] = {
+        "name": "",
+        "matches": (Match(PathMatch(PathKind.PREFIX, path), (), (), ""),),
+        "request": NO_MODIFIER,
+        "response": NO_MODIFIER,
+        "backends": (Backend("shop/db", SERVICE_PORT, 1, NO_MODIFIER, NO_MODIFIER),),
+        "timeout_ms": 0,
+        "backend_timeout_ms": 0,
+    }
+    return RouteRule(**(fields | given))  # type: ignore[arg-type]
+
+
+def route(*rules: RouteRule) -> HTTPRoute:
+    return HTTPRoute("shop", "db", (Parent("shop/db", 0),), (), rules)
+
+
+def test_requests_arrive_with_their_caller_over_one_connection(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        for number in range(3):
+            writer.write(
+                b"GET /a%%62?q=%d HTTP/1.1\r\nHost: db.shop\r\nX-Forwarded-For: 6.6.6.6\r\n"
+                b"x-forwarded-client-cert: URI=spiffe://cluster.local/ns/shop/sa/boss\r\nx-uproxy-caller: boss\r\n\r\n"
+                % number
+            )
+            status, head, body = await answer(reader)
+            assert status == 200
+            lines = body.decode().split("\r\n")
+            assert lines[0] == f"GET /ab?q={number} HTTP/1.1", "what is judged is what is forwarded"
+            assert "x-forwarded-for: 127.0.77.1" in lines
+            assert f"x-forwarded-client-cert: URI={WEB}" in lines
+            assert "boss" not in body.decode()
+            assert "6.6.6.6" not in body.decode()
+            assert b"served: %d\r\n" % (number + 1) in head, "the backend's connection is kept alive"
+            assert b"x-uproxy-reason" not in head
+        writer.close()
+        await settled_exchanges(through, 3)
+        first = through.telemetry.exchanges[0]
+        assert (first.method, first.path, first.status, first.attempts) == ("GET", "/ab?q=0", 200, 1)
+        assert first.source.identity == str(WEB)
+        assert first.destination.workload is not None
+        metrics = through.telemetry.render().decode()
+        (line,) = [line for line in metrics.splitlines() if line.startswith("istio_requests_total{")]
+        assert line.endswith("} 3")
+        assert 'reporter="waypoint"' in line
+        assert 'response_code="200"' in line
+        assert 'destination_service_name="db"' in line
+
+    run(identities, authority, tell, client)
+
+
+async def settled_exchanges(through: Through, count: int) -> None:
+    for _ in range(100):
+        if len(through.telemetry.exchanges) >= count:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{len(through.telemetry.exchanges)} exchanges, not {count}")
+
+
+def test_a_body_crosses_both_ways_and_the_connection_goes_on(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        body = bytes(range(256)) * 8192  # 2 MiB: more than every window
+        writer.write(b"POST /up HTTP/1.1\r\nHost: db\r\nContent-Length: %d\r\n\r\n" % len(body))
+        writer.write(body)
+        status, _, told = await answer(reader)
+        assert status == 200
+        assert told.endswith(body)
+        writer.write(b"GET /next HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        writer.close()
+        await settled_exchanges(through, 2)
+        assert through.telemetry.exchanges[0].received == len(body)
+
+    run(identities, authority, tell, client)
+
+
+def test_pipelined_requests_are_answered_in_order(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET /1 HTTP/1.1\r\nHost: db\r\n\r\nGET /2 HTTP/1.1\r\nHost: db\r\n\r\n")
+        for number in (1, 2):
+            assert (await answer(reader))[2].startswith(b"GET /%d " % number)
+        writer.close()
+
+    run(identities, authority, tell, client)
+
+
+def test_denied_unrouted_and_malformed_requests_never_reach_the_backend(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        deny = Rule(operations=(Operation(methods=("DELETE",)),))
+        target = (Target("Service", "shop/db"),)
+        through.pair.apply(
+            AuthorizationPolicy("shop", "no-delete", Action.DENY, None, (deny,), target), route(rule("/v1"))
+        )
+        reader, writer = await through.open()
+        writer.write(b"DELETE /v1/x HTTP/1.1\r\nHost: db\r\nContent-Length: 3\r\n\r\nabc")
+        status, head, body = await answer(reader)
+        assert (status, body) == (403, b"RBAC: access denied\n")
+        assert b"x-uproxy-reason: policy\r\n" in head
+        assert b"x-uproxy-policy: shop/no-delete[0]\r\n" in head
+        writer.write(b"GET /v2 HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 404
+        writer.write(b"GET /v1%2fx HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 400
+        writer.write(b"GET /v1 HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        writer.write(b"GET /v1 HTTP/1.1\r\nHost: db\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert (await answer(reader))[0] == 400
+        assert await reader.read() == b"", "after a request that could be read in two ways, nothing more is read"
+        writer.close()
+        await settled_exchanges(through, 5)
+        assert [e.flag for e in through.telemetry.exchanges] == ["-", "NR", "DPE", "-", "DPE"]
+        assert through.telemetry.exchanges[0].policy == "shop/no-delete[0]"
+
+    run(identities, authority, tell, client)
+
+
+def test_a_route_changes_headers_both_ways(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        added = HeaderModifier(set=(("color", "blue"),), remove=("secret",))
+        through.pair.apply(route(rule("/", request=added, response=HeaderModifier(add=(("via", "wp"),)))))
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\nColor: red\r\nSecret: 1\r\n\r\n")
+        _, head, body = await answer(reader)
+        assert b"\r\ncolor: blue\r\n" in body
+        assert b"red" not in body
+        assert b"secret" not in body.lower()
+        assert b"\r\nvia: wp\r\n" in head
+        writer.close()
+
+    run(identities, authority, tell, client)
+
+
+async def slow(reader: Reader, writer: Writer) -> None:
+    await request_head(reader)
+    await asyncio.sleep(1.5)
+    writer.close()
+
+
+def test_a_route_s_timeout_is_a_504(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        through.pair.apply(route(rule("/", timeout_ms=200)))
+        reader, writer = await through.open()
+        started = time.monotonic()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 504
+        assert time.monotonic() - started < 1.0
+        writer.close()
+        await settled_exchanges(through, 1)
+        assert through.telemetry.exchanges[0].flag == "UT"
+
+    run(identities, authority, slow, client)
+
+
+async def cut_off(reader: Reader, writer: Writer) -> None:
+    """Half of what was promised, then the end."""
+    await request_head(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
+    await writer.drain()
+    writer.close()
+
+
+def test_a_response_that_is_cut_off_is_a_reset(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            await reader.readexactly(1000)
+        writer.close()
+        await settled_exchanges(through, 1)
+        assert through.telemetry.exchanges[0].flag == "UC"
+
+    run(identities, authority, cut_off, client)
+
+
+def test_a_backend_that_is_gone_is_a_503_and_the_caller_may_go_on(identities: Path, authority: Authority) -> None:
+    async def once(reader: Reader, writer: Writer) -> None:
+        await request_head(reader)
+        writer.transport.abort()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        for _ in range(2):
+            writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+            assert (await answer(reader))[0] == 503
+        writer.close()
+
+    run(identities, authority, once, client)
+
+
+def test_a_kept_connection_that_its_server_closed_costs_no_request(identities: Path, authority: Authority) -> None:
+    served = 0
+
+    async def one_each(reader: Reader, writer: Writer) -> None:
+        """Says nothing of closing, answers one request, and closes when the next one comes."""
+        nonlocal served
+        await request_head(reader)
+        served += 1
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        await writer.drain()
+        await request_head(reader)
+        writer.transport.abort()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        for _ in range(2):
+            writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+            assert await answer(reader) == (200, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", b"ok")
+        writer.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 0\r\n\r\n")
+        assert (await answer(reader))[0] == 503, "what is not idempotent is not sent twice"
+        writer.close()
+        await settled_exchanges(through, 3)
+        assert [e.attempts for e in through.telemetry.exchanges] == [1, 2, 1]
+        assert served == 2
+
+    run(identities, authority, one_each, client)
+
+
+async def early(reader: Reader, writer: Writer) -> None:
+    """Answers before the body has come."""
+    await request_head(reader)
+    writer.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n\r\nno\n")
+    await writer.drain()
+    await reader.read()
+    writer.close()
+
+
+def test_an_early_answer_reaches_a_caller_that_still_sends(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 100000\r\n\r\n" + bytes(1000))
+        assert (await answer(reader))[0] == 413
+        writer.write(bytes(99_000))
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 413, "the rest of the body was read, and the connection goes on"
+        writer.close()
+
+    run(identities, authority, early, client)
+
+
+def test_a_caller_that_goes_away_takes_its_request_along(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        await asyncio.sleep(0.2)
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        writer.transport.abort()
+        await settled_exchanges(through, 1)
+        assert (through.telemetry.exchanges[0].flag, through.telemetry.exchanges[0].status) == ("DC", 0)
+        assert reader is not None
+
+    run(identities, authority, slow, client)
+
+
+def test_a_caller_that_ends_its_side_gets_its_answer(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        writer.write_eof()
+        assert (await answer(reader))[0] == 200
+        assert await reader.read() == b""
+        writer.close()
+
+    run(identities, authority, tell, client)
+
+
+async def echo(reader: Reader, writer: Writer) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    writer.write_eof()
+    writer.close()
+
+
+def test_opaque_tcp_crosses_with_both_ends(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        data = bytes(range(256)) * 8192
+        writer.write(data)
+        writer.write_eof()
+        assert await reader.read(-1) == data
+        writer.close()
+        await settled(through)
+        (record,) = through.telemetry.ended
+        assert (record.bytes_received, record.bytes_sent) == (len(data), len(data))
+        assert record.source.identity == str(WEB)
+        assert not record.error
+
+    run(identities, authority, echo, client, protocol="tcp")
+
+
+def test_a_reset_of_opaque_tcp_is_a_reset(identities: Path, authority: Authority) -> None:
+    async def reset(reader: Reader, writer: Writer) -> None:
+        await reader.read(10)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        writer.transport.abort()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"hello")
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+
+    run(identities, authority, reset, client, protocol="tcp")
+
+
+def test_an_l7_deny_refuses_opaque_tcp_and_cuts_what_is_open(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"hello")
+        assert await reader.read(5) == b"hello"
+        deny = Rule(operations=(Operation(methods=("DELETE",)),))
+        through.pair.apply(
+            AuthorizationPolicy("shop", "no", Action.DENY, None, (deny,), (Target("Gateway", "shop/wp"),))
+        )
+        through.pair.plane.run(lambda: through.connections.reauthorise())
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+        reader, writer = await through.open()
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+        assert "shop/no" in through.telemetry.ended[-1].policy
+
+    run(identities, authority, echo, client, protocol="tcp")
+
+
+def test_what_is_not_served_is_refused(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        sock = through.pair.dial()
+        sock.close()
+        await settled(through)
+        through.pair.apply(Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp-1", WP_ADDRESS),), (), ()))
+        reader, writer = await through.open()
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+        assert "wrong-destination" in through.telemetry.ended[-1].error
+
+    run(identities, authority, tell, client)

@@ -1,0 +1,137 @@
+"""What a CONNECT asks a waypoint for: a port of a service that it serves, or of a workload; HTTP, or opaque TCP."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Final
+
+from control.api.address import AddressError, IpAddress, parse_address
+from control.api.workload import Endpoint, Service, ServicePort, Workload
+from control.client.state import State
+from uproxy.errors import Flag, RefusedError
+from uproxy.listener import Asked
+from uproxy.resolve import Hop, Resolver, host_port
+
+_HTTP: Final = ("http", "http/1.1")
+_NOWHERE: Final = IpAddress("0.0.0.0")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """One port that callers may ask for."""
+
+    address: IpAddress
+    dialled_port: int
+    services: tuple[Service, ...]
+    """Whose policies hold, in order; the first is the one that is reported. Several where a workload's own address was
+    dialled and several of the services here select it; none for a workload that is bound by itself."""
+    port: int
+    """Of the first service; of the workload when there is none."""
+    http: bool
+    backend: Hop | None
+    """The workload whose own address was dialled: nothing is left to choose. None: routes and weights choose."""
+
+    @property
+    def service_key(self) -> str:
+        return self.services[0].key if self.services else ""
+
+
+class Destinations:
+    """Those of one Gateway, by what callers ask for. Worked out once per configuration."""
+
+    def __init__(self, state: State, gateway: str) -> None:
+        """`gateway`: key of the Gateway."""
+        self._state = state
+        self._gateway = gateway
+        self._resolver = Resolver(state, random.Random())
+        self._generation = -1
+        self._behind: dict[tuple[IpAddress, int], Destination] = {}  # the services' workloads, by their own addresses
+        self._found: dict[tuple[str, int], Destination] = {}
+
+    def find(self, asked: Asked) -> Destination:
+        """Raises RefusedError: 400 `wrong-destination` for what this waypoint does not serve."""
+        if self._generation != self._state.generation:
+            self._generation = self._state.generation
+            self._found.clear()
+            self._index()
+        place = (asked.host, asked.port)
+        found = self._found.get(place)
+        if found is None:
+            found = self._find(asked)
+            if len(self._found) >= 4096:  # a peer may spell one address in many ways
+                self._found.clear()
+            self._found[place] = found
+        return found
+
+    def backends(self, service_key: str, port: int) -> tuple[Hop, ...]:
+        """Where a request for a service port may go, best first. Raises RefusedError when nobody is there."""
+        service = self._state.service(service_key)
+        if service is None:
+            raise RefusedError("no-endpoint", f"there is no service {service_key}")
+        return self._resolver.backends(service, port)
+
+    def _find(self, asked: Asked) -> Destination:
+        gateway = self._state.gateway(self._gateway)
+        if gateway is None:
+            raise RefusedError("no-config", f"Gateway {self._gateway} is not known here", flag=Flag.NO_CONFIG)
+        try:
+            address = parse_address(asked.host)
+        except AddressError:
+            service = self._state.service_named(asked.host)
+            address = service.vips[0] if service is not None and service.vips else _NOWHERE
+            found = self._state.service_at(address, asked.port)
+        else:
+            behind = self._behind.get((address, asked.port))
+            if behind is not None:
+                return behind
+            workload = self._state.workload_at(address)
+            if workload is not None and workload.key in gateway.workloads:
+                straight = _straight(address, asked.port, workload)
+                return Destination(address, asked.port, (), asked.port, False, straight)
+            found = self._state.service_at(address, asked.port)
+        if found is None or found[0].key not in gateway.services:
+            raise RefusedError(
+                "wrong-destination",
+                f"{asked.authority} is nothing that Gateway {self._gateway} serves: is the label "
+                "istio.io/use-waypoint of its service or workload meant for another one?",
+                status=400,
+                flag=Flag.DENY,
+            )
+        service, port = found
+        return Destination(address, asked.port, (service,), port.port, speaks_http(port), None)
+
+    def _index(self) -> None:
+        self._behind.clear()
+        gateway = self._state.gateway(self._gateway)
+        for service_key in gateway.services if gateway is not None else ():
+            service = self._state.service(service_key)
+            if service is not None:
+                for endpoint in self._state.endpoints(service_key):
+                    self._index_endpoint(service, endpoint)
+
+    def _index_endpoint(self, service: Service, endpoint: Endpoint) -> None:
+        workload = self._state.workload(endpoint.workload) or endpoint.as_workload()
+        for port in service.ports:
+            target = endpoint.ports.get(port.port)
+            if target is None:
+                continue
+            place, http = (endpoint.address, target), speaks_http(port)
+            other = self._behind.get(place)
+            if other is None:
+                straight = _straight(endpoint.address, target, workload)
+                self._behind[place] = Destination(*place, (service,), port.port, http, straight)
+            else:
+                # What one service refuses is refused: of HTTP more can be asked.
+                self._behind[place] = replace(other, services=(*other.services, service), http=http or other.http)
+
+
+def speaks_http(port: ServicePort) -> bool:
+    """Whether a service port is HTTP/1.1 to a waypoint: by its appProtocol, else by its name, as Istio has it."""
+    if port.app_protocol:
+        return port.app_protocol in _HTTP
+    return port.name == "http" or port.name.startswith("http-")
+
+
+def _straight(address: IpAddress, port: int, workload: Workload) -> Hop:
+    return Hop(address, workload.identity, host_port(address, port).encode(), workload)

@@ -1,0 +1,666 @@
+"""One stream's life at a waypoint, top to bottom: from a caller's uProxy to the backend's.
+
+CONNECT -> what is asked for? -> of HTTP, for each request: head -> authorise -> route -> pick -> forward -> relay both
+bodies -> record. Of opaque TCP: authorise -> pick -> CONNECT -> relay -> record. All of it runs in the data plane's
+turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from control.api.route import Backend, RouteRule
+from control.api.workload import Workload
+from control.client.state import Changes, State
+from uproxy.connections import Connections, Live
+from uproxy.errors import Flag, RefusedError
+from uproxy.header_block import Headers
+from uproxy.listener import Asked, asked_for, refuse, request_id
+from uproxy.plane import Plane, Timer, Waiter
+from uproxy.relay import CLEAN, Relay
+from uproxy.resolve import Hop, host_port
+from uproxy.telemetry import Connection, Peer
+from uproxy.tunnel import HBONE_PORT, Tunnel
+from waypoint import telemetry as flags
+from waypoint.authz import Policies, compile_policies
+from waypoint.byte_stream import ByteStream
+from waypoint.client import STALL_TIMEOUT_S, Client
+from waypoint.destination import Destination, Destinations
+from waypoint.http1_messages import Body, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead, length
+from waypoint.http1_writer import RequestWriter, ResponseWriter
+from waypoint.request import Request, RequestError, read_request
+from waypoint.routing import Router, choose_backend, compile_routes, modified
+from waypoint.splice import Splice
+from waypoint.telemetry import Exchange, WaypointTelemetry
+from waypoint.upstream import Caller, HttpConnection, Upstream
+
+# RFC 9110 section 9.2.2: the same request twice does what it does once.
+_IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+_CALLERS: Final = frozenset({b"x-forwarded-for", b"x-forwarded-client-cert", b"x-request-id"})
+_OURS: Final = b"x-uproxy-"
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_OK: Final[Headers] = ((b":status", b"200"),)
+_REASONS: Final = {
+    400: b"Bad Request",
+    403: b"Forbidden",
+    404: b"Not Found",
+    408: b"Request Timeout",
+    414: b"URI Too Long",
+    417: b"Expectation Failed",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
+}
+_NOBODYS_REQUEST: Final = RequestHead("GET", "/", (), keep_alive=False)
+"""What is answered when the request could not be read."""
+
+log = logging.getLogger(__name__)
+
+
+class RefusalError(Exception):
+    """A request that this waypoint answers by itself.
+
+    `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule.
+    """
+
+    def __init__(self, status: int, reason: str, detail: str, *, flag: str = flags.NO_FLAG, policy: str = "") -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason
+        self.detail = detail
+        self.flag = flag
+        self.policy = policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What holds at one destination, compiled."""
+
+    router: Router
+    policies: Policies
+
+
+@dataclass(slots=True, eq=False)
+class _Course:
+    """How far a request has come, so that a deadline or its caller's going away can end it wherever it waits."""
+
+    claim: Waiter[HttpConnection] | None = None
+    connection: HttpConnection | None = None
+    cause: RefusalError | None = None
+    """Why it was stopped."""
+    answering: bool = False
+    """Whether bytes of the final response may have gone to the caller."""
+    uploaded: Waiter[None] | None = None
+    """Settled when the request's body was read to its end, or is read no more. None: there is no body."""
+    over: bool = False
+    """Whether nobody wants the rest of the request's body."""
+    timers: list[Timer] = field(default_factory=list)
+
+    def stop(self, cause: RefusalError) -> None:
+        if self.cause is None:
+            self.cause = cause
+        if self.connection is not None:
+            self.connection.stream.abort(cause.detail)
+        elif self.claim is not None:
+            self.claim.fail(ConnectionResetError(cause.detail))
+
+
+class Gateway:
+    """Serves the streams of one waypoint process."""
+
+    def __init__(
+        self,
+        data_plane: Plane,
+        state: State,
+        gateway: str,
+        upstream: Upstream,
+        connections: Connections,
+        telemetry: WaypointTelemetry,
+    ) -> None:
+        """`gateway`: key of the Gateway."""
+        self.draining = False
+        self._plane = data_plane
+        self._state = state
+        self._gateway = gateway
+        self._upstream = upstream
+        self._connections = connections
+        self._telemetry = telemetry
+        self._destinations = Destinations(state, gateway)
+        self._random = random.Random()
+        self._generation = -1
+        self._rules: dict[tuple[str, ...], _Rules] = {}
+        self._idle: set[Client] = set()
+
+    def on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
+        """A CONNECT came, on a tunnel from a caller."""
+        if ended:
+            relay.on_end()
+        self._plane.spawn(self._serve(carrier, relay, headers))
+
+    async def _serve(self, carrier: Tunnel, relay: Relay, headers: Headers) -> None:
+        """One CONNECT stream, to its end. Never raises."""
+        fields = dict(headers)
+        caller = Caller(carrier.peer, carrier.peer_address, carrier.peer_port)
+        record = self._record(caller, request_id(fields))
+        try:
+            asked = asked_for(fields)
+            record.hbone_address = asked.authority
+            destination = self._destinations.find(asked)
+            record.destination_service = destination.service_key
+            if not destination.http:
+                await self._serve_tcp(carrier, relay, caller, asked, destination, record)
+                return
+        except RefusedError as error:
+            refuse(carrier, relay, error, record.request_id)
+            record.flag, record.error, record.policy = error.flag, str(error), error.policy
+            self._telemetry.closed(record, time.monotonic())
+            return
+        carrier.respond(relay, _OK)
+        with contextlib.suppress(ConnectionResetError):
+            await self._serve_http(ByteStream(relay), caller, asked)
+
+    # -- HTTP
+
+    async def _serve_http(self, stream: ByteStream, caller: Caller, asked: Asked) -> None:
+        """One caller's HTTP/1.1 connection. Never raises."""
+        client = Client(stream, asked.authority.encode())
+        try:
+            while await self._exchange(client, caller, asked):
+                pass
+            stream.close()
+        except (OSError, RefusedError) as error:  # RefusedError: this proxy shuts down
+            stream.abort(str(error))
+        except Exception:
+            stream.abort("a bug of this proxy; its log has the traceback")
+            raise
+
+    async def _exchange(self, client: Client, caller: Caller, asked: Asked) -> bool:
+        """One request and its response. Whether another may follow. Raises OSError when the stream is of no use."""
+        self._idle.add(client)
+        try:
+            head = await client.head()
+        except TimeoutError:
+            return False
+        except MessageError as error:
+            exchange = self._begin(caller, None)
+            refusal = RefusalError(error.status, "bad-request", str(error), flag=flags.MALFORMED)
+            await self._refuse(client, _NOBODYS_REQUEST, exchange, refusal)
+            self._telemetry.answered(exchange, time.monotonic())
+            return False
+        finally:
+            self._idle.discard(client)
+        if head is None:
+            return False
+        exchange, course = self._begin(caller, head), _Course()
+        client.stream.on_gone = lambda: course.stop(_caller_gone())
+        try:
+            destination, rules = self._rules_for(asked)
+            exchange.destination_service = destination.service_key
+            request = _judged(head)
+            exchange.path, exchange.authority = request.target, request.host
+            self._authorise(rules, caller, destination, request)
+            rule = self._route(rules, destination, request, course)
+            backend, hops = self._pick(rule, destination, exchange)
+            onward = _onward(head, request, rule, backend, caller, exchange.request_id)
+            response = await self._forward(client, onward, caller, hops, course, exchange)
+            return await self._relay(client, head, rule, backend, destination, response, course, exchange)
+        except RefusalError as refusal:
+            if course.answering or refusal.flag == flags.CALLER_GONE:
+                # What the caller has of the response is not whole, and must not look so.
+                _note(exchange, refusal)
+                client.stream.abort(refusal.detail)
+                raise ConnectionResetError(refusal.detail) from None
+            return await self._refuse(client, head, exchange, refusal, course)
+        finally:
+            client.stream.on_gone = _nothing
+            for timer in course.timers:
+                timer.cancel()
+            course.over = True
+            if course.connection is not None:
+                course.connection.stream.abort("given up")
+            self._telemetry.answered(exchange, time.monotonic())
+
+    def _rules_for(self, asked: Asked) -> tuple[Destination, _Rules]:
+        """Anew for each request: a connection outlives many configurations. Raises RefusalError."""
+        try:
+            destination = self._destinations.find(asked)
+        except RefusedError as error:
+            raise RefusalError(503, error.reason, error.detail, flag=flags.NO_ROUTE) from None
+        if self._generation != self._state.generation:
+            self._generation = self._state.generation
+            self._rules.clear()
+        keys = tuple(service.key for service in destination.services)
+        rules = self._rules.get((*keys, str(destination.port)))
+        if rules is None:
+            policies = {
+                policy.key: policy
+                for kind, key in (("Gateway", self._gateway), *(("Service", key) for key in keys))
+                for policy in self._state.policies_targeting("Gateway" if kind == "Gateway" else "Service", key)
+            }
+            routes = self._state.routes_for(keys[0]) if keys else ()
+            router = compile_routes(routes, keys[0] if keys else "", destination.port)
+            rules = self._rules[(*keys, str(destination.port))] = _Rules(router, compile_policies(policies.values()))
+        return destination, rules
+
+    def _authorise(self, rules: _Rules, caller: Caller, destination: Destination, request: Request) -> None:
+        """Raises RefusalError when no policy allows it."""
+        decision = rules.policies.decide(
+            caller.identity, caller.address, destination.address, destination.dialled_port, request
+        )
+        if not decision.allowed:
+            raise RefusalError(403, "policy", "RBAC: access denied", policy=decision.policy or decision.reason)
+
+    def _route(self, rules: _Rules, destination: Destination, request: Request, course: _Course) -> RouteRule | None:
+        """The rule for a request; None when its backend is settled. Raises RefusalError when no route matches."""
+        if destination.backend is not None:
+            return None
+        rule = rules.router.route(request)
+        if rule is None:
+            raise RefusalError(404, "no-route", "no route of this service matches", flag=flags.NO_ROUTE)
+        if rule.timeout_ms:
+            self._limit(course, rule.timeout_ms)
+        return rule
+
+    def _limit(self, course: _Course, timeout_ms: int) -> None:
+        expired = RefusalError(504, "timeout", f"no whole response within {timeout_ms} ms", flag=flags.TIMED_OUT)
+        course.timers.append(self._plane.call_later(timeout_ms / 1000, lambda: course.stop(expired)))
+
+    def _pick(
+        self, rule: RouteRule | None, destination: Destination, exchange: Exchange
+    ) -> tuple[Backend | None, tuple[Hop, ...]]:
+        """Where a request may go, best first. Raises RefusalError when nobody is there."""
+        if rule is None:
+            assert destination.backend is not None
+            return None, (destination.backend,)
+        exchange.route = rule.name
+        backend = choose_backend(rule, self._random)
+        if backend is None:
+            raise RefusalError(500, "no-backend", "the route that matches has no backend", flag=flags.NO_ROUTE)
+        exchange.backend_service = backend.service
+        try:
+            return backend, self._destinations.backends(backend.service, backend.port)
+        except RefusedError as error:
+            raise RefusalError(503, error.reason, error.detail, flag=flags.NO_BACKEND) from None
+
+    async def _forward(
+        self,
+        client: Client,
+        onward: RequestHead,
+        caller: Caller,
+        hops: tuple[Hop, ...],
+        course: _Course,
+        exchange: Exchange,
+    ) -> list[ResponseEvent]:
+        """Send the request to a backend; the beginning of what it answers.
+
+        Raises RefusalError, or OSError for the caller's stream.
+        """
+        bodiless = client.whole
+        fresh = False
+        while True:
+            exchange.attempts += 1
+            connection = await self._connect(caller, hops, course, exchange, fresh=fresh)
+            writer = RequestWriter()
+            connection.reader.expect(onward.method)
+            try:
+                await connection.stream.send(writer.head(onward), STALL_TIMEOUT_S)
+                if not bodiless:
+                    course.uploaded = Waiter(self._plane)
+                    self._plane.spawn(self._upload(client, connection, writer, course, exchange))
+                events = await connection.events(STALL_TIMEOUT_S)
+            except (OSError, MessageError) as error:
+                connection.stream.abort(str(error))
+                course.connection = None
+                replayable = connection.used and not connection.reader.begun
+                if replayable and bodiless and onward.method in _IDEMPOTENT and course.cause is None and not fresh:
+                    # Its server closed it while the request was on its way: that says nothing of the request.
+                    fresh = True
+                    continue
+                raise _broken(course, error, begun=connection.reader.begun) from None
+            connection.used = True
+            return events
+
+    async def _connect(
+        self, caller: Caller, hops: tuple[Hop, ...], course: _Course, exchange: Exchange, *, fresh: bool
+    ) -> HttpConnection:
+        """Raises RefusalError."""
+        claim: Waiter[HttpConnection] = Waiter(self._plane)
+        course.claim = claim
+        self._plane.spawn(self._upstream.connection(caller, hops, exchange.request_id, claim, fresh=fresh))
+        try:
+            connection = await claim
+        except ConnectionResetError as error:
+            raise _broken(course, error) from None
+        except RefusedError as error:
+            if error.reason == "shutting-down":
+                raise
+            raise RefusalError(503, error.reason, str(error), flag=flags.BACKEND_UNREACHABLE) from None
+        finally:
+            course.claim = None
+        course.connection = connection
+        hop = connection.hop
+        exchange.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload, str(hop.expected))
+        exchange.hbone_address = hop.authority.decode()
+        return connection
+
+    async def _upload(
+        self, client: Client, connection: HttpConnection, writer: RequestWriter, course: _Course, exchange: Exchange
+    ) -> None:
+        """The request's body to the backend, beside the response. Once that is over, to nobody."""
+        assert course.uploaded is not None
+        try:
+            while data := await client.body():
+                exchange.received += len(data)
+                if course.over:
+                    break
+                with contextlib.suppress(ConnectionResetError):  # who waits for the response learns of it, too
+                    await connection.stream.send(writer.body(data), STALL_TIMEOUT_S)
+            else:
+                if not course.over:
+                    with contextlib.suppress(ConnectionResetError):
+                        await connection.stream.send(writer.end(), STALL_TIMEOUT_S)
+        except MessageError as error:
+            course.stop(RefusalError(error.status, "bad-request", str(error), flag=flags.MALFORMED))
+        except TimeoutError:
+            course.stop(RefusalError(408, "timeout", "the request's body does not move", flag=flags.TIMED_OUT))
+        except ConnectionResetError:
+            course.stop(_caller_gone())
+        except RefusedError as error:  # this proxy shuts down
+            course.stop(RefusalError(503, error.reason, error.detail))
+        finally:
+            course.uploaded.set(None)
+
+    async def _relay(
+        self,
+        client: Client,
+        head: RequestHead,
+        rule: RouteRule | None,
+        backend: Backend | None,
+        destination: Destination,
+        events: list[ResponseEvent],
+        course: _Course,
+        exchange: Exchange,
+    ) -> bool:
+        """The response to the caller. Whether another request may follow. Raises RefusalError, OSError."""
+        writer = ResponseWriter(head)
+        connection = course.connection
+        assert connection is not None
+        whole = False
+        while True:
+            pieces: list[bytes] = []
+            for event in events:
+                if isinstance(event, Body):
+                    exchange.sent += len(event.data)
+                    pieces.append(writer.body(event.data))
+                elif isinstance(event, ResponseHead):
+                    if not event.interim:
+                        exchange.status = event.status
+                        event = _answered(event, rule, backend)
+                        course.answering = True
+                    pieces.append(writer.head(event, close=self._turns_away(destination)))
+                else:
+                    pieces.append(writer.end())
+                    whole = True
+            if whole:
+                self._release(course, client)
+            await client.stream.send(b"".join(pieces), STALL_TIMEOUT_S)
+            if whole:
+                break
+            try:
+                events = await connection.events(STALL_TIMEOUT_S)
+            except (OSError, MessageError) as error:
+                raise _broken(course, error) from None
+        if not client.whole:
+            await self._finish_body(client, course)
+        return client.whole and not writer.close
+
+    def _turns_away(self, destination: Destination) -> bool:
+        """Whether the caller should connect anew: this process ends, or the service's callers go directly again."""
+        bound = all(service.binding is not None for service in destination.services)
+        return self.draining or (bool(destination.services) and not bound)
+
+    def _release(self, course: _Course, client: Client) -> None:
+        """The response is whole: the backend's connection can carry another request, or is closed."""
+        connection, course.connection = course.connection, None
+        course.over = True
+        assert connection is not None
+        if connection.reader.reusable and (course.uploaded is None or (course.uploaded.settled and client.whole)):
+            self._upstream.keep(connection)
+        else:
+            connection.stream.close()
+
+    async def _finish_body(self, client: Client, course: _Course) -> None:
+        """The response came before the end of the request's body: read what is left of it, within bounds."""
+        if course.uploaded is not None:
+            await course.uploaded
+        await client.discard()
+
+    async def _refuse(
+        self,
+        client: Client,
+        head: RequestHead,
+        exchange: Exchange,
+        refusal: RefusalError,
+        course: _Course | None = None,
+    ) -> bool:
+        """Answer by itself. Whether another request may follow. Raises OSError."""
+        _note(exchange, refusal)
+        exchange.status = refusal.status
+        text = refusal.detail.encode() + b"\n"
+        fields = [
+            (b"content-type", b"text/plain"),
+            (b"x-uproxy-reason", refusal.reason.encode()),
+            (b"x-request-id", exchange.request_id.encode()),
+        ]
+        if refusal.policy:
+            fields.append((b"x-uproxy-policy", refusal.policy.encode()))
+        writer = ResponseWriter(head)
+        # Who waits for 100 (Continue) may send the body or not: nobody can tell where the next request begins.
+        close = self.draining or (head.expects_continue and not client.whole)
+        response = ResponseHead(refusal.status, _REASONS.get(refusal.status, b""), fields, length(len(text)))
+        answer = writer.head(response, close=close) + writer.body(text)
+        if head.method != "HEAD":
+            exchange.sent = len(text)
+        if course is not None:
+            course.over = True
+            course.answering = True
+        await client.stream.send(answer, STALL_TIMEOUT_S)
+        if head is _NOBODYS_REQUEST:
+            return False
+        if not client.whole:
+            await self._finish_body(client, course or _Course())
+        return client.whole and not writer.close
+
+    # -- opaque TCP
+
+    async def _serve_tcp(
+        self,
+        carrier: Tunnel,
+        relay: Relay,
+        caller: Caller,
+        asked: Asked,
+        destination: Destination,
+        record: Connection,
+    ) -> None:
+        """Raises RefusedError before the 200, and nothing after it."""
+
+        def permitted() -> str:
+            try:
+                found, rules = self._rules_for(asked)
+            except RefusalError:
+                return ""  # the service is no longer served here: what was allowed goes on to its end
+            decision = rules.policies.decide(caller.identity, caller.address, found.address, found.dialled_port, None)
+            if decision.allowed:
+                return ""
+            record.policy = decision.policy
+            return decision.reason
+
+        self._authorise_tcp(permitted, record)
+        hops = (
+            (destination.backend,)
+            if destination.backend is not None
+            else self._destinations.backends(destination.service_key, destination.port)
+        )
+        backend = await self._reach(caller, hops, record)
+        carrier.respond(relay, _OK)
+        try:
+            stream = ByteStream(relay)
+        except ConnectionResetError as error:
+            backend.abort(str(error))
+            record.flag, record.error = Flag.RESET, str(error)
+            self._telemetry.closed(record, time.monotonic())
+            return
+        splice = Splice(self._plane, stream, backend)
+        live = Live(splice, record, lambda: f"policy: no longer allowed: {why}" if (why := permitted()) else "")
+        record.meter = splice
+        self._telemetry.opened(record)
+        self._connections.add(live)
+        try:
+            outcome = await splice.done
+        except RefusedError as error:  # this proxy shuts down
+            splice.cut(str(error))
+            outcome = await splice.done
+        self._connections.remove(live)
+        if outcome is not CLEAN:
+            record.flag, record.error = outcome.flag, outcome.text
+        self._telemetry.closed(record, time.monotonic())
+
+    def _authorise_tcp(self, permitted: Callable[[], str], record: Connection) -> None:
+        """Raises RefusedError when no policy allows it."""
+        refusal = permitted()
+        if refusal:
+            raise RefusedError("policy", refusal, status=401, flag=Flag.DENY, policy=record.policy)
+
+    async def _reach(self, caller: Caller, hops: tuple[Hop, ...], record: Connection) -> ByteStream:
+        """A stream to the first backend that takes it. Raises RefusedError."""
+        failed: RefusedError | None = None
+        for hop in hops:
+            record.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload)
+            try:
+                stream = await self._upstream.stream(caller, hop, record.request_id)
+                record.destination.identity = str(hop.expected)  # the pool proved it
+                return stream
+            except RefusedError as error:
+                failed = error
+                if not error.retriable:
+                    break
+        assert failed is not None  # there is at least one hop
+        try:
+            raise failed
+        finally:
+            del failed  # its traceback holds this frame
+
+    # -- what changes meanwhile
+
+    def config_changed(self, changes: Changes) -> None:
+        """Requests ask anew by themselves; connections of opaque TCP are asked here."""
+        if changes:
+            self._connections.reauthorise()
+
+    def close_idle(self) -> None:
+        """The drain time is over: end the connections on which no request is under way."""
+        for client in list(self._idle):
+            client.stream.close()
+
+    # -- records
+
+    def _begin(self, caller: Caller, head: RequestHead | None) -> Exchange:
+        given = (
+            next((value for name, value in head.fields if name == b"x-request-id"), b"") if head is not None else b""
+        )
+        agent = next((value for name, value in head.fields if name == b"user-agent"), b"") if head is not None else b""
+        return Exchange(
+            source=self._peer(caller),
+            destination=Peer(""),
+            started=time.monotonic(),
+            request_id=given.decode() if _REQUEST_ID.fullmatch(given) else request_id({}),
+            method=head.method if head is not None else "",
+            path=head.target if head is not None else "",
+            protocol=f"HTTP/1.{head.minor}" if head is not None else "",
+            user_agent=agent.decode("latin-1"),
+        )
+
+    def _record(self, caller: Caller, name: str) -> Connection:
+        return Connection(
+            direction="waypoint",
+            source=self._peer(caller),
+            destination=Peer("-"),
+            request_id=name,
+            started=time.monotonic(),
+        )
+
+    def _peer(self, caller: Caller) -> Peer:
+        workload: Workload | None = self._state.workload_at(caller.address)
+        known = workload if workload is not None and workload.identity == caller.identity else None
+        return Peer(host_port(caller.address, caller.port), known, str(caller.identity))
+
+
+def _judged(head: RequestHead) -> Request:
+    """Raises RefusalError for a request that two parsers could read differently."""
+    try:
+        return read_request(head.method, head.target, head.fields)
+    except RequestError as error:
+        raise RefusalError(400, "bad-request", str(error), flag=flags.MALFORMED) from None
+
+
+def _onward(
+    head: RequestHead,
+    request: Request,
+    rule: RouteRule | None,
+    backend: Backend | None,
+    caller: Caller,
+    name: str,
+) -> RequestHead:
+    """The head that the backend gets: the path as it was judged, and who calls said by nobody but us."""
+    fields: Fields = head.fields
+    if rule is not None and backend is not None:
+        fields = modified(fields, rule.request, backend.request)
+    kept = [(name, value) for name, value in fields if name not in _CALLERS and not name.startswith(_OURS)]
+    kept += (
+        (b"x-forwarded-for", caller.address.encode()),
+        (b"x-forwarded-client-cert", f"URI={caller.identity}".encode()),
+        (b"x-request-id", name.encode()),
+    )
+    return replace(head, target=request.target, fields=kept)
+
+
+def _answered(head: ResponseHead, rule: RouteRule | None, backend: Backend | None) -> ResponseHead:
+    """The head that the caller gets. Refusals with our reasons are ours alone."""
+    fields: Fields = [(name, value) for name, value in head.fields if not name.startswith(_OURS)]
+    if rule is not None and backend is not None:
+        fields = modified(fields, backend.response, rule.response)
+    return replace(head, fields=fields)
+
+
+def _broken(course: _Course, error: Exception, *, begun: bool = False) -> RefusalError:
+    """The backend's connection failed, by itself or because the request was stopped. `begun`: within a response."""
+    if course.cause is not None:
+        return course.cause
+    if isinstance(error, TimeoutError):
+        return RefusalError(504, "timeout", f"no response within {STALL_TIMEOUT_S:g} s", flag=flags.TIMED_OUT)
+    status = error.status if isinstance(error, MessageError) and begun else 503
+    return RefusalError(status, "upstream", f"the backend's connection: {error}", flag=flags.BACKEND_BROKE)
+
+
+def _caller_gone() -> RefusalError:
+    return RefusalError(0, "caller-gone", "the caller went away", flag=flags.CALLER_GONE)
+
+
+def _note(exchange: Exchange, refusal: RefusalError) -> None:
+    exchange.flag, exchange.details, exchange.policy = refusal.flag, refusal.detail, refusal.policy
+    if refusal.reason == "policy":
+        exchange.details = "rbac_access_denied"
+
+
+def _nothing() -> None: ...
