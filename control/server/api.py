@@ -4,6 +4,7 @@
     POST /v1/delete     {"references": [{"kind", "namespace", "name"}], "dry_run", "release"}  -> a change set
     POST /v1/relabel    {"reference", "labels", "annotations", "overwrite", "dry_run", "release"} -> a change set
     GET  /v1/resources  ?kind=&namespace=&name=; what is left out stands for all               -> {"resources": [...]}
+    GET  /v1/records    what proxies that know everything were told, as it was published: {"records": [[topic, base64]]}
     POST /v1/tokens     {"namespace", "workload", "service_account", "addresses", "ttl_s"}, or {"node", "ttl_s"}
     GET  /v1/status     versions, broker, proxies and problems
 
@@ -13,6 +14,7 @@ A refusal is {"error": text}; one of resources has {"errors": [{"file", "line", 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -34,7 +36,9 @@ from control.api.identity import SpiffeId, TrustDomain
 from control.api.messages import Body
 from control.api.problems import ResourceErrors
 from control.api.topics import (
+    AddressesTopic,
     ManifestTopic,
+    RecordTopic,
     ServiceTopic,
     StatusTopic,
     WorkloadTopic,
@@ -130,6 +134,7 @@ class Api:
             ("POST", "/v1/relabel"): (self._relabel, changes),
             ("POST", "/v1/tokens"): (self._token, tokens),
             ("GET", "/v1/resources"): (self._resources, questions),
+            ("GET", "/v1/records"): (self._records, questions),
             ("GET", "/v1/status"): (self._status, questions),
         }
 
@@ -233,6 +238,19 @@ class Api:
         asked = [_field(query, name, str, "") for name in ("kind", "namespace", "name")]
         _finish(query)
         return {"resources": [self._resource(place, text) for place, text in self._core.get(*asked)]}
+
+    def _records(self, query: Json) -> Json:
+        _finish(query)
+        topics = [topic for topic in self._store.topics() if self._is_record(topic)]
+        return {
+            "trust_domain": self._trust_domain,
+            "records": [
+                (message.topic, base64.b64encode(message.payload).decode()) for message in self._store.messages(topics)
+            ],
+        }
+
+    def _is_record(self, topic: str) -> bool:
+        return isinstance(parse_topic(self._trust_domain, topic), RecordTopic | AddressesTopic)
 
     def _resource(self, place: Place, text: str) -> Json:
         kind, namespace, name = place
