@@ -38,6 +38,7 @@ def full_connection() -> Connection:
         flag=Flag.DENY,
         error="policy: no",
         policy="n/p[0]",
+        caller="spiffe://td/ns/n/sa/c",
     )
 
 

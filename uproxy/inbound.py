@@ -20,7 +20,7 @@ from control.api.address import AddressError, IpAddress, parse_address
 from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
 from uproxy import listener, plane
-from uproxy.authz import Decision, Policies, compile_policies
+from uproxy.admission import Admission, Passage
 from uproxy.connections import Connections
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
@@ -69,9 +69,9 @@ class Inbound:
         self._connections = connections
         self._telemetry = telemetry
         self._own = own
-        self._policies: Policies = compile_policies(())
         self._workload: Workload | None = None  # as it was last configured: what has begun is judged by it
         self._leaving = False  # the configuration has let go of it, and what has begun may still end
+        self._admission = Admission(None, (), state.trust_domain)
         self._services_here: dict[str, str | None] = {}
 
     # -- the connection
@@ -95,13 +95,13 @@ class Inbound:
                 await self._introduce(self._demand, carrier, fields)
             record.source.workload = self._workload_of(carrier)
             address, port = await self._target(fields, record)
-            policies = self._policies
-            self._authorise(carrier, address, port)
+            admission = self._admission
+            passage = self._admit(carrier, headers, address, port, record)
             app = await self._connect(address, port)
-            if policies is not self._policies:  # they changed while we waited for the application
+            if admission is not self._admission:  # it changed while we waited for the application
                 try:
                     self._configured()
-                    self._authorise(carrier, address, port)
+                    passage = self._admit(carrier, headers, address, port, record)
                 except RefusedError:
                     plane.reset(app)
                     raise
@@ -112,7 +112,7 @@ class Inbound:
         carrier.respond(relay, ((b":status", b"200"),))
 
         def permitted() -> str:
-            again = self._decide(carrier, address, port)
+            again = self._admission.decide(carrier.peer, carrier.peer_address, passage, address, port)
             return "" if again.allowed else f"policy: no longer allowed: {again.reason}"
 
         await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
@@ -197,17 +197,17 @@ class Inbound:
             self._services_here[host] = service.key if mine and service is not None else None
         return self._services_here[host]
 
-    def _decide(self, carrier: Tunnel, address: IpAddress, port: int) -> Decision:
-        """L4 authorization: who (from TLS), from where (the TCP peer), to which address and port of the workload."""
-        if self._workload is None:
-            return Decision(False, "", "the configuration no longer has this workload")
-        return self._policies.decide(carrier.peer, carrier.peer_address, address, port)
-
-    def _authorise(self, carrier: Tunnel, address: IpAddress, port: int) -> None:
-        """Raises RefusedError when no policy allows it."""
-        decision = self._decide(carrier, address, port)
+    def _admit(
+        self, carrier: Tunnel, headers: Headers, address: IpAddress, port: int, record: Connection
+    ) -> Passage | None:
+        """Whether it comes from a waypoint. Raises RefusedError when it had to, or when no policy allows it."""
+        passage = self._admission.enter(carrier.peer, port, headers)
+        if passage is not None and passage.caller is not None:
+            record.caller = str(passage.caller.identity)
+        decision = self._admission.decide(carrier.peer, carrier.peer_address, passage, address, port)
         if not decision.allowed:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
+        return passage
 
     async def _connect(self, address: IpAddress, port: int) -> socket.socket:
         """Dial the application: at the address that was asked for, then at loopback, where many listen only."""
@@ -227,7 +227,10 @@ class Inbound:
     # -- what changes meanwhile
 
     def config_changed(self, changes: Changes) -> None:
-        """Compile the policies that select this workload anew, and cut the connections that no longer pass."""
+        """Compile what decides who may come anew, and cut the connections that policy no longer allows.
+
+        Those that came directly before a waypoint was required stay until they end.
+        """
         self._services_here.clear()
         if not changes.policies and not changes.workloads:
             return
@@ -246,8 +249,9 @@ class Inbound:
             self._judge_again()
 
     def _judge_again(self) -> None:
-        policies = self._state.policies_for(self._workload) if self._workload is not None else ()
-        self._policies = compile_policies(policies)
+        workload = self._workload
+        policies = self._state.policies_for(workload) if workload is not None else ()
+        self._admission = Admission(workload, policies, self._state.trust_domain)
         self._connections.reauthorise()
 
     # -- records

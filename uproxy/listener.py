@@ -14,8 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from uproxy import hbone, plane, tunnel
 from uproxy.errors import Flag, RefusedError
@@ -172,8 +171,7 @@ class TunnelServer:
             carrier.shut_down(hbone.ErrorCode.NO_ERROR, "shutting down")
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What a CONNECT asks for; `host` is an address, in any spelling, or a name."""
 
     authority: str

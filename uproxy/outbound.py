@@ -1,7 +1,8 @@
 """One outbound connection's life, top to bottom: from the application to the peer's uProxy.
 
-accept -> where was it going? -> plan, after asking the control plane for what is not known -> a CONNECT stream (on
-another endpoint if the first fails before any byte was sent) -> relay both ways -> one access-log record.
+accept -> where was it going? -> plan, after asking the control plane for what is not known -> a CONNECT stream, to an
+endpoint or to the waypoint before it (to another one if the first fails before any byte was sent) -> relay both ways ->
+one access-log record.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from control.api.address import IpAddress
-from control.client.state import State
+from control.api.index import ResidentWorkload
+from control.client.state import Changes, State
 from uproxy import plane
 from uproxy.connections import Connections, Live
-from uproxy.errors import RefusedError
+from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
-from uproxy.plane import Plane
+from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route, original_destination
 from uproxy.relay import CLEAN, Relay
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 # One deadline over all endpoints that are tried for a connection.
 OPEN_TIMEOUT_S = 20.0
+# How long a connection waits for the configuration that names its waypoint, when somebody else says that it has one.
+BINDING_PATIENCE_S = 5.0
+MAX_ONCE_BOUND = 4096
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +81,9 @@ class Outbound:
         self._own = own
         self._demand = demand
         self._resolver = Resolver(state, random.Random())
+        self._once_bound: dict[str, None] = {}
+        """What this process has seen bound to a waypoint, by key or address; the oldest comes first."""
+        self._waiting: set[Waiter[None]] = set()  # for another configuration
 
     async def serve_captured(self, app: socket.socket) -> None:
         """A connection that eBPF brought here: the kernel knows where it was going."""
@@ -94,7 +102,7 @@ class Outbound:
         plane.reset_on_close(app)
         record = self._record(app, host_port(destination.address, destination.port))
         try:
-            plan = await self._plan(destination.address, destination.port)
+            plan = await self._plan(destination)
             record.destination_service = plan.service.key if plan.service is not None else ""
             relay, hop = await self._open(plan, record)
         except RefusedError as error:
@@ -103,7 +111,24 @@ class Outbound:
         record.destination.identity = str(hop.expected)  # the pool proved it
         await relay_and_record(app, relay, record, self._connections, self._telemetry, None)
 
-    async def _plan(self, address: IpAddress, port: int) -> Plan:
+    async def _plan(self, destination: OriginalDestination) -> Plan:
+        """The kernel's word and our configuration: the stricter wins. Raises RefusedError."""
+        plan = await self._configured(destination.address, destination.port)
+        if plan.gateway:
+            self._note_bound(plan.service.key if plan.service is not None else plan.address)
+        elif destination.route is Route.WAYPOINT and not self._is_unbound(plan):
+            through = await self._through_waypoint(plan, ((destination.address, destination.port),))
+            if through is None:
+                raise RefusedError(
+                    "no-config",
+                    f"{host_port(plan.address, plan.port)} is reached through a waypoint, says the kernel, and this "
+                    f"uProxy's configuration named none within {BINDING_PATIENCE_S:g} s",
+                    flag=Flag.NO_CONFIG,
+                )
+            return through
+        return plan
+
+    async def _configured(self, address: IpAddress, port: int) -> Plan:
         """Raises RefusedError when the mesh does not know the destination, or has no endpoint for it."""
         if self._demand is None:
             return self._resolver.plan(address, port)
@@ -111,21 +136,78 @@ class Outbound:
             plan: Plan | None = self._resolver.plan(address, port)
         except RefusedError:
             plan = None
-        if plan is None:
+        if plan is None or (plan.gateway and self._state.gateway(plan.gateway) is None):
             found = self._state.service_at(address, port)
-            # A known service may lack endpoints because they have not come yet.
+            # A known service may lack endpoints, or its waypoint, because they have not come yet.
             await (self._demand.service(found[0].key) if found is not None else self._demand.destination(address))
             plan = self._resolver.plan(address, port)
         if plan.service is not None:
             self._demand.used.add(plan.service.key)
         return plan
 
+    def _is_unbound(self, plan: Plan) -> bool:
+        """Whether our configuration knows that this goes directly, although the kernel said otherwise.
+
+        It does when it has seen the binding go: then the kernel's word is the older one. And the kernel speaks of all
+        ports of a workload, of which some may be bound.
+        """
+        if plan.service is not None:
+            return plan.service.key in self._once_bound
+        resident = self._state.resident_at(plan.address)
+        return plan.address in self._once_bound or (isinstance(resident, ResidentWorkload) and bool(resident.bindings))
+
+    def _note_bound(self, one: str) -> None:
+        if one not in self._once_bound:
+            if len(self._once_bound) >= MAX_ONCE_BOUND:
+                del self._once_bound[next(iter(self._once_bound))]
+            self._once_bound[one] = None
+
+    async def _through_waypoint(self, plan: Plan, ways: Sequence[tuple[IpAddress, int]]) -> Plan | None:
+        """A plan through the waypoint of one of these destinations, as soon as the configuration has one; None: never.
+
+        Raises RefusedError when the destination is bound and its waypoint cannot be used.
+        """
+        deadline = time.monotonic() + BINDING_PATIENCE_S
+        while True:
+            changed: Waiter[None] = Waiter(self._plane)
+            self._waiting.add(changed)  # before anything is looked up: looking up may take time
+            try:
+                for address, port in ways:
+                    through = await self._bound(address, port)
+                    if through is not None:
+                        return replace(through, service=plan.service)
+                await self._plane.wait(changed, deadline - time.monotonic())
+            except TimeoutError:
+                return None
+            finally:
+                self._waiting.discard(changed)
+
+    async def _bound(self, address: IpAddress, port: int) -> Plan | None:
+        """The plan for a destination if it is known and bound. Raises RefusedError when its waypoint cannot be used."""
+        try:
+            plan = await self._configured(address, port)
+        except RefusedError as error:
+            if error.flag is not Flag.NO_CONFIG:
+                raise
+            return None
+        return plan if plan.gateway else None
+
+    def config_changed(self, changes: Changes) -> None:
+        for key in changes.services:
+            service = self._state.service(key)
+            if service is not None and service.binding is not None:
+                self._note_bound(key)
+        for waiter in self._waiting:
+            waiter.set(None)
+
     async def _open(self, plan: Plan, record: Connection) -> tuple[Relay, Hop]:
         """A CONNECT stream that was answered with 200, on the first endpoint that gives one (docs/hbone.md 4)."""
         headers = _headers(plan, record)
         deadline = time.monotonic() + OPEN_TIMEOUT_S
         failed: RefusedError | None = None
+        last = plan.hops[0]
         for hop in plan.hops:
+            last = hop
             record.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload)
             record.hbone_address = hop.authority.decode()
             try:
@@ -138,6 +220,12 @@ class Outbound:
                     break
         assert failed is not None  # a plan has at least one hop
         try:
+            if failed.flag is Flag.WAYPOINT and not plan.gateway:
+                port = int(last.authority.rpartition(b":")[2])
+                # What was dialled is bound, or another service that has the same endpoint.
+                through = await self._through_waypoint(plan, ((plan.address, plan.port), (last.address, port)))
+                if through is not None:
+                    return await self._open(through, record)
             raise failed
         finally:
             del failed  # its traceback holds this frame

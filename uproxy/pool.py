@@ -164,11 +164,12 @@ def _refusal(hop: Hop, fields: dict[bytes, bytes]) -> RefusedError:
     reason = fields.get(b"x-uproxy-reason", default.encode()).decode("latin-1")
     policy = fields.get(b"x-uproxy-policy", b"").decode("latin-1")
     by = f" by {policy}" if policy else ""
+    flag = Flag.DENY if status in (401, 403) else Flag.CONNECT
     return RefusedError(
         reason,
         f"http status: {status}: {hop.address} refused {hop.authority.decode()}: {reason}{by}",
         status=status,
-        flag=Flag.DENY if status in (401, 403) else Flag.CONNECT,
+        flag=Flag.WAYPOINT if reason == "waypoint-required" else flag,
         policy=policy,
         retriable=status == 503,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from control.api.address import IpAddress
+from control.api.gateway import Binding, Via, gateway_identity
 from control.api.identity import SpiffeId
 from control.api.workload import Service, Workload
 from control.client.state import State
@@ -35,6 +36,8 @@ class Plan:
     port: int
     service: Service | None
     hops: tuple[Hop, ...]
+    gateway: str = ""
+    """Key of the waypoint to whose processes the hops lead; empty: straight to the destination."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class Resolver:
         found = state.service_at(address, port)
         if found is not None:
             service, _ = found
+            if service.binding is not None:
+                return self._through(service.binding, Plan(address, port, service, ()))
             return Plan(address, port, service, self.backends(service, port))
         workload = state.workload_at(address)
         if workload is None:
@@ -70,8 +75,48 @@ class Resolver:
                 f"{host_port(address, port)} lies in the mesh, but no service port or workload has this address",
                 flag=Flag.NO_CONFIG,
             )
-        hop = Hop(address, workload.identity, host_port(address, port).encode(), workload)
-        return Plan(address, port, None, (hop,))
+        direct = Plan(address, port, None, (Hop(address, workload.identity, _authority(address, port), workload),))
+        binding = state.binding_at(address, port)
+        return direct if binding is None else self._through(binding, direct)
+
+    def _through(self, binding: Binding, direct: Plan) -> Plan:
+        """The plan for something that is bound; `direct` is how it would go otherwise, as far as that is known."""
+        destination = direct.service.key if direct.service is not None else host_port(direct.address, direct.port)
+        if binding.via is Via.REFUSE:
+            raise RefusedError(
+                "waypoint-not-ready",
+                f"{destination} is bound to waypoint {binding.gateway}, which has never been ready, and an L7 policy "
+                "must not be missed: start it",
+            )
+        hops = self._instances(binding.gateway, _authority(direct.address, direct.port))
+        if binding.via is Via.PREFERRED:
+            hops = (*hops[: MAX_HOPS - 1], *self._straight(direct))[:MAX_HOPS]
+        if not hops:
+            raise RefusedError(
+                "no-waypoint",
+                f"{destination} is bound to waypoint {binding.gateway}, "
+                + ("of which no process runs" if self._state.gateway(binding.gateway) else "which is not known here"),
+            )
+        return replace(direct, hops=hops, gateway=binding.gateway)
+
+    def _instances(self, gateway_key: str, authority: bytes) -> tuple[Hop, ...]:
+        """Processes of a waypoint in random order, at most MAX_HOPS."""
+        gateway = self._state.gateway(gateway_key)
+        if gateway is None:
+            return ()
+        expected = gateway_identity(self._state.trust_domain, gateway_key)
+        return tuple(
+            Hop(instance.address, expected, authority, self._state.workload_at(instance.address))
+            for instance in self._rng.sample(gateway.instances, min(len(gateway.instances), MAX_HOPS))
+        )
+
+    def _straight(self, direct: Plan) -> tuple[Hop, ...]:
+        if direct.service is None:
+            return direct.hops
+        try:
+            return self.backends(direct.service, direct.port)
+        except RefusedError:
+            return ()
 
     def backends(self, service: Service, port: int) -> tuple[Hop, ...]:
         """Ready endpoints of a service port in random order by weight, at most MAX_HOPS: straight to each, whatever the
@@ -90,7 +135,7 @@ class Resolver:
                 Hop(
                     endpoint.address,
                     endpoint.identity,
-                    host_port(endpoint.address, endpoint.ports[port]).encode(),
+                    _authority(endpoint.address, endpoint.ports[port]),
                     self._state.workload(endpoint.workload) or endpoint.as_workload(),
                 )
                 for endpoint in ready
@@ -117,6 +162,10 @@ class Resolver:
                 break
             drawn[(first + step) % len(hops)] = None
         return tuple(hops[index] for index in drawn)
+
+
+def _authority(address: IpAddress, port: int) -> bytes:
+    return host_port(address, port).encode()
 
 
 def host_port(address: str, port: int) -> str:

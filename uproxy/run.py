@@ -22,7 +22,7 @@ import uproxy
 from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
-from control.client.state import State
+from control.client.state import Changes, State
 from uproxy import admin, config, explicit, joining, linux, plane
 from uproxy.access_log import AccessLog, Style
 from uproxy.config import Settings, Who
@@ -308,8 +308,12 @@ class _Proxy:
         changes = self._state.apply(batch)
         if changes:
             log.debug("configuration %d applied", self._state.generation)
-            self._plane.run(lambda: self._inbound.config_changed(changes))
+            self._plane.run(lambda: self._config_changed(changes))
         self._configured.set()
+
+    def _config_changed(self, changes: Changes) -> None:
+        self._inbound.config_changed(changes)
+        self._outbound.config_changed(changes)
 
     def _progressed(self) -> None:
         """The control plane has told more: what waits for it may go on."""

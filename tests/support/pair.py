@@ -72,10 +72,10 @@ class Pair:
     app_port: int
     version: int = 1
 
-    def dial(self, address: str = VIP, port: int = SERVICE_PORT) -> socket.socket:
+    def dial(self, address: str = VIP, port: int = SERVICE_PORT, route: Route = Route.TUNNEL) -> socket.socket:
         """An application's connection, as capture would hand it over."""
         app, proxied = connected_pair()
-        destination = OriginalDestination(parse_address(address), port, Route.TUNNEL)
+        destination = OriginalDestination(parse_address(address), port, route)
         self.plane.spawn(self.web.outbound.serve(proxied, destination))
         return app
 
@@ -89,7 +89,12 @@ class Pair:
 
     def _take(self, batch: Sequence[tuple[str, bytes]]) -> None:
         changed = self.state.apply(batch)
-        self.plane.run(lambda: self.db.inbound.config_changed(changed))
+
+        def configure() -> None:
+            self.db.inbound.config_changed(changed)
+            self.web.outbound.config_changed(changed)
+
+        self.plane.run(configure)
 
     def apply_policy(self, policy: AuthorizationPolicy) -> None:
         self.apply(policy)

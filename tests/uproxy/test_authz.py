@@ -18,7 +18,7 @@ from control.api.policy import (
     Rule,
     Source,
 )
-from uproxy.authz import compile_policies
+from uproxy.authz import Relayed, compile_policies
 
 WEB = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/web")
 A = parse_address("10.0.0.1")
@@ -132,6 +132,8 @@ def naive_texts(patterns, value) -> bool:
 
 
 def naive_blocks(blocks, address) -> bool:
+    if address is None:
+        return False
     ip = ipaddress.ip_address(address)
     return any(ip in ipaddress.ip_network(block) for block in blocks)
 
@@ -355,3 +357,105 @@ def test_the_reason_stays_short():
     many = compile_policies(policy("ALLOW", name=f"p{i}") for i in range(1000))
     reason = many.decide(WEB, A, B, 80).reason
     assert reason == "no ALLOW policy matched (shop/p0, shop/p1, shop/p10, shop/p100, shop/p101 and 995 more)"
+
+
+# docs/hbone.md section 4, read literally: connections that a bound waypoint makes for somebody.
+
+
+def naive_relayed(policies, caller, caller_ip, waypoint, waypoint_ip, destination_ip, port) -> bool:
+    of_caller = (caller, caller_ip, destination_ip, port)
+    of_waypoint = (waypoint, waypoint_ip, destination_ip, port)
+    for p in policies:
+        if p.action is Action.DENY:
+            # "A DENY matches if caller or waypoint matches"; "header absent: ... a notPrincipals DENY does" match.
+            if naive_policy(p, of_caller):
+                return False
+            # "the binding itself admits the waypoint": it is not of those that are denied for being none of some.
+            if any(naive_rule(rule, of_waypoint) for rule in map(positive, p.rules) if rule is not None):
+                return False
+    allow = [p for p in policies if p.action is Action.ALLOW]
+    if not allow:
+        return True
+    # "an ALLOW is judged on the caller"; "header absent: ... an ALLOW that names sources does not match".
+    rules = [rule for p in allow for rule in p.rules]
+    return any(naive_rule(rule, of_caller) for rule in (rules if caller else map(anonymous, rules)) if rule is not None)
+
+
+def only(rule: Rule, names_source, conditional) -> Rule | None:
+    """The rule without the sources that cannot match; None when it cannot match itself."""
+    left = tuple(source for source in rule.sources if not names_source(source))
+    of_source = (ConditionKey.SOURCE_IP, ConditionKey.SOURCE_NAMESPACE, ConditionKey.SOURCE_PRINCIPAL)
+    if (rule.sources and not left) or any(conditional(c) for c in rule.conditions if c.key in of_source):
+        return None
+    return replace(rule, sources=left)
+
+
+def positive(rule: Rule) -> Rule | None:
+    return only(
+        rule, lambda s: s.not_principals or s.not_namespaces or s.not_ip_blocks, lambda condition: condition.not_values
+    )
+
+
+def anonymous(rule: Rule) -> Rule | None:
+    return only(rule, lambda s: s != Source(), lambda condition: condition.values or condition.not_values)
+
+
+relayed_calls = st.one_of(
+    st.tuples(identities, addresses, identities, addresses, addresses, ports),
+    st.tuples(st.none(), st.none(), identities, addresses, addresses, ports),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(policies, max_size=3), relayed_calls)
+def test_relayed_connections_agree_with_the_documentation(given_policies, call):
+    assert Relayed(given_policies).decide(*call).allowed is naive_relayed(given_policies, *call)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(Action), rules, relayed_calls)
+def test_one_rule_on_relayed_connections_agrees_with_the_documentation(action, rule, call):
+    one = [policy(action.value, rule)]
+    assert Relayed(one).decide(*call).allowed is naive_relayed(one, *call)
+
+
+WAYPOINT = SpiffeId.parse("spiffe://cluster.local/ns/infra/sa/wp")
+FROM_WEB = Source(principals=(WEB.principal,))
+NOT_FROM_WEB = Source(not_principals=(WEB.principal,))
+FROM_WAYPOINT = Source(principals=(WAYPOINT.principal,))
+OTHER = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/other")
+
+
+@pytest.mark.parametrize(
+    ("action", "source", "caller", "wanted"),
+    [
+        ("ALLOW", FROM_WEB, WEB, True),  # the binding admits the waypoint
+        ("ALLOW", FROM_WEB, OTHER, False),
+        ("ALLOW", FROM_WEB, None, False),
+        ("ALLOW", FROM_WAYPOINT, OTHER, False),  # an ALLOW is judged on the caller
+        ("ALLOW", FROM_WAYPOINT, None, False),
+        ("ALLOW", NOT_FROM_WEB, OTHER, True),
+        ("ALLOW", NOT_FROM_WEB, None, False),  # who calls is not known: it could be web
+        ("ALLOW", Source(not_ip_blocks=(parse_block("10.9.0.0/16"),)), None, False),
+        ("DENY", FROM_WEB, WEB, False),
+        ("DENY", FROM_WEB, OTHER, True),
+        ("DENY", FROM_WEB, None, True),
+        ("DENY", FROM_WAYPOINT, WEB, False),
+        ("DENY", NOT_FROM_WEB, WEB, True),
+        ("DENY", NOT_FROM_WEB, OTHER, False),
+        ("DENY", NOT_FROM_WEB, None, False),
+        ("DENY", Source(ip_blocks=(parse_block("10.0.0.9/32"),)), WEB, False),  # the waypoint's address
+    ],
+)
+def test_relayed_connections(action, source, caller, wanted):
+    policies = [policy(action, Rule(sources=(source,)))]
+    caller_ip = None if caller is None else A
+    decision = Relayed(policies).decide(caller, caller_ip, WAYPOINT, parse_address("10.0.0.9"), B, 80)
+    assert decision.allowed is wanted
+
+
+def test_anybody_may_come_through_a_waypoint_when_no_source_is_named():
+    policies = [policy("ALLOW", Rule(operations=(Operation(ports=(80,)),)))]
+    for caller, ip in ((WEB, A), (None, None)):
+        assert Relayed(policies).decide(caller, ip, WAYPOINT, A, B, 80).allowed
+        assert not Relayed(policies).decide(caller, ip, WAYPOINT, A, B, 81).allowed

@@ -191,7 +191,7 @@ def test_a_connection_asks_only_for_what_it_lacks(published: tuple[dict[str, byt
         for asks in (True, False):
             proxy.demand.used.clear()
             proxy.subscriptions.clear()
-            plan = await proxy.one(outbound._plan(vip(1), 80))
+            plan = await proxy.one(outbound._configured(vip(1), 80))
             assert isinstance(plan, Plan)
             assert plan.hops[0].address == backend(1)
             assert proxy.demand.used == {"shop/db-1"}
@@ -199,12 +199,12 @@ def test_a_connection_asks_only_for_what_it_lacks(published: tuple[dict[str, byt
         proxy.held_back = lambda topic: True
         for address, port, reason in ((vip(200), 80, "no-config"), (vip(1), 81, "no-config")):
             proxy.subscriptions.clear()
-            refused = await proxy.one(outbound._plan(address, port))
+            refused = await proxy.one(outbound._configured(address, port))
             assert isinstance(refused, RefusedError)
             assert refused.reason == reason
         proxy.held_back = lambda topic: False
         proxy.interests_changed()
-        refused = await proxy.one(outbound._plan(vip(200), 80))
+        refused = await proxy.one(outbound._configured(vip(200), 80))
         assert isinstance(refused, RefusedError)
         assert refused.reason == "no-endpoint"
 

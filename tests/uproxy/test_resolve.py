@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -9,8 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control.api import index, messages, topics
 from control.api.address import parse_address
+from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
 from control.api.identity import SpiffeId
+from control.api.index import AddressShard, ResidentWorkload
+from control.api.messages import Envelope
+from control.api.topics import address_shard
 from control.api.workload import Endpoint, Service, ServicePort
 from control.client.state import State
 from tests.support.certificates import DB
@@ -89,3 +95,85 @@ def test_the_first_hop_is_drawn_by_weight() -> None:
     rng = random.Random(7)
     first = Counter(Resolver(state, rng).plan(VIP, SERVICE_PORT).hops[0].address for _ in range(4000))
     assert abs(first[parse_address("10.0.0.2")] / 4000 - 0.75) < 0.03
+
+
+WAYPOINTS = ("10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4")
+WP = SpiffeId.parse("spiffe://cluster.local/ns/infra/sa/wp")
+
+
+def gateway(*addresses: str) -> Gateway:
+    instances = tuple(Instance(f"infra/wp-{n}", parse_address(ip)) for n, ip in enumerate(addresses))
+    return Gateway("infra", "wp", Traffic.ALL, instances, ("shop/db",), ())
+
+
+def bound_state(via: Via, *endpoints: Endpoint, waypoint: Gateway | None) -> State:
+    state = state_of(*endpoints)
+    service = state.service("shop/db")
+    assert service is not None
+    bound = dataclasses.replace(service, binding=Binding("infra/wp", via))
+    state.apply([published(record, 2) for record in (bound, *((waypoint,) if waypoint is not None else ()))])
+    return state
+
+
+def test_a_bound_service_goes_to_its_waypoint_with_the_authority_that_was_dialled() -> None:
+    state = bound_state(Via.WAYPOINT, endpoint(1), waypoint=gateway(*WAYPOINTS[:2]))
+    plan = Resolver(state, random.Random(1)).plan(VIP, SERVICE_PORT)
+    assert plan.gateway == "infra/wp"
+    assert {(hop.address, hop.expected, hop.authority) for hop in plan.hops} == {
+        (ip, WP, f"{VIP}:{SERVICE_PORT}".encode()) for ip in WAYPOINTS[:2]
+    }
+    assert plan.service is not None
+    backends = Resolver(state, random.Random(1)).backends(plan.service, SERVICE_PORT)
+    assert [hop.address for hop in backends] == ["10.0.0.1"], "the waypoint itself goes straight"
+
+
+def test_a_bound_service_needs_no_endpoint_here() -> None:
+    assert Resolver(bound_state(Via.WAYPOINT, waypoint=gateway(WAYPOINTS[0])), random.Random(1)).plan(VIP, SERVICE_PORT)
+
+
+def test_the_processes_of_a_waypoint_take_turns() -> None:
+    resolver = Resolver(bound_state(Via.WAYPOINT, waypoint=gateway(*WAYPOINTS)), random.Random(3))
+    plans = [resolver.plan(VIP, SERVICE_PORT) for _ in range(2000)]
+    assert all(len({hop.address for hop in plan.hops}) == MAX_HOPS for plan in plans)
+    first = Counter(plan.hops[0].address for plan in plans)
+    assert all(abs(first[parse_address(ip)] / 2000 - 0.25) < 0.05 for ip in WAYPOINTS)
+
+
+def test_a_waypoint_that_was_never_ready_is_not_missed() -> None:
+    refused = refusal(bound_state(Via.REFUSE, endpoint(1), waypoint=gateway(WAYPOINTS[0])), VIP, SERVICE_PORT)
+    assert refused.reason == "waypoint-not-ready"
+    assert "waypoint infra/wp" in refused.detail
+
+
+def test_a_waypoint_without_a_process_is_not_missed() -> None:
+    for waypoint, text in ((gateway(), "of which no process runs"), (None, "which is not known here")):
+        refused = refusal(bound_state(Via.WAYPOINT, endpoint(1), waypoint=waypoint), VIP, SERVICE_PORT)
+        assert refused.reason == "no-waypoint"
+        assert text in refused.detail
+
+
+@pytest.mark.parametrize(("processes", "through"), [(0, 0), (1, 1), (4, 2)])
+def test_a_preferred_waypoint_leaves_room_for_the_direct_way(processes: int, through: int) -> None:
+    state = bound_state(Via.PREFERRED, endpoint(1), endpoint(2), endpoint(3), waypoint=gateway(*WAYPOINTS[:processes]))
+    plan = Resolver(state, random.Random(1)).plan(VIP, SERVICE_PORT)
+    assert [hop.expected for hop in plan.hops] == [WP] * through + [DB] * (MAX_HOPS - through)
+
+
+def test_a_preferred_waypoint_does_without_endpoints_and_is_not_conjured_up() -> None:
+    state = bound_state(Via.PREFERRED, waypoint=gateway(WAYPOINTS[0]))
+    assert len(Resolver(state, random.Random(1)).plan(VIP, SERVICE_PORT).hops) == 1
+    assert refusal(bound_state(Via.PREFERRED, waypoint=None), VIP, SERVICE_PORT).reason == "no-waypoint"
+
+
+def test_a_workload_is_bound_by_port() -> None:
+    state = state_of()
+    state.apply([published(gateway(WAYPOINTS[0]), 2)])
+    address = parse_address("10.0.0.7")
+    resident = ResidentWorkload("shop", "db-7", "db", {}, ((7000, Binding("infra/wp", Via.WAYPOINT)),))
+    body = index.write(AddressShard({address: resident}))
+    topic = topics.format_topic(DB.trust_domain, topics.AddressesTopic(address_shard(address)))
+    state.apply([(topic, messages.encode(Envelope(epoch=1, version=2, issued_at=0, body=body)))])
+    (bound,) = Resolver(state, random.Random(1)).plan(address, 7000).hops
+    assert (bound.address, bound.expected, bound.authority) == (WAYPOINTS[0], WP, b"10.0.0.7:7000")
+    (direct,) = Resolver(state, random.Random(1)).plan(address, 7001).hops
+    assert (direct.address, direct.expected) == (address, DB)

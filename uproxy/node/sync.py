@@ -96,13 +96,18 @@ def desired(residents: Mapping[IpAddress, Resident]) -> Entries:
     """The entries of these addresses."""
     found = Entries({}, {})
     for ip, resident in residents.items():
-        address, target = packed16(ip), Target(stable_id(resident.key), Route.TUNNEL)
+        address = packed16(ip)
         match resident:
             case ResidentService():
+                target = _target(resident, bound=resident.bound)
                 found.services.update({(address, port): target for port in resident.ports})
             case ResidentWorkload():
-                found.workloads[address, _ANY_PORT] = target
+                found.workloads[address, _ANY_PORT] = _target(resident, bound=bool(resident.bindings))
     return found
+
+
+def _target(resident: Resident, *, bound: bool) -> Target:
+    return Target(stable_id(resident.key), Route.WAYPOINT if bound else Route.TUNNEL)
 
 
 def stable_id(key: str) -> int:

@@ -12,6 +12,7 @@ from bpf.loader import Loader
 from bpf.maps import RangeKind, Route, Settings, Target
 from control.api import index, messages, topics
 from control.api.address import AddressError, IpAddress, packed16, parse_address
+from control.api.gateway import Binding, Via
 from control.api.identity import parse_trust_domain
 from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.api.messages import Envelope
@@ -22,6 +23,8 @@ from uproxy.node.sync import Difference, MeshRanges, Sync, SyncError, desired, s
 
 TRUST_DOMAIN = parse_trust_domain("cluster.local")
 RANGES = MeshRanges.parse(["240.240.0.0/16", "10.0.0.0/8", "fd00::/8"], ["10.9.0.0/16"])
+
+BINDING = Binding("default/wp", Via.WAYPOINT)
 
 Residents = dict[IpAddress, Resident]
 
@@ -66,11 +69,19 @@ residents = st.builds(
     st.just("default"),
     names,
     st.lists(st.sampled_from([80, 81, 443]), unique=True, min_size=1).map(tuple),
-) | st.builds(ResidentWorkload, st.just("default"), names, names, st.just({}))
+    st.booleans(),
+) | st.builds(
+    ResidentWorkload,
+    st.just("default"),
+    names,
+    names,
+    st.just({}),
+    st.sampled_from([(), ((0, BINDING),), ((80, BINDING), (443, BINDING))]),
+)
 meshes = st.dictionaries(addresses.map(parse_address), residents)
 contents = st.dictionaries(
     st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 3)),
-    st.builds(Target, st.integers(1, 3), st.just(Route.TUNNEL)),
+    st.builds(Target, st.integers(1, 3), st.sampled_from([Route.TUNNEL, Route.WAYPOINT])),
 )
 
 
@@ -92,6 +103,17 @@ def test_desired_is_every_vip_and_port_and_every_address():
     assert {key: target.id for key, target in entries.workloads.items()} == {
         (packed16(IpAddress(address)), 0): stable_id("default/one") for address in ("10.0.0.1", "fd01::1")
     }
+
+
+def test_what_is_bound_has_the_route_of_a_waypoint():
+    bound = {
+        parse_address("240.240.0.1"): ResidentService("default", "db", (80,), bound=True),
+        parse_address("10.0.0.1"): ResidentWorkload("default", "one", "one", {}, ((8080, BINDING),)),
+        parse_address("10.0.0.2"): ResidentWorkload("default", "two", "two", {}),
+    }
+    entries = desired(bound)
+    assert [target.route for target in entries.services.values()] == [Route.WAYPOINT]
+    assert [target.route for target in entries.workloads.values()] == [Route.WAYPOINT, Route.TUNNEL]
 
 
 def test_ids_are_stable_and_never_zero():

@@ -1,0 +1,130 @@
+"""May this peer have a stream to a port of this workload, and for whom does it ask? (docs/hbone.md 4)
+
+A port that a waypoint stands before takes streams from that waypoint, which says who calls, and from few others. Then
+policy is asked. Any other port is a question of policy alone, and what its peer says of callers is not heard.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from control.api.address import AddressError, IpAddress, parse_address
+from control.api.gateway import Bound, gateway_identity
+from control.api.identity import IdentityError, SpiffeId, TrustDomain
+from control.api.policy import AuthorizationPolicy
+from control.api.workload import Workload
+from uproxy.authz import Decision, Relayed, compile_policies
+from uproxy.errors import Flag, RefusedError
+from uproxy.header_block import Headers
+
+CALLER: Final = b"x-uproxy-caller"
+
+_CALLER: Final = re.compile(r"([^;]+);(?:\[([0-9a-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is behind a waypoint, as it says."""
+
+    identity: SpiffeId
+    address: IpAddress
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A stream that comes from a waypoint. `caller`: None when it did not say (Envoy does not)."""
+
+    caller: Caller | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """One port's bound, ready to be asked."""
+
+    waypoints: frozenset[SpiffeId]
+    exempt: frozenset[SpiffeId]
+    bound: Bound
+
+
+class Admission:
+    """What one configuration says of who may come to a workload."""
+
+    __slots__ = ("_gates", "_known", "_policies", "_relayed", "_selecting", "_trust_domain")
+
+    def __init__(
+        self, workload: Workload | None, policies: Iterable[AuthorizationPolicy], trust_domain: TrustDomain
+    ) -> None:
+        """`workload`: None when the configuration has it no longer: then nobody may. `policies`: that select it."""
+        self._known = workload is not None
+        self._trust_domain = trust_domain
+        self._gates = {bound.port: self._gate(bound) for bound in (workload.bounds if workload is not None else ())}
+        self._selecting = tuple(policies)
+        self._policies = compile_policies(self._selecting)
+        self._relayed: Relayed | None = None
+
+    def enter(self, peer: SpiffeId, port: int, headers: Headers) -> Passage | None:
+        """How a stream comes to a port: None when its peer asks for itself.
+
+        Raises RefusedError: `waypoint-required`, or `bad-request` when a waypoint says who calls in no form we know.
+        """
+        if not self._gates:
+            return None
+        gate = self._gates.get(port) or self._gates.get(0)
+        if gate is None:
+            return None
+        if peer in gate.waypoints:
+            return Passage(self._caller(headers))
+        if gate.bound.enforced and peer not in gate.exempt:
+            raise RefusedError(
+                "waypoint-required",
+                f"{peer} connects directly to port {port}, which is reached through {' or '.join(gate.bound.gateways)}",
+                status=401,
+                flag=Flag.WAYPOINT,
+            )
+        return None
+
+    def decide(
+        self, peer: SpiffeId, peer_address: IpAddress, passage: Passage | None, address: IpAddress, port: int
+    ) -> Decision:
+        """L4 authorization: who (from TLS), from where (the TCP peer), by which way, to which address and port."""
+        if not self._known:
+            return Decision(False, "", "the configuration no longer has this workload")
+        if passage is None:
+            return self._policies.decide(peer, peer_address, address, port)
+        if self._relayed is None:  # most workloads never need it
+            self._relayed = Relayed(self._selecting)
+        caller = passage.caller
+        if caller is None:
+            return self._relayed.decide(None, None, peer, peer_address, address, port)
+        return self._relayed.decide(caller.identity, caller.address, peer, peer_address, address, port)
+
+    def _gate(self, bound: Bound) -> _Gate:
+        waypoints = frozenset(gateway_identity(self._trust_domain, key) for key in bound.gateways)
+        return _Gate(waypoints, frozenset(bound.exempt), bound)
+
+    def _caller(self, headers: Headers) -> Caller | None:
+        said = [value for name, value in headers if name == CALLER]
+        if not said:
+            return None
+        try:
+            if len(said) > 1:
+                raise ValueError(f"{len(said)} of them")
+            return self._read_caller(said[0].decode("ascii"))
+        except (ValueError, IdentityError, AddressError) as error:
+            raise RefusedError(
+                "bad-request", f"{CALLER.decode()} of a waypoint: {error}", status=400, flag=Flag.DENY
+            ) from None
+
+    def _read_caller(self, text: str) -> Caller:
+        """`<SPIFFE ID>;<ip:port>`. Raises ValueError, IdentityError or AddressError."""
+        match = _CALLER.fullmatch(text)
+        if match is None or int(match[4]) > 65535:
+            raise ValueError(f"{text[:300]!r} is no <SPIFFE ID>;<ip:port>")
+        identity = SpiffeId.parse(match[1])
+        if identity.trust_domain != self._trust_domain:
+            raise ValueError(f"{identity} is of another trust domain than {self._trust_domain}")
+        return Caller(identity, parse_address(match[2] or match[3]), int(match[4]))
