@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NoReturn, TypeVar
+from functools import partial
+from typing import Any, Final, NoReturn, TypeVar
 
 from control.api.identity import SpiffeId, make_id
 from control.api.messages import MAX_PAYLOAD_BYTES
@@ -223,8 +224,8 @@ class _BrokerSocket(ssl.SSLSocket):
             raise
 
     def close(self) -> None:
+        self.link.closed = True  # before the number of the descriptor may be another's
         super().close()
-        self.link.closed = True
         self.link.on_close()
 
 
@@ -278,6 +279,29 @@ class Connection:
         raise AssertionError("aiomqtt's iterator has no end")
 
 
+class _Loop:
+    """The loop as aiomqtt sees it.
+
+    aiomqtt has descriptors watched a moment later and by their numbers. If the socket is closed by then, the number may
+    be that of another one.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, link: _Link) -> None:
+        self._loop = loop
+        self._link = link
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: Any) -> None:
+        def unless_closed() -> None:
+            if not self._link.closed:
+                callback(*arguments)
+
+        watches = callback in (self._loop.add_reader, self._loop.add_writer)
+        self._loop.call_soon_threadsafe(unless_closed if watches else partial(callback, *arguments))
+
+
 @contextlib.asynccontextmanager
 async def connection(
     access: BrokerAccess, url: str, client_id: str, will: LastWill | None = None
@@ -304,6 +328,7 @@ async def connection(
         socket_options=((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),),
         logger=_quiet,
     )
+    client._loop = _Loop(client._loop, link)  # type: ignore[assignment]
     try:
         await _enter(client, link)
         yield Connection(client, link)

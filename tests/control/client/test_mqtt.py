@@ -199,6 +199,30 @@ def test_much_at_once_is_read_in_slices(broker_dir, web_dir):
         plane.run(scenario())
 
 
+def test_a_socket_that_closes_meanwhile_is_not_watched_under_anothers_number(broker_dir, web_dir):
+    def act(tls: ssl.SSLSocket) -> None:
+        tls.recv(4096)
+        tls.sendall(CONNACK)
+
+    async def scenario() -> None:
+        access = BrokerAccess((peer.url,), WEB, lambda: brokers.tls(web_dir))
+        loop = asyncio.get_running_loop()
+        async with connection(access, peer.url, "client", WILL) as broker:
+            client, watched = broker._client, broker._client._client._sock
+            await asyncio.sleep(0)
+            number = watched.fileno()
+            client._on_socket_register_write(client._client, None, watched)
+            client._client._sock_close()
+            with contextlib.ExitStack() as stack:
+                others = [stack.enter_context(one) for one in socket.socketpair()]
+                assert number in [one.fileno() for one in others]
+                await asyncio.sleep(0)
+                assert not loop.remove_writer(number)
+
+    with Peer(broker_dir, act) as peer:
+        plane.run(scenario())
+
+
 def test_a_host_that_does_not_speak_tls_is_left(web_dir):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
