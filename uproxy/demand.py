@@ -1,8 +1,8 @@
 """What a connection needs and this proxy does not know yet: asked for once, waited for, bounded.
 
 A proxy subscribes to what it dials. The first connection to a destination asks who lives at the address (its shard),
-then for the service there and its endpoints; whoever dials it meanwhile waits for the same answer. A destination that
-is known never comes here.
+then for the service there and its endpoints, and for the Gateways that the service or the workload is bound to; whoever
+dials it meanwhile waits for the same answer. A destination that is known never comes here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Final
 
 from control.api.address import IpAddress
-from control.api.index import ResidentService
+from control.api.index import ResidentService, ResidentWorkload
 from control.api.topics import address_shard
 from control.client.replica import Replica, Status
 from control.client.state import State
@@ -26,6 +26,9 @@ PATIENCE_S: Final = 5.0
 MAX_SERVICES: Final = 1000
 """Services subscribed to because they were dialled. Beyond, one makes room for the next: one that did not come, else
 the one that was unused for longest, which costs its next caller another wait."""
+MAX_GATEWAYS: Final = 100
+"""Gateways subscribed to because workloads were dialled that are bound to them; the oldest makes room. Those that
+services are bound to come and go with the services."""
 MAX_SERVED: Final = 32
 """Services subscribed to because callers say that this workload serves them; the oldest makes room."""
 MAX_CALLER_BYTES: Final = 1024 * 1024
@@ -52,7 +55,12 @@ class _Service:
     key: str
 
 
-_Need = _Base | _Address | _Service
+@dataclass(frozen=True, slots=True)
+class _Gateway:
+    key: str
+
+
+_Need = _Base | _Address | _Service | _Gateway
 
 
 class Demand:
@@ -73,14 +81,16 @@ class Demand:
         self._dialled: dict[str, None] = {}  # the one unused for longest comes first
         self._unanswered: frozenset[str] = frozenset()  # of these, what had not come at the last sweep
         self._served: dict[str, None] = {}  # the oldest comes first
+        self._gateways: dict[str, None] = {}  # likewise
         self._strangers: dict[int, IpAddress] = {}
         """Shard that has not come -> the caller it was asked for, since the last sweep."""
         self._waiting: dict[_Need, set[Waiter[None]]] = {}
         self._sweep_at = monotonic() + SWEEP_S
 
     def take_over(self) -> None:
-        """Count the services that the replica has from an earlier process."""
+        """Count the services and Gateways that the replica has from an earlier process."""
         self._dialled = dict.fromkeys(self._replica.services())
+        self._gateways = dict.fromkeys(self._replica.gateways())
 
     @property
     def services(self) -> int:
@@ -94,13 +104,17 @@ class Demand:
         if not self._is_answered(_Address(address)):
             self._want_address(address)
         await self._until(_Address(address), deadline)
-        resident = self._state.resident_at(address)
-        if isinstance(resident, ResidentService):
-            self._want_service(resident.key, self._dialled, MAX_SERVICES)
-            await self._until(_Service(resident.key), deadline)
+        match self._state.resident_at(address):
+            case ResidentService() as service:
+                self._want_service(service.key, self._dialled, MAX_SERVICES)
+                await self._until(_Service(service.key), deadline)
+            case ResidentWorkload() as workload:
+                for _, binding in workload.bindings:
+                    self._want_gateway(binding.gateway)
+                    await self._until(_Gateway(binding.gateway), deadline)
 
     async def service(self, service_key: str) -> None:
-        """Return when everything about a dialled service is known, also that there is none. Raises RefusedError."""
+        """As `destination`, for a service that was dialled by its name."""
         deadline = monotonic() + PATIENCE_S
         await self._until(_Base(), deadline)
         self._want_service(service_key, self._dialled, MAX_SERVICES)
@@ -199,6 +213,8 @@ class Demand:
                 return self._state.covers(ip)
             case _Service(service_key):
                 return self._replica.service_status(service_key) is not Status.WAITING
+            case _Gateway(gateway_key):
+                return self._replica.gateway_status(gateway_key) is not Status.WAITING
 
     def _is_known(self, service_key: str) -> bool:
         return self._replica.service_status(service_key) is Status.KNOWN
@@ -216,6 +232,17 @@ class Demand:
         self._replica.want_service(service_key)
         self._interests_changed()
 
+    def _want_gateway(self, gateway_key: str) -> None:
+        if gateway_key in self._gateways:
+            return
+        while len(self._gateways) >= MAX_GATEWAYS:  # services may have led an earlier process to more
+            oldest = next(iter(self._gateways))
+            del self._gateways[oldest]
+            self._replica.drop_gateway(oldest)
+        self._gateways[gateway_key] = None
+        self._replica.want_gateway(gateway_key)
+        self._interests_changed()
+
     def _drop(self, service_key: str, among: dict[str, None]) -> None:
         del among[service_key]
         if service_key not in self._dialled and service_key not in self._served:
@@ -231,3 +258,5 @@ def _described(need: _Need) -> str:
             return f"who lives at {ip}"
         case _Service(service_key):
             return f"the configuration of service {service_key}"
+        case _Gateway(gateway_key):
+            return f"the Gateway {gateway_key}"

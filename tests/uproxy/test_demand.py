@@ -14,7 +14,11 @@ from collections.abc import Callable, Coroutine
 import pytest
 
 from control.api.address import parse_address
+from control.api.gateway import Binding, Gateway, Traffic, Via
+from control.api.identity import make_id
+from control.api.index import ResidentService, ResidentWorkload
 from control.api.topics import address_shard
+from control.api.workload import Endpoint, Service, ServicePort, Workload
 from control.client.libcrypto import ConfigVerifier
 from control.client.replica import Replica, Status
 from control.client.state import State
@@ -24,7 +28,9 @@ from control.server.signing import ConfigKey
 from control.server.store import Store
 from tests.support.certificates import WEB
 from tests.support.desired import service, together, workload
+from tests.support.plane import NOW, Broker, ControlPlane, Truth, signer
 from tests.support.published import PREFIX, Shelf
+from tests.support.records import TRUST_DOMAIN
 from uproxy import demand, plane
 from uproxy.demand import Demand
 from uproxy.errors import RefusedError
@@ -72,6 +78,31 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes
     shelf.drain(core)
     store.close()
     return shelf.retained, ssl.PEM_cert_to_DER_cert(authority.bundle_pem.decode())
+
+
+BOUND = tuple(f"infra/wp-{number}" for number in range(1, 7))
+
+
+@pytest.fixture(scope="module")
+def bound() -> tuple[dict[str, bytes], bytes]:
+    """The same of another mesh, with a service that is bound to a waypoint, and workloads to two each."""
+    mesh, broker, truth = ControlPlane(int(NOW)), Broker(), Truth()
+    ways = [Binding(gateway, Via.WAYPOINT) for gateway in BOUND]
+    identity = make_id(TRUST_DOMAIN, "shop", "db")
+    ports = (ServicePort("http", 80, 8080, ""),)
+    truth.put(
+        Workload("shop", "web", "web", WEB, (parse_address("10.96.0.10"),), {}, {}, "", 1),
+        Service("shop", "db-1", (vip(1),), ports, {}, (identity,), ways[0]),
+        Endpoint("shop/db-1", "shop/db-1", backend(1), identity, {80: 8080}, 1, True, {}),
+        *(Gateway("infra", key.partition("/")[2], Traffic.ALL, (), ("shop/db-1",), ()) for key in BOUND),
+    )
+    truth.residents[vip(1)] = ResidentService("shop", "db-1", (80,), bound=True)
+    for number in (1, 2, 3):
+        pair = ((0, ways[2 * number - 2]), (8080, ways[2 * number - 1]))
+        truth.residents[backend(number)] = ResidentWorkload("shop", f"db-{number}", "db", {}, pair)
+    broker.publish(mesh.start())
+    broker.publish(mesh.publish(truth))
+    return broker.retained, signer().root
 
 
 class Proxy:
@@ -375,6 +406,62 @@ def test_what_callers_make_us_ask_for_is_bounded(
         assert len(proxy.replica.filters()) == before, "memory is bounded"
 
     run(published, test)
+
+
+def test_a_destination_is_known_when_its_waypoint_is(bound: tuple[dict[str, bytes], bytes], patience: None) -> None:
+    async def test(proxy: Proxy) -> None:
+        proxy.held_back = lambda topic: topic.startswith(PREFIX + "gw/")
+        proxy.deliver()
+        for need, gateway in (
+            (proxy.demand.destination(vip(1)), BOUND[0]),
+            (proxy.demand.service("shop/db-1"), BOUND[0]),
+            (proxy.demand.destination(backend(2)), BOUND[2]),
+        ):
+            refused = await proxy.one(need)
+            assert isinstance(refused, RefusedError)
+            assert refused.reason == "no-config"
+            assert proxy.state.gateway(gateway) is None
+        assert "Gateway infra/wp-3 did not come" in str(refused)
+        proxy.held_back = lambda topic: False
+        proxy.interests_changed()
+        assert await proxy.one(proxy.demand.destination(vip(1))) is None
+        assert proxy.state.gateway(BOUND[0]) is not None
+        assert await proxy.one(proxy.demand.destination(backend(2))) is None
+        assert all(proxy.state.gateway(gateway) is not None for gateway in BOUND[2:4]), "each that it may be bound to"
+        proxy.subscriptions.clear()
+        assert await proxy.one(proxy.demand.destination(backend(2))) is None
+        assert proxy.subscriptions == []
+
+    run(bound, test)
+
+
+def test_waypoints_of_workloads_make_room_for_each_other(
+    bound: tuple[dict[str, bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand, "MAX_GATEWAYS", 3)
+    dumped: list[bytes] = []
+
+    async def first(proxy: Proxy) -> None:
+        proxy.deliver()
+        await proxy.one(proxy.demand.destination(vip(1)))
+        for number in (1, 2, 3):
+            await proxy.one(proxy.demand.destination(backend(number)))
+        assert set(proxy.replica.gateways()) == {*BOUND[3:], BOUND[0]}, "a service is bound to the first"
+        dumped.append(proxy.replica.dump())
+
+    async def second(proxy: Proxy) -> None:
+        for batch in proxy.replica.restore(dumped[0]):
+            proxy.state.apply(batch)
+        proxy.demand.take_over()
+        assert await proxy.one(proxy.demand.destination(backend(3))) is None, "with no broker at all"
+        assert proxy.subscriptions == []
+        proxy.deliver()
+        for number in (1, 2):
+            await proxy.one(proxy.demand.destination(backend(number)))
+        assert len(proxy.replica.gateways()) <= demand.MAX_GATEWAYS + 1
+
+    run(bound, first)
+    run(bound, second)
 
 
 def test_services_of_an_earlier_process_are_counted(published: tuple[dict[str, bytes], bytes]) -> None:
