@@ -67,19 +67,20 @@ def main(argv: Sequence[str]) -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        return plane.run(_run(settings))
+        # Joining runs a loop of its own.
+        membership = joining.member(settings.identity_dir, settings.join) if not settings.config else None
+        return plane.run(_run(settings, membership))
     except (JoinError, StartError, ConfigError, CredentialsError) as error:
         print(f"waypoint run: {settings.workload or settings.identity_dir}: {error}", file=sys.stderr)
         return 1
 
 
-async def _run(settings: Settings) -> int:
+async def _run(settings: Settings, membership: Membership | None) -> int:
     """Raises JoinError, StartError, ConfigError or CredentialsError."""
-    if settings.config:
+    if membership is None:
         source = FileSource(settings.config, settings.trust_domain)
         proxy = _Process(settings, *_from_files(settings, source), source)
     else:
-        membership = joining.member(settings.identity_dir, settings.join)
         if not membership.addresses:
             raise JoinError(f"{membership.key} joined without an address: create a token that has one")
         who = Who(membership.workload, membership.identity, membership.addresses)
