@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from typing import Final
@@ -15,6 +16,7 @@ HEAD_TIMEOUT_S: Final = 30.0  # from a head's first byte to its last
 STALL_TIMEOUT_S: Final = 300.0  # Envoy's: a body that does not move, a response that does not come
 MAX_DISCARDED: Final = 1 << 20
 DISCARD_TIMEOUT_S: Final = 5.0
+"""Of a body that nobody wants: how much of it is read, and for how long."""
 
 
 class Client:
@@ -75,14 +77,9 @@ class Client:
 
     async def discard(self) -> None:
         """Read a body that nobody wants, within bounds, so that its sender gets to read the answer: what still comes on
-        a closed connection resets it, and the answer with it.
+        a closed connection resets it, and the answer with it. It is not `whole` after that when it was too large.
         """
-        timer = self.stream.tunnel.plane.call_later(DISCARD_TIMEOUT_S, self.stream.close)
         left = MAX_DISCARDED
-        try:
+        with contextlib.suppress(MessageError, OSError):
             while left > 0 and (data := await self.body()):
                 left -= len(data)
-        except (MessageError, OSError):
-            pass
-        finally:
-            timer.cancel()

@@ -64,6 +64,18 @@ class Destinations:
             self._found[place] = found
         return found
 
+    def unknown(self, asked: Asked) -> IpAddress | None:
+        """The address that was dialled, if it may be a workload's that is bound by itself, and nothing is known there."""
+        gateway = self._state.gateway(self._gateway)
+        if gateway is None or not gateway.workloads:
+            return None
+        try:
+            address = parse_address(asked.host)
+        except AddressError:
+            return None
+        known = self._state.covers(address) or self._state.service_at(address, asked.port) is not None
+        return None if known else address
+
     def backends(self, service_key: str, port: int) -> tuple[Hop, ...]:
         """Where a request for a service port may go, best first. Raises RefusedError when nobody is there."""
         service = self._state.service(service_key)

@@ -13,9 +13,10 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
+from control.api.address import IpAddress
 from control.api.route import Backend, RouteRule
 from control.api.workload import Workload
 from control.client.state import Changes, State
@@ -29,17 +30,20 @@ from uproxy.resolve import Hop, host_port
 from uproxy.telemetry import Connection, Peer
 from uproxy.tunnel import HBONE_PORT, Tunnel
 from waypoint import telemetry as flags
-from waypoint.authz import Policies, compile_policies
 from waypoint.byte_stream import ByteStream
-from waypoint.client import STALL_TIMEOUT_S, Client
+from waypoint.client import DISCARD_TIMEOUT_S, STALL_TIMEOUT_S, Client
 from waypoint.destination import Destination, Destinations
 from waypoint.http1_messages import Body, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead, length
 from waypoint.http1_writer import RequestWriter, ResponseWriter
 from waypoint.request import Request, RequestError, read_request
-from waypoint.routing import Router, choose_backend, compile_routes, modified
+from waypoint.routing import choose_backend, modified
+from waypoint.rules import Rules, rules_at
 from waypoint.splice import Splice
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.upstream import Caller, HttpConnection, Upstream
+
+if TYPE_CHECKING:
+    from uproxy.demand import Demand
 
 # RFC 9110 section 9.2.2: the same request twice does what it does once.
 _IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
@@ -83,14 +87,6 @@ class RefusalError(Exception):
         self.policy = policy
 
 
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """What holds at one destination, compiled."""
-
-    router: Router
-    policies: Policies
-
-
 @dataclass(slots=True, eq=False)
 class _Course:
     """How far a request has come, so that a deadline or its caller's going away can end it wherever it waits."""
@@ -105,7 +101,7 @@ class _Course:
     """Settled when the request's body was read to its end, or is read no more. None: there is no body."""
     over: bool = False
     """Whether nobody wants the rest of the request's body."""
-    timers: list[Timer] = field(default_factory=list)
+    timer: Timer | None = None
 
     def stop(self, cause: RefusalError) -> None:
         if self.cause is None:
@@ -127,8 +123,9 @@ class Gateway:
         upstream: Upstream,
         connections: Connections,
         telemetry: WaypointTelemetry,
+        demand: Demand | None = None,
     ) -> None:
-        """`gateway`: key of the Gateway."""
+        """`gateway`: key of the Gateway. `demand`: where what is not known is asked for, if anywhere."""
         self.draining = False
         self._plane = data_plane
         self._state = state
@@ -136,10 +133,11 @@ class Gateway:
         self._upstream = upstream
         self._connections = connections
         self._telemetry = telemetry
+        self._demand = demand
         self._destinations = Destinations(state, gateway)
         self._random = random.Random()
         self._generation = -1
-        self._rules: dict[tuple[str, ...], _Rules] = {}
+        self._rules: dict[tuple[IpAddress, int], Rules] = {}
         self._idle: set[Client] = set()
 
     def on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
@@ -156,6 +154,7 @@ class Gateway:
         try:
             asked = asked_for(fields)
             record.hbone_address = asked.authority
+            await self._learn(asked, caller)
             destination = self._destinations.find(asked)
             record.destination_service = destination.service_key
             if not destination.http:
@@ -169,6 +168,19 @@ class Gateway:
         carrier.respond(relay, _OK)
         with contextlib.suppress(ConnectionResetError):
             await self._serve_http(ByteStream(relay), caller, asked)
+
+    async def _learn(self, asked: Asked, caller: Caller) -> None:
+        """Ask who lives at an address that was dialled by itself, and, for telemetry and without waiting, who calls.
+
+        Raises RefusedError when no answer comes.
+        """
+        if self._demand is None:
+            return
+        if self._state.workload_at(caller.address) is None:
+            self._plane.spawn(_introduced(self._demand, caller.address))
+        unknown = self._destinations.unknown(asked)
+        if unknown is not None:
+            await self._demand.destination(unknown)
 
     # -- HTTP
 
@@ -222,16 +234,20 @@ class Gateway:
                 client.stream.abort(refusal.detail)
                 raise ConnectionResetError(refusal.detail) from None
             return await self._refuse(client, head, exchange, refusal, course)
+        except OSError as error:
+            if exchange.flag == flags.NO_FLAG:
+                exchange.flag, exchange.details = flags.CALLER_GONE, f"the caller's connection: {error}"
+            raise
         finally:
             client.stream.on_gone = _nothing
-            for timer in course.timers:
-                timer.cancel()
+            if course.timer is not None:
+                course.timer.cancel()
             course.over = True
             if course.connection is not None:
                 course.connection.stream.abort("given up")
             self._telemetry.answered(exchange, time.monotonic())
 
-    def _rules_for(self, asked: Asked) -> tuple[Destination, _Rules]:
+    def _rules_for(self, asked: Asked) -> tuple[Destination, Rules]:
         """Anew for each request: a connection outlives many configurations. Raises RefusalError."""
         try:
             destination = self._destinations.find(asked)
@@ -240,20 +256,13 @@ class Gateway:
         if self._generation != self._state.generation:
             self._generation = self._state.generation
             self._rules.clear()
-        keys = tuple(service.key for service in destination.services)
-        rules = self._rules.get((*keys, str(destination.port)))
+        rules = self._rules.get((destination.address, destination.dialled_port))
         if rules is None:
-            policies = {
-                policy.key: policy
-                for kind, key in (("Gateway", self._gateway), *(("Service", key) for key in keys))
-                for policy in self._state.policies_targeting("Gateway" if kind == "Gateway" else "Service", key)
-            }
-            routes = self._state.routes_for(keys[0]) if keys else ()
-            router = compile_routes(routes, keys[0] if keys else "", destination.port)
-            rules = self._rules[(*keys, str(destination.port))] = _Rules(router, compile_policies(policies.values()))
+            rules = rules_at(self._state, self._gateway, destination)
+            self._rules[destination.address, destination.dialled_port] = rules
         return destination, rules
 
-    def _authorise(self, rules: _Rules, caller: Caller, destination: Destination, request: Request) -> None:
+    def _authorise(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> None:
         """Raises RefusalError when no policy allows it."""
         decision = rules.policies.decide(
             caller.identity, caller.address, destination.address, destination.dialled_port, request
@@ -261,20 +270,24 @@ class Gateway:
         if not decision.allowed:
             raise RefusalError(403, "policy", "RBAC: access denied", policy=decision.policy or decision.reason)
 
-    def _route(self, rules: _Rules, destination: Destination, request: Request, course: _Course) -> RouteRule | None:
+    def _route(self, rules: Rules, destination: Destination, request: Request, course: _Course) -> RouteRule | None:
         """The rule for a request; None when its backend is settled. Raises RefusalError when no route matches."""
         if destination.backend is not None:
             return None
         rule = rules.router.route(request)
         if rule is None:
             raise RefusalError(404, "no-route", "no route of this service matches", flag=flags.NO_ROUTE)
-        if rule.timeout_ms:
-            self._limit(course, rule.timeout_ms)
+        self._limit(rule, course)
         return rule
 
-    def _limit(self, course: _Course, timeout_ms: int) -> None:
+    def _limit(self, rule: RouteRule, course: _Course) -> None:
+        # There is one attempt, but for a connection that was stale: its limit is the request's.
+        limits = [limit for limit in (rule.timeout_ms, rule.backend_timeout_ms) if limit]
+        if not limits:
+            return
+        timeout_ms = min(limits)
         expired = RefusalError(504, "timeout", f"no whole response within {timeout_ms} ms", flag=flags.TIMED_OUT)
-        course.timers.append(self._plane.call_later(timeout_ms / 1000, lambda: course.stop(expired)))
+        course.timer = self._plane.call_later(timeout_ms / 1000, lambda: course.stop(expired))
 
     def _pick(
         self, rule: RouteRule | None, destination: Destination, exchange: Exchange
@@ -312,9 +325,13 @@ class Gateway:
             exchange.attempts += 1
             connection = await self._connect(caller, hops, course, exchange, fresh=fresh)
             writer = RequestWriter()
+            try:
+                sent = writer.head(onward)
+            except ValueError as error:  # with what is added to it, it is too large
+                raise RefusalError(431, "bad-request", str(error), flag=flags.MALFORMED) from None
             connection.reader.expect(onward.method)
             try:
-                await connection.stream.send(writer.head(onward), STALL_TIMEOUT_S)
+                await connection.stream.send(sent, STALL_TIMEOUT_S)
                 if not bodiless:
                     course.uploaded = Waiter(self._plane)
                     self._plane.spawn(self._upload(client, connection, writer, course, exchange))
@@ -404,11 +421,14 @@ class Gateway:
                     exchange.sent += len(event.data)
                     pieces.append(writer.body(event.data))
                 elif isinstance(event, ResponseHead):
+                    try:
+                        answer = _answered(event, rule, backend)
+                        pieces.append(writer.head(answer, close=self._turns_away(destination)))
+                    except ValueError as error:  # as above
+                        raise RefusalError(502, "upstream", str(error), flag=flags.BACKEND_BROKE) from None
                     if not event.interim:
                         exchange.status = event.status
-                        event = _answered(event, rule, backend)
                         course.answering = True
-                    pieces.append(writer.head(event, close=self._turns_away(destination)))
                 else:
                     pieces.append(writer.end())
                     whole = True
@@ -442,9 +462,13 @@ class Gateway:
 
     async def _finish_body(self, client: Client, course: _Course) -> None:
         """The response came before the end of the request's body: read what is left of it, within bounds."""
-        if course.uploaded is not None:
-            await course.uploaded
-        await client.discard()
+        timer = self._plane.call_later(DISCARD_TIMEOUT_S, client.stream.close)
+        try:
+            if course.uploaded is not None:
+                await course.uploaded
+            await client.discard()
+        finally:
+            timer.cancel()
 
     async def _refuse(
         self,
@@ -604,6 +628,11 @@ class Gateway:
         workload: Workload | None = self._state.workload_at(caller.address)
         known = workload if workload is not None and workload.identity == caller.identity else None
         return Peer(host_port(caller.address, caller.port), known, str(caller.identity))
+
+
+async def _introduced(demand: Demand, caller: IpAddress) -> None:
+    with contextlib.suppress(RefusedError):  # this proxy shuts down
+        await demand.introduce(caller, "")
 
 
 def _judged(head: RequestHead) -> Request:

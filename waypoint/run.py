@@ -42,6 +42,7 @@ from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
 
 if TYPE_CHECKING:
+    from uproxy.demand import Demand
     from uproxy.member import Member
 
 METRICS_PORT: Final = 15020
@@ -136,11 +137,14 @@ class _Process:
         self._credentials = CurrentCredentials(settings.identity_dir, who.identity)
         self._use_credentials()
         self._source = origin if isinstance(origin, FileSource) else None
-        self._member = self._become_member(origin) if isinstance(origin, Membership) else None
+        self._member: Member | None = None
+        self._demand: Demand | None = None
+        if isinstance(origin, Membership):
+            self._become_member(origin)
         self._pool = Pool(self._plane, lambda: self._client_context, who.addresses)
         self._upstream = Upstream(self._plane, self._pool)
         self._gateway = Gateway(
-            self._plane, state, self._gateway_key, self._upstream, self._connections, self._telemetry
+            self._plane, state, self._gateway_key, self._upstream, self._connections, self._telemetry, self._demand
         )
         self._server = TunnelServer(
             self._plane,
@@ -156,11 +160,12 @@ class _Process:
         self._client_context: ssl.SSLContext
         self._server_context: ssl.SSLContext
 
-    def _become_member(self, membership: Membership) -> Member:
+    def _become_member(self, membership: Membership) -> None:
         # Imported here: what talks to a broker takes megabytes, and configuration from files needs none of it.
+        from uproxy.demand import Demand
         from uproxy.member import Member
 
-        member = Member(
+        self._member = member = Member(
             Kind.WAYPOINT,
             membership,
             self.settings.identity_dir,
@@ -170,7 +175,7 @@ class _Process:
         )
         member.replica.want_workload(membership.identity, membership.workload)
         member.replica.want_waypoint(self._gateway_key)
-        return member
+        self._demand = Demand(self._plane, self._state, member.replica, member.interests_changed)
 
     # -- start
 
@@ -262,7 +267,10 @@ class _Process:
         self._configured.set()
 
     def _progressed(self) -> None:
+        """The control plane has told more: what waits for it may go on."""
         self._configured.set()
+        if self._demand is not None:
+            self._plane.run(self._demand.progress)
 
     def _refused(self, error: Exception) -> None:
         log.error("the new configuration is refused, the one before stays: %s", error)
@@ -294,6 +302,8 @@ class _Process:
             self._pool.tick(now)
             self._server.tick(now)
             self._connections.tick(now)
+            if self._demand is not None:
+                self._demand.tick(now)
 
         self._timer = self._loop.call_later(TICK_S, self._tick)
         self._plane.run(tick)
