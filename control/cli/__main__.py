@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from control.api.problems import ResourceErrors
-from control.cli import apply, ca, demo, get, label, status, token, up, validate
+from control.cli import apply, ca, demo, get, label, status, token, up, validate, why
 from control.cli.arguments import CommandParser
 from control.cli.output import CommandError, show_refusal
 
@@ -19,6 +19,7 @@ examples:
   meshctl apply -f mesh.yaml                   say what the mesh should be
   meshctl token create web-1 -n shop           let a workload in
   meshctl status                               see who runs which version
+  meshctl why web-1 reviews:9080 -n shop       see who decides on a connection, and what
 
 `meshctl COMMAND --help` explains a command. Exit status: 0 done, 1 refused or failed, 2 not understood, 3 the answer is
 not "all as it should be" (diff, status), 4 no control plane answered.
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"meshctl {version('uproxy-mesh')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
-    for command in (up, apply, get, label, token, status, validate, ca, demo):
+    for command in (up, apply, get, label, token, status, why, validate, ca, demo):
         command.add(commands)
     return parser
 

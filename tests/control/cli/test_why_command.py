@@ -1,0 +1,109 @@
+"""`meshctl why` as it is typed: about files, and about what a control plane has published."""
+
+import json
+
+import pytest
+
+from control.cli.__main__ import main
+from control.server.ca import Authority
+from tests.support.desired import policy, service, together, workload
+from tests.support.operators import operated
+
+MESH = together(
+    service("reviews", vip="240.240.0.10"),
+    workload("reviews-1", "10.97.0.1", app="reviews"),
+    workload("web-1", "10.97.0.2"),
+    workload("stranger-1", "10.97.0.3", namespace="other", app="stranger"),
+    policy("only-shop", app="reviews"),
+)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    path = tmp_path / "mesh.yaml"
+    path.write_text(MESH)
+    return path
+
+
+@pytest.fixture
+def meshctl(capsys):
+    """Run a command; its exit status, stdout and stderr."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in argv])
+        except SystemExit as left:
+            status = left.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_what_is_allowed(meshctl, mesh):
+    status, out, err = meshctl("why", "web-1", "reviews:80", "-n", "shop", "-f", mesh)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[:2] for line in lines[:-1]] == [
+        ["STEP", "ANSWER"],
+        ["capture", "ok"],
+        ["resolve", "ok"],
+        ["binding", "ok"],
+        ["destination", "ok"],
+    ]
+    assert "allowed by shop/only-shop[0]" in lines[-2]
+    assert lines[-1] == "allowed"
+
+
+def test_what_is_refused(meshctl, mesh):
+    status, out, _ = meshctl("why", "other/stranger-1", "reviews.shop:80", "-f", mesh)
+    assert status == 1
+    assert out.splitlines()[-1] == "refused"
+    status, out, _ = meshctl("why", "other/stranger-1", "10.97.0.1:8080", "-f", mesh, "-o", "json")
+    assert status == 1
+    answer = json.loads(out)
+    assert answer["allowed"] is False
+    assert answer["steps"][-1]["stage"] == "destination"
+    assert answer["steps"][-1]["reason"] == "policy"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["nobody", "reviews:80"], 1, "no workload shop/nobody"),
+        (["web-1", "nobody:80"], 1, "'nobody' is no service, workload or address"),
+        (["web-1", "reviews"], 1, "write B:PORT"),
+        (["web-1", "reviews:http"], 1, "write B:PORT"),
+        (["web-1", "reviews:65536"], 1, "write B:PORT"),
+        (["web-1", ":80"], 1, "write B:PORT"),
+        (["web-1", "reviews:80", "--header", "x-team"], 2, "is no header; write 'NAME: VALUE'"),
+        (["web-1", "reviews:80", "--header", "x-t\u00e4m: x"], 2, "characters that no header has"),
+    ],
+)
+def test_what_cannot_be_asked(meshctl, mesh, words, status, said):
+    found, _, err = meshctl("why", *words, "-n", "shop", "-f", mesh)
+    assert found == status
+    assert said in err
+
+
+def test_files_that_are_wrong(meshctl, mesh):
+    mesh.write_text(MESH.replace("10.97.0.2", "10.97.0.999"))
+    status, _, err = meshctl("why", "shop/web-1", "reviews:80", "-f", mesh)
+    assert status == 1
+    assert f"{mesh}:" in err
+
+
+def test_a_live_mesh(meshctl, mesh, tmp_path):
+    authority = Authority.create(tmp_path / "ca", "cluster.local")
+    with operated(tmp_path / "ca", authority, tmp_path / "control") as plane:
+        live = ("--socket", plane.socket)
+        assert meshctl("apply", "-f", mesh, *live)[0] == 0
+        assert meshctl("why", "web-1", "reviews:80", "-n", "shop", *live)[0] == 0
+        assert meshctl("why", "other/stranger-1", "reviews.shop:80", *live)[0] == 1
+        assert meshctl("delete", "policy", "only-shop", "-n", "shop", "--release", *live)[0] == 0
+        assert meshctl("why", "other/stranger-1", "reviews.shop:80", *live)[0] == 0
+        assert "goes with -f" in meshctl("why", "shop/web-1", "reviews:80", "--trust-domain", "x", *live)[2]
+
+
+def test_no_control_plane(meshctl, tmp_path):
+    assert meshctl("why", "shop/web-1", "reviews:80", "--socket", tmp_path / "none")[0] == 4

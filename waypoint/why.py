@@ -1,0 +1,227 @@
+"""Why a connection or request of the mesh gets through, or does not: each decision in turn, by the code that takes it.
+
+capture -> resolve -> binding -> (policy at the waypoint -> route ->) admission at each destination. It is the answer of
+the configuration: whether processes run and applications listen is not asked. `meshctl why` shows it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from control.api.address import AddressError, IpAddress, parse_address
+from control.api.gateway import Via, gateway_identity
+from control.api.identity import SpiffeId
+from control.api.route import RouteRule
+from control.api.workload import Workload, key
+from control.client.state import State
+from uproxy.admission import CALLER, Admission
+from uproxy.errors import RefusedError
+from uproxy.header_block import Headers
+from uproxy.inbound import FORBIDDEN_PORTS
+from uproxy.listener import Asked
+from uproxy.resolve import Plan, Resolver, host_port
+from waypoint.destination import Destination, Destinations
+from waypoint.request import Fields, Request, RequestError, read_request
+from waypoint.rules import rules_at
+
+
+class QuestionError(ValueError):
+    """A question about what is not in the configuration; says what is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Who asks for what. The rest of a request is looked at where there is HTTP and a waypoint."""
+
+    caller: str
+    """Key of a workload."""
+    host: str
+    """An address, a name of a service, or the key of a workload."""
+    port: int
+    method: str = "GET"
+    target: str = "/"
+    fields: Fields = field(default=())
+    """Without `Host`, it is what was dialled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decision."""
+
+    stage: str
+    ok: bool
+    detail: str
+    reason: str = ""
+    """Machine readable, where it is refused: as in logs and headers."""
+
+
+def explain(state: State, question: Question) -> tuple[Step, ...]:
+    """The chain of decisions. It ends with the first refusal, but for destinations, which are all asked.
+
+    Raises QuestionError.
+    """
+    caller = state.workload(question.caller)
+    if caller is None:
+        raise QuestionError(f"no workload {question.caller}")
+    address = _address(state, question, caller.namespace)
+    return tuple(_steps(state, question, caller, address))
+
+
+def _address(state: State, question: Question, namespace: str) -> IpAddress:
+    """What the caller's application dials. Raises QuestionError."""
+    try:
+        return parse_address(question.host)
+    except AddressError:
+        pass
+    name = question.host if "." in question.host else f"{question.host}.{namespace}"
+    service = state.service_named(name)
+    if service is not None and service.vips:
+        return service.vips[0]
+    workload = state.workload(question.host if "/" in question.host else key(namespace, question.host))
+    if workload is not None:
+        return workload.addresses[0]
+    if service is not None:
+        raise QuestionError(f"service {service.key} has no address of its own; name one of its workloads")
+    raise QuestionError(f"{question.host!r} is no service, workload or address of the mesh (seen from {namespace})")
+
+
+def _steps(state: State, question: Question, caller: Workload, address: IpAddress) -> Iterator[Step]:
+    dialled = host_port(address, question.port)
+    if state.workload_at(address) is None and not any(address in service.vips for service in state.services()):
+        detail = f"{dialled} is nobody's address: refused inside the mesh's address ranges, left alone outside them"
+        yield Step("capture", False, detail, "no-config")
+        return
+    yield Step("capture", True, f"{caller.key} ({caller.identity}) dials {dialled}; its uProxy takes the connection")
+    resolver = Resolver(state, random.Random())
+    try:
+        plan = resolver.plan(address, question.port)
+    except RefusedError as error:
+        stage = "binding" if state.binding_at(address, question.port) is not None else "resolve"
+        yield Step(stage, False, error.detail, error.reason)
+        return
+    what = f"service {plan.service.key}" if plan.service is not None else f"workload {_name(state, address)}"
+    yield Step("resolve", True, f"{dialled} is port {question.port} of {what}")
+    gateway = state.gateway(plan.gateway) if plan.gateway else None
+    if plan.gateway and gateway is not None and gateway.instances:
+        instances = ", ".join(instance.workload for instance in gateway.instances)
+        binding = state.binding_at(address, question.port)
+        passed = " (directly while none answers)" if binding is not None and binding.via is Via.PREFERRED else ""
+        yield Step("binding", True, f"through waypoint {plan.gateway}, run by {instances}{passed}")
+        yield from _through(state, question, caller, plan)
+        return
+    none_runs = f"waypoint {plan.gateway} is optional, and no process of it runs: " if plan.gateway else ""
+    yield Step("binding", True, f"{none_runs}directly, with mTLS from instance to instance")
+    yield from _destinations(state, _places(state, plan), caller.identity, caller.addresses[0], ())
+
+
+def _through(state: State, question: Question, caller: Workload, plan: Plan) -> Iterator[Step]:
+    """What the waypoint decides, and then the destinations it may choose."""
+    destinations = Destinations(state, plan.gateway)
+    authority = host_port(plan.address, plan.port)
+    request: Request | None = None
+    try:
+        destination = destinations.find(Asked(authority, plan.address, plan.port))
+        if destination.http:
+            fields = question.fields
+            if not any(name.lower() == b"host" for name, _ in fields):
+                fields = ((b"host", question.host.encode()), *fields)
+            request = read_request(question.method, question.target, fields)
+    except RefusedError as error:
+        yield Step("waypoint", False, error.detail, error.reason)
+        return
+    except RequestError as error:
+        yield Step("waypoint", False, f"400: {error}", "bad-request")
+        return
+    asked = f"{request.method} {request.target}" if request is not None else "opaque TCP"
+    rules = rules_at(state, plan.gateway, destination)
+    decision = rules.policies.decide(caller.identity, caller.addresses[0], plan.address, plan.port, request)
+    yield Step("waypoint policy", decision.allowed, f"{asked}: {decision.reason}", "" if decision.allowed else "policy")
+    if not decision.allowed:
+        return
+    backends = [(destination.service_key, destination.port, 1)]
+    if request is not None and destination.backend is None:
+        rule = rules.router.route(request)
+        step, backends = _route(rule, asked)
+        yield step
+    places = list(_behind(state, destination, backends))
+    if not places and backends:
+        yield Step("destination", False, "no backend has a ready endpoint", "no-endpoint")
+    said = f"{caller.identity};{host_port(caller.addresses[0], 0)}"
+    waypoint = gateway_identity(state.trust_domain, plan.gateway)
+    gateway = state.gateway(plan.gateway)
+    assert gateway is not None  # the plan leads to one of its instances
+    peer = gateway.instances[0].address
+    yield from _destinations(state, places, waypoint, peer, ((CALLER, said.encode()),))
+
+
+def _route(rule: RouteRule | None, asked: str) -> tuple[Step, list[tuple[str, int, int]]]:
+    """The step, and the key, port and weight of each backend that gets any requests."""
+    if rule is None:
+        return Step("route", False, f"{asked}: 404, there are routes and no rule of them matches", "no-route"), []
+    backends = [(backend.service, backend.port, backend.weight) for backend in rule.backends if backend.weight]
+    if not backends:
+        return Step("route", False, f"{asked}: 500, the rule that matches has no backend", "no-backend"), []
+    total = sum(weight for _, _, weight in backends)
+    shares = ", ".join(f"{service}:{port} ({100 * weight / total:.4g} %)" for service, port, weight in backends)
+    return Step("route", True, f"{asked}: {f'rule {rule.name}' if rule.name else 'to'} {shares}"), backends
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A workload's port that the connection may end at."""
+
+    workload: str
+    address: IpAddress
+    port: int
+
+
+def _behind(state: State, destination: Destination, backends: Iterable[tuple[str, int, int]]) -> Iterator[_Place]:
+    if destination.backend is not None:
+        yield _Place(_name(state, destination.address), destination.address, destination.dialled_port)
+        return
+    for service, port, _ in backends:
+        yield from _ready(state, service, port)
+
+
+def _places(state: State, plan: Plan) -> Iterator[_Place]:
+    """Where a direct connection may end."""
+    if plan.service is not None:
+        yield from _ready(state, plan.service.key, plan.port)
+    else:
+        yield _Place(_name(state, plan.address), plan.address, plan.port)
+
+
+def _ready(state: State, service: str, port: int) -> Iterator[_Place]:
+    for endpoint in sorted(state.endpoints(service), key=lambda endpoint: endpoint.workload):
+        if endpoint.ready and endpoint.weight > 0 and port in endpoint.ports:
+            yield _Place(endpoint.workload, endpoint.address, endpoint.ports[port])
+
+
+def _destinations(
+    state: State, places: Iterable[_Place], peer: SpiffeId, peer_address: IpAddress, headers: Headers
+) -> Iterator[Step]:
+    """What the uProxy of each says to a stream from this peer. The address of its waypoint may be another's."""
+    for place in places:
+        yield _admitted(state, place, peer, peer_address, headers)
+
+
+def _admitted(state: State, place: _Place, peer: SpiffeId, peer_address: IpAddress, headers: Headers) -> Step:
+    where = f"{place.workload} ({host_port(place.address, place.port)})"
+    if place.port in FORBIDDEN_PORTS:
+        return Step("destination", False, f"{where}: the port belongs to the proxy", "port-forbidden")
+    workload = state.workload(place.workload)
+    policies = state.policies_for(workload) if workload is not None else ()
+    admission = Admission(workload, policies, state.trust_domain)
+    try:
+        passage = admission.enter(peer, place.port, headers)
+    except RefusedError as error:
+        return Step("destination", False, f"{where}: {error.detail}", error.reason)
+    decision = admission.decide(peer, peer_address, passage, place.address, place.port)
+    return Step("destination", decision.allowed, f"{where}: {decision.reason}", "" if decision.allowed else "policy")
+
+
+def _name(state: State, address: IpAddress) -> str:
+    workload = state.workload_at(address)
+    return workload.key if workload is not None else address
