@@ -65,7 +65,7 @@ class Destinations:
         return found
 
     def unknown(self, asked: Asked) -> IpAddress | None:
-        """The address that was dialled, if it may be a workload's that is bound by itself, and nothing is known there."""
+        """The address that was dialled, if it may be a bound workload's and nothing is known of it yet."""
         gateway = self._state.gateway(self._gateway)
         if gateway is None or not gateway.workloads:
             return None
