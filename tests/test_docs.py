@@ -259,7 +259,7 @@ def fields_in_code() -> set[str]:
     """Names of the fields that the readers ask for or refuse."""
     asked = ("text", "parsed", "parsed_list", "choice", "integer", "integer_or_text", "boolean", "child", "children")
     found = set()
-    for name in ("resources", "security", "metadata"):
+    for name in ("resources", "security", "metadata", "gateway_api"):
         for node in ast.walk(ast.parse((ROOT / "control" / "api" / f"{name}.py").read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
@@ -298,7 +298,9 @@ def test_every_kind_and_field_is_documented():
 def test_the_examples_of_every_kind_make_a_mesh():
     text = "---\n".join(blocks(ROOT / "docs" / "resources.md", "yaml"))
     built = mesh.Mesh.build(resources.parse(text, "docs/resources.md"), "cluster.local")
-    assert len(built.services) == len(built.endpoints) == len(built.policies) == len(built.peer_authentications) == 1
+    assert len(built.services) == len(built.endpoints) == len(built.peer_authentications) == 1
+    assert len(built.policies) == 2
+    assert len(built.gateways) == len(built.routes) == 1
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy" / "examples").glob("*.yaml")), ids=lambda file: file.name)

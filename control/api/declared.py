@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from control.api.address import IpAddress
+from control.api.gateway import Traffic
+from control.api.identity import SpiffeId
 from control.api.labels import Labels
+from control.api.names import key
 from control.api.policy import AuthorizationPolicy, PeerAuthentication
 from control.api.problems import Position
-from control.api.workload import ServicePort, key
+from control.api.route import HTTPRoute
+from control.api.workload import ServicePort
 
 
 class Family(Enum):
@@ -21,12 +26,36 @@ class Family(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class WaypointChoice:
+    """What a Service, WorkloadEntry or Namespace says of waypoints. None: what its namespace says, else nothing."""
+
+    gateway: str | None = None
+    """Key of a Gateway; empty: `none`, which opts out."""
+    optional: bool | None = None
+    """Whether a waypoint that does not answer is passed by."""
+    exempt: tuple[SpiffeId, ...] | None = None
+    """Who may connect directly, in order."""
+
+    def over(self, namespace: WaypointChoice) -> WaypointChoice:
+        """What holds for an object of a namespace that chose otherwise."""
+        return WaypointChoice(
+            gateway=namespace.gateway if self.gateway is None else self.gateway,
+            optional=namespace.optional if self.optional is None else self.optional,
+            exempt=namespace.exempt if self.exempt is None else self.exempt,
+        )
+
+
+NO_CHOICE: Final = WaypointChoice()
+
+
+@dataclass(frozen=True, slots=True)
 class DeclaredNamespace:
     """`v1` Namespace."""
 
     name: str
     labels: Labels
     position: Position = field(compare=False, repr=False)
+    waypoint: WaypointChoice = NO_CHOICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +73,7 @@ class DeclaredService:
     families: tuple[Family, ...]
     """Families to have a virtual address in; empty: headless."""
     position: Position = field(compare=False, repr=False)
+    waypoint: WaypointChoice = NO_CHOICE
 
     @property
     def key(self) -> str:
@@ -63,6 +93,7 @@ class DeclaredWorkload:
     node: str
     weight: int
     position: Position = field(compare=False, repr=False)
+    waypoint: WaypointChoice = NO_CHOICE
 
     @property
     def key(self) -> str:
@@ -111,6 +142,30 @@ class DeclaredPeerAuthentication:
     position: Position = field(compare=False, repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class DeclaredGateway:
+    """Gateway API Gateway of class `istio-waypoint`."""
+
+    namespace: str
+    name: str
+    traffic: Traffic
+    admits: Labels | None
+    """Namespaces whose objects it serves: those with these labels (none: every one); None: its own."""
+    position: Position = field(compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredRoute:
+    """Gateway API HTTPRoute."""
+
+    route: HTTPRoute
+    position: Position = field(compare=False, repr=False)
+
+
 Resource = (
     DeclaredNamespace
     | DeclaredService
@@ -118,6 +173,8 @@ Resource = (
     | DeclaredEndpoints
     | DeclaredPolicy
     | DeclaredPeerAuthentication
+    | DeclaredGateway
+    | DeclaredRoute
 )
 
 
@@ -141,3 +198,7 @@ def place_of(resource: Resource) -> Place:
         case DeclaredPeerAuthentication():
             declared = resource.peer_authentication
             return "PeerAuthentication", declared.namespace, declared.name
+        case DeclaredGateway():
+            return "Gateway", resource.namespace, resource.name
+        case DeclaredRoute():
+            return "HTTPRoute", resource.route.namespace, resource.route.name

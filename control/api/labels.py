@@ -19,6 +19,16 @@ VERSION: Final = ("version", "app.kubernetes.io/version")
 NODE: Final = "kubernetes.io/hostname"
 SERVICE_NAME: Final = "kubernetes.io/service-name"
 """On an EndpointSlice: the Service it belongs to."""
+USE_WAYPOINT: Final = "istio.io/use-waypoint"
+"""On a Service, WorkloadEntry or Namespace: the name of a Gateway, or `none`."""
+USE_WAYPOINT_NAMESPACE: Final = "istio.io/use-waypoint-namespace"
+"""The Gateway's namespace, where it is another."""
+WAYPOINT_FOR: Final = "istio.io/waypoint-for"
+"""On a Gateway: which traffic it takes."""
+GATEWAY_NAME: Final = "gateway.networking.k8s.io/gateway-name"
+"""On a WorkloadEntry: the Gateway that it is a process of."""
+NAMESPACE_NAME: Final = "kubernetes.io/metadata.name"
+"""Each namespace has it, with its own name."""
 
 MAX_LABELS: Final = 64  # of one object; Kubernetes objects rarely have 20, and each is matched by each selector
 

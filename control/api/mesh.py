@@ -6,17 +6,20 @@ What cannot be meant is an error, and the mesh is not built. What is allowed and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from control.api import records, topics, vips
 from control.api.address import IpAddress
-from control.api.bindings import Standings, Subject, Wish
+from control.api.attachments import check_routes, check_targets
+from control.api.bindings import Standings, Subject, Wish, at_once
 from control.api.declared import (
     DeclaredEndpoints,
+    DeclaredGateway,
     DeclaredNamespace,
     DeclaredPeerAuthentication,
     DeclaredPolicy,
+    DeclaredRoute,
     DeclaredService,
     DeclaredWorkload,
     Resource,
@@ -35,6 +38,7 @@ from control.api.policy import (
     AuthorizationPolicy,
     ConditionKey,
     PeerAuthentication,
+    Target,
     pattern_matches,
 )
 from control.api.problems import Findings, Position, ResourceError, shown
@@ -42,6 +46,7 @@ from control.api.records import Record
 from control.api.route import HTTPRoute
 from control.api.selection import Workloads
 from control.api.vips import Addresses, Vips
+from control.api.waypoints import PortBindings, Ports, gateways_of, targets_of, wishes_of
 from control.api.workload import Endpoint, Service, Workload
 
 _T = TypeVar("_T")
@@ -63,6 +68,10 @@ class Elsewhere:
     """Of the workloads of other namespaces."""
     vips: Vips = field(default_factory=dict)
     """What was allocated earlier: a service that still asks for none keeps its own."""
+    gateways: Mapping[str, DeclaredGateway] = field(default_factory=dict)
+    """Those of other namespaces, by key."""
+    guarded: frozenset[str] = frozenset()
+    """Keys of the Gateways that policies of other namespaces target."""
     selects: Callable[[Labels], bool] = _nowhere
     """Whether a workload of another namespace has these labels. Asked for policies of the root namespace only."""
 
@@ -86,7 +95,9 @@ class Mesh:
     vips: Vips
     """Of the services that ask for no address. Who keeps them gives them back as `Elsewhere.vips`."""
     wishes: Mapping[Subject, Wish]
-    """What labels ask of waypoints."""
+    """What labels ask to bind to waypoints. Who keeps standings works them out from these."""
+    bindings: Mapping[str, PortBindings]
+    """Key of a workload -> how callers reach its ports at its own addresses, of those that are bound."""
     warnings: tuple[ResourceError, ...]
 
     @classmethod
@@ -102,7 +113,7 @@ class Mesh:
         """Builds the mesh. Raises ResourceErrors with everything that does not hold together, and
         IdentityError for a trust domain that is none.
 
-        `standings`: what is bound to waypoints; None: whatever labels ask for.
+        `standings`: what is bound to waypoints, of all namespaces. None: what the labels ask for, at once.
         """
         findings = Findings()
         declared = _unique(resources, findings)
@@ -116,24 +127,44 @@ class Mesh:
         _check_selectors(policies, peer_authentications, workloads, root_namespace, elsewhere.selects, findings)
         _check_callers(policies, workloads, elsewhere.principals, domain, findings)
         endpoints = endpoints_of(declared_services, _of(DeclaredEndpoints, declared), workloads, findings)
+        declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
+        routes = sorted(_of(DeclaredRoute, declared), key=lambda item: item.route.key)
+        targets = targets_of(policies)
+        wishes = wishes_of(
+            _of(DeclaredNamespace, declared),
+            (*declared_services, *declared_workloads),
+            {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}},
+            targets.union(Target("Gateway", gateway_key) for gateway_key in elsewhere.guarded),
+            domain,
+            standings,
+            findings,
+        )
+        standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
+        ports = Ports(workloads, endpoints, standing, wishes.exempt)
+        check_targets(policies, declared_services, gateways, wishes.of, findings)
+        check_routes(routes, declared_services, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,
-            services=_services(declared_services, endpoints, addresses, findings),
-            workloads=workloads,
+            services=_services(declared_services, endpoints, addresses, standing, findings),
+            workloads=tuple(
+                replace(workload, bounds=bounds) if (bounds := ports.bounds(workload.key)) else workload
+                for workload in workloads
+            ),
             endpoints=endpoints,
             policies=tuple(item.policy for item in policies),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
-            gateways=(),
-            routes=(),
+            gateways=gateways_of(gateways, declared_workloads, standing, findings),
+            routes=tuple(item.route for item in routes),
             vips=addresses.allocated,
-            wishes={},
+            wishes=wishes.of,
+            bindings={workload.key: bindings for workload in workloads if (bindings := ports.bindings(workload.key))},
             warnings=tuple(findings.warnings),
         )
         findings.report.raise_errors()
         return mesh
 
     def records(self) -> dict[str, Body]:
-        """Topic -> body of every service, workload, endpoint and policy."""
+        """Topic -> body of every record."""
         every: Iterable[Record] = (
             *self.services,
             *self.workloads,
@@ -151,12 +182,17 @@ class Mesh:
         found: dict[IpAddress, Resident] = {}
         for workload in self.workloads:
             resident = ResidentWorkload(
-                workload.namespace, workload.name, workload.service_account, telemetry(workload.labels)
+                workload.namespace,
+                workload.name,
+                workload.service_account,
+                telemetry(workload.labels),
+                self.bindings.get(workload.key, ()),
             )
             found |= dict.fromkeys(workload.addresses, resident)
         for service in self.services:
             ports = tuple(port.port for port in service.ports)
-            found |= dict.fromkeys(service.vips, ResidentService(service.namespace, service.name, ports))
+            resident_service = ResidentService(service.namespace, service.name, ports, service.binding is not None)
+            found |= dict.fromkeys(service.vips, resident_service)
         return found
 
 
@@ -222,7 +258,11 @@ def _workloads(
 
 
 def _services(
-    declared: Sequence[DeclaredService], endpoints: Iterable[Endpoint], addresses: Addresses, findings: Findings
+    declared: Sequence[DeclaredService],
+    endpoints: Iterable[Endpoint],
+    addresses: Addresses,
+    standings: Standings,
+    findings: Findings,
 ) -> tuple[Service, ...]:
     """Services with their virtual addresses: first those asked for, so that no allocation takes one of them."""
     for service in declared:
@@ -242,6 +282,7 @@ def _services(
             ports=service.ports,
             labels=service.labels,
             identities=tuple(sorted(identities.get(service.key, ()))),
+            binding=standing.binding if (standing := standings.get(("Service", service.key))) else None,
         )
         for service in declared
     )
@@ -268,7 +309,7 @@ def _check_selectors(
 ) -> None:
     """Warns of policies that select no workload, or that can never match."""
     scopes: list[tuple[str, Labels | None, Position]] = [
-        (item.policy.namespace, item.policy.selector, item.position) for item in policies
+        (item.policy.namespace, item.policy.selector, item.position) for item in policies if not item.policy.targets
     ]
     scopes += [
         (item.peer_authentication.namespace, item.peer_authentication.selector, item.position)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from control.api import labels as label
+from control.api.declared import WaypointChoice
 from control.api.document import Reader, Wrong
-from control.api.names import wrong_dns_label
+from control.api.identity import IdentityError, SpiffeId
+from control.api.names import key, wrong_dns_label, wrong_subdomain
+from control.api.problems import shown
 
 DEFAULT_NAMESPACE: Final = "default"
 MORE_ADDRESSES: Final = "mesh.uproxy.dev/addresses"
@@ -32,12 +35,19 @@ _SERVER_WRITTEN: Final = dict.fromkeys(
     "a Kubernetes API server writes it; remove it",
 )
 
-_NO_WAYPOINT: Final = "waypoints are not there yet, and without one its L7 policy would not hold; remove it"
+WAYPOINT_BINDING: Final = "mesh.uproxy.dev/waypoint-binding"
+"""Beside `istio.io/use-waypoint`: `optional` passes by a waypoint that does not answer, else it is `required`."""
+WAYPOINT_EXEMPT: Final = "mesh.uproxy.dev/waypoint-exempt"
+"""Likewise: SPIFFE IDs, separated by commas, of those who may connect directly."""
+
+_MAX_EXEMPT: Final = 64  # as they stand in the record of every workload behind the service
+
+_BINDS: Final = "only a Service, WorkloadEntry or Namespace can be bound to a waypoint; remove it"
 _LABELS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
-    "istio.io/use-waypoint": (("none",), _NO_WAYPOINT),
-    "istio.io/use-waypoint-namespace": ((), _NO_WAYPOINT),
-    "istio.io/ingress-use-waypoint": (("false",), _NO_WAYPOINT),
-    "istio.io/waypoint-for": (("none",), _NO_WAYPOINT),
+    label.USE_WAYPOINT: (("none",), _BINDS),
+    label.USE_WAYPOINT_NAMESPACE: ((), _BINDS),
+    label.WAYPOINT_FOR: (("none",), "it says which traffic a waypoint takes, and stands on its Gateway; remove it"),
+    "istio.io/ingress-use-waypoint": (("false",), "there is no ingress gateway; remove it"),
     "istio.io/dataplane-mode": (
         ("ambient",),
         "every declared workload is in the mesh; leave the workload out of the configuration instead",
@@ -52,7 +62,8 @@ _ANNOTATIONS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "istio.io/dry-run": (("false",), "every policy here is enforced; remove the policy instead"),
     "mesh.uproxy.dev/same-host": (("encrypted",), "the direct path is not there yet; write encrypted or remove it"),
     "mesh.uproxy.dev/udp": ((), "UDP is not carried yet, and refused; remove it"),
-    "mesh.uproxy.dev/waypoint-binding": ((), _NO_WAYPOINT),
+    WAYPOINT_BINDING: ((), _BINDS),
+    WAYPOINT_EXEMPT: ((), _BINDS),
 }
 _CAPTURE_PREFIXES: Final = ("traffic.sidecar.istio.io/", "ambient.istio.io/")
 _CAPTURE: Final = "capture covers all TCP of a workload and cannot be narrowed; remove it"
@@ -70,9 +81,21 @@ class Metadata:
 
 
 def read_metadata(
-    document: Reader, wrong_name: Wrong, *, namespaced: bool = True, own_annotations: tuple[str, ...] = ()
+    document: Reader,
+    wrong_name: Wrong,
+    *,
+    namespaced: bool = True,
+    own_labels: tuple[str, ...] = (),
+    own_annotations: tuple[str, ...] = (),
 ) -> Metadata:
-    """Reads `metadata`; `own_annotations` are those of ours that this kind understands."""
+    """Reads `metadata`; `own_labels` and `own_annotations` are those that this kind understands."""
+    return _read(document, wrong_name, namespaced, own_labels, own_annotations)[0]
+
+
+def _read(
+    document: Reader, wrong_name: Wrong, namespaced: bool, own_labels: tuple[str, ...], own_annotations: tuple[str, ...]
+) -> tuple[Metadata, Reader]:
+    """Metadata, and the reader that it came from."""
     reader = document.child("metadata", required="a mapping with name and namespace")
     name = reader.text("name", wrong_name, required="the resource's name")
     namespace = ""
@@ -82,28 +105,88 @@ def read_metadata(
         reader.error("namespace", "is refused: this kind belongs to no namespace; remove it")
     labels = reader.pairs("labels", label.wrong_key, label.wrong_value, most=label.MAX_LABELS)
     if labels:
-        _refuse(reader.child("labels"), labels, _LABELS)
+        _refuse(reader.child("labels"), labels, _LABELS, own_labels)
     annotations = reader.pairs("annotations", label.wrong_key, _anything, most=_MAX_ANNOTATIONS)
     if annotations:
         _refuse_annotations(reader.child("annotations"), annotations, own_annotations)
     reader.refuse({**_SERVER_WRITTEN, "generateName": "a name must be known beforehand; write name"})
     reader.finish()
-    return Metadata(namespace, name, labels, annotations)
+    return Metadata(namespace, name, labels, annotations), reader
 
 
 def _anything(text: str) -> str:
     return ""
 
 
-def _refuse(reader: Reader, found: dict[str, str], table: dict[str, tuple[tuple[str, ...], str]]) -> None:
+def read_bindable_metadata(
+    document: Reader, wrong_name: Wrong, *, namespaced: bool = True, own_annotations: tuple[str, ...] = ()
+) -> tuple[Metadata, WaypointChoice]:
+    """Reads `metadata` of a kind that can be bound to a waypoint, and what it says of that."""
+    metadata, reader = _read(
+        document,
+        wrong_name,
+        namespaced,
+        (label.USE_WAYPOINT, label.USE_WAYPOINT_NAMESPACE),
+        (*own_annotations, WAYPOINT_BINDING, WAYPOINT_EXEMPT),
+    )
+    choice = WaypointChoice(
+        gateway=_gateway(reader, metadata.namespace or metadata.name, metadata.labels),
+        optional=_optional(reader, metadata.annotations),
+        exempt=_exempt(reader, metadata.annotations),
+    )
+    return metadata, choice
+
+
+def _gateway(reader: Reader, namespace: str, labels: dict[str, str]) -> str | None:
+    """Key of the Gateway that labels name; empty for `none`."""
+    name, of = labels.get(label.USE_WAYPOINT), labels.get(label.USE_WAYPOINT_NAMESPACE)
+    written = reader.child("labels") if labels else reader
+    if of is not None and (name is None or name == "none"):
+        written.error(label.USE_WAYPOINT_NAMESPACE, f"says where a Gateway is, and {label.USE_WAYPOINT} names none")
+    elif of is not None and (problem := wrong_dns_label(of)):
+        written.error(label.USE_WAYPOINT_NAMESPACE, problem)
+    if name is None:
+        return None
+    if name == "none":
+        return ""
+    if problem := wrong_subdomain(name):
+        written.error(label.USE_WAYPOINT, f"{problem}; write the name of a Gateway, or none")
+    return key(namespace if of is None else of, name)
+
+
+def _optional(reader: Reader, annotations: dict[str, str]) -> bool | None:
+    text = annotations.get(WAYPOINT_BINDING)
+    if text not in (None, "optional", "required"):
+        reader.child("annotations").error(WAYPOINT_BINDING, f"{shown(text or '')} must be optional or required")
+    return None if text is None else text == "optional"
+
+
+def _exempt(reader: Reader, annotations: dict[str, str]) -> tuple[SpiffeId, ...] | None:
+    text = annotations.get(WAYPOINT_EXEMPT)
+    if text is None:
+        return None
+    found: set[SpiffeId] = set()
+    for written in text.split(",")[: _MAX_EXEMPT + 1]:
+        try:
+            found.add(SpiffeId.parse(written.strip()))
+        except IdentityError as error:
+            reader.child("annotations").error(WAYPOINT_EXEMPT, str(error))
+    if len(found) > _MAX_EXEMPT:
+        reader.child("annotations").error(WAYPOINT_EXEMPT, f"has more than {_MAX_EXEMPT} identities")
+    return tuple(sorted(found))
+
+
+def _refuse(
+    reader: Reader, found: dict[str, str], table: dict[str, tuple[tuple[str, ...], str]], own: tuple[str, ...]
+) -> None:
     for name, value in found.items():
         allowed, reason = table.get(name, ((value,), ""))
-        if value not in allowed:
+        if value not in allowed and name not in own:
             reader.error(name, f"is refused: {reason}")
 
 
 def _refuse_annotations(reader: Reader, found: dict[str, str], own: tuple[str, ...]) -> None:
-    _refuse(reader, found, _ANNOTATIONS)
+    _refuse(reader, found, _ANNOTATIONS, own)
     for name in found:
         if name.startswith(_CAPTURE_PREFIXES):
             reader.error(name, f"is refused: {_CAPTURE}")

@@ -18,7 +18,8 @@ from control.api.declared import (
 )
 from control.api.declared import place_of as place_of  # beside `parse`, since whoever parses goes on to ask it
 from control.api.document import Map, Reader, position_of, read_documents
-from control.api.metadata import MORE_ADDRESSES, read_metadata
+from control.api.gateway_api import read_gateway, read_http_route
+from control.api.metadata import MORE_ADDRESSES, read_bindable_metadata, read_metadata
 from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_name, wrong_subdomain
 from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
@@ -67,14 +68,14 @@ def read_resource(document: Map, file: str, report: Report) -> Resource | None:
 
 
 def _read_namespace(document: Reader) -> DeclaredNamespace:
-    metadata = read_metadata(document, wrong_dns_label, namespaced=False)
+    metadata, waypoint = read_bindable_metadata(document, wrong_dns_label, namespaced=False)
     if document.has("spec"):
         document.error("spec", "is refused: only a Kubernetes API server uses it; remove it")
-    return DeclaredNamespace(metadata.name, metadata.labels, document.position)
+    return DeclaredNamespace(metadata.name, metadata.labels, document.position, waypoint)
 
 
 def _read_service(document: Reader) -> DeclaredService:
-    metadata = read_metadata(document, wrong_service_name)
+    metadata, waypoint = read_bindable_metadata(document, wrong_service_name)
     spec = document.child("spec", required="a mapping with ports and selector")
     virtual = "only virtual addresses inside the mesh are served; write ClusterIP or remove it"
     spec.choice(
@@ -114,6 +115,7 @@ def _read_service(document: Reader) -> DeclaredService:
         cluster_ips=cluster_ips,
         families=families,
         position=document.position,
+        waypoint=waypoint,
     )
     spec.finish()
     return service
@@ -221,7 +223,7 @@ def _family(text: str) -> Family:
 
 
 def _read_workload_entry(document: Reader) -> DeclaredWorkload:
-    metadata = read_metadata(document, wrong_subdomain, own_annotations=(MORE_ADDRESSES,))
+    metadata, waypoint = read_bindable_metadata(document, wrong_subdomain, own_annotations=(MORE_ADDRESSES,))
     spec = document.child("spec", required="a mapping with address and serviceAccount")
     spec.refuse(
         {
@@ -233,6 +235,8 @@ def _read_workload_entry(document: Reader) -> DeclaredWorkload:
     for name in labels.keys() & metadata.labels.keys():
         if labels[name] != metadata.labels[name]:
             spec.child("labels").error(name, f"differs from metadata.labels, {metadata.labels[name]!r}; write it once")
+    for name in labels.keys() & {label.USE_WAYPOINT, label.USE_WAYPOINT_NAMESPACE} - metadata.labels.keys():
+        spec.child("labels").error(name, "belongs in metadata.labels; write it there")
     ports = spec.child("ports")
     for name in ports.names:
         if problem := wrong_dns_label(name):
@@ -247,6 +251,7 @@ def _read_workload_entry(document: Reader) -> DeclaredWorkload:
         node={**metadata.labels, **labels}.get(label.NODE, ""),
         weight=spec.integer("weight", 1, MAX_WEIGHT, default=1),
         position=document.position,
+        waypoint=waypoint,
     )
     spec.finish()
     return workload
@@ -359,11 +364,11 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], Callable[[Reader], Resource]]]] =
     "EndpointSlice": (("discovery.k8s.io/v1",), _read_endpoint_slice),
     "AuthorizationPolicy": (_ISTIO_SECURITY, read_authorization_policy),
     "PeerAuthentication": (_ISTIO_SECURITY, read_peer_authentication),
+    "Gateway": (("gateway.networking.k8s.io/v1",), read_gateway),
+    "HTTPRoute": (("gateway.networking.k8s.io/v1",), read_http_route),
 }
 _LATER: Final = (
     "ServiceEntry",
-    "Gateway",
-    "HTTPRoute",
     "GRPCRoute",
     "RequestAuthentication",
     "TrafficPolicy",

@@ -14,7 +14,7 @@ from control.api.problems import shown
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 """Those that Gateway API lets a match name."""
 MAX_WEIGHT: Final = 1_000_000  # Gateway API's
-MAX_TIMEOUT_MS: Final = 99_999 * 3_600_000  # the longest duration that Gateway API can write
+MAX_TIMEOUT_MS: Final = 24 * 3_600_000
 
 _QUERY_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _UNTOUCHED: Final = frozenset(
@@ -169,6 +169,11 @@ def wrong_hostname(text: str) -> str:
 def wrong_query_name(text: str) -> str:
     """What is wrong with the name of a query parameter, or an empty string."""
     return "" if _QUERY_NAME.fullmatch(text) else f"{shown(text)} is no name of a query parameter"
+
+
+def wrong_query_value(text: str) -> str:
+    """What is wrong with a query parameter's decoded value, or an empty string."""
+    return "" if 1 <= len(text) <= 1024 else f"{shown(text)} must have 1 to 1024 characters"
 
 
 def wrong_modified(name: str) -> str:

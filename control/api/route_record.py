@@ -28,6 +28,7 @@ from control.api.route import (
     wrong_hostname,
     wrong_modified,
     wrong_query_name,
+    wrong_query_value,
 )
 from control.api.topics import RouteTopic
 
@@ -144,7 +145,7 @@ def _read_match(value: Value) -> Match:
     match = Match(
         path=_read_path(fields.take("path", list)),
         headers=fields.optional_list("headers", _pair(HeaderMatch, wrong_header_name, wrong_field_value)),
-        query=fields.optional_list("query", _pair(QueryMatch, wrong_query_name, _wrong_query_value)),
+        query=fields.optional_list("query", _pair(QueryMatch, wrong_query_name, wrong_query_value)),
         method=_read_method(fields.take("method", str)) if fields.has("method") else "",
     )
     fields.finish()
@@ -229,7 +230,3 @@ def _pair(
         raise RecordError(f"{field}: each must be [name, value]")
 
     return read
-
-
-def _wrong_query_value(text: str) -> str:
-    return "" if 1 <= len(text) <= 1024 else f"{text[:40]!r} must have 1 to 1024 characters"

@@ -1,19 +1,21 @@
 """`security.istio.io` AuthorizationPolicy and PeerAuthentication, read from documents.
 
-Whatever an L4 proxy cannot see or this mesh cannot do is refused by name: a policy that half holds is worse than none.
+Whatever the proxies that enforce a policy cannot see or do is refused by name: one that half holds is worse than none.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from control.api import labels as label
 from control.api.address import parse_block
 from control.api.declared import DeclaredPeerAuthentication, DeclaredPolicy
 from control.api.document import Reader
+from control.api.http_text import wrong_header_name
 from control.api.labels import Labels
 from control.api.metadata import read_metadata
-from control.api.names import wrong_dns_label, wrong_subdomain
+from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.policy import (
     Action,
     AuthorizationPolicy,
@@ -24,20 +26,40 @@ from control.api.policy import (
     PeerAuthentication,
     Rule,
     Source,
+    Target,
+    TargetKind,
+    canonical_host,
+    canonical_method,
     canonical_namespace,
+    canonical_path,
     canonical_principal,
     canonical_value,
     parse_port,
 )
 from control.api.problems import shown
 
-_NEEDS_WAYPOINT: Final = "needs a waypoint; an L4 proxy cannot see it"
-_FORWARDED: Final = f"{_NEEDS_WAYPOINT} (the address that an HTTP header names); write ipBlocks or notIpBlocks"
+_NEEDS_WAYPOINT: Final = (
+    "needs a waypoint; an L4 proxy cannot see it. Write targetRefs: a Service that is bound to one, or its Gateway"
+)
+_NO_TOKENS: Final = "RequestAuthentication is not there, so no request has a principal; remove it"
+_FORWARDED: Final = "it is the address that an HTTP header names, which anybody writes; write ipBlocks or notIpBlocks"
+_MAX_TARGETS: Final = 16  # Istio's
 _ACTIONS: Final = {
     "CUSTOM": "external authorisation is not there; write ALLOW or DENY",
     "AUDIT": "auditing is not there; write ALLOW or DENY",
 }
-_L7_CONDITIONS: Final = ("request.", "connection.sni", "remote.ip", "experimental.")
+_OTHER_CONDITIONS: Final = {
+    "request.auth.": _NO_TOKENS,
+    "connection.sni": "tunnels carry no server name; remove it",
+    "remote.ip": _FORWARDED,
+    "experimental.": "it is not implemented; remove it",
+}
+_HEADER: Final = re.compile(r"request\.headers\[(.*)\]")
+_CONDITIONS: Final = (
+    *(attribute.value for attribute in ConditionKey if attribute is not ConditionKey.REQUEST_HEADERS),
+    "request.headers[...]",
+)
+_GROUPS: Final = {"Gateway": ("gateway.networking.k8s.io",), "Service": ("", "core")}
 _PLAINTEXT: Final = "it would let plaintext in, and this mesh takes mTLS only; write STRICT"
 _MODES: Final = {"PERMISSIVE": _PLAINTEXT, "DISABLE": _PLAINTEXT}
 
@@ -46,16 +68,20 @@ def read_authorization_policy(document: Reader) -> DeclaredPolicy:
     """Reads an AuthorizationPolicy."""
     metadata = read_metadata(document, wrong_subdomain)
     spec = document.child("spec", required="a mapping; `spec: {}` allows nobody")
-    target = "it names a waypoint or a service behind one, and waypoints are not there yet; write selector"
-    spec.refuse({"targetRef": target, "targetRefs": target, "provider": _ACTIONS["CUSTOM"]})
+    spec.refuse({"targetRef": "write targetRefs, a list", "provider": _ACTIONS["CUSTOM"]})
+    targets = _targets(spec, metadata.namespace)
+    http = spec.has("targetRefs")
     action = spec.choice("action", [action.value for action in Action], default="ALLOW", others=_ACTIONS)
     policy = AuthorizationPolicy(
         namespace=metadata.namespace,
         name=metadata.name,
         action=Action(action),
         selector=_selector(spec),
-        rules=tuple(_rule(reader, metadata.namespace) for reader in spec.children("rules")),
+        rules=tuple(_rule(reader, metadata.namespace, http=http) for reader in spec.children("rules")),
+        targets=targets,
     )
+    if http and spec.has("selector"):
+        spec.error("selector", "cannot stand beside targetRefs: a policy holds at workloads or at waypoints")
     spec.finish()
     return DeclaredPolicy(policy, document.position)
 
@@ -100,11 +126,49 @@ def _selector(spec: Reader) -> Labels | None:
     return labels
 
 
-def _rule(reader: Reader, namespace: str) -> Rule:
+def _targets(spec: Reader, namespace: str) -> tuple[Target, ...]:
+    """The waypoints at which a policy holds, and services behind some."""
+    readers = spec.children("targetRefs")
+    if len(readers) > _MAX_TARGETS:
+        spec.error("targetRefs", f"has {len(readers)}; at most {_MAX_TARGETS} are taken")
+    found: list[Target] = []
+    for reader in readers[:_MAX_TARGETS]:
+        target = _target(reader, namespace)
+        if target in found:
+            reader.error("name", f"{target.kind} {target.key} stands twice; remove one")
+        found.append(target)
+    return tuple(sorted(set(found)))
+
+
+def _target(reader: Reader, namespace: str) -> Target:
+    others = dict.fromkeys(("GatewayClass", "ServiceEntry"), "it is not implemented; name a Service or Gateway")
+    kind: TargetKind = (
+        "Gateway" if reader.choice("kind", list(_GROUPS), default="", others=others) == "Gateway" else "Service"
+    )
+    if not reader.has("kind") and not reader.lost:
+        reader.error("kind", "is missing; it must be Gateway or Service")
+    groups = _GROUPS[kind]
+    reader.text("group", lambda text: "" if text in groups else f"{shown(text)} must be {groups[0]!r} for a {kind}")
+    if kind == "Gateway" and not reader.has("group") and not reader.lost:
+        reader.error("group", f"is missing; it must be {groups[0]}")
+    other = reader.text("namespace", wrong_dns_label, default=namespace)
+    if other != namespace:
+        reader.error("namespace", f"must be {namespace}, the policy's own")
+    reader.refuse({"sectionName": "a waypoint has one listener; remove it"})
+    wrong = wrong_service_name if kind == "Service" else wrong_subdomain
+    name = reader.text("name", wrong, required=f"the name of a {kind} of this namespace")
+    reader.finish()
+    return Target(kind, key(namespace, name))
+
+
+def _rule(reader: Reader, namespace: str, *, http: bool) -> Rule:
+    """`http`: whether it holds at waypoints, which see requests."""
     rule = Rule(
         sources=tuple(_source(item, namespace) for item in reader.children("from")),
-        operations=tuple(_operation(item) for item in reader.children("to")),
-        conditions=tuple(condition for item in reader.children("when") if (condition := _condition(item)) is not None),
+        operations=tuple(_operation(item, http=http) for item in reader.children("to")),
+        conditions=tuple(
+            condition for item in reader.children("when") if (condition := _condition(item, http=http)) is not None
+        ),
     )
     reader.finish()
     return rule
@@ -132,8 +196,8 @@ def _source(item: Reader, namespace: str) -> Source:
     )
     reader.refuse(
         {
-            "requestPrincipals": _NEEDS_WAYPOINT,
-            "notRequestPrincipals": _NEEDS_WAYPOINT,
+            "requestPrincipals": _NO_TOKENS,
+            "notRequestPrincipals": _NO_TOKENS,
             "remoteIpBlocks": _FORWARDED,
             "notRemoteIpBlocks": _FORWARDED,
         }
@@ -153,36 +217,54 @@ def _account_pattern(text: str, namespace: str) -> str:
     return f"*/ns/{account_namespace}/sa/{account}"
 
 
-def _operation(item: Reader) -> Operation:
+def _operation(item: Reader, *, http: bool) -> Operation:
     reader = item.child("operation", required='a mapping, as {ports: ["8080"]}')
     item.finish()
     operation = Operation(
-        ports=reader.parsed_list("ports", parse_port), not_ports=reader.parsed_list("notPorts", parse_port)
+        ports=reader.parsed_list("ports", parse_port),
+        not_ports=reader.parsed_list("notPorts", parse_port),
+        hosts=reader.parsed_list("hosts", canonical_host) if http else (),
+        not_hosts=reader.parsed_list("notHosts", canonical_host) if http else (),
+        methods=reader.parsed_list("methods", canonical_method) if http else (),
+        not_methods=reader.parsed_list("notMethods", canonical_method) if http else (),
+        paths=reader.parsed_list("paths", canonical_path) if http else (),
+        not_paths=reader.parsed_list("notPaths", canonical_path) if http else (),
     )
-    names = ("hosts", "notHosts", "methods", "notMethods", "paths", "notPaths")
-    reader.refuse(dict.fromkeys(names, _NEEDS_WAYPOINT))
+    if not http:
+        names = ("hosts", "notHosts", "methods", "notMethods", "paths", "notPaths")
+        reader.refuse(dict.fromkeys(names, _NEEDS_WAYPOINT))
     reader.finish()
     if reader.empty:
         item.error("operation", "names nothing; a rule without `to` means every port")
     return operation
 
 
-def _condition(reader: Reader) -> Condition | None:
-    keys = [key.value for key in ConditionKey]
-    text = reader.text("key", required=f"one of {', '.join(keys)}")
-    if text.startswith(_L7_CONDITIONS):
-        reader.error("key", f"{shown(text)} is refused: {_NEEDS_WAYPOINT}")
-    elif text and text not in keys:
-        reader.error("key", f"{shown(text)} is not known; known: {', '.join(keys)}", (text, keys))
-    if text not in keys:
-        return None
-    key = ConditionKey(text)
+def _condition(reader: Reader, *, http: bool) -> Condition | None:
+    text = reader.text("key", required=f"one of {', '.join(_CONDITIONS)}")
+    header = _HEADER.fullmatch(text)
+    refused = next((reason for start, reason in _OTHER_CONDITIONS.items() if text.startswith(start)), "")
+    if header is not None and not http:
+        refused = _NEEDS_WAYPOINT
+    name = header[1].lower() if header is not None else ""
+    if refused:
+        reader.error("key", f"{shown(text)} is refused: {refused}")
+    elif header is not None and (problem := wrong_header_name(name)):
+        reader.error("key", problem)
+    elif text and header is None and text not in _CONDITIONS[:-1]:
+        known = ", ".join(_CONDITIONS)
+        reader.error("key", f"{shown(text)} is not known; known: {known}", (text, _CONDITIONS))
+    elif text:
+        return _condition_of(reader, ConditionKey.REQUEST_HEADERS if header is not None else ConditionKey(text), name)
+    return None
 
+
+def _condition_of(reader: Reader, attribute: ConditionKey, name: str) -> Condition:
     def canonical(value: str) -> str:
-        return canonical_value(key, value)
+        return canonical_value(attribute, value)
 
-    condition = Condition(key, reader.parsed_list("values", canonical), reader.parsed_list("notValues", canonical))
+    values, not_values = reader.parsed_list("values", canonical), reader.parsed_list("notValues", canonical)
+    condition = Condition(attribute, values, not_values, name)
     if not reader.has("values") and not reader.has("notValues"):
-        reader.error("", f"asks nothing of {key.value}; write values or notValues")
+        reader.error("", f"asks nothing of {attribute.value}; write values or notValues")
     reader.finish()
     return condition

@@ -44,6 +44,13 @@ class ServicePort:
     app_protocol: str
     """As declared (`http`, `kubernetes.io/h2c`, ...); empty when not."""
 
+    @property
+    def is_http(self) -> bool:
+        """Whether a waypoint reads requests here (HTTP/1.1): by `app_protocol`, else by the name, as Istio does."""
+        if self.app_protocol:
+            return self.app_protocol in ("http", "http/1.1")
+        return self.name == "http" or self.name.startswith("http-")
+
 
 @dataclass(frozen=True, slots=True)
 class Service:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from control.api.declared import NO_CHOICE, WaypointChoice
+from control.api.identity import SpiffeId
 from control.api.problems import ResourceErrors
 from control.api.resources import parse
 
@@ -32,8 +34,6 @@ def test_labels_that_ask_for_what_is_done_anyway_are_taken(labels):
 @pytest.mark.parametrize(
     "labels",
     [
-        "{istio.io/use-waypoint: wp}",
-        "{istio.io/use-waypoint-namespace: x}",
         "{istio.io/ingress-use-waypoint: 'true'}",
         "{istio.io/waypoint-for: service}",
         "{istio.io/dataplane-mode: none}",
@@ -65,7 +65,6 @@ def test_annotations_that_ask_for_what_is_done_anyway_are_taken(annotations):
         "{istio.io/dry-run: 'true'}",
         "{mesh.uproxy.dev/same-host: direct}",
         "{mesh.uproxy.dev/udp: plaintext}",
-        "{mesh.uproxy.dev/waypoint-binding: optional}",
         "{traffic.sidecar.istio.io/excludeInboundPorts: '80'}",
         "{ambient.istio.io/bypass-inbound-capture: 'true'}",
     ],
@@ -85,3 +84,85 @@ def test_more_labels_than_the_bound_are_refused():
     labels = "{" + ", ".join(f"l{n}: x" for n in range(65)) + "}"
     with pytest.raises(ResourceErrors, match=r"metadata\.labels: has 65 entries; at most 64"):
         parse(service(labels=labels), "f")
+
+
+@pytest.mark.parametrize(
+    ("labels", "annotations", "choice"),
+    [
+        ("{}", "{}", NO_CHOICE),
+        ("{istio.io/use-waypoint: wp}", "{}", WaypointChoice("default/wp")),
+        ("{istio.io/use-waypoint: none}", "{}", WaypointChoice("")),
+        ("{istio.io/use-waypoint: wp, istio.io/use-waypoint-namespace: edge}", "{}", WaypointChoice("edge/wp")),
+        ("{}", "{mesh.uproxy.dev/waypoint-binding: optional}", WaypointChoice(optional=True)),
+        ("{}", "{mesh.uproxy.dev/waypoint-binding: required}", WaypointChoice(optional=False)),
+        (
+            "{}",
+            "{mesh.uproxy.dev/waypoint-exempt: 'spiffe://td/ns/b/sa/c, spiffe://td/ns/a/sa/b'}",
+            WaypointChoice(exempt=(SpiffeId("td", "a", "b"), SpiffeId("td", "b", "c"))),
+        ),
+    ],
+)
+def test_a_choice_of_waypoint_is_read(labels, annotations, choice):
+    (found,) = parse(service(labels=labels, annotations=annotations), "f")
+    assert found.waypoint == choice
+
+
+def test_the_gateway_of_a_namespace_is_its_own():
+    labels = "{istio.io/use-waypoint: wp}"
+    (found,) = parse(f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {labels}}}\n", "f")
+    assert found.waypoint == WaypointChoice("shop/wp")
+
+
+@pytest.mark.parametrize(
+    ("labels", "annotations", "problem"),
+    [
+        ("{istio.io/use-waypoint: Wp}", "{}", "use-waypoint'.: 'Wp' must be .*; write the name of a Gateway, or none"),
+        ("{istio.io/use-waypoint-namespace: a}", "{}", "says where a Gateway is, and istio.io/use-waypoint names none"),
+        (
+            "{istio.io/use-waypoint: none, istio.io/use-waypoint-namespace: a}",
+            "{}",
+            "says where a Gateway is, and istio.io/use-waypoint names none",
+        ),
+        ("{istio.io/use-waypoint: w, istio.io/use-waypoint-namespace: a.b}", "{}", "'a.b' must be 1-63"),
+        ("{}", "{mesh.uproxy.dev/waypoint-binding: maybe}", "'maybe' must be optional or required"),
+        ("{}", "{mesh.uproxy.dev/waypoint-exempt: prometheus}", "does not begin with 'spiffe://'"),
+        (
+            "{}",
+            "{mesh.uproxy.dev/waypoint-exempt: '" + ",".join(f"spiffe://td/ns/a/sa/n{n}" for n in range(65)) + "'}",
+            "has more than 64 identities",
+        ),
+    ],
+)
+def test_a_choice_that_means_nothing_is_refused(labels, annotations, problem):
+    with pytest.raises(ResourceErrors, match=problem):
+        parse(service(labels=labels, annotations=annotations), "f")
+
+
+def test_what_an_object_says_stands_above_its_namespace():
+    namespace = WaypointChoice("shop/wp", optional=True, exempt=())
+    assert NO_CHOICE.over(namespace) == namespace
+    assert WaypointChoice("").over(namespace) == WaypointChoice("", optional=True, exempt=())
+    assert WaypointChoice(optional=False).over(namespace) == WaypointChoice("shop/wp", optional=False, exempt=())
+
+
+@pytest.mark.parametrize("kind", ["labels: {istio.io/use-waypoint: wp}", "labels: {istio.io/waypoint-for: all}"])
+def test_a_kind_that_cannot_be_bound_refuses_the_label(kind):
+    text = f"""\
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {{name: a, {kind}}}
+spec: {{mtls: {{mode: STRICT}}}}
+"""
+    with pytest.raises(ResourceErrors, match=r"is refused: .*remove it"):
+        parse(text, "f")
+
+
+def test_a_workload_s_own_labels_bind_it_and_those_of_its_spec_do_not():
+    text = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: a}
+spec: {address: 10.0.0.1, labels: {istio.io/use-waypoint: wp}}
+"""
+    with pytest.raises(ResourceErrors, match=r"spec\.labels.*belongs in metadata\.labels"):
+        parse(text, "f")

@@ -202,7 +202,7 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
         (S, "apiVersion: v1\n", "", "f.yaml:1: apiVersion: is missing; it must be the API of the kind, such as v1"),
         (S, "kind: Service\n", "", "f.yaml:1: kind: is missing; it must be one of Service, Namespace,"),
         (S, "kind: Service", "kind: Sevice", "f.yaml:2: kind: 'Sevice' is not taken; known: Service, Namespace"),
-        (S, "kind: Service", "kind: Gateway", "f.yaml:2: kind: 'Gateway' is not taken (not implemented yet)"),
+        (S, "kind: Service", "kind: GRPCRoute", "f.yaml:2: kind: 'GRPCRoute' is not taken (not implemented yet)"),
         (S, "apiVersion: v1", "apiVersion: v2", "f.yaml:1: apiVersion: 'v2' must be v1 for a Service"),
         (S, "spec:", "status: {}\nspec:", "f.yaml:4: status: is refused: it is what a controller writes; remove it"),
         (
@@ -227,7 +227,12 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
         (S, "{team: blue}", "{team: a b}", "f.yaml:3: metadata.labels.team: 'a b': a label's value must be"),
         (S, "{team: blue}", "{team: 7}", "metadata.labels.team: must be text, not the number 7; write it in quotes"),
         (S, "{team: blue}", "[team]", "f.yaml:3: metadata.labels: must be a mapping, not a list"),
-        (S, "{team: blue}", "{istio.io/use-waypoint: wp}", "metadata.labels['istio.io/use-waypoint']: is refused: way"),
+        (
+            S,
+            "{team: blue}",
+            "{istio.io/use-waypoint: W}",
+            "metadata.labels['istio.io/use-waypoint']: 'W' must be 1-253",
+        ),
         (
             N,
             "{team: blue}",
@@ -240,7 +245,7 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
             S,
             "prometheus.io/scrape",
             "mesh.uproxy.dev/addresses",
-            "unknown annotation of ours; known for this kind: none",
+            "unknown annotation of ours; known for this kind: mesh.uproxy.dev/waypoint-binding, ",
         ),
         (S, "prometheus.io/scrape", "istio.io/dry-run", "every policy here is enforced"),
         (S, "prometheus.io/scrape", "traffic.sidecar.istio.io/excludeOutboundPorts", "cannot be narrowed"),

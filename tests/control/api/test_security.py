@@ -15,6 +15,7 @@ from control.api.policy import (
     PeerAuthentication,
     Rule,
     Source,
+    Target,
 )
 from control.api.problems import ResourceErrors
 from control.api.resources import parse
@@ -100,21 +101,21 @@ def test_an_empty_spec_allows_nobody():
 
 
 RULE = "spec:\n  rules:\n  - "
-L7_SOURCE = ["requestPrincipals", "notRequestPrincipals", "remoteIpBlocks", "notRemoteIpBlocks"]
 L7_OPERATION = ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"]
-L7_KEYS = [
-    "request.headers[x]",
-    "request.auth.claims[iss]",
-    "connection.sni",
-    "remote.ip",
-    "experimental.envoy.filters.a",
-]
 
 
-@pytest.mark.parametrize("field", L7_SOURCE)
-def test_a_source_that_only_a_waypoint_sees_is_refused_by_name(field):
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("requestPrincipals", "RequestAuthentication is not there"),
+        ("notRequestPrincipals", "RequestAuthentication is not there"),
+        ("remoteIpBlocks", "it is the address that an HTTP header names"),
+        ("notRemoteIpBlocks", "it is the address that an HTTP header names"),
+    ],
+)
+def test_a_source_that_nobody_can_vouch_for_is_refused_by_name(field, reason):
     (error,) = refusals(policy, f"{RULE}from: [{{source: {{{field}: [x]}}}}]")
-    assert error.startswith(f"6: spec.rules[0].from[0].source.{field}: is refused: needs a waypoint; an L4 proxy")
+    assert error.startswith(f"6: spec.rules[0].from[0].source.{field}: is refused: {reason}")
 
 
 @pytest.mark.parametrize("field", L7_OPERATION)
@@ -123,10 +124,113 @@ def test_an_operation_that_only_a_waypoint_sees_is_refused_by_name(field):
     assert error.startswith(f"6: spec.rules[0].to[0].operation.{field}: is refused: needs a waypoint; an L4 proxy")
 
 
-@pytest.mark.parametrize("key", L7_KEYS)
-def test_a_condition_that_only_a_waypoint_sees_is_refused_by_name(key):
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("request.headers[x]", "needs a waypoint; an L4 proxy"),
+        ("request.auth.claims[iss]", "RequestAuthentication is not there"),
+        ("connection.sni", "tunnels carry no server name"),
+        ("remote.ip", "it is the address that an HTTP header names"),
+        ("experimental.envoy.filters.a", "it is not implemented"),
+    ],
+)
+def test_a_condition_that_cannot_be_judged_is_refused_by_name(key, reason):
     (error,) = refusals(policy, f'{RULE}when: [{{key: "{key}", values: [x]}}]')
-    assert error.startswith(f"6: spec.rules[0].when[0].key: {key!r} is refused: needs a waypoint; an L4 proxy")
+    assert error.startswith(f"6: spec.rules[0].when[0].key: {key!r} is refused: {reason}")
+
+
+TARGETS = "spec:\n  targetRefs: [{kind: Service, name: web}]\n  rules:\n  - "
+
+
+def test_every_field_of_a_policy_that_waypoints_enforce():
+    spec = """\
+spec:
+  action: DENY
+  targetRefs:
+  - {kind: Service, group: "", name: web, namespace: shop}
+  - {kind: Gateway, group: gateway.networking.k8s.io, name: wp}
+  rules:
+  - to:
+    - operation:
+        hosts: [Web.Shop, '*.example']
+        notHosts: ['x:*']
+        methods: [GET, P*]
+        notMethods: [PUT]
+        paths: [/v2/*, '*.css', '/a%7eb']
+        notPaths: ['/v2/admin']
+        ports: ["80"]
+    when:
+    - {key: 'request.headers[X-Role]', values: [admin, 'a*'], notValues: ['*z']}
+"""
+    operation = Operation(
+        ports=(80,),
+        hosts=("web.shop", "*.example"),
+        not_hosts=("x:*",),
+        methods=("GET", "P*"),
+        not_methods=("PUT",),
+        paths=("/v2/*", "*.css", "/a~b"),
+        not_paths=("/v2/admin",),
+    )
+    condition = Condition(ConditionKey.REQUEST_HEADERS, ("admin", "a*"), ("*z",), "x-role")
+    found = policy(spec)
+    assert found == AuthorizationPolicy(
+        namespace="shop",
+        name="p",
+        action=Action.DENY,
+        selector=None,
+        rules=(Rule(operations=(operation,), conditions=(condition,)),),
+        targets=(Target("Gateway", "shop/wp"), Target("Service", "shop/web")),
+    )
+    assert found.asks_http
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("spec: {targetRefs: [{name: web}]}", "targetRefs[0].kind: is missing; it must be Gateway or Service"),
+        ("spec: {targetRefs: [{kind: Service}]}", "targetRefs[0].name: is missing; it must be the name of a Service"),
+        ("spec: {targetRefs: [{kind: Gateway, name: w}]}", "[0].group: is missing; it must be gateway.networking.k8s"),
+        (
+            "spec: {targetRefs: [{kind: Gateway, group: '', name: w}]}",
+            "group: '' must be 'gateway.networking.k8s.io' for a Gateway",
+        ),
+        ("spec: {targetRefs: [{kind: Service, group: apps, name: w}]}", "group: 'apps' must be '' for a Service"),
+        ("spec: {targetRefs: [{kind: GatewayClass, name: w}]}", "kind: GatewayClass is refused: it is not implemented"),
+        (
+            "spec: {targetRefs: [{kind: Service, name: w, namespace: bank}]}",
+            "namespace: must be shop, the policy's",
+        ),
+        ("spec: {targetRefs: [{kind: Service, name: w, sectionName: a}]}", "sectionName: is refused: a waypoint has"),
+        ("spec: {targetRefs: [{kind: Service, name: 9}]}", "name: must be text"),
+        (
+            "spec: {targetRefs: [{kind: Service, name: w}, {kind: Service, name: w}]}",
+            "targetRefs[1].name: Service shop/w stands twice; remove one",
+        ),
+        (
+            "spec: {targetRefs: [" + ", ".join(f"{{kind: Service, name: w{n}}}" for n in range(17)) + "]}",
+            "targetRefs: has 17; at most 16 are taken",
+        ),
+        (
+            "spec: {targetRefs: [{kind: Service, name: w}], selector: {matchLabels: {a: b}}}",
+            "selector: cannot stand beside targetRefs",
+        ),
+        (f"{TARGETS}to: [{{operation: {{methods: [get]}}}}]", "methods[0]: 'get' is no method; write it in upper case"),
+        (f"{TARGETS}to: [{{operation: {{methods: ['']}}}}]", "methods[0]: an empty pattern matches nothing"),
+        (f"{TARGETS}to: [{{operation: {{paths: [v2]}}}}]", "paths[0]: 'v2' must begin with '/' or '*'"),
+        (f"{TARGETS}to: [{{operation: {{paths: ['/a/*/b']}}}}]", "paths[0]: '/a/*/b': '*' may stand once"),
+        (f"{TARGETS}to: [{{operation: {{paths: ['/a?b']}}}}]", "paths[0]: '/a?b' is no path of up to 1024"),
+        (f"{TARGETS}to: [{{operation: {{paths: ['/a%2Fb']}}}}]", "paths[0]: '/a%2Fb' has %2F; requests with it"),
+        (f"{TARGETS}to: [{{operation: {{paths: ['/a/../b']}}}}]", "paths[0]: '/a/../b' has the segment '..'"),
+        (f"{TARGETS}to: [{{operation: {{hosts: ['a b']}}}}]", "hosts[0]: 'a b' is no host"),
+        (f"{TARGETS}when: [{{key: 'request.headers[a b]', values: [x]}}]", "key: 'a b' is no header's name"),
+        (f"{TARGETS}when: [{{key: 'request.headers', values: [x]}}]", "key: 'request.headers' is not known; known: "),
+        (f"{TARGETS}when: [{{key: 'request.headers[x]'}}]", "asks nothing of request.headers; write values"),
+        (f"{TARGETS}when: [{{key: 'request.headers[x]', values: ['a*b']}}]", "values[0]: 'a*b': '*' may stand once"),
+    ],
+)
+def test_each_bad_policy_of_waypoints_is_refused_with_its_mend(spec, expected):
+    found = refusals(policy, spec)
+    assert [error for error in found if expected in error], found
 
 
 @pytest.mark.parametrize(
@@ -138,8 +242,8 @@ def test_a_condition_that_only_a_waypoint_sees_is_refused_by_name(key):
         ("spec: {action: deny}", "4: spec.action: 'deny' must be ALLOW or DENY"),
         ("spec: {action: ''}", "4: spec.action: '' must be ALLOW or DENY"),
         ("spec: {provider: {name: x}}", "4: spec.provider: is refused: external authorisation"),
-        ("spec: {targetRef: {kind: Gateway, name: w}}", "4: spec.targetRef: is refused: it names a waypoint"),
-        ("spec: {targetRefs: []}", "4: spec.targetRefs: is refused: it names a waypoint"),
+        ("spec: {targetRef: {kind: Gateway, name: w}}", "4: spec.targetRef: is refused: write targetRefs, a list"),
+        ("spec: {targetRefs: []}", "4: spec.targetRefs: is an empty list"),
         ("spec: {selector: {}}", "4: spec.selector: has no matchLabels"),
         ("spec: {selector: {matchLabels: {}}}", "4: spec.selector.matchLabels: names no label"),
         ("spec: {selector: {matchLabels: {app: 'w*'}}}", "4: spec.selector.matchLabels.app: 'w*': a label's value"),

@@ -361,9 +361,9 @@ def test_an_annotation_is_set(meshctl, applied, plane):
 
 
 def test_a_label_that_the_mesh_does_not_take_is_refused(meshctl, applied):
-    status, _, err = meshctl("label", "service", "web", "istio.io/use-waypoint=wp", "-n", "shop")
+    status, _, err = meshctl("label", "service", "web", "istio.io/dataplane-mode=none", "-n", "shop")
     assert status == 1
-    assert "waypoints are not there yet" in err
+    assert "every declared workload is in the mesh" in err
     assert meshctl("label", "service", "nobody", "a=b", "-n", "shop")[0] == 1
 
 

@@ -1,0 +1,149 @@
+"""Whether policies and routes hang on something that takes them. Part of `mesh`.
+
+A route to what is not there is an error: somebody's requests would fail. What is attached to something that no waypoint
+serves does nothing, which is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from control.api import labels as label
+from control.api.bindings import Subject, Wish
+from control.api.declared import DeclaredGateway, DeclaredPolicy, DeclaredRoute, DeclaredService
+from control.api.problems import Findings
+from control.api.route import HTTPRoute, Match, Parent
+
+_UNBOUND = f"is bound to no waypoint; label it {label.USE_WAYPOINT}"
+
+
+def check_targets(
+    policies: Sequence[DeclaredPolicy],
+    services: Sequence[DeclaredService],
+    gateways: Sequence[DeclaredGateway],
+    wishes: Mapping[Subject, Wish],
+    findings: Findings,
+) -> None:
+    """Warns of policies that hold nowhere, or for nothing but L4 on a port that is not HTTP."""
+    if not any(item.policy.targets for item in policies):
+        return
+    known = {"Service": {one.key for one in services}, "Gateway": {one.key for one in gateways}}
+    by_key = {one.key: one for one in services}
+    for item in policies:
+        for index, target in enumerate(item.policy.targets):
+            path = f"spec.targetRefs[{index}]" if len(item.policy.targets) == 1 else "spec.targetRefs"
+            if target.key not in known[target.kind]:
+                problem = f"there is no {target.kind} {target.key}; until there is, this does nothing"
+                findings.warn(item.position, path, problem, (target.key, known[target.kind]))
+            elif target.kind == "Service" and ("Service", target.key) not in wishes:
+                problem = f"nobody enforces this: Service {target.key} {_UNBOUND}"
+                findings.warn(item.position, path, problem)
+            elif target.kind == "Service" and item.policy.asks_http:
+                opaque = [str(port.port) for port in by_key[target.key].ports if not port.is_http]
+                if opaque:
+                    problem = (
+                        f"asks for what HTTP says, and Service {target.key} has ports that are not HTTP: "
+                        f"{', '.join(opaque)}. There an ALLOW does not match, and a DENY as if it did not ask"
+                    )
+                    findings.warn(item.position, path, problem)
+
+
+def check_routes(
+    routes: Sequence[DeclaredRoute],
+    services: Sequence[DeclaredService],
+    wishes: Mapping[Subject, Wish],
+    findings: Findings,
+) -> None:
+    """Errors for routes from and to what is not there; warnings for what does nothing, and for conflicts.
+
+    `routes`: in the order of their keys, in which the first wins.
+    """
+    by_key = {one.key: one for one in services}
+    taken: dict[tuple[str, int, str, Match], str] = {}
+    for item in routes:
+        for index, parent in enumerate(item.route.parents):
+            path = f"spec.parentRefs[{index}]"
+            _check_reference(item, path, parent.service, parent.port, by_key, findings)
+            if parent.service in by_key:
+                _check_parent(item, path, parent, by_key[parent.service], wishes, findings)
+        for number, rule in enumerate(item.route.rules):
+            path = f"spec.rules[{number}]"
+            for index, backend in enumerate(rule.backends):
+                _check_reference(item, f"{path}.backendRefs[{index}]", backend.service, backend.port, by_key, findings)
+            if not any(backend.weight for backend in rule.backends):
+                findings.warn(item.position, path, "has no backendRefs with a weight; its requests are answered 500")
+        _check_conflicts(item, by_key, taken, findings)
+
+
+def _check_reference(
+    item: DeclaredRoute,
+    path: str,
+    service_key: str,
+    port: int,
+    services: Mapping[str, DeclaredService],
+    findings: Findings,
+) -> None:
+    service = services.get(service_key)
+    if service is None:
+        problem = f"there is no Service {service_key}; declare it or name another"
+        findings.error(item.position, f"{path}.name", problem, (service_key, services))
+    elif port and all(one.port != port for one in service.ports):
+        ports = ", ".join(str(one.port) for one in service.ports) or "none"
+        findings.error(item.position, f"{path}.port", f"Service {service_key} has no port {port}; its ports: {ports}")
+
+
+def _check_parent(
+    item: DeclaredRoute,
+    path: str,
+    parent: Parent,
+    service: DeclaredService,
+    wishes: Mapping[Subject, Wish],
+    findings: Findings,
+) -> None:
+    if ("Service", service.key) not in wishes:
+        findings.warn(item.position, path, f"does nothing: Service {service.key} {_UNBOUND}")
+        return
+    meant = [port for port in service.ports if parent.port in (0, port.port)]
+    if meant and not any(port.is_http for port in meant):
+        numbers = ", ".join(str(port.port) for port in meant)
+        problem = (
+            f"does nothing: port {numbers} of Service {service.key} is not HTTP; write its appProtocol: http, or "
+            "name it http"
+        )
+        findings.warn(item.position, path, problem)
+
+
+def _check_conflicts(
+    item: DeclaredRoute,
+    services: Mapping[str, DeclaredService],
+    taken: dict[tuple[str, int, str, Match], str],
+    findings: Findings,
+) -> None:
+    """Warns of matches that another rule wins. `taken`: who has a match of a service, port and host."""
+    told: set[tuple[int, str]] = set()
+    for number, place in _matches(item.route, services):
+        path = f"spec.rules[{number}]"
+        mine = f"HTTPRoute {item.route.key}, {path}"
+        holder = taken.setdefault(place, mine)
+        if holder != mine and (number, holder) not in told:
+            told.add((number, holder))
+            service_key, port, _, match = place
+            problem = (
+                f"{match.path.kind.value} {match.path.value} at Service {service_key} port {port} is that of {holder} "
+                "too, which wins; make them differ, or remove one"
+            )
+            findings.warn(item.position, path, problem)
+
+
+def _matches(
+    route: HTTPRoute, services: Mapping[str, DeclaredService]
+) -> Iterator[tuple[int, tuple[str, int, str, Match]]]:
+    """Index of a rule, and what it matches: service, port, host and match."""
+    for parent in route.parents:
+        ports = services[parent.service].ports if parent.service in services else ()
+        for port in ports:
+            if parent.port in (0, port.port):
+                for number, rule in enumerate(route.rules):
+                    for hostname in route.hostnames or ("",):
+                        for match in rule.matches:
+                            yield number, (parent.service, port.port, hostname, match)

@@ -1,0 +1,283 @@
+"""What labels ask of waypoints, and what the standings of that make of records. Part of `mesh`.
+
+A Gateway that is not there, or does not admit the namespace, refuses files. To a control plane, whose other namespaces
+change without this one, the former is a warning, and so is the latter for what is bound already: it stays bound, since
+nothing that somebody else changes may take a policy away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from control.api import labels as label
+from control.api.bindings import Standing, Standings, Subject, Wish
+from control.api.declared import (
+    NO_CHOICE,
+    DeclaredGateway,
+    DeclaredNamespace,
+    DeclaredPolicy,
+    DeclaredService,
+    DeclaredWorkload,
+    WaypointChoice,
+)
+from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic
+from control.api.identity import SpiffeId, TrustDomain
+from control.api.labels import Labels, selects
+from control.api.metadata import WAYPOINT_BINDING, WAYPOINT_EXEMPT
+from control.api.policy import Target
+from control.api.problems import Findings
+from control.api.workload import Endpoint, Workload
+
+PortBindings = tuple[tuple[int, Binding], ...]
+"""Port -> binding, as `ResidentWorkload.bindings`."""
+
+_TAKEN: Final = {
+    "Service": (Traffic.SERVICE, Traffic.ALL),
+    "WorkloadEntry": (Traffic.WORKLOAD, Traffic.ALL),
+}
+_FIELD: Final = f"metadata.labels[{label.USE_WAYPOINT!r}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the labels of some namespaces ask for."""
+
+    of: Mapping[Subject, Wish]
+    exempt: Mapping[Subject, tuple[SpiffeId, ...]]
+    """Who may connect directly, of those who exempt anybody."""
+
+
+def wishes_of(
+    namespaces: Iterable[DeclaredNamespace],
+    objects: Iterable[DeclaredService | DeclaredWorkload],
+    gateways: Mapping[str, DeclaredGateway],
+    guarded: frozenset[Target],
+    trust_domain: TrustDomain,
+    standings: Standings | None,
+    findings: Findings,
+) -> Wishes:
+    """What is asked for, and findings about what cannot be had.
+
+    `gateways`: all there are, by key. `guarded`: what policies target. `standings`: None for files.
+    """
+    known = {namespace.name: namespace for namespace in namespaces}
+    found: dict[Subject, Wish] = {}
+    exempt: dict[Subject, tuple[SpiffeId, ...]] = {}
+    told: set[tuple[str, str]] = set()
+    for one in objects:
+        subject = subject_of(one)
+        namespace = known.get(one.namespace)
+        choice = one.waypoint.over(NO_CHOICE if namespace is None else namespace.waypoint)
+        if choice == NO_CHOICE or (isinstance(one, DeclaredWorkload) and label.GATEWAY_NAME in one.labels):
+            continue
+        if choice.exempt:
+            exempt[subject] = choice.exempt
+            _check_exempt(one, choice, trust_domain, findings)
+        if not choice.gateway:
+            _check_idle(one, findings)
+            continue
+        wish = Wish(
+            gateway=choice.gateway,
+            optional=bool(choice.optional),
+            guarded=Target("Gateway", choice.gateway) in guarded or Target("Service", one.key) in guarded,
+        )
+        # What the namespace's label asks for is said once, of the namespace.
+        asking: DeclaredService | DeclaredWorkload | DeclaredNamespace = one
+        if one.waypoint.gateway is None and namespace is not None:
+            asking = namespace
+        bound = standings is not None and wish.gateway in _gateways_of(standings.get(subject))
+        gateway = gateways.get(wish.gateway)
+        problem = _problem(subject, wish, gateway, one.namespace, {} if namespace is None else namespace.labels)
+        if problem and (asking.position.file, problem) not in told:
+            told.add((asking.position.file, problem))
+            refuse = standings is None if gateway is None else not bound
+            report = findings.error if refuse else findings.warn
+            report(asking.position, _FIELD, problem, (wish.gateway, gateways))
+        if gateway is not None and gateway.traffic not in _TAKEN[subject[0]]:
+            if asking is one:
+                findings.warn(one.position, _FIELD, _not_taken(gateway, subject))
+            continue
+        found[subject] = wish
+    return Wishes(found, exempt)
+
+
+def subject_of(one: DeclaredService | DeclaredWorkload) -> Subject:
+    return ("Service" if isinstance(one, DeclaredService) else "WorkloadEntry", one.key)
+
+
+def targets_of(policies: Iterable[DeclaredPolicy]) -> frozenset[Target]:
+    """What some policies are about."""
+    return frozenset(target for item in policies for target in item.policy.targets)
+
+
+def gateways_of(
+    declared: Iterable[DeclaredGateway],
+    objects: Sequence[DeclaredWorkload],
+    standings: Standings,
+    findings: Findings,
+) -> tuple[Gateway, ...]:
+    """The records of some Gateways, in the order of their keys.
+
+    A workload that has a Gateway's identity and is no process of it would be believed about who calls: an error.
+    """
+    by_key = {gateway.key: gateway for gateway in declared}
+    served: dict[str, set[Subject]] = {}
+    for subject, standing in standings.items():
+        for gateway_key in standing.gateways:
+            served.setdefault(gateway_key, set()).add(subject)
+    instances: dict[str, list[Instance]] = {}
+    for workload in objects:
+        account = f"{workload.namespace}/{workload.service_account}"
+        name = workload.labels.get(label.GATEWAY_NAME)
+        if name is None and account not in by_key:
+            continue
+        if name != workload.service_account:
+            findings.error(workload.position, "spec.serviceAccount", _mistaken(workload, name))
+        elif account not in by_key:
+            problem = f"names no Gateway of namespace {workload.namespace}: {name!r}; apply it"
+            findings.warn(workload.position, f"metadata.labels[{label.GATEWAY_NAME!r}]", problem)
+        elif workload.addresses:
+            instances.setdefault(account, []).append(Instance(workload.key, workload.addresses[0]))
+    return tuple(
+        Gateway(
+            namespace=gateway.namespace,
+            name=gateway.name,
+            traffic=gateway.traffic,
+            instances=tuple(sorted(instances.get(gateway_key, ()), key=lambda instance: instance.workload)),
+            services=tuple(sorted(key for kind, key in served.get(gateway_key, ()) if kind == "Service")),
+            workloads=tuple(sorted(key for kind, key in served.get(gateway_key, ()) if kind == "WorkloadEntry")),
+        )
+        for gateway_key, gateway in sorted(by_key.items())
+    )
+
+
+class Ports:
+    """What the standings of services and of workloads make of the ports of workloads.
+
+    Processes of waypoints are left out: a waypoint is not behind a waypoint.
+    """
+
+    def __init__(
+        self,
+        workloads: Iterable[Workload],
+        endpoints: Iterable[Endpoint],
+        standings: Standings,
+        exempt: Mapping[Subject, tuple[SpiffeId, ...]],
+    ) -> None:
+        """`exempt`: of those who exempt anybody."""
+        self._exempt = exempt
+        self._standing: dict[str, dict[int, dict[Subject, Standing]]] = {}
+        if not standings:
+            return
+        known = {workload.key for workload in workloads if label.GATEWAY_NAME not in workload.labels}
+        for workload_key in known:
+            whole: Subject = ("WorkloadEntry", workload_key)
+            if whole in standings:
+                self._add(workload_key, 0, whole, standings[whole])
+        for endpoint in endpoints:
+            service: Subject = ("Service", endpoint.service)
+            if service in standings and endpoint.workload in known:
+                for port in endpoint.ports.values():
+                    self._add(endpoint.workload, port, service, standings[service])
+        for ports in self._standing.values():
+            # What stands for all ports holds beside what stands for one.
+            for subject, standing in ports.get(0, {}).items():
+                for of_port in ports.values():
+                    of_port[subject] = standing
+
+    def bounds(self, workload_key: str) -> tuple[Bound, ...]:
+        """What is demanded at its ports. Who is exempt of a port that several bind is exempt of all these."""
+        return tuple(
+            Bound(
+                port=port,
+                gateways=tuple(sorted({gateway for one in found.values() for gateway in one.gateways})),
+                exempt=self._exempt_of(found),
+                enforced=any(one.enforced for one in found.values()),
+            )
+            for port, found in sorted(self._standing.get(workload_key, {}).items())
+        )
+
+    def bindings(self, workload_key: str) -> PortBindings:
+        """How callers that dial its own address reach it: by its own waypoint, else by that of a service."""
+        ports = self._standing.get(workload_key, {})
+        for standing in ports.get(0, {}).values():
+            if standing.binding is not None:
+                return ((0, standing.binding),)
+        found: list[tuple[int, Binding]] = []
+        for port, standings in sorted(ports.items()):
+            bindings = (standings[subject].binding for subject in sorted(standings))
+            first = next((binding for binding in bindings if binding is not None), None)
+            if first is not None:
+                found.append((port, first))
+        return tuple(found)
+
+    def _add(self, workload_key: str, port: int, subject: Subject, standing: Standing) -> None:
+        self._standing.setdefault(workload_key, {}).setdefault(port, {})[subject] = standing
+
+    def _exempt_of(self, subjects: Iterable[Subject]) -> tuple[SpiffeId, ...]:
+        found = [frozenset(self._exempt.get(subject, ())) for subject in subjects]
+        return tuple(sorted(frozenset.intersection(*found)))
+
+
+def _gateways_of(standing: Standing | None) -> tuple[str, ...]:
+    return () if standing is None else standing.gateways
+
+
+def _problem(
+    subject: Subject, wish: Wish, gateway: DeclaredGateway | None, namespace: str, namespace_labels: Labels
+) -> str:
+    """Why a Gateway cannot be had; empty when it can."""
+    if gateway is None:
+        return f"there is no Gateway {wish.gateway}; apply it, as `meshctl waypoint apply` does, or name another"
+    if not _admits(gateway, namespace, namespace_labels):
+        return (
+            f"Gateway {gateway.key} does not admit namespace {namespace}; widen its "
+            "spec.listeners[0].allowedRoutes.namespaces, or name a Gateway of this namespace"
+        )
+    return ""
+
+
+def _admits(gateway: DeclaredGateway, namespace: str, namespace_labels: Labels) -> bool:
+    if gateway.namespace == namespace:
+        return gateway.admits is None or _selected(gateway.admits, namespace, namespace_labels)
+    return gateway.admits is not None and _selected(gateway.admits, namespace, namespace_labels)
+
+
+def _selected(selector: Labels, namespace: str, namespace_labels: Labels) -> bool:
+    return selects(selector, {**namespace_labels, label.NAMESPACE_NAME: namespace})
+
+
+def _not_taken(gateway: DeclaredGateway, subject: Subject) -> str:
+    what = "services" if subject[0] == "Service" else "workloads"
+    return (
+        f"does nothing: Gateway {gateway.key} does not take traffic to {what} "
+        f"({label.WAYPOINT_FOR}: {gateway.traffic.value}); label the Gateway otherwise"
+    )
+
+
+def _mistaken(workload: DeclaredWorkload, name: str | None) -> str:
+    if name is None:
+        return (
+            f"is the identity of Gateway {workload.namespace}/{workload.service_account}, whose processes are believed "
+            f"about who calls; label it {label.GATEWAY_NAME} if it is one, or give it another"
+        )
+    return f"must be {name!r}, the name of the Gateway that {label.GATEWAY_NAME} makes it a process of"
+
+
+def _check_exempt(
+    one: DeclaredService | DeclaredWorkload, choice: WaypointChoice, trust_domain: TrustDomain, findings: Findings
+) -> None:
+    for identity in choice.exempt or ():
+        if identity.trust_domain != trust_domain:
+            problem = f"{identity} is of another trust domain than {trust_domain}; nobody of it can connect"
+            findings.error(one.position, f"metadata.annotations[{WAYPOINT_EXEMPT!r}]", problem)
+
+
+def _check_idle(one: DeclaredService | DeclaredWorkload, findings: Findings) -> None:
+    """Warns of what an object says for the case that it is bound, when it is not."""
+    for annotation, said in ((WAYPOINT_BINDING, one.waypoint.optional), (WAYPOINT_EXEMPT, one.waypoint.exempt)):
+        if said is not None:
+            problem = f"does nothing: no {label.USE_WAYPOINT} binds this to a waypoint"
+            findings.warn(one.position, f"metadata.annotations[{annotation!r}]", problem)
