@@ -10,6 +10,7 @@ from itertools import accumulate
 from control.api.address import IpAddress
 from control.api.gateway import Binding, Via, gateway_identity
 from control.api.identity import SpiffeId
+from control.api.index import ResidentWorkload
 from control.api.workload import Service, Workload
 from control.client.state import State
 from uproxy.errors import Flag, RefusedError
@@ -76,8 +77,11 @@ class Resolver:
                 flag=Flag.NO_CONFIG,
             )
         direct = Plan(address, port, None, (Hop(address, workload.identity, _authority(address, port), workload),))
-        binding = state.binding_at(address, port)
-        return direct if binding is None else self._through(binding, direct)
+        resident = state.resident_at(address)
+        if isinstance(resident, ResidentWorkload) and resident.bindings:  # few have any: this is on everybody's path
+            binding = resident.binding_at(port)
+            return direct if binding is None else self._through(binding, direct)
+        return direct
 
     def _through(self, binding: Binding, direct: Plan) -> Plan:
         """The plan for something that is bound; `direct` is how it would go otherwise, as far as that is known."""

@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from control.api import messages, records, topics
-from control.api.address import parse_address
+from control.api import index, messages, records, topics
+from control.api.address import IpAddress, parse_address
+from control.api.gateway import Binding
 from control.api.identity import SpiffeId
+from control.api.index import AddressShard, Resident, ResidentWorkload
 from control.api.messages import Envelope
 from control.api.policy import AuthorizationPolicy
 from control.api.records import Record
+from control.api.topics import AddressesTopic, address_shard
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 from control.client.state import State
 from control.server.ca import Authority
@@ -87,6 +90,12 @@ class Pair:
         self.version += 1
         self._take([withdrawn(record, self.version)])
 
+    def bind_address(self, address: IpAddress, *bindings: tuple[int, Binding]) -> None:
+        """Say how ports of db are reached at an address of its own."""
+        self.version += 1
+        resident = ResidentWorkload("shop", "db", "db", {}, bindings)
+        self._take([published_addresses({address: resident}, self.version)])
+
     def _take(self, batch: Sequence[tuple[str, bytes]]) -> None:
         changed = self.state.apply(batch)
 
@@ -121,6 +130,14 @@ def withdrawn(record: Record, version: int) -> tuple[str, bytes]:
     """A record's tombstone as the control plane publishes it."""
     topic = topics.format_topic(DB.trust_domain, records.topic_of(record))
     return topic, messages.encode(Envelope(epoch=1, version=version, issued_at=0, body=None))
+
+
+def published_addresses(residents: dict[IpAddress, Resident], version: int) -> tuple[str, bytes]:
+    """The shard of some addresses, which must be of one."""
+    (shard,) = {address_shard(ip) for ip in residents}
+    topic = topics.format_topic(DB.trust_domain, AddressesTopic(shard))
+    body = index.write(AddressShard(residents))
+    return topic, messages.encode(Envelope(epoch=1, version=version, issued_at=0, body=body))
 
 
 def workload(name: str, address: str, identity: object) -> Workload:

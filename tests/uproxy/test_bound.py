@@ -19,6 +19,7 @@ from tests.support.passing_waypoint import GATEWAY, WAYPOINT, PassingWaypoint, e
 from uproxy import outbound, plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.redirect import Route
+from uproxy.resolve import Hop
 
 THROUGH = Binding("shop/wp", Via.WAYPOINT)
 Scenario = Callable[[Pair, PassingWaypoint], Awaitable[None]]
@@ -113,7 +114,7 @@ def test_a_bound_service_is_reached_through_its_waypoint_and_judged_by_its_calle
 def test_a_workload_address_keeps_its_own_authority(run) -> None:
     async def scenario(pair: Pair, waypoint: PassingWaypoint) -> None:
         bind(pair)
-        pair.state.binding_at = lambda ip, port: THROUGH  # type: ignore[method-assign]
+        pair.bind_address(DB_ADDRESS, (pair.app_port, THROUGH))
         assert await exchange(pair.dial(DB_ADDRESS, pair.app_port)) == b"hello"
         assert waypoint.asked == [(WEB, f"{DB_ADDRESS}:{pair.app_port}")]
 
@@ -158,8 +159,7 @@ def test_a_straggler_that_is_never_told_more_is_refused_by_that_name(run, monkey
 def test_an_endpoint_that_another_service_binds_is_reached_by_its_own_address(run) -> None:
     async def scenario(pair: Pair, waypoint: PassingWaypoint) -> None:
         pair.apply(GATEWAY, bounded(pair, enforced=True))
-        of_workload = {DB_ADDRESS: THROUGH}
-        pair.state.binding_at = lambda ip, port: of_workload.get(ip)  # type: ignore[method-assign]
+        pair.bind_address(DB_ADDRESS, (0, THROUGH))
         assert await exchange(pair.dial()) == b"hello"
         assert waypoint.asked == [(WEB, f"{DB_ADDRESS}:{pair.app_port}")]
 
@@ -326,5 +326,33 @@ def test_what_was_open_before_the_flip_stays_until_policy_says_otherwise(run) ->
         pair.apply(allow(DB))
         for sock in (app, through):
             assert await exchange(sock) == b"", "a policy cuts at once"
+
+    run(scenario)
+
+
+def test_the_kernel_speaks_of_all_ports_of_a_workload(run) -> None:
+    async def scenario(pair: Pair, waypoint: PassingWaypoint) -> None:
+        pair.bind_address(DB_ADDRESS, (1, THROUGH))
+        assert await exchange(pair.dial(DB_ADDRESS, pair.app_port, Route.WAYPOINT)) == b"hello"
+        assert not waypoint.asked, "another port is bound"
+
+    run(scenario)
+
+
+def test_streams_of_different_owners_never_share_a_tunnel(run) -> None:
+    async def scenario(pair: Pair, waypoint: PassingWaypoint) -> None:
+        opened = []
+
+        async def ask(owner: object) -> None:
+            authority = f"{DB_ADDRESS}:{pair.app_port}".encode()
+            request = ((b":method", b"CONNECT"), (b":authority", authority))
+            opened.append(await waypoint.pool.connect(Hop(DB_ADDRESS, DB, authority, None), request, owner))
+
+        for owner in (WEB, DB, WEB, None, DB):
+            pair.plane.spawn(ask(owner))
+        await eventually(lambda: len(opened) == 5, "no answer")
+        assert len(waypoint.pool.tunnels()) == len(pair.db.inbound.server.tunnels()) == 3
+        for relay in opened:
+            relay.abandon()
 
     run(scenario)

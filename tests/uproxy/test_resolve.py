@@ -10,17 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control.api import index, messages, topics
 from control.api.address import parse_address
 from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
 from control.api.identity import SpiffeId
-from control.api.index import AddressShard, ResidentWorkload
-from control.api.messages import Envelope
-from control.api.topics import address_shard
+from control.api.index import ResidentWorkload
 from control.api.workload import Endpoint, Service, ServicePort
 from control.client.state import State
 from tests.support.certificates import DB
-from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, published, workload
+from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, published, published_addresses, workload
 from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import MAX_HOPS, Resolver
 
@@ -170,9 +167,7 @@ def test_a_workload_is_bound_by_port() -> None:
     state.apply([published(gateway(WAYPOINTS[0]), 2)])
     address = parse_address("10.0.0.7")
     resident = ResidentWorkload("shop", "db-7", "db", {}, ((7000, Binding("infra/wp", Via.WAYPOINT)),))
-    body = index.write(AddressShard({address: resident}))
-    topic = topics.format_topic(DB.trust_domain, topics.AddressesTopic(address_shard(address)))
-    state.apply([(topic, messages.encode(Envelope(epoch=1, version=2, issued_at=0, body=body)))])
+    state.apply([published_addresses({address: resident}, 2)])
     (bound,) = Resolver(state, random.Random(1)).plan(address, 7000).hops
     assert (bound.address, bound.expected, bound.authority) == (WAYPOINTS[0], WP, b"10.0.0.7:7000")
     (direct,) = Resolver(state, random.Random(1)).plan(address, 7001).hops
