@@ -136,7 +136,7 @@ def read_response(head: bytes, method: str) -> tuple[ResponseHead, bool]:
         framing = Framing(Ending.NONE, framing.length if framing else None)
     elif framing is None:
         framing = UNTIL_CLOSE
-    stays = minor == 1 and b"close" not in options and framing is not UNTIL_CLOSE
+    stays = minor == 1 and b"close" not in options
     fields = [field for field in fields if field[0] not in options]
     return ResponseHead(status, reason or b"", fields, framing), stays
 

@@ -58,7 +58,7 @@ class ResponseWriter(_Writer):
     def __init__(self, request: RequestHead) -> None:
         super().__init__()
         self._request = request
-        self.close = not request.keep_alive
+        self.close = not request.keep_alive  # which HTTP/1.0 never is, to which bodies may end with the connection
         """Whether the connection must be closed once the response is sent. Holds after the head."""
 
     def head(self, response: ResponseHead, *, close: bool = False) -> bytes:
@@ -72,8 +72,7 @@ class ResponseWriter(_Writer):
                 return b""
             return _written(line, response.fields, response.framing)
         framing = self._framing(response.framing)
-        if framing is UNTIL_CLOSE or close:
-            self.close = True
+        self.close = self.close or close
         if self._request.method != "HEAD":
             self._begin(framing)
         return _written(line, response.fields, framing, close=self.close)

@@ -154,6 +154,14 @@ def test_the_next_request_waits() -> None:
     assert (third.target, end) == ("/3", END)
 
 
+def test_an_empty_line_after_a_body_is_no_request() -> None:
+    reader = RequestReader(DIALLED)
+    reader.feed(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n1\r\n")
+    assert reader.proceed() == []
+    assert reader.idle
+    reader.eof()
+
+
 # -- responses
 
 

@@ -74,6 +74,30 @@ def test_a_malformed_second_request() -> None:
 
 
 @pytest.mark.parametrize(
+    ("status", "data"),
+    [
+        (400, b"GET /\r\n"),
+        (400, b"get / HTTP/1.1\r\nHost: a\r\n"),
+        (400, b"\x16\x03\x01\x02\x00\x01\n"),
+        (400, b"PRI * HTTP/2.0\r\n"),
+        (414, b"GET /" + b"a" * 16384),
+        (431, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 11000),
+        (431, b"GET / HTTP/1.1\r\nX: " + b"y" * 65536),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", request(b"Content-Length: 0")])
+def test_a_head_that_can_only_be_refused_is_not_waited_for(status: int, data: bytes, before: bytes) -> None:
+    reader = RequestReader(b"dialled:1")
+    if before:
+        reader.feed(before[:20])
+        reader.feed(before[20:])
+        reader.proceed()
+    with pytest.raises(MessageError) as refused:
+        reader.feed(data)
+    assert refused.value.status == status
+
+
+@pytest.mark.parametrize(
     ("head", "says"),
     [
         (b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n", "start line"),
@@ -122,7 +146,7 @@ def test_a_hostile_head_takes_no_more_time_than_a_long_one(head: bytes) -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX\r\n\r\n",
-        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n",
         b"HTTP/1.1 099 No\r\n\r\n",
         b"HTTP/1.1 20 OK\r\n\r\n",
         b"HTTP/1.1 2000 OK\r\n\r\n",
@@ -208,6 +232,7 @@ def test_a_request_that_is_cut_off() -> None:
         reader.feed(data[:cut])
         with pytest.raises(MessageError, match="cut off"):
             reader.eof()
+        assert reader.feed(data[cut:]) == []
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 5\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"])
