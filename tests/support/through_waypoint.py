@@ -18,10 +18,21 @@ from control.api.identity import SpiffeId
 from control.api.workload import Service, ServicePort
 from control.server.ca import Authority
 from tests.support.certificates import DB
-from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, Pair, issued, running_pair, workload
+from tests.support.pair import (
+    DB_ADDRESS,
+    SERVICE_PORT,
+    VIP,
+    Pair,
+    Proxy,
+    connected_pair,
+    issued,
+    running_pair,
+    workload,
+)
 from uproxy.connections import Connections
 from uproxy.listener import Listeners, TunnelServer
 from uproxy.pool import Pool
+from uproxy.redirect import OriginalDestination, Route
 from uproxy.telemetry import Connection
 from uproxy.tls import Credentials, client_context, server_context
 from uproxy.tunnel import HBONE_PORT
@@ -64,11 +75,12 @@ class Through:
     server: TunnelServer
     pool: Pool
 
-    async def open(
-        self, address: str = VIP, port: int = SERVICE_PORT
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection of web's application."""
-        return await asyncio.open_connection(sock=self.pair.dial(address, port))
+    async def open(self, caller: Proxy | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of an application of web's, or of another caller's, to db."""
+        app, proxied = connected_pair()
+        destination = OriginalDestination(VIP, SERVICE_PORT, Route.TUNNEL)
+        self.pair.plane.spawn((caller or self.pair.web).outbound.serve(proxied, destination))
+        return await asyncio.open_connection(sock=app)
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,7 @@ from control.api.route import (
     RouteRule,
 )
 from control.server.ca import Authority
-from tests.support.certificates import WEB
+from tests.support.certificates import DB, WEB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT
 from tests.support.through_waypoint import WP_ADDRESS, Server, Through, running_waypoint, settled
 from uproxy import plane
@@ -373,6 +374,57 @@ def test_a_caller_that_ends_its_side_gets_its_answer(identities: Path, authority
         writer.close()
 
     run(identities, authority, tell, client)
+
+
+def test_two_callers_never_share_a_connection_to_a_backend(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        connections = [(WEB, await through.open()), (DB, await through.open(through.pair.db))]
+        for number in range(1, 4):
+            for caller, (reader, writer) in connections:
+                writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+                _, head, body = await answer(reader)
+                assert f"x-forwarded-client-cert: URI={caller}\r\n".encode() in body
+                assert b"served: %d\r\n" % number in head, "each has one of its own, and keeps it"
+        for _, (_, writer) in connections:
+            writer.close()
+        await settled_exchanges(through, 6)
+        assert through.upstream.idle == 2
+        served = [one.caller for one in through.pair.db.connections.records() if one.direction == "inbound"]
+        assert sorted(served) == sorted((str(WEB), str(DB))), "the backend's uProxy knows who calls"
+
+    run(identities, authority, tell, client)
+
+
+def test_a_slow_reader_stops_the_backend(identities: Path, authority: Authority) -> None:
+    taken = 0
+
+    async def endless(reader: Reader, writer: Writer) -> None:
+        nonlocal taken
+        await request_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                writer.write(bytes(100_000))
+                await writer.drain()
+                taken += 100_000
+        writer.close()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        before = -1
+        while before != taken:
+            before = taken
+            await asyncio.sleep(0.4)
+        assert 0 < taken < 40_000_000, "windows and socket buffers, and no more"
+        head = await request_head(reader)
+        assert head.startswith(b"HTTP/1.1 200")
+        left = 100_000_000
+        while left:
+            left -= len(await reader.read(1 << 20))
+        writer.close()
+
+    run(identities, authority, endless, client)
 
 
 async def echo(reader: Reader, writer: Writer) -> None:
