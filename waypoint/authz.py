@@ -40,13 +40,14 @@ _OF_WHAT: Final = "this service or its waypoint"
 class Policies:
     """The policies for one service at one waypoint. Made by `compile_policies`; never changes."""
 
-    __slots__ = ("_asks_addresses", "_connections", "_requests")
+    __slots__ = ("_asks_addresses", "_asks_hosts", "_connections", "_requests")
 
     def __init__(self, policies: Collection[AuthorizationPolicy]) -> None:
         self._requests = Verdicts(policies, _request_clauses, _OF_WHAT)
         self._connections = Verdicts(policies, _connection_clauses, _OF_WHAT)
         asked = self._requests.asked | self._connections.asked
         self._asks_addresses = not asked.isdisjoint(ADDRESSES)
+        self._asks_hosts = Fact.HOST in asked
 
     def decide(
         self,
@@ -69,8 +70,7 @@ class Policies:
         )
         if request is None:
             return self._connections.decide(connection)
-        host = request.host
-        hosts = (host, host_name(host)) if host else None
+        hosts = (request.host, host_name(request.host)) if self._asks_hosts and request.host else None
         return self._requests.decide((*connection, request.method, request.path, hosts, request))
 
 

@@ -56,17 +56,13 @@ class Request:
 
     def header(self, name: str) -> str | None:
         """The value of a field (name in lower case), its lines joined by commas. None when it is not there."""
-        asked = name.encode()
-        values = [value for field, value in self.fields if field.lower() == asked]
-        return b",".join(values).decode("latin-1") if values else None
+        return _joined(self.fields, name.encode())
 
 
 def read_request(method: str, target: str, fields: Fields) -> Request:
     """What is judged of a head that is well formed. Raises RequestError."""
     path, query = _split(target)
-    request = Request(method, path, query, "", fields)
-    host = (request.header("host") or "").lower()
-    return Request(method, path, query, host, fields)
+    return Request(method, path, query, (_joined(fields, b"host") or "").lower(), fields)
 
 
 def host_name(host: str) -> str:
@@ -78,6 +74,11 @@ def host_name(host: str) -> str:
 def merged_slashes(path: str) -> str:
     """A path, or a pattern over paths, as it is compared: several slashes are one."""
     return _SLASHES.sub("/", path)
+
+
+def _joined(fields: Fields, name: bytes) -> str | None:
+    values = [value for field, value in fields if field.lower() == name]
+    return b",".join(values).decode("latin-1") if values else None
 
 
 def _split(target: str) -> tuple[str, str]:
