@@ -97,19 +97,40 @@ def uproxy(
     namespace, address = (wire.web, wire.web_address) if name == "web" else (wire.db, wire.db_address)
     directory = wire.directory / name
     directory.mkdir(parents=True, exist_ok=True)
-    config = directory / "mesh.yaml"
-    config.write_text(mesh)
+    (directory / "mesh.yaml").write_text(mesh)
+    arguments = [
+        *("uproxy", "run", "--workload", name, "--namespace", "shop", "--service-account", identity or name),
+        *("--address", address, "--identity-dir", str(wire.identity(identity or name)), "--capture", "none"),
+        *(part for forward in forwards for part in ("--forward", forward)),
+    ]
+    with _started(wire, namespace, directory, arguments) as process:
+        yield process
+
+
+@contextmanager
+def waypoint(wire: Wire, name: str, mesh: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A waypoint process on db's machine: workload `shop/<name>`, with the identity of that name; logs as above."""
+    directory = wire.directory / name
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "mesh.yaml").write_text(mesh)
+    arguments = ["waypoint", "run", "--workload", f"shop/{name}", "--identity-dir", str(wire.identity(name))]
+    with _started(wire, wire.db, directory, arguments) as process:
+        yield process
+
+
+@contextmanager
+def _started(
+    wire: Wire, namespace: Namespace, directory: Path, arguments: list[str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A proxy with the configuration in `directory`, once it is ready."""
     ready, told = os.pipe()
     try:
         with (directory / "uproxy.log").open("wb") as log:
             process = namespace.start(
                 [
-                    *(sys.executable, "-m", "uproxy", "run", "--workload", name, "--namespace", "shop"),
-                    *("--service-account", identity or name, "--trust-domain", TRUST_DOMAIN, "--address", address),
-                    *("--config", str(config), "--identity-dir", str(wire.identity(identity or name))),
-                    *("--capture", "none", "--ready-fd", str(told), "--log-format", "json"),
+                    *(sys.executable, "-m", *arguments, "--trust-domain", TRUST_DOMAIN),
+                    *("--config", str(directory / "mesh.yaml"), "--ready-fd", str(told), "--log-format", "json"),
                     *("--access-log", str(directory / "access.log"), "--drain-timeout-s", "1"),
-                    *(part for forward in forwards for part in ("--forward", forward)),
                 ],
                 core=wire.core,
                 stdout=log,
@@ -121,7 +142,7 @@ def uproxy(
         try:
             if not select.select([ready], [], [], READY_TIMEOUT_S)[0] or not os.read(ready, 16).startswith(b"ready"):
                 text = (directory / "uproxy.log").read_text()
-                raise RuntimeError(f"uProxy {name} did not become ready (exit status {process.poll()}):\n{text}")
+                raise RuntimeError(f"{directory.name} did not become ready (exit status {process.poll()}):\n{text}")
             yield process
         finally:
             stop(process)
