@@ -1,8 +1,10 @@
 """The control plane's own interface: JSON over HTTP on a Unix socket. Whoever may open the socket has the mesh.
 
-    POST /v1/apply      {"documents": [{"file", "text"}], "dry_run", "release"}                -> a change set
-    POST /v1/delete     {"references": [{"kind", "namespace", "name"}], "dry_run", "release"}  -> a change set
-    POST /v1/relabel    {"reference", "labels", "annotations", "overwrite", "dry_run", "release"} -> a change set
+    POST /v1/apply      {"documents": [{"file", "text"}], "dry_run", "release", "force"}               -> a change set
+    POST /v1/delete     {"references": [{"kind", "namespace", "name"}], "dry_run", "release", "force"} -> a change set
+    POST /v1/relabel    {"reference", "labels", "annotations", "overwrite", "dry_run", "release", "force"}
+    POST /v1/bypass     {"namespace", "name", "for_s", "reason"}: a service goes round its waypoint; 0 ends it
+    GET  /v1/bindings   what is bound to waypoints, how far that is, and which bypasses there are
     GET  /v1/resources  ?kind=&namespace=&name=; what is left out stands for all               -> {"resources": [...]}
     GET  /v1/records    what proxies that know everything were told, as it was published: {"records": [[topic, base64]]}
     POST /v1/tokens     {"namespace", "workload", "service_account", "addresses", "ttl_s"}, or {"node", "ttl_s"}
@@ -52,12 +54,14 @@ from control.server.core import Core
 from control.server.enrolment import TOKEN_TTL_S, Enrolment, EnrolmentError
 from control.server.members import Members
 from control.server.proxies import Row
-from control.server.registry import Action, ChangeSet, Held, NotFound, named_place
+from control.server.registry import Action, ChangeSet, Held, Loose, NotFound, named_place
 from control.server.store import Store, StoreError
 
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024  # 100,000 workloads in YAML are 30 MB; only operators have the socket
 _SOCKET_MODE: Final = 0o660
 _SHUTDOWN_S: Final = 5.0
+MAX_BYPASS_S: Final = 24 * 3600
+_MAX_REASON: Final = 200
 _MOST_QUESTIONS: Final = 2
 """Answered at once. The loop has six threads on two cores."""
 
@@ -132,6 +136,8 @@ class Api:
             ("POST", "/v1/apply"): (self._apply, changes),
             ("POST", "/v1/delete"): (self._delete, changes),
             ("POST", "/v1/relabel"): (self._relabel, changes),
+            ("POST", "/v1/bypass"): (self._bypass, changes),
+            ("GET", "/v1/bindings"): (self._bindings, questions),
             ("POST", "/v1/tokens"): (self._token, tokens),
             ("GET", "/v1/resources"): (self._resources, questions),
             ("GET", "/v1/records"): (self._records, questions),
@@ -168,7 +174,7 @@ class Api:
             return _refusal(404, str(error))
         except StoreError as error:
             return _refusal(503, f"{error}. Nothing was changed")
-        except Held as error:
+        except (Held, Loose) as error:
             return _refusal(409, str(error))
         except ResourceErrors as error:
             return _refusal(422, str(error), errors=[asdict(one) for one in error.errors])
@@ -180,14 +186,16 @@ class Api:
     def _apply(self, body: Json) -> Json:
         files = [_file(document) for document in _objects(_field(body, "documents", list))]
         dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
+        force = _field(body, "force", bool, False)
         _finish(body)
-        return self._changed(self._core.apply(files, dry_run=dry_run, release=release), dry_run)
+        return self._changed(self._core.apply(files, dry_run=dry_run, release=release, force=force), dry_run)
 
     def _delete(self, body: Json) -> Json:
         places = [_place(reference) for reference in _objects(_field(body, "references", list))]
         dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
+        force = _field(body, "force", bool, False)
         _finish(body)
-        return self._changed(self._core.delete(places, dry_run=dry_run, release=release), dry_run)
+        return self._changed(self._core.delete(places, dry_run=dry_run, release=release, force=force), dry_run)
 
     def _relabel(self, body: Json) -> Json:
         place = _place(_field(body, "reference", dict))
@@ -195,11 +203,49 @@ class Api:
         annotations = _pairs(_field(body, "annotations", dict, {}))
         overwrite = _field(body, "overwrite", bool, False)
         dry_run, release = _field(body, "dry_run", bool, False), _field(body, "release", bool, False)
+        force = _field(body, "force", bool, False)
         _finish(body)
         if not overwrite:
             self._check_not_there(place, {"labels": labels, "annotations": annotations})
-        change = self._core.relabel(place, labels=labels, annotations=annotations, dry_run=dry_run, release=release)
+        change = self._core.relabel(
+            place, labels=labels, annotations=annotations, dry_run=dry_run, release=release, force=force
+        )
         return self._changed(change, dry_run)
+
+    def _bypass(self, body: Json) -> Json:
+        service = key(_field(body, "namespace", str), _field(body, "name", str))
+        for_s, reason = _field(body, "for_s", int), _field(body, "reason", str, "")
+        _finish(body)
+        if not 0 <= for_s <= MAX_BYPASS_S:
+            raise RequestError(400, f"a bypass lasts at most {MAX_BYPASS_S // 3600} hours; then ask again")
+        if for_s and not (reason.strip() and reason.isprintable() and len(reason) <= _MAX_REASON):
+            raise RequestError(400, f"say why, in at most {_MAX_REASON} printable characters")
+        self._core.bypass(service, self._clock() + for_s, reason)
+        return {"service": service, "for_s": for_s, "reason": reason}
+
+    def _bindings(self, query: Json) -> Json:
+        _finish(query)
+        now = self._clock()
+        return {
+            "bindings": [
+                {
+                    "kind": one.subject[0],
+                    "key": one.subject[1],
+                    "gateway": one.state.gateway,
+                    "previous": one.state.previous,
+                    "phase": one.state.phase.value,
+                    "optional": one.state.optional,
+                    "since_s": max(0.0, now - one.state.since),
+                    "settled": one.settled,
+                    "waits_for": one.waits_for,
+                }
+                for one in self._core.progress()
+            ],
+            "bypasses": [
+                {"service": service, "left_s": max(0.0, bypass.until - now), "reason": bypass.reason}
+                for service, bypass in self._core.bypasses().items()
+            ],
+        }
 
     def _check_not_there(self, place: Place, asked: Mapping[str, Mapping[str, str | None]]) -> None:
         """Raises RequestError for a value that would be replaced by another."""
@@ -303,7 +349,7 @@ class Api:
             if isinstance(topic := parse_topic(self._trust_domain, text), StatusTopic)
         }
         rows = proxies.rows(reports, self._core.roots(), self._declared(), now)
-        broker, problems = self._broker(), self._core.problems()
+        broker, problems = self._broker(), (*self._core.problems(), *self._passed_by(now))
         return {
             "ok": broker.connected and broker.published and proxies.all_well(rows),
             "trust_domain": self._trust_domain,
@@ -313,6 +359,12 @@ class Api:
             "problems": problems,
             "proxies": [_proxy(row, now) for row in rows],
         }
+
+    def _passed_by(self, now: float) -> list[str]:
+        return [
+            f"Service {service} goes round its waypoint for {bypass.until - now:.0f} s more: {bypass.reason}"
+            for service, bypass in self._core.bypasses().items()
+        ]
 
     def _counts(self) -> dict[str, int]:
         """Kind -> how many there are."""
@@ -398,6 +450,9 @@ def _done(answer: Json) -> str:
     """What a request did, for the log; empty when that is nothing."""
     if "token" in answer:
         return f"made a token for workload {answer['workload']} of {answer['identity']}"
+    if "service" in answer:
+        lasts = f"goes round its waypoint for {answer['for_s']} s: {answer['reason']}"
+        return f"Service {answer['service']} {lasts if answer['for_s'] else 'goes round its waypoint no more'}"
     if answer["dry_run"]:
         return ""
     changes = [

@@ -13,11 +13,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from control.api import index, messages, status
+from control.api.bindings import Subject
 from control.api.declared import Place
 from control.api.fields import RecordError
 from control.api.gateway import gateway_identity
@@ -40,11 +41,14 @@ from control.api.topics import (
 )
 from control.api.workload import key
 from control.server import documents, publication
+from control.server.bindings import Bypass, State, resumed
+from control.server.bindings import Report as BindingReport
 from control.server.ca import Authority, CaError
 from control.server.documents import Document
+from control.server.flips import Flips, Progress, World, changed_states, concerned_by_change, live, standings
 from control.server.pending import Pending
 from control.server.publication import Message, Pen, Rank
-from control.server.registry import ChangeSet, NotFound, Plan, Registry, named_place
+from control.server.registry import Bound, ChangeSet, NotFound, Plan, Registry, named_place
 from control.server.residents import Residents
 from control.server.signing import ConfigKey
 from control.server.store import Batch, Store, StoreError
@@ -57,6 +61,7 @@ _REPORT_OVERHEAD_BYTES: Final = 1000
 _MAX_UNTAKEN: Final = 1000  # statuses that wait to be taken off the broker
 _MAX_PROBLEMS: Final = 100
 _CLOCK_STEP_S: Final = 60
+_RETRY_S: Final = 5.0
 _STATUSES: Final = "status/"
 """Their group among what waits, where others go by their namespace."""
 
@@ -112,6 +117,8 @@ class Core:
         self._config_key = config_key
         self._clock = clock
         self.on_pending = on_pending
+        self.on_progress: Callable[[], None] = lambda: None
+        """Likewise, when something that is bound to a waypoint may go on: `advance`."""
         self._root_namespace = root_namespace
         self._writing = threading.Lock()
         """Held by whoever works out what to write next, which may take long."""
@@ -127,17 +134,26 @@ class Core:
         """By proxy hash."""
         self._problems: deque[str] = deque(maxlen=_MAX_PROBLEMS)
         self._registry = Registry(store, self._trust_domain, root_namespace, _residents(store, self._trust_domain))
+        self._flips = Flips(self._trust_domain, store.bindings(), store.bypasses())
         self._stamp = store.stamp()
         with self._writing:
             self._begin_epoch(max(self._stamp[0] + 1, int(clock())))
 
     # Desired state
 
-    def apply(self, files: Iterable[tuple[str, str]], *, dry_run: bool = False, release: bool = False) -> ChangeSet:
+    def apply(
+        self,
+        files: Iterable[tuple[str, str]],
+        *,
+        dry_run: bool = False,
+        release: bool = False,
+        force: bool = False,
+    ) -> ChangeSet:
         """Adds or replaces the resources of some files: (name to show in errors, YAML text).
 
-        All of it or nothing. Raises ResourceErrors (what is wrong, with file and line) and registry.Held (a change that
-        takes much away, without `release`). A dry run does all but commit.
+        All of it or nothing. Raises ResourceErrors (what is wrong, with file and line), registry.Held (a change that
+        takes much away, without `release`) and registry.Loose (one that binds something to a waypoint that is not
+        there, without `force`). A dry run does all but commit.
         """
         errors: list[ResourceError] = []
         given: list[Document] = []
@@ -149,12 +165,14 @@ class Core:
         if errors:
             raise ResourceErrors(errors)
         with self._writing:
-            return self._change(given, (), dry_run=dry_run, release=release)
+            return self._change(given, (), dry_run=dry_run, release=release, force=force)
 
-    def delete(self, places: Iterable[Place], *, dry_run: bool = False, release: bool = False) -> ChangeSet:
+    def delete(
+        self, places: Iterable[Place], *, dry_run: bool = False, release: bool = False, force: bool = False
+    ) -> ChangeSet:
         """Removes resources. Raises registry.NotFound, and what `apply` raises."""
         with self._writing:
-            return self._change((), dict.fromkeys(places), dry_run=dry_run, release=release)
+            return self._change((), dict.fromkeys(places), dry_run=dry_run, release=release, force=force)
 
     def relabel(
         self,
@@ -164,6 +182,7 @@ class Core:
         annotations: Mapping[str, str | None] = {},
         dry_run: bool = False,
         release: bool = False,
+        force: bool = False,
     ) -> ChangeSet:
         """Sets labels and annotations of one resource; None removes one. Raises what `delete` raises."""
         with self._writing:
@@ -171,11 +190,51 @@ class Core:
             if text is None:
                 raise NotFound(f"there is no {named_place(place)}")
             edited = documents.with_metadata(text, {"labels": labels, "annotations": annotations})
-            return self._change(documents.read(edited, named_place(place)), (), dry_run=dry_run, release=release)
+            given = documents.read(edited, named_place(place))
+            return self._change(given, (), dry_run=dry_run, release=release, force=force)
 
     def get(self, kind: str = "", namespace: str = "", name: str = "") -> list[tuple[Place, str]]:
         """Resources and their YAML in order of namespace, kind and name; an empty argument stands for all."""
         return self._store.documents(kind, namespace, name)
+
+    # Waypoints
+
+    def bypass(self, service: str, until: float, reason: str) -> None:
+        """Suspends the binding of a service (its key) until a time (Unix seconds), which may be past: then it ends.
+
+        Raises registry.NotFound for a service that is not bound.
+        """
+        with self._writing:
+            if until > self._clock() and ("Service", service) not in self._flips.states:
+                raise NotFound(f"Service {service} is not bound to a waypoint; `meshctl waypoint list` shows what is")
+            self._flip({**self._flips.bypasses, service: Bypass(until, reason)})
+
+    def advance(self) -> float | None:
+        """Takes every binding as far as proxies have followed. Seconds until it is to be asked again at the latest.
+
+        Ask it only while statuses are heard, whenever `on_progress` was called.
+        """
+        with self._writing:
+            try:
+                self._flip(self._flips.bypasses)
+            except (ResourceErrors, StoreError, MessageError) as error:
+                self._note(f"bindings to waypoints cannot go on: {error}")
+                return _RETRY_S
+            return self._flips.next_look(self._clock())
+
+    def resume(self) -> None:
+        """Says that statuses are heard from now on: nobody was waited for before."""
+        with self._writing:
+            self._flips.states = resumed(self._flips.states, self._clock())
+
+    def progress(self) -> list[Progress]:
+        """How far each binding to a waypoint is."""
+        with self._writing:
+            return self._flips.progress(self._world({}))
+
+    def bypasses(self) -> dict[str, Bypass]:
+        """Key of the service -> the bypass."""
+        return dict(self._flips.bypasses)
 
     # Publishing
 
@@ -297,6 +356,8 @@ class Core:
             self._forget_report(topic, parsed)
             if body is not None:
                 self._take_report(topic, parsed, Report(status.read(parsed, body), self._clock(), len(payload)))
+            if self._flips.under_way:
+                self.on_progress()
         except (TopicError, MessageError, RecordError) as error:
             self._note(f"status {topic[:120]}: {error}")
             self._clear([topic])
@@ -359,10 +420,76 @@ class Core:
             self.on_pending()
 
     def _change(
-        self, given: Sequence[Document], removed: Iterable[Place], *, dry_run: bool, release: bool
+        self, given: Sequence[Document], removed: Collection[Place], *, dry_run: bool, release: bool, force: bool
     ) -> ChangeSet:
-        plan = self._registry.plan(given, removed, release=release)
         pen = self._pen()
+        old = self._flips.states
+        # What is bound follows from the resources, and records from both.
+        plan = self._registry.plan(given, removed, release=release, standings=standings(old))
+        new = self._flips.stepped(self._world(plan.bound), self._flips.bypasses, pen.stamp)
+        if again := concerned_by_change(old, new):
+            plan = self._registry.plan(given, removed, release=release, standings=standings(new), again=again)
+        if not force:
+            self._registry.check_gateways(plan, old, new)
+        changed = self._messages(pen, plan)
+        if dry_run:
+            return ChangeSet(plan.changes, plan.warnings, len(changed), None)
+        self._put(plan, changed, new, self._flips.bypasses, pen.stamp)
+        return ChangeSet(plan.changes, plan.warnings, len(changed), pen.stamp if changed else None)
+
+    def _flip(self, bypasses: Mapping[str, Bypass]) -> None:
+        """Brings bindings on, and what is published with them."""
+        old, now = self._flips.states, self._clock()
+        kept = {service: bypass for service, bypass in bypasses.items() if bypass.until > now}
+        if not old and not self._flips.bypasses and not kept:
+            return
+        unseen = self._flips.namespaces() - self._registry.bound.keys()
+        pen = self._pen()
+        seen = self._registry.plan((), standings=standings(old), again=unseen).bound if unseen else {}
+        new = self._flips.stepped(self._world(seen), kept, pen.stamp)
+        again = concerned_by_change(old, new) | unseen
+        if again or new != old or kept != self._flips.bypasses:
+            plan = self._registry.plan((), standings=standings(new), again=again)
+            self._put(plan, self._messages(pen, plan), new, kept, pen.stamp)
+
+    def _put(
+        self,
+        plan: Plan,
+        changed: list[Message],
+        states: dict[Subject, State],
+        bypasses: Mapping[str, Bypass],
+        stamp: Stamp,
+    ) -> None:
+        """Puts a plan into force, with the bindings that it was made for."""
+        flips = self._flips
+        batch = Batch(
+            stamp if changed else self._stamp,
+            dict(plan.documents),
+            dict(plan.vips),
+            changed,
+            bindings=changed_states(flips.states, states),
+            bypasses={
+                service: bypasses.get(service)
+                for service in {*flips.bypasses, *bypasses}
+                if flips.bypasses.get(service) != bypasses.get(service)
+            },
+        )
+        self._commit(batch, soon=True, plan=plan)
+        flips.states, flips.bypasses = states, bypasses
+        if states:
+            self.on_progress()
+
+    def _world(self, bound: Mapping[str, Bound]) -> World:
+        """`bound`: of the namespaces that are about to change."""
+        now = self._clock()
+        reports = [
+            (BindingReport(topic.proxy_hash, report.status), report.received_at)
+            for name, report in list(self._reports.items())
+            if isinstance(topic := self._parsed(name), StatusTopic)
+        ]
+        return World({**self._registry.bound, **bound}, live(reports, now), self._roots, now)
+
+    def _messages(self, pen: Pen, plan: Plan) -> list[Message]:
         try:
             changed = [
                 message
@@ -371,14 +498,9 @@ class Core:
                     pen, namespace, built.old, built.bodies, unchanged=built.unchanged
                 )
             ]
-            changed += self._address_messages(pen, plan)
+            return changed + self._address_messages(pen, plan)
         except MessageError as error:
             raise ResourceErrors([ResourceError("what would be published", 0, "", str(error))]) from None
-        if dry_run:
-            return ChangeSet(plan.changes, plan.warnings, len(changed), None)
-        stamp = pen.stamp if changed else self._stamp
-        self._commit(Batch(stamp, dict(plan.documents), dict(plan.vips), changed), soon=True, plan=plan)
-        return ChangeSet(plan.changes, plan.warnings, len(changed), stamp if changed else None)
 
     def _address_messages(self, pen: Pen, plan: Plan) -> list[Message]:
         changed = {namespace: built.residents for namespace, built in plan.namespaces.items()}

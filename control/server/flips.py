@@ -131,7 +131,7 @@ def concerned(states: Mapping[Subject, State]) -> frozenset[str]:
     return frozenset(map(_namespace, keys))
 
 
-def changed(before: Mapping[Subject, State], after: Mapping[Subject, State]) -> dict[Subject, State | None]:
+def changed_states(before: Mapping[Subject, State], after: Mapping[Subject, State]) -> dict[Subject, State | None]:
     """The bindings that are not as they were; None: gone."""
     every = {*before, *after}
     return {subject: after.get(subject) for subject in every if before.get(subject) is not after.get(subject)}

@@ -54,6 +54,8 @@ class Publisher:
         self._client_id = f"control-plane-{secrets.token_hex(16)}"
         self._statuses = subtree(self._trust_domain, "status").removesuffix("#")
         self._wake = asyncio.Event()
+        self._stirred = asyncio.Event()
+        """Something that is bound to a waypoint may go on."""
         self._ending = False
         """Python 3.11's TaskGroup drops a cancellation that meets a failure, such as the loss of the connection."""
         self._epoch_seen = 0
@@ -71,7 +73,11 @@ class Publisher:
         def wake() -> None:
             loop.call_soon_threadsafe(self._wake.set)
 
+        def stir() -> None:
+            loop.call_soon_threadsafe(self._stirred.set)
+
         self._core.on_pending = wake
+        self._core.on_progress = stir
         async with asyncio.TaskGroup() as group:
             group.create_task(self._refresh())
             group.create_task(self._reconnect())
@@ -130,6 +136,8 @@ class Publisher:
             await asyncio.to_thread(self._core.audited, audit.held)
             self.connected, self.problem = True, ""
             _log.info("connected to the broker, which holds %d records", len(audit.held))
+            await asyncio.to_thread(self._core.resume)
+            group.create_task(self._advance())
             await self._publish(broker)
 
     async def _raise_epoch(self) -> None:
@@ -170,6 +178,17 @@ class Publisher:
         applied = _epoch_applied(self._trust_domain, topic, payload)
         if applied <= time.time() + MAX_EPOCH_AHEAD_S:  # or it would hide what others report
             self._epoch_seen = max(self._epoch_seen, applied)
+
+    async def _advance(self) -> None:
+        """Brings bindings to waypoints on, as proxies report that they follow. While no report is heard, nobody can be
+        waited for, so nothing goes on.
+        """
+        while True:
+            self._stirred.clear()
+            wait = await asyncio.to_thread(self._core.advance)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._stirred.wait()
 
     async def _publish(self, broker: Connection) -> None:
         while True:

@@ -19,11 +19,19 @@ from typing import Final
 from control.api import messages, records, vips
 from control.api.address import IpAddress
 from control.api.bindings import Standings, Subject, Wish
-from control.api.declared import DeclaredPolicy, DeclaredService, DeclaredWorkload, Family, Place, Resource
+from control.api.declared import (
+    DeclaredGateway,
+    DeclaredPolicy,
+    DeclaredService,
+    DeclaredWorkload,
+    Family,
+    Place,
+    Resource,
+)
 from control.api.gateway import Gateway
 from control.api.identity import TrustDomain, make_id
 from control.api.index import Resident
-from control.api.labels import Labels, selects
+from control.api.labels import USE_WAYPOINT, Labels, selects
 from control.api.mesh import Elsewhere, Mesh
 from control.api.messages import Body, Stamp
 from control.api.policy import AuthorizationPolicy
@@ -31,8 +39,9 @@ from control.api.problems import Position, ResourceError, ResourceErrors
 from control.api.records import Record
 from control.api.route import HTTPRoute
 from control.api.topics import EndpointTopic, format_topic
-from control.api.workload import Endpoint, Service, Workload
+from control.api.workload import Endpoint, Service, Workload, key
 from control.server import documents
+from control.server.bindings import Phase, State
 from control.server.documents import Document
 from control.server.publication import Message
 from control.server.residents import Claim, Others, Residents, named
@@ -46,6 +55,8 @@ HELD_LEAST: Final = 4
 _MAX_FORMS: Final = 8  # namespaces; of 1,000 workloads each, they take 20 MB
 
 _GUARDED: Final = ("Service", "WorkloadEntry")
+_HEARD_OF_ELSEWHERE: Final = ("Gateway", "AuthorizationPolicy")
+"""What says something about services and workloads of other namespaces that a Gateway of this one serves."""
 
 
 class Action(Enum):
@@ -84,6 +95,10 @@ class NotFound(Exception):
 
 class Held(Exception):
     """A change that takes so much away that an operator must release it. The text says what it removes."""
+
+
+class Loose(Exception):
+    """A change that binds something to a Gateway that is not there, or takes it away. The text names both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,10 @@ class Plan:
     namespaces: Mapping[str, Built]
     vips: Mapping[tuple[str, Family], IpAddress | None]
     """Those that change; None: given back."""
+
+    @property
+    def bound(self) -> dict[str, Bound]:
+        return {name: built.bound for name, built in self.namespaces.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +211,12 @@ class Registry:
             changes.append(self._removal(place))
             texts[place] = None
         touched = {_group(place) for place in texts} | (set(again) & self._store.namespaces())
+        if any(kind in _HEARD_OF_ELSEWHERE for kind, _, _ in texts):
+            touched |= {
+                _namespace_of(subject[1])
+                for subject, standing in standings.items()
+                if any(_namespace_of(gateway) in touched for gateway in standing.gateways)
+            }
         if release:
             # What was kept back goes now, though no document says anything new.
             touched |= {_group(document.place) for document in given}
@@ -215,6 +240,32 @@ class Registry:
             namespaces=built,
             vips=self._vip_changes(built),
         )
+
+    def check_gateways(self, plan: Plan, old: Mapping[Subject, State], new: Mapping[Subject, State]) -> None:
+        """Raises Loose when a plan takes away a Gateway that something is bound to, or binds something to none.
+
+        `old`, `new`: the bindings, as they are and as they would be.
+        """
+        there = {key(namespace, name) for (_, namespace, name), _ in self._store.documents(kind="Gateway")}
+        named = {
+            key(namespace, name): text for (kind, namespace, name), text in plan.documents.items() if kind == "Gateway"
+        }
+        gone = {gateway for gateway, text in named.items() if text is None}
+        for subject, state in new.items():
+            if state.phase is not Phase.LINGERING and (lost := gone & {state.gateway, state.previous}):
+                raise Loose(
+                    f"Gateway {min(lost)} serves {' '.join(subject)}, whose callers would be refused. Take the label "
+                    f"{USE_WAYPOINT} away first, or insist with --force"
+                )
+        there = (there | named.keys()) - gone
+        for bound in plan.bound.values():
+            for subject, wish in bound.wishes.items():
+                asked = subject not in old or old[subject].gateway != wish.gateway
+                if asked and wish.gateway not in there:
+                    raise Loose(
+                        f"{' '.join(subject)} would be bound to Gateway {wish.gateway}, and there is none. Make it "
+                        "with `meshctl waypoint apply`, or insist with --force"
+                    )
 
     def accept(self, plan: Plan) -> None:
         """Takes a plan for what is in force, after the store has it."""
@@ -299,6 +350,7 @@ class Registry:
             for address, holder in self._claims(name, resources[name].values()):
                 claims.setdefault(address, (name, holder))
         principals = self._principals(resources)
+        gateways, guarded = self._gateways(resources)
         built: dict[str, Built] = {}
         errors: list[ResourceError] = []
         for name in order:
@@ -307,6 +359,8 @@ class Registry:
                 namespaces=declared,
                 principals=principals,
                 vips=self._vips.get(name, {}),
+                gateways={key: one for key, one in gateways.items() if one.namespace != name},
+                guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
             )
             try:
@@ -364,6 +418,23 @@ class Registry:
         return self.residents.principals(without=resources).union(
             make_id(self._trust_domain, *account).principal for account in accounts
         )
+
+    def _gateways(
+        self, resources: Mapping[str, Mapping[Place, Resource]]
+    ) -> tuple[dict[str, DeclaredGateway], frozenset[str]]:
+        """All Gateways by key, and the keys of those that policies target, when some namespaces are as given."""
+        having = {namespace for (_, namespace, _), _ in self._store.documents(kind="Gateway")}
+        gateways: dict[str, DeclaredGateway] = {}
+        guarded: set[str] = set()
+        for name in {*having, *resources}:
+            found = resources[name] if name in resources else self._resources_of(name)
+            for resource in found.values():
+                match resource:
+                    case DeclaredGateway():
+                        gateways[resource.key] = resource
+                    case DeclaredPolicy():
+                        guarded |= {target.key for target in resource.policy.targets if target.kind == "Gateway"}
+        return gateways, frozenset(guarded)
 
     def _selected_elsewhere(
         self, name: str, resources: Mapping[str, Mapping[Place, Resource]], selector: Labels

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from control.server.core import Core, Retained
 
 PREFIX = "mesh/v1/cluster.local/"
+KINDS = ("svc", "wl", "policy", "gw", "route")
+"""Records that the index lists."""
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Shelf:
             assert manifest["count"] == len(stamps.get(service, []))
             assert manifest["digest"] == sha256(msgpack.packb(sorted(stamps.get(service, []))))
         indexed = {name for name in found.records if not name.startswith("ep/")}
-        assert indexed == {"/".join(levels) for kind in ("svc", "wl", "policy") for _, levels in self._live(kind)}
+        assert indexed == {"/".join(levels) for kind in KINDS for _, levels in self._live(kind)}
 
     def _read_addresses(self, key: Ed25519PublicKey, found: Read) -> None:
         root = self._signed("addr", key)
