@@ -1,0 +1,255 @@
+"""What labels ask of waypoints, and what standings make of the records of callers, destinations and waypoints."""
+
+from __future__ import annotations
+
+import pytest
+
+from control.api import resources
+from control.api.bindings import Standing, Wish
+from control.api.declared import DeclaredGateway
+from control.api.gateway import Binding, Bound, Instance, Traffic, Via
+from control.api.identity import make_id, parse_trust_domain
+from control.api.mesh import Elsewhere, Mesh
+from control.api.problems import Position, ResourceErrors
+
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: wp}}
+spec: {clusterIP: 240.240.0.1, selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}
+"""
+WORKLOAD = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web-1, namespace: shop, labels: {app: web}}
+spec: {address: 10.0.0.1, serviceAccount: web}
+"""
+GATEWAY = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: wp, namespace: shop, labels: {istio.io/waypoint-for: all}}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE, allowedRoutes: {namespaces: {from: Same}}}]
+"""
+INSTANCE = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: wp-1, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: wp}}
+spec: {address: 10.0.0.9, serviceAccount: wp}
+"""
+NAMESPACE = """\
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/use-waypoint: wp, tier: a}}
+"""
+POLICY = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: p, namespace: shop}
+spec: {targetRefs: [{kind: Service, name: web}]}
+"""
+UNBOUND = SERVICE.replace(", labels: {istio.io/use-waypoint: wp}", "")
+OPTED_OUT = SERVICE.replace("use-waypoint: wp", "use-waypoint: none")
+ON_WORKLOAD = WORKLOAD.replace("{app: web}", "{app: web, istio.io/use-waypoint: wp}")
+OPTIONAL = SERVICE.replace("wp}}", "wp}, annotations: {mesh.uproxy.dev/waypoint-binding: optional}}")
+WEB, POD = ("Service", "shop/web"), ("WorkloadEntry", "shop/web-1")
+THROUGH = Binding("shop/wp", Via.WAYPOINT)
+_NOWHERE = Position("elsewhere", 0, {})
+
+
+def build(*texts, **options):
+    return Mesh.build(resources.parse("---\n".join(texts), "f.yaml"), "cluster.local", **options)
+
+
+def errors_of(*texts, **options):
+    with pytest.raises(ResourceErrors) as caught:
+        build(*texts, **options)
+    return [str(error).removeprefix("f.yaml:") for error in caught.value.errors]
+
+
+def bounds_of(mesh, name="web-1"):
+    return next(workload.bounds for workload in mesh.workloads if workload.name == name)
+
+
+def test_a_label_on_a_service_binds_it_and_the_ports_behind_it():
+    mesh = build(SERVICE, WORKLOAD, GATEWAY, INSTANCE)
+    assert mesh.wishes == {WEB: Wish("shop/wp", optional=False, guarded=False)}
+    assert mesh.services[0].binding == THROUGH
+    assert bounds_of(mesh) == (Bound(8080, ("shop/wp",), (), enforced=True),)
+    assert bounds_of(mesh, "wp-1") == ()
+    residents = mesh.residents()
+    assert residents["240.240.0.1"].bound
+    assert residents["10.0.0.1"].bindings == ((8080, THROUGH),)
+    assert residents["10.0.0.1"].binding_at(8080) == THROUGH
+    assert residents["10.0.0.1"].binding_at(9000) is None
+    assert residents["10.0.0.9"].bindings == ()
+    (gateway,) = mesh.gateways
+    assert (gateway.traffic, gateway.instances) == (Traffic.ALL, (Instance("shop/wp-1", "10.0.0.9"),))
+    assert (gateway.services, gateway.workloads) == (("shop/web",), ())
+    assert mesh.warnings == ()
+
+
+def test_a_label_on_a_workload_binds_all_its_ports():
+    mesh = build(UNBOUND, ON_WORKLOAD, GATEWAY)
+    assert mesh.wishes == {POD: Wish("shop/wp", optional=False, guarded=False)}
+    assert mesh.services[0].binding is None
+    (bound,) = bounds_of(mesh)
+    assert bound == Bound(0, ("shop/wp",), (), enforced=True)
+    assert mesh.workloads[0].bound_at(1234) == bound
+    assert mesh.residents()["10.0.0.1"].binding_at(1234) == THROUGH
+    assert mesh.gateways[0].workloads == ("shop/web-1",)
+
+
+@pytest.mark.parametrize(
+    ("traffic", "subjects"),
+    [("service", {WEB}), ("workload", {POD}), ("all", {WEB, POD}), ("none", set())],
+)
+def test_a_label_on_a_namespace_binds_what_the_gateway_takes_and_says_nothing_of_the_rest(traffic, subjects):
+    mesh = build(NAMESPACE, UNBOUND, WORKLOAD, GATEWAY.replace("for: all", f"for: {traffic}"), INSTANCE)
+    assert mesh.wishes.keys() == subjects
+    assert mesh.warnings == ()
+
+
+def test_an_object_stands_above_its_namespace():
+    assert build(NAMESPACE, OPTED_OUT, WORKLOAD, GATEWAY).wishes.keys() == {POD}
+    other = GATEWAY.replace("name: wp", "name: other")
+    mesh = build(NAMESPACE.replace("wp", "other"), SERVICE, WORKLOAD, GATEWAY, other)
+    assert mesh.wishes[WEB].gateway == "shop/wp"
+    assert mesh.wishes[POD].gateway == "shop/other"
+
+
+def test_what_two_bind_believes_both_and_exempts_who_both_exempt():
+    def exempting(text, *accounts):
+        names = ",".join(f"spiffe://cluster.local/ns/mon/sa/{account}" for account in accounts)
+        return text.replace("}}\nspec", "}, annotations: {mesh.uproxy.dev/waypoint-exempt: '%s'}}\nspec" % names)  # noqa: UP031
+
+    one = exempting(SERVICE, "a", "b")
+    two = exempting(SERVICE.replace("name: web", "name: too").replace("0.0.1", "0.0.2"), "b", "c")
+    two = two.replace("use-waypoint: wp", "use-waypoint: wp2")
+    mesh = build(one, two, WORKLOAD, GATEWAY, GATEWAY.replace("name: wp", "name: wp2"))
+    exempt = make_id(parse_trust_domain("cluster.local"), "mon", "b")
+    assert bounds_of(mesh) == (Bound(8080, ("shop/wp", "shop/wp2"), (exempt,), enforced=True),)
+
+
+def test_what_stands_for_all_ports_stands_for_each():
+    mesh = build(
+        SERVICE, ON_WORKLOAD.replace("waypoint: wp", "waypoint: wp2"), GATEWAY, GATEWAY.replace("name: wp", "name: wp2")
+    )
+    assert [(bound.port, bound.gateways) for bound in bounds_of(mesh)] == [
+        (0, ("shop/wp2",)),
+        (8080, ("shop/wp", "shop/wp2")),
+    ]
+    assert mesh.residents()["10.0.0.1"].binding_at(8080) == Binding("shop/wp2", Via.WAYPOINT)
+
+
+def test_an_optional_binding_is_preferred_and_never_enforced():
+    mesh = build(OPTIONAL, WORKLOAD, GATEWAY)
+    assert mesh.services[0].binding == Binding("shop/wp", Via.PREFERRED)
+    assert not bounds_of(mesh)[0].enforced
+
+
+@pytest.mark.parametrize("target", ["{kind: Service, name: web}", "{kind: Gateway, group: G, name: wp}"])
+def test_a_policy_of_the_service_or_its_gateway_guards_it(target):
+    target = target.replace("G,", "gateway.networking.k8s.io,")
+    assert build(SERVICE, WORKLOAD, GATEWAY, POLICY.replace("{kind: Service, name: web}", target)).wishes[WEB].guarded
+
+
+def test_a_policy_elsewhere_guards_through_the_gateway():
+    gateway = DeclaredGateway("edge", "wp", Traffic.SERVICE, {}, _NOWHERE)
+    text = SERVICE.replace("waypoint: wp", "waypoint: wp, istio.io/use-waypoint-namespace: edge")
+    for guarded in (frozenset(), frozenset({"edge/wp"})):
+        elsewhere = Elsewhere(gateways={"edge/wp": gateway}, guarded=guarded)
+        assert build(text, WORKLOAD, elsewhere=elsewhere).wishes == {WEB: Wish("edge/wp", False, bool(guarded))}
+
+
+def test_records_say_what_stands_and_not_what_is_wished():
+    standing = Standing(("shop/old", "shop/wp"), enforced=False, binding=Binding("shop/old", Via.WAYPOINT))
+    standings = {WEB: standing, ("Service", "bank/x"): Standing(("shop/wp",), enforced=True, binding=THROUGH)}
+    mesh = build(SERVICE, WORKLOAD, GATEWAY, standings=standings)
+    assert mesh.wishes.keys() == {WEB}
+    assert mesh.services[0].binding == standing.binding
+    assert bounds_of(mesh) == (Bound(8080, ("shop/old", "shop/wp"), (), enforced=False),)
+    assert mesh.gateways[0].services == ("bank/x", "shop/web")
+    pending = build(SERVICE, WORKLOAD, GATEWAY, standings={})
+    assert pending.wishes == mesh.wishes
+    assert (pending.services[0].binding, bounds_of(pending), pending.bindings) == (None, (), {})
+    assert pending.gateways[0].services == ()
+
+
+def test_a_gateway_that_is_not_there_refuses_files_and_warns_a_control_plane():
+    (error,) = errors_of(SERVICE.replace("waypoint: wp", "waypoint: wq"), WORKLOAD, GATEWAY)
+    assert error == (
+        "3: metadata.labels['istio.io/use-waypoint']: there is no Gateway shop/wq; apply it, as `meshctl waypoint "
+        "apply` does, or name another (did you mean 'shop/wp'?)"
+    )
+    mesh = build(SERVICE, WORKLOAD, standings={})
+    assert mesh.wishes.keys() == {WEB}
+    assert "there is no Gateway shop/wp" in str(mesh.warnings)
+
+
+def test_a_namespace_s_missing_gateway_is_told_once():
+    second = UNBOUND.replace("name: web", "name: two").replace("0.0.1", "0.0.2")
+    (error,) = errors_of(NAMESPACE, UNBOUND, second, WORKLOAD)
+    assert error.startswith("3: metadata.labels['istio.io/use-waypoint']: there is no Gateway shop/wp")
+
+
+@pytest.mark.parametrize(
+    ("admits", "admitted"),
+    [
+        (None, False),
+        ({}, True),
+        ({"tier": "a"}, True),
+        ({"tier": "b"}, False),
+        ({"kubernetes.io/metadata.name": "shop"}, True),
+        ({"kubernetes.io/metadata.name": "bank"}, False),
+    ],
+)
+@pytest.mark.parametrize("standings", [None, {}])
+def test_a_gateway_says_which_namespaces_it_admits(admits, admitted, standings):
+    texts = (
+        SERVICE.replace("waypoint: wp", "waypoint: wp, istio.io/use-waypoint-namespace: edge"),
+        WORKLOAD,
+        NAMESPACE.replace("istio.io/use-waypoint: wp, ", ""),
+    )
+    elsewhere = Elsewhere(gateways={"edge/wp": DeclaredGateway("edge", "wp", Traffic.SERVICE, admits, _NOWHERE)})
+    if admitted:
+        assert build(*texts, elsewhere=elsewhere, standings=standings).wishes.keys() == {WEB}
+    else:
+        (error,) = errors_of(*texts, elsewhere=elsewhere, standings=standings)
+        assert "Gateway edge/wp does not admit namespace shop; widen its spec.listeners[0]" in error
+        # What is bound stays bound, whatever the Gateway's owner does: a policy would be lost.
+        bound = {WEB: Standing(("edge/wp",), enforced=True, binding=Binding("edge/wp", Via.WAYPOINT))}
+        mesh = build(*texts, elsewhere=elsewhere, standings=bound)
+        assert mesh.wishes.keys() == {WEB}
+        assert "does not admit" in str(mesh.warnings)
+
+
+@pytest.mark.parametrize(("text", "traffic"), [(SERVICE, "workload"), (ON_WORKLOAD, "service"), (SERVICE, "none")])
+def test_a_label_that_the_gateway_does_not_take_is_told(text, traffic):
+    texts = (UNBOUND, text) if text is ON_WORKLOAD else (text, WORKLOAD)
+    mesh = build(*texts, GATEWAY.replace("for: all", f"for: {traffic}"))
+    assert mesh.wishes == {}
+    assert f"does nothing: Gateway shop/wp does not take traffic to {'se' if text is SERVICE else 'wo'}" in str(
+        mesh.warnings
+    )
+
+
+@pytest.mark.parametrize("name", ["waypoint-binding: optional", "waypoint-exempt: spiffe://cluster.local/ns/a/sa/b"])
+def test_an_annotation_without_a_waypoint_is_told(name):
+    mesh = build(UNBOUND.replace("shop}", f"shop, annotations: {{mesh.uproxy.dev/{name}}}}}", 1), WORKLOAD)
+    assert "does nothing: no istio.io/use-waypoint binds this to a waypoint" in str(mesh.warnings)
+
+
+def test_nobody_of_another_trust_domain_is_exempt():
+    exempt = "annotations: {mesh.uproxy.dev/waypoint-exempt: spiffe://other/ns/a/sa/b}"
+    (error,) = errors_of(SERVICE.replace("wp}}", f"wp}}, {exempt}}}"), WORKLOAD, GATEWAY)
+    assert "spiffe://other/ns/a/sa/b is of another trust domain than cluster.local" in error
+
+
+def test_only_a_process_of_a_gateway_has_its_identity():
+    (error,) = errors_of(GATEWAY, WORKLOAD.replace("serviceAccount: web", "serviceAccount: wp"))
+    assert "spec.serviceAccount: is the identity of Gateway shop/wp, whose processes are believed" in error
+    (error,) = errors_of(GATEWAY, INSTANCE.replace("serviceAccount: wp", "serviceAccount: web"))
+    assert "spec.serviceAccount: must be 'wp', the name of the Gateway" in error
+    assert "names no Gateway of namespace shop: 'wp'; apply it" in str(build(INSTANCE).warnings)
