@@ -19,16 +19,20 @@ from hypothesis.stateful import (
 
 from control.api import index, messages, records
 from control.api.address import IpAddress
+from control.api.gateway import Binding, Gateway, Traffic, Via
 from control.api.identity import make_id, proxy_hash
 from control.api.index import ResidentService
 from control.api.policy import Action, AuthorizationPolicy
+from control.api.route import NO_MODIFIER, Backend, HTTPRoute, Match, Parent, PathKind, PathMatch, RouteRule
 from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
     EndpointTopic,
+    GatewayTopic,
     ManifestTopic,
     PolicyTopic,
     RootTopic,
+    RouteTopic,
     ServiceTopic,
     Topic,
     TrustTopic,
@@ -46,9 +50,12 @@ from tests.support.records import TRUST_DOMAIN, policies, workloads
 WEB = make_id(TRUST_DOMAIN, "shop", "web")
 OWN = format_topic(TRUST_DOMAIN, WorkloadTopic(proxy_hash(WEB), "web-1"))
 OWN_NAMESPACES = ("shop", ROOT_NAMESPACE)
+WP = make_id(TRUST_DOMAIN, "shop", "wp")
+WAYPOINT = "shop/wp"
+GATEWAYS = (WAYPOINT, "bank/gw")
 
 service_keys = st.sampled_from(["shop/web", "shop/web", "shop/db", "bank/db", "bank/x"])
-sides = st.sampled_from(["uproxy", "uproxy", "node"])
+sides = st.sampled_from(["uproxy", "uproxy", "waypoint", "node"])
 ips = st.integers(1, 12).map(lambda number: IpAddress(f"10.0.0.{number}"))
 residents = st.builds(ResidentService, st.just("shop"), st.sampled_from(["web", "db"]), st.just((80,)))
 
@@ -57,7 +64,32 @@ residents = st.builds(ResidentService, st.just("shop"), st.sampled_from(["web", 
 def services(draw) -> Service:
     namespace, service = draw(service_keys).split("/")
     ports = (ServicePort("http", draw(st.integers(1, 3)), 8080, ""),)
-    return Service(namespace, service, (draw(ips),), ports, {}, (make_id(TRUST_DOMAIN, namespace, "web"),))
+    binding = draw(st.none() | st.builds(Binding, st.sampled_from(GATEWAYS), st.just(Via.WAYPOINT)))
+    return Service(namespace, service, (draw(ips),), ports, {}, (make_id(TRUST_DOMAIN, namespace, "web"),), binding)
+
+
+@st.composite
+def gateways(draw) -> Gateway:
+    namespace, _, gateway = draw(st.sampled_from(GATEWAYS)).partition("/")
+    served = draw(st.sets(service_keys, max_size=3))
+    return Gateway(namespace, gateway, Traffic.SERVICE, (), tuple(sorted(served)), ())
+
+
+@st.composite
+def routes(draw) -> HTTPRoute:
+    namespace = draw(st.sampled_from(["shop", "bank"]))
+    some_services = st.sampled_from(["web", "db", "x"]).map(lambda own: f"{namespace}/{own}")
+    backends = draw(st.lists(some_services, max_size=2))
+    rule = RouteRule(
+        name="",
+        matches=(Match(PathMatch(PathKind.PREFIX, "/"), (), (), ""),),
+        request=NO_MODIFIER,
+        response=NO_MODIFIER,
+        backends=tuple(Backend(one, 80, 1, NO_MODIFIER, NO_MODIFIER) for one in backends),
+        timeout_ms=0,
+        backend_timeout_ms=0,
+    )
+    return HTTPRoute(namespace, draw(st.sampled_from(["a", "b"])), (Parent(draw(some_services), 0),), (), (rule,))
 
 
 @st.composite
@@ -80,7 +112,9 @@ few_policies = st.builds(
     st.none(),
     st.just(()),
 )
-some = st.one_of(services(), endpoints(), endpoints(), endpoints(), few_policies, own_workloads)
+some = st.one_of(
+    services(), endpoints(), endpoints(), endpoints(), few_policies, own_workloads, gateways(), gateways(), routes()
+)
 changes = st.one_of(
     st.lists(some, min_size=1, max_size=4), st.lists(st.one_of(some, workloads(), policies), min_size=1, max_size=4)
 )
@@ -102,6 +136,23 @@ def bodies(truth: Truth, namespace: str, kind: type) -> dict[str, messages.Body]
     }
 
 
+def keys_of(truth: Truth, kind: type) -> dict[str, object]:
+    """Key -> record, of a truth's services or Gateways."""
+    return {key(t.namespace, t.name): record for t, record in truth.records.items() if isinstance(t, kind)}
+
+
+def served(gateway: Gateway | None, every_route: list[HTTPRoute]) -> set[str]:
+    """Where a waypoint's Gateway leads."""
+    own = set(gateway.services) if gateway is not None else set()
+    return own | {
+        backend.service
+        for route in every_route
+        if any(parent.service in own for parent in route.parents)
+        for rule in route.rules
+        for backend in rule.backends
+    }
+
+
 def _parsed(text: str) -> Topic | None:
     return None if text.endswith("#") else parse_topic(TRUST_DOMAIN, text)
 
@@ -111,15 +162,24 @@ def shard_body(truth: Truth, number: int) -> Mapping[str, object]:
     return index.write(index.AddressShard(residents))["addresses"]
 
 
+def _waypoint() -> plane.Proxy:
+    def want(replica):
+        replica.want_workload(WP, "wp-1")
+        replica.want_waypoint(WAYPOINT)
+
+    return plane.Proxy(want)
+
+
 class Contract(RuleBasedStateMachine):
-    """One uProxy and one node agent at one broker."""
+    """One uProxy, one waypoint and one node agent at one broker."""
 
     def __init__(self) -> None:
         super().__init__()
         self.plane = ControlPlane(1_000_000)
         self.uproxy = plane.uproxy(WEB, "web-1")
+        self.waypoint = _waypoint()
         self.node = plane.node_agent()
-        self.proxies = {"uproxy": self.uproxy, "node": self.node}
+        self.proxies = {"uproxy": self.uproxy, "waypoint": self.waypoint, "node": self.node}
         self.broker = Broker(*self.proxies.values())
         self.floors: dict[tuple[str, str], tuple[int, int]] = {}
         self.newest: dict[str, tuple[int, int]] = {}
@@ -206,6 +266,7 @@ class Contract(RuleBasedStateMachine):
     def deliver(self, side, count, jumps):
         for number in range(count):
             self._deliver(side, jumps[number] if number < len(jumps) else 0)
+        self._follow_on(side)
 
     @rule(side=sides, seed=st.randoms(use_true_random=False))
     def deliver_shuffled(self, side, seed):
@@ -213,6 +274,16 @@ class Contract(RuleBasedStateMachine):
         seed.shuffle(self.proxies[side].queue)
         while self.proxies[side].queue:
             self._deliver(side, 0)
+        self._follow_on(side)
+
+    def _follow_on(self, side):
+        """Subscribe to what has been learnt to be of interest."""
+        proxy = self.proxies[side]
+        if proxy.subscribed and proxy.replica.asks_anew:
+            proxy.subscribe(self.broker.retained)
+            proxy.flush(NOW)
+            if side == "uproxy":
+                self._forget_leaving()
 
     def _deliver(self, side, place):
         proxy = self.proxies[side]
@@ -336,6 +407,10 @@ class Contract(RuleBasedStateMachine):
     def _forget_leaving(self):
         self.uproxy.flush(NOW)  # what is dropped goes with the next batch
         self.leaving.clear()
+        for topic in list(self.newest):
+            match _parsed(topic):
+                case RootTopic(namespace) if namespace not in self._namespaces():
+                    del self.newest[topic]
         self.was_absent &= set(self.uproxy.replica.services())
 
     @rule(side=sides)
@@ -364,7 +439,8 @@ class Contract(RuleBasedStateMachine):
     # What must hold
 
     def _namespaces(self):
-        return {*OWN_NAMESPACES, *(service.partition("/")[0] for service in self.uproxy.replica.services())}
+        wanted = (*self.uproxy.replica.services(), *self.uproxy.replica.gateways())
+        return {*OWN_NAMESPACES, *(one.partition("/")[0] for one in wanted)}
 
     @invariant()
     def never_goes_back(self):
@@ -376,6 +452,7 @@ class Contract(RuleBasedStateMachine):
     @invariant()
     def what_is_listed_was_published_as_a_whole(self):
         self._check_node()
+        self._check_waypoint()
         replica, held = self.uproxy.replica, self.uproxy.held
         roots = replica.roots()
         if not replica.based:
@@ -401,8 +478,9 @@ class Contract(RuleBasedStateMachine):
                 self.was_absent.add(service)
             else:
                 expected[topic] = record
-                assert status is Status.KNOWN or service in self.was_absent
-        kinds = (PolicyTopic, WorkloadTopic, ServiceTopic)
+                assert status is Status.KNOWN or service in self.was_absent or self._lacks_gateway(service)
+        self._check_gateways(self.uproxy)
+        kinds = (PolicyTopic, WorkloadTopic, ServiceTopic, RouteTopic)
         assert {t: b for t, b in held.items() if isinstance(parse_topic(TRUST_DOMAIN, t), kinds)} == expected
         for topic in held:
             match parse_topic(TRUST_DOMAIN, topic):
@@ -411,6 +489,59 @@ class Contract(RuleBasedStateMachine):
                 case AddressesTopic():
                     genuine = [messages.decode(p).body for t, p in self.broker.log if t == topic]
                     assert held[topic] in genuine
+
+    def _lacks_gateway(self, service):
+        binding = self.uproxy.state.service(service).binding
+        return binding is not None and self.uproxy.replica.gateway_status(binding.gateway) is Status.WAITING
+
+    def _check_gateways(self, proxy):
+        """Whatever is bound leads to its Gateway, which is what the same root says as everything else."""
+        replica, state = proxy.replica, proxy.state
+        bound = {one.binding.gateway for one in state.services() if one.binding is not None}
+        own = set() if proxy is self.uproxy else {WAYPOINT}
+        assert bound - own <= set(replica.gateways())
+        if replica.whole:
+            assert all(replica.gateway_status(one) is not Status.WAITING for one in replica.gateways())
+        for gateway in {*replica.gateways(), *own, *GATEWAYS}:
+            namespace = gateway.partition("/")[0]
+            status = replica.gateway_status(gateway)
+            if status is not Status.WAITING:
+                truth = self._truth(RootTopic(namespace), replica.roots()[namespace])
+                assert state.gateway(gateway) == keys_of(truth, GatewayTopic).get(gateway)
+                assert (state.gateway(gateway) is not None) == (status is Status.KNOWN)
+            elif gateway not in replica._gateways:  # else it may be leaving
+                assert state.gateway(gateway) is None
+
+    def _check_waypoint(self):
+        replica, held, state = self.waypoint.replica, self.waypoint.held, self.waypoint.state
+        assert replica.whole == (not replica.waiting())
+        if not replica.based:
+            assert not held
+            return
+        self._check_gateways(self.waypoint)
+        roots = replica.roots()
+        for namespace, root in roots.items():
+            truth = self._truth(RootTopic(namespace), root)
+            for kind in (PolicyTopic, RouteTopic):
+                expected = bodies(truth, namespace, kind)
+                found = {
+                    t: b for t, b in held.items() if isinstance(p := _parsed(t), kind) and p.namespace == namespace
+                }
+                assert found == expected
+            every_service = keys_of(truth, ServiceTopic)
+            for service in replica.services():
+                status = replica.service_status(service)
+                if service.startswith(f"{namespace}/") and status is not Status.WAITING:
+                    assert state.service(service) == every_service.get(service)
+                    assert (service in every_service) == (status is Status.KNOWN)
+        assert {t.split("/")[4] for t in held if isinstance(_parsed(t), PolicyTopic | RouteTopic)} <= roots.keys()
+        assert set(replica.services()) == served(state.gateway(WAYPOINT), self._routes_held(held))
+        if replica.whole:
+            assert all(replica.service_status(service) is not Status.WAITING for service in replica.services())
+
+    def _routes_held(self, held):
+        topics = {t: _parsed(t) for t in held}
+        return [records.read(p, held[t], TRUST_DOMAIN) for t, p in topics.items() if isinstance(p, RouteTopic)]
 
     def _check_node(self):
         replica, held = self.node.replica, self.node.held
@@ -461,6 +592,9 @@ class Contract(RuleBasedStateMachine):
             self._connect(side, self.broker.retained)
             while proxy.queue:
                 self._deliver(side, 0)
+                if not proxy.queue:
+                    proxy.idle(NOW)
+                    self._follow_on(side)
             proxy.idle(NOW)
         self.disturbed = False
         truth = self.plane.truth
@@ -483,8 +617,29 @@ class Contract(RuleBasedStateMachine):
                 then = self._truth(RootTopic(owner), root)
                 for kind in (ServiceTopic, PolicyTopic, WorkloadTopic):
                     assert bodies(then, owner, kind) == bodies(truth, owner, kind)
+        self._waypoint_converged()
         assert self.node.replica.whole
         assert self._truth(AddressesRootTopic(), self.node.replica.roots()[ADDRESSES]).residents == truth.residents
+
+    def _waypoint_converged(self):
+        truth, replica, state = self.plane.truth, self.waypoint.replica, self.waypoint.state
+        every_route = [one for t, one in truth.records.items() if isinstance(t, RouteTopic)]
+        gateway = keys_of(truth, GatewayTopic).get(WAYPOINT)
+        there = {one for one in ("shop", "bank", ROOT_NAMESPACE) if name(RootTopic(one)) in self.broker.retained}
+        assert replica.based == there.issuperset(OWN_NAMESPACES)
+        if not replica.based:
+            return
+        assert state.gateway(WAYPOINT) == gateway
+        needed = served(gateway, every_route)
+        assert set(replica.services()) <= needed, "routes of a namespace that has no root are unknown"
+        namespaces = {one.partition("/")[0] for one in (*replica.services(), *replica.gateways())}
+        assert replica.whole == namespaces.issubset(there), replica.waiting()
+        if replica.whole:
+            assert set(replica.services()) == needed
+            for service in needed:
+                assert state.service(service) == keys_of(truth, ServiceTopic).get(service)
+                held = {t: b for t, b in self.waypoint.held.items() if f"/ep/{service}/" in t}
+                assert held == (self._endpoints(truth, service) if state.service(service) is not None else {})
 
     def teardown(self):
         self.converges()
