@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from control.api.address import AddressError, IpAddress, parse_address
-from control.api.workload import Endpoint, Service, ServicePort, Workload
+from control.api.gateway import Gateway
+from control.api.workload import Endpoint, Service, ServicePort
 from control.client.state import State
 from uproxy.errors import Flag, RefusedError
 from uproxy.listener import Asked
@@ -46,7 +47,8 @@ class Destinations:
         self._gateway = gateway
         self._resolver = Resolver(state, random.Random())
         self._generation = -1
-        self._behind: dict[tuple[IpAddress, int], Destination] = {}  # the services' workloads, by their own addresses
+        # The services' workloads, by their own addresses; None until somebody dials one.
+        self._behind: dict[tuple[IpAddress, int], Destination] | None = None
         self._found: dict[tuple[str, int], Destination] = {}
 
     def find(self, asked: Asked) -> Destination:
@@ -54,7 +56,7 @@ class Destinations:
         if self._generation != self._state.generation:
             self._generation = self._state.generation
             self._found.clear()
-            self._index()
+            self._behind = None
         place = (asked.host, asked.port)
         found = self._found.get(place)
         if found is None:
@@ -92,50 +94,56 @@ class Destinations:
         except AddressError:
             service = self._state.service_named(asked.host)
             address = service.vips[0] if service is not None and service.vips else _NOWHERE
-            found = self._state.service_at(address, asked.port)
-        else:
-            behind = self._behind.get((address, asked.port))
-            if behind is not None:
-                return behind
-            workload = self._state.workload_at(address)
-            if workload is not None and workload.key in gateway.workloads:
-                straight = _straight(address, asked.port, workload)
-                return Destination(address, asked.port, (), asked.port, False, straight)
-            found = self._state.service_at(address, asked.port)
-        if found is None or found[0].key not in gateway.services:
-            raise RefusedError(
-                "wrong-destination",
-                f"{asked.authority} is nothing that Gateway {self._gateway} serves: is the label "
-                "istio.io/use-waypoint of its service or workload meant for another one?",
-                status=400,
-                flag=Flag.DENY,
-            )
-        service, port = found
-        return Destination(address, asked.port, (service,), port.port, speaks_http(port), None)
+        found = self._state.service_at(address, asked.port)
+        if found is not None and found[0].key in gateway.services:
+            service, port = found
+            return Destination(address, asked.port, (service,), port.port, speaks_http(port), None)
+        behind = self._workloads_of(gateway).get((address, asked.port))
+        if behind is not None:
+            return behind
+        workload = self._state.workload_at(address)
+        if workload is not None and workload.key in gateway.workloads:
+            straight = Hop(address, workload.identity, host_port(address, asked.port).encode(), workload)
+            return Destination(address, asked.port, (), asked.port, False, straight)
+        awaited = [service_key for service_key in gateway.services if self._state.service(service_key) is None]
+        if awaited:  # it may be one of these: another process of the waypoint may know it
+            raise RefusedError("no-config", f"{asked.authority}: {awaited[0]} has not come yet", flag=Flag.NO_CONFIG)
+        raise RefusedError(
+            "wrong-destination",
+            f"{asked.authority} is nothing that Gateway {self._gateway} serves: is the label "
+            "istio.io/use-waypoint of its service or workload meant for another one?",
+            status=400,
+            flag=Flag.DENY,
+        )
 
-    def _index(self) -> None:
-        self._behind.clear()
-        gateway = self._state.gateway(self._gateway)
-        for service_key in gateway.services if gateway is not None else ():
-            service = self._state.service(service_key)
-            if service is not None:
-                for endpoint in self._state.endpoints(service_key):
-                    self._index_endpoint(service, endpoint)
+    def _workloads_of(self, gateway: Gateway) -> dict[tuple[IpAddress, int], Destination]:
+        """What is behind the services, as destinations of their own."""
+        if self._behind is None:
+            self._behind = {}
+            for service_key in gateway.services:
+                service = self._state.service(service_key)
+                if service is not None:
+                    for endpoint in self._state.endpoints(service_key):
+                        self._add_endpoint(self._behind, service, endpoint)
+        return self._behind
 
-    def _index_endpoint(self, service: Service, endpoint: Endpoint) -> None:
+    def _add_endpoint(
+        self, behind: dict[tuple[IpAddress, int], Destination], service: Service, endpoint: Endpoint
+    ) -> None:
         workload = self._state.workload(endpoint.workload) or endpoint.as_workload()
         for port in service.ports:
             target = endpoint.ports.get(port.port)
             if target is None:
                 continue
             place, http = (endpoint.address, target), speaks_http(port)
-            other = self._behind.get(place)
+            other = behind.get(place)
             if other is None:
-                straight = _straight(endpoint.address, target, workload)
-                self._behind[place] = Destination(*place, (service,), port.port, http, straight)
+                authority = host_port(endpoint.address, target).encode()
+                straight = Hop(endpoint.address, endpoint.identity, authority, workload)
+                behind[place] = Destination(*place, (service,), port.port, http, straight)
             else:
                 # What one service refuses is refused: of HTTP more can be asked.
-                self._behind[place] = replace(other, services=(*other.services, service), http=http or other.http)
+                behind[place] = replace(other, services=(*other.services, service), http=http or other.http)
 
 
 def speaks_http(port: ServicePort) -> bool:
@@ -143,7 +151,3 @@ def speaks_http(port: ServicePort) -> bool:
     if port.app_protocol:
         return port.app_protocol in _HTTP
     return port.name == "http" or port.name.startswith("http-")
-
-
-def _straight(address: IpAddress, port: int, workload: Workload) -> Hop:
-    return Hop(address, workload.identity, host_port(address, port).encode(), workload)

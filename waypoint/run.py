@@ -218,8 +218,8 @@ class _Process:
             await self._configured.wait()
 
     def _is_configured(self, member: Member) -> bool:
-        """A service that is known without all of its policies must not be served."""
-        return member.replica.based and self._state.gateway(self._gateway_key) is not None
+        """Callers come as soon as it is ready, for any of its services."""
+        return member.replica.whole and self._state.gateway(self._gateway_key) is not None
 
     async def _listen_to_operators(self) -> None:
         host = self._who.addresses[0]
