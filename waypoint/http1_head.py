@@ -93,12 +93,13 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
     options = _options(special)
     framing = _framing(special, minor) or NO_BODY
     expects = _expects_continue(special, minor, framing)
+    fields = [field for field in fields if field[0] not in options or field[0] == b"host"]
     if expects:
         fields.append((b"expect", b"100-continue"))
     return RequestHead(
         method.decode(),
         target.decode(),
-        [field for field in fields if field[0] not in options or field[0] == b"host"],
+        fields,
         framing,
         keep_alive=minor == 1 and b"close" not in options,
         minor=minor,

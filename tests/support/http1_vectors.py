@@ -217,6 +217,11 @@ TAKEN = {
     "a target that is a URL": request(b"Host: A", line=b"GET HTTP://a/b?c HTTP/1.1"),
     "a target that is a URL without a path": request(b"Host: a:80", line=b"GET http://a:80 HTTP/1.1"),
     "a target that is a URL with a query alone": request(b"Host: a", line=b"GET http://a?b HTTP/1.1"),
+    "an empty port": request(b"Host: a:"),
+    "a complete name as the host": request(b"Host: a_b.C."),
+    "an option that names the expectation": request(
+        b"Connection: expect", b"Expect: 100-continue", b"Content-Length: 5", body=b"hello"
+    ),
     "an address as the host": request(b"Host: [::1]:8080"),
     "a method of another standard": request(line=b"PROPFIND / HTTP/1.1"),
     "HTTP/1.0": request(line=b"GET / HTTP/1.0"),

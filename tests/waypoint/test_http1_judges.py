@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +29,16 @@ from hypothesis import strategies as st
 
 from tests.support.brokers import accepts, free_port
 from tests.support.http1_vectors import REFUSED, TAKEN
-from waypoint.http1 import Body, MessageError, RequestHead, RequestReader, RequestWriter
+from waypoint.http1 import (
+    Body,
+    MessageError,
+    RequestHead,
+    RequestReader,
+    RequestWriter,
+    ResponseHead,
+    ResponseReader,
+    ResponseWriter,
+)
 
 NEXT = b"GET /next HTTP/1.1\r\nhost: next\r\nconnection: close\r\n\r\n"
 PATIENCE_S = 20.0
@@ -319,16 +328,16 @@ FRAGMENTS = (
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    """A request of ours with up to three of its places altered."""
-    data = draw(st.sampled_from([*TAKEN.values(), *REFUSED.values()]))
+def mutated(draw: st.DrawFn, messages: Sequence[bytes]) -> bytes:
+    """One of the messages with up to three of its places altered."""
+    data = draw(st.sampled_from(messages))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(data)))
         data = data[:at] + draw(st.sampled_from(FRAGMENTS)) + data[at + draw(st.sampled_from((0, 0, 1, 2, 8))) :]
     return data
 
 
-@given(mutated())
+@given(mutated([*TAKEN.values(), *REFUSED.values()]))
 @settings(max_examples=settings().max_examples * 5)  # most are refused
 def test_whatever_we_forward_is_read_as_we_read_it(data: bytes) -> None:
     found = forwarded(data)
@@ -338,3 +347,66 @@ def test_whatever_we_forward_is_read_as_we_read_it(data: bytes) -> None:
     assert by_h11(sent) == [request, NEXT_REQUEST]
     with contextlib.suppress(httptools.HttpParserInvalidMethodError):  # it knows a list of methods only
         assert by_llhttp(sent) == [request, NEXT_REQUEST]
+
+
+# -- responses, on their way to a client
+
+NEXT_RESPONSE = b"HTTP/1.1 200 next\r\ncontent-length: 4\r\n\r\nnext"
+RESPONSES = (
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 404\r\nX: y\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 304 Not Modified\r\nConnection: x\r\nX: y\r\nContent-Length: 5\r\n\r\n",
+    b"HTTP/1.0 200 \xe9\r\n\r\nhello",
+)
+
+Response = tuple[int, bytes]
+"""Status and body."""
+
+
+def relayed(data: bytes, method: str) -> tuple[bytes, list[Response]] | None:
+    """What a client gets of a response, and what we take it for. None when it is refused or not whole."""
+    reader = ResponseReader()
+    reader.expect(method)
+    try:
+        events = [*reader.feed(data), *reader.eof()]
+    except MessageError:
+        return None
+    writer = ResponseWriter(RequestHead(method, "/", [(b"host", b"a")]))
+    sent, seen = b"", []
+    for event in events:
+        if isinstance(event, ResponseHead):
+            sent += writer.head(event)
+            seen.append((event.status, b""))
+        elif isinstance(event, Body):
+            sent += writer.body(event.data)
+            seen.append((seen.pop()[0], event.data))
+    return sent + writer.end(), seen
+
+
+def read_by_h11(data: bytes, method: str) -> list[Response]:
+    client = h11.Connection(h11.CLIENT)
+    client.receive_data(data + NEXT_RESPONSE)
+    seen: list[Response] = []
+    for asked in (method, "GET"):
+        client.send(h11.Request(method=asked, target="/", headers=[("host", "a")]))
+        client.send(h11.EndOfMessage())
+        while not isinstance(event := client.next_event(), h11.EndOfMessage):
+            if isinstance(event, h11.Data):
+                status, body = seen.pop()
+                seen.append((status, body + event.data))
+            else:
+                assert isinstance(event, h11.Response | h11.InformationalResponse)
+                seen.append((event.status_code, b""))
+        client.start_next_cycle()
+    return seen
+
+
+@given(mutated(RESPONSES), st.sampled_from(["GET", "HEAD"]))
+@settings(max_examples=settings().max_examples * 3)
+def test_clients_read_the_responses_that_we_read(data: bytes, method: str) -> None:
+    found = relayed(data, method)
+    if found is None:
+        return
+    sent, seen = found
+    assert read_by_h11(sent, method) == [*seen, (200, b"next")]
