@@ -7,6 +7,7 @@ serves does nothing, which is a warning.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from control.api import labels as label
 from control.api.bindings import Subject, Wish
@@ -146,4 +147,10 @@ def _matches(
                 for number, rule in enumerate(route.rules):
                     for hostname in route.hostnames or ("",):
                         for match in rule.matches:
-                            yield number, (parent.service, port.port, hostname, match)
+                            yield number, (parent.service, port.port, hostname, _ordered(match))
+
+
+def _ordered(match: Match) -> Match:
+    """The same match, equal to each that asks for the same in another order."""
+    headers = tuple(sorted(match.headers, key=lambda header: header.name))
+    return replace(match, headers=headers, query=tuple(sorted(match.query, key=lambda parameter: parameter.name)))

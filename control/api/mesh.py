@@ -46,7 +46,7 @@ from control.api.records import Record
 from control.api.route import HTTPRoute
 from control.api.selection import Workloads
 from control.api.vips import Addresses, Vips
-from control.api.waypoints import PortBindings, Ports, gateways_of, targets_of, wishes_of
+from control.api.waypoints import PortBindings, Ports, gateways_of, processes_of, targets_of, wishes_of
 from control.api.workload import Endpoint, Service, Workload
 
 _T = TypeVar("_T")
@@ -130,17 +130,19 @@ class Mesh:
         declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
         routes = sorted(_of(DeclaredRoute, declared), key=lambda item: item.route.key)
         targets = targets_of(policies)
+        processes = processes_of(gateways, declared_workloads, findings)
         wishes = wishes_of(
             _of(DeclaredNamespace, declared),
             (*declared_services, *declared_workloads),
             {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}},
+            processes,
             targets.union(Target("Gateway", gateway_key) for gateway_key in elsewhere.guarded),
             domain,
             standings,
             findings,
         )
         standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
-        ports = Ports(workloads, endpoints, standing, wishes.exempt)
+        ports = Ports(workloads, endpoints, processes, standing, wishes.exempt)
         check_targets(policies, declared_services, gateways, wishes.of, findings)
         check_routes(routes, declared_services, wishes.of, findings)
         mesh = cls(
@@ -153,7 +155,7 @@ class Mesh:
             endpoints=endpoints,
             policies=tuple(item.policy for item in policies),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
-            gateways=gateways_of(gateways, declared_workloads, standing, findings),
+            gateways=gateways_of(gateways, processes, standing),
             routes=tuple(item.route for item in routes),
             vips=addresses.allocated,
             wishes=wishes.of,

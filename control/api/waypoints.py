@@ -20,7 +20,9 @@ from control.api.declared import (
     DeclaredPolicy,
     DeclaredService,
     DeclaredWorkload,
+    Place,
     WaypointChoice,
+    place_of,
 )
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic
 from control.api.identity import SpiffeId, TrustDomain
@@ -53,6 +55,7 @@ def wishes_of(
     namespaces: Iterable[DeclaredNamespace],
     objects: Iterable[DeclaredService | DeclaredWorkload],
     gateways: Mapping[str, DeclaredGateway],
+    processes: Mapping[str, Sequence[Instance]],
     guarded: frozenset[Target],
     trust_domain: TrustDomain,
     standings: Standings | None,
@@ -60,17 +63,19 @@ def wishes_of(
 ) -> Wishes:
     """What is asked for, and findings about what cannot be had.
 
-    `gateways`: all there are, by key. `guarded`: what policies target. `standings`: None for files.
+    `gateways`: all there are, by key. `processes`: as of `processes_of`, which are behind no waypoint. `guarded`: what
+    policies target. `standings`: None for files.
     """
     known = {namespace.name: namespace for namespace in namespaces}
     found: dict[Subject, Wish] = {}
     exempt: dict[Subject, tuple[SpiffeId, ...]] = {}
-    told: set[tuple[str, str]] = set()
+    told: set[tuple[Place, str]] = set()
+    skipped = _workloads_of(processes)
     for one in objects:
         subject = subject_of(one)
         namespace = known.get(one.namespace)
         choice = one.waypoint.over(NO_CHOICE if namespace is None else namespace.waypoint)
-        if choice == NO_CHOICE or (isinstance(one, DeclaredWorkload) and label.GATEWAY_NAME in one.labels):
+        if choice == NO_CHOICE or (isinstance(one, DeclaredWorkload) and one.key in skipped):
             continue
         if choice.exempt:
             exempt[subject] = choice.exempt
@@ -90,8 +95,8 @@ def wishes_of(
         bound = standings is not None and wish.gateway in _gateways_of(standings.get(subject))
         gateway = gateways.get(wish.gateway)
         problem = _problem(subject, wish, gateway, one.namespace, {} if namespace is None else namespace.labels)
-        if problem and (asking.position.file, problem) not in told:
-            told.add((asking.position.file, problem))
+        if problem and (place_of(asking), problem) not in told:
+            told.add((place_of(asking), problem))
             refuse = standings is None if gateway is None else not bound
             report = findings.error if refuse else findings.warn
             report(asking.position, _FIELD, problem, (wish.gateway, gateways))
@@ -112,23 +117,16 @@ def targets_of(policies: Iterable[DeclaredPolicy]) -> frozenset[Target]:
     return frozenset(target for item in policies for target in item.policy.targets)
 
 
-def gateways_of(
-    declared: Iterable[DeclaredGateway],
-    objects: Sequence[DeclaredWorkload],
-    standings: Standings,
-    findings: Findings,
-) -> tuple[Gateway, ...]:
-    """The records of some Gateways, in the order of their keys.
+def processes_of(
+    gateways: Iterable[DeclaredGateway], workloads: Iterable[DeclaredWorkload], findings: Findings
+) -> dict[str, list[Instance]]:
+    """Key of a Gateway -> its processes, in the order of their keys.
 
     A workload that has a Gateway's identity and is no process of it would be believed about who calls: an error.
     """
-    by_key = {gateway.key: gateway for gateway in declared}
-    served: dict[str, set[Subject]] = {}
-    for subject, standing in standings.items():
-        for gateway_key in standing.gateways:
-            served.setdefault(gateway_key, set()).add(subject)
+    by_key = {gateway.key for gateway in gateways}
     instances: dict[str, list[Instance]] = {}
-    for workload in objects:
+    for workload in sorted(workloads, key=lambda one: one.key):
         account = f"{workload.namespace}/{workload.service_account}"
         name = workload.labels.get(label.GATEWAY_NAME)
         if name is None and account not in by_key:
@@ -140,16 +138,27 @@ def gateways_of(
             findings.warn(workload.position, f"metadata.labels[{label.GATEWAY_NAME!r}]", problem)
         elif workload.addresses:
             instances.setdefault(account, []).append(Instance(workload.key, workload.addresses[0]))
+    return instances
+
+
+def gateways_of(
+    declared: Iterable[DeclaredGateway], processes: Mapping[str, Sequence[Instance]], standings: Standings
+) -> tuple[Gateway, ...]:
+    """The records of some Gateways, in the order of their keys. `processes`: as of `processes_of`."""
+    served: dict[str, set[Subject]] = {}
+    for subject, standing in standings.items():
+        for gateway_key in standing.gateways:
+            served.setdefault(gateway_key, set()).add(subject)
     return tuple(
         Gateway(
             namespace=gateway.namespace,
             name=gateway.name,
             traffic=gateway.traffic,
-            instances=tuple(sorted(instances.get(gateway_key, ()), key=lambda instance: instance.workload)),
-            services=tuple(sorted(key for kind, key in served.get(gateway_key, ()) if kind == "Service")),
-            workloads=tuple(sorted(key for kind, key in served.get(gateway_key, ()) if kind == "WorkloadEntry")),
+            instances=tuple(processes.get(gateway.key, ())),
+            services=tuple(sorted(key for kind, key in served.get(gateway.key, ()) if kind == "Service")),
+            workloads=tuple(sorted(key for kind, key in served.get(gateway.key, ()) if kind == "WorkloadEntry")),
         )
-        for gateway_key, gateway in sorted(by_key.items())
+        for gateway in sorted(declared, key=lambda one: one.key)
     )
 
 
@@ -163,15 +172,16 @@ class Ports:
         self,
         workloads: Iterable[Workload],
         endpoints: Iterable[Endpoint],
+        processes: Mapping[str, Sequence[Instance]],
         standings: Standings,
         exempt: Mapping[Subject, tuple[SpiffeId, ...]],
     ) -> None:
-        """`exempt`: of those who exempt anybody."""
+        """`processes`: as of `processes_of`. `exempt`: of those who exempt anybody."""
         self._exempt = exempt
         self._standing: dict[str, dict[int, dict[Subject, Standing]]] = {}
         if not standings:
             return
-        known = {workload.key for workload in workloads if label.GATEWAY_NAME not in workload.labels}
+        known = {workload.key for workload in workloads} - _workloads_of(processes)
         for workload_key in known:
             whole: Subject = ("WorkloadEntry", workload_key)
             if whole in standings:
@@ -219,6 +229,10 @@ class Ports:
     def _exempt_of(self, subjects: Iterable[Subject]) -> tuple[SpiffeId, ...]:
         found = [frozenset(self._exempt.get(subject, ())) for subject in subjects]
         return tuple(sorted(frozenset.intersection(*found)))
+
+
+def _workloads_of(processes: Mapping[str, Sequence[Instance]]) -> frozenset[str]:
+    return frozenset(instance.workload for found in processes.values() for instance in found)
 
 
 def _gateways_of(standing: Standing | None) -> tuple[str, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from control.api import resources
+from control.api import records, resources
 from control.api.bindings import Standing, Wish
 from control.api.declared import DeclaredGateway
 from control.api.gateway import Binding, Bound, Instance, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.mesh import Elsewhere, Mesh
 from control.api.problems import Position, ResourceErrors
+from control.api.topics import parse_topic
 
 SERVICE = """\
 apiVersion: v1
@@ -253,3 +256,79 @@ def test_only_a_process_of_a_gateway_has_its_identity():
     (error,) = errors_of(GATEWAY, INSTANCE.replace("serviceAccount: wp", "serviceAccount: web"))
     assert "spec.serviceAccount: must be 'wp', the name of the Gateway" in error
     assert "names no Gateway of namespace shop: 'wp'; apply it" in str(build(INSTANCE).warnings)
+
+
+def test_each_object_is_told_of_its_own_label():
+    second = SERVICE.replace("name: web", "name: two").replace("0.0.1", "0.0.2")
+    assert [error.partition(":")[0] for error in errors_of(SERVICE, second, WORKLOAD)] == ["3", "8"]
+
+
+def test_a_label_that_names_no_gateway_takes_no_workload_out_of_its_binding():
+    pretender = INSTANCE.replace("labels: {", "labels: {app: web, ")
+    mesh = build(SERVICE, pretender, GATEWAY.replace("name: wp", "name: wq"), standings={WEB: _ENFORCED})
+    assert bounds_of(mesh, "wp-1") == (Bound(8080, ("shop/wp",), (), enforced=True),)
+
+
+_ENFORCED = Standing(("shop/wp",), enforced=True, binding=THROUGH)
+standings_of_few = st.dictionaries(
+    st.sampled_from([WEB, POD, ("Service", "shop/two"), ("Service", "bank/x"), ("WorkloadEntry", "shop/wp-1")]),
+    st.builds(
+        Standing,
+        st.sets(st.sampled_from(["shop/wp", "shop/wp2"]), min_size=1).map(sorted).map(tuple),
+        st.booleans(),
+        st.none() | st.builds(Binding, st.sampled_from(["shop/wp", "shop/wp2"]), st.sampled_from(Via)),
+    ),
+)
+
+
+@given(standings_of_few)
+def test_records_by_a_naive_reading_of_standings(standings):
+    two = SERVICE.replace("name: web", "name: two").replace("0.0.1", "0.0.2").replace("80, targetPort: 8080", "81")
+    gateways = (GATEWAY, GATEWAY.replace("name: wp", "name: wp2"))
+    mesh = build(SERVICE, two, WORKLOAD, INSTANCE, *gateways, standings=standings)
+    behind = {8080: [WEB, POD], 81: [("Service", "shop/two"), POD], 9: [POD]}
+    workload = next(workload for workload in mesh.workloads if workload.name == "web-1")
+    for port, subjects in behind.items():
+        here = [standings[subject] for subject in subjects if subject in standings]
+        bound = workload.bound_at(port)
+        assert (bound is not None) == bool(here)
+        if bound is not None:
+            assert bound.enforced == any(one.enforced for one in here)
+            assert set(bound.gateways) == {gateway for one in here for gateway in one.gateways}
+        bindings = [one.binding for one in here if one.binding is not None]
+        assert (mesh.residents()["10.0.0.1"].binding_at(port) in bindings) or not bindings
+        assert (mesh.residents()["10.0.0.1"].binding_at(port) is None) == (not bindings)
+    assert bounds_of(mesh, "wp-1") == ()
+    for service in mesh.services:
+        standing = standings.get(("Service", service.key))
+        assert service.binding == (standing and standing.binding)
+        assert mesh.residents()[service.vips[0]].bound == (service.binding is not None)
+    for gateway in mesh.gateways:
+        served = {subject for subject, one in standings.items() if gateway.key in one.gateways}
+        assert {("Service", key) for key in gateway.services} | {
+            ("WorkloadEntry", key) for key in gateway.workloads
+        } == served
+    for topic, body in mesh.records().items():
+        assert records.write(records.read(parse_topic(mesh.trust_domain, topic), body, mesh.trust_domain)) == body
+
+
+@pytest.mark.parametrize("standings", [{}, {WEB: _ENFORCED, ("Service", "bank/x"): _ENFORCED}])
+def test_each_namespace_built_alone_is_that_part_of_the_whole(standings):
+    """With a Gateway, routes and policies in one namespace, and a service bound to it in another."""
+    other = SERVICE.replace("name: web, namespace: shop", "name: x, namespace: bank").replace("0.0.1", "0.0.2")
+    other = other.replace("waypoint: wp", "waypoint: wp, istio.io/use-waypoint-namespace: shop")
+    guard = POLICY.replace("kind: Service, name: web", "kind: Gateway, group: gateway.networking.k8s.io, name: wp")
+    texts = [SERVICE, WORKLOAD, INSTANCE, GATEWAY.replace("Same", "All"), guard, other]
+    declared = resources.parse("---\n".join(texts), "f.yaml")
+    whole = Mesh.build(declared, "cluster.local", standings=standings)
+    gateways = {one.key: one for one in declared if isinstance(one, DeclaredGateway)}
+    found, wishes = {}, {}
+    for namespace in ("shop", "bank"):
+        mine = [one for one in declared if resources.place_of(one)[1] == namespace]
+        outside = Elsewhere() if namespace == "shop" else Elsewhere(gateways=gateways, guarded=frozenset({"shop/wp"}))
+        part = Mesh.build(mine, "cluster.local", elsewhere=outside, standings=standings)
+        found |= part.records()
+        wishes |= part.wishes
+    assert found == whole.records()
+    assert wishes == whole.wishes
+    assert all(wish.guarded for wish in wishes.values())
