@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from uproxy.access_log import AccessLog, Style
 from uproxy.errors import Flag
 from uproxy.telemetry import Connection, Peer, Telemetry
+from waypoint import telemetry as waypoint_telemetry
+from waypoint.telemetry import Exchange, WaypointTelemetry
 
 ROOT = Path(__file__).parent.parent
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
@@ -88,3 +90,48 @@ def test_access_log_fields_are_documented_in_order(tmp_path):
     documented = [name for name, _ in table(ACCESS_LOG, "left out.")]
     assert sorted(documented[:4]) == sorted(head)
     assert documented[4:] == rest
+
+
+def full_exchange() -> Exchange:
+    peer = full_connection().source
+    exchange = Exchange(peer, peer, started=0.0, request_id="ab", status=403)
+    for name in ("destination_service", "backend_service"):
+        setattr(exchange, name, "n/s")
+    for name in ("method", "path", "authority", "user_agent", "route", "hbone_address", "details", "policy"):
+        setattr(exchange, name, "x")
+    return exchange
+
+
+def test_what_a_waypoint_counts_and_logs_is_documented(tmp_path):
+    log = AccessLog(str(tmp_path / "log"), Style.JSON)
+    telemetry = WaypointTelemetry("1", log)
+    telemetry.answered(full_exchange(), 1.0)
+    log.close()
+    fields = list(json.loads((tmp_path / "log").read_text()))
+    assert [name for name, _ in table(ACCESS_LOG, "What is not known is left out.")] == fields[4:]
+    ours = dict(re.findall(r"^# TYPE (istio_request\S+) (\S+)$", telemetry.render().decode(), re.MULTILINE))
+    assert {name: kind for name, kind, _ in table(METRICS, "each HTTP request:")} == ours
+    flags = {
+        value
+        for name, value in vars(waypoint_telemetry).items()
+        if name.isupper() and isinstance(value, str) and len(value) <= 3
+    }
+    assert {flag for flag, _ in table(METRICS, "`response_flags` has Envoy's values:")} == flags
+    labels = re.findall(
+        r'(\w+)="', re.search(r"^istio_requests_total\{(.*)\} 1$", telemetry.render().decode(), re.M)[1]
+    )
+    documented = [label for label, _ in table(METRICS, "### Labels")]
+    documented.insert(documented.index("request_protocol") + 1, "response_code")
+    assert labels == documented
+
+
+def test_the_histogram_is_istios():
+    telemetry = WaypointTelemetry("1")
+    for took_s in (0.0004, 0.001, 0.3, 7200.0):
+        exchange = full_exchange()
+        exchange.started = 100.0 - took_s
+        telemetry.answered(exchange, 100.0)
+    lines = telemetry.render().decode().splitlines()
+    counts = {m[1]: int(m[2]) for line in lines if (m := re.search(r'_bucket\{.*le="(\S+)"\} (\d+)$', line))}
+    assert (counts["0.5"], counts["250"], counts["500"], counts["3600000"], counts["+Inf"]) == (1, 2, 3, 3, 4)
+    assert any(line.endswith("} 4") and line.startswith("istio_request_duration_milliseconds_count{") for line in lines)
