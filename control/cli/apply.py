@@ -77,18 +77,18 @@ def _command(
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    answer = _apply_documents(arguments, dry_run=arguments.dry_run, release=arguments.release)
+    answer = _apply_documents(arguments, dry_run=arguments.dry_run, release=arguments.release, force=arguments.force)
     show_changes(answer, arguments.output)
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    answer = _apply_documents(arguments, dry_run=True, release=False)
+    answer = _apply_documents(arguments, dry_run=True, release=False, force=True)
     show_changes(answer, arguments.output, texts=True)
     return DIFFERS if any(entry["change"] != "unchanged" for entry in answer["changes"]) else 0
 
 
-def _apply_documents(arguments: argparse.Namespace, *, dry_run: bool, release: bool) -> Answer:
+def _apply_documents(arguments: argparse.Namespace, *, dry_run: bool, release: bool, force: bool) -> Answer:
     documents, errors = read_documents(arguments.files)
     if errors:
         raise ResourceErrors(errors)
@@ -98,6 +98,7 @@ def _apply_documents(arguments: argparse.Namespace, *, dry_run: bool, release: b
             "documents": [{"file": name, "text": text} for name, text in documents],
             "dry_run": dry_run,
             "release": release,
+            "force": force,
         },
     )
 
@@ -114,7 +115,13 @@ def _delete(arguments: argparse.Namespace) -> int:
     else:
         references = parse_references(arguments.words, arguments.namespace)
     answer = ControlPlane(arguments.socket).post(
-        "delete", {"references": references, "dry_run": arguments.dry_run, "release": arguments.release}
+        "delete",
+        {
+            "references": references,
+            "dry_run": arguments.dry_run,
+            "release": arguments.release,
+            "force": arguments.force,
+        },
     )
     show_changes(answer, arguments.output)
     return 0

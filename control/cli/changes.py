@@ -20,6 +20,11 @@ def add_change_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let a change pass that takes away much of a namespace, or the last endpoint of a service",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="let something be bound to a waypoint that is not there; callers are refused meanwhile",
+    )
     add_socket_option(parser)
     add_output_option(parser)
 

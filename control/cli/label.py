@@ -6,18 +6,21 @@ import argparse
 from functools import partial
 from typing import Final, Literal
 
+from control.cli.ca import duration_s
 from control.cli.changes import add_change_options, show_changes
 from control.cli.client import ControlPlane
 from control.cli.output import CommandError
 from control.cli.references import add_namespace_option, parse_references
+from control.cli.waypoint import WAIT_S, await_settled
 
 _EXAMPLES: Final = """\
 examples:
   meshctl {command} service reviews {example} -n shop
   meshctl {command} workload/web-1 {example} other- -n shop --overwrite
 
-KEY=VALUE sets one, KEY- removes one. One that has another value is only replaced with --overwrite. Exit status: 0 done,
-1 refused, 4 no control plane.
+KEY=VALUE sets one, KEY- removes one. One that has another value is only replaced with --overwrite. --wait returns when
+every proxy concerned does what is asked for, or names those that do not. Exit status: 0 done, 1 refused, 3 done, and
+--wait waited in vain, 4 no control plane.
 """
 
 Pairs = Literal["labels", "annotations"]
@@ -43,6 +46,14 @@ def _add(
     parser.add_argument("words", nargs="+", metavar="KIND NAME KEY=VALUE", help="or KIND/NAME; KEY- removes")
     add_namespace_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace values that are there")
+    parser.add_argument(
+        "--wait",
+        nargs="?",
+        type=duration_s,
+        const=WAIT_S,
+        metavar="TIME",
+        help=f"until every proxy concerned has it, at most so long; {WAIT_S}s if no time is given",
+    )
     add_change_options(parser)
     parser.set_defaults(run=partial(_relabel, pairs))
 
@@ -65,7 +76,8 @@ def _relabel(pairs: Pairs, arguments: argparse.Namespace) -> int:
         if key in changes:
             raise CommandError(f"{key!r} is given twice")
         changes[key] = value if equals else None
-    answer = ControlPlane(arguments.socket).post(
+    plane = ControlPlane(arguments.socket)
+    answer = plane.post(
         "relabel",
         {
             "reference": reference,
@@ -73,7 +85,10 @@ def _relabel(pairs: Pairs, arguments: argparse.Namespace) -> int:
             "overwrite": arguments.overwrite,
             "dry_run": arguments.dry_run,
             "release": arguments.release,
+            "force": arguments.force,
         },
     )
     show_changes(answer, arguments.output)
-    return 0
+    if arguments.wait is None or arguments.dry_run:
+        return 0
+    return await_settled(plane, reference, answer["version"], arguments.wait)

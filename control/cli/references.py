@@ -17,6 +17,8 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "EndpointSlice": ("endpointslice",),
     "AuthorizationPolicy": ("authorizationpolicy", "ap", "policy"),
     "PeerAuthentication": ("peerauthentication", "pa"),
+    "Gateway": ("gateway", "gtw"),
+    "HTTPRoute": ("httproute",),
 }
 """Kind -> what people may call it, as with kubectl and istioctl; the plural of each word will do too."""
 

@@ -1,0 +1,281 @@
+"""`meshctl waypoint`: make waypoints, see what goes through them, and go round one in an emergency."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from control.cli.ca import duration_s
+from control.cli.changes import add_change_options, show_changes
+from control.cli.client import Answer, ControlPlane, add_socket_option
+from control.cli.output import DIFFERS, CommandError, add_output_option, printable, show_json, show_table
+from control.cli.references import add_namespace_option
+
+WAIT_S: Final = 30
+
+_POLL_S: Final = 0.05
+
+_EXAMPLES: Final = """\
+examples:
+  meshctl waypoint apply wp -n shop --instance wp-1=10.97.0.9
+  meshctl label service reviews istio.io/use-waypoint=wp -n shop --wait
+  meshctl waypoint list
+  meshctl waypoint bypass reviews -n shop --for 30m --reason 'the waypoint refuses everything'
+
+`apply` makes a Gateway, and a WorkloadEntry for each --instance, and prints how each is started. A binding is pending
+(until a process of the waypoint has its configuration), switching, enforced, then, when its label is gone, releasing,
+leaving and lingering; or refused, when an L7 policy must not be missed until the waypoint is ready. A bypass ends by
+itself; it is in the control plane's log, and `meshctl status` shows it. Exit status of `list` and `status`: 3 when a
+binding waits for somebody or a service goes round its waypoint.
+"""
+
+_GATEWAY: Final = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata:
+  name: {name}
+  namespace: {namespace}
+  labels:
+    istio.io/waypoint-for: {takes}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners:
+  - name: mesh
+    port: 15008
+    protocol: HBONE
+    allowedRoutes:
+      namespaces:
+        from: {admits}
+"""
+
+_INSTANCE: Final = """\
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata:
+  name: {instance}
+  namespace: {namespace}
+  labels:
+    gateway.networking.k8s.io/gateway-name: {name}
+spec:
+  address: {address}
+  serviceAccount: {name}
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `waypoint` and its commands to the parser."""
+    waypoint = commands.add_parser(
+        "waypoint",
+        help="make waypoints, and see what is bound to them",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = waypoint.add_subparsers(metavar="COMMAND", required=True)
+
+    apply = actions.add_parser("apply", help="make or change a waypoint")
+    apply.add_argument("name", metavar="NAME", help="of the Gateway, and of its processes' service account")
+    apply.add_argument(
+        "--for",
+        dest="takes",
+        choices=("service", "workload", "all"),
+        default="service",
+        help="which traffic it takes; default: service",
+    )
+    apply.add_argument(
+        "--admit",
+        choices=("Same", "All"),
+        default="Same",
+        help="whose services may be bound to it: those of its own namespace (default), or of all",
+    )
+    apply.add_argument(
+        "--instance",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=ADDRESS",
+        help="a process of it, and the mesh address of that",
+    )
+    add_namespace_option(apply)
+    add_change_options(apply)
+    apply.set_defaults(run=_apply)
+
+    delete = actions.add_parser("delete", help="delete a waypoint that serves nothing any more")
+    delete.add_argument("name", metavar="NAME")
+    add_namespace_option(delete)
+    add_change_options(delete)
+    delete.set_defaults(run=_delete)
+
+    for command, told in (("list", "show all bindings"), ("status", "show what is bound to one waypoint")):
+        shown = actions.add_parser(command, help=told)
+        if command == "status":
+            shown.add_argument("name", metavar="NAME")
+            add_namespace_option(shown)
+        add_socket_option(shown)
+        add_output_option(shown)
+        shown.set_defaults(run=_show)
+
+    bypass = actions.add_parser("bypass", help="let a service be reached directly for a while")
+    bypass.add_argument("service", metavar="SERVICE")
+    lasts = bypass.add_mutually_exclusive_group(required=True)
+    lasts.add_argument("--for", dest="for_s", type=duration_s, metavar="TIME", help="such as 30m; at most 24h")
+    lasts.add_argument("--end", dest="for_s", action="store_const", const=0, help="end it now")
+    bypass.add_argument("--reason", default="", metavar="TEXT", help="for the log, and for whoever looks at the status")
+    add_namespace_option(bypass)
+    add_socket_option(bypass)
+    bypass.set_defaults(run=_bypass)
+
+
+def await_settled(plane: ControlPlane, reference: dict[str, str], version: Sequence[int] | None, wait_s: int) -> int:
+    """Wait until every proxy concerned does what a label asks for; the exit status. Stragglers are told."""
+    stop = time.monotonic() + wait_s
+    while True:
+        waiting = _unsettled(plane, reference) + _behind(plane, reference, version)
+        if not waiting:
+            return 0
+        if time.monotonic() >= stop:
+            break
+        time.sleep(_POLL_S)
+    for text in waiting:
+        print(f"waits for {printable(text)}")
+    print(f"not enforced everywhere after {wait_s} s; it goes on by itself (`meshctl waypoint list`)")
+    return DIFFERS
+
+
+def _unsettled(plane: ControlPlane, reference: dict[str, str]) -> list[str]:
+    """What bindings wait for, of a service or workload, or of all in a namespace."""
+    kind, namespace, name = reference["kind"], reference["namespace"], reference["name"]
+
+    def concerned(binding: Answer) -> bool:
+        if kind == "Namespace":
+            return bool(binding["key"].startswith(f"{name}/"))
+        return (binding["kind"], binding["key"]) == (kind, f"{namespace}/{name}")
+
+    return [
+        f"{binding['key']} ({binding['phase']}): {', '.join(binding['waits_for']) or 'a moment'}"
+        for binding in plane.get("bindings")["bindings"]
+        if concerned(binding) and not binding["settled"]
+    ]
+
+
+def _behind(plane: ControlPlane, reference: dict[str, str], version: Sequence[int] | None) -> list[str]:
+    """Live proxies that know of the namespace, and have not applied a version of it."""
+    namespace = reference["namespace"] or reference["name"]
+    if version is None:
+        return []
+    return [
+        proxy["workload"]
+        for proxy in plane.get("status")["proxies"]
+        if proxy["state"] in ("behind", "waiting")
+        and namespace in proxy["roots"]
+        and proxy["roots"][namespace][:2] < list(version)
+    ]
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    name, namespace = arguments.name, arguments.namespace
+    text = _GATEWAY.format(name=_text(name), namespace=_text(namespace), takes=arguments.takes, admits=arguments.admit)
+    instances: list[str] = []
+    for word in arguments.instance:
+        instance, equals, address = word.partition("=")
+        if not equals or not instance or not address:
+            raise CommandError(f"{word!r} must be NAME=ADDRESS, such as {name}-1=10.97.0.9")
+        instances.append(instance)
+        text += _INSTANCE.format(
+            instance=_text(instance), namespace=_text(namespace), name=_text(name), address=_text(address)
+        )
+    answer = ControlPlane(arguments.socket).post(
+        "apply",
+        {
+            "documents": [{"file": "waypoint apply", "text": text}],
+            "dry_run": arguments.dry_run,
+            "release": arguments.release,
+            "force": arguments.force,
+        },
+    )
+    show_changes(answer, arguments.output)
+    if arguments.output == "table" and not arguments.dry_run:
+        for instance in instances:
+            token = shlex.quote(f"{instance}.token")
+            print(f"\nTo start {instance}:")
+            print(f"  meshctl token create {shlex.quote(instance)} -n {shlex.quote(namespace)} --out {token}")
+            print(f"  waypoint run --join {token} --state {shlex.quote(instance)}")
+    return 0
+
+
+def _text(value: str) -> str:
+    """A word as a text of YAML, whatever is in it: the control plane says what is wrong with it."""
+    if not value.isprintable() or "'" in value:
+        raise CommandError(f"{value!r} is no name and no address")
+    return f"'{value}'"
+
+
+def _delete(arguments: argparse.Namespace) -> int:
+    answer = ControlPlane(arguments.socket).post(
+        "delete",
+        {
+            "references": [{"kind": "Gateway", "namespace": arguments.namespace, "name": arguments.name}],
+            "dry_run": arguments.dry_run,
+            "release": arguments.release,
+            "force": arguments.force,
+        },
+    )
+    show_changes(answer, arguments.output)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    answer = ControlPlane(arguments.socket).get("bindings")
+    if "name" in arguments:
+        gateway = f"{arguments.namespace}/{arguments.name}"
+        answer["bindings"] = [one for one in answer["bindings"] if gateway in (one["gateway"], one["previous"])]
+        bound = {one["key"] for one in answer["bindings"]}
+        answer["bypasses"] = [one for one in answer["bypasses"] if one["service"] in bound]
+    if arguments.output == "json":
+        show_json(answer)
+    else:
+        _show_tables(answer)
+    return DIFFERS if answer["bypasses"] or not all(one["settled"] for one in answer["bindings"]) else 0
+
+
+def _show_tables(answer: Answer) -> None:
+    if not answer["bindings"]:
+        print("nothing is bound to a waypoint")
+    else:
+        show_table(
+            ("KIND", "NAME", "WAYPOINT", "PHASE", "WAITS FOR"),
+            (
+                (
+                    one["kind"],
+                    one["key"],
+                    f"{one['previous']} -> {one['gateway']}" if one["previous"] else one["gateway"],
+                    f"{one['phase']} (optional)" if one["optional"] else one["phase"],
+                    "" if one["settled"] else ", ".join(one["waits_for"]),
+                )
+                for one in answer["bindings"]
+            ),
+        )
+    for one in answer["bypasses"]:
+        left = f"{one['left_s']:.0f} s"
+        print(f"Service {one['service']} goes round its waypoint for {left} more: {printable(one['reason'])}")
+
+
+def _bypass(arguments: argparse.Namespace) -> int:
+    answer = ControlPlane(arguments.socket).post(
+        "bypass",
+        {
+            "namespace": arguments.namespace,
+            "name": arguments.service,
+            "for_s": arguments.for_s,
+            "reason": arguments.reason,
+        },
+    )
+    if answer["for_s"]:
+        print(f"Service {answer['service']} is reached directly for {answer['for_s']} s, as soon as every proxy knows")
+    else:
+        print(f"Service {answer['service']} goes through its waypoint again, as soon as that is ready")
+    return 0
