@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from control.api.address import IpAddress
@@ -352,11 +352,23 @@ class Gateway:
         self, caller: Caller, hops: tuple[Hop, ...], course: _Course, exchange: Exchange, *, fresh: bool
     ) -> HttpConnection:
         """Raises RefusalError."""
+        kept = None if fresh else self._upstream.kept(caller, hops[0])
+        connection = kept or await self._open(caller, hops, course, exchange, fresh=fresh)
+        course.connection = connection
+        hop = connection.hop
+        exchange.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload, str(hop.expected))
+        exchange.hbone_address = hop.authority.decode()
+        return connection
+
+    async def _open(
+        self, caller: Caller, hops: tuple[Hop, ...], course: _Course, exchange: Exchange, *, fresh: bool
+    ) -> HttpConnection:
+        """Raises RefusalError."""
         claim: Waiter[HttpConnection] = Waiter(self._plane)
         course.claim = claim
         self._plane.spawn(self._upstream.connection(caller, hops, exchange.request_id, claim, fresh=fresh))
         try:
-            connection = await claim
+            return await claim
         except ConnectionResetError as error:
             raise _broken(course, error) from None
         except RefusedError as error:
@@ -365,11 +377,6 @@ class Gateway:
             raise RefusalError(503, error.reason, str(error), flag=flags.BACKEND_UNREACHABLE) from None
         finally:
             course.claim = None
-        course.connection = connection
-        hop = connection.hop
-        exchange.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload, str(hop.expected))
-        exchange.hbone_address = hop.authority.decode()
-        return connection
 
     async def _upload(
         self, client: Client, connection: HttpConnection, writer: RequestWriter, course: _Course, exchange: Exchange
@@ -661,7 +668,7 @@ def _onward(
         (b"x-forwarded-client-cert", f"URI={caller.identity}".encode()),
         (b"x-request-id", name.encode()),
     )
-    return replace(head, target=request.target, fields=kept)
+    return RequestHead(head.method, request.target, kept, head.framing, expects_continue=head.expects_continue)
 
 
 def _answered(head: ResponseHead, rule: RouteRule | None, backend: Backend | None) -> ResponseHead:
@@ -669,7 +676,7 @@ def _answered(head: ResponseHead, rule: RouteRule | None, backend: Backend | Non
     fields: Fields = [(name, value) for name, value in head.fields if not name.startswith(_OURS)]
     if rule is not None and backend is not None:
         fields = modified(fields, backend.response, rule.response)
-    return replace(head, fields=fields)
+    return ResponseHead(head.status, head.reason, fields, head.framing)
 
 
 def _broken(course: _Course, error: Exception, *, begun: bool = False) -> RefusalError:

@@ -108,10 +108,9 @@ class Upstream:
         failed: RefusedError | None = None
         try:
             for hop in hops:
-                key = (caller.identity, caller.address, hop.address, hop.expected, hop.authority)
-                found = None if fresh else self._take(key)
                 try:
-                    found = found or HttpConnection(key, hop, await self.stream(caller, hop, request_id))
+                    found = None if fresh else self.kept(caller, hop)
+                    found = found or HttpConnection(_key(caller, hop), hop, await self.stream(caller, hop, request_id))
                 except RefusedError as error:
                     log.info("%s: %s", request_id, error)
                     failed = error
@@ -141,8 +140,9 @@ class Upstream:
         kept.append(connection)
         self._count += 1
 
-    def _take(self, key: Key) -> HttpConnection | None:
-        kept = self._idle.get(key, [])
+    def kept(self, caller: Caller, hop: Hop) -> HttpConnection | None:
+        """A connection that waits for a request; it is the caller's from here."""
+        kept = self._idle.get(_key(caller, hop), [])
         while kept:
             connection = kept[-1]
             self._forget(connection)
@@ -174,6 +174,10 @@ class Upstream:
             for connection in list(kept):
                 self._forget(connection)
                 connection.stream.close()
+
+
+def _key(caller: Caller, hop: Hop) -> Key:
+    return caller.identity, caller.address, hop.address, hop.expected, hop.authority
 
 
 def _nothing() -> None: ...
