@@ -118,7 +118,7 @@ def _tests(
 
 
 def _host_matcher(patterns: Collection[str]) -> Callable[[object], bool]:
-    matches = text_matcher(pattern.lower() for pattern in patterns)
+    matches = text_matcher(patterns)
 
     def holds(hosts: object) -> bool:
         return isinstance(hosts, tuple) and any(map(matches, hosts))

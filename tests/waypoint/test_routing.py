@@ -275,6 +275,14 @@ def test_http_route_hostname_intersection():
         assert ask(routes, "/s1", host=host) == wanted, host
 
 
+def test_a_whole_hostname_goes_before_a_wildcard_of_the_same_length():
+    routes = [
+        http_route(rule("v1"), name="a", hostnames=["*.shop.io"]),
+        http_route(rule("v2"), name="b", hostnames=["x.shop.io"]),
+    ]
+    assert [ask(routes, host=host) for host in ("x.shop.io", "y.shop.io")] == ["v2", "v1"]
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_tie_goes_to_the_first_name_then_the_first_rule(reverse):
     routes = [http_route(rule("v1"), rule("v2"), name="a"), http_route(rule("v3"), name="b")]

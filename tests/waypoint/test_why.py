@@ -158,6 +158,13 @@ def test_an_l7_policy():
     assert "DELETE /v2: denied by shop/no-delete[0]" in steps[-1].detail
 
 
+def test_a_policy_of_the_whole_waypoint():
+    nobody = policy("nobody", "ALLOW", targets=(Target("Gateway", GATEWAY),))
+    steps = ask(mesh(nobody), target="/v2")
+    assert stages(steps)[-1] == ("waypoint policy", "policy")
+    assert "no ALLOW policy matched (shop/nobody)" in steps[-1].detail
+
+
 def test_what_would_be_answered_with_400():
     assert stages(ask(mesh(), target="/a%2fb"))[-1] == ("waypoint", "bad-request")
 
