@@ -85,8 +85,15 @@ class ResponseWriter(_Writer):
 
 
 def _written(start: bytes, fields: Fields, framing: Framing, *, request: bool = False, close: bool = False) -> bytes:
-    if not OF_CONNECTION.isdisjoint([name for name, _ in fields]):
+    names = [name for name, _ in fields]
+    if not OF_CONNECTION.isdisjoint(names):
         raise ValueError("a field that only writers may write is among the fields of a head")
+    if (text := b" ".join(names)) != text.lower():
+        raise ValueError("a field's name is not in lower case")
+    if request and names.count(b"host") != 1:
+        raise ValueError("a request needs one host field")
+    if framing.ending is Ending.CLOSE and not close:
+        raise ValueError("a body without an end")
     lines = [start, *[b"%b: %b\r\n" % field for field in fields]]
     if close:
         lines.append(b"connection: close\r\n")

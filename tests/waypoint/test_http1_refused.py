@@ -10,6 +10,7 @@ from tests.support.http1_vectors import OTHERWISE_REFUSED, REFUSED, TAKEN, reque
 from waypoint.http1 import (
     CHUNKED,
     END,
+    UNTIL_CLOSE,
     MessageError,
     RequestHead,
     RequestReader,
@@ -181,6 +182,7 @@ def test_responses(response: bytes, step: int) -> None:
         (b"transfer-encoding", b"chunked"),
         (b"connection", b"close"),
         (b"upgrade", b"h2c"),
+        (b"Content-Length", b"5"),
         (b"x y", b"z"),
         (b"", b"z"),
         (b"x", b"y\r\nz: a"),
@@ -205,10 +207,13 @@ def test_fields_that_writers_do_not_write(name: bytes, value: bytes) -> None:
         RequestHead("GET", "", [(b"host", b"a")]),
         RequestHead("GET", "/ HTTP/1.1\r\nX: y", [(b"host", b"a")]),
         RequestHead("GET", "/a b", [(b"host", b"a")]),
+        RequestHead("GET", "/", []),
+        RequestHead("GET", "/", [(b"host", b"a"), (b"host", b"a")]),
+        RequestHead("POST", "/", [(b"host", b"a")], UNTIL_CLOSE),
     ],
 )
-def test_start_lines_that_are_not_written(request_head: RequestHead) -> None:
-    with pytest.raises(ValueError, match="malformed"):
+def test_heads_that_are_not_written(request_head: RequestHead) -> None:
+    with pytest.raises(ValueError, match=r"malformed|host|end"):
         RequestWriter().head(request_head)
 
 
