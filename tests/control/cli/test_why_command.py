@@ -17,6 +17,68 @@ MESH = together(
     policy("only-shop", app="reviews"),
 )
 
+BEHIND_A_WAYPOINT = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: wp, namespace: shop, labels: {istio.io/waypoint-for: service}}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: wp-1, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: wp}}
+spec: {address: 10.97.0.9, serviceAccount: wp}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: reviews, namespace: shop, labels: {istio.io/use-waypoint: wp}}
+spec:
+  clusterIP: 240.240.0.10
+  selector: {app: reviews}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: reviews-v2, namespace: shop}
+spec:
+  selector: {app: reviews, version: v2}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: reviews-1, namespace: shop, labels: {app: reviews, version: v1}}
+spec: {address: 10.97.0.1, serviceAccount: reviews}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: reviews-2, namespace: shop, labels: {app: reviews, version: v2}}
+spec: {address: 10.97.0.2, serviceAccount: reviews}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web-1, namespace: shop, labels: {app: web}}
+spec: {address: 10.97.0.3, serviceAccount: web}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: split, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: reviews}]
+  rules:
+  - matches: [{path: {type: PathPrefix, value: /v2}}]
+    backendRefs: [{name: reviews-v2, port: 80}]
+  - backendRefs: [{name: reviews, port: 80}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-delete, namespace: shop}
+spec:
+  targetRefs: [{kind: Service, group: "", name: reviews}]
+  action: DENY
+  rules: [{to: [{operation: {methods: [DELETE]}}]}]
+"""
+
 
 @pytest.fixture
 def mesh(tmp_path):
@@ -65,6 +127,23 @@ def test_what_is_refused(meshctl, mesh):
     assert answer["allowed"] is False
     assert answer["steps"][-1]["stage"] == "destination"
     assert answer["steps"][-1]["reason"] == "policy"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "said"),
+    [
+        (["--path", "/v2/items"], 0, "shop/reviews-v2:80 (100 %)"),
+        (["--path", "/items"], 0, "shop/reviews:80 (100 %)"),
+        (["--method", "DELETE"], 1, "DELETE /: denied by shop/no-delete[0]"),
+        (["--path", "/a%2Fb"], 1, "400: the path has %2F"),
+    ],
+)
+def test_what_a_waypoint_decides(meshctl, mesh, request_, status, said):
+    mesh.write_text(BEHIND_A_WAYPOINT)
+    found, out, _ = meshctl("why", "shop/web-1", "reviews:80", "-f", mesh, *request_)
+    assert found == status
+    assert "through waypoint shop/wp, run by shop/wp-1" in out
+    assert said in out
 
 
 @pytest.mark.parametrize(
