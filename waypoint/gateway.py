@@ -234,6 +234,9 @@ class Gateway:
                 client.stream.abort(refusal.detail)
                 raise ConnectionResetError(refusal.detail) from None
             return await self._refuse(client, head, exchange, refusal, course)
+        except RefusedError as error:  # this proxy shuts down
+            exchange.details = str(error)
+            raise
         except OSError as error:
             if exchange.flag == flags.NO_FLAG:
                 exchange.flag, exchange.details = flags.CALLER_GONE, f"the caller's connection: {error}"

@@ -122,9 +122,9 @@ class Upstream:
                 else:
                     claim.set(found)
                 return
-            if failed is not None:
-                claim.fail(failed)
         finally:
+            # Nothing, if it was settled; whoever waits must learn of a bug, too.
+            claim.fail(failed or RefusedError("connect-failed", "a bug of this proxy; its log has the traceback"))
             del failed  # its traceback holds this frame
 
     def keep(self, connection: HttpConnection) -> None:

@@ -7,10 +7,12 @@ import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from control.api.address import parse_address
 from control.api.gateway import Gateway, Instance, Traffic
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
 from control.api.route import (
@@ -24,6 +26,7 @@ from control.api.route import (
     PathMatch,
     RouteRule,
 )
+from control.api.workload import Endpoint
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT
@@ -425,6 +428,79 @@ def test_a_slow_reader_stops_the_backend(identities: Path, authority: Authority)
         writer.close()
 
     run(identities, authority, endless, client)
+
+
+def test_another_endpoint_is_tried_and_none_is_a_503(identities: Path, authority: Authority) -> None:
+    nobody = Endpoint("shop/db", "shop/db2", parse_address("127.0.77.9"), DB, {SERVICE_PORT: 1}, 65535, True, {})
+
+    async def client(through: Through) -> None:
+        through.pair.apply(nobody)
+        reader, writer = await through.open()
+        writer.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 2\r\n\r\nab")
+        assert (await answer(reader))[0] == 200, "nothing was sent to the one that does not answer"
+        through.pair.apply(*(replace(found, ready=False) for found in through.pair.state.endpoints("shop/db")))
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 503
+        through.pair.apply(nobody)
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        status, head, _ = await answer(reader)
+        assert status == 503
+        assert b"x-uproxy-reason: connect-failed\r\n" in head
+        writer.close()
+        await settled_exchanges(through, 3)
+        assert [e.flag for e in through.telemetry.exchanges] == ["-", "UH", "UF"]
+
+    run(identities, authority, tell, client)
+
+
+def test_a_request_may_wait_for_100_continue(identities: Path, authority: Authority) -> None:
+    async def hesitant(reader: Reader, writer: Writer) -> None:
+        head = await request_head(reader)
+        assert b"expect: 100-continue" in head.lower()
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await reader.readexactly(3)
+        writer.write(b"HTTP/1.1 201 Created\r\ncontent-length: 3\r\n\r\n" + body)
+        await reader.read()
+        writer.close()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"PUT / HTTP/1.1\r\nHost: db\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
+        assert (await request_head(reader)).startswith(b"HTTP/1.1 100 ")
+        writer.write(b"abc")
+        assert (await answer(reader))[::2] == (201, b"abc")
+        writer.close()
+
+    run(identities, authority, hesitant, client)
+
+
+def test_a_drain_closes_connections_after_their_answer(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        through.gateway.draining = True
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        status, head, _ = await answer(reader)
+        assert status == 200
+        assert b"connection: close\r\n" in head
+        assert await reader.read() == b""
+        writer.close()
+
+    run(identities, authority, tell, client)
+
+
+def test_callers_that_may_go_directly_again_are_told_to(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        service = through.pair.state.service("shop/db")
+        assert service is not None
+        for binding, told in ((service.binding, False), (None, True)):
+            through.pair.apply(replace(service, binding=binding))
+            writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+            status, head, _ = await answer(reader)
+            assert (status, b"connection: close\r\n" in head) == (200, told)
+        writer.close()
+
+    run(identities, authority, tell, client)
 
 
 async def echo(reader: Reader, writer: Writer) -> None:
