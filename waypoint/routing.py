@@ -81,7 +81,8 @@ def choose_backend(rule: RouteRule, rng: random.Random) -> Backend | None:
     backends = rule.backends
     if len(backends) == 1:
         return backends[0] if backends[0].weight else None
-    left = rng.random() * sum(backend.weight for backend in backends)
+    total = sum(backend.weight for backend in backends)
+    left = rng.randrange(total) if total else 0
     for backend in backends:
         left -= backend.weight
         if left < 0:
