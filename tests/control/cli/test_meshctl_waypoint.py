@@ -1,0 +1,204 @@
+"""`meshctl waypoint`, and labels that bind: what an operator types, sees and gets as exit status."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from control.api import status
+from control.api.identity import SpiffeId, proxy_hash
+from control.api.messages import Envelope, encode
+from control.api.status import Kind, ProxyStatus
+from control.api.topics import StatusTopic, format_topic
+from control.cli.__main__ import main
+from control.server.ca import Authority
+from tests.support.operators import operated
+
+MESH = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIP: 240.240.0.10
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web-1, namespace: shop}
+spec: {address: 10.97.0.1, serviceAccount: web, labels: {app: web}}
+"""
+USE = "istio.io/use-waypoint"
+
+
+@pytest.fixture(scope="module")
+def ca(tmp_path_factory):
+    return tmp_path_factory.mktemp("ca") / "ca"
+
+
+@pytest.fixture(scope="module")
+def authority(ca):
+    return Authority.create(ca, "cluster.local")
+
+
+@pytest.fixture
+def plane(ca, authority, tmp_path):
+    with operated(ca, authority, tmp_path / "control") as plane:
+        plane.core.apply([("mesh.yaml", MESH)])
+        yield plane
+
+
+@pytest.fixture
+def meshctl(capsys, plane, monkeypatch):
+    """Run a command against the control plane; its exit status, stdout and stderr."""
+    monkeypatch.setenv("MESHCTL_SOCKET", str(plane.socket))
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        try:
+            found = main([str(argument) for argument in argv])
+        except SystemExit as left:
+            found = left.code
+        out, err = capsys.readouterr()
+        return found, out, err
+
+    return run
+
+
+@pytest.fixture
+def waypoint(meshctl):
+    assert meshctl("waypoint", "apply", "wp", "-n", "shop", "--instance", "wp-1=10.97.0.9")[0] == 0
+
+
+def follow(plane):
+    """Every proxy reports that it has applied all."""
+    for name, account, kind in (("wp-1", "wp", Kind.WAYPOINT), ("web-1", "web", Kind.UPROXY)):
+        identity = SpiffeId.parse(f"spiffe://cluster.local/ns/shop/sa/{account}")
+        now = int(time.time())
+        report = ProxyStatus(kind, f"shop/{name}", "1", True, True, (), plane.core.roots(), now, "ab", now + 9999, ())
+        topic = format_topic(identity.trust_domain, StatusTopic(proxy_hash(identity), name))
+        plane.core.status_received(topic, encode(Envelope(now, 1, now, status.write(report))))
+    plane.core.advance()
+
+
+@pytest.fixture
+def proxies(plane):
+    """Proxies that follow by themselves, a moment later."""
+    stop = threading.Event()
+
+    def run():
+        while not stop.wait(0.02):
+            follow(plane)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+def test_apply_makes_a_gateway_with_its_processes_and_says_how_they_are_started(meshctl, plane):
+    found, out, err = meshctl("waypoint", "apply", "wp", "-n", "shop", "--for", "all", "--instance", "wp-1=10.97.0.9")
+    assert (found, err) == (0, "")
+    assert "meshctl token create wp-1 -n shop --out wp-1.token" in out
+    assert "waypoint run --join wp-1.token --state wp-1" in out
+    assert [place for place, _ in plane.core.get("Gateway")] == [("Gateway", "shop", "wp")]
+    assert "waypoint-for: all" in plane.core.get("Gateway")[0][1].replace('"', "")
+    assert [str(identity) for identity in plane.core.waypoints()] == ["spiffe://cluster.local/ns/shop/sa/wp"]
+    assert meshctl("get", "gateway", "wp", "-n", "shop")[0] == 0
+    assert meshctl("token", "create", "wp-1", "-n", "shop")[0] == 0
+
+
+@pytest.mark.parametrize("instance", ["wp-1", "=10.0.0.1", "wp-1=", "wp-1=x'y"])
+def test_an_instance_that_is_none_is_refused(meshctl, plane, instance):
+    found, _, err = meshctl("waypoint", "apply", "wp", "--instance", instance)
+    assert found == 1
+    assert err.startswith("error: ")
+    assert plane.core.get("Gateway") == []
+
+
+def test_a_name_that_is_none_is_refused_by_the_control_plane(meshctl):
+    found, _, err = meshctl("waypoint", "apply", "no: {name", "-n", "shop")
+    assert found == 1
+    assert "metadata.name" in err
+
+
+@pytest.mark.usefixtures("waypoint", "proxies")
+def test_label_wait_returns_when_it_is_enforced_and_when_it_is_gone(meshctl, plane):
+    assert meshctl("label", "service", "web", f"{USE}=wp", "-n", "shop", "--wait", "20s")[0] == 0
+    (one,) = json.loads(meshctl("waypoint", "list", "-o", "json")[1])["bindings"]
+    assert (one["key"], one["gateway"], one["phase"], one["settled"]) == ("shop/web", "shop/wp", "enforced", True)
+    found, out, _ = meshctl("waypoint", "status", "wp", "-n", "shop")
+    assert found == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["KIND", "NAME", "WAYPOINT", "PHASE", "WAITS", "FOR"],
+        ["Service", "shop/web", "shop/wp", "enforced", "-"],
+    ]
+    assert meshctl("label", "service", "web", f"{USE}-", "-n", "shop", "--wait", "20s")[0] == 0
+    assert plane.core.progress()[0].state.phase.value == "lingering"
+
+
+@pytest.mark.usefixtures("waypoint")
+def test_label_wait_names_whom_it_waits_for_and_exits_3(meshctl):
+    found, out, _ = meshctl("label", "service", "web", f"{USE}=wp", "-n", "shop", "--wait", "1s")
+    assert found == 3
+    assert "waits for shop/web (pending): a process of Gateway shop/wp: none is there" in out
+    assert "not enforced everywhere after 1 s" in out
+    found, out, _ = meshctl("waypoint", "list")
+    assert found == 3
+    assert "none is there" in out
+
+
+def test_other_labels_wait_too(meshctl):
+    assert meshctl("label", "service", "web", "team=a", "-n", "shop", "--wait")[0] == 0
+
+
+def test_a_gateway_that_is_not_there_is_refused_unless_forced(meshctl, plane):
+    label = ("label", "service", "web", f"{USE}=nobody", "-n", "shop")
+    found, _, err = meshctl(*label)
+    assert found == 1
+    assert "Service shop/web would be bound to Gateway shop/nobody, and there is none" in err
+    assert plane.core.progress() == []
+    assert meshctl(*label, "--force")[0] == 0
+    assert len(plane.core.progress()) == 1
+
+
+@pytest.mark.usefixtures("waypoint", "proxies")
+def test_delete_needs_force_while_something_is_bound(meshctl):
+    assert meshctl("label", "service", "web", f"{USE}=wp", "-n", "shop", "--wait", "20s")[0] == 0
+    found, _, err = meshctl("waypoint", "delete", "wp", "-n", "shop")
+    assert found == 1
+    assert "Gateway shop/wp serves Service shop/web" in err
+    assert meshctl("waypoint", "delete", "wp", "-n", "shop", "--force")[0] == 0
+
+
+@pytest.mark.usefixtures("waypoint", "proxies")
+def test_a_bypass_is_told_wherever_one_looks_and_ends(meshctl, plane):
+    assert meshctl("label", "service", "web", f"{USE}=wp", "-n", "shop", "--wait", "20s")[0] == 0
+    found, out, _ = meshctl("waypoint", "bypass", "web", "-n", "shop", "--for", "30m", "--reason", "it burns")
+    assert (found, out) == (0, "Service shop/web is reached directly for 1800 s, as soon as every proxy knows\n")
+    for command in (("waypoint", "list"), ("waypoint", "status", "wp", "-n", "shop"), ("status",)):
+        found, out, _ = meshctl(*command)
+        assert found == 3 or command == ("status",)
+        assert "it burns" in out
+    assert meshctl("waypoint", "bypass", "web", "-n", "shop", "--end")[0] == 0
+    assert plane.core.bypasses() == {}
+
+
+@pytest.mark.usefixtures("waypoint")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--for", "30m", "--reason", "x"), "is not bound to a waypoint"),
+        (("--for", "30m"), "say why"),
+        (("--for", "2d", "--reason", "x"), "at most 24 hours"),
+    ],
+)
+def test_a_bypass_that_makes_no_sense_is_refused(meshctl, options, told):
+    found, _, err = meshctl("waypoint", "bypass", "web", "-n", "shop", *options)
+    assert found == 1
+    assert told in err
+
+
+def test_nothing_bound_is_said(meshctl):
+    assert meshctl("waypoint", "list") == (0, "nothing is bound to a waypoint\n", "")
