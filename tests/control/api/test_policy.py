@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 from control.api.policy import (
     Action,
     AuthorizationPolicy,
+    Condition,
     ConditionKey,
+    Operation,
+    Rule,
+    Target,
     applies,
     canonical_namespace,
     canonical_principal,
@@ -78,3 +83,25 @@ def test_a_policy_applies_to_its_namespace_or_from_the_root_to_all(scope, select
     in_scope = scope in ("root", namespace)
     assert applies(policy, namespace, {"app": "web", "x": "y"}, "root") is in_scope
     assert applies(policy, namespace, {"app": "db"}, "root") is (in_scope and not selector)
+
+
+def test_a_policy_with_targets_selects_no_workload():
+    policy = AuthorizationPolicy("shop", "p", Action.DENY, None, (Rule(),), (Target("Service", "shop/web"),))
+    assert not applies(policy, "shop", {}, "mesh-system")
+    assert applies(replace(policy, targets=()), "shop", {}, "mesh-system")
+
+
+@pytest.mark.parametrize(
+    ("rule", "asks"),
+    [
+        (Rule(), False),
+        (Rule(operations=(Operation(ports=(80,)),)), False),
+        (Rule(conditions=(Condition(ConditionKey.SOURCE_IP, ("10.0.0.0/8",)),)), False),
+        *((Rule(operations=(Operation(**{field: ("x",)}),)), True) for field in ("hosts", "not_hosts", "methods")),
+        *((Rule(operations=(Operation(**{field: ("x",)}),)), True) for field in ("not_methods", "paths", "not_paths")),
+        (Rule(conditions=(Condition(ConditionKey.REQUEST_HEADERS, ("x",), (), "x"),)), True),
+    ],
+)
+def test_a_rule_asks_for_http_or_not(rule, asks):
+    assert rule.asks_http == asks
+    assert AuthorizationPolicy("shop", "p", Action.ALLOW, None, (Rule(), rule)).asks_http == asks

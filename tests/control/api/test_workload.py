@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from control.api.identity import SpiffeId
-from control.api.workload import Endpoint, Service, Workload
+from control.api.workload import Endpoint, Service, ServicePort, Workload
 
 
 def workload(labels):
@@ -54,3 +54,21 @@ def test_an_endpoint_tells_of_its_workload_what_a_caller_must_know():
     assert (workload.key, workload.service_account, workload.identity) == ("shop/reviews.v2", "reviews", identity)
     assert (workload.addresses, workload.weight) == (("10.0.0.1",), 3)
     assert (workload.canonical_service, workload.canonical_revision) == ("reviews", "v2")
+
+
+@pytest.mark.parametrize(
+    ("name", "app_protocol", "http"),
+    [
+        ("http", "", True),
+        ("http-web", "", True),
+        ("httpx", "", False),
+        ("https", "", False),
+        ("", "", False),
+        ("raw", "http", True),
+        ("raw", "http/1.1", True),
+        ("http", "tcp", False),
+        ("http", "kubernetes.io/h2c", False),
+    ],
+)
+def test_a_port_is_http_by_its_protocol_else_by_its_name(name, app_protocol, http):
+    assert ServicePort(name, 80, 80, app_protocol).is_http is http
