@@ -19,11 +19,13 @@ from typing import Any
 
 from benchmarks.lab import shop
 from benchmarks.lab.evidence import Step, UnexpectedError
+from benchmarks.lab.l7 import L7
 from benchmarks.lab.live import Live
 from benchmarks.lab.measure import CONNECTIONS, ROUNDS, PathCost, measure
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.lab.tour import Tour
+from benchmarks.lab.waypoints import Waypoint
 from uproxy.cgroup import SandboxError
 
 
@@ -70,10 +72,12 @@ def run(show: _Show) -> tuple[list[Step], list[PathCost]]:
             show.progress(f"building a control plane, two hosts and four workloads (lab {lab.names.lab_id})")
             the_shop = shop.declare(lab)
             lab.start(show.progress)
-            for name, step in Tour(lab, the_shop).steps() + Live(lab, lab.control, the_shop).steps():
+            waypoint = Waypoint(lab.control, the_shop.b, "wp")
+            live, l7 = Live(lab, lab.control, the_shop), L7(lab.control, the_shop, waypoint)
+            for name, step in Tour(lab, the_shop).steps() + live.steps() + l7.steps():
                 take(name, step)
             show.progress(f"measuring, {ROUNDS} interleaved rounds")
-            paths = measure(lab, lab.control, the_shop)
+            paths = measure(lab, lab.control, the_shop, waypoint)
             show.progress("removing the lab")
             return steps, paths
     except BrokenPipeError:

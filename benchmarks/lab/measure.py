@@ -1,4 +1,4 @@
-"""What the mesh costs: HTTP between two hosts, as plain TCP and through the mTLS tunnel."""
+"""What the mesh costs: HTTP between two hosts, as plain TCP, through the mTLS tunnel, and through a waypoint."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.shop import REVIEWS, Shop
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab, Workload
+from benchmarks.lab.waypoints import Waypoint
 
 ROUNDS = 5
 _REQUESTS = 400
 CONNECTIONS = 16
 _LOOP_S = 0.8
 _PATIENCE_S = 10.0
-_DIRECT = ("240.240.0.40", REVIEWS[1])
-_SERVICE = f"""\
-apiVersion: v1
-kind: Service
-metadata: {{name: measured, namespace: default}}
-spec:
-  clusterIP: {_DIRECT[0]}
-  selector: {{app: reviews, version: v1}}
-  ports: [{{name: http, port: {_DIRECT[1]}, targetPort: http}}]
-"""
+_DIRECT, _ROUTED = ("240.240.0.40", REVIEWS[1]), ("240.240.0.41", REVIEWS[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +34,34 @@ class PathCost:
     requests_per_s: float
 
 
-def measure(lab: Lab, control: ControlPlane, the_shop: Shop) -> list[PathCost]:
-    """HTTP from web's namespace to host b: plain TCP to a twin of reviews v1, and through the mesh; interleaved.
+def _services(gateway: str) -> str:
+    """Two services with one endpoint, reviews v1 on host b; the binding of one is optional, so that both ways stand."""
+    return "---\n".join(
+        f"""\
+apiVersion: v1
+kind: Service
+metadata:
+  name: {name}
+  namespace: default
+{metadata}spec:
+  clusterIP: {vip[0]}
+  selector: {{app: reviews, version: v1}}
+  ports: [{{name: http, port: {vip[1]}, targetPort: http}}]
+"""
+        for name, vip, metadata in (
+            ("measured", _DIRECT, ""),
+            (
+                "measured-routed",
+                _ROUTED,
+                f"  labels: {{istio.io/use-waypoint: {gateway}}}\n"
+                "  annotations: {mesh.uproxy.dev/waypoint-binding: optional}\n",
+            ),
+        )
+    )
+
+
+def measure(lab: Lab, control: ControlPlane, the_shop: Shop, waypoint: Waypoint) -> list[PathCost]:
+    """HTTP from web's namespace to host b: plain TCP to a twin of reviews v1, and two ways through the mesh, in turn.
 
     Raises LabError.
     """
@@ -51,14 +69,16 @@ def measure(lab: Lab, control: ControlPlane, the_shop: Shop) -> list[PathCost]:
     data = lab.directory / "data" / twin.workload
     data.mkdir()
     lab.spawn(commands.nginx("v1").argv(twin.addresses[0], data), twin.netns_path, stdout=subprocess.DEVNULL)
-    control.apply(_SERVICE)
-    plain = _PlainClient(lab, the_shop.web)
+    control.apply(_services(waypoint.gateway))
+    plain, web = _PlainClient(lab, the_shop.web), the_shop.web
     targets: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, int]]] = {
         "plain TCP": (plain.job, (twin.addresses[0], REVIEWS[1])),
-        "mTLS tunnel": (the_shop.web.job, _DIRECT),
+        "mTLS tunnel": (web.job, _DIRECT),
+        "waypoint, HTTP": (web.job, _ROUTED),
     }
-    for job, target in targets.values():
-        _await(job, target)
+    expected = {"plain TCP": "", "mTLS tunnel": "", "waypoint, HTTP": f"URI={web.identity}"}
+    for path, (job, target) in targets.items():
+        _await(job, target, expected[path])
     times: dict[str, list[float]] = {path: [] for path in targets}
     rates: dict[str, list[float]] = {path: [] for path in targets}
     for turn in range(ROUNDS):
@@ -95,10 +115,13 @@ class _PlainClient:
         return answer
 
 
-def _await(job: Callable[..., dict[str, Any]], target: tuple[str, int]) -> None:
-    """Until the application answers there."""
+def _await(job: Callable[..., dict[str, Any]], target: tuple[str, int], caller: str) -> None:
+    """Until the application answers there, and was told this of its caller: which tells the ways apart."""
     deadline = time.monotonic() + _PATIENCE_S
-    while (answer := job(job="http", host=target[0], port=target[1])).get("status") != 200:
+    while True:
+        answer = job(job="http", host=target[0], port=target[1])
+        if answer.get("status") == 200 and json.loads(answer["body"])["caller"] == caller:
+            return
         if time.monotonic() > deadline:
-            raise LabError(f"{target[0]}:{target[1]} answers {answer}")
+            raise LabError(f"{target[0]}:{target[1]} answers {answer}, where the caller should be {caller!r}")
         time.sleep(0.02)

@@ -9,21 +9,23 @@ import sys
 import pytest
 
 from benchmarks.lab import demo, remains, shop
+from benchmarks.lab.l7 import L7
 from benchmarks.lab.live import Live
 from benchmarks.lab.measure import PathCost
 
 
+@pytest.mark.timeout(200)
 def test_json_shape_steps_and_paths() -> None:
     argv = [sys.executable, "-I", "-m", "control.cli", "demo", "--output", "json"]
     before = remains.left_of()
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     told = json.loads(done.stdout)
     assert list(told) == ["steps", "paths"]
     assert [sorted(step) for step in told["steps"]] == [["evidence", "name", "ok"]] * len(told["steps"])
     assert all(step["ok"] is True and step["evidence"] for step in told["steps"])
     assert len(told["steps"]) >= 9
-    assert [path["path"] for path in told["paths"]] == ["plain TCP", "mTLS tunnel"]
+    assert [path["path"] for path in told["paths"]] == ["plain TCP", "mTLS tunnel", "waypoint, HTTP"]
     for path in told["paths"]:
         assert 0 < path["p50_us"] <= path["p99_us"]
         assert path["requests_per_s"] > 0
@@ -36,6 +38,7 @@ def test_step_that_fails_is_told_and_ends_with_status_1(
     """Without the policy, nobody is forbidden anything: the steps that show a refusal must say so."""
     monkeypatch.setattr(shop, "RESOURCES", shop.RESOURCES.split("---\napiVersion: security")[0])
     monkeypatch.setattr(Live, "steps", lambda _: [])
+    monkeypatch.setattr(L7, "steps", lambda _: [])
     monkeypatch.setattr(demo, "measure", lambda *_: [PathCost("none", 1, 1, 1)])
     assert demo.main(["--output", "json"]) == 1
     steps = json.loads(capsys.readouterr().out)["steps"]

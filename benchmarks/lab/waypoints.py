@@ -1,0 +1,116 @@
+"""A waypoint of a lab: `waypoint run` in a namespace of its own, without an application and without capture."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from typing import Any
+
+from benchmarks.lab.control import ControlPlane
+from benchmarks.lab.sources import TRUST_DOMAIN, LabError
+from benchmarks.lab.topology import Host, entered, tail
+from control.api.identity import SpiffeId
+from uproxy import cgroup
+
+_READY_PORT = 15021
+_START_S = 30.0
+_LOGGED_S = 5.0
+_FIRST_NUMBER = 200
+"""Of a waypoint's address on its host, out of the workloads' way."""
+
+
+class Waypoint:
+    """One process of a waypoint. Its Gateway and its workload are declared as an operator does, with `meshctl`."""
+
+    def __init__(self, control: ControlPlane, host: Host, gateway: str) -> None:
+        """Make its place; `apply` declares it and `start` starts it."""
+        self.gateway = gateway
+        self.name = f"{gateway}-{host.name}"
+        self.address = f"10.96.{host.index}.{_FIRST_NUMBER}"
+        self.identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/default/sa/{gateway}")
+        self._control = control
+        self._lab = host.lab
+        self._box = host.place(self.name, self.address)
+        self._log = self._lab.directory / f"{self.name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def apply(self, *options: str) -> None:
+        """The Gateway, and this process as its instance."""
+        self._control.meshctl("waypoint", "apply", self.gateway, "--instance", f"{self.name}={self.address}", *options)
+
+    def start(self) -> None:
+        """Join the first time, take up where it was later, and return when it is ready."""
+        state = self._lab.directory / "state" / self.name
+        arguments = ["--join", str(self._control.token(self.name, "--namespace", "default")), "--state", str(state)]
+        arguments += ["--log-format", "json"]
+        with open(self._log, "ab") as log:
+            self._process = self._lab.spawn(
+                [sys.executable, "-I", "-m", "waypoint", "run", *arguments],
+                self._box.netns_path,
+                str(self._box.app_cgroup.relative_to(self._lab.names.cgroup)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            self._lab.wait([self.ready], _START_S, self.name)
+        except LabError as error:
+            raise LabError(f"{error}\n{self.logs()}") from None
+
+    def ready(self) -> bool:
+        """Whether it says so. Raises LabError when it gave up."""
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise LabError(f"`waypoint run` ended with {self._process.returncode}:\n{self.logs()}")
+        with suppress(OSError, http.client.HTTPException):
+            with entered(self._box.netns_path):
+                connection = http.client.HTTPConnection(self.address, _READY_PORT, timeout=1)
+                connection.connect()
+            with closing(connection):
+                connection.request("GET", "/healthz/ready")
+                return connection.getresponse().status == 200
+        return False
+
+    def kill(self) -> int:
+        """SIGKILL, for all its processes at once; the first one's pid."""
+        assert self._process is not None
+        cgroup.kill(self._box.app_cgroup)
+        self._process.wait()
+        return self._process.pid
+
+    def end(self) -> None:
+        """SIGTERM, and wait until it has drained. Raises LabError when it does not end well."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        if self._process.wait(_START_S) != 0:
+            raise LabError(f"`waypoint run` ended with {self._process.returncode}:\n{self.logs()}")
+
+    def access_log(self) -> list[dict[str, Any]]:
+        """The access log's lines so far."""
+        entries = []
+        for line in self._log.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    entries.append(entry)
+        return entries
+
+    def await_access(self, matches: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first line of the access log that matches; it may be written a moment later. Raises LabError."""
+        deadline = time.monotonic() + _LOGGED_S
+        while True:
+            for entry in self.access_log():
+                if matches(entry):
+                    return entry
+            if time.monotonic() > deadline:
+                raise LabError(f"no such line in the access log:\n{self.logs()}")
+            time.sleep(0.01)
+
+    def logs(self) -> str:
+        return tail(self._log)

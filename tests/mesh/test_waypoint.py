@@ -1,0 +1,120 @@
+"""A mesh with a waypoint: who the application is told called, and what flips and a kill do to requests."""
+
+from __future__ import annotations
+
+import random
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+import pytest
+
+from benchmarks.lab import shop
+from benchmarks.lab.control import ControlPlane
+from benchmarks.lab.evidence import HBONE_PORT
+from benchmarks.lab.shop import REVIEWS, Shop
+from benchmarks.lab.topology import Lab
+from benchmarks.lab.waypoints import Waypoint
+from control.api.identity import SpiffeId
+from tests.support.hand_tunnel import HandTunnel
+
+_CALLERS, _TURNS = 50, 60
+_FLIPS = 20
+_PER_S = 50
+# Everybody may call: what is under test here is the way, not policy.
+_OPEN = shop.RESOURCES.split("---\napiVersion: security")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    lab: Lab
+    control: ControlPlane
+    shop: Shop
+    waypoint: Waypoint
+
+    def flip(self, *, bound: bool) -> None:
+        """Returns when `meshctl label --wait` does."""
+        change = f"istio.io/use-waypoint={self.waypoint.gateway}" if bound else "istio.io/use-waypoint-"
+        self.control.meshctl("label", "service", "reviews", change, "--overwrite", "--wait")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Bound]:
+    with Lab(control=True) as lab:
+        assert lab.control is not None
+        the_shop = shop.declare(lab)
+        lab.configure(_OPEN)
+        lab.start()
+        waypoint = Waypoint(lab.control, the_shop.b, "wp")
+        waypoint.apply()
+        waypoint.start()
+        yield Bound(lab, lab.control, the_shop, waypoint)
+
+
+def test_flips_under_load_fail_no_request_and_leave_none_on_the_wrong_way(
+    mesh: Bound, record_property: Callable[[str, object], None]
+) -> None:
+    web = mesh.shop.web
+    through = f"URI={web.identity}"
+    phases: list[tuple[float, float, str]] = []  # since when, how long the flip took, and what the application is told
+    web.job(job="open-loop", host=REVIEWS[0], port=REVIEWS[1], per_s=_PER_S)
+    for flip in range(_FLIPS):
+        began = time.monotonic()
+        mesh.flip(bound=flip % 2 == 0)
+        since = time.monotonic()
+        phases.append((since, since - began, through if flip % 2 == 0 else ""))
+        time.sleep(0.3)
+        phases.append((time.monotonic(), 0, "either"))
+    requests = web.job(job="open-loop-end")["requests"]
+    assert not [failure for *_, failure in requests if failure]
+    assert len(requests) > _FLIPS * 0.3 * _PER_S
+    looked_at = 0
+    for (since, _, caller), (until, _, _) in zip(phases[::2], phases[1::2], strict=True):
+        told = {said for began, ended, said, _ in requests if since < began and ended < until}
+        assert told <= {caller}
+        looked_at += bool(told)
+    assert looked_at > _FLIPS / 2
+    took = sorted(seconds for _, seconds, _ in phases[::2])
+    record_property("label_to_settled_s", {"p50": statistics.median(took), "longest": took[-1]})
+
+
+def test_every_request_arrives_with_its_own_caller(mesh: Bound) -> None:
+    """50 identities, each on a connection of its own that stays; many requests under way at once, in random order."""
+    mesh.flip(bound=True)
+    pick = random.Random(7)
+    with ExitStack() as stack:
+        callers: dict[str, HandTunnel] = {}
+        for number in range(_CALLERS):
+            identity = SpiffeId.parse(f"spiffe://lab.test/ns/default/sa/caller-{number}")
+            directory = mesh.lab.directory / "callers" / str(number)
+            mesh.lab.issue(identity, directory)
+            with mesh.shop.a.entered():
+                made = socket.create_connection((mesh.waypoint.address, HBONE_PORT), timeout=10)
+            authority = f"{REVIEWS[0]}:{REVIEWS[1]}"
+            callers[str(identity)] = stack.enter_context(closing(HandTunnel(made, directory, authority)))
+        for turn in range(_TURNS):
+            some = pick.sample(sorted(callers), 10)
+            for identity in some:
+                callers[identity].send(f"/{turn}/{identity.rpartition('/')[2]}")
+            pick.shuffle(some)
+            for identity in some:
+                answer = callers[identity].receive()
+                assert answer["caller"] == f"URI={identity}"
+                assert answer["path"] == f"/{turn}/{identity.rpartition('/')[2]}"
+
+
+def test_killed_waypoint_refuses_its_service_and_nobody_else(mesh: Bound) -> None:
+    mesh.flip(bound=True)
+    web = mesh.shop.web
+    mesh.waypoint.kill()
+    for _ in range(5):
+        assert web.job(job="http", host=REVIEWS[0], port=REVIEWS[1])["error"] in (
+            "ConnectionResetError",
+            "ConnectionRefusedError",
+        )
+    assert web.job(job="redis", host=shop.DB[0], port=shop.DB[1], command=["PING"])["reply"] == "+PONG"
+    mesh.waypoint.start()
+    assert web.job(job="http", host=REVIEWS[0], port=REVIEWS[1])["status"] == 200
