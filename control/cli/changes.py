@@ -44,6 +44,9 @@ def show_changes(answer: Answer, output: Format, *, texts: bool = False) -> None
             ("CHANGE", "KIND", "NAMESPACE", "NAME"),
             ((entry["change"], entry["kind"], entry["namespace"], entry["name"]) for entry in differing),
         )
+    for one in answer["bindings"]:
+        what = f"waypoint {one['gateway']}: {one['phase']}" if one["gateway"] else "bound to no waypoint any more"
+        print(f"{one['kind']} {one['key']}: {what}")
     print(_sum(answer))
 
 

@@ -274,6 +274,15 @@ class Api:
                 }
                 for one in change.resources
             ],
+            "bindings": [
+                {
+                    "kind": kind,
+                    "key": name,
+                    "gateway": state.gateway if state else None,
+                    "phase": state.phase.value if state else None,
+                }
+                for (kind, name), state in sorted(change.bindings.items())
+            ],
             "warnings": [asdict(warning) for warning in change.warnings],
             "messages": change.messages,
             "version": change.stamp,

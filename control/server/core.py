@@ -431,11 +431,11 @@ class Core:
             plan = self._registry.plan(given, removed, release=release, standings=standings(new), again=again)
         if not force:
             self._registry.check_gateways(plan, old, new)
-        changed = self._messages(pen, plan)
+        changed, touched = self._messages(pen, plan), changed_states(old, new)
         if dry_run:
-            return ChangeSet(plan.changes, plan.warnings, len(changed), None)
+            return ChangeSet(plan.changes, plan.warnings, len(changed), None, touched)
         self._put(plan, changed, new, self._flips.bypasses, pen.stamp)
-        return ChangeSet(plan.changes, plan.warnings, len(changed), pen.stamp if changed else None)
+        return ChangeSet(plan.changes, plan.warnings, len(changed), pen.stamp if changed else None, touched)
 
     def _flip(self, bypasses: Mapping[str, Bypass]) -> None:
         """Brings bindings on, and what is published with them."""

@@ -87,6 +87,8 @@ class ChangeSet:
     """How many messages are published for it."""
     stamp: Stamp | None
     """(epoch, version) of these messages; None when there are none, and for a dry run."""
+    bindings: Mapping[Subject, State | None]
+    """The bindings to waypoints that it begins, changes or ends; None: not bound any more."""
 
 
 class NotFound(Exception):

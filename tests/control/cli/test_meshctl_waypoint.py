@@ -149,6 +149,17 @@ def test_label_wait_names_whom_it_waits_for_and_exits_3(meshctl):
     assert "none is there" in out
 
 
+@pytest.mark.usefixtures("waypoint")
+def test_a_label_of_a_namespace_shows_what_it_touches(meshctl, plane):
+    plane.core.apply([("ns.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n")])
+    found, out, _ = meshctl("label", "namespace", "shop", f"{USE}=wp", "--dry-run")
+    assert found == 0
+    assert "Service shop/web: waypoint shop/wp: pending\n" in out
+    assert plane.core.progress() == []
+    assert meshctl("label", "namespace", "shop", f"{USE}=wp")[0] == 0
+    assert "Service shop/web: bound to no waypoint any more\n" in meshctl("label", "namespace", "shop", f"{USE}-")[1]
+
+
 def test_other_labels_wait_too(meshctl):
     assert meshctl("label", "service", "web", "team=a", "-n", "shop", "--wait")[0] == 0
 
