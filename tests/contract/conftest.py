@@ -11,12 +11,12 @@ from control.api.identity import SpiffeId
 from control.client import subscriber
 from control.server import publisher
 from control.server.ca import Authority
-from tests.contract.world import Site, Who
+from tests.contract.world import WP, Site, Who
 from tests.support.brokers import BROKERS
 from tests.support.certificates import DB, WEB, identity_dir
 
 NODE = SpiffeId.parse("spiffe://cluster.local/ns/mesh-system/sa/node-a")
-PROXIES = (Who(WEB, "web-1"), Who(DB, "db-1"), Who(NODE, "node-a"))
+PROXIES = (Who(WEB, "web-1"), Who(DB, "db-1"), Who(WP, "wp-1"), Who(NODE, "node-a"))
 
 
 @pytest.fixture(params=BROKERS)
@@ -27,5 +27,8 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(publisher, "_QUIET_S", 0.1)
     authority = Authority.create(tmp_path / "ca", "cluster.local")
     with BROKERS[request.param](tmp_path / "broker", authority, [who.identity for who in PROXIES]) as broker:
+        broker.waypoints = {WP}
+        broker.configure([who.identity for who in PROXIES])
+        broker.reload()
         own = {who: identity_dir(authority, tmp_path / who.workload, who.identity) for who in PROXIES}
         yield Site(broker, tmp_path / "ca", own)

@@ -34,7 +34,7 @@ from control.api.problems import ResourceErrors
 from tests.contract.conftest import PROXIES
 from tests.contract.forgeries import FORGERIES
 from tests.contract.world import Site, World, world
-from tests.support.desired import endpoints, policy, service, workload
+from tests.support.desired import endpoints, gateway, guard, policy, route, service, workload
 
 SERVICES = ("shop/web", "shop/db", "bank/web")
 WORKLOADS = {
@@ -46,7 +46,18 @@ WORKLOADS = {
     "bank/web-2": ("10.0.0.6", "web"),
 }
 POLICIES = ("shop/a", "shop/b", "bank/a", "mesh-system/a")
-KINDS = {"svc": "Service", "wl": "WorkloadEntry", "policy": "AuthorizationPolicy", "slice": "EndpointSlice"}
+GATEWAYS = ("shop/wp", "bank/gw")
+ROUTES = ("shop/web", "shop/db", "bank/web")
+"""Each is attached to the service of its name."""
+KINDS = {
+    "svc": "Service",
+    "wl": "WorkloadEntry",
+    "policy": "AuthorizationPolicy",
+    "guard": "AuthorizationPolicy",
+    "slice": "EndpointSlice",
+    "gw": "Gateway",
+    "route": "HTTPRoute",
+}
 
 proxies = st.sampled_from([who.workload for who in PROXIES])
 who = st.one_of(proxies, st.just("control-plane"))
@@ -55,6 +66,9 @@ resources = st.one_of(
     st.tuples(st.just("wl"), st.sampled_from([*WORKLOADS])),
     st.tuples(st.just("wl"), st.sampled_from([*WORKLOADS])),
     st.tuples(st.just("policy"), st.sampled_from(POLICIES)),
+    st.tuples(st.just("guard"), st.sampled_from(["shop/guard", "bank/guard"])),
+    st.tuples(st.just("gw"), st.sampled_from(GATEWAYS)),
+    st.tuples(st.just("route"), st.sampled_from(ROUTES)),
     st.tuples(st.just("slice"), st.just("shop/web-slice")),
 )
 
@@ -84,7 +98,9 @@ class Contract(RuleBasedStateMachine):
         for proxy in self.world.proxies.values():
             proxy.unruly = unruly
         # Of a namespace that never had a record, nothing is published: whoever asks for a service there waits.
-        self.apply({("svc", "shop/web"), ("wl", "shop/web-1"), ("wl", "shop/db-1"), ("policy", "bank/a")})
+        first = {("svc", "shop/web"), ("wl", "shop/web-1"), ("wl", "shop/db-1"), ("policy", "bank/a")}
+        self.apply(first | {("gw", gateway) for gateway in GATEWAYS})
+        assert self.desired
 
     def teardown(self) -> None:
         try:
@@ -99,7 +115,8 @@ class Contract(RuleBasedStateMachine):
         return self.runner.run(action)
 
     def apply(self, added: set[tuple[str, str]]) -> None:
-        with contextlib.suppress(ResourceErrors):  # a slice may name a workload that was just deleted
+        # A slice may name a workload, and a label a Gateway, that was just deleted.
+        with contextlib.suppress(ResourceErrors):
             self.world.apply(*(self.text(*each) for each in sorted(added)))
             self.desired |= added
 
@@ -109,12 +126,28 @@ class Contract(RuleBasedStateMachine):
         namespace, _, own = name.partition("/")
         match kind:
             case "svc":
-                return service(own, namespace, labels=f"version: v{self.count}")
+                waypoint = self.chance.choice(
+                    [
+                        "",
+                        ", istio.io/use-waypoint: wp, istio.io/use-waypoint-namespace: shop",
+                        ", istio.io/use-waypoint: gw, istio.io/use-waypoint-namespace: bank",
+                    ]
+                )
+                return service(own, namespace, labels=f"version: v{self.count}{waypoint}")
             case "wl":
                 address, app = WORKLOADS[name]
                 return workload(own, address, namespace, app, version=f"v{self.count}")
             case "policy":
                 return policy(own, namespace, caller=f"caller-{self.count}")
+            case "guard":
+                return guard(own, "web", namespace, method=f"M{self.count}")
+            case "gw":
+                return gateway(
+                    own, namespace, labels=f"istio.io/waypoint-for: {self.chance.choice(['all', 'service'])}"
+                )
+            case "route":
+                backends = ["web", "db"] if namespace == "shop" else ["web"]
+                return route(own, own, self.chance.sample(backends, 1), namespace, path=f"/{self.count}")
         backing = [its for kind, its in sorted(self.desired) if kind == "wl" and its.startswith("shop/web")]
         return endpoints(own, "web", [(WORKLOADS[its][0], self.chance.random() < 0.6) for its in backing])
 
@@ -133,13 +166,13 @@ class Contract(RuleBasedStateMachine):
         if gone:
             places = [(KINDS[kind], *name.split("/")) for kind, name in sorted(gone)]
             with contextlib.suppress(ResourceErrors):  # and a deleted workload may be in a slice
-                self.world.plane.core.delete(places, release=True)
+                self.world.plane.core.delete(places, release=True, force=True)
                 self.desired -= gone
 
     @rule(which=proxies, name=st.sampled_from(SERVICES), wanted=st.booleans())
     def interest(self, which: str, name: str, wanted: bool) -> None:
         proxy = self.world.proxies[which]
-        if proxy.running and which != "node-a":
+        if proxy.running and which not in ("node-a", "wp-1"):
             (proxy.want if wanted else proxy.drop)(name)
 
     @rule(which=st.sampled_from(["web-1", "db-1"]), name=st.sampled_from([*WORKLOADS]))

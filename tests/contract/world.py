@@ -19,17 +19,20 @@ from pathlib import Path
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import uproxy
-from control.api import messages, status
+from control.api import messages, records, status
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId, proxy_hash
 from control.api.messages import Body, Envelope
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.api.route import HTTPRoute
 from control.api.signing import SIGNATURE
 from control.api.status import ADDRESSES, Kind, ProxyStatus, RootStamp
 from control.api.topics import (
     AddressesTopic,
     EndpointTopic,
+    GatewayTopic,
     PolicyTopic,
+    RouteTopic,
     ServiceTopic,
     StatusTopic,
     WorkloadTopic,
@@ -50,6 +53,9 @@ from tests.support.relay import Relay, relay
 from tests.support.waiting import until
 
 PREFIX = "mesh/v1/cluster.local/"
+WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
+WAYPOINT = "shop/wp"
+"""The Gateway of its processes."""
 SETTLE_S = 30.0
 
 Records = dict[str, Body]
@@ -206,6 +212,12 @@ class Proxy:
             self.replica.want_all_addresses()
         else:
             self.replica.want_workload(self.who.identity, self.who.workload)
+        if self.is_waypoint:
+            self.replica.want_waypoint(WAYPOINT)
+
+    @property
+    def is_waypoint(self) -> bool:
+        return self.who.identity == WP
 
     # Running
 
@@ -272,7 +284,7 @@ class Proxy:
 
     def _report(self, online: bool, version: int) -> tuple[str, bytes]:
         report = ProxyStatus(
-            kind=Kind.NODE if is_node(self.who.identity) else Kind.UPROXY,
+            kind=Kind.NODE if is_node(self.who.identity) else Kind.WAYPOINT if self.is_waypoint else Kind.UPROXY,
             workload=self.who.name,
             version=uproxy.__version__,
             online=online,
@@ -324,13 +336,23 @@ class Proxy:
             said = self._ledger.indexed(owner, stamp)
             held = {name: body for name, body in self.records.items() if _is_indexed_in(name, owner, self.who)}
             assert held == {name: body for name, body in said.items() if name in held}, "a record of another root"
-            if owner in (self.who.identity.namespace, DEFAULT_ROOT_NAMESPACE):
-                policies = {name for name in said if name.startswith("policy/")}
-                assert policies == {name for name in held if name.startswith("policy/")}, "not all policies of a root"
+            for kind in self._kinds(owner):
+                listed = {name for name in said if name.startswith(f"{kind}/")}
+                assert listed == {name for name in held if name.startswith(f"{kind}/")}, f"not each {kind} of a root"
             for service in self.replica.services():
                 if service.startswith(f"{owner}/") and self.replica.service_status(service) is not Status.WAITING:
                     known = self.replica.service_status(service) is Status.KNOWN
                     assert known == (f"svc/{service}" in said)
+            for gateway in self.replica.gateways():
+                if gateway.startswith(f"{owner}/") and self.replica.gateway_status(gateway) is not Status.WAITING:
+                    known = self.replica.gateway_status(gateway) is Status.KNOWN
+                    assert known == (f"gw/{gateway}" in said)
+
+    def _kinds(self, namespace: str) -> tuple[str, ...]:
+        """Kinds of which it has all records of a namespace in which it has anything."""
+        if self.is_waypoint:
+            return ("policy", "route")
+        return ("policy",) if namespace in (self.who.identity.namespace, DEFAULT_ROOT_NAMESPACE) else ()
 
     def _endpoint_is_no_older(self, name: str, body: Body) -> None:
         """It was issued at or after the one before it: the bodies that came are in the order of their issue."""
@@ -373,15 +395,23 @@ class Proxy:
         return ""
 
     def _expected(self, truth: Records) -> Records:
-        wanted = set(self.replica.services())
         shards = {name for name in self.records if name.startswith("addr/")}
         if is_node(self.who.identity):
             return {name: body for name, body in truth.items() if name.startswith("addr/") and body["addresses"]}
         own = WorkloadTopic(proxy_hash(self.who.identity), self.who.workload)
+        wanted = self._served(truth) if self.is_waypoint else set(self.replica.services())
+        bound = {truth[f"svc/{one}"]["binding"][0] for one in wanted if "binding" in truth.get(f"svc/{one}", {})}
+        gateways = bound | {WAYPOINT} if self.is_waypoint else bound
+        namespaces = {one.partition("/")[0] for one in (*wanted, *gateways)}
+        namespaces |= {self.who.identity.namespace, DEFAULT_ROOT_NAMESPACE}
         found: Records = {}
         for name, body in truth.items():
             match parse_topic(self.who.identity.trust_domain, PREFIX + name):
-                case PolicyTopic(namespace, _) if namespace in (self.who.identity.namespace, DEFAULT_ROOT_NAMESPACE):
+                case PolicyTopic(namespace, _) if namespace in namespaces and "policy" in self._kinds(namespace):
+                    found[name] = body
+                case RouteTopic(namespace, _) if namespace in namespaces and "route" in self._kinds(namespace):
+                    found[name] = body
+                case GatewayTopic(namespace, gateway) if f"{namespace}/{gateway}" in gateways:
                     found[name] = body
                 case WorkloadTopic() as topic if topic == own:
                     found[name] = body
@@ -393,10 +423,23 @@ class Proxy:
                     found[name] = body
         return found
 
+    def _served(self, truth: Records) -> set[str]:
+        """Where the waypoint's Gateway leads: its services, and whatever their routes name."""
+        served = set(truth.get(f"gw/{WAYPOINT}", {}).get("services", ()))
+        found = set(served)
+        for name, body in truth.items():
+            match parse_topic(self.who.identity.trust_domain, PREFIX + name):
+                case RouteTopic() as topic:
+                    route = records.read(topic, body, self.who.identity.trust_domain)
+                    assert isinstance(route, HTTPRoute)
+                    if served.intersection(parent.service for parent in route.parents):
+                        found |= {backend.service for rule in route.rules for backend in rule.backends}
+        return found
+
 
 def _is_indexed_in(name: str, namespace: str, who: Who) -> bool:
     kind, *rest = name.split("/")
-    return (kind in ("svc", "policy") and rest[0] == namespace) or (
+    return (kind in ("svc", "policy", "gw", "route") and rest[0] == namespace) or (
         kind == "wl" and who.identity.namespace == namespace
     )
 
@@ -454,7 +497,7 @@ class World:
             self._publishing = None
 
     def apply(self, *texts: str) -> None:
-        self.plane.core.apply([("world.yaml", together(*texts))], release=True)
+        self.plane.core.apply([("world.yaml", together(*texts))], release=True, force=True)
 
     def truth(self) -> Records:
         """What the control plane says now, by topic without its prefix."""

@@ -49,6 +49,8 @@ class Broker:
         self.authority = authority
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.waypoints: Collection[SpiffeId] = ()
+        """Of the identities that are let in, those of waypoints' processes, from the next `configure` on."""
         self._render, self._argv = render, argv
 
     @property
@@ -57,7 +59,7 @@ class Broker:
         return f"mqtts://{HOST}:{self.port}"
 
     def configure(self, identities: Collection[SpiffeId]) -> None:
-        rights = brokers.all_rights(self.authority, identities)
+        rights = brokers.all_rights(self.authority, identities, self.waypoints)
         brokers.write_files(self.directory, self._render(self.directory, Listen(HOST, self.port), rights))
 
     def admit(self, identities: Collection[SpiffeId]) -> None:

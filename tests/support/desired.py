@@ -47,6 +47,37 @@ def policy(name: str, namespace: str = "shop", app: str = "", action: str = "ALL
     )
 
 
+def gateway(name: str, namespace: str = "shop", labels: str = "") -> str:
+    """A waypoint that every namespace may use."""
+    return (
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n"
+        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}}}\n"
+        "spec:\n  gatewayClassName: istio-waypoint\n"
+        "  listeners: [{name: mesh, port: 15008, protocol: HBONE, allowedRoutes: {namespaces: {from: All}}}]\n"
+    )
+
+
+def route(name: str, parent: str, backends: Sequence[str], namespace: str = "shop", path: str = "/") -> str:
+    """An HTTPRoute of one service, to port 80 of others."""
+    refs = ", ".join(f"{{name: {backend}, port: 80}}" for backend in backends)
+    return (
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec:\n  parentRefs: [{{group: '', kind: Service, name: {parent}}}]\n"
+        f"  rules: [{{matches: [{{path: {{type: PathPrefix, value: {path}}}}}], backendRefs: [{refs}]}}]\n"
+    )
+
+
+def guard(name: str, service: str, namespace: str = "shop", method: str = "DELETE") -> str:
+    """An AuthorizationPolicy that holds at the waypoint of a service."""
+    return (
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec:\n  targetRefs: [{{group: '', kind: Service, name: {service}}}]\n  action: DENY\n"
+        f"  rules: [{{to: [{{operation: {{methods: [{method}]}}}}]}}]\n"
+    )
+
+
 def namespace(name: str) -> str:
     return f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n"
 
