@@ -18,8 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-Fields = Sequence[tuple[bytes, bytes]]
-"""The header lines of a head, names in any case."""
+from waypoint.http1_messages import Fields
 
 _PLAIN: Final = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,;=:@-][A-Za-z0-9._~!$&'()*+,;=:@-]*)+/?|/")
 """Most paths: nothing to do."""
@@ -77,7 +76,7 @@ def merged_slashes(path: str) -> str:
 
 
 def _joined(fields: Fields, name: bytes) -> str | None:
-    values = [value for field, value in fields if field.lower() == name]
+    values = [value for field, value in fields if field == name]
     return b",".join(values).decode("latin-1") if values else None
 
 

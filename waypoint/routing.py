@@ -25,7 +25,8 @@ from control.api.route import (
     PathMatch,
     RouteRule,
 )
-from waypoint.request import Fields, Request, host_name
+from waypoint.http1_messages import Fields
+from waypoint.request import Request, host_name
 
 _Query = dict[str, str]
 _SEVERAL_LINES: Final = b"set-cookie"  # its values cannot be joined by commas (RFC 9110 section 5.3)
@@ -165,9 +166,9 @@ def _prefix(path: PathMatch) -> str:
 
 def _host_test(hostname: str) -> Callable[[str], bool]:
     if hostname.startswith("*."):
-        suffix = hostname[1:].lower()
+        suffix = hostname[1:]
         return lambda name: name.endswith(suffix) and name != suffix
-    return hostname.lower().__eq__
+    return hostname.__eq__
 
 
 def _parameters(query: str) -> _Query:
@@ -190,7 +191,7 @@ class _Modifier:
     removed: frozenset[bytes]
 
     def apply(self, fields: Fields) -> Fields:
-        changed = [(name, value) for name, value in fields if name.lower() not in self.dropped]
+        changed = [(name, value) for name, value in fields if name not in self.dropped]
         changed += [(name, value) for name, value in self.set if name not in self.removed]
         for name, value in self.add:
             if name not in self.removed:
@@ -203,8 +204,8 @@ def _appended(fields: list[tuple[bytes, bytes]], name: bytes, value: bytes) -> l
     if name == _SEVERAL_LINES:
         return [*fields, (name, value)]
     for index in range(len(fields) - 1, -1, -1):
-        if fields[index][0].lower() == name:
-            fields[index] = (fields[index][0], fields[index][1] + b"," + value)
+        if fields[index][0] == name:
+            fields[index] = (name, fields[index][1] + b"," + value)
             return fields
     return [*fields, (name, value)]
 

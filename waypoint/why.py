@@ -23,7 +23,8 @@ from uproxy.inbound import FORBIDDEN_PORTS
 from uproxy.listener import Asked
 from uproxy.resolve import Plan, Resolver, host_port
 from waypoint.destination import Destination, Destinations
-from waypoint.request import Fields, Request, RequestError, read_request
+from waypoint.http1_messages import Fields
+from waypoint.request import Request, RequestError, read_request
 from waypoint.rules import rules_at
 
 
@@ -125,7 +126,7 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         destination = destinations.find(Asked(authority, plan.address, plan.port))
         if destination.http:
             fields = question.fields
-            if not any(name.lower() == b"host" for name, _ in fields):
+            if not any(name == b"host" for name, _ in fields):
                 fields = ((b"host", question.host.encode()), *fields)
             request = read_request(question.method, question.target, fields)
     except RefusedError as error:

@@ -124,7 +124,7 @@ def _header(text: str) -> tuple[bytes, bytes]:
     if not colon or not name.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is no header; write 'NAME: VALUE'")
     try:
-        return name.strip().encode("ascii"), value.strip().encode("latin-1")
+        return name.strip().lower().encode("ascii"), value.strip().encode("latin-1")
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{text!r} has characters that no header has") from None
 

@@ -144,7 +144,7 @@ def test_a_bound_service_is_reached_through_its_waypoint():
 
 
 def test_a_header_takes_another_route():
-    steps = ask(mesh(), fields=((b"X-Team", b"blue"),))
+    steps = ask(mesh(), fields=((b"x-team", b"blue"),))
     assert "rule blue shop/reviews:80" in steps[4].detail
 
 
