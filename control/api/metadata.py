@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from control.api import labels as label
-from control.api.declared import WaypointChoice
+from control.api.declared import NO_CHOICE, WaypointChoice
 from control.api.document import Reader, Wrong
 from control.api.identity import IdentityError, SpiffeId
 from control.api.names import key, wrong_dns_label, wrong_subdomain
@@ -134,7 +134,7 @@ def read_bindable_metadata(
         optional=_optional(reader, metadata.annotations),
         exempt=_exempt(reader, metadata.annotations),
     )
-    return metadata, choice
+    return metadata, NO_CHOICE if choice == NO_CHOICE else choice  # one object for all that say nothing
 
 
 def _gateway(reader: Reader, namespace: str, labels: dict[str, str]) -> str | None:

@@ -74,7 +74,8 @@ def wishes_of(
     for one in objects:
         subject = subject_of(one)
         namespace = known.get(one.namespace)
-        choice = one.waypoint.over(NO_CHOICE if namespace is None else namespace.waypoint)
+        inherited = NO_CHOICE if namespace is None else namespace.waypoint
+        choice = inherited if one.waypoint is NO_CHOICE else one.waypoint.over(inherited)
         if choice == NO_CHOICE or (isinstance(one, DeclaredWorkload) and one.key in skipped):
             continue
         if choice.exempt:
@@ -126,7 +127,7 @@ def processes_of(
     """
     by_key = {gateway.key for gateway in gateways}
     instances: dict[str, list[Instance]] = {}
-    for workload in sorted(workloads, key=lambda one: one.key):
+    for workload in workloads:
         account = f"{workload.namespace}/{workload.service_account}"
         name = workload.labels.get(label.GATEWAY_NAME)
         if name is None and account not in by_key:
@@ -138,13 +139,15 @@ def processes_of(
             findings.warn(workload.position, f"metadata.labels[{label.GATEWAY_NAME!r}]", problem)
         elif workload.addresses:
             instances.setdefault(account, []).append(Instance(workload.key, workload.addresses[0]))
-    return instances
+    return {account: sorted(found, key=lambda instance: instance.workload) for account, found in instances.items()}
 
 
 def gateways_of(
-    declared: Iterable[DeclaredGateway], processes: Mapping[str, Sequence[Instance]], standings: Standings
+    declared: Sequence[DeclaredGateway], processes: Mapping[str, Sequence[Instance]], standings: Standings
 ) -> tuple[Gateway, ...]:
     """The records of some Gateways, in the order of their keys. `processes`: as of `processes_of`."""
+    if not declared:
+        return ()  # most namespaces; the standings are those of all
     served: dict[str, set[Subject]] = {}
     for subject, standing in standings.items():
         for gateway_key in standing.gateways:
