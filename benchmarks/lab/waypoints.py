@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -83,13 +82,6 @@ class Waypoint:
         cgroup.kill(self._box.app_cgroup)
         self._process.wait()
         return self._process.pid
-
-    def end(self) -> None:
-        """SIGTERM, and wait until it has drained. Raises LabError when it does not end well."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        if self._process.wait(_START_S) != 0:
-            raise LabError(f"`waypoint run` ended with {self._process.returncode}:\n{self.logs()}")
 
     def access_log(self) -> list[dict[str, Any]]:
         """The access log's lines so far."""
