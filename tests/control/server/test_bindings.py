@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from control.api.bindings import Standing, Wish, at_once
 from control.api.gateway import Binding, Via
@@ -81,9 +88,9 @@ class Flips(RuleBasedStateMachine):
     # What happens in the world
 
     @rule(
-        gateway=st.sampled_from([WP, OTHER]),
-        optional=st.sampled_from([False, False, True]),
-        guarded=st.booleans(),
+        gateway=st.sampled_from([WP, WP, OTHER]),
+        optional=st.sampled_from([False, False, False, True]),
+        guarded=st.sampled_from([False, False, False, True]),
     )
     def label(self, gateway, optional, guarded):
         self.wish = wish(gateway, optional=optional, guarded=guarded)
@@ -104,19 +111,30 @@ class Flips(RuleBasedStateMachine):
             self.forgive()
             self.go_on()
 
-    @rule()
-    def everybody_applies(self):
-        for proxy in self.proxies():
+    @rule(data=st.data())
+    def one_kind_applies(self, data):
+        kinds = [self.callers, self.destinations, list(self.waypoints.values())]
+        for proxy in data.draw(st.sampled_from(kinds)):
             if proxy.live:
                 proxy.applied = len(self.published) - 1
         self.forgive()
         self.go_on()
 
-    @rule(seconds=st.sampled_from([0.1, SWITCH_S, LONGEST_S, LINGER_S]))
+    @rule(times=st.integers(1, 3))
+    def everybody_applies(self, times):
+        for _ in range(times):
+            for proxy in self.proxies():
+                if proxy.live:
+                    proxy.applied = len(self.published) - 1
+            self.forgive()
+            self.go_on()
+
+    @rule(seconds=st.sampled_from([0.1, 0.1, 1.0, SWITCH_S, LONGEST_S, LINGER_S]))
     def time_passes(self, seconds):
         self.now += seconds
         self.go_on()
 
+    @precondition(lambda self: self.now > 1.0)
     @rule(data=st.data())
     def somebody_goes_or_comes_back(self, data):
         proxy = data.draw(st.sampled_from(self.proxies()))
@@ -214,6 +232,12 @@ class Flips(RuleBasedStateMachine):
         if self.state:
             assert self.state.stamp[1] <= len(self.published)
 
+    @initialize(bound=st.booleans())
+    def begin(self, bound):
+        if bound:
+            self.label(WP, False, False)
+            self.everybody_applies(3)
+
     def teardown(self):
         """Whoever is there follows; then everything ends as labels say."""
         for proxy in self.proxies():
@@ -231,7 +255,7 @@ class Flips(RuleBasedStateMachine):
 
 
 def test_no_history_of_labels_reports_and_restarts_refuses_anybody():
-    run_state_machine_as_test(Flips, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(Flips, settings=settings(max_examples=200, stateful_step_count=30, deadline=None))
 
 
 # -- one by one
