@@ -140,6 +140,8 @@ class Proxy:
                 self._take(self.replica.receive(topic, payload, time.time()))
         while self.replica.has_work:
             self._take(self.replica.work(time.time()))
+        if self.replica.asks_anew:  # what has come names more
+            self.interests_changed()
         self.plane.run(self.demand.progress)
 
     def _take(self, batches: object) -> None:
@@ -431,6 +433,23 @@ def test_a_destination_is_known_when_its_waypoint_is(bound: tuple[dict[str, byte
         proxy.subscriptions.clear()
         assert await proxy.one(proxy.demand.destination(backend(2))) is None
         assert proxy.subscriptions == []
+
+    run(bound, test)
+
+
+def test_a_connection_waits_for_the_waypoint_of_what_it_dials(
+    bound: tuple[dict[str, bytes], bytes], patience: None
+) -> None:
+    async def test(proxy: Proxy) -> None:
+        own = Self("shop/web", str(WEB), proxy.state.trust_domain, ())
+        pool, connections, telemetry = (None,) * 3
+        outbound = Outbound(proxy.plane, proxy.state, pool, connections, telemetry, own, proxy.demand)  # type: ignore
+        proxy.deliver()
+        for address, port in ((vip(1), 80), (backend(2), 8080)):
+            refused = await proxy.one(outbound._configured(address, port))
+            assert isinstance(refused, RefusedError)
+            assert refused.reason == "no-waypoint"
+            assert "of which no process runs" in refused.detail, "it is known by then"
 
     run(bound, test)
 
