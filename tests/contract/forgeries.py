@@ -44,7 +44,8 @@ def moved_root(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, byt
 
 def replayed(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, bytes]]:
     """An old state of the whole mesh, as far as it goes: everything really signed once."""
-    for topic, issued in sorted(ledger.issued.items()):
+    # Records before what lists them: a proxy tells of the last few that it refused.
+    for topic, issued in sorted(ledger.issued.items(), reverse=True):
         if issued[0] and not topic.startswith("ep/"):
             yield topic, issued[0]
 
@@ -52,12 +53,14 @@ def replayed(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, bytes
 def mixed(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, bytes]]:
     """Old records under the newest roots: a new service with an old policy."""
     for topic, issued in sorted(ledger.issued.items()):
-        if topic.split("/")[0] in ("svc", "policy", "wl") and len(issued) > 1 and issued[0]:
+        if topic.split("/")[0] in ("svc", "policy", "wl", "gw", "route") and len(issued) > 1 and issued[0]:
             yield topic, issued[0]
 
 
 def altered_record(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, bytes]]:
-    """A policy that allows everybody, and a service with another identity, under the stamps of the real ones."""
+    """A policy that allows everybody, a service with another identity and without a waypoint, a waypoint elsewhere and
+    a route that leads nowhere, under stamps of the real ones or newer.
+    """
     for topic, payload in _newest(ledger, "policy"):
         envelope = messages.decode(payload)
         body = {**(envelope.body or {}), "action": "ALLOW", "rules": []}
@@ -65,7 +68,13 @@ def altered_record(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str,
     for topic, payload in _newest(ledger, "svc"):
         envelope = messages.decode(payload)
         body = {**(envelope.body or {}), "identities": ["spiffe://cluster.local/ns/shop/sa/thief"]}
+        body.pop("binding", None)
         yield topic, messages.encode(Envelope(envelope.epoch, envelope.version + 9, envelope.issued_at, body))
+    for kind, change in (("gw", {"instances": [["thief", "10.6.6.6"]]}), ("route", {"hostnames": ["thief"]})):
+        for topic, payload in _newest(ledger, kind):
+            envelope = messages.decode(payload)
+            body = {**(envelope.body or {}), **change}
+            yield topic, messages.encode(Envelope(envelope.epoch, envelope.version, envelope.issued_at, body))
 
 
 def altered_addresses(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, bytes]]:
@@ -85,7 +94,7 @@ def garbage(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, bytes]
 
 def withheld(ledger: Ledger, chance: random.Random) -> Iterator[tuple[str, bytes]]:
     """Index shards and records that the broker has forgotten."""
-    for topic, _ in _newest(ledger, "index", "policy"):
+    for topic, _ in _newest(ledger, "index", "policy", "gw", "route"):
         yield topic, b""
 
 

@@ -16,11 +16,15 @@ from control.client.replica import Status
 from tests.contract.forgeries import FORGERIES
 from tests.contract.world import PREFIX, Proxy, Records, Site, World, world
 from tests.support.brokers import client
-from tests.support.desired import policy, service, together, workload
+from tests.support.desired import gateway, guard, policy, route, service, together, workload
 from tests.support.waiting import until
 
+WAYPOINT = "istio.io/use-waypoint: wp"
 OLD = together(
-    service("web"),
+    service("web", labels=WAYPOINT),
+    gateway("wp"),
+    route("web", "web", ["web"], path="/v1"),
+    guard("guard", "web", method="GET"),
     service("web", namespace="bank"),
     workload("web-1", "10.0.0.1", version="v1"),
     workload("db-1", "10.0.0.4", app="db", version="v1"),
@@ -28,7 +32,10 @@ OLD = together(
     policy("a", namespace="mesh-system", caller="everybody"),
 )
 NEW = together(
-    service("web", labels="version: v2"),
+    service("web", labels=f"version: v2, {WAYPOINT}"),
+    gateway("wp", labels="istio.io/waypoint-for: all"),
+    route("web", "web", ["web"], path="/v2"),
+    guard("guard", "web", method="DELETE"),
     workload("web-1", "10.0.0.1", version="v2"),
     workload("db-1", "10.0.0.4", app="db", version="v2"),
     policy("a", caller="nobody"),
@@ -49,8 +56,15 @@ TOLD: dict[str, dict[str, dict[str, str]]] = {
         "node-a": {"addr": "replayed"},
         "db-1": {"policy/mesh-system/a": "replayed"},
     },
-    "mixed": {"web-1": {"policy/shop/a": "older than what the root lists", "svc/shop/web": "older", "wl/": "older"}},
-    "altered_record": {"web-1": {"policy/shop/a": "altered"}, "db-1": {"policy/mesh-system/a": "altered"}},
+    "mixed": {
+        "web-1": {"policy/shop/a": "older than what the root lists", "svc/shop/web": "older", "wl/": "older"},
+        "wp-1": {"gw/shop/wp": "older", "route/shop/web": "older", "policy/shop/guard": "older"},
+    },
+    "altered_record": {
+        "web-1": {"policy/shop/a": "altered", "gw/shop/wp": "altered"},
+        "db-1": {"policy/mesh-system/a": "altered"},
+        "wp-1": {"gw/shop/wp": "altered", "route/shop/web": "altered", "policy/shop/guard": "altered"},
+    },
     "altered_addresses": {"web-1": {"addr/": "altered"}},
     "garbage": {"web-1": {"index/shop/": "malformed"}, "node-a": {"addr/": "malformed"}},
 }
@@ -78,6 +92,8 @@ def test_whatever_a_broker_forges_is_refused_and_told_of(site: Site, tmp_path: P
     async def check() -> None:
         async with changed_once(site, tmp_path / "world") as made:
             before = {name: dict(proxy.records) for name, proxy in made.proxies.items()}
+            assert made.proxies["web-1"].state.gateway("shop/wp") is not None
+            assert made.proxies["wp-1"].state.routes_for("shop/web")
             for name, expected in TOLD.items():
                 await made.forge(FORGERIES[name](made.ledger, random.Random(1)))
                 for which, texts in expected.items():
