@@ -8,7 +8,7 @@ state    everything this proxy knows of the mesh, with the look-ups that connect
          stay packed in it (`residents`).
 replica  what the control plane signed, made into batches (`replica`): what is `listed` under a signed root, whole or
          not at all; an `endpoint_set` by stamps and a manifest; an `inbox` for what nothing lists yet. `libcrypto`
-         checks signatures.
+         checks signatures. What it knows may lead further, as a binding to its waypoint (`following`).
 snapshot the last good state of a replica, on disk.
 line     what keeps a replica in step with the broker (`subscriber`): one connection (`mqtt`) after the other, and on
          each of them `subscriptions` to what the replica wants.

@@ -189,6 +189,23 @@ def test_subscriptions_follow_the_interests(broker, operator, web_dir):
     plane.run(scenario())
 
 
+def test_where_a_message_leads_is_subscribed_to(broker, operator, web_dir):
+    async def scenario() -> None:
+        async with operator() as control:
+            first, second = await publish(control, "leads", "led-to")
+            async with subscribed(access(broker, web_dir), first) as proxy:
+
+                def lead() -> None:
+                    proxy.replica.wanted = frozenset({first, second})
+                    proxy.replica.asks_anew = True
+
+                proxy.replica.on_receive = lead
+                await publish(control, "leads", payload=b"v2")
+                await until(lambda: (second, b"v1") in proxy.replica.heard)
+
+    plane.run(scenario())
+
+
 def test_a_thousand_interests_are_asked_for_in_portions(broker, operator, web_dir):
     async def scenario() -> None:
         async with operator() as control:
