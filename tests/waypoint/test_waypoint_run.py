@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import http.client
-import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
 from control.api.identity import SpiffeId
-from tests.support.certificates import identity_dir
+from control.server.bindings import Phase
+from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.http_app import telling
+from tests.support.member_site import MemberSite, controlled
 from tests.support.site import Site, eventually, get
 
 NETWORK = "127.0.82"
@@ -46,42 +49,30 @@ spec:
   targetRefs: [{{group: "", kind: Service, name: db}}]
   rules: [{{to: [{{operation: {{methods: [DELETE]}}}}]}}]
 """
-
-
-class Told(http.server.BaseHTTPRequestHandler):
-    """Answers with the headers that it got."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        body = json.dumps({name.lower(): value for name, value in self.headers.items()}).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
+GATEWAY_TARGET = "[{group: gateway.networking.k8s.io, kind: Gateway, name: wp}]"
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     site = Site.create(tmp_path, NETWORK)
     identity_dir(site.authority, tmp_path / "wp", WP)
-    labelled = site.resources.replace("{name: db, namespace: shop}\nspec: {selector", LABELLED, 1)
-    labelled = labelled.replace("ports: [{port: 6379,", "ports: [{port: 6379, appProtocol: http,")
-    site.mesh.write_text(labelled + WAYPOINT)
+    site.mesh.write_text(labelled(site.resources) + WAYPOINT)
     return site
 
 
-LABELLED = "{name: db, namespace: shop, labels: {istio.io/use-waypoint: wp}}\nspec: {selector"
+def labelled(resources: str) -> str:
+    """db behind the waypoint, and its port HTTP."""
+    named = "{name: db, namespace: shop, labels: {istio.io/use-waypoint: wp}}\nspec: {selector"
+    resources = resources.replace("{name: db, namespace: shop}\nspec: {selector", named, 1)
+    return resources.replace("ports: [{port: 6379,", "ports: [{port: 6379, appProtocol: http,")
 
 
 @contextmanager
-def waypoint(site: Site, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+def waypoint(site: Site, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """From ready to its end; killed if it has not ended by itself."""
     ready, theirs = os.pipe()
-    command = [sys.executable, "-m", "waypoint", "run", "--config", str(site.mesh), "--workload", "shop/wp-1"]
-    command += ["--identity-dir", str(site.path / "wp"), f"--ready-fd={theirs}", "--log-format", "json", *more]
+    command = [sys.executable, "-m", "waypoint", "run", "--state", str(site.path / "wp"), *options]
+    command += [f"--ready-fd={theirs}", "--log-format", "json"]
     with (site.path / "wp.log").open("a") as log:
         process = subprocess.Popen(command, pass_fds=[theirs], stdout=log, stderr=log)
     os.close(theirs)
@@ -94,32 +85,35 @@ def waypoint(site: Site, *more: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def asked(method: str, site: Site) -> http.client.HTTPResponse:
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Message
+    body: bytes
+
+
+def asked(method: str, site: Site) -> Answer:
     connection = http.client.HTTPConnection(*site.forward, timeout=8)
     connection.request(method, "/path?query")
     response = connection.getresponse()
-    response.text = response.read()  # type: ignore[attr-defined]
+    body = response.read()
     connection.close()
-    return response
+    return Answer(response.status, response.headers, body)
 
 
 def test_requests_metrics_logs_and_a_drain(site: Site) -> None:
-    server = http.server.ThreadingHTTPServer(site.application, Told)
-    server.daemon_threads = True
     with ExitStack() as stack:
-        stack.callback(server.server_close)
-        stack.callback(server.shutdown)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        stack.enter_context(telling(site.application))
         stack.enter_context(site.running("db"))
         stack.enter_context(site.running("web"))
-        process = stack.enter_context(waypoint(site))
+        process = stack.enter_context(waypoint(site, "--config", str(site.mesh), "--workload", "shop/wp-1"))
         response = asked("GET", site)
         assert response.status == 200
-        told = json.loads(response.text)  # type: ignore[attr-defined]
+        told = json.loads(response.body)
         assert told["x-forwarded-client-cert"] == "URI=spiffe://cluster.local/ns/shop/sa/web"
         assert told["x-forwarded-for"] == f"{NETWORK}.1"
         denied = asked("DELETE", site)
-        assert (denied.status, denied.getheader("x-uproxy-policy")) == (403, "shop/no-delete[0]")
+        assert (denied.status, denied.headers["x-uproxy-policy"]) == (403, "shop/no-delete[0]")
 
         assert get(WP_ADDRESS, 15021, "/healthz/ready") == (200, "ready\n")
         metrics = get(WP_ADDRESS, 15020, "/metrics")[1]
@@ -152,3 +146,35 @@ def test_what_cannot_start_says_why(site: Site, workload: str, named: str) -> No
     ended = subprocess.run(command, capture_output=True, timeout=20, text=True)
     assert ended.returncode == 1
     assert named in ended.stderr
+
+
+def test_a_member_takes_a_service_by_its_label_and_gives_it_back(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        broker, control = stack.enter_context(controlled(tmp_path, [WEB, DB, WP]))
+        broker.waypoints = {WP}
+        broker.admit([WEB, DB, WP])
+        site = MemberSite(tmp_path, control.plane.authority, NETWORK, broker, control)
+        bound = labelled(site.resources)
+        unbound = bound.replace(", labels: {istio.io/use-waypoint: wp}", "")
+        # The policy comes with the Gateway: nothing else may carry it before the service is bound.
+        control.apply(unbound + WAYPOINT.replace('[{group: "", kind: Service, name: db}]', GATEWAY_TARGET))
+        stack.enter_context(telling(site.application))
+        for name in ("db", "web", "wp-1"):
+            site.token_file(name)
+        stack.enter_context(site.running("db"))
+        stack.enter_context(site.running("web"))
+        stack.enter_context(waypoint(site, "--join", str(tmp_path / "wp-1.token")))
+
+        def through() -> bool:
+            answer = asked("GET", site)
+            assert answer.status == 200, answer
+            return "x-forwarded-client-cert" in json.loads(answer.body)
+
+        assert not through()
+        control.apply(bound)
+        eventually(through, 15)
+        eventually(lambda: [one.state.phase for one in control.plane.core.progress()] == [Phase.ENFORCED], 15)
+        assert asked("DELETE", site).status == 403
+        control.apply(unbound)
+        eventually(lambda: not through(), 15)
+        assert "Traceback" not in site.log("wp")
