@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.evidence import Steps, Traffic, UnexpectedError, Web, ask, until
-from benchmarks.lab.shop import DB, REVIEWS, Shop
+from benchmarks.lab.shop import REVIEWS, Shop
 from benchmarks.lab.waypoints import Waypoint
 
 _LABEL = "istio.io/use-waypoint"
@@ -105,15 +105,13 @@ class L7:
         return f"DELETE /v2: 403 ({details}), {took} after `meshctl apply` was started; GET /v2: 200"
 
     def direct(self) -> str:
-        before = len(self._waypoint.access_log())
+        db = self._shop.db
+        earlier = {one.get("request_id") for one in db.access_log()}
         self._web.redis("PING")
-        entry = self._shop.db.await_access(
-            lambda one: one["direction"] == "inbound" and one.get("src.identity") == str(self._shop.web.identity)
-        )
-        through = [one for one in self._waypoint.access_log()[before:] if str(DB[1]) in json.dumps(one)]
-        if through:
-            raise UnexpectedError(f"the waypoint has seen {through[0]}")
-        return f"db's log: src.identity={entry['src.identity']}, from {entry.get('src.addr')}"
+        entry = db.await_access(lambda one: one["direction"] == "inbound" and one.get("request_id") not in earlier)
+        if entry.get("src.identity") != str(self._shop.web.identity) or "caller" in entry:
+            raise UnexpectedError(f"db's log: {entry}")
+        return f"db's log: src.identity={entry['src.identity']}, from {entry['src.addr']}"
 
     def around(self) -> str:
         caller, target = self._shop.web, self._shop.reviews_v1
