@@ -149,7 +149,7 @@ def _followed(old: State, wish: Wish | None, seen: Seen, now: float) -> State | 
             return _phase(old, Phase.ENFORCED) if not seen.callers or waited >= SWITCH_S else old
         case Phase.ENFORCED if wish is not None and not wanted:
             return _phase(old, Phase.PENDING, gateway=wish.gateway, previous=old.gateway)
-        case Phase.RELEASING if wanted and not old.previous:
+        case Phase.RELEASING if wanted:
             return _phase(old, Phase.SWITCHING)
         case Phase.RELEASING:
             return _phase(old, Phase.LEAVING) if not seen.destinations or waited >= LONGEST_S else old

@@ -255,7 +255,7 @@ class Flips(RuleBasedStateMachine):
 
 
 def test_no_history_of_labels_reports_and_restarts_refuses_anybody():
-    run_state_machine_as_test(Flips, settings=settings(max_examples=200, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(Flips, settings=settings(max_examples=300, stateful_step_count=30, deadline=None))
 
 
 # -- one by one
