@@ -344,7 +344,7 @@ def test_files_and_names_in_the_architecture_exist():
         name = re.fullmatch(r"(\w+)\.((?:[A-Z_]\w*)(?:\.\w+)?|\w+)", mark)
         if name is None or mark.endswith((".py", ".h", ".toml")):
             continue
-        for package in ("uproxy", "control.api", "control.client", "control.server", "bpf"):
+        for package in ("uproxy", "waypoint", "control.api", "control.client", "control.server", "bpf"):
             spec = importlib.util.find_spec(f"{package}.{name[1]}")
             if spec is not None and spec.origin is not None:
                 found = importlib.import_module(f"{package}.{name[1]}")
@@ -376,7 +376,7 @@ def test_limits_in_the_architecture_exist_and_have_these_values():
             if "/" in mark:
                 continue
             module = owner if dot else module
-            packages = ("uproxy", "control.api", "control.client", "control.server")
+            packages = ("uproxy", "waypoint", "control.api", "control.client", "control.server")
             owners = [p for p in packages if importlib.util.find_spec(f"{p}.{module}") is not None]
             values = [getattr(importlib.import_module(f"{p}.{module}"), name, None) for p in owners]
             value = next((value for value in values if value is not None), None)
