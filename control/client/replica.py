@@ -395,7 +395,6 @@ class Replica:
         """All that is handed out, for `restore`."""
         found: list[tuple[str, bytes]] = []
         services = [one for one in self._services.values() if one.visible and one.topic not in self._dropped]
-        gateways = tuple(one for one in self.gateways() if self.gateway_status(one) is Status.KNOWN)
         floors = dict(self._floors)
         for one in self._all_listed():
             if one.applied is not None:
@@ -411,7 +410,7 @@ class Replica:
         shards = {number: held for number, held in self._address_shards.items() if held is not None}
         found += [(self._name(AddressesTopic(number)), held.payload) for number, held in shards.items()]
         keys = tuple(wanted.key for wanted in services)
-        return snapshot.pack(Snapshot(self._trust_domain, keys, gateways, tuple(shards), floors, tuple(found)))
+        return snapshot.pack(Snapshot(self._trust_domain, keys, tuple(shards), floors, tuple(found)))
 
     def restore(self, dumped: bytes) -> Sequence[Batch]:
         """Takes up what an earlier process dumped: after the base is wanted, and before any message.
@@ -734,9 +733,13 @@ class Replica:
         return wanted
 
     def _take_up_again(self, found: Snapshot) -> None:
-        """Makes of interest what an earlier process had: its services whole, whatever was on its way at the end."""
-        for topic in (*map(_service_topic, found.services), *map(_gateway_topic, found.gateways)):
-            if topic is None:
+        """Makes of interest what an earlier process had: services, which were whole whatever was on its way at the end,
+        and Gateways.
+        """
+        below = subtree(self._trust_domain, "gw").removesuffix("#")
+        gateways = (name.removeprefix(below) for name, _ in found.messages if name.startswith(below))
+        for topic in (*map(_service_topic, found.services), *map(_gateway_topic, gateways)):
+            if topic is None or topic == self._following.waypoint:
                 continue
             wanted = self._take_up(topic)
             if isinstance(wanted, _WantedService):

@@ -15,7 +15,7 @@ from control.api.messages import Stamp
 
 MAX_BYTES: Final = 512 * 1024 * 1024
 """Twice what a replica holds at most."""
-_FORMAT: Final = 2
+_FORMAT: Final = 1
 _DIGEST_BYTES: Final = 32
 _MAX_NUMBER: Final = 2**63 - 1
 
@@ -30,9 +30,7 @@ class Snapshot:
 
     trust_domain: str
     services: tuple[str, ...]
-    """Keys of those that are wanted and that there are."""
-    gateways: tuple[str, ...]
-    """Likewise."""
+    """Keys of those that are wanted."""
     address_shards: tuple[int, ...]
     """Those that are wanted by themselves."""
     floors: Mapping[str, Stamp] = field(hash=False)
@@ -48,7 +46,6 @@ def pack(snapshot: Snapshot) -> bytes:
             _FORMAT,
             snapshot.trust_domain,
             snapshot.services,
-            snapshot.gateways,
             snapshot.address_shards,
             {owner: list(stamp) for owner, stamp in snapshot.floors.items()},
             snapshot.messages,
@@ -89,14 +86,14 @@ def _read(value: object) -> Snapshot:
     match value:
         case (int(version), *_) if version != _FORMAT:
             raise ValueError(f"it has format {version}; this software reads format {_FORMAT}")
-        case (_, str(trust_domain), tuple(services), tuple(gateways), tuple(shards), dict(floors), tuple(messages)):
+        case (_, str(trust_domain), tuple(services), tuple(shards), dict(floors), tuple(messages)):
             if (
-                all(type(one) is str for one in (*services, *gateways))
+                all(type(one) is str for one in services)
                 and all(type(one) is int and 0 <= one <= 255 for one in shards)
                 and all(type(owner) is str and _is_stamp(stamp) for owner, stamp in floors.items())
                 and all(_is_message(one) for one in messages)
             ):
-                return Snapshot(trust_domain, services, gateways, shards, floors, messages)
+                return Snapshot(trust_domain, services, shards, floors, messages)
     raise ValueError("it has not the form of a snapshot")
 
 
