@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import statistics
@@ -19,11 +20,21 @@ from benchmarks.lab.shop import REVIEWS, Shop
 from benchmarks.lab.topology import Lab
 from benchmarks.lab.waypoints import Waypoint
 from control.api.identity import SpiffeId
+from tests.support import inside
 from tests.support.hand_tunnel import HandTunnel
 
 _CALLERS, _TURNS = 50, 60
 _FLIPS = 20
 _PER_S = 50
+_ONLY_CALLERS = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: only-callers, namespace: default}
+spec:
+  selector: {matchLabels: {app: reviews}}
+  action: ALLOW
+  rules: [{from: [{source: {principals: ["lab.test/ns/default/sa/caller-*"]}}]}]
+"""
 # Everybody may call: what is under test here is the way, not policy.
 _OPEN = shop.RESOURCES.split("---\napiVersion: security")[0]
 
@@ -82,28 +93,48 @@ def test_flips_under_load_fail_no_request_and_leave_none_on_the_wrong_way(
 
 
 def test_every_request_arrives_with_its_own_caller(mesh: Bound) -> None:
-    """50 identities, each on a connection of its own that stays; many requests under way at once, in random order."""
+    """50 identities, each on a connection of its own that stays; many requests under way at once, in random order.
+
+    Between them comes one that the workloads' policy does not let in: it must not get through on another's stream.
+    """
     mesh.flip(bound=True)
     pick = random.Random(7)
     with ExitStack() as stack:
         callers: dict[str, HandTunnel] = {}
         for number in range(_CALLERS):
-            identity = SpiffeId.parse(f"spiffe://lab.test/ns/default/sa/caller-{number}")
-            directory = mesh.lab.directory / "callers" / str(number)
-            mesh.lab.issue(identity, directory)
-            with mesh.shop.a.entered():
-                made = socket.create_connection((mesh.waypoint.address, HBONE_PORT), timeout=10)
-            authority = f"{REVIEWS[0]}:{REVIEWS[1]}"
-            callers[str(identity)] = stack.enter_context(closing(HandTunnel(made, directory, authority)))
+            name = f"caller-{number}"
+            callers[f"spiffe://lab.test/ns/default/sa/{name}"] = stack.enter_context(closing(_tunnel(mesh, name)))
+        mesh.control.apply(_ONLY_CALLERS)
+        stack.callback(mesh.control.meshctl, "delete", "policy", "only-callers")
+        inside.eventually(lambda: not any(_is_let_in(mesh, "stranger") for _ in range(6)))
         for turn in range(_TURNS):
             some = pick.sample(sorted(callers), 10)
             for identity in some:
                 callers[identity].send(f"/{turn}/{identity.rpartition('/')[2]}")
             pick.shuffle(some)
             for identity in some:
-                answer = callers[identity].receive()
+                status, body = callers[identity].receive()
+                assert status == 200, body
+                answer = json.loads(body)
                 assert answer["caller"] == f"URI={identity}"
                 assert answer["path"] == f"/{turn}/{identity.rpartition('/')[2]}"
+            assert not _is_let_in(mesh, "stranger")
+
+
+def _tunnel(mesh: Bound, name: str) -> HandTunnel:
+    """Through the waypoint to reviews, with the identity of that service account."""
+    directory = mesh.lab.directory / "callers" / name
+    if not directory.exists():
+        mesh.lab.issue(SpiffeId.parse(f"spiffe://lab.test/ns/default/sa/{name}"), directory)
+    with mesh.shop.a.entered():
+        made = socket.create_connection((mesh.waypoint.address, HBONE_PORT), timeout=10)
+    return HandTunnel(made, directory, f"{REVIEWS[0]}:{REVIEWS[1]}")
+
+
+def _is_let_in(mesh: Bound, name: str) -> bool:
+    with closing(_tunnel(mesh, name)) as tunnel:
+        tunnel.send("/")
+        return tunnel.receive()[0] == 200
 
 
 def test_killed_waypoint_refuses_its_service_and_nobody_else(mesh: Bound) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from pathlib import Path
-from typing import Any
 
 import h2.config
 import h2.connection
@@ -37,20 +35,18 @@ class HandTunnel:
         self._http.send_data(1, f"GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
         self._flush()
 
-    def receive(self) -> dict[str, Any]:
-        """The body of the next answer, which is 200, has a Content-Length and is JSON."""
+    def receive(self) -> tuple[int, bytes]:
+        """Status and body of the next answer, which has a Content-Length."""
         while b"\r\n\r\n" not in self._received:
             self._turn()
         head, _, body = bytes(self._received).partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200"), head
         fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
         length = int(fields[b"content-length"])
         while len(body) < length:
             self._turn()
             body = bytes(self._received).partition(b"\r\n\r\n")[2]
         del self._received[: len(head) + 4 + length]
-        answer: dict[str, Any] = json.loads(body[:length])
-        return answer
+        return int(head.split(b" ")[1]), body[:length]
 
     def close(self) -> None:
         self._tls.close()
