@@ -377,6 +377,8 @@ class Gateway:
         except RefusedError as error:
             if error.reason == "shutting-down":
                 raise
+            if error.reason == "policy":  # the backend's uProxy judged the caller, too
+                raise RefusalError(403, error.reason, "RBAC: access denied", policy=error.policy) from None
             raise RefusalError(503, error.reason, str(error), flag=flags.BACKEND_UNREACHABLE) from None
         finally:
             course.claim = None

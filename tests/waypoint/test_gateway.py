@@ -14,7 +14,7 @@ import pytest
 
 from control.api.address import parse_address
 from control.api.gateway import Gateway, Instance, Traffic
-from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
+from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Source, Target
 from control.api.route import (
     NO_MODIFIER,
     Backend,
@@ -449,6 +449,20 @@ def test_another_endpoint_is_tried_and_none_is_a_503(identities: Path, authority
         writer.close()
         await settled_exchanges(through, 3)
         assert [e.flag for e in through.telemetry.exchanges] == ["-", "UH", "UF"]
+
+    run(identities, authority, tell, client)
+
+
+def test_what_the_backend_s_own_policy_refuses_is_a_403_too(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        web = Rule(sources=(Source(principals=(WEB.principal,)),))
+        through.pair.apply(AuthorizationPolicy("shop", "no-web", Action.DENY, None, (web,)))
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        status, head, _ = await answer(reader)
+        assert status == 403
+        assert b"x-uproxy-policy: shop/no-web[0]\r\n" in head
+        writer.close()
 
     run(identities, authority, tell, client)
 
