@@ -844,6 +844,15 @@ def test_a_proxy_starts_from_its_snapshot_alone(mesh):
     assert mesh.replica.problems() == ()
 
 
+def test_a_service_of_many_endpoints_is_restored(mesh):
+    mesh.put(service(), *(endpoint(f"w-{number}") for number in range(replica_module._SETTLED_AT_ONCE + 1)))
+    mesh.up().want("shop/reviews")
+    held = dict(mesh.proxy.held)
+    restarted(mesh)
+    assert mesh.proxy.held == held
+    assert mesh.replica.service_status("shop/reviews") is Status.KNOWN
+
+
 def test_a_service_that_was_dropped_is_not_restored(mesh):
     mesh.put(service(), service("bank/db"))
     mesh.up().want("shop/reviews", "bank/db")
