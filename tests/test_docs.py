@@ -25,6 +25,7 @@ COMMANDS = {
     "uproxy run": "uproxy.run",
     "uproxy exec": "uproxy.launch",
     "uproxy node": "uproxy.node.agent",
+    "waypoint run": "waypoint.run",
     "meshctl": "control.cli.__main__",
     "python -m control.client.csr": "control.client.csr",
 }
@@ -89,7 +90,7 @@ def options_in(text: str) -> set[str]:
 # -- commands
 
 
-@pytest.mark.parametrize("command", ["uproxy run", "uproxy exec", "uproxy node", "meshctl"])
+@pytest.mark.parametrize("command", ["uproxy run", "uproxy exec", "uproxy node", "waypoint run", "meshctl"])
 def test_every_option_is_documented_and_every_documented_one_exists(command):
     text = section((ROOT / "docs" / "commands.md").read_text(), f"## {command}")
     in_tables = options_in("\n".join(row[0] for row in rows(text)))
@@ -147,7 +148,7 @@ def test_run_accepts_the_readmes_settings():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_shell_blocks_hold_together(page):
-    provided = {"curl", "systemctl", "uproxy", "meshctl", "redis-cli"}
+    provided = {"curl", "systemctl", "uproxy", "meshctl", "waypoint", "redis-cli"}
     for block in blocks(page, "sh"):
         checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
         assert checked.returncode == 0, checked.stderr

@@ -56,8 +56,8 @@ class Response:
     allow: str = ""
 
 
-Handler = Callable[[Request], Response]
-"""Answers at once: it runs on the control loop and must not block."""
+Handler = Callable[[Request], "Response | asyncio.Future[Response]"]
+"""Answers at once, or when others have: it runs on the control loop and must not block."""
 
 
 class BadRequestError(Exception):
@@ -109,11 +109,18 @@ def admin_routes(
     return {"/": lambda request: _only("GET", request) or _text(index.rstrip()), **routes}
 
 
-def metrics_routes(render: Callable[[], bytes]) -> dict[str, Handler]:
+def metrics_routes(render: Callable[[], bytes | asyncio.Future[bytes]]) -> dict[str, Handler]:
     """Port 15020: the metrics, under Prometheus' own path and Istio's."""
 
-    def metrics(request: Request) -> Response:
-        return _only("GET", request) or Response(render(), content_type=PROMETHEUS)
+    def metrics(request: Request) -> Response | asyncio.Future[Response]:
+        if refusal := _only("GET", request):
+            return refusal
+        rendered = render()
+        if isinstance(rendered, bytes):
+            return Response(rendered, content_type=PROMETHEUS)
+        answer = rendered.get_loop().create_future()
+        rendered.add_done_callback(lambda done: answer.set_result(Response(done.result(), content_type=PROMETHEUS)))
+        return answer
 
     return {"/metrics": metrics, "/stats/prometheus": metrics}
 
@@ -214,11 +221,16 @@ class _Connection(asyncio.Protocol):
         self._received += data
         end = self._received.find(b"\r\n\r\n", 0, MAX_HEAD)
         if end >= 0:
-            self._answer(self._respond(bytes(self._received[:end])))
+            response = self._respond(bytes(self._received[:end]))
+            if isinstance(response, Response):
+                self._answer(response)
+            else:
+                self._answered = True
+                response.add_done_callback(lambda done: self._answer(done.result()))
         elif len(self._received) >= MAX_HEAD:
             self._answer(_text(f"the head is over {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
 
-    def _respond(self, head: bytes) -> Response:
+    def _respond(self, head: bytes) -> Response | asyncio.Future[Response]:
         try:
             request = parse_request(head)
         except BadRequestError as error:

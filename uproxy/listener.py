@@ -49,12 +49,19 @@ class Listeners:
         self._plane = data_plane
         self._sockets: list[socket.socket] = []
 
-    def listen(self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN) -> None:
-        """Spawn `serve` for each connection, at most `at_once` in one turn. Raises OSError."""
+    def listen(
+        self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN, *, shared: bool = False
+    ) -> None:
+        """Spawn `serve` for each connection, at most `at_once` in one turn. Raises OSError.
+
+        `shared`: with other processes of this user that say so too, among which the kernel spreads connections.
+        """
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._sockets.append(listener)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         # Accepted sockets inherit it.

@@ -16,7 +16,7 @@ import uproxy
 from control.api import messages, status
 from control.api.identity import proxy_hash
 from control.api.messages import Envelope, Stamp
-from control.api.status import Kind, ProxyStatus, root_title
+from control.api.status import Kind, Knowledge, ProxyStatus, root_title
 from control.api.topics import StatusTopic, format_topic
 from control.client import snapshot
 from control.client.certificates import Renewal
@@ -49,9 +49,11 @@ class Member:
         on_batch: Callable[[Batch], None],
         on_progress: Callable[[], None] = lambda: None,
         problems: Callable[[], Sequence[str]] = tuple,
+        in_force: Callable[[Knowledge], Knowledge] = lambda known: known,
     ) -> None:
         """`on_batch` takes configuration; `on_progress` is told that the replica may have learnt something, batch or no
-        batch. `problems`: the proxy's own, for its report.
+        batch. `problems`: the proxy's own, for its report. `in_force`: how much of what the replica knows holds for
+        every connection by now; only that is reported. When it is more than it was, call `in_force_changed`.
         """
         trust_domain = membership.identity.trust_domain
         self.replica = Replica(trust_domain, ConfigVerifier(trust_domain, lambda: credentials.value.roots))
@@ -62,6 +64,7 @@ class Member:
         self._on_batch = on_batch
         self._on_progress = on_progress
         self._own_problems = problems
+        self._in_force = in_force
         self._started_at = int(time.time())
         self._applied_at = 0
         self._told = self._knowledge()
@@ -105,6 +108,14 @@ class Member:
     def renewed(self) -> None:
         """There is a new certificate."""
         self._subscriber.certificate_renewed()
+
+    def in_force_changed(self) -> None:
+        """More of what is known is in force, or less."""
+        self._subscriber.status_changed()
+
+    def known(self) -> Knowledge:
+        """All that the replica knows, in force or not."""
+        return Knowledge(self.replica.whole, self.replica.waiting(), self.replica.roots())
 
     @property
     def connected(self) -> bool:
@@ -159,14 +170,15 @@ class Member:
 
     def _report(self, online: bool, version: int) -> tuple[str, bytes]:
         certificate = self._credentials.value
+        known = self._in_force(self.known())
         report = ProxyStatus(
             kind=self._kind,
             workload=self._key,
             version=uproxy.__version__,
             online=online,
-            whole=self.replica.whole,
-            waiting=self.replica.waiting(),
-            roots=self.replica.roots(),
+            whole=known.whole,
+            waiting=known.waiting,
+            roots=known.roots,
             applied_at=self._applied_at,
             serial=f"{certificate.serial:x}",
             not_after=certificate.not_after,

@@ -10,6 +10,7 @@ from pathlib import Path
 from control.api.identity import IdentityError, TrustDomain, parse_trust_domain
 from control.api.names import wrong_dns_label, wrong_subdomain
 
+MAX_WORKERS = 64
 _DEFAULT_TRUST_DOMAIN = "cluster.local"
 
 _DESCRIPTION = """\
@@ -43,6 +44,8 @@ class Settings:
     """The token file to join with, should the identity directory hold no usable identity."""
     ready_fd: int | None
     admin_port: int
+    workers: int
+    """Processes that serve; with 1 it is this one."""
     access_log: str
     log_json: bool
     drain_timeout_s: float
@@ -72,6 +75,13 @@ def parse(argv: Sequence[str]) -> Settings:
     alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {_DEFAULT_TRUST_DOMAIN}")
     parser.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
     parser.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share port 15008, up to one a core; default: %(default)s, which is this process",
+    )
     logs = parser.add_argument_group("logs and the end")
     logs.add_argument("--access-log", default="-", metavar="FILE", help="- for standard output (default), or off")
     logs.add_argument("--log-format", choices=("json", "text"), default="text")
@@ -86,6 +96,8 @@ def parse(argv: Sequence[str]) -> Settings:
         parser.error(str(error))
     if not 0 < options.admin_port < 65536:
         parser.error("--admin-port is between 1 and 65535")
+    if not 1 <= options.workers <= MAX_WORKERS:
+        parser.error(f"--workers is between 1 and {MAX_WORKERS}")
     if not 0 <= options.drain_timeout_s <= 3600:
         parser.error("--drain-timeout-s is between 0 and 3600")
     return Settings(
@@ -96,6 +108,7 @@ def parse(argv: Sequence[str]) -> Settings:
         join=options.join,
         ready_fd=options.ready_fd,
         admin_port=options.admin_port,
+        workers=options.workers,
         access_log=options.access_log,
         log_json=options.log_format == "json",
         drain_timeout_s=options.drain_timeout_s,

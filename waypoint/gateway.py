@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from control.api.address import IpAddress
 from control.api.route import Backend, RouteRule
@@ -41,9 +41,6 @@ from waypoint.rules import Rules, rules_at
 from waypoint.splice import Splice
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.upstream import Caller, HttpConnection, Upstream
-
-if TYPE_CHECKING:
-    from uproxy.demand import Demand
 
 # RFC 9110 section 9.2.2: the same request twice does what it does once.
 _IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
@@ -112,6 +109,16 @@ class _Course:
             self.claim.fail(ConnectionResetError(cause.detail))
 
 
+class Directory(Protocol):
+    """Where is asked for what the state does not have (`uproxy.demand.Demand`, or somebody who passes it on to one)."""
+
+    async def destination(self, address: IpAddress) -> None:
+        """Return when everything about an address is known, also that nobody lives there. Raises RefusedError."""
+
+    async def introduce(self, caller: IpAddress, service_key: str) -> None:
+        """Ask who calls; telemetry only."""
+
+
 class Gateway:
     """Serves the streams of one waypoint process."""
 
@@ -123,9 +130,9 @@ class Gateway:
         upstream: Upstream,
         connections: Connections,
         telemetry: WaypointTelemetry,
-        demand: Demand | None = None,
+        directory: Directory | None = None,
     ) -> None:
-        """`gateway`: key of the Gateway. `demand`: where what is not known is asked for, if anywhere."""
+        """`gateway`: key of the Gateway. `directory`: where what is not known is asked for, if anywhere."""
         self.draining = False
         self._plane = data_plane
         self._state = state
@@ -133,7 +140,7 @@ class Gateway:
         self._upstream = upstream
         self._connections = connections
         self._telemetry = telemetry
-        self._demand = demand
+        self._directory = directory
         self._destinations = Destinations(state, gateway)
         self._random = random.Random()
         self._generation = -1
@@ -174,13 +181,13 @@ class Gateway:
 
         Raises RefusedError when no answer comes.
         """
-        if self._demand is None:
+        if self._directory is None:
             return
         if self._state.workload_at(caller.address) is None:
-            self._plane.spawn(_introduced(self._demand, caller.address))
+            self._plane.spawn(_introduced(self._directory, caller.address))
         unknown = self._destinations.unknown(asked)
         if unknown is not None:
-            await self._demand.destination(unknown)
+            await self._directory.destination(unknown)
 
     # -- HTTP
 
@@ -642,9 +649,9 @@ class Gateway:
         return Peer(host_port(caller.address, caller.port), known, str(caller.identity))
 
 
-async def _introduced(demand: Demand, caller: IpAddress) -> None:
+async def _introduced(directory: Directory, caller: IpAddress) -> None:
     with contextlib.suppress(RefusedError):  # this proxy shuts down
-        await demand.introduce(caller, "")
+        await directory.introduce(caller, "")
 
 
 def _judged(head: RequestHead) -> Request:

@@ -9,7 +9,6 @@ import logging
 import os
 import resource
 import signal
-import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -19,27 +18,20 @@ import uproxy
 from control.api.names import key
 from control.api.status import Kind
 from control.api.workload import Workload
-from control.client.files import ConfigError, FileSource
+from control.client.files import Batch, ConfigError, FileSource
 from control.client.membership import Membership
-from control.client.state import State
+from control.client.state import Changes, State
 from uproxy import admin, joining, linux, plane
-from uproxy.access_log import AccessLog, Style
 from uproxy.config import Who
-from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
-from uproxy.errors import RefusedError
 from uproxy.joining import JoinError
-from uproxy.listener import HANDSHAKES_PER_TURN, Listeners, TunnelServer
 from uproxy.plane import Plane
-from uproxy.pool import Pool
-from uproxy.telemetry import Connection, Peer
-from uproxy.tls import CredentialsError, client_context, server_context
-from uproxy.tunnel import HBONE_PORT
+from uproxy.tls import CredentialsError
 from waypoint import config
 from waypoint.config import Settings
-from waypoint.gateway import Gateway
+from waypoint.serving import TICK_S, Serving, StartError, open_log
 from waypoint.telemetry import WaypointTelemetry
-from waypoint.upstream import Upstream
+from waypoint.workers import Workers
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand
@@ -47,16 +39,9 @@ if TYPE_CHECKING:
 
 METRICS_PORT: Final = 15020
 READY_PORT: Final = 15021
-# Beyond the drain time, for tunnels to be closed by both ends.
-FAREWELL_S: Final = 0.5
-TICK_S: Final = 5.0
 WATCH_S: Final = 1.0
 
 log = logging.getLogger("waypoint")
-
-
-class StartError(Exception):
-    """The waypoint cannot start; the text says why and what to do."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,7 +65,9 @@ async def _run(settings: Settings, membership: Membership | None) -> int:
     """Raises JoinError, StartError, ConfigError or CredentialsError."""
     if membership is None:
         source = FileSource(settings.config, settings.trust_domain)
-        proxy = _Process(settings, *_from_files(settings, source), source)
+        who, state, batch = _from_files(settings, source)
+        proxy = _Process(settings, who, state, source)
+        proxy.serving.take(batch, Changes())
     else:
         if not membership.addresses:
             raise JoinError(f"{membership.key} joined without an address: create a token that has one")
@@ -104,14 +91,15 @@ async def _run(settings: Settings, membership: Membership | None) -> int:
     return 0
 
 
-def _from_files(settings: Settings, source: FileSource) -> tuple[Who, State]:
-    """Raises ConfigError or StartError."""
+def _from_files(settings: Settings, source: FileSource) -> tuple[Who, State, Batch]:
+    """The files' content is the batch, and applied. Raises ConfigError or StartError."""
     state = State(settings.trust_domain)
-    state.apply(source.load())
+    batch = source.load()
+    state.apply(batch)
     workload: Workload | None = state.workload(settings.workload)
     if workload is None:
         raise StartError(f"the configuration has no WorkloadEntry {settings.workload}: add one, or mend --workload")
-    return Who(workload.name, workload.identity, workload.addresses), state
+    return Who(workload.name, workload.identity, workload.addresses), state, batch
 
 
 class _Drained(Exception):
@@ -119,7 +107,7 @@ class _Drained(Exception):
 
 
 class _Process:
-    """One running waypoint process: its parts and its listeners."""
+    """The first process of a waypoint: its place in the mesh, its operators, and what serves, here or in workers."""
 
     def __init__(self, settings: Settings, who: Who, state: State, origin: Membership | FileSource) -> None:
         """`origin`: where the configuration comes from; from files, `state` holds it already."""
@@ -131,34 +119,45 @@ class _Process:
         self._loop = asyncio.get_running_loop()
         self._plane = Plane(self._loop)
         self._state = state
-        self._log = _open_log(settings, self._loop)
-        self._telemetry = WaypointTelemetry(uproxy.__version__, self._log)
-        self._connections = Connections()
         self._credentials = CurrentCredentials(settings.identity_dir, who.identity)
-        self._use_credentials()
         self._source = origin if isinstance(origin, FileSource) else None
         self._member: Member | None = None
         self._demand: Demand | None = None
         if isinstance(origin, Membership):
             self._become_member(origin)
-        self._pool = Pool(self._plane, lambda: self._client_context, who.addresses)
-        self._upstream = Upstream(self._plane, self._pool)
-        self._gateway = Gateway(
-            self._plane, state, self._gateway_key, self._upstream, self._connections, self._telemetry, self._demand
-        )
-        self._server = TunnelServer(
-            self._plane,
-            lambda: self._server_context,
-            who.identity.trust_domain,
-            self._gateway.on_request,
-            self._not_a_tunnel,
-        )
-        self._listeners = Listeners(self._plane)
+        self.serving = self._serve_here() if settings.workers == 1 else self._serve_in_workers()
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._configured = asyncio.Event()
-        self._client_context: ssl.SSLContext
-        self._server_context: ssl.SSLContext
+
+    def _serve_here(self) -> Serving | Workers:
+        access_log = open_log(self.settings.access_log, self.settings.log_json, self._loop)
+        self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
+        return Serving(
+            self._plane,
+            self._who,
+            self._state,
+            self._credentials,
+            self._telemetry,
+            access_log,
+            self.settings.drain_timeout_s,
+            self._demand,
+        )
+
+    def _serve_in_workers(self) -> Serving | Workers:
+        self._telemetry = WaypointTelemetry(uproxy.__version__)
+        settings: dict[str, object] = {
+            "workload": self._who.workload,
+            "identity": str(self._who.identity),
+            "addresses": self._who.addresses,
+            "identity_dir": str(self.settings.identity_dir),
+            "access_log": self.settings.access_log,
+            "log_json": self.settings.log_json,
+            "drain_timeout_s": self.settings.drain_timeout_s,
+        }
+        return Workers(
+            self.settings.workers, settings, self._plane, self._telemetry, self._demand, self._in_force_changed
+        )
 
     def _become_member(self, membership: Membership) -> None:
         # Imported here: what talks to a broker takes megabytes, and configuration from files needs none of it.
@@ -172,6 +171,7 @@ class _Process:
             self._credentials,
             self._reconfigure,
             on_progress=self._progressed,
+            in_force=lambda known: self.serving.in_force(known),
         )
         member.replica.want_workload(membership.identity, membership.workload)
         member.replica.want_waypoint(self._gateway_key)
@@ -200,14 +200,13 @@ class _Process:
         if self.stopping.is_set():
             return
         self.pending.discard("config")
-        for own in self._who.addresses:
-            try:
-                self._listeners.listen(own, HBONE_PORT, self._server.serve, HANDSHAKES_PER_TURN)
-            except OSError as error:
-                raise StartError(f"cannot listen on {own}:{HBONE_PORT}: {error.strerror}") from error
+        await self.serving.start(group)
+        if self.stopping.is_set():
+            return
         self.pending.discard("listeners")
         self._report_ready()
-        self._tick()
+        if self._demand is not None:
+            self._tick(self._demand)
 
     async def _wait_for_configuration(self, member: Member, group: asyncio.TaskGroup) -> None:
         """From disk, if it was ever known, and the control plane may be away; else for as long as it takes."""
@@ -230,7 +229,7 @@ class _Process:
                 self.settings.admin_port,
                 admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
             ),
-            (host, METRICS_PORT, admin.metrics_routes(self._telemetry.render)),
+            (host, METRICS_PORT, admin.metrics_routes(self.serving.render)),
             (host, READY_PORT, admin.ready_routes(self._pending)),
         ):
             try:
@@ -242,7 +241,7 @@ class _Process:
     def _pending(self) -> list[str]:
         """What it is not ready for yet; of a member's configuration, what has not come."""
         missing = self._member.replica.waiting() if self._member is not None and "config" in self.pending else ()
-        return [*self.pending, *(f"config: {text}" for text in missing)]
+        return [*self.pending, *(f"config: {text}" for text in missing), *self.serving.waiting()]
 
     def _report_ready(self) -> None:
         log.info("%s is ready as %s", self._who.key, self._who.identity)
@@ -251,11 +250,6 @@ class _Process:
                 os.write(self.settings.ready_fd, b"ready\n")
             os.close(self.settings.ready_fd)
 
-    def _not_a_tunnel(self, source: str, started: float, error: RefusedError) -> None:
-        record = Connection("waypoint", Peer(source), Peer("-"), started)
-        record.flag, record.error = error.flag, str(error)
-        self._telemetry.closed(record, time.monotonic())
-
     # -- changes
 
     def _reconfigure(self, batch: Sequence[tuple[str, bytes]]) -> None:
@@ -263,63 +257,46 @@ class _Process:
         changes = self._state.apply(batch)
         if changes:
             log.debug("configuration %d applied", self._state.generation)
-            self._plane.run(lambda: self._gateway.config_changed(changes))
+        self.serving.take(batch, changes)
         self._configured.set()
 
     def _progressed(self) -> None:
         """The control plane has told more: what waits for it may go on."""
         self._configured.set()
+        if self._member is not None:
+            self.serving.progressed(self._member.known)
         if self._demand is not None:
             self._plane.run(self._demand.progress)
+
+    def _in_force_changed(self) -> None:
+        if self._member is not None:
+            self._member.in_force_changed()
 
     def _refused(self, error: Exception) -> None:
         log.error("the new configuration is refused, the one before stays: %s", error)
 
     def _renewed(self) -> None:
-        self._use_credentials()
-        # Streams that are open stay on their tunnels; new ones use the new certificate.
-        self._plane.run(self._pool.retire)
+        self.serving.renewed()
         if self._member is not None:
             self._member.renewed()
-
-    def _use_credentials(self) -> None:
-        credentials = self._credentials.value
-        self._client_context, self._server_context = client_context(credentials), server_context(credentials)
 
     def _stop(self) -> None:
         self.stopping.set()
         self._configured.set()
+        self.serving.interrupt()
 
     def _hang_up(self) -> None:
-        if self._log is not None:
-            self._log.reopen()
+        self.serving.reopen_log()
 
-    def _tick(self) -> None:
+    def _tick(self, demand: Demand) -> None:
         now = time.monotonic()
-
-        def tick() -> None:
-            self._upstream.tick(now)
-            self._pool.tick(now)
-            self._server.tick(now)
-            self._connections.tick(now)
-            if self._demand is not None:
-                self._demand.tick(now)
-
-        self._timer = self._loop.call_later(TICK_S, self._tick)
-        self._plane.run(tick)
+        self._timer = self._loop.call_later(TICK_S, self._tick, demand)
+        self._plane.run(lambda: demand.tick(now))
 
     # -- what operators see
 
     def _register_gauges(self) -> None:
         gauge = self._telemetry.gauge
-        gauge("uproxy_tunnels_outbound", "Open tunnels to peers", lambda: len(self._pool.tunnels()))
-        gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: len(self._server.tunnels()))
-        gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
-        gauge(
-            "uproxy_waypoint_idle_connections",
-            "HTTP connections to backends that wait for a request",
-            lambda: self._upstream.idle,
-        )
         gauge(
             "uproxy_certificate_expiry_timestamp_seconds",
             "When this workload's certificate expires, Unix time",
@@ -331,7 +308,7 @@ class _Process:
             gauge(
                 "uproxy_config_whole",
                 "Whether everything that is subscribed to has come: 0 or 1",
-                lambda: int(member.replica.whole),
+                lambda: int(self.serving.in_force(member.known()).whole),
             )
             gauge(
                 "uproxy_config_age_seconds",
@@ -354,53 +331,20 @@ class _Process:
             "workloads": gateway.workloads if gateway is not None else (),
             "control": self._member.dump() if self._member is not None else None,
             "certificate": {"serial": f"{certificate.serial:x}", "not_after": certificate.not_after},
-            "tunnels": [
-                {"peer": str(t.peer), "address": t.peer_address, "streams": len(t.connection.streams)}
-                for t in (*self._server.tunnels(), *self._pool.tunnels())
-            ],
-            "idle_connections": self._upstream.idle,
+            **self.serving.dump(),
         }
 
     # -- the end
 
     async def drain(self) -> None:
         """Accept nothing more, tell callers, and let requests and connections end by themselves, for a while."""
-        log.info("draining for up to %g s", self.settings.drain_timeout_s)
         self.pending.add("draining")
-        self._gateway.draining = True
-        deadline = time.monotonic() + self.settings.drain_timeout_s
-        self._listeners.close()
-        self._plane.run(lambda: self._server.drain(final=False))
-        # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
-        await asyncio.sleep(min(0.1, self.settings.drain_timeout_s))
-        self._plane.run(lambda: self._server.drain(final=True))
-        while self._plane.tasks and time.monotonic() < deadline:  # noqa: ASYNC110 - once in a process's life
-            await asyncio.sleep(0.02)
-        self._plane.run(lambda: self._connections.cut_all("the drain time of this waypoint is over"))
-        self._plane.run(self._gateway.close_idle)
-        self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this waypoint is shutting down")))
-        self._plane.run(self._upstream.close)
-        self._plane.run(self._pool.finish)
-        self._plane.run(self._server.finish)
-        deadline = max(deadline, time.monotonic() + FAREWELL_S)
-        while (self._pool.tunnels() or self._server.tunnels()) and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        self._plane.run(self._pool.close)
-        self._plane.run(self._server.close)
-        log.info("drained")
+        await self.serving.drain()
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         for server in self._servers:
             server.close()
-        self._listeners.close()
-        if self._log is not None:
-            self._log.close()
+        self.serving.close()
         self._plane.close()
-
-
-def _open_log(settings: Settings, loop: asyncio.AbstractEventLoop) -> AccessLog | None:
-    if settings.access_log == "off":
-        return None
-    return AccessLog(settings.access_log, Style.JSON if settings.log_json else Style.TEXT, loop)

@@ -44,6 +44,15 @@ RootStamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Knowledge:
+    """How much a proxy has of what the control plane tells; the fields are those of a `ProxyStatus`."""
+
+    whole: bool
+    waiting: tuple[str, ...]
+    roots: Mapping[str, RootStamp]
+
+
+@dataclass(frozen=True, slots=True)
 class ProxyStatus:
     """One report. Its envelope's epoch is the process's start (Unix seconds), its version a count of reports."""
 

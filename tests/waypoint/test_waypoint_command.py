@@ -26,6 +26,8 @@ def test_the_first_word_is_the_command(argv, status, capsys):
         (["--state", "d", "--config", "mesh.yaml", "--workload", "shop/wp-1", "--join", "t"], "--join"),
         (["--state", "d", "--admin-port", "0"], "--admin-port"),
         (["--state", "d", "--drain-timeout-s", "-1"], "--drain-timeout-s"),
+        (["--state", "d", "--workers", "0"], "--workers"),
+        (["--state", "d", "--workers", "65"], "--workers"),
     ],
 )
 def test_a_wrong_option_is_named(argv, named, capsys):

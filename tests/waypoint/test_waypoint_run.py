@@ -4,51 +4,23 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from email.message import Message
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from control.api.identity import SpiffeId
 from control.server.bindings import Phase
 from tests.support.certificates import DB, WEB, identity_dir
 from tests.support.http_app import telling
 from tests.support.member_site import MemberSite, controlled
 from tests.support.site import Site, eventually, get
+from tests.support.waypoint_site import WP, asked, labelled, resources, waypoint
 
 NETWORK = "127.0.82"
-WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
 WP_ADDRESS = f"{NETWORK}.3"
-
-WAYPOINT = f"""
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {{name: wp, namespace: shop, labels: {{istio.io/waypoint-for: service}}}}
-spec:
-  gatewayClassName: istio-waypoint
-  listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {{name: wp-1, namespace: shop, labels: {{gateway.networking.k8s.io/gateway-name: wp}}}}
-spec: {{address: {WP_ADDRESS}, serviceAccount: wp}}
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {{name: no-delete, namespace: shop}}
-spec:
-  action: DENY
-  targetRefs: [{{group: "", kind: Service, name: db}}]
-  rules: [{{to: [{{operation: {{methods: [DELETE]}}}}]}}]
-"""
 GATEWAY_TARGET = "[{group: gateway.networking.k8s.io, kind: Gateway, name: wp}]"
 
 
@@ -56,49 +28,8 @@ GATEWAY_TARGET = "[{group: gateway.networking.k8s.io, kind: Gateway, name: wp}]"
 def site(tmp_path: Path) -> Site:
     site = Site.create(tmp_path, NETWORK)
     identity_dir(site.authority, tmp_path / "wp", WP)
-    site.mesh.write_text(labelled(site.resources) + WAYPOINT)
+    site.mesh.write_text(labelled(site.resources) + resources(NETWORK))
     return site
-
-
-def labelled(resources: str) -> str:
-    """db behind the waypoint, and its port HTTP."""
-    named = "{name: db, namespace: shop, labels: {istio.io/use-waypoint: wp}}\nspec: {selector"
-    resources = resources.replace("{name: db, namespace: shop}\nspec: {selector", named, 1)
-    return resources.replace("ports: [{port: 6379,", "ports: [{port: 6379, appProtocol: http,")
-
-
-@contextmanager
-def waypoint(site: Site, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """From ready to its end; killed if it has not ended by itself."""
-    ready, theirs = os.pipe()
-    command = [sys.executable, "-m", "waypoint", "run", "--state", str(site.path / "wp"), *options]
-    command += [f"--ready-fd={theirs}", "--log-format", "json"]
-    with (site.path / "wp.log").open("a") as log:
-        process = subprocess.Popen(command, pass_fds=[theirs], stdout=log, stderr=log)
-    os.close(theirs)
-    try:
-        with os.fdopen(ready) as pipe:
-            assert pipe.read() == "ready\n", site.log("wp")
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: Message
-    body: bytes
-
-
-def asked(method: str, site: Site) -> Answer:
-    connection = http.client.HTTPConnection(*site.forward, timeout=8)
-    connection.request(method, "/path?query")
-    response = connection.getresponse()
-    body = response.read()
-    connection.close()
-    return Answer(response.status, response.headers, body)
 
 
 def test_requests_metrics_logs_and_a_drain(site: Site) -> None:
@@ -157,7 +88,7 @@ def test_a_member_takes_a_service_by_its_label_and_gives_it_back(tmp_path: Path)
         bound = labelled(site.resources)
         unbound = bound.replace(", labels: {istio.io/use-waypoint: wp}", "")
         # The policy comes with the Gateway: nothing else may carry it before the service is bound.
-        control.apply(unbound + WAYPOINT.replace('[{group: "", kind: Service, name: db}]', GATEWAY_TARGET))
+        control.apply(unbound + resources(NETWORK).replace('[{group: "", kind: Service, name: db}]', GATEWAY_TARGET))
         stack.enter_context(telling(site.application))
         for name in ("db", "web", "wp-1"):
             site.token_file(name)

@@ -1,0 +1,178 @@
+"""`waypoint run --workers 3`: real processes that share a port, and what is said of them from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from control.api.status import ProxyStatus
+from control.server.bindings import Phase
+from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.http_app import telling
+from tests.support.member_site import MemberSite, controlled
+from tests.support.site import Site, eventually, get
+from tests.support.waypoint_site import WP, asked, labelled, resources, waypoint
+from uproxy.tls import Credentials, client_context
+
+NETWORK = "127.0.97"
+ADDRESS = f"{NETWORK}.3"
+WORKERS = 3
+
+
+def pids() -> list[int]:
+    dump = json.loads(get(ADDRESS, 15000, "/config_dump")[1])
+    return [worker["pid"] for worker in dump["workers"]]
+
+
+def is_ready() -> bool:
+    return get(ADDRESS, 15021, "/healthz/ready")[0] == 200
+
+
+def metric(name: str) -> float:
+    """The sum of all its samples."""
+    text = get(ADDRESS, 15020, "/metrics")[1]
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def connected(site: Site, count: int) -> list[ssl.SSLSocket]:
+    """Tunnels from web, without a stream in them."""
+    context = client_context(Credentials.load(site.path / "web"))
+    made = []
+    for _ in range(count):
+        sock = socket.create_connection((ADDRESS, 15008), timeout=10)
+        made.append(context.wrap_socket(sock))
+    return made
+
+
+def has_ended(tunnel: ssl.SSLSocket) -> bool:
+    """Whether the other end is gone; what it has said before is passed over."""
+    tunnel.settimeout(0.01)
+    try:
+        while tunnel.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site.create(tmp_path, NETWORK)
+    identity_dir(site.authority, tmp_path / "wp", WP)
+    site.mesh.write_text(labelled(site.resources) + resources(NETWORK))
+    return site
+
+
+def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Site) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(telling(site.application))
+        stack.enter_context(site.running("db"))
+        stack.enter_context(site.running("web"))
+        options = ("--config", str(site.mesh), "--workload", "shop/wp-1", f"--workers={WORKERS}")
+        process = stack.enter_context(waypoint(site, *options))
+        first = pids()
+        assert len(set(first)) == WORKERS
+        assert is_ready()
+        assert [asked(method, site).status for method in ("GET", "DELETE", "GET")] == [200, 403, 200]
+        assert metric("istio_requests_total") == 3
+        assert metric("istio_build") == 1
+        eventually(lambda: site.log("wp").count("request complete") == 3)
+
+        tunnels = connected(site, 60)
+        eventually(lambda: metric("uproxy_tunnels_inbound") >= 60)
+        os.kill(first[0], signal.SIGKILL)
+        eventually(lambda: "worker 1 ended with signal 9" in site.log("wp"))
+        assert not is_ready()
+        ended = [tunnel for tunnel in tunnels if has_ended(tunnel)]
+        assert 3 <= len(ended) <= 45  # 20 are its share
+        for tunnel in tunnels:
+            tunnel.close()
+
+        eventually(lambda: is_ready() and None not in pids(), 20)
+        again = pids()
+        assert again[0] != first[0]
+        assert again[1:] == first[1:]
+        assert metric("uproxy_waypoint_worker_restarts_total") == 1
+        assert metric("istio_requests_total") == 3  # also what the dead one had counted
+        # All of the configuration is in force in the new one, wherever the next tunnel lands.
+        eventually(lambda: asked("GET", site).status == 200)
+        assert asked("DELETE", site).status == 403
+
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, site.log("wp")
+        assert not any(is_alive(pid) for pid in again)
+        assert "Traceback" not in site.log("wp")
+        assert site.log("wp").count(": drained") == WORKERS
+
+
+def test_workers_end_with_the_first_process(site: Site) -> None:
+    with waypoint(site, "--config", str(site.mesh), "--workload", "shop/wp-1", "--workers=2") as process:
+        workers = pids()
+        process.kill()
+        process.wait()
+        eventually(lambda: not any(is_alive(pid) for pid in workers))
+
+
+def test_only_what_every_worker_has_applied_is_reported(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        broker, control = stack.enter_context(controlled(tmp_path, [WEB, DB, WP]))
+        broker.waypoints = {WP}
+        broker.admit([WEB, DB, WP])
+        site = MemberSite(tmp_path, control.plane.authority, NETWORK, broker, control)
+        control.apply(labelled(site.resources) + resources(NETWORK))
+        stack.enter_context(telling(site.application))
+        for name in ("db", "web", "wp-1"):
+            site.token_file(name)
+        stack.enter_context(site.running("db"))
+        stack.enter_context(site.running("web"))
+        stack.enter_context(
+            waypoint(site, "--join", str(tmp_path / "wp-1.token"), f"--workers={WORKERS}", "--access-log=off")
+        )
+
+        def reported() -> ProxyStatus:
+            status = control.status(WP, "wp-1")
+            assert status is not None
+            return status
+
+        def is_current() -> bool:
+            return reported().roots["shop"][:2] == control.plane.core.roots()["shop"][:2]
+
+        eventually(lambda: [one.state.phase for one in control.plane.core.progress()] == [Phase.ENFORCED], 15)
+        eventually(lambda: reported().whole and is_current())
+        assert asked("GET", site).status == 200
+
+        slow = pids()[1]
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            control.apply(resources(NETWORK).replace("[DELETE]", "[DELETE, PUT]"))
+            time.sleep(1.5)
+            assert not is_current()
+        finally:
+            os.kill(slow, signal.SIGCONT)
+        eventually(is_current, 10)
+        assert asked("PUT", site).status == 403
+
+        os.kill(slow, signal.SIGSTOP)
+        eventually(lambda: reported().whole)
+        os.kill(slow, signal.SIGKILL)
+        eventually(lambda: not reported().whole and "worker 2" in reported().waiting)
+        eventually(lambda: reported().whole and is_current() and is_ready(), 20)
+        assert "Traceback" not in site.log("wp")

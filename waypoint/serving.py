@@ -1,0 +1,206 @@
+"""The data plane of one waypoint process: its parts, its listener, its drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from control.api.names import key
+from control.api.status import Knowledge
+from control.client.state import Changes, State
+from uproxy.access_log import AccessLog, Style
+from uproxy.config import Who
+from uproxy.connections import Connections
+from uproxy.credentials import CurrentCredentials
+from uproxy.errors import RefusedError
+from uproxy.listener import HANDSHAKES_PER_TURN, Listeners, TunnelServer
+from uproxy.plane import Plane
+from uproxy.pool import Pool
+from uproxy.telemetry import Connection, Peer
+from uproxy.tls import client_context, server_context
+from uproxy.tunnel import HBONE_PORT
+from waypoint.gateway import Directory, Gateway
+from waypoint.telemetry import WaypointTelemetry
+from waypoint.upstream import Upstream
+
+# Beyond the drain time, for tunnels to be closed by both ends.
+FAREWELL_S: Final = 0.5
+TICK_S: Final = 5.0
+
+log = logging.getLogger("waypoint")
+
+
+class StartError(Exception):
+    """The waypoint cannot start; the text says why and what to do."""
+
+
+def open_log(target: str, as_json: bool, loop: asyncio.AbstractEventLoop) -> AccessLog | None:
+    """The access log that the command line asks for; None when it is off."""
+    return None if target == "off" else AccessLog(target, Style.JSON if as_json else Style.TEXT, loop)
+
+
+class Serving:
+    """Serves callers in this process, by `state`, which somebody else brings up to date."""
+
+    def __init__(
+        self,
+        data_plane: Plane,
+        who: Who,
+        state: State,
+        credentials: CurrentCredentials,
+        telemetry: WaypointTelemetry,
+        access_log: AccessLog | None,
+        drain_timeout_s: float,
+        directory: Directory | None = None,
+    ) -> None:
+        """`directory`: where what is not known is asked for, if anywhere."""
+        self._plane = data_plane
+        self._who = who
+        self._credentials = credentials
+        self._telemetry = telemetry
+        self._log = access_log
+        self._drain_timeout_s = drain_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._use_credentials()
+        self._connections = Connections()
+        self._pool = Pool(data_plane, lambda: self._client_context, who.addresses)
+        self._upstream = Upstream(data_plane, self._pool)
+        gateway_key = key(who.identity.namespace, who.identity.service_account)
+        self._gateway = Gateway(data_plane, state, gateway_key, self._upstream, self._connections, telemetry, directory)
+        self._server = TunnelServer(
+            data_plane,
+            lambda: self._server_context,
+            who.identity.trust_domain,
+            self._gateway.on_request,
+            self._not_a_tunnel,
+        )
+        self._listeners = Listeners(data_plane)
+        self._timer: asyncio.TimerHandle | None = None
+        self._client_context: ssl.SSLContext
+        self._server_context: ssl.SSLContext
+        self._register_gauges()
+
+    async def start(self, group: asyncio.TaskGroup) -> None:
+        """Take callers. Raises StartError."""
+        self.listen(shared=False)
+
+    def listen(self, *, shared: bool) -> None:
+        """Take callers; `shared`: other processes listen at the same port. Raises StartError."""
+        for own in self._who.addresses:
+            try:
+                self._listeners.listen(own, HBONE_PORT, self._server.serve, HANDSHAKES_PER_TURN, shared=shared)
+            except OSError as error:
+                raise StartError(f"cannot listen on {own}:{HBONE_PORT}: {error.strerror}") from error
+        self._tick()
+
+    def take(self, batch: Sequence[tuple[str, bytes]], changes: Changes) -> None:
+        """The state has changed, by this batch."""
+        if changes:
+            self._plane.run(lambda: self._gateway.config_changed(changes))
+
+    def interrupt(self) -> None:
+        """`start` has returned at once."""
+
+    def progressed(self, known: Callable[[], Knowledge]) -> None:
+        """What the state has taken is in force at once."""
+
+    def in_force(self, known: Knowledge) -> Knowledge:
+        """What of all that is known holds for every connection."""
+        return known
+
+    def waiting(self) -> tuple[str, ...]:
+        """What keeps it from serving, once it was started."""
+        return ()
+
+    def renewed(self) -> None:
+        """There is a new certificate."""
+        self._use_credentials()
+        # Streams that are open stay on their tunnels; new ones use the new certificate.
+        self._plane.run(self._pool.retire)
+
+    def reopen_log(self) -> None:
+        """The access log's file was moved away."""
+        if self._log is not None:
+            self._log.reopen()
+
+    def render(self) -> bytes:
+        """All metrics of this process."""
+        return self._telemetry.render()
+
+    def dump(self) -> dict[str, object]:
+        """For operators."""
+        return {
+            "tunnels": [
+                {"peer": str(t.peer), "address": t.peer_address, "streams": len(t.connection.streams)}
+                for t in (*self._server.tunnels(), *self._pool.tunnels())
+            ],
+            "idle_connections": self._upstream.idle,
+        }
+
+    async def drain(self) -> None:
+        """Accept nothing more, tell callers, and let requests and connections end by themselves, for a while."""
+        log.info("draining for up to %g s", self._drain_timeout_s)
+        self._gateway.draining = True
+        deadline = time.monotonic() + self._drain_timeout_s
+        self._listeners.close()
+        self._plane.run(lambda: self._server.drain(final=False))
+        # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
+        await asyncio.sleep(min(0.1, self._drain_timeout_s))
+        self._plane.run(lambda: self._server.drain(final=True))
+        while self._plane.tasks and time.monotonic() < deadline:  # noqa: ASYNC110 - once in a process's life
+            await asyncio.sleep(0.02)
+        self._plane.run(lambda: self._connections.cut_all("the drain time of this waypoint is over"))
+        self._plane.run(self._gateway.close_idle)
+        self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this waypoint is shutting down")))
+        self._plane.run(self._upstream.close)
+        self._plane.run(self._pool.finish)
+        self._plane.run(self._server.finish)
+        deadline = max(deadline, time.monotonic() + FAREWELL_S)
+        while (self._pool.tunnels() or self._server.tunnels()) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        self._plane.run(self._pool.close)
+        self._plane.run(self._server.close)
+        log.info("drained")
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._listeners.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _not_a_tunnel(self, source: str, started: float, error: RefusedError) -> None:
+        record = Connection("waypoint", Peer(source), Peer("-"), started)
+        record.flag, record.error = error.flag, str(error)
+        self._telemetry.closed(record, time.monotonic())
+
+    def _use_credentials(self) -> None:
+        credentials = self._credentials.value
+        self._client_context, self._server_context = client_context(credentials), server_context(credentials)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+
+        def tick() -> None:
+            self._upstream.tick(now)
+            self._pool.tick(now)
+            self._server.tick(now)
+            self._connections.tick(now)
+
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+        self._plane.run(tick)
+
+    def _register_gauges(self) -> None:
+        gauge = self._telemetry.gauge
+        gauge("uproxy_tunnels_outbound", "Open tunnels to peers", lambda: len(self._pool.tunnels()))
+        gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: len(self._server.tunnels()))
+        gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
+        gauge(
+            "uproxy_waypoint_idle_connections",
+            "HTTP connections to backends that wait for a request",
+            lambda: self._upstream.idle,
+        )

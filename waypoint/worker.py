@@ -1,0 +1,234 @@
+"""One worker process of a waypoint: serves callers by the configuration that the first process hands it.
+
+`python -m waypoint.worker FD PARENT` is started by `workers`, never by people. FD is this end of the socket pair,
+PARENT the first process, with whose life this one ends. In come, by `channel`: `start` (once, what this waypoint is),
+`apply` (a batch), `listen`, `metrics`, `answer` (to `destination`), `level`; out go `applied`, `listening`, `metrics`,
+`destination` and `introduce`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+import uproxy
+from control.api.address import IpAddress, parse_address
+from control.api.identity import SpiffeId
+from control.client.state import State
+from uproxy import linux, plane
+from uproxy.config import Who
+from uproxy.credentials import CurrentCredentials
+from uproxy.errors import Flag, RefusedError
+from uproxy.plane import Plane, Waiter
+from uproxy.tls import CredentialsError
+from waypoint.channel import Channel, Message
+from waypoint.serving import Serving, StartError, open_log
+from waypoint.telemetry import WaypointTelemetry
+
+_PATIENCE_S: Final = 6.0  # the first process waits 5 s for the control plane
+_STRANGERS_S: Final = 60.0
+
+log = logging.getLogger("waypoint")
+
+
+def main() -> int:
+    """Run until SIGTERM. Returns the exit status."""
+    fd, parent = map(int, sys.argv[1:])
+    linux.die_with_parent(parent)
+    linux.forbid_dumps()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        return plane.run(_run(socket.socket(fileno=fd)))
+    except (StartError, CredentialsError) as error:
+        print(f"waypoint worker: {error}", file=sys.stderr)
+        return 1
+
+
+async def _run(sock: socket.socket) -> int:
+    """Raises StartError or CredentialsError."""
+    worker = _Worker()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    await worker.run(sock)
+    return 0
+
+
+class _Stopped(Exception):
+    """Ends the task group."""
+
+
+class _Worker:
+    """The worker, and where its data plane asks what it does not know."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._plane = Plane(self._loop)
+        self._stopping = asyncio.Event()
+        self._started = asyncio.Event()
+        self._failed: Exception | None = None
+        self._channel: Channel | None = None
+        self._serving: Serving | None = None
+        self._credentials: CurrentCredentials | None = None
+        self._state: State | None = None
+        self._telemetry: WaypointTelemetry | None = None
+        self._asked: dict[int, Waiter[None]] = {}
+        self._questions = 0
+        self._strangers: set[IpAddress] = set()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._started.set()
+
+    async def run(self, sock: socket.socket) -> None:
+        """Raises StartError or CredentialsError."""
+        sock.setblocking(False)
+        self._channel = Channel(self._on_message, self._on_lost)
+        await self._channel.attach(sock)
+        try:
+            await self._started.wait()
+            if self._serving is not None and self._credentials is not None:
+                self._loop.add_signal_handler(signal.SIGHUP, self._serving.reopen_log)
+                await self._serve(self._serving, self._credentials)
+        finally:
+            if self._serving is not None:
+                self._serving.close()
+            self._plane.close()
+            self._channel.close()
+        if self._failed is not None:
+            raise self._failed
+
+    async def _serve(self, serving: Serving, credentials: CurrentCredentials) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(credentials.watch(serving.renewed))
+                group.create_task(self._forget_strangers())
+                await self._stopping.wait()
+                if self._failed is None:
+                    await serving.drain()
+                raise _Stopped
+        except* _Stopped:
+            pass
+
+    # -- what the first process says
+
+    def _on_message(self, message: Message) -> None:
+        match message:
+            case ["start", dict(settings)]:
+                try:
+                    self._start(settings)
+                except CredentialsError as error:
+                    self._fail(error)
+                except OSError as error:
+                    self._fail(StartError(f"cannot open the access log: {error}"))
+            case ["apply", int(serial), list(batch)]:
+                self._apply(serial, [(topic, payload) for topic, payload in batch])
+            case ["listen"]:
+                self._listen()
+            case ["metrics", int(question)] if self._telemetry is not None:
+                self._send("metrics", question, self._telemetry.render())
+            case ["answer", int(question), str(reason), str(detail)]:
+                self._answered(question, reason, detail)
+            case ["level", str(level)]:
+                logging.getLogger().setLevel(level)
+            case _:
+                raise ValueError(f"{message[0]!r} is nothing that a worker is told now")
+
+    def _start(self, settings: dict[str, str | int | float | bool | list[str]]) -> None:
+        """Raises CredentialsError or OSError."""
+        name = f"worker {settings['number']}"
+        logging.basicConfig(
+            level=str(settings["level"]),
+            format=f"%(asctime)s %(levelname)s %(name)s: {name}: %(message)s",
+            stream=sys.stderr,
+        )
+        addresses = settings["addresses"]
+        assert isinstance(addresses, list)
+        who = Who(
+            str(settings["workload"]), SpiffeId.parse(str(settings["identity"])), tuple(map(parse_address, addresses))
+        )
+        self._state = State(who.identity.trust_domain)
+        self._credentials = CurrentCredentials(Path(str(settings["identity_dir"])), who.identity)
+        access_log = open_log(str(settings["access_log"]), bool(settings["log_json"]), self._loop)
+        self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
+        drain_timeout_s = float(str(settings["drain_timeout_s"]))
+        self._serving = Serving(
+            self._plane, who, self._state, self._credentials, self._telemetry, access_log, drain_timeout_s, self
+        )
+        self._started.set()
+
+    def _apply(self, serial: int, batch: list[tuple[str, bytes]]) -> None:
+        if self._state is None or self._serving is None:
+            raise ValueError("a batch before the start")
+        self._serving.take(batch, self._state.apply(batch))
+        # It is in force now: live connections were authorised again, too.
+        self._send("applied", serial)
+
+    def _listen(self) -> None:
+        if self._state is None or self._serving is None or not self._state.whole:
+            raise ValueError("told to listen before there is a configuration")
+        try:
+            self._serving.listen(shared=True)
+        except StartError as error:
+            self._fail(error)
+        else:
+            self._send("listening")
+
+    def _on_lost(self) -> None:
+        # Without the first process nobody brings this one up to date: it does not even drain.
+        self._fail(StartError("the connection to the first process ended"))
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = self._failed or error
+        self.stop()
+
+    def _send(self, *message: object) -> None:
+        if self._channel is not None:
+            self._channel.send(*message)
+
+    # -- what the data plane asks (gateway.Directory)
+
+    async def destination(self, address: IpAddress) -> None:
+        """Return when everything about an address is known, here as in the first process. Raises RefusedError."""
+        self._questions += 1
+        question, waiter = self._questions, Waiter[None](self._plane)
+        self._asked[question] = waiter
+        try:
+            self._send("destination", question, address)
+            await self._plane.wait(waiter, _PATIENCE_S)
+        except TimeoutError:
+            detail = f"who lives at {address} did not come from the first process within {_PATIENCE_S:g} s"
+            raise RefusedError("no-config", detail, flag=Flag.NO_CONFIG) from None
+        finally:
+            del self._asked[question]
+
+    async def introduce(self, caller: IpAddress, service_key: str) -> None:
+        """Ask who calls, at most once a minute: the answer comes as configuration."""
+        if caller not in self._strangers and len(self._strangers) < 1000:
+            self._strangers.add(caller)
+            self._send("introduce", caller)
+
+    def _answered(self, question: int, reason: str, detail: str) -> None:
+        waiter = self._asked.get(question)
+        if waiter is None:
+            return
+        if reason:
+            error = RefusedError(reason, detail, flag=Flag.NO_CONFIG)
+            self._plane.run(lambda: waiter.fail(error))
+        else:
+            self._plane.run(lambda: waiter.set(None))
+
+    async def _forget_strangers(self) -> None:
+        while True:
+            await asyncio.sleep(_STRANGERS_S)
+            self._strangers.clear()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

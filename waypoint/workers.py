@@ -1,0 +1,396 @@
+"""The worker processes of a waypoint, as its first process sees them: started, configured, watched, started again.
+
+All listen at one port (SO_REUSEPORT), so a change is in force when the slowest of them says so, and not before: what
+is *in force* here is the newest configuration that every worker has applied. A worker that has died serves nobody;
+until there is another one in its place, with all of the configuration, the process is neither whole nor ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from control.api import messages
+from control.api.address import IpAddress, parse_address
+from control.api.status import Knowledge
+from control.client.state import Changes
+from uproxy.errors import RefusedError
+from uproxy.plane import Plane
+from waypoint.channel import Channel, Message, encode
+from waypoint.gateway import Directory
+from waypoint.metrics import counters, summed
+from waypoint.serving import FAREWELL_S, StartError
+from waypoint.telemetry import WaypointTelemetry
+
+APPLY_TIMEOUT_S: Final = 20.0
+"""For a worker to start or to apply a batch; one that takes longer hangs, and is killed."""
+METRICS_TIMEOUT_S: Final = 2.0
+FIRST_RESTART_S: Final = 0.2
+LAST_RESTART_S: Final = 5.0
+_HEALTHY_S: Final = 10.0  # after a life of this length, the next restart is prompt again
+_WATCH_S: Final = 1.0
+_END_S: Final = 1.0  # for a process to end after its socket did
+
+log = logging.getLogger("waypoint")
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """One place for a worker, and the process that has it."""
+
+    number: int
+    process: subprocess.Popen[bytes] | None = None
+    channel: Channel | None = None
+    started: float = 0.0
+    """Monotonic seconds."""
+    applied: int = -1
+    """The newest batch that it has applied; -1: none yet."""
+    owes_since: float | None = None
+    """Monotonic seconds since which it has batches that it has not applied."""
+    listening: bool = False
+    restart_delay_s: float = FIRST_RESTART_S
+    metrics: bytes = b""
+    """As it last told them."""
+
+
+@dataclass(slots=True)
+class _Scrape:
+    """One answer to a scrape that is being made."""
+
+    result: asyncio.Future[bytes]
+    missing: set[_Worker] = field(default_factory=set)
+
+
+class Workers:
+    """Serves callers in processes of its own."""
+
+    def __init__(
+        self,
+        count: int,
+        settings: dict[str, object],
+        data_plane: Plane,
+        telemetry: WaypointTelemetry,
+        directory: Directory | None,
+        on_change: Callable[[], None],
+    ) -> None:
+        """`settings`: of `worker`'s `start`. `telemetry`: of this process. `directory` answers what workers ask.
+
+        `on_change` is called when what is in force, or `waiting`, may have changed.
+        """
+        self._settings = settings
+        self._plane = data_plane
+        self._telemetry = telemetry
+        self._directory = directory
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._workers = [_Worker(number) for number in range(1, count + 1)]
+        self._held: dict[str, bytes] = {}
+        """The newest message of each topic that is not deleted: all of the configuration."""
+        self._sent = 0
+        self._marks: deque[tuple[int, Knowledge]] = deque()
+        """What was known when a batch was the newest one, of those that not every worker has applied."""
+        self._confirmed = Knowledge(False, (), {})
+        self._scrapes: dict[int, _Scrape] = {}
+        self._scraped = 0
+        self._remains = b""
+        """What workers had counted that are gone, as of the last scrape: counters never go back."""
+        self._restarts = 0
+        self._ending = False
+        self._group: asyncio.TaskGroup
+        self._level = _level()
+        self._ready = asyncio.Event()
+        self._failure = ""
+        self._timers: set[asyncio.TimerHandle] = set()
+        telemetry.counter(
+            "uproxy_waypoint_worker_restarts_total", "Workers that died and were replaced", lambda: self._restarts
+        )
+
+    # -- configuration
+
+    def take(self, batch: Sequence[tuple[str, bytes]], changes: Changes) -> None:
+        """A batch that a state has taken."""
+        for topic, payload in batch:
+            if messages.decode(payload).body is None:
+                self._held.pop(topic, None)
+            else:
+                self._held[topic] = payload
+        self._sent += 1
+        framed = encode("apply", self._sent, batch)
+        for worker in self._workers:
+            if worker.channel is not None:
+                worker.channel.send_encoded(framed)
+                worker.owes_since = worker.owes_since or time.monotonic()
+
+    def progressed(self, known: Callable[[], Knowledge]) -> None:
+        """More may be known now, and everything that follows from it was taken."""
+        if self._applied() >= self._sent:
+            return  # then all that is known is in force
+        if self._marks and self._marks[-1][0] == self._sent:
+            self._marks.pop()
+        self._marks.append((self._sent, known()))
+
+    def in_force(self, known: Knowledge) -> Knowledge:
+        """What of all that is known every worker has applied; not whole while a worker is missing."""
+        if self._applied() >= self._sent:
+            self._marks.clear()
+            self._confirmed = known
+        missing = self.waiting()
+        if missing:
+            return Knowledge(False, (*missing, *self._confirmed.waiting), self._confirmed.roots)
+        return self._confirmed
+
+    def waiting(self) -> tuple[str, ...]:
+        """What keeps it from serving as it should."""
+        return tuple(f"worker {worker.number}" for worker in self._workers if not worker.listening)
+
+    def _applied(self) -> int:
+        """The newest batch that all workers have applied that there are; -1 when there are none."""
+        return min((worker.applied for worker in self._workers if worker.channel is not None), default=-1)
+
+    def _settle(self) -> None:
+        applied = self._applied()
+        while self._marks and self._marks[0][0] <= applied:
+            self._confirmed = self._marks.popleft()[1]
+
+    # -- the workers' lives
+
+    async def start(self, group: asyncio.TaskGroup) -> None:
+        """Return when all listen, or `interrupt` was called. Raises StartError when one ends before."""
+        self._group = group
+        for worker in self._workers:
+            await self._launch(worker)
+        self._later(_WATCH_S, self._watch)
+        await self._ready.wait()
+        if self._failure:
+            raise StartError(self._failure)
+
+    async def _launch(self, worker: _Worker) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            try:
+                worker.process = _process(theirs.fileno())
+            except OSError as error:
+                ours.close()
+                log.error("worker %d does not start: %s", worker.number, error)
+                self._ended(worker)
+                return
+        worker.started = worker.owes_since = time.monotonic()
+        worker.applied, worker.listening = -1, False
+        worker.channel = channel = Channel(
+            lambda message: self._on_message(worker, message), lambda: self._on_lost(worker)
+        )
+        await channel.attach(ours)
+        channel.send("start", {**self._settings, "number": worker.number, "level": self._level})
+        channel.send("apply", self._sent, list(self._held.items()))
+        channel.send("listen")
+
+    def _on_message(self, worker: _Worker, message: Message) -> None:
+        match message:
+            case ["applied", int(serial)]:
+                worker.applied = serial
+                worker.owes_since = None if serial == self._sent else time.monotonic()
+                self._settle()
+                self._on_change()
+            case ["listening"]:
+                worker.listening = True
+                if not self.waiting():
+                    self._ready.set()
+                self._on_change()
+            case ["metrics", int(question), bytes(text)]:
+                worker.metrics = text
+                self._scraped_one(question, worker)
+            case ["destination", int(question), str(address)]:
+                self._plane.spawn(self._look_up(worker.channel, question, parse_address(address)))
+            case ["introduce", str(address)]:
+                self._plane.spawn(self._introduce(parse_address(address)))
+            case _:
+                raise ValueError(f"{message[0]!r} is nothing that a worker says")
+
+    def _on_lost(self, worker: _Worker) -> None:
+        """A worker has ended, or is going to."""
+        worker.channel, worker.listening = None, False
+        process, worker.process = worker.process, None
+        if process is not None:
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            how = f"status {process.returncode}" if process.returncode >= 0 else f"signal {-process.returncode}"
+            if not self._ending:
+                log.error("worker %d ended with %s", worker.number, how)
+                if not self._ready.is_set():
+                    self._failure = f"worker {worker.number} ended with {how} before it was ready; its messages say why"
+                    self._ready.set()
+        if worker.metrics:
+            self._remains = counters(summed([self._remains, worker.metrics]))
+            worker.metrics = b""
+        for question in list(self._scrapes):
+            self._scraped_one(question, worker)
+        self._ended(worker)
+
+    def _ended(self, worker: _Worker) -> None:
+        """Start another one, later."""
+        self._settle()
+        self._on_change()
+        if self._ending or self._failure:
+            return
+        if time.monotonic() - worker.started > _HEALTHY_S:
+            worker.restart_delay_s = FIRST_RESTART_S
+        self._later(worker.restart_delay_s, lambda: self._restart(worker))
+        worker.restart_delay_s = min(2 * worker.restart_delay_s, LAST_RESTART_S)
+
+    def _restart(self, worker: _Worker) -> None:
+        if not self._ending:
+            self._restarts += 1
+            self._group.create_task(self._launch(worker))
+
+    def _watch(self) -> None:
+        """Kill what hangs: its successor will do better, and a change waits for it. Pass on an operator's log level."""
+        level, self._level = self._level, _level()
+        if level != self._level:
+            for worker in self._workers:
+                if worker.channel is not None:
+                    worker.channel.send("level", self._level)
+        now = time.monotonic()
+        for worker in self._workers:
+            if (
+                worker.process is not None
+                and worker.owes_since is not None
+                and now - worker.owes_since > APPLY_TIMEOUT_S
+            ):
+                log.error("worker %d has applied nothing for %g s, and is killed", worker.number, APPLY_TIMEOUT_S)
+                worker.process.kill()
+        if not self._ending:
+            self._later(_WATCH_S, self._watch)
+
+    def _later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        def run() -> None:
+            self._timers.discard(timer)
+            callback()
+
+        timer = self._loop.call_later(delay_s, run)
+        self._timers.add(timer)
+
+    # -- what workers ask
+
+    async def _look_up(self, channel: Channel | None, question: int, address: IpAddress) -> None:
+        reason = detail = ""
+        try:
+            if self._directory is not None:
+                await self._directory.destination(address)
+        except RefusedError as error:
+            reason, detail = error.reason, error.detail
+        if channel is not None:  # the configuration that is the answer went before
+            channel.send("answer", question, reason, detail)
+
+    async def _introduce(self, address: IpAddress) -> None:
+        with contextlib.suppress(RefusedError):  # this proxy shuts down
+            if self._directory is not None:
+                await self._directory.introduce(address, "")
+
+    # -- operators
+
+    def render(self) -> asyncio.Future[bytes]:
+        """The sum of all metrics, as soon as all workers have told theirs, or have not within 2 s."""
+        self._scraped += 1
+        question = self._scraped
+        asked = {worker for worker in self._workers if worker.listening}
+        scrape = self._scrapes[question] = _Scrape(self._loop.create_future(), asked)
+        for worker in self._workers:
+            if worker in asked and worker.channel is not None:
+                worker.channel.send("metrics", question)
+        self._later(METRICS_TIMEOUT_S, lambda: self._finish_scrape(question))
+        if not asked:
+            self._finish_scrape(question)
+        return scrape.result
+
+    def _scraped_one(self, question: int, worker: _Worker) -> None:
+        scrape = self._scrapes.get(question)
+        if scrape is not None:
+            scrape.missing.discard(worker)
+            if not scrape.missing:
+                self._finish_scrape(question)
+
+    def _finish_scrape(self, question: int) -> None:
+        scrape = self._scrapes.pop(question, None)
+        if scrape is not None:
+            told = [worker.metrics for worker in self._workers]
+            scrape.result.set_result(summed([self._telemetry.render(), self._remains, *told]))
+
+    def reopen_log(self) -> None:
+        """The access log's file was moved away."""
+        for worker in self._workers:
+            if worker.process is not None and worker.listening:
+                worker.process.send_signal(signal.SIGHUP)
+
+    def renewed(self) -> None:
+        """There is a new certificate: workers look for it themselves."""
+
+    def dump(self) -> dict[str, object]:
+        """For operators."""
+        return {
+            "workers": [
+                {
+                    "number": worker.number,
+                    "pid": worker.process.pid if worker.process is not None else None,
+                    "listening": worker.listening,
+                    "applied": worker.applied,
+                }
+                for worker in self._workers
+            ],
+            "batches": self._sent,
+        }
+
+    # -- the end
+
+    def interrupt(self) -> None:
+        """Let `start` return."""
+        self._ready.set()
+
+    async def drain(self) -> None:
+        """Let all workers drain, and end."""
+        self._ending = True
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.send_signal(signal.SIGTERM)
+        timeout_s = float(str(self._settings["drain_timeout_s"])) + FAREWELL_S + _END_S
+        deadline = time.monotonic() + timeout_s
+        while any(worker.process is not None for worker in self._workers) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        self._ending = True
+        for timer in self._timers:
+            timer.cancel()
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.kill()
+                worker.process.wait()
+            if worker.channel is not None:
+                worker.channel.close()
+
+
+def _process(fd: int) -> subprocess.Popen[bytes]:
+    """A worker at the other end of a socket pair. Raises OSError."""
+    # -P: a module in the working directory must not stand in for one of ours.
+    command = [sys.executable, "-P", "-m", "waypoint.worker", str(fd), str(os.getpid())]
+    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
+
+
+def _level() -> str:
+    """The name of the level at which this process logs."""
+    name: str = logging.getLevelName(logging.getLogger().getEffectiveLevel())
+    return name
