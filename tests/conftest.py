@@ -18,6 +18,7 @@ settings.register_profile("deep", max_examples=20_000, deadline=None, suppress_h
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 _PRIVILEGED = ("root", "mesh")
+_LABS = "tests/mesh/"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -29,7 +30,7 @@ class _ByFile(LoadScopeScheduling):
     """Files run side by side, but those that make labs: they look at what there is of labs on the whole machine."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "lab" if nodeid.startswith("tests/mesh/") else nodeid.partition("::")[0]
+        return "lab" if nodeid.startswith(_LABS) else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
@@ -45,7 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip privileged tests loudly where they cannot run, but in CI, where a skipped test would hide a failure."""
+    """Skip privileged tests loudly where they cannot run, but in CI, where a skipped test would hide a failure.
+
+    Labs come first: they take longest of what stays together.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(_LABS))
     if os.geteuid() == 0 or os.environ.get("CI"):
         return
     needs_root = pytest.mark.skip(reason="needs root, network namespaces and eBPF: run `make test` as root")
