@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -43,6 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
         # A host has an address, by which workloads know it.
         for command in ("link set lo up", "address add 198.18.0.1/32 dev lo"):
             subprocess.run(["ip", *command.split()], check=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """As root, a privileged test that skips itself has failed."""
+    report = yield
+    if report.skipped and os.geteuid() == 0 and any(item.get_closest_marker(name) for name in _PRIVILEGED):
+        report.outcome = "failed"
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
