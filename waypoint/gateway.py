@@ -555,6 +555,12 @@ class Gateway:
             else self._destinations.backends(destination.service_key, destination.port)
         )
         backend = await self._reach(caller, hops, record)
+        try:
+            # What changed during that is told to those in `_connections` alone.
+            self._authorise_tcp(permitted, record)
+        except RefusedError as error:
+            backend.abort(str(error))
+            raise
         carrier.respond(relay, _OK)
         try:
             stream = ByteStream(relay)

@@ -27,11 +27,16 @@ from control.api.route import (
     RouteRule,
 )
 from control.api.workload import Endpoint
+from control.client.state import Changes
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT
 from tests.support.through_waypoint import WP_ADDRESS, Server, Through, running_waypoint, settled
 from uproxy import plane
+from uproxy.errors import Flag
+from uproxy.resolve import Hop
+from waypoint.byte_stream import ByteStream
+from waypoint.upstream import Caller
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
@@ -646,6 +651,32 @@ def test_an_l7_deny_refuses_opaque_tcp_and_cuts_what_is_open(identities: Path, a
             await reader.read(1)
         writer.close()
         assert "shop/no" in through.telemetry.ended[-1].policy
+
+    run(identities, authority, echo, client, protocol="tcp")
+
+
+def test_a_deny_that_comes_while_a_backend_is_dialled_holds(
+    identities: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def client(through: Through) -> None:
+        dial = through.upstream.stream
+        deny = Rule(operations=(Operation(methods=("DELETE",)),))
+        policy = AuthorizationPolicy("shop", "no", Action.DENY, None, (deny,), (Target("Gateway", "shop/wp"),))
+
+        async def meanwhile(caller: Caller, hop: Hop, request_id: str) -> ByteStream:
+            stream = await dial(caller, hop, request_id)
+            through.pair.apply(policy)
+            through.gateway.config_changed(Changes(policies=frozenset({policy.key})))
+            return stream
+
+        monkeypatch.setattr(through.upstream, "stream", meanwhile)
+        reader, writer = await through.open()
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+        await settled(through)
+        (record,) = through.telemetry.ended
+        assert (record.flag, record.policy) == (Flag.DENY, "shop/no[0]")
 
     run(identities, authority, echo, client, protocol="tcp")
 
