@@ -313,6 +313,15 @@ def test_it_keeps_what_a_namespace_label_bound_too_and_binds_nothing_new(plane):
     assert plane.phase("shop/db-2") is None
 
 
+def test_an_endpoint_that_a_bound_service_keeps_as_its_last_one_stays_bound(plane):
+    plane.enforce()
+    before = plane.seen()
+    change = plane.apply(workload("web-1", "10.0.0.1", app="nobody"))
+    assert any("it keeps the last 1" in str(warning) for warning in change.warnings)
+    assert plane.seen().bounds == before.bounds
+    assert "shop/wp" in repr(plane.settle().addresses["10.0.0.1"])
+
+
 def test_a_service_that_is_deleted_is_bound_no_more(plane):
     plane.enforce()
     plane.core.delete([WEB])
