@@ -52,7 +52,7 @@ soak: setup  ## Minutes of load: memory, descriptors and map entries must stay f
 	$(BIN)/pytest -m soak --timeout 1800
 
 fuzz: setup  ## Property tests with many more examples
-	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -m 'not root and not mesh and not soak' --timeout 7200
+	HYPOTHESIS_PROFILE=deep HISTORIES=20 $(BIN)/pytest -m 'not root and not mesh and not soak' --timeout 7200
 
 clean:  ## Remove what was built, not the virtual environment
 	rm -rf bpf/build build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -22,7 +22,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from benchmarks.lab.apps import commands
 from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab, Workload
+from benchmarks.lab.waypoints import Waypoint
 from control.cli import client as api
 from control.cli.output import CommandError
 from uproxy.cgroup import SandboxError
@@ -48,6 +49,14 @@ metadata: {{name: bench, namespace: {namespace}}}
 spec: {{{selector}action: DENY, rules: [{rule}]}}
 """
 _QUARANTINED = 'selector: {matchLabels: {quarantined: "yes"}}, '
+_GATEWAY = "bench"
+_BINDING = {"istio.io/use-waypoint": _GATEWAY, "istio.io/use-waypoint-namespace": "default"}
+_BOUND = f"""\
+apiVersion: v1
+kind: Service
+metadata: {{name: bound, namespace: {_RING}}}
+spec: {{selector: {{app: {_RING}}}, ports: [{{name: tcp, port: {_PORT}}}]}}
+"""
 _ENFORCED_S = 20.0
 _START_S = 240.0
 _PUBLISHED_S = 900.0
@@ -90,8 +99,10 @@ class Bench:
         self._size = size
         self._show = show
         a, b = lab.host("a"), lab.host("b")
+        self._waypoint_host = b
         self._ring = [
-            host.workload(f"p{number}", commands.idle(), namespace=_RING) for number, host in enumerate((a, b, a, b))
+            host.workload(f"p{number}", commands.idle(), namespace=_RING, labels={"app": _RING})
+            for number, host in enumerate((a, b, a, b))
         ]
         self._bundle = self._ring[0].identity_dir / "bundle.pem"
 
@@ -102,6 +113,7 @@ class Bench:
             ring = Ring(self._ring, stack)
             self._policy_changes(ring)
             self._label_changes(ring)
+            self._flips(stack)
             self._simulated(stack)
         self._large_mesh()
 
@@ -126,11 +138,41 @@ class Bench:
         for _ in range(self._size.changes):
             with ring.connections() as held:
                 began = time.monotonic()
-                self._relabel(reference, "quarantined", "yes")
+                self._relabel(reference, {"quarantined": "yes"})
                 samples += _resets(held[:1], began)
-            self._relabel(reference, "quarantined", None)
+            self._relabel(reference, {"quarantined": None})
         self._delete_policy(_RING)
         self._spread("a label, until enforced by the uProxy concerned", samples)
+
+    def _flips(self, stack: ExitStack) -> None:
+        """A service put behind a waypoint and taken from there, until every proxy concerned says that it does so."""
+        waypoint = Waypoint(self._control, self._waypoint_host, _GATEWAY)
+        waypoint.apply("--admit", "All")
+        waypoint.start()
+        stack.callback(waypoint.kill)
+        self._apply(_BOUND)
+        reference = {"kind": "Service", "namespace": _RING, "name": "bound"}
+        on: list[float] = []
+        off: list[float] = []
+        for number in range(2 * self._size.changes):
+            bind = number % 2 == 0
+            began = time.monotonic()
+            self._relabel(reference, _BINDING if bind else dict.fromkeys(_BINDING))
+            self._settled(f"{_RING}/bound")
+            (on if bind else off).append(time.monotonic() - began)
+        self._spread("istio.io/use-waypoint set, until enforced by 4 uProxies", on)
+        self._spread("istio.io/use-waypoint removed, until all go directly", off)
+
+    def _settled(self, key: str) -> None:
+        """Until every proxy concerned with a binding does what was asked for last. Raises LabError."""
+        deadline = time.monotonic() + _ENFORCED_S
+        while True:
+            (binding,) = (one for one in self._plane.get("bindings")["bindings"] if one["key"] == key)
+            if binding["settled"]:
+                return
+            if time.monotonic() > deadline:
+                raise LabError(f"the binding of {key} waits for {binding['waits_for']}:\n{self._control.logs()}")
+            time.sleep(0.002)
 
     # -- a thousand simulated proxies
 
@@ -209,7 +251,7 @@ class Bench:
             simulation.whole(_START_S)
             for number in range(self._size.changes):
                 began = time.monotonic()
-                self._relabel(reference, "app", "elsewhere" if number % 2 == 0 else "s0")
+                self._relabel(reference, {"app": "elsewhere" if number % 2 == 0 else "s0"})
                 told = simulation.wait(lambda event: str(event.get("topic", "")).endswith("/s0/s0-0"), _ENFORCED_S)
                 samples.append(told["at"] - began)
         finally:
@@ -251,8 +293,8 @@ class Bench:
         reference = {"kind": "AuthorizationPolicy", "namespace": namespace, "name": "bench"}
         self._plane.post("delete", {"references": [reference]})
 
-    def _relabel(self, reference: dict[str, str], label: str, value: str | None) -> None:
-        self._plane.post("relabel", {"reference": reference, "labels": {label: value}, "overwrite": True})
+    def _relabel(self, reference: dict[str, str], labels: Mapping[str, str | None]) -> None:
+        self._plane.post("relabel", {"reference": reference, "labels": dict(labels), "overwrite": True})
 
     def _published(self) -> None:
         """Until the broker has everything. Asked seldom: the answer has a row for each of 100,000 workloads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +19,7 @@ settings.register_profile("deep", max_examples=20_000, deadline=None, suppress_h
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 _PRIVILEGED = ("root", "mesh")
+_LABS = "tests/mesh/"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -29,7 +31,7 @@ class _ByFile(LoadScopeScheduling):
     """Files run side by side, but those that make labs: they look at what there is of labs on the whole machine."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "lab" if nodeid.startswith("tests/mesh/") else nodeid.partition("::")[0]
+        return "lab" if nodeid.startswith(_LABS) else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
@@ -44,8 +46,21 @@ def pytest_configure(config: pytest.Config) -> None:
             subprocess.run(["ip", *command.split()], check=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """As root, a privileged test that skips itself has failed."""
+    report = yield
+    if report.skipped and os.geteuid() == 0 and any(item.get_closest_marker(name) for name in _PRIVILEGED):
+        report.outcome = "failed"
+    return report
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip privileged tests loudly where they cannot run, but in CI, where a skipped test would hide a failure."""
+    """Skip privileged tests loudly where they cannot run, but in CI, where a skipped test would hide a failure.
+
+    Labs come first: they take longest of what stays together.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(_LABS))
     if os.geteuid() == 0 or os.environ.get("CI"):
         return
     needs_root = pytest.mark.skip(reason="needs root, network namespaces and eBPF: run `make test` as root")

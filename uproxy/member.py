@@ -146,6 +146,7 @@ class Member:
                 for name, (epoch, version, issued_at) in self.replica.roots().items()
             },
             "services": self.replica.services(),
+            "gateways": self.replica.gateways(),
             "problems": self.problems(),
         }
 

@@ -90,6 +90,8 @@ class _Course:
 
     claim: Waiter[HttpConnection] | None = None
     connection: HttpConnection | None = None
+    writer: RequestWriter | None = None
+    """Of the request on that connection."""
     cause: RefusalError | None = None
     """Why it was stopped."""
     answering: bool = False
@@ -334,9 +336,11 @@ class Gateway:
         while True:
             exchange.attempts += 1
             connection = await self._connect(caller, hops, course, exchange, fresh=fresh)
-            writer = RequestWriter()
+            course.writer = writer = RequestWriter()
             try:
                 sent = writer.head(onward)
+                if bodiless:  # which may be chunked nevertheless: what comes next would be its chunks
+                    sent += writer.end()
             except ValueError as error:  # with what is added to it, it is too large
                 raise RefusalError(431, "bad-request", str(error), flag=flags.MALFORMED) from None
             connection.reader.expect(onward.method)
@@ -474,7 +478,9 @@ class Gateway:
         connection, course.connection = course.connection, None
         course.over = True
         assert connection is not None
-        if connection.reader.reusable and (course.uploaded is None or (course.uploaded.settled and client.whole)):
+        assert course.writer is not None
+        uploaded = course.uploaded is None or (course.uploaded.settled and client.whole)
+        if connection.reader.reusable and uploaded and course.writer.ended:
             self._upstream.keep(connection)
         else:
             connection.stream.close()
@@ -556,6 +562,12 @@ class Gateway:
             else self._destinations.backends(destination.service_key, destination.port)
         )
         backend = await self._reach(caller, hops, record)
+        try:
+            # What changed during that is told to those in `_connections` alone.
+            self._authorise_tcp(permitted, record)
+        except RefusedError as error:
+            backend.abort(str(error))
+            raise
         carrier.respond(relay, _OK)
         try:
             stream = ByteStream(relay)

@@ -9,9 +9,11 @@ from waypoint.http1_messages import CHUNKED, UNTIL_CLOSE, Ending, Fields, Framin
 class _Writer:
     """The body of one message. A ValueError is a mistake of ours, and means that the connection must be given up."""
 
-    __slots__ = ("_ending", "_left")
+    __slots__ = ("_ending", "_left", "ended")
 
     def __init__(self) -> None:
+        self.ended = False
+        """Whether what says that the message is whole was asked for; before that nothing else may follow it."""
         self._ending = Ending.NONE
         self._left = 0  # bytes that were promised and not written
 
@@ -31,6 +33,7 @@ class _Writer:
         """What says that the body is whole."""
         if self._ending is Ending.LENGTH and self._left:
             raise ValueError("a body is shorter than its head says")
+        self.ended = True
         return b"0\r\n\r\n" if self._ending is Ending.CHUNKED else b""
 
     def _begin(self, framing: Framing) -> None:

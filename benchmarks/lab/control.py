@@ -116,15 +116,18 @@ class ControlPlane:
         return told
 
     def _meshctl(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*_MESHCTL, *words],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_TIMEOUT_S,
-            env={**os.environ, "MESHCTL_SOCKET": str(self.socket)},
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                [*_MESHCTL, *words],
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=_COMMAND_TIMEOUT_S,
+                env={**os.environ, "MESHCTL_SOCKET": str(self.socket)},
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise LabError(f"meshctl {' '.join(words)} does not end within {_COMMAND_TIMEOUT_S:g} s") from None
 
     # -- the lab's source of configuration
 

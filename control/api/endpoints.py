@@ -5,7 +5,7 @@ An EndpointSlice stands above the selector for the workloads it names, so that o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from control.api import labels as label
@@ -34,9 +34,13 @@ def endpoints_of(
     services: Sequence[DeclaredService],
     slices: Sequence[DeclaredEndpoints],
     workloads: Sequence[Workload],
+    last: Callable[[DeclaredService], Sequence[Endpoint]],
     findings: Findings,
 ) -> tuple[Endpoint, ...]:
-    """All endpoints, in the order of their services' and workloads' keys."""
+    """All endpoints, in the order of their services' and workloads' keys.
+
+    A service that would have no ready endpoint keeps the `last` ones it had.
+    """
     sliced = _sliced(services, slices, workloads, findings)
     index = Workloads(workloads)
     endpoints: list[Endpoint] = []
@@ -50,8 +54,20 @@ def endpoints_of(
                 found[workload.key] = _endpoint(service.key, workload, workload.addresses[0], ports, ready=True)
         if not found and service.selector is None:
             findings.warn(service.position, "", f"Service {service.key} has no selector and no EndpointSlice")
+        if not any(endpoint.ready for endpoint in found.values()):
+            found |= _kept(service, last(service), findings)
         endpoints += [found[workload_key] for workload_key in sorted(found)]
     return tuple(endpoints)
+
+
+def _kept(service: DeclaredService, last: Sequence[Endpoint], findings: Findings) -> dict[str, Endpoint]:
+    if last:
+        problem = (
+            f"Service {service.key} would have no ready endpoint; it keeps the last {len(last)}. "
+            "If that is meant, do it again with --release"
+        )
+        findings.warn(service.position, "", problem)
+    return {endpoint.workload: endpoint for endpoint in last}
 
 
 def _endpoint(

@@ -56,6 +56,10 @@ def _nowhere(selector: Labels) -> bool:
     return False
 
 
+def _none(service: DeclaredService) -> Sequence[Endpoint]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
     """What is true outside of the resources that are built, so that one namespace can be built alone."""
@@ -74,6 +78,8 @@ class Elsewhere:
     """Keys of the Gateways that policies of other namespaces target."""
     selects: Callable[[Labels], bool] = _nowhere
     """Whether a workload of another namespace has these labels. Asked for policies of the root namespace only."""
+    last: Callable[[DeclaredService], Sequence[Endpoint]] = _none
+    """The ready endpoints that a service had. One that would have none keeps them."""
 
 
 _NOTHING: Final = Elsewhere()
@@ -126,7 +132,9 @@ class Mesh:
         peer_authentications = _of(DeclaredPeerAuthentication, declared)
         _check_selectors(policies, peer_authentications, workloads, root_namespace, elsewhere.selects, findings)
         _check_callers(policies, workloads, elsewhere.principals, domain, findings)
-        endpoints = endpoints_of(declared_services, _of(DeclaredEndpoints, declared), workloads, findings)
+        endpoints = endpoints_of(
+            declared_services, _of(DeclaredEndpoints, declared), workloads, elsewhere.last, findings
+        )
         declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
         routes = sorted(_of(DeclaredRoute, declared), key=lambda item: item.route.key)
         targets = targets_of(policies)

@@ -2,7 +2,7 @@
 
 A Gateway that is not there, or does not admit the namespace, refuses files. To a control plane, whose other namespaces
 change without this one, the former is a warning, and so is the latter for what is bound already: it stays bound, since
-nothing that somebody else changes may take a policy away.
+nothing that somebody else changes may take a policy away. Nor may a Gateway that is relabelled to take other traffic.
 """
 
 from __future__ import annotations
@@ -102,9 +102,12 @@ def wishes_of(
             report = findings.error if refuse else findings.warn
             report(asking.position, _FIELD, problem, (wish.gateway, gateways))
         if gateway is not None and gateway.traffic not in _TAKEN[subject[0]]:
-            if asking is one:
-                findings.warn(one.position, _FIELD, _not_taken(gateway, subject))
-            continue
+            if bound:
+                findings.warn(one.position, _FIELD, _taken_still(gateway, subject))
+            else:
+                if asking is one:
+                    findings.warn(one.position, _FIELD, _not_taken(gateway, subject))
+                continue
         found[subject] = wish
     return Wishes(found, exempt)
 
@@ -271,6 +274,16 @@ def _not_taken(gateway: DeclaredGateway, subject: Subject) -> str:
     return (
         f"does nothing: Gateway {gateway.key} does not take traffic to {what} "
         f"({label.WAYPOINT_FOR}: {gateway.traffic.value}); label the Gateway otherwise"
+    )
+
+
+def _taken_still(gateway: DeclaredGateway, subject: Subject) -> str:
+    kind, key = subject
+    what = "services" if kind == "Service" else "workloads"
+    return (
+        f"{kind} {key} stays bound to Gateway {gateway.key}, which takes traffic to {what} no more "
+        f"({label.WAYPOINT_FOR}: {gateway.traffic.value}), lest a policy hold nowhere; label the Gateway otherwise, or "
+        f"label the {kind} {label.USE_WAYPOINT}: none to release it"
     )
 
 

@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from control.api.labels import WAYPOINT_FOR
 from control.cli.ca import duration_s
 from control.cli.changes import add_change_options, show_changes
 from control.cli.client import Answer, ControlPlane, add_socket_option
 from control.cli.output import DIFFERS, CommandError, add_output_option, printable, show_json, show_table
 from control.cli.references import add_namespace_option
+from control.server import documents
 
 WAIT_S: Final = 30
 
@@ -83,14 +85,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--for",
         dest="takes",
         choices=("service", "workload", "all"),
-        default="service",
-        help="which traffic it takes; default: service",
+        help="which traffic it takes; default: as it is, service for a new one",
     )
     apply.add_argument(
         "--admit",
         choices=("Same", "All"),
-        default="Same",
-        help="whose services may be bound to it: those of its own namespace (default), or of all",
+        help="whose services may be bound to it: those of its own namespace, or of all; default: as it is, Same for a "
+        "new one",
     )
     apply.add_argument(
         "--instance",
@@ -178,7 +179,8 @@ def _behind(plane: ControlPlane, reference: dict[str, str], version: Sequence[in
 
 def _apply(arguments: argparse.Namespace) -> int:
     name, namespace = arguments.name, arguments.namespace
-    text = _GATEWAY.format(name=_text(name), namespace=_text(namespace), takes=arguments.takes, admits=arguments.admit)
+    plane = ControlPlane(arguments.socket)
+    text = _gateway(plane, name, namespace, arguments.takes, arguments.admit)
     instances: list[str] = []
     for word in arguments.instance:
         instance, equals, address = word.partition("=")
@@ -188,7 +190,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         text += _INSTANCE.format(
             instance=_text(instance), namespace=_text(namespace), name=_text(name), address=_text(address)
         )
-    answer = ControlPlane(arguments.socket).post(
+    answer = plane.post(
         "apply",
         {
             "documents": [{"file": "waypoint apply", "text": text}],
@@ -205,6 +207,23 @@ def _apply(arguments: argparse.Namespace) -> int:
             print(f"  meshctl token create {shlex.quote(instance)} -n {shlex.quote(namespace)} --out {token}")
             print(f"  waypoint run --join {token} --state {shlex.quote(instance)}")
     return 0
+
+
+def _gateway(plane: ControlPlane, name: str, namespace: str, takes: str | None, admits: str | None) -> str:
+    """The document of a Gateway: what is there with what is asked for changed, else a new one."""
+    found = plane.get("resources", kind="Gateway", namespace=namespace, name=name)["resources"]
+    if not found:
+        return _GATEWAY.format(
+            name=_text(name), namespace=_text(namespace), takes=takes or "service", admits=admits or "Same"
+        )
+    text: str = found[0]["document"]
+    if takes is not None:
+        text = documents.with_metadata(text, {"labels": {WAYPOINT_FOR: takes}})
+    if admits is not None:
+        document: Answer = dict(documents.values(text))
+        document["spec"]["listeners"][0]["allowedRoutes"] = {"namespaces": {"from": admits}}
+        text = documents.write(document)
+    return text
 
 
 def _text(value: str) -> str:

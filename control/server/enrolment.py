@@ -206,6 +206,12 @@ class Enrolment:
             raise EnrolmentError(
                 403, f"workload {vouched.workload!r} is declared to be {declared.identity} now; create another token"
             )
+        if set(declared.addresses) != set(vouched.addresses):
+            raise EnrolmentError(
+                403,
+                f"workload {vouched.workload!r} is declared with {', '.join(declared.addresses)} now, and the token is "
+                f"for {', '.join(vouched.addresses) or 'no address'}; create another token",
+            )
         return declared
 
     def _issue(self, rows: sqlite3.Connection, member: Member, csr_pem: bytes, now: int) -> Issued:

@@ -29,7 +29,7 @@ from control.api.declared import (
     Resource,
 )
 from control.api.gateway import Gateway
-from control.api.identity import TrustDomain, make_id
+from control.api.identity import TrustDomain, make_id, parse_trust_domain
 from control.api.index import Resident
 from control.api.labels import USE_WAYPOINT, Labels, selects
 from control.api.mesh import Elsewhere, Mesh
@@ -353,9 +353,11 @@ class Registry:
                 claims.setdefault(address, (name, holder))
         principals = self._principals(resources)
         gateways, guarded = self._gateways(resources)
+        trust_domain = parse_trust_domain(self._trust_domain)
         built: dict[str, Built] = {}
         errors: list[ResourceError] = []
         for name in order:
+            old = {message.topic: message for message in self._store.messages_of(name)}
             elsewhere = Elsewhere(
                 addresses=Others(name, resources, claims, self.residents),
                 namespaces=declared,
@@ -364,9 +366,10 @@ class Registry:
                 gateways={key: one for key, one in gateways.items() if one.namespace != name},
                 guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
+                last=partial(_ready_endpoints, trust_domain, {} if release else old),
             )
             try:
-                built[name] = self._build_one(name, resources[name], elsewhere, standings, release=release)
+                built[name] = self._build_one(name, resources[name], elsewhere, standings, old)
             except ResourceErrors as problem:
                 errors += problem.errors
             else:
@@ -382,22 +385,16 @@ class Registry:
         resources: Mapping[Place, Resource],
         elsewhere: Elsewhere,
         standings: Standings,
-        *,
-        release: bool,
+        old: Mapping[str, Message],
     ) -> Built:
         mesh = Mesh.build(
             resources.values(), self._trust_domain, self._root_namespace, elsewhere=elsewhere, standings=standings
         )
-        old = {message.topic: message for message in self._store.messages_of(name)}
-        warnings = list(mesh.warnings)
-        if not release:
-            mesh, kept = _with_last_endpoints(mesh, old, resources)
-            warnings += kept
         before = self._forms.get(name, {})
         forms = _forms_of(mesh, before)
         return Built(
             resources=resources,
-            warnings=tuple(warnings),
+            warnings=mesh.warnings,
             forms=forms,
             bodies={form.topic: form.body for form in forms.values()},
             unchanged=frozenset(form.topic for key, form in forms.items() if before.get(key) is form),
@@ -576,34 +573,7 @@ def _check_distinct(given: Iterable[Document]) -> None:
         raise ResourceErrors(errors)
 
 
-def _with_last_endpoints(
-    mesh: Mesh, old: Mapping[str, Message], resources: Mapping[Place, Resource]
-) -> tuple[Mesh, list[ResourceError]]:
-    """The mesh, in which a service that would have no ready endpoint keeps those it had, and what to say of it."""
-    ready = {endpoint.service for endpoint in mesh.endpoints if endpoint.ready}
-    services: list[Service] = []
-    last: list[Endpoint] = []
-    warnings: list[ResourceError] = []
-    for service in mesh.services:
-        kept = [] if service.key in ready else _ready_endpoints(service, mesh.trust_domain, old)
-        if kept:
-            identities = {*service.identities, *(endpoint.identity for endpoint in kept)}
-            service = replace(service, identities=tuple(sorted(identities)))
-            last += kept
-            declared = resources["Service", service.namespace, service.name]
-            problem = (
-                f"Service {service.key} would have no ready endpoint; it keeps the last {len(kept)}. "
-                "If that is meant, do it again with --release"
-            )
-            warnings.append(declared.position.error("", problem))
-        services.append(service)
-    if not last:
-        return mesh, []
-    endpoints = {(endpoint.service, endpoint.workload): endpoint for endpoint in (*mesh.endpoints, *last)}
-    return replace(mesh, services=tuple(services), endpoints=tuple(endpoints.values())), warnings
-
-
-def _ready_endpoints(service: Service, trust_domain: TrustDomain, old: Mapping[str, Message]) -> list[Endpoint]:
+def _ready_endpoints(trust_domain: TrustDomain, old: Mapping[str, Message], service: DeclaredService) -> list[Endpoint]:
     """Those of a service that are published now."""
     prefix = format_topic(trust_domain, EndpointTopic(service.namespace, service.name, ""))
     found: list[Endpoint] = []

@@ -27,8 +27,9 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(publisher, "_QUIET_S", 0.1)
     authority = Authority.create(tmp_path / "ca", "cluster.local")
     with BROKERS[request.param](tmp_path / "broker", authority, [who.identity for who in PROXIES]) as broker:
+        broker.stop()  # to reload it would end a Mosquitto that does not heed signals yet
         broker.waypoints = {WP}
         broker.configure([who.identity for who in PROXIES])
-        broker.reload()
+        broker.start()
         own = {who: identity_dir(authority, tmp_path / who.workload, who.identity) for who in PROXIES}
         yield Site(broker, tmp_path / "ca", own)

@@ -24,7 +24,15 @@ def test_json_shape_steps_and_paths() -> None:
     assert list(told) == ["steps", "paths"]
     assert [sorted(step) for step in told["steps"]] == [["evidence", "name", "ok"]] * len(told["steps"])
     assert all(step["ok"] is True and step["evidence"] for step in told["steps"])
-    assert len(told["steps"]) >= 9
+    assert len(told["steps"]) == 28
+    assert {step["name"] for step in told["steps"]} >= {
+        "web's uProxy killed (-9): connections are refused, nothing leaves in the clear",
+        "no request of that traffic failed",
+        "control plane and broker killed (-9): traffic goes on",
+        "a direct attempt around the waypoint is refused, and told why",
+        "the waypoint killed (-9): calls to reviews are refused, db goes on",
+        "no request of that traffic failed either",
+    }
     assert [path["path"] for path in told["paths"]] == ["plain TCP", "mTLS tunnel", "waypoint, HTTP"]
     for path in told["paths"]:
         assert 0 < path["p50_us"] <= path["p99_us"]

@@ -27,11 +27,16 @@ from control.api.route import (
     RouteRule,
 )
 from control.api.workload import Endpoint
+from control.client.state import Changes
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT
 from tests.support.through_waypoint import WP_ADDRESS, Server, Through, running_waypoint, settled
 from uproxy import plane
+from uproxy.errors import Flag
+from uproxy.resolve import Hop
+from waypoint.byte_stream import ByteStream
+from waypoint.upstream import Caller
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
@@ -197,6 +202,76 @@ def test_pipelined_requests_are_answered_in_order(identities: Path, authority: A
         writer.close()
 
     run(identities, authority, tell, client)
+
+
+FRAMINGS = {
+    "no body": (b"GET", b"", b""),
+    "length 0": (b"POST", b"Content-Length: 0\r\n", b""),
+    "length": (b"POST", b"Content-Length: 4\r\n", b"abcd"),
+    "empty chunked": (b"POST", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n"),
+    "empty chunked with a trailer": (b"GET", b"Transfer-Encoding: chunked\r\n", b"0\r\nx-a: b\r\n\r\n"),
+    "chunked": (b"POST", b"Transfer-Encoding: chunked\r\n", b"1\r\na\r\n3\r\nbcd\r\n0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late answer", "early answer"])
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_no_request_is_read_as_part_of_the_one_before(
+    identities: Path, authority: Authority, framing: str, early: bool
+) -> None:
+    method, field, body = FRAMINGS[framing]
+    requests: list[str] = []
+    bodies: list[bytes] = []
+    wrong: list[bytes] = []
+
+    async def strict(reader: Reader, writer: Writer) -> None:
+        """Answers once it has the head, or the body; what is no request where one must begin is noted."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await request_head(reader)
+                requests.append(head.split(b" ", 2)[1].decode())
+                if early:
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                got = b""
+                if b"transfer-encoding: chunked" in head.lower():
+                    while (line := await reader.readline()) and line != b"0\r\n":
+                        if len(line) != 3:
+                            wrong.append(line)
+                            break
+                        got += await reader.readexactly(int(line, 16))
+                        await reader.readexactly(2)
+                    await reader.readline()
+                else:
+                    lines = head.lower().split(b"\r\n")
+                    got = await reader.readexactly(
+                        next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
+                    )
+                bodies.append(got)
+                if not early:
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        sent = 0
+        async with asyncio.timeout(5):
+            for cuts in ((), (-len(body),), (-len(body), -2), range(1, len(body))):
+                message = b"%b /%d HTTP/1.1\r\nHost: db\r\n%b\r\n%b" % (method, sent, field, body)
+                places = sorted({cut % len(message) for cut in cuts})
+                for begin, end in zip([0, *places], [*places, len(message)], strict=True):
+                    writer.write(message[begin:end])
+                    await asyncio.sleep(0.002)
+                assert (await answer(reader))[0] == 200
+                writer.write(b"GET /next%d HTTP/1.1\r\nHost: db\r\n\r\n" % sent)
+                assert (await answer(reader))[0] == 200
+                sent += 1
+        writer.close()
+        assert not wrong
+        assert requests == [path for number in range(sent) for path in (f"/{number}", f"/next{number}")]
+        if not early:
+            assert bodies == [b"abcd" if b"a" in body.split(b"x-a")[0] else b"", b""] * sent
+
+    run(identities, authority, strict, client)
 
 
 def test_denied_unrouted_and_malformed_requests_never_reach_the_backend(identities: Path, authority: Authority) -> None:
@@ -576,6 +651,32 @@ def test_an_l7_deny_refuses_opaque_tcp_and_cuts_what_is_open(identities: Path, a
             await reader.read(1)
         writer.close()
         assert "shop/no" in through.telemetry.ended[-1].policy
+
+    run(identities, authority, echo, client, protocol="tcp")
+
+
+def test_a_deny_that_comes_while_a_backend_is_dialled_holds(
+    identities: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def client(through: Through) -> None:
+        dial = through.upstream.stream
+        deny = Rule(operations=(Operation(methods=("DELETE",)),))
+        policy = AuthorizationPolicy("shop", "no", Action.DENY, None, (deny,), (Target("Gateway", "shop/wp"),))
+
+        async def meanwhile(caller: Caller, hop: Hop, request_id: str) -> ByteStream:
+            stream = await dial(caller, hop, request_id)
+            through.pair.apply(policy)
+            through.gateway.config_changed(Changes(policies=frozenset({policy.key})))
+            return stream
+
+        monkeypatch.setattr(through.upstream, "stream", meanwhile)
+        reader, writer = await through.open()
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+        await settled(through)
+        (record,) = through.telemetry.ended
+        assert (record.flag, record.policy) == (Flag.DENY, "shop/no[0]")
 
     run(identities, authority, echo, client, protocol="tcp")
 

@@ -109,6 +109,21 @@ def test_apply_makes_a_gateway_with_its_processes_and_says_how_they_are_started(
     assert meshctl("token", "create", "wp-1", "-n", "shop")[0] == 0
 
 
+def test_apply_again_changes_what_is_given_and_nothing_else(meshctl, plane):
+    def document():
+        return plane.core.get("Gateway", "shop", "wp")[0][1].replace('"', "")
+
+    meshctl("waypoint", "apply", "wp", "-n", "shop", "--for", "all", "--admit", "All")
+    meshctl("label", "gateway", "wp", "tier=edge", "-n", "shop")
+    first = document()
+    assert meshctl("waypoint", "apply", "wp", "-n", "shop", "--instance", "wp-2=10.97.0.8")[0] == 0
+    assert document() == first
+    assert meshctl("waypoint", "apply", "wp", "-n", "shop", "--for", "service")[0] == 0
+    assert document() == first.replace("waypoint-for: all", "waypoint-for: service")
+    assert meshctl("waypoint", "apply", "wp", "-n", "shop", "--admit", "Same")[0] == 0
+    assert document() == first.replace("waypoint-for: all", "waypoint-for: service").replace("from: All", "from: Same")
+
+
 @pytest.mark.parametrize("instance", ["wp-1", "=10.0.0.1", "wp-1=", "wp-1=x'y"])
 def test_an_instance_that_is_none_is_refused(meshctl, plane, instance):
     found, _, err = meshctl("waypoint", "apply", "wp", "--instance", instance)

@@ -308,8 +308,11 @@ def test_a_workload_that_is_declared_otherwise_since_does_not_join(enrolment, de
     token = enrolment.create_token(URL, MEMBER)
     declared["shop", "web-1"] = Member(DB, "web-1", ("10.97.0.1",))
     assert "is declared to be" in str(refusal(enrolment.join, token.id, token.secret, Workload().csr()))
-    declared["shop", "web-1"] = moved = Member(WEB, "web-1", ("10.97.0.9",))
-    assert enrolment.join(token.id, token.secret, Workload().csr()).member == moved
+    declared["shop", "web-1"] = Member(WEB, "web-1", ("10.97.0.9",))
+    told = str(refusal(enrolment.join, token.id, token.secret, Workload().csr()))
+    assert "is declared with 10.97.0.9 now, and the token is for 10.97.0.1" in told
+    declared["shop", "web-1"] = MEMBER
+    assert enrolment.join(token.id, token.secret, Workload().csr()).member == MEMBER
 
 
 def test_a_workload_may_join_ahead_of_its_declaration(enrolment, declared):

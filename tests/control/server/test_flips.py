@@ -290,6 +290,38 @@ def test_a_new_endpoint_of_what_is_bound_is_bound_from_its_first_record_on(plane
     assert bounds[0] == bounds[1]
 
 
+def test_a_gateway_that_takes_other_traffic_keeps_what_is_bound_and_says_so(plane):
+    plane.apply(DELETES)
+    plane.enforce()
+    before = plane.seen()
+    change = plane.apply(gateway(takes="workload"))
+    plane.everybody_follows()
+    after = plane.seen()
+    assert plane.phase() is Phase.ENFORCED
+    assert (after.binding, after.bounds, after.serves) == (before.binding, before.bounds, before.serves)
+    (warning,) = change.warnings
+    assert "Service shop/web stays bound to Gateway shop/wp, which takes traffic to services no more" in str(warning)
+    plane.label("none")
+    assert plane.phase() is Phase.RELEASING
+
+
+def test_it_keeps_what_a_namespace_label_bound_too_and_binds_nothing_new(plane):
+    plane.apply(namespace("shop"), gateway(takes="all"))
+    plane.core.relabel(("Namespace", "", "shop"), labels={USE: "wp"})
+    plane.apply(service("db"), gateway(takes="service"), workload("db-2", "10.0.0.4", app="db"))
+    assert plane.phase("shop/db-1") is Phase.PENDING
+    assert plane.phase("shop/db-2") is None
+
+
+def test_an_endpoint_that_a_bound_service_keeps_as_its_last_one_stays_bound(plane):
+    plane.enforce()
+    before = plane.seen()
+    change = plane.apply(workload("web-1", "10.0.0.1", app="nobody"))
+    assert any("it keeps the last 1" in str(warning) for warning in change.warnings)
+    assert plane.seen().bounds == before.bounds
+    assert "shop/wp" in repr(plane.settle().addresses["10.0.0.1"])
+
+
 def test_a_service_that_is_deleted_is_bound_no_more(plane):
     plane.enforce()
     plane.core.delete([WEB])
