@@ -37,7 +37,7 @@ from waypoint.http1_messages import Body, Fields, MessageError, RequestHead, Res
 from waypoint.http1_writer import RequestWriter, ResponseWriter
 from waypoint.request import Request, RequestError, read_request
 from waypoint.routing import choose_backend, modified
-from waypoint.rules import Rules, rules_at
+from waypoint.rules import RuleBook, Rules
 from waypoint.splice import Splice
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.upstream import Caller, HttpConnection, Upstream
@@ -145,8 +145,7 @@ class Gateway:
         self._directory = directory
         self._destinations = Destinations(state, gateway)
         self._random = random.Random()
-        self._generation = -1
-        self._rules: dict[tuple[IpAddress, int], Rules] = {}
+        self._rules = RuleBook(state, gateway)
         self._idle: set[Client] = set()
 
     def on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
@@ -265,14 +264,7 @@ class Gateway:
             destination = self._destinations.find(asked)
         except RefusedError as error:
             raise RefusalError(503, error.reason, error.detail, flag=flags.NO_ROUTE) from None
-        if self._generation != self._state.generation:
-            self._generation = self._state.generation
-            self._rules.clear()
-        rules = self._rules.get((destination.address, destination.dialled_port))
-        if rules is None:
-            rules = rules_at(self._state, self._gateway, destination)
-            self._rules[destination.address, destination.dialled_port] = rules
-        return destination, rules
+        return destination, self._rules.at(destination)
 
     def _authorise(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> None:
         """Raises RefusalError when no policy allows it."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+from control.api.address import IpAddress
 from control.api.policy import Target
 from control.client.state import State
 from waypoint.authz import Policies, compile_policies
 from waypoint.destination import Destination
 from waypoint.routing import Router, compile_routes
+
+MAX_KEPT: Final = 4096
+"""Destinations whose rules are kept: a workload that is bound by itself has as many as there are ports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +32,31 @@ def rules_at(state: State, gateway: str, destination: Destination) -> Rules:
     first = destination.service_key
     routes = state.routes_for(first) if keys else ()
     return Rules(compile_routes(routes, first, destination.port), compile_policies(policies.values()))
+
+
+class RuleBook:
+    """The rules of one Gateway's destinations, each compiled once per configuration."""
+
+    def __init__(self, state: State, gateway: str) -> None:
+        """`gateway`: key of the Gateway."""
+        self._state = state
+        self._gateway = gateway
+        self._generation = -1
+        self._rules: dict[tuple[IpAddress, int], Rules] = {}
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def at(self, destination: Destination) -> Rules:
+        """Those that hold now."""
+        if self._generation != self._state.generation:
+            self._generation = self._state.generation
+            self._rules.clear()
+        place = (destination.address, destination.dialled_port)
+        rules = self._rules.get(place)
+        if rules is None:
+            rules = rules_at(self._state, self._gateway, destination)
+            if len(self._rules) >= MAX_KEPT:
+                self._rules.clear()
+            self._rules[place] = rules
+        return rules

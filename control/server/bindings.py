@@ -6,6 +6,8 @@ and waypoint processes are a phase behind the others, so that each phase must ag
     wanted -> PENDING -> SWITCHING -> ENFORCED -> unwanted -> RELEASING -> LEAVING -> LINGERING -> gone
     PENDING -> REFUSED -> ENFORCED              when an L7 policy must not be missed until the waypoint is ready
     ENFORCED -> PENDING -> SWITCHING -> ENFORCED    from one waypoint to another (`State.previous` until the end)
+    RELEASING, LEAVING -> SWITCHING             wanted again; from there it moves on, if to another waypoint
+    PENDING, REFUSED -> LINGERING               unwanted, when a process of the waypoint is there
 
 | phase     | destinations      | callers      | goes on when                                                     |
 |-----------|-------------------|--------------|------------------------------------------------------------------|
@@ -128,7 +130,10 @@ def _followed(old: State, wish: Wish | None, seen: Seen, now: float) -> State | 
     wanted = wish is not None and wish.gateway == old.gateway
     match old.phase:
         case Phase.PENDING | Phase.REFUSED if wish is None:
-            return _phase(old, Phase.RELEASING, gateway=old.previous, previous="") if old.previous else None
+            if old.previous:
+                return _phase(old, Phase.RELEASING, gateway=old.previous, previous="")
+            # It may have been lingering when it was wanted again, with connections through what is there.
+            return _phase(old, Phase.LINGERING) if seen.alive else None
         case Phase.PENDING | Phase.REFUSED if wish is not None and not wanted:
             if wish.gateway == old.previous:
                 return _phase(old, Phase.ENFORCED, gateway=old.previous, previous="")
@@ -149,7 +154,10 @@ def _followed(old: State, wish: Wish | None, seen: Seen, now: float) -> State | 
             return _phase(old, Phase.ENFORCED) if not seen.callers or waited >= SWITCH_S else old
         case Phase.ENFORCED if wish is not None and not wanted:
             return _phase(old, Phase.PENDING, gateway=wish.gateway, previous=old.gateway)
-        case Phase.RELEASING if wanted:
+        case Phase.RELEASING if wish is not None:
+            # Callers may go directly still, so that nothing can be enforced yet; and none of them shall any more.
+            return _phase(old, Phase.SWITCHING)
+        case Phase.LEAVING if wish is not None and seen.ready and (wanted or _guarded(wish)):
             return _phase(old, Phase.SWITCHING)
         case Phase.RELEASING:
             return _phase(old, Phase.LEAVING) if not seen.destinations or waited >= LONGEST_S else old

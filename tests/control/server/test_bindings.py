@@ -341,6 +341,38 @@ def test_from_one_waypoint_to_another_is_never_open():
     assert standing(done) == at_once(wish(OTHER))
 
 
+def test_another_waypoint_while_it_is_released_never_opens_the_direct_way():
+    moving, through = state(Phase.RELEASING), []
+    for number in range(2, 5):
+        moving = step(moving, wish(OTHER, guarded=True), replace(READY, ready=False), 0.0, (1, number))
+        through.append((moving.phase, moving.gateway, moving.previous, standing(moving).binding))
+    assert through == [
+        (Phase.SWITCHING, WP, "", Binding(WP, Via.WAYPOINT)),
+        (Phase.ENFORCED, WP, "", Binding(WP, Via.WAYPOINT)),
+        (Phase.PENDING, OTHER, WP, Binding(WP, Via.WAYPOINT)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "seen", "follows"),
+    [
+        (wish(), READY, Phase.SWITCHING),
+        (wish(OTHER, guarded=True), READY, Phase.SWITCHING),
+        (wish(OTHER), READY, Phase.LEAVING),
+        (wish(guarded=True), ABSENT, Phase.LEAVING),
+    ],
+)
+def test_who_leaves_comes_back_where_a_policy_must_not_be_missed_and_the_waypoint_is_ready(asked, seen, follows):
+    assert step(state(Phase.LEAVING), asked, replace(seen, callers=("shop/a",)), 1.0, (1, 2)).phase is follows
+
+
+@pytest.mark.parametrize("phase", [Phase.PENDING, Phase.REFUSED])
+def test_what_was_wanted_again_for_a_moment_goes_on_lingering(phase):
+    lingers = step(state(phase), None, replace(ABSENT, alive=True), 7.0, (1, 2))
+    assert (lingers.phase, lingers.gateway, lingers.since) == (Phase.LINGERING, WP, 7.0)
+    assert step(state(phase), None, ABSENT, 7.0, (1, 2)) is None
+
+
 def test_optional_is_never_enforced():
     for phase in Phase:
         if phase is not Phase.REFUSED:
