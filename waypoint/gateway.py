@@ -72,16 +72,27 @@ log = logging.getLogger(__name__)
 class RefusalError(Exception):
     """A request that this waypoint answers by itself.
 
-    `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule.
+    `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule; `close`:
+    whoever asks again must connect anew for it.
     """
 
-    def __init__(self, status: int, reason: str, detail: str, *, flag: str = flags.NO_FLAG, policy: str = "") -> None:
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        detail: str,
+        *,
+        flag: str = flags.NO_FLAG,
+        policy: str = "",
+        close: bool = False,
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.reason = reason
         self.detail = detail
         self.flag = flag
         self.policy = policy
+        self.close = close
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +157,7 @@ class Gateway:
         self._destinations = Destinations(state, gateway)
         self._random = random.Random()
         self._rules = RuleBook(state, gateway)
-        self._idle: set[Client] = set()
+        self._idle: dict[Client, Asked] = {}
 
     def on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
         """A CONNECT came, on a tunnel from a caller."""
@@ -207,7 +218,7 @@ class Gateway:
 
     async def _exchange(self, client: Client, caller: Caller, asked: Asked) -> bool:
         """One request and its response. Whether another may follow. Raises OSError when the stream is of no use."""
-        self._idle.add(client)
+        self._idle[client] = asked
         try:
             head = await client.head()
         except TimeoutError:
@@ -219,7 +230,7 @@ class Gateway:
             self._telemetry.answered(exchange, time.monotonic())
             return False
         finally:
-            self._idle.discard(client)
+            del self._idle[client]
         if head is None:
             return False
         exchange, course = self._begin(caller, head), _Course()
@@ -263,7 +274,7 @@ class Gateway:
         try:
             destination = self._destinations.find(asked)
         except RefusedError as error:
-            raise RefusalError(503, error.reason, error.detail, flag=flags.NO_ROUTE) from None
+            raise RefusalError(503, error.reason, error.detail, flag=flags.NO_ROUTE, close=True) from None
         return destination, self._rules.at(destination)
 
     def _authorise(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> None:
@@ -461,8 +472,10 @@ class Gateway:
         return client.whole and not writer.close
 
     def _turns_away(self, destination: Destination) -> bool:
-        """Whether the caller should connect anew: this process ends, or the service's callers go directly again."""
-        bound = all(service.binding is not None for service in destination.services)
+        """Whether the caller should connect anew: this process ends, or the service's callers go another way now."""
+        bound = all(
+            service.binding is not None and service.binding.gateway == self._gateway for service in destination.services
+        )
         return self.draining or (bool(destination.services) and not bound)
 
     def _release(self, course: _Course, client: Client) -> None:
@@ -508,7 +521,7 @@ class Gateway:
             fields.append((b"x-uproxy-policy", refusal.policy.encode()))
         writer = ResponseWriter(head)
         # Who waits for 100 (Continue) may send the body or not: nobody can tell where the next request begins.
-        close = self.draining or (head.expects_continue and not client.whole)
+        close = self.draining or refusal.close or (head.expects_continue and not client.whole)
         response = ResponseHead(refusal.status, _REASONS.get(refusal.status, b""), fields, length(len(text)))
         answer = writer.head(response, close=close) + writer.body(text)
         if head.method != "HEAD":
@@ -611,9 +624,17 @@ class Gateway:
     # -- what changes meanwhile
 
     def config_changed(self, changes: Changes) -> None:
-        """Requests ask anew by themselves; connections of opaque TCP are asked here."""
-        if changes:
-            self._connections.reauthorise()
+        """Requests ask anew by themselves; connections of opaque TCP are asked here, and those that wait for a request
+        which this waypoint would only refuse are closed.
+        """
+        if not changes:
+            return
+        self._connections.reauthorise()
+        for client, asked in list(self._idle.items()):
+            try:
+                self._destinations.find(asked)
+            except RefusedError:
+                client.stream.close()
 
     def close_idle(self) -> None:
         """The drain time is over: end the connections on which no request is under way."""

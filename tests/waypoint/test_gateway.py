@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from control.api.address import parse_address
-from control.api.gateway import Gateway, Instance, Traffic
+from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Source, Target
 from control.api.route import (
     NO_MODIFIER,
@@ -577,16 +577,57 @@ def test_a_drain_closes_connections_after_their_answer(identities: Path, authori
     run(identities, authority, tell, client)
 
 
-def test_callers_that_may_go_directly_again_are_told_to(identities: Path, authority: Authority) -> None:
+def test_callers_that_go_another_way_now_are_told_to(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         reader, writer = await through.open()
         service = through.pair.state.service("shop/db")
         assert service is not None
-        for binding, told in ((service.binding, False), (None, True)):
+        elsewhere = Binding("shop/wp2", Via.WAYPOINT)
+        idle = await through.open()
+        for binding, told in ((service.binding, False), (elsewhere, True), (None, True)):
             through.pair.apply(replace(service, binding=binding))
             writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
             status, head, _ = await answer(reader)
             assert (status, b"connection: close\r\n" in head) == (200, told)
+            if told:
+                writer.close()
+                reader, writer = idle  # opened while the service was bound here
+        writer.close()
+
+    run(identities, authority, tell, client)
+
+
+NO_SERVICE = Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp-1", WP_ADDRESS),), (), ())
+
+
+def test_a_service_that_left_is_refused_and_the_connection_closed(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        through.pair.apply(NO_SERVICE)
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        status, head, _ = await answer(reader)
+        assert (status, b"connection: close\r\n" in head) == (503, True)
+        assert await reader.read() == b""
+        writer.close()
+
+    run(identities, authority, tell, client)
+
+
+def test_idle_connections_of_a_service_that_left_are_closed(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        service = through.pair.state.service("shop/db")
+        assert service is not None
+        for change, closed in ((replace(service, binding=None), False), (NO_SERVICE, True)):
+            through.pair.apply(change)
+            through.pair.plane.run(lambda: through.gateway.config_changed(Changes(gateways=frozenset({"shop/wp"}))))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(1), 0.2)
+            assert reader.at_eof() == closed, "while callers may still come, what they send is answered"
         writer.close()
 
     run(identities, authority, tell, client)
@@ -686,7 +727,7 @@ def test_what_is_not_served_is_refused(identities: Path, authority: Authority) -
         sock = through.pair.dial()
         sock.close()
         await settled(through)
-        through.pair.apply(Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp-1", WP_ADDRESS),), (), ()))
+        through.pair.apply(NO_SERVICE)
         reader, writer = await through.open()
         with pytest.raises(ConnectionResetError):
             await reader.read(1)
