@@ -11,8 +11,8 @@ and waypoint processes are a phase behind the others, so that each phase must ag
 
 | phase     | destinations      | callers      | goes on when                                                     |
 |-----------|-------------------|--------------|------------------------------------------------------------------|
-| PENDING   | accept both       | direct       | a process of the waypoint holds it all, destinations have this   |
-| REFUSED   | only the waypoint | refuse       | likewise                                                         |
+| PENDING   | accept both       | direct       | all live processes of the waypoint hold it, destinations this    |
+| REFUSED   | only the waypoint | refuse       | one process of the waypoint holds it, destinations have this     |
 | SWITCHING | accept both       | the waypoint | callers have this, or 5 s: a straggler is told to go through it  |
 | ENFORCED  | only the waypoint | the waypoint | for good                                                         |
 | RELEASING | accept both       | the waypoint | destinations have this, or 60 s                                  |
@@ -80,6 +80,8 @@ class Seen:
     """Whether a process of the Gateway is there, ready or not."""
     ready: bool
     """Whether one has all of its configuration, as of the state's stamp."""
+    processes: tuple[str, ...]
+    """Keys of those that are there and have not; callers choose among all of them at random."""
     destinations: tuple[str, ...]
     """Keys of the live workloads behind it that have not applied the stamp."""
     callers: tuple[str, ...]
@@ -138,7 +140,7 @@ def _followed(old: State, wish: Wish | None, seen: Seen, now: float) -> State | 
             if wish.gateway == old.previous:
                 return _phase(old, Phase.ENFORCED, gateway=old.previous, previous="")
             return replace(old, gateway=wish.gateway)
-        case Phase.PENDING | Phase.REFUSED if seen.ready and (not seen.destinations or waited >= LONGEST_S):
+        case Phase.PENDING | Phase.REFUSED if wish is not None and _is_ready(old, wish, seen, waited):
             # Who was refused until now may have no other way, so there is nobody to switch.
             return _phase(old, Phase.SWITCHING if old.phase is Phase.PENDING else Phase.ENFORCED)
         case Phase.PENDING if wish is not None and _guarded(wish) and not old.previous:
@@ -179,6 +181,14 @@ def _phase(old: State, phase: Phase, *, gateway: str | None = None, previous: st
     )
 
 
+def _is_ready(old: State, wish: Wish, seen: Seen, waited: float) -> bool:
+    if not seen.ready or (seen.destinations and waited < LONGEST_S):
+        return False
+    # That some calls fail is better than that all do, and than that a policy is missed.
+    patience = SWITCH_S if _guarded(wish) and not old.previous else LONGEST_S
+    return old.phase is Phase.REFUSED or not seen.processes or waited >= patience
+
+
 def _guarded(wish: Wish) -> bool:
     return wish.guarded and not wish.optional
 
@@ -203,6 +213,8 @@ def waits_for(state: State, seen: Seen) -> tuple[str, ...]:
                 found.append(f"a process of Gateway {state.gateway}: none is there")
             elif not seen.ready:
                 found.append(f"a process of Gateway {state.gateway} that has its configuration")
+            else:
+                found += seen.processes
             found += seen.destinations
         case Phase.RELEASING:
             found += seen.destinations
@@ -279,6 +291,7 @@ def look(
     namespace = _namespace(subject[1])
     needed = (namespace, _namespace(state.gateway))
     alive = ready = False
+    lagging: list[str] = []
     behind: list[str] = []
     callers: list[str] = []
     for report in reports:
@@ -287,12 +300,15 @@ def look(
         if status.kind is Kind.WAYPOINT:
             if instances.get(status.workload) == report.proxy_hash:
                 alive = True
-                ready = ready or (status.whole and all(held[owner] is True for owner in needed))
+                if status.whole and all(held[owner] is True for owner in needed):
+                    ready = True
+                else:
+                    lagging.append(status.workload)
         elif held[namespace] is False or held[ADDRESSES] is False:
             callers.append(status.workload)
         if status.workload in destinations and held[namespace] is not True:
             behind.append(status.workload)
-    return Seen(alive, ready, tuple(sorted(behind)), tuple(sorted(callers)))
+    return Seen(alive, ready, tuple(sorted(lagging)), tuple(sorted(behind)), tuple(sorted(callers)))
 
 
 def _has(status: ProxyStatus, owner: str, stamp: Stamp, published: Mapping[str, RootStamp]) -> bool | None:

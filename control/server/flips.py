@@ -17,7 +17,7 @@ from control.server import bindings
 from control.server.bindings import Bypass, Phase, Report, Seen, State
 from control.server.registry import Bound
 
-_NOTHING = Seen(alive=False, ready=False, destinations=(), callers=())
+_NOTHING = Seen(alive=False, ready=False, processes=(), destinations=(), callers=())
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ from control.server.bindings import (
 WEB = ("Service", "shop/web")
 WP, OTHER = "shop/wp", "infra/other"
 NONE = Standing((), enforced=False, binding=None)
-READY = Seen(alive=True, ready=True, destinations=(), callers=())
-ABSENT = Seen(alive=False, ready=False, destinations=(), callers=())
+READY = Seen(alive=True, ready=True, processes=(), destinations=(), callers=())
+ABSENT = Seen(alive=False, ready=False, processes=(), destinations=(), callers=())
 
 
 def wish(gateway=WP, *, optional=False, guarded=False):
@@ -70,7 +70,7 @@ class Proxy:
 
 
 class Flips(RuleBasedStateMachine):
-    """One service; two waypoints with one process each, two callers, two destinations."""
+    """One service; two waypoints with two processes each, two callers, two destinations."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ class Flips(RuleBasedStateMachine):
         self.was_refused = [False]
         self.callers = [Proxy(0), Proxy(0)]
         self.destinations = [Proxy(0), Proxy(0)]
-        self.waypoints = {WP: Proxy(0), OTHER: Proxy(0)}
+        self.waypoints = {WP: [Proxy(0), Proxy(0)], OTHER: [Proxy(0), Proxy(0)]}
         self.readied = set()
 
     # What happens in the world
@@ -113,7 +113,7 @@ class Flips(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def one_kind_applies(self, data):
-        kinds = [self.callers, self.destinations, list(self.waypoints.values())]
+        kinds = [self.callers, self.destinations, *self.waypoints.values()]
         for proxy in data.draw(st.sampled_from(kinds)):
             if proxy.live:
                 proxy.applied = len(self.published) - 1
@@ -125,6 +125,16 @@ class Flips(RuleBasedStateMachine):
         for _ in range(times):
             for proxy in self.proxies():
                 if proxy.live:
+                    proxy.applied = len(self.published) - 1
+            self.forgive()
+            self.go_on()
+
+    @rule(data=st.data(), times=st.integers(1, 3))
+    def everybody_but_one_applies(self, data, times):
+        straggler = data.draw(st.sampled_from(self.proxies()))
+        for _ in range(times):
+            for proxy in self.proxies():
+                if proxy.live and proxy is not straggler:
                     proxy.applied = len(self.published) - 1
             self.forgive()
             self.go_on()
@@ -162,7 +172,9 @@ class Flips(RuleBasedStateMachine):
             self.readied.clear()
         before, after = (standing(one) if one else NONE for one in (old, self.state))
         if old and self.state is not old and self.now - old.since >= patience(old):
-            self.excuse(old)
+            self.excuse(old, self.proxies())
+        elif old and self.state is not old and self.hurries(old):
+            self.excuse(old, self.waypoints[old.gateway])
         if before != after:
             self.published.append(after)
             self.was_refused.append(bool(self.state and self.state.phase is Phase.REFUSED))
@@ -171,17 +183,24 @@ class Flips(RuleBasedStateMachine):
         stamp = self.state.stamp[1] if self.state else 0
         needed = min(stamp, len(self.published) - 1)
         gateway = self.state.gateway if self.state else self.wish.gateway if self.wish else WP
-        process = self.waypoints[gateway]
+        processes = {f"w{number}": one for number, one in enumerate(self.waypoints[gateway]) if one.live}
         return Seen(
-            process.live,
-            process.live and process.applied >= needed,
+            bool(processes),
+            any(one.applied >= needed for one in processes.values()),
+            tuple(name for name, one in processes.items() if one.applied < needed),
             tuple(f"d{number}" for number, one in enumerate(self.destinations) if one.live and one.applied < needed),
             tuple(f"c{number}" for number, one in enumerate(self.callers) if one.live and one.applied < needed),
         )
 
-    def excuse(self, old):
+    def hurries(self, old):
+        """Whether a policy makes it go on when one process of a waypoint is ready."""
+        if old.phase is Phase.PENDING:
+            return self.wish and self.wish.guarded and not old.previous and self.now - old.since >= SWITCH_S
+        return old.phase is Phase.REFUSED
+
+    def excuse(self, old, proxies):
         """Time is up, and the flip goes on although somebody lags."""
-        for proxy in self.proxies():
+        for proxy in proxies:
             if proxy.applied < min(old.stamp[1], len(self.published) - 1):
                 proxy.excused = True
 
@@ -191,7 +210,7 @@ class Flips(RuleBasedStateMachine):
                 proxy.excused = False
 
     def proxies(self):
-        return [*self.callers, *self.destinations, *self.waypoints.values()]
+        return [*self.callers, *self.destinations, *self.waypoints[WP], *self.waypoints[OTHER]]
 
     @invariant()
     def nobody_is_refused(self):
@@ -211,9 +230,9 @@ class Flips(RuleBasedStateMachine):
         assert seen.binding.via is not Via.REFUSE
         gateway = seen.binding.gateway
         assert gateway in demanded.gateways, "a destination does not know the waypoint that a caller goes through"
-        process = self.waypoints[gateway]
-        if process.live and not process.excused:
-            assert gateway in self.published[process.applied].gateways, "a waypoint does not know the service"
+        for process in self.waypoints[gateway]:
+            if process.live and not process.excused:
+                assert gateway in self.published[process.applied].gateways, "a waypoint does not know the service"
 
     @invariant()
     def nothing_is_bound_before_a_waypoint_was_ready(self):
@@ -304,9 +323,25 @@ def test_pending_waits_for_a_waypoint_however_long():
     ],
 )
 def test_stragglers_are_waited_for_so_long_and_no_longer(phase, waited, follows):
-    lagging = Seen(alive=True, ready=True, destinations=("shop/web-1",), callers=("shop/a",))
+    lagging = Seen(alive=True, ready=True, processes=(), destinations=("shop/web-1",), callers=("shop/a",))
     asked = None if phase in (Phase.RELEASING, Phase.LEAVING) else wish(guarded=phase is Phase.REFUSED)
     assert step(state(phase), asked, lagging, waited, (1, 2)).phase is follows
+
+
+def test_each_process_of_a_waypoint_is_waited_for_so_long_and_no_longer():
+    half = replace(READY, processes=("shop/wp-2",))
+    assert waits_for(state(Phase.PENDING), half) == ("shop/wp-2",)
+    found = [
+        step(state(phase), wish(guarded=guarded), half, waited, (1, 2)).phase
+        for phase, guarded, waited in (
+            (Phase.PENDING, False, LONGEST_S - 1),
+            (Phase.PENDING, False, LONGEST_S),
+            (Phase.PENDING, True, SWITCH_S - 1),
+            (Phase.PENDING, True, SWITCH_S),
+            (Phase.REFUSED, True, 0.0),
+        )
+    ]
+    assert found == [Phase.PENDING, Phase.SWITCHING, Phase.PENDING, Phase.SWITCHING, Phase.ENFORCED]
 
 
 @pytest.mark.parametrize(
@@ -386,7 +421,7 @@ def test_optional_is_never_enforced():
 @pytest.mark.parametrize("previous", ["", OTHER])
 def test_whatever_waits_for_time_is_looked_at_in_time(phase, previous):
     """Time alone takes a state further at a look, and never between two."""
-    lagging = Seen(alive=True, ready=True, destinations=("shop/web-1",), callers=("shop/a",))
+    lagging = Seen(alive=True, ready=True, processes=(), destinations=("shop/web-1",), callers=("shop/a",))
     old = state(phase, previous=previous)
     asked = wish(guarded=True) if phase not in (Phase.RELEASING, Phase.LEAVING, Phase.LINGERING) else None
     looks, now = [0.0], 0.0
@@ -405,7 +440,7 @@ def test_only_what_is_under_way_begins_anew_after_a_restart():
 
 
 def test_settled_and_what_is_waited_for():
-    lagging = Seen(alive=True, ready=True, destinations=("shop/web-1",), callers=("shop/a", "shop/web-1"))
+    lagging = Seen(alive=True, ready=True, processes=(), destinations=("shop/web-1",), callers=("shop/a", "shop/web-1"))
     assert settled(state(Phase.ENFORCED), READY)
     assert not settled(state(Phase.ENFORCED), lagging)
     assert waits_for(state(Phase.ENFORCED), lagging) == ("shop/a", "shop/web-1")
@@ -446,7 +481,9 @@ def test_callers_are_those_who_know_of_the_namespace_or_of_all_addresses():
         report("mesh-system/node-x", Kind.NODE, addr=6),
         report("mesh-system/node-y", Kind.NODE, addr=7),
     )
-    assert found == Seen(alive=False, ready=False, destinations=(), callers=("mesh-system/node-x", "shop/a"))
+    assert found == Seen(
+        alive=False, ready=False, processes=(), destinations=(), callers=("mesh-system/node-x", "shop/a")
+    )
 
 
 def test_a_destination_must_have_it_even_when_it_says_nothing_of_the_namespace():
@@ -468,6 +505,15 @@ def test_a_destination_must_have_it_even_when_it_says_nothing_of_the_namespace()
 def test_a_waypoint_is_ready_when_one_of_its_own_processes_has_all_of_it(process, alive, ready):
     found = looked(process)
     assert (found.alive, found.ready) == (alive, ready)
+
+
+def test_every_process_of_a_waypoint_counts():
+    found = looked(
+        report("shop/wp-1", Kind.WAYPOINT, proxy_hash="w", shop=7),
+        report("shop/wp-2", Kind.WAYPOINT, proxy_hash="w", shop=6),
+        instances={"shop/wp-1": "w", "shop/wp-2": "w"},
+    )
+    assert (found.alive, found.ready, found.processes) == (True, True, ("shop/wp-2",))
 
 
 def test_a_root_that_the_change_left_as_it_was_need_not_be_newer():

@@ -231,6 +231,21 @@ def test_but_calls_go_on_while_a_waypoint_that_is_there_takes_its_configuration_
     assert plane.phase() is Phase.SWITCHING
 
 
+def test_callers_are_not_sent_to_a_waypoint_of_which_one_process_lags(plane):
+    plane.apply(instance().replace("wp-1", "wp-2").replace("10.0.9.1", "10.0.9.2"))
+    plane.settle()
+    before = dict(plane.core.roots())
+    plane.label()
+    plane.settle()
+    plane.report("wp-2", "wp", Kind.WAYPOINT, roots=before)
+    plane.everybody_follows()
+    assert plane.phase() is Phase.PENDING
+    assert plane.core.progress()[0].waits_for == ("shop/wp-2",)
+    plane.report("wp-2", "wp", Kind.WAYPOINT)
+    plane.core.advance()
+    assert plane.phase() is Phase.SWITCHING
+
+
 def test_a_caller_that_does_not_follow_is_waited_for_five_seconds_and_named(plane):
     plane.label()
     plane.settle()
