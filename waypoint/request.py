@@ -9,6 +9,7 @@ read another path than the one that was routed and allowed:
 - refused, since applications differ on whether they are slashes: `%2F`, `%5C` and the backslash; and `..;` with any
   path parameters behind it, which is `..` to some.
 Characters that must be encoded and were not (`{`, `|`, `"`, ...) are encoded. The query goes on as it came.
+A host with an empty label (`shop.example..`) is refused: applications that drop the dots know a name that no rule saw.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class Request:
 def read_request(method: str, target: str, fields: Fields) -> Request:
     """What is judged of a head that is well formed. Raises RequestError."""
     path, query = _split(target)
-    return Request(method, path, query, (_joined(fields, b"host") or "").lower(), fields)
+    host = (_joined(fields, b"host") or "").lower()
+    if host.startswith(".") or ".." in host:
+        raise RequestError("the host has an empty label, which applications read in different ways")
+    return Request(method, path, query, host, fields)
 
 
 def host_name(host: str) -> str:

@@ -186,6 +186,17 @@ def test_a_host_has_a_name(host, name):
     assert host_name(host) == name
 
 
+@pytest.mark.parametrize("host", ["shop.example..", "shop..example", ".shop.example", "shop.example..:80", ".", ".:80"])
+def test_a_host_with_an_empty_label_is_refused(host):
+    with pytest.raises(RequestError, match="empty label"):
+        read("/", host=host)
+
+
+@pytest.mark.parametrize("host", ["shop.example.", "shop.example.:80", "[::ffff:10.0.0.1]:80", "db", "10.0.0.1"])
+def test_every_other_host_is_read(host):
+    assert read("/", host=host).host == host
+
+
 def test_lines_of_a_field_are_joined():
     fields = [(b"host", b"Shop.Example"), (b"x-a", b"1"), (b"x-a", b"2"), (b"x-b", b"\xe9")]
     request = read_request("GET", "/", fields)

@@ -264,7 +264,6 @@ def test_http_route_hostname_intersection():
         "bar.wildcard.io": "v1",
         "foo.bar.wildcard.io": "v1",
         "wildcard.io": 404,
-        ".wildcard.io": 404,
         "foo.wildcard.io": "v3",
         "very.specific.com": "v2",
         "Very.Specific.COM.": "v2",
