@@ -7,6 +7,7 @@ same address, and for nobody else, because the backend's uProxy judged both when
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ IDLE_TIMEOUT_S: Final = 55.0
 MAX_IDLE_EACH: Final = 64
 """Idle connections of one caller to one backend; more are closed when they are done."""
 MAX_IDLE: Final = 4096
+
+_TRACE: Final = re.compile(r"[0-9a-f]{32}")
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +87,15 @@ class Upstream:
     async def stream(self, caller: Caller, hop: Hop, request_id: str) -> ByteStream:
         """A CONNECT stream of its own. Raises RefusedError with what the backend's uProxy said."""
         address = host_port(caller.address, caller.port)
-        request = (
+        request = [
             (b":method", b"CONNECT"),
             (b":authority", hop.authority),
             (b"x-uproxy-caller", f"{caller.identity};{address}".encode()),
             (b"forwarded", f'for="{address}"'.encode()),
-            (b"traceparent", f"00-{request_id}-{request_id[:16]}-00".encode()),
-        )
+        ]
+        trace = request_id.replace("-", "").lower()  # mostly a UUID, where the caller has chosen it
+        if _TRACE.fullmatch(trace):
+            request.append((b"traceparent", f"00-{trace}-{trace[:16]}-00".encode()))
         relay = await self._pool.connect(hop, request)
         try:
             return ByteStream(relay)

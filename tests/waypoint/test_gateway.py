@@ -193,6 +193,24 @@ def test_a_body_crosses_both_ways_and_the_connection_goes_on(identities: Path, a
     run(identities, authority, tell, client)
 
 
+def test_a_request_s_id_is_that_of_the_backend_s_connection(identities: Path, authority: Authority) -> None:
+    known = "01234567-89AB-cdef-0123-456789abcdef"
+
+    async def client(through: Through) -> None:
+        for name, logged in ((known, "0123456789abcdef0123456789abcdef"), ("mine", None)):
+            through.pair.plane.run(through.upstream.close)
+            reader, writer = await through.open()
+            writer.write(b"GET / HTTP/1.1\r\nHost: db\r\nX-Request-Id: %b\r\n\r\n" % name.encode())
+            status, _, body = await answer(reader)
+            assert status == 200
+            assert f"x-request-id: {name}\r\n".encode() in body
+            found = {one.request_id for one in through.pair.db.connections.records() if one.direction == "inbound"}
+            assert (logged in found) if logged is not None else all(len(one) == 32 for one in found)
+            writer.close()
+
+    run(identities, authority, tell, client)
+
+
 def test_pipelined_requests_are_answered_in_order(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         reader, writer = await through.open()
