@@ -1,7 +1,7 @@
 """Whether policies and routes hang on something that takes them. Part of `mesh`.
 
 A route to what is not there is an error: somebody's requests would fail. What is attached to something that no waypoint
-serves does nothing, which is a warning.
+serves does nothing, which is a warning. So is a backend that is not told who calls.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def check_routes(
         for number, rule in enumerate(item.route.rules):
             path = f"spec.rules[{number}]"
             for index, backend in enumerate(rule.backends):
-                _check_reference(item, f"{path}.backendRefs[{index}]", backend.service, backend.port, by_key, findings)
+                place = f"{path}.backendRefs[{index}]"
+                _check_reference(item, place, backend.service, backend.port, by_key, findings)
+                if backend.service in by_key:
+                    _check_backend(item, place, backend.service, wishes, findings)
             if not any(backend.weight for backend in rule.backends):
                 findings.warn(item.position, path, "has no backendRefs with a weight; its requests are answered 500")
         _check_conflicts(item, by_key, taken, findings)
@@ -112,6 +115,22 @@ def _check_parent(
             "name it http"
         )
         findings.warn(item.position, path, problem)
+
+
+def _check_backend(
+    item: DeclaredRoute, path: str, backend: str, wishes: Mapping[Subject, Wish], findings: Findings
+) -> None:
+    """Warns of a backend whose destinations do not take the word on the caller of the waypoint that calls them."""
+    own = wishes.get(("Service", backend))
+    parents = {parent.service for parent in item.route.parents}
+    for gateway in sorted({wish.gateway for key in parents if (wish := wishes.get(("Service", key)))}):
+        if own is None or own.gateway != gateway:
+            problem = (
+                f"Service {backend} is not bound to Gateway {gateway}, which sends it these requests: its policies "
+                f"see the waypoint as the caller and not who calls, so that a DENY of that caller does not hold; label "
+                f"it {label.USE_WAYPOINT} as the parent is"
+            )
+            findings.warn(item.position, path, problem)
 
 
 def _check_conflicts(

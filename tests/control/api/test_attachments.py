@@ -87,6 +87,18 @@ def test_a_route_that_does_nothing_is_told():
     assert "does nothing: port 80 of Service shop/web is not HTTP; write its appProtocol: http" in warning
 
 
+def test_a_backend_that_is_not_told_who_calls_is_told_of():
+    there = SERVICE.replace("name: web,", "name: db,").replace("240.240.0.1", "240.240.0.2")
+    route = ROUTE.replace("{name: web, port: 80}", "{name: db, port: 80}")
+    assert warnings_of(*BASE, there, route) == []
+    (warning,) = warnings_of(*BASE, there.replace("istio.io/use-waypoint: wp", ""), route)
+    assert "spec.rules[0].backendRefs[0]: Service shop/db is not bound to Gateway shop/wp" in warning
+    assert "label it istio.io/use-waypoint as the parent is" in warning
+    other = GATEWAY.replace("name: wp,", "name: wp2,")
+    (warning,) = warnings_of(*BASE, other, there.replace("use-waypoint: wp", "use-waypoint: wp2"), route)
+    assert "Service shop/db is not bound to Gateway shop/wp, which" in warning
+
+
 @pytest.mark.parametrize("backends", ["", "    backendRefs: [{name: web, port: 80, weight: 0}]\n"])
 def test_a_rule_that_leads_nowhere_is_told(backends):
     (warning,) = warnings_of(*BASE, ROUTE.replace("    backendRefs: [{name: web, port: 80}]\n", backends))
