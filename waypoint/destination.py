@@ -8,13 +8,12 @@ from typing import Final
 
 from control.api.address import AddressError, IpAddress, parse_address
 from control.api.gateway import Gateway
-from control.api.workload import Endpoint, Service, ServicePort
+from control.api.workload import Endpoint, Service
 from control.client.state import State
 from uproxy.errors import Flag, RefusedError
 from uproxy.listener import Asked
 from uproxy.resolve import Hop, Resolver, host_port
 
-_HTTP: Final = ("http", "http/1.1")
 _NOWHERE: Final = IpAddress("0.0.0.0")
 
 
@@ -97,7 +96,7 @@ class Destinations:
         found = self._state.service_at(address, asked.port)
         if found is not None and found[0].key in gateway.services:
             service, port = found
-            return Destination(address, asked.port, (service,), port.port, speaks_http(port), None)
+            return Destination(address, asked.port, (service,), port.port, port.is_http, None)
         behind = self._workloads_of(gateway).get((address, asked.port))
         if behind is not None:
             return behind
@@ -135,7 +134,7 @@ class Destinations:
             target = endpoint.ports.get(port.port)
             if target is None:
                 continue
-            place, http = (endpoint.address, target), speaks_http(port)
+            place, http = (endpoint.address, target), port.is_http
             other = behind.get(place)
             if other is None:
                 authority = host_port(endpoint.address, target).encode()
@@ -144,10 +143,3 @@ class Destinations:
             else:
                 # What one service refuses is refused: of HTTP more can be asked.
                 behind[place] = replace(other, services=(*other.services, service), http=http or other.http)
-
-
-def speaks_http(port: ServicePort) -> bool:
-    """Whether a service port is HTTP/1.1 to a waypoint: by its appProtocol, else by its name, as Istio has it."""
-    if port.app_protocol:
-        return port.app_protocol in _HTTP
-    return port.name == "http" or port.name.startswith("http-")

@@ -15,7 +15,7 @@ from tests.support.certificates import DB
 from tests.support.pair import published, workload
 from uproxy.errors import RefusedError
 from uproxy.listener import asked_for
-from waypoint.destination import Destination, Destinations, speaks_http
+from waypoint.destination import Destination, Destinations
 
 VIP, OTHER_VIP, POD = (parse_address(text) for text in ("240.240.0.1", "240.240.0.2", "10.0.0.7"))
 HTTP = ServicePort("web", 80, 8080, "http")
@@ -97,4 +97,4 @@ def test_what_has_not_come_yet_may_be_known_elsewhere() -> None:
     ],
 )
 def test_which_ports_are_http(name: str, protocol: str, http: bool) -> None:
-    assert speaks_http(ServicePort(name, 80, 8080, protocol)) is http
+    assert ServicePort(name, 80, 8080, protocol).is_http is http
