@@ -635,11 +635,18 @@ def test_the_data_plane_takes_turns_meanwhile(broker, operator, web_dir):
             data_plane.watch(there.fileno(), plane.READ, lambda _: echo(there.fileno()))
             here.send(b"x")
             replica = Replica(*topics)
+            between: set[int] = set()  # a turn of the data plane, between one message and the next
+
+            def receive() -> None:
+                burn(0.0005)
+                between.add(rounds)
+
+            replica.on_receive = receive
             async with asyncio.TaskGroup() as group:
                 line = Subscriber(replica, access(broker, web_dir), lambda _: None, report)
                 task = group.create_task(line.run())
                 await until(lambda: len(replica.heard) == 100)
-                assert rounds > 50
+                assert len(between) > 20  # a slice holds at most 4 messages as slow as these
                 before = rounds
                 await asyncio.sleep(0.05)
                 assert rounds > before
