@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import envoy
 from benchmarks.netns import Namespace, joined, stop
+from benchmarks.peers import envoy
 from control.api.identity import SpiffeId
 from control.client.csr import make_request
 from control.server.ca import Authority, write_identity

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import envoy, pairs
+from benchmarks import pairs
 from benchmarks.lab.connect import connect
 from benchmarks.netns import Namespace
 from benchmarks.pairs import APP_PORT, DB_ADDRESS, ENTRY, HBONE_PORT, MESH, TRUST_DOMAIN
+from benchmarks.peers import envoy
 from tests.support.envoy import assert_no_bug_was_logged
 
 pytestmark = pytest.mark.root
