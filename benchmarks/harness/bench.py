@@ -1,0 +1,170 @@
+"""Takes rounds: subjects that all stand at once, measured in turn, with everybody's processor time beside each.
+
+A suite builds its subjects in the lab, describes its measures as probes, and calls `Bench.interleave`. How the rounds
+are ordered, warmed up, accounted and judged is decided here, once, for all suites.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from benchmarks.harness.results import Check, Measure, Results, Round, Series, Subject
+from benchmarks.harness.rounds import WARM_UP_S, Estimate, duration, in_turn, judge
+from benchmarks.harness.usage import ASIDE, GoneError, Meter, pss_mb
+
+
+class BenchError(Exception):
+    """A run that cannot go on: a subject that failed under load, a program that is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the load generator found in one round. `details` and `histogram` as in `results.Round`.
+
+    Of `details`, "cpu_us", "softirq_us" and "pss_mb" (the processors' time per operation, and memory when the round is
+    over) are added; a probe that knows them better, as memory under load, gives its own.
+    """
+
+    value: float
+    operations: float
+    """What processor time is divided by: requests, connections, or MiB. 0: nothing to divide by, so none is shown."""
+    details: Mapping[str, float] = field(default_factory=dict)
+    histogram: Mapping[int, int] = field(default_factory=dict)
+    bottleneck: str = ""
+    """Why the load generator, not the subject, decided this round; empty when it did not."""
+    counted: tuple[int, int] | None = None
+    """When the operations were counted: begin and end, CLOCK_MONOTONIC in ns. None: all the time that the take took."""
+
+
+class Live(Protocol):
+    """A subject that stands and takes load."""
+
+    @property
+    def subject(self) -> Subject: ...
+
+    def processes(self) -> Mapping[str, Sequence[int]]:
+        """Role ("client proxy") -> process ids: whose processor time and memory are the subject's, children included.
+
+        The roles "application" and "generator" are shown beside, and are not counted to the subject.
+        """
+        ...
+
+
+L = TypeVar("L", bound=Live)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe(Generic[L]):
+    """A measure, and how to take it once for so many seconds. Raises BenchError."""
+
+    measure: Measure
+    take: Callable[[L, float], Sample]
+
+
+class Suite(Protocol):
+    """One set of questions. `name` is what `--suite` takes."""
+
+    name: str
+    title: str
+
+    def run(self, bench: Bench) -> None:
+        """Raises BenchError when nothing of the suite can be measured."""
+        ...
+
+
+class Bench:
+    """One run: what suites are given."""
+
+    def __init__(
+        self,
+        results: Results,
+        directory: Path,
+        *,
+        quick: bool,
+        peers: Mapping[str, Path] | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.results = results
+        self.directory = directory
+        """Of the run's own: configuration, logs, compiled programs. Gone afterwards."""
+        self.quick = quick
+        self.peers = dict(peers or {})
+        """Name -> program, for what no package brings: "ztunnel"."""
+        self._report = report
+
+    def progress(self, text: str) -> None:
+        """One line for whoever waits."""
+        self._report(text)
+
+    def check(self, check: Check) -> None:
+        """A test of the instrument. One that failed makes the run fail, and is shown with the results."""
+        self.results.checks.append(check)
+        self.progress(f"{'ok' if check.passed else 'FAILED'}: {check.name}: {check.text}")
+
+    def condition(self, name: str, text: str) -> None:
+        """How something was measured, for the report: "pinning", "round trip of the link"."""
+        self.results.conditions[name] = text
+
+    def machine(self, name: str, text: str) -> None:
+        """What it was measured on or with: "wrk" -> its version."""
+        self.results.machine[name] = text
+
+    def interleave(self, probes: Sequence[Probe[L]], lives: Sequence[L], *, rounds: int, seconds: float) -> None:
+        """Take all probes on all subjects. One that fails is out of that measure, with the reason; the others go on.
+
+        Each measure begins with a round for each subject that is shorter, and not counted.
+        """
+        for live in lives:
+            if live.subject not in self.results.subjects:
+                self.results.subjects.append(live.subject)
+        warm_up = min(seconds, WARM_UP_S)
+        estimate = Estimate(len(probes) * len(lives) * (warm_up + rounds * seconds))
+        for probe in probes:
+            self.results.measures.append(probe.measure)
+            standing = {live.subject.name: live for live in lives}
+            found = {name: Series(probe.measure.name, name) for name in standing}
+            self.results.series += found.values()
+            for number in range(rounds + 1):
+                length = seconds if number else warm_up
+                for live in in_turn(lives, number):
+                    name = live.subject.name
+                    if name in standing:
+                        what = f"round {number} of {rounds}" if number else "warm-up"
+                        left = duration(estimate.left_s())
+                        self.progress(f"{probe.measure.name}: {what}, {name}; about {left} left of this part")
+                        try:
+                            taken = self._take(probe, live, number, length)
+                        except BenchError as error:
+                            found[name].refused = str(error)
+                            self.progress(f"{probe.measure.name}: {name} failed: {error}")
+                            del standing[name]
+                        else:
+                            found[name].rounds += [taken] if number else []
+                    estimate.taken(length)
+            for live in lives:
+                judge(found[live.subject.name], reference=live.subject.reference)
+
+    def _take(self, probe: Probe[L], live: L, number: int, seconds: float) -> Round:
+        try:
+            processes = live.processes()
+            began = time.monotonic_ns()
+            with Meter(processes) as meter:
+                sample = probe.take(live, seconds)
+                used = meter.used(sample.counted)
+            details = {"taken_s": (time.monotonic_ns() - began) / 1e9}
+            if sample.operations > 0:
+                each = {role: ns / 1000 / sample.operations for role, ns in used.processor_ns.items()}
+                details["operations"] = sample.operations
+                details["cpu_us"] = sum(us for role, us in each.items() if role not in ASIDE)
+                details |= {f"cpu_us/{role}": us for role, us in each.items()}
+                details["softirq_us"] = used.softirq_ns / 1000 / sample.operations
+            memory = {role: pss_mb(pids) for role, pids in processes.items()}
+            details["pss_mb"] = sum(mb for role, mb in memory.items() if role not in ASIDE)
+            details |= {f"pss_mb/{role}": mb for role, mb in memory.items()}
+        except GoneError as error:
+            raise BenchError(f"{live.subject.name}: {error}") from error
+        return Round(number, sample.value, details | dict(sample.details), sample.histogram, sample.bottleneck)
