@@ -25,7 +25,9 @@ SLICE_S: Final = 0.002
 REPORT_INTERVAL_S: Final = 20.0
 """A report is due at least so often; the lease in it is three times that."""
 REPORT_PAUSE_S: Final = 0.05
-"""Between two reports, so that a burst of changes is one report."""
+"""Between two reports in the long run, so that a burst of changes is few reports."""
+REPORTS_AT_ONCE: Final = 4
+"""So many may follow each other without a pause: a change in steps waits for a report at each of them."""
 
 _FIRST_RETRY_S: Final = 0.2
 _LAST_RETRY_S: Final = 30.0
@@ -216,11 +218,14 @@ class Subscriber:
                 self._subscriptions.doubt_silent()
 
     async def _send_reports(self, broker: Connection, version: int) -> None:
+        paid_until = 0.0
         while True:
             version += 1
             self._report_due.clear()
             await broker.publish(*self._report(True, version))
-            await asyncio.sleep(REPORT_PAUSE_S)
+            now = time.monotonic()
+            paid_until = max(paid_until, now) + REPORT_PAUSE_S
+            await asyncio.sleep(max(0.0, paid_until - now - (REPORTS_AT_ONCE - 1) * REPORT_PAUSE_S))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_INTERVAL_S):
                     await self._report_due.wait()

@@ -354,13 +354,14 @@ def test_reports_say_what_changed_and_how_it_ended(broker, operator, web_dir, mo
         async with operator() as control, reports(control) as told:
             async with subscribed(access(broker, web_dir), f"{SHOP}/none") as proxy:
                 await until(lambda: told)
-                burst = len(told)
-                for _ in range(10):
+                began, burst = time.monotonic(), len(told)
+                for _ in range(100):
                     proxy.subscriber.status_changed()
                     await asyncio.sleep(0.002)
                 await until(lambda: len(told) > burst)
                 await asyncio.sleep(0.2)
-                assert len(told) <= burst + 2, "a burst is one report, or two that it falls between"
+                allowed = subscriber.REPORTS_AT_ONCE + (time.monotonic() - began) / subscriber.REPORT_PAUSE_S
+                assert len(told) - burst <= allowed, "a burst of changes is few reports"
                 quiet = len(told)
                 await until(lambda: len(told) > quiet)  # of the interval
                 assert (await retained_report(operator))[0]
@@ -370,6 +371,26 @@ def test_reports_say_what_changed_and_how_it_ended(broker, operator, web_dir, mo
             versions = [version for _, version in told]
             assert versions == sorted(set(versions))
             assert await retained_report(operator) == told[-1]
+
+    plane.run(scenario())
+
+
+def test_a_change_in_steps_does_not_pause_at_each_of_them(broker, operator, web_dir, monkeypatch):
+    monkeypatch.setattr(subscriber, "REPORT_PAUSE_S", 5.0)
+    monkeypatch.setattr(subscriber, "REPORT_INTERVAL_S", 60.0)
+
+    async def scenario() -> None:
+        async with (
+            operator() as control,
+            reports(control) as told,
+            subscribed(access(broker, web_dir), f"{SHOP}/none") as proxy,
+        ):
+            await until(lambda: told)
+            async with asyncio.timeout(4.0):
+                while len(told) < subscriber.REPORTS_AT_ONCE:
+                    reported = len(told)
+                    proxy.subscriber.status_changed()
+                    await until(lambda reported=reported: len(told) > reported)
 
     plane.run(scenario())
 
