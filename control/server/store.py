@@ -315,7 +315,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _migrate(rows: sqlite3.Connection, path: Path) -> None:
-    """Brings the tables up to date. Raises StoreError for a store of a newer release."""
+    """Brings the tables up to date, each schema whole or not at all. Raises StoreError, also for a newer release's."""
     (version,) = rows.execute("PRAGMA user_version").fetchone()
     if version > len(_MIGRATIONS):
         raise StoreError(
@@ -323,5 +323,11 @@ def _migrate(rows: sqlite3.Connection, path: Path) -> None:
             "Run that release, or restore a backup from before the upgrade"
         )
     for number, statements in enumerate(_MIGRATIONS[version:], start=version + 1):
-        # executescript commits what was open, so the transaction is part of the script.
-        rows.executescript(f"BEGIN IMMEDIATE; {statements} PRAGMA user_version = {number}; COMMIT;")
+        try:
+            # executescript commits what was open, so the transaction is part of the script.
+            rows.executescript(f"BEGIN IMMEDIATE; {statements} PRAGMA user_version = {number}; COMMIT;")
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"{path} cannot be brought to schema {number}: {error}. It is left at schema {number - 1}; "
+                "mend what that says, and start again"
+            ) from None
