@@ -61,6 +61,8 @@ _ENFORCED_S = 20.0
 _START_S = 240.0
 _PUBLISHED_S = 900.0
 _POLL_S = 1.0
+_REST_S = 0.25
+"""Between two flips, for which proxies report more often than they do in the long run: nobody flips all the time."""
 _DIALLED = 10
 
 
@@ -160,6 +162,7 @@ class Bench:
             self._relabel(reference, _BINDING if bind else dict.fromkeys(_BINDING))
             self._settled(f"{_RING}/bound")
             (on if bind else off).append(time.monotonic() - began)
+            time.sleep(_REST_S)
         self._spread("istio.io/use-waypoint set, until enforced by 4 uProxies", on)
         self._spread("istio.io/use-waypoint removed, until all go directly", off)
 
