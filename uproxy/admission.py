@@ -87,6 +87,19 @@ class Admission:
             )
         return None
 
+    def overtaken(self, peer: SpiffeId, port: int) -> str:
+        """Why a stream that its peer has for itself must end by and by, although it was let in; empty: it may stay.
+
+        It came before the waypoint was demanded, and is past a policy that only the waypoint can hold to.
+        """
+        gate = self._gates.get(port) or self._gates.get(0)
+        if gate is None or not (gate.bound.guarded and gate.bound.enforced) or peer in (gate.waypoints | gate.exempt):
+            return ""
+        through = " or ".join(gate.bound.gateways)
+        return (
+            f"waypoint-required: made directly to port {port} before it was reached through {through} under L7 policy"
+        )
+
     def decide(
         self, peer: SpiffeId, peer_address: IpAddress, passage: Passage | None, address: IpAddress, port: int
     ) -> Decision:

@@ -26,6 +26,7 @@ from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
 from uproxy.listener import TunnelServer, asked_for, bad_request
 from uproxy.outbound import Self, fail, relay_and_record
+from uproxy.overtaken import STEP_S, Direct, Overtaken
 from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
@@ -73,6 +74,8 @@ class Inbound:
         self._leaving = False  # the configuration has let go of it, and what has begun may still end
         self._admission = Admission(None, (), state.trust_domain)
         self._services_here: dict[str, str | None] = {}
+        self._overtaken = Overtaken()
+        self._ending = False  # some of them are being ended
 
     # -- the connection
 
@@ -115,7 +118,11 @@ class Inbound:
             again = self._admission.decide(carrier.peer, carrier.peer_address, passage, address, port)
             return "" if again.allowed else f"policy: no longer allowed: {again.reason}"
 
+        direct = Direct(relay, carrier.peer, port)
+        if passage is None:
+            self._overtaken.add(direct)
         await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
+        self._overtaken.remove(direct)
 
     # -- its stages
 
@@ -229,7 +236,7 @@ class Inbound:
     def config_changed(self, changes: Changes) -> None:
         """Compile what decides who may come anew, and cut the connections that policy no longer allows.
 
-        Those that came directly before a waypoint was required stay until they end.
+        Those that came directly before a waypoint was required stay until they end, or are ended later (`overtaken`).
         """
         self._services_here.clear()
         if not changes.policies and not changes.workloads:
@@ -253,6 +260,16 @@ class Inbound:
         policies = self._state.policies_for(workload) if workload is not None else ()
         self._admission = Admission(workload, policies, self._state.trust_domain)
         self._connections.reauthorise()
+        overdue = self._overtaken.judge(self._admission, time.monotonic())
+        if overdue and not self._ending:
+            log.info("%d connections were made directly before a policy needed the waypoint, and are ended", overdue)
+            self._ending = True
+            self._plane.call_later(STEP_S, self._end_overtaken)
+
+    def _end_overtaken(self) -> None:
+        self._ending = self._overtaken.step(time.monotonic()) > 0
+        if self._ending:
+            self._plane.call_later(STEP_S, self._end_overtaken)
 
     # -- records
 

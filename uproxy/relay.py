@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a relayed connection ended. `flag` is NONE for a clean end, else RESET; `text` says who and why."""
+    """How a relayed connection ended. `flag` is NONE for a clean end, else mostly RESET; `text` says who and why."""
 
     flag: Flag
     text: str
@@ -90,6 +90,7 @@ class Relay:
         "_watched",
         "_write_closed",
         "active",
+        "answered",
         "done",
         "outcome",
         "received",
@@ -108,6 +109,7 @@ class Relay:
         self.sent = 0  # bytes from the application into the tunnel
         self.received = 0  # bytes from the tunnel that the application's socket took
         self.active = False  # bytes moved since the last look at half-closed streams
+        self.answered = True  # the last bytes that moved, if any did, were the application's
         self._sock: socket.socket | None = None
         self._fd = -1
         self._events = 0
@@ -135,6 +137,11 @@ class Relay:
     def half_closed(self) -> bool:
         return self._read_closed is not self._write_closed
 
+    @property
+    def stalled(self) -> bool:
+        """Whether bytes wait for a receiver that does not take them."""
+        return bool(self._pending) or self in self.tunnel.starved
+
     # -- from the tunnel
 
     def on_response(self, headers: Headers) -> None:
@@ -156,6 +163,7 @@ class Relay:
         if taken:
             self.received += taken
             self.active = True
+            self.answered = False
         if taken == len(data):
             self.tunnel.connection.consumed(self.stream, taken, keeps_up=True)
             return
@@ -237,6 +245,7 @@ class Relay:
         if length:
             connection.commit(self.stream, length)
             self.sent += length
+            self.answered = True
             self.tunnel.touch()
             return
         self._read_closed = True
@@ -260,6 +269,7 @@ class Relay:
             del self._pending[:taken]
             self.received += taken
             self.active = True
+            self.answered = False
             if taken:
                 self.tunnel.connection.consumed(self.stream, taken, keeps_up=False)
                 self.tunnel.touch()
@@ -290,9 +300,9 @@ class Relay:
 
     # -- ends
 
-    def cut(self, text: str) -> None:
+    def cut(self, text: str, flag: Flag = Flag.RESET) -> None:
         """End both sides at once: a policy no longer allows it, or the drain time is over."""
-        self._finish(Outcome(Flag.RESET, text))
+        self._finish(Outcome(flag, text))
 
     def abandon(self) -> None:
         """Give up before anything was attached."""

@@ -55,6 +55,8 @@ class Bound:
     """Who else may connect directly although it is enforced, in order."""
     enforced: bool
     """Whether anybody else is refused with `waypoint-required`."""
+    guarded: bool = False
+    """Whether an L7 policy is missed by who connects directly, so that what did before it was enforced must end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ class Mesh:
             findings,
         )
         standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
-        ports = Ports(workloads, endpoints, processes, standing, wishes.exempt)
+        ports = Ports(workloads, endpoints, processes, standing, wishes)
         check_targets(policies, declared_services, gateways, wishes.of, findings)
         check_routes(routes, declared_services, wishes.of, findings)
         mesh = cls(

@@ -270,13 +270,17 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
 
 
 def _write_bound(bound: Bound) -> list[Value]:
-    return [bound.port, list(bound.gateways), [str(identity) for identity in bound.exempt], bound.enforced]
+    # Said only where it is so, so that all other records are those of before there was this.
+    guarded: list[Value] = [True] if bound.guarded else []
+    return [bound.port, list(bound.gateways), [str(identity) for identity in bound.exempt], bound.enforced, *guarded]
 
 
 def _read_bounds(fields: Fields, trust_domain: TrustDomain) -> tuple[Bound, ...]:
     def read_bound(value: Value, name: str) -> Bound:
         match value:
-            case [port, gateways, exempt, enforced]:
+            case [port, gateways, exempt, enforced, *guarded] if not guarded or (
+                guarded[0] is True and len(guarded) == 1
+            ):
                 found = Bound(
                     port=number_in(port, 0, 65535, name),
                     gateways=tuple(read_key(item, name) for item in typed(gateways, list, name)),
@@ -284,13 +288,16 @@ def _read_bounds(fields: Fields, trust_domain: TrustDomain) -> tuple[Bound, ...]
                         read_any_identity(typed(item, str, name), trust_domain) for item in typed(exempt, list, name)
                     ),
                     enforced=typed(enforced, bool, name),
+                    guarded=bool(guarded),
                 )
                 if not found.gateways:
                     raise RecordError(f"{name}: gateways are missing")
                 check_ordered(found.gateways, name)
                 check_ordered(found.exempt, name)
                 return found
-        raise RecordError(f"{name}: each must be [port, [gateways], [exempt identities], enforced]")
+        raise RecordError(
+            f"{name}: each must be [port, [gateways], [exempt identities], enforced], or with true behind it"
+        )
 
     bounds = fields.optional_list("bounds", read_bound)
     check_ordered([bound.port for bound in bounds], "bounds")

@@ -180,10 +180,10 @@ class Ports:
         endpoints: Iterable[Endpoint],
         processes: Mapping[str, Sequence[Instance]],
         standings: Standings,
-        exempt: Mapping[Subject, tuple[SpiffeId, ...]],
+        wishes: Wishes,
     ) -> None:
-        """`processes`: as of `processes_of`. `exempt`: of those who exempt anybody."""
-        self._exempt = exempt
+        """`processes`: as of `processes_of`."""
+        self._wishes = wishes
         self._standing: dict[str, dict[int, dict[Subject, Standing]]] = {}
         if not standings:
             return
@@ -211,6 +211,7 @@ class Ports:
                 gateways=tuple(sorted({gateway for one in found.values() for gateway in one.gateways})),
                 exempt=self._exempt_of(found),
                 enforced=any(one.enforced for one in found.values()),
+                guarded=any(one.enforced and self._is_guarded(subject) for subject, one in found.items()),
             )
             for port, found in sorted(self._standing.get(workload_key, {}).items())
         )
@@ -232,8 +233,12 @@ class Ports:
     def _add(self, workload_key: str, port: int, subject: Subject, standing: Standing) -> None:
         self._standing.setdefault(workload_key, {}).setdefault(port, {})[subject] = standing
 
+    def _is_guarded(self, subject: Subject) -> bool:
+        wish = self._wishes.of.get(subject)
+        return wish is not None and wish.guarded
+
     def _exempt_of(self, subjects: Iterable[Subject]) -> tuple[SpiffeId, ...]:
-        found = [frozenset(self._exempt.get(subject, ())) for subject in subjects]
+        found = [frozenset(self._wishes.exempt.get(subject, ())) for subject in subjects]
         return tuple(sorted(frozenset.intersection(*found)))
 
 

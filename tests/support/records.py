@@ -92,6 +92,7 @@ def bounds(draw: st.DrawFn) -> Bound:
         gateways=tuple(sorted(draw(st.sets(gateway_keys, min_size=1, max_size=2)))),
         exempt=tuple(sorted(exempt)),
         enforced=draw(st.booleans()),
+        guarded=draw(st.booleans()),
     )
 
 

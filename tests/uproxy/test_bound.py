@@ -81,9 +81,9 @@ def service(pair: Pair, binding: Binding | None) -> Service:
     return dataclasses.replace(known, binding=binding)
 
 
-def bounded(pair: Pair, *, enforced: bool) -> Workload:
+def bounded(pair: Pair, *, enforced: bool, guarded: bool = False) -> Workload:
     db: Workload = workload("db", DB_ADDRESS, DB)
-    return dataclasses.replace(db, bounds=(Bound(pair.app_port, ("shop/wp",), (), enforced),))
+    return dataclasses.replace(db, bounds=(Bound(pair.app_port, ("shop/wp",), (), enforced, guarded),))
 
 
 def bind(pair: Pair, *, enforced: bool = True, via: Via = Via.WAYPOINT) -> None:
@@ -326,6 +326,34 @@ def test_what_was_open_before_the_flip_stays_until_policy_says_otherwise(run) ->
         pair.apply(allow(DB))
         for sock in (app, through):
             assert await exchange(sock) == b"", "a policy cuts at once"
+
+    run(scenario)
+
+
+def test_what_was_open_before_the_flip_ends_in_a_quiet_moment_when_a_policy_is_missed_on_it(run) -> None:
+    async def scenario(pair: Pair, waypoint: PassingWaypoint) -> None:
+        loop = asyncio.get_running_loop()
+        quiet, busy = pair.dial(), pair.dial()
+        bound = GATEWAY, service(pair, THROUGH)
+        for app in (quiet, busy):
+            await loop.sock_sendall(app, b"before")
+            assert await loop.sock_recv(app, 6) == b"before"
+        pair.apply(*bound, bounded(pair, enforced=True))
+        through = pair.dial()
+        await loop.sock_sendall(through, b"through")
+        assert await loop.sock_recv(through, 7) == b"through"
+        pair.apply(bounded(pair, enforced=True, guarded=True))
+        for _ in range(40):
+            await loop.sock_sendall(busy, b"more")
+            assert await loop.sock_recv(busy, 4) == b"more", "it was never quiet"
+            await asyncio.sleep(0.05)
+        assert await exchange(quiet) == b""
+        assert await exchange(through) == b"hello", "it came through the waypoint"
+        ended = [record for record in pair.db.telemetry.ended if record.flag is not Flag.NONE]
+        assert [(record.flag, record.error.partition(":")[0]) for record in ended] == [
+            (Flag.WAYPOINT, "waypoint-required")
+        ]
+        busy.close()
 
     run(scenario)
 

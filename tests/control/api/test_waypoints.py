@@ -166,6 +166,17 @@ def test_a_policy_elsewhere_guards_through_the_gateway():
         assert build(text, WORKLOAD, elsewhere=elsewhere).wishes == {WEB: Wish("edge/wp", False, bool(guarded))}
 
 
+def test_a_destination_is_told_that_a_policy_is_missed_on_the_way_around():
+    def guarded(policy, *, enforced=True, text=SERVICE):
+        standings = {WEB: Standing(("shop/wp",), enforced=enforced, binding=THROUGH)}
+        return [bound.guarded for bound in bounds_of(build(text, WORKLOAD, GATEWAY, *policy, standings=standings))]
+
+    assert guarded([POLICY]) == [True]
+    assert guarded([]) == [False]
+    assert guarded([POLICY], enforced=False) == [False]
+    assert guarded([POLICY], text=UNBOUND) == [False], "the label is gone: nothing must end any more"
+
+
 def test_records_say_what_stands_and_not_what_is_wished():
     standing = Standing(("shop/old", "shop/wp"), enforced=False, binding=Binding("shop/old", Via.WAYPOINT))
     standings = {WEB: standing, ("Service", "bank/x"): Standing(("shop/wp",), enforced=True, binding=THROUGH)}
