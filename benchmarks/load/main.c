@@ -1,0 +1,316 @@
+/* The project's load generator, and the server that it loads. benchmarks/load/__init__.py builds and calls it.
+ *
+ *   load serve ADDRESS PORT [--stall-ms MS --every-ms MS]
+ *       Runs until killed. PORT echoes, PORT + 1 sinks (and answers its count after a FIN), PORT + 2 is HTTP/1.1
+ *       (GET /bytes/N), PORT + 3 sends until it is closed. With a stall, all of it sleeps MS every MS.
+ *   load closed HOST PORT SECONDS --connections N --size BYTES
+ *   load open HOST PORT SECONDS --connections N --size BYTES --rate N --poisson 0|1 --seed N
+ *   load http-closed HOST PORT SECONDS --connections N --path PATH --host NAME
+ *   load http-open HOST PORT SECONDS --connections N --path PATH --host NAME --rate N --poisson 0|1 --seed N
+ *   load connects HOST PORT SECONDS --connections N         connect, a byte there and back, close; N at once
+ *   load bulk HOST PORT SECONDS --streams N                 to the sink
+ *   load beside-bulk ... as open, and --streams N           the streams are a process of their own
+ *   load idle HOST PORT SECONDS --connections N             held for so long, a byte there and back before and after
+ *   load slow-readers ... as open, and --readers N          readers of the source that never read
+ *
+ * HOST is an address. PORT is the server's first one, but for HTTP: there it is the one to dial. A tenth of SECONDS
+ * before the counted part warms up. Prints "ready" when all connections stand, and one JSON object at the end; its times
+ * are CLOCK_MONOTONIC's. Exit status 1 with a reason on stderr when there is nothing to report: a byte changed, a count
+ * differs, nothing was answered for 10 s, no connection could be made at first.
+ *
+ * How it waits. One thread sleeps in epoll_pwait2 until the next request is due, with a timer slack of 1 ns.
+ */
+#define _GNU_SOURCE
+#include "bulk.h"
+#include "common.h"
+#include "requests.h"
+#include "server.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+
+#define MAX_READERS 4096
+
+struct options {
+	const char *kind, *address, *path, *host;
+	int port, connections, streams, readers, poisson;
+	size_t size;
+	double seconds, rate;
+	uint64_t seed;
+	struct stall stall;
+};
+
+static double number(const char *text, double least, double most)
+{
+	char *end;
+	double value = strtod(text, &end);
+
+	if (*end || end == text || !(value >= least && value <= most))
+		die("%s is not a number from %g to %g", text, least, most);
+	return value;
+}
+
+static struct options read_options(int argc, char **argv)
+{
+	struct options made = { .kind = argc > 3 ? argv[1] : "", .path = "/", .host = "load" };
+	int first = strcmp(made.kind, "serve") == 0 ? 4 : 5;
+
+	if (argc < first || (argc - first) % 2)
+		die("usage: see the head of benchmarks/load/main.c");
+	made.address = argv[2];
+	made.port = (int)number(argv[3], 1, 65535);
+	if (first == 5)
+		made.seconds = number(argv[4], 0.05, 86400);
+	for (int i = first; i < argc; i += 2) {
+		const char *name = argv[i], *value = argv[i + 1];
+
+		if (strcmp(name, "--connections") == 0)
+			made.connections = (int)number(value, 1, MAX_CONNECTIONS);
+		else if (strcmp(name, "--size") == 0)
+			made.size = (size_t)number(value, 1, (double)CHUNK);
+		else if (strcmp(name, "--rate") == 0)
+			made.rate = number(value, 0.1, 1e7);
+		else if (strcmp(name, "--poisson") == 0)
+			made.poisson = (int)number(value, 0, 1);
+		else if (strcmp(name, "--seed") == 0)
+			made.seed = (uint64_t)number(value, 0, 4294967295.0);
+		else if (strcmp(name, "--streams") == 0)
+			made.streams = (int)number(value, 1, MAX_STREAMS);
+		else if (strcmp(name, "--readers") == 0)
+			made.readers = (int)number(value, 1, MAX_READERS);
+		else if (strcmp(name, "--path") == 0)
+			made.path = value;
+		else if (strcmp(name, "--host") == 0)
+			made.host = value;
+		else if (strcmp(name, "--stall-ms") == 0)
+			made.stall.for_ns = (uint64_t)(number(value, 1, 60000) * 1e6);
+		else if (strcmp(name, "--every-ms") == 0)
+			made.stall.every_ns = (uint64_t)(number(value, 1, 60000) * 1e6);
+		else
+			die("unknown option %s", name);
+	}
+	return made;
+}
+
+static void want(int given, const char *name)
+{
+	if (!given)
+		die("%s is missing", name);
+}
+
+static void say_ready(void)
+{
+	puts("ready");
+	fflush(stdout);
+}
+
+static struct window window_of(double seconds)
+{
+	uint64_t start = now_ns() + (uint64_t)(seconds * 1e8);
+
+	return (struct window){ start, start + (uint64_t)(seconds * 1e9) };
+}
+
+/* ---- readers that do not read */
+
+static int readers[MAX_READERS];
+
+static void open_readers(const struct address *source, int count)
+{
+	for (int i = 0; i < count; i++) {
+		char byte;
+
+		readers[i] = dial_and_wait(source);
+		if (recv(readers[i], &byte, 1, MSG_PEEK) != 1)
+			die("the source sent nothing: %s", strerror(errno));
+	}
+}
+
+static uint64_t broken_readers(int count)
+{
+	uint64_t broken = 0;
+
+	for (int i = 0; i < count; i++) {
+		struct pollfd poked = { .fd = readers[i] };
+
+		broken += poll(&poked, 1, 0) > 0;  /* an error or a hang-up: nothing else is asked for */
+	}
+	return broken;
+}
+
+/* ---- the report */
+
+static void begin_report(const struct options *options, struct window window, uint64_t used_ns)
+{
+	printf("{\"kind\": \"%s\", \"start_ns\": %llu, \"end_ns\": %llu, \"cpu_ns\": %llu", options->kind,
+	       (unsigned long long)window.start, (unsigned long long)window.end, (unsigned long long)used_ns);
+}
+
+static void report_count(const char *name, uint64_t count)
+{
+	printf(", \"%s\": %llu", name, (unsigned long long)count);
+}
+
+static void report_histogram(const char *name, const struct histogram *histogram)
+{
+	printf(", \"%s\": {\"sum_ns\": %llu, \"max_ns\": %llu, \"counts\": ", name,
+	       (unsigned long long)histogram->sum_ns, (unsigned long long)histogram->max_ns);
+	write_histogram(histogram);
+	putchar('}');
+}
+
+static void report_requests(const struct options *options, struct window window, const struct findings *findings)
+{
+	const char *between = "";
+
+	if (!findings->latency.count) {
+		for (int i = 0; i < MAX_REASONS && findings->reasons[i].count; i++)
+			fprintf(stderr, "%llu times: %s\n", (unsigned long long)findings->reasons[i].count,
+				findings->reasons[i].text);
+		die("no request was answered");
+	}
+	begin_report(options, window, findings->cpu_ns);
+	report_count("scheduled", findings->scheduled);
+	report_count("answered", findings->answered);
+	report_count("waited", findings->waited);
+	report_count("behind_ns", findings->behind_ns);
+	report_count("broken", findings->broken);
+	printf(", \"errors\": {");
+	for (int i = 0; i < MAX_REASONS && findings->reasons[i].count; i++) {
+		printf("%s\"%s\": %llu", between, findings->reasons[i].text,
+		       (unsigned long long)findings->reasons[i].count);
+		between = ", ";
+	}
+	putchar('}');
+	report_histogram("latency", &findings->latency);
+	report_histogram("lateness", &findings->lateness);
+}
+
+/* ---- the loads */
+
+static void load_requests(const struct options *options)
+{
+	static struct findings findings;
+	static char question[4096];
+	int is_http = strncmp(options->kind, "http-", 5) == 0, is_connects = strcmp(options->kind, "connects") == 0;
+	int is_open = !is_connects && !strstr(options->kind, "closed");
+	struct requests requests = {
+		.target = address_of(options->address, options->port),
+		.connections = options->connections,
+		.size = is_http ? 0 : is_connects ? 1 : options->size,
+		.question = question,
+		.fresh = is_connects,
+		.rate = is_open ? options->rate : 0,
+		.poisson = options->poisson,
+		.seed = options->seed,
+	};
+	struct address sink, source;
+	struct beside beside = { 0 };
+	struct bulk_result streamed = { 0 };
+	struct window window;
+
+	want(options->connections, "--connections");
+	want(is_http || requests.size, "--size");
+	want(!is_open || options->rate > 0, "--rate");
+	if (snprintf(question, sizeof(question), "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", options->path, options->host) >=
+	    (int)sizeof(question))
+		die("a path and host of 4 KB");
+	if (options->streams) {
+		sink = address_of(options->address, options->port + SINK_PORT);
+		beside = fork_bulk(&sink, options->streams);
+	}
+	if (options->readers) {
+		source = address_of(options->address, options->port + SOURCE_PORT);
+		open_readers(&source, options->readers);
+	}
+	prepare(&requests);
+	say_ready();
+	window = window_of(options->seconds);
+	if (options->streams)
+		start_bulk(beside, window);
+	run_requests(window, &findings);
+	if (options->streams)
+		streamed = await_bulk(beside);
+	findings.broken += broken_readers(options->readers);
+	report_requests(options, window, &findings);
+	report_count("bytes", streamed.bytes);
+	puts("}");
+}
+
+static void load_bulk(const struct options *options)
+{
+	struct address sink = address_of(options->address, options->port + SINK_PORT);
+	struct window window = window_of(options->seconds);
+	struct bulk_result result;
+
+	want(options->streams, "--streams");
+	say_ready();
+	result = bulk(&sink, options->streams, window);
+	begin_report(options, window, result.cpu_ns);
+	report_count("bytes", result.bytes);
+	puts("}");
+}
+
+static void hold_idle(const struct options *options)
+{
+	struct requests requests = {
+		.target = address_of(options->address, options->port),
+		.connections = options->connections,
+		.size = 1,
+	};
+	struct window window;
+
+	want(options->connections, "--connections");
+	prepare(&requests);
+	say_ready();
+	window = window_of(options->seconds);
+	while (now_ns() < window.end)
+		poll(NULL, 0, (int)((window.end - now_ns()) / 1000000) + 1);
+	prove_again();
+	begin_report(options, window, 0);
+	report_count("held", (uint64_t)options->connections);
+	puts("}");
+}
+
+static int is_requests(const char *kind)
+{
+	static const char *const KINDS[] = { "closed", "open", "http-closed", "http-open", "connects", "beside-bulk",
+					     "slow-readers" };
+
+	for (size_t i = 0; i < sizeof(KINDS) / sizeof(*KINDS); i++)
+		if (strcmp(kind, KINDS[i]) == 0)
+			return 1;
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	struct options options = read_options(argc, argv);
+	struct rlimit files = { MAX_FD, MAX_FD };
+
+	fill_pattern();
+	signal(SIGPIPE, SIG_IGN);
+	if (setrlimit(RLIMIT_NOFILE, &files) != 0 && getrlimit(RLIMIT_NOFILE, &files) == 0) {
+		files.rlim_cur = files.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &files);
+	}
+	/* Sleeps end when they should: by default the kernel may add 50 us to each. */
+	prctl(PR_SET_TIMERSLACK, 1);
+	if (strcmp(options.kind, "serve") == 0)
+		serve(options.address, options.port, options.stall);
+	else if (strcmp(options.kind, "bulk") == 0)
+		load_bulk(&options);
+	else if (strcmp(options.kind, "idle") == 0)
+		hold_idle(&options);
+	else if (is_requests(options.kind))
+		load_requests(&options);
+	else
+		die("unknown load %s", options.kind);
+	return 0;
+}
