@@ -25,6 +25,7 @@ from tests.support.hand_tunnel import HandTunnel
 
 _CALLERS, _TURNS = 50, 60
 _FLIPS = 20
+_KEPT_FLIPS = 6
 _PER_S = 50
 _ONLY_CALLERS = """\
 apiVersion: security.istio.io/v1
@@ -34,6 +35,15 @@ spec:
   selector: {matchLabels: {app: reviews}}
   action: ALLOW
   rules: [{from: [{source: {principals: ["lab.test/ns/default/sa/caller-*"]}}]}]
+"""
+_NO_DELETE = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-delete, namespace: default}
+spec:
+  targetRefs: [{kind: Service, name: reviews}]
+  action: DENY
+  rules: [{to: [{operation: {methods: [DELETE]}}]}]
 """
 # Everybody may call: what is under test here is the way, not policy.
 _OPEN = shop.RESOURCES.split("---\napiVersion: security")[0]
@@ -90,6 +100,52 @@ def test_flips_under_load_fail_no_request_and_leave_none_on_the_wrong_way(
     assert looked_at > _FLIPS / 2
     took = sorted(seconds for _, seconds, _ in phases[::2])
     record_property("label_to_settled_s", {"p50": statistics.median(took), "longest": took[-1]})
+
+
+def test_flips_fail_no_request_on_kept_connections_and_new_ones_go_the_right_way(mesh: Bound) -> None:
+    """Kept connections may go the way of before: what was opened directly stays; the waypoint sends its own away."""
+    mesh.flip(bound=False)
+    web = mesh.shop.web
+    through = f"URI={web.identity}"
+    web.job(job="kept-alive", host=REVIEWS[0], port=REVIEWS[1], connections=16, pause_s=0.005, turns=20)
+    phases: list[tuple[float, float, str]] = []
+    for flip in range(_KEPT_FLIPS):
+        mesh.flip(bound=flip % 2 == 0)
+        since = time.monotonic()
+        time.sleep(0.5)
+        phases.append((since, time.monotonic(), through if flip % 2 == 0 else ""))
+    requests = web.job(job="kept-alive-end")["requests"]
+    assert not [failure for *_, failure, _ in requests if failure]
+    kept = {opened for _, _, _, _, opened in requests}
+    assert len(requests) > 10 * len(kept), "connections were kept"
+    for since, until, caller in phases:
+        told = {said for _, ended, said, _, opened in requests if since < opened and ended < until}
+        assert told == {caller}
+
+
+def test_a_kept_connection_from_before_the_flip_ends_when_a_policy_is_missed_on_it(mesh: Bound) -> None:
+    mesh.flip(bound=False)
+    web = mesh.shop.web
+    # It pauses for longer than the moment in which a connection may be ended.
+    web.job(job="kept-alive", host=REVIEWS[0], port=REVIEWS[1], connections=2, pause_s=2.5, turns=1000)
+    time.sleep(1)
+    mesh.flip(bound=True)
+    flipped = time.monotonic()
+    time.sleep(6)
+    mesh.control.apply(_NO_DELETE)
+    try:
+        guarded = time.monotonic()
+        time.sleep(8)
+        requests = web.job(job="kept-alive-end")["requests"]
+    finally:
+        mesh.control.meshctl("delete", "policy", "no-delete")
+    assert not [failure for *_, failure, _ in requests if failure]
+    before = [(said, opened) for began, _, said, _, opened in requests if flipped < began < guarded]
+    assert before
+    assert all(said == "" and opened < flipped for said, opened in before), "without a policy it stays"
+    last = [(said, opened) for began, _, said, _, opened in requests if began > guarded + 5]
+    assert last
+    assert all(said == f"URI={web.identity}" and opened > guarded for said, opened in last)
 
 
 def test_every_request_arrives_with_its_own_caller(mesh: Bound) -> None:

@@ -11,6 +11,8 @@ Standard library only; copied to run. It knows nothing of the mesh: ordinary soc
     {"job": "traffic-told", "end": …}                                  -> {"requests", "failed", …}, see Traffic
     {"job": "open-loop", "host": …, "port": …, "per_s": …}             -> {"began"}; goes on beside other jobs
     {"job": "open-loop-end"}                                           -> {"requests": [...]}, see OpenLoop
+    {"job": "kept-alive", "host", "port", "connections", "pause_s", "turns"} -> {"began"}; goes on beside other jobs
+    {"job": "kept-alive-end"}                                          -> {"requests": [...]}, see KeptAlive
 A job that fails answers {"error": name of the exception, "errno": …, "text": …}.
 """
 
@@ -258,8 +260,69 @@ class OpenLoop:
         self._requests.append((began, time.monotonic(), caller, failure))
 
 
+class KeptAlive:
+    """HTTP requests one after the other on connections that are kept, and made anew when the server has ended them, as
+    it may between two requests, or after some requests. None is sent twice.
+    """
+
+    def __init__(self, host: str, port: int, connections: int, pause_s: float, turns: int) -> None:
+        self._target = (host, port)
+        self._pause_s = pause_s
+        self._turns = turns
+        self._ended = threading.Event()
+        self._requests: list[tuple[float, float, str, str, float]] = []
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(connections)), daemon=True)
+        self._thread.start()
+
+    def end(self) -> dict[str, Any]:
+        """As of `OpenLoop`; and when its connection was opened."""
+        self._ended.set()
+        self._thread.join(2 * _TIMEOUT_S)
+        return {"requests": self._requests}
+
+    async def _run(self, connections: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(connections):
+                group.create_task(self._keep(self._turns + number))
+
+    async def _keep(self, turns: int) -> None:
+        while not self._ended.is_set():
+            began = opened = time.monotonic()
+            try:
+                async with asyncio.timeout(_TIMEOUT_S):
+                    reader, writer = await asyncio.open_connection(*self._target)
+                try:
+                    for _ in range(turns):
+                        if self._ended.is_set() or reader.at_eof() or reader.exception() is not None:
+                            break
+                        began = time.monotonic()
+                        async with asyncio.timeout(_TIMEOUT_S):
+                            caller, last = await self._ask(reader, writer)
+                        self._requests.append((began, time.monotonic(), caller, "", opened))
+                        if last:
+                            break
+                        await asyncio.sleep(self._pause_s)
+                finally:
+                    writer.close()
+            except (OSError, ValueError, EOFError) as error:
+                self._requests.append((began, time.monotonic(), "", f"{type(error).__name__}: {error}", opened))
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[str, bool]:
+        """The caller that the application was told of, and whether the server ends the connection."""
+        writer.write(_GET)
+        received = bytearray()
+        while not _is_whole(received):
+            more = await reader.read(4096)
+            if not more:
+                raise ConnectionError(f"the connection ended after {len(received)} bytes")
+            received += more
+        head, _, body = received.partition(b"\r\n\r\n")
+        return json.loads(body)["caller"], b"\r\nconnection: close" in head.lower()
+
+
 _running: list[Traffic] = []
 _open_loops: list[OpenLoop] = []
+_kept_alive: list[KeptAlive] = []
 
 
 def begin_traffic(http: list[Any], redis: list[Any]) -> dict[str, Any]:
@@ -288,6 +351,17 @@ def end_open_loop() -> dict[str, Any]:
     return _open_loops.pop().end()
 
 
+def begin_kept_alive(host: str, port: int, connections: int, pause_s: float, turns: int) -> dict[str, Any]:
+    """Start requests on kept connections beside the jobs, so many at least on each."""
+    _kept_alive.append(KeptAlive(host, port, connections, pause_s, turns))
+    return {"began": True}
+
+
+def end_kept_alive() -> dict[str, Any]:
+    """End those that were started last."""
+    return _kept_alive.pop().end()
+
+
 def _since_us(began: float) -> float:
     return round((time.perf_counter() - began) * 1e6, 1)
 
@@ -302,6 +376,8 @@ _JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "traffic-told": tell_traffic,
     "open-loop": begin_open_loop,
     "open-loop-end": end_open_loop,
+    "kept-alive": begin_kept_alive,
+    "kept-alive-end": end_kept_alive,
 }
 
 
