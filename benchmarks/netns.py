@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from benchmarks.lab import congestion
+
 _CLONE_NEWNET = 0x40000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-# The host's default (a paced one, say) would colour results. A namespace may choose what the host allows;
-# on a wire that loses nothing reno behaves as cubic does.
-_CONGESTION_CONTROLS = ("cubic", "reno")
 _SYSCTLS = {
     # Thousands of short connections a second from one address: reuse the ports that are in TIME_WAIT.
     "net/ipv4/tcp_tw_reuse": "1",
@@ -35,17 +34,6 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)} (a private network namespace needs root)")
 
 
-def _choose_congestion_control() -> str:
-    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-    for name in _CONGESTION_CONTROLS:
-        try:
-            setting.write_text(name)
-        except OSError:
-            continue
-        return name
-    return setting.read_text().strip()
-
-
 def _family(address: tuple[str, int]) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
@@ -55,7 +43,6 @@ class Namespace:
 
     def __init__(self) -> None:
         self.fd = -1
-        self.congestion_control = ""
         failure: list[OSError] = []
 
         def make() -> None:
@@ -65,7 +52,6 @@ class Namespace:
                 self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
                 for name, value in _SYSCTLS.items():
                     Path("/proc/sys", name).write_text(value)
-                self.congestion_control = _choose_congestion_control()
             except OSError as error:
                 failure.append(error)
 
@@ -182,6 +168,9 @@ def joined(left: str, right: str) -> Iterator[tuple[Namespace, Namespace]]:
                 nodad = ["nodad"] if ":" in address else []
                 namespace.ip("address", "add", address, "dev", "wire", *nodad)
                 namespace.ip("link", "set", "wire", "up")
+            for namespace in (first, second):
+                with namespace.entered():
+                    congestion.use_cubic()
             yield first, second
         finally:
             second.close()

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from benchmarks.lab import remains, sources
+from benchmarks.lab import congestion, remains, sources
 from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.remains import LabNames, Owner
 from benchmarks.lab.sources import TRUST_DOMAIN, Files, LabError, Source
@@ -88,6 +88,7 @@ class Workload:
         self.data = lab.directory / "data" / name
         self.log = lab.directory / f"{name}.proxy.log"
         self._launcher_log = lab.directory / f"{name}.exec.log"
+        self._uses_cubic = False
         self.launcher: subprocess.Popen[bytes] | None = None
 
     @property
@@ -109,6 +110,7 @@ class Workload:
         """Start `uproxy exec` on the host; return at once."""
         self.data.mkdir(parents=True, exist_ok=True)
         shutil.chown(self.data, APP_USER)
+        self._uses_cubic = False
         pipe = subprocess.PIPE if self.app.talks else subprocess.DEVNULL
         with open(self._launcher_log, "ab") as log:
             self.launcher = self.host.spawn(
@@ -126,6 +128,11 @@ class Workload:
             for directory in (self.box.proxy_cgroup, self.box.app_cgroup):
                 if not set(children) & set((directory / "cgroup.procs").read_text().split()):
                     return False
+            if not self._uses_cubic:
+                # The launcher made the namespace; nothing has been dialled from it yet.
+                with self.entered():
+                    congestion.use_cubic()
+                self._uses_cubic = True
             return all(self._accepts(port) for port in self.app.ports.values())
         except OSError:
             return False
@@ -243,6 +250,8 @@ class Host:
         box = Sandbox.below(self.cgroup_root, self.lab.names.cgroup.parent, name, [address])
         with self.entered():
             sandbox.build(box)
+        with entered(box.netns_path):
+            congestion.use_cubic()
         return box
 
     @contextmanager
@@ -363,7 +372,6 @@ class Lab:
             sandbox.write_sysctls({"net/ipv4/ip_forward": "1"})
             if sandbox.has_ipv6():
                 sandbox.write_sysctls({"net/ipv6/conf/all/forwarding": "1"})
-            _choose_congestion_control()
         self.hosts.append(made)
         return made
 
@@ -432,17 +440,6 @@ class Lab:
         return self.source.logs() + "".join(
             [host.logs() for host in self.hosts] + [workload.logs() for workload in self.workloads()]
         )
-
-
-def _choose_congestion_control() -> None:
-    """Cubic, so that the machine's default does not colour results; workloads inherit it from their host.
-
-    A namespace may choose only what the machine allows; reno behaves alike where nothing is lost.
-    """
-    for name in ("cubic", "reno"):
-        with suppress(PermissionError):
-            sandbox.write_sysctls({"net/ipv4/tcp_congestion_control": name})
-            return
 
 
 def _underlay_address(index: int) -> str:
