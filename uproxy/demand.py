@@ -120,6 +120,13 @@ class Demand:
         self._want_service(service_key, self._dialled, MAX_SERVICES)
         await self._until(_Service(service_key), deadline)
 
+    async def followed(self, service_key: str) -> None:
+        """Return when a service is known, or known not to be there, to which what is known leads: nothing is asked for.
+
+        Raises RefusedError.
+        """
+        await self._until(_Service(service_key), monotonic() + PATIENCE_S)
+
     async def served(self, service_key: str) -> None:
         """As `service`, for one that a caller dialled and this workload may serve."""
         deadline = monotonic() + PATIENCE_S

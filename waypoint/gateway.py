@@ -99,7 +99,8 @@ class RefusalError(Exception):
 class _Course:
     """How far a request has come, so that a deadline or its caller's going away can end it wherever it waits."""
 
-    claim: Waiter[HttpConnection] | None = None
+    claim: Waiter[HttpConnection] | Waiter[None] | None = None
+    """What it waits for before it has a connection."""
     connection: HttpConnection | None = None
     writer: RequestWriter | None = None
     """Of the request on that connection."""
@@ -127,6 +128,9 @@ class Directory(Protocol):
 
     async def destination(self, address: IpAddress) -> None:
         """Return when everything about an address is known, also that nobody lives there. Raises RefusedError."""
+
+    async def followed(self, service_key: str) -> None:
+        """Return when a service to which a route leads is known, also that there is none. Raises RefusedError."""
 
     async def introduce(self, caller: IpAddress, service_key: str) -> None:
         """Ask who calls; telemetry only."""
@@ -242,7 +246,7 @@ class Gateway:
             exchange.path, exchange.authority = request.target, request.host
             self._authorise(rules, caller, destination, request)
             rule = self._route(rules, destination, request, course)
-            backend, hops = self._pick(rule, destination, exchange)
+            backend, hops = await self._pick(rule, destination, course, exchange)
             onward = _onward(head, request, rule, backend, caller, exchange.request_id)
             response = await self._forward(client, onward, caller, hops, course, exchange)
             return await self._relay(client, head, rule, backend, destination, response, course, exchange)
@@ -304,8 +308,8 @@ class Gateway:
         expired = RefusalError(504, "timeout", f"no whole response within {timeout_ms} ms", flag=flags.TIMED_OUT)
         course.timer = self._plane.call_later(timeout_ms / 1000, lambda: course.stop(expired))
 
-    def _pick(
-        self, rule: RouteRule | None, destination: Destination, exchange: Exchange
+    async def _pick(
+        self, rule: RouteRule | None, destination: Destination, course: _Course, exchange: Exchange
     ) -> tuple[Backend | None, tuple[Hop, ...]]:
         """Where a request may go, best first. Raises RefusalError when nobody is there."""
         if rule is None:
@@ -317,9 +321,30 @@ class Gateway:
             raise RefusalError(500, "no-backend", "the route that matches has no backend", flag=flags.NO_ROUTE)
         exchange.backend_service = backend.service
         try:
+            try:
+                return backend, self._destinations.backends(backend.service, backend.port)
+            except RefusedError:
+                if self._directory is None:
+                    raise
+            # A route comes as soon as it is there, and what it leads to is asked for then.
+            await self._follow(self._directory, backend.service, course)
             return backend, self._destinations.backends(backend.service, backend.port)
         except RefusedError as error:
+            if error.reason == "shutting-down":
+                raise
             raise RefusalError(503, error.reason, error.detail, flag=flags.NO_BACKEND) from None
+
+    async def _follow(self, directory: Directory, service_key: str, course: _Course) -> None:
+        """Wait for what a route leads to. Raises RefusedError when it does not come in time, RefusalError."""
+        claim: Waiter[None] = Waiter(self._plane)
+        course.claim = claim
+        self._plane.spawn(_followed(directory, service_key, claim))
+        try:
+            await claim
+        except ConnectionResetError as error:
+            raise _broken(course, error) from None
+        finally:
+            course.claim = None
 
     async def _forward(
         self,
@@ -677,6 +702,15 @@ class Gateway:
 async def _introduced(directory: Directory, caller: IpAddress) -> None:
     with contextlib.suppress(RefusedError):  # this proxy shuts down
         await directory.introduce(caller, "")
+
+
+async def _followed(directory: Directory, service_key: str, claim: Waiter[None]) -> None:
+    try:
+        await directory.followed(service_key)
+    except RefusedError as error:
+        claim.fail(error)
+    else:
+        claim.set(None)
 
 
 def _judged(head: RequestHead) -> Request:

@@ -2,8 +2,8 @@
 
 `python -m waypoint.worker FD PARENT` is started by `workers`, never by people. FD is this end of the socket pair,
 PARENT the first process, with whose life this one ends. In come, by `channel`: `start` (once, what this waypoint is),
-`apply` (a batch), `listen`, `metrics`, `answer` (to `destination`), `level`; out go `applied`, `listening`, `metrics`,
-`destination` and `introduce`.
+`apply` (a batch), `listen`, `metrics`, `answer` (to `destination` and `followed`), `level`; out go `applied`,
+`listening`, `metrics`, `destination`, `followed` and `introduce`.
 """
 
 from __future__ import annotations
@@ -196,14 +196,22 @@ class _Worker:
 
     async def destination(self, address: IpAddress) -> None:
         """Return when everything about an address is known, here as in the first process. Raises RefusedError."""
+        await self._ask("destination", address, f"who lives at {address}")
+
+    async def followed(self, service_key: str) -> None:
+        """Likewise for a service to which a route leads."""
+        await self._ask("followed", service_key, f"the configuration of service {service_key}")
+
+    async def _ask(self, what: str, about: str, described: str) -> None:
+        """Raises RefusedError."""
         self._questions += 1
         question, waiter = self._questions, Waiter[None](self._plane)
         self._asked[question] = waiter
         try:
-            self._send("destination", question, address)
+            self._send(what, question, about)
             await self._plane.wait(waiter, _PATIENCE_S)
         except TimeoutError:
-            detail = f"who lives at {address} did not come from the first process within {_PATIENCE_S:g} s"
+            detail = f"{described} did not come from the first process within {_PATIENCE_S:g} s"
             raise RefusedError("no-config", detail, flag=Flag.NO_CONFIG) from None
         finally:
             del self._asked[question]

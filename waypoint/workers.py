@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from control.api import messages
 from control.api.address import IpAddress, parse_address
@@ -212,7 +212,10 @@ class Workers:
                 worker.metrics = text
                 self._scraped_one(question, worker)
             case ["destination", int(question), str(address)]:
-                self._plane.spawn(self._look_up(worker.channel, question, parse_address(address)))
+                dialled = parse_address(address)
+                self._plane.spawn(self._look_up(worker.channel, question, lambda known: known.destination(dialled)))
+            case ["followed", int(question), str(service_key)]:
+                self._plane.spawn(self._look_up(worker.channel, question, lambda known: known.followed(service_key)))
             case ["introduce", str(address)]:
                 self._plane.spawn(self._introduce(parse_address(address)))
             case _:
@@ -286,11 +289,13 @@ class Workers:
 
     # -- what workers ask
 
-    async def _look_up(self, channel: Channel | None, question: int, address: IpAddress) -> None:
+    async def _look_up(
+        self, channel: Channel | None, question: int, ask: Callable[[Directory], Coroutine[Any, Any, None]]
+    ) -> None:
         reason = detail = ""
         try:
             if self._directory is not None:
-                await self._directory.destination(address)
+                await ask(self._directory)
         except RefusedError as error:
             reason, detail = error.reason, error.detail
         if channel is not None:  # the configuration that is the answer went before

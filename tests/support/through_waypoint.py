@@ -85,9 +85,9 @@ class Through:
 
 @contextlib.asynccontextmanager
 async def running_waypoint(
-    directory: Path, authority: Authority, app_port: int, protocol: str
+    directory: Path, authority: Authority, app_port: int, protocol: str, known: gateway.Directory | None = None
 ) -> AsyncIterator[Through]:
-    """`protocol` is the service port's appProtocol; `app_port` as for `running_pair`."""
+    """`protocol` is the service port's appProtocol; `app_port` as for `running_pair`; `known` is the directory."""
     async with running_pair(directory, authority, app_port) as pair:
         bound = Bound(0, ("shop/wp",), (), True)
         service = Service(
@@ -109,7 +109,7 @@ async def running_waypoint(
         contexts = client_context(credentials), server_context(credentials)
         pool = Pool(pair.plane, lambda: contexts[0], (WP_ADDRESS,))
         upstream, connections, telemetry = Upstream(pair.plane, pool), Connections(), Recorder()
-        waypoint = gateway.Gateway(pair.plane, pair.state, "shop/wp", upstream, connections, telemetry)
+        waypoint = gateway.Gateway(pair.plane, pair.state, "shop/wp", upstream, connections, telemetry, known)
         server = TunnelServer(pair.plane, lambda: contexts[1], "cluster.local", waypoint.on_request, lambda *_: None)
         listeners = Listeners(pair.plane)
         listeners.listen(WP_ADDRESS, HBONE_PORT, server.serve)

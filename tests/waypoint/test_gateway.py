@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from control.api.address import parse_address
+from control.api.address import IpAddress, parse_address
 from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Source, Target
 from control.api.route import (
@@ -26,16 +26,17 @@ from control.api.route import (
     PathMatch,
     RouteRule,
 )
-from control.api.workload import Endpoint
+from control.api.workload import Endpoint, Service, ServicePort
 from control.client.state import Changes
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT
 from tests.support.through_waypoint import WP_ADDRESS, Server, Through, running_waypoint, settled
 from uproxy import plane
-from uproxy.errors import Flag
+from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
+from waypoint.gateway import Directory
 from waypoint.upstream import Caller
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
@@ -57,6 +58,7 @@ def run(
     server: Server,
     client: Callable[[Through], Awaitable[None]],
     protocol: str = "http",
+    known: Directory | None = None,
 ) -> None:
     """Serve as db's application, and run the client against the waypoint."""
 
@@ -64,7 +66,7 @@ def run(
         app = await asyncio.start_server(server, DB_ADDRESS, 0)
         port = app.sockets[0].getsockname()[1]
         try:
-            async with running_waypoint(directory, authority, port, protocol) as through, asyncio.timeout(30):
+            async with running_waypoint(directory, authority, port, protocol, known) as through, asyncio.timeout(30):
                 await client(through)
                 through.pair.plane.run(through.gateway.close_idle)
                 through.pair.plane.run(through.upstream.close)
@@ -544,6 +546,98 @@ def test_another_endpoint_is_tried_and_none_is_a_503(identities: Path, authority
         assert [e.flag for e in through.telemetry.exchanges] == ["-", "UH", "UF"]
 
     run(identities, authority, tell, client)
+
+
+class Late:
+    """A directory that is asked for what routes lead to, and answers when a test does."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answers: list[plane.Waiter[None]] = []
+        self.plane: plane.Plane | None = None
+
+    async def destination(self, address: IpAddress) -> None: ...
+
+    async def introduce(self, caller: IpAddress, service_key: str) -> None: ...
+
+    async def followed(self, service_key: str) -> None:
+        assert self.plane is not None
+        self.asked.append(service_key)
+        self.answers.append(plane.Waiter(self.plane))
+        await self.answers[-1]
+
+    async def is_asked(self) -> plane.Waiter[None]:
+        for _ in range(200):
+            if self.answers:
+                return self.answers.pop()
+            await asyncio.sleep(0.01)
+        raise AssertionError("nobody asks")
+
+
+def to_late(**given: object) -> HTTPRoute:
+    return route(rule("/", backends=(Backend("shop/late", 80, 1, NO_MODIFIER, NO_MODIFIER),), **given))
+
+
+def test_a_request_waits_for_the_backend_that_its_route_names_and_that_has_not_come_yet(
+    identities: Path, authority: Authority
+) -> None:
+    late = Late()
+
+    async def client(through: Through) -> None:
+        late.plane = through.pair.plane
+        through.pair.apply(to_late())
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        answered = await late.is_asked()
+        port = ServicePort("", 80, through.pair.app_port, "")
+        service = Service("shop", "late", (parse_address("240.240.9.8"),), (port,), {}, (DB,))
+        endpoint = Endpoint("shop/late", "shop/db", DB_ADDRESS, DB, {80: through.pair.app_port}, 1, True, {})
+        through.pair.apply(service, endpoint)
+        through.pair.plane.run(lambda: answered.set(None))
+        assert (await answer(reader))[0] == 200
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        assert late.asked == ["shop/late"], "what is there is not asked for"
+        writer.close()
+
+    run(identities, authority, tell, client, known=late)
+
+
+def test_a_backend_that_does_not_come_is_a_503_and_no_caller_waits_longer_than_it_may(
+    identities: Path, authority: Authority
+) -> None:
+    late = Late()
+
+    async def client(through: Through) -> None:
+        late.plane = through.pair.plane
+        through.pair.apply(to_late())
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        answered = await late.is_asked()
+        through.pair.plane.run(lambda: answered.fail(RefusedError("no-config", "it did not come")))
+        status, head, _ = await answer(reader)
+        assert status == 503
+        assert b"x-uproxy-reason: no-config\r\n" in head
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        answered = await late.is_asked()
+        through.pair.plane.run(lambda: answered.set(None))  # which says that there is none
+        status, head, _ = await answer(reader)
+        assert status == 503
+        assert b"x-uproxy-reason: no-endpoint\r\n" in head
+        through.pair.apply(to_late(timeout_ms=100))
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 504
+        unanswered = [await late.is_asked()]
+        through.pair.apply(to_late())
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        unanswered.append(await late.is_asked())
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        writer.transport.abort()
+        await settled_exchanges(through, 4)
+        assert [e.flag for e in through.telemetry.exchanges] == ["UH", "UH", "UT", "DC"]
+        through.pair.plane.run(lambda: [one.set(None) for one in unanswered])
+
+    run(identities, authority, tell, client, known=late)
 
 
 def test_what_the_backend_s_own_policy_refuses_is_a_403_too(identities: Path, authority: Authority) -> None:
