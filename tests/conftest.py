@@ -11,15 +11,16 @@ from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.support.examples import DEEP, FAST
 from uproxy import linux
 
 # `make fuzz` chooses "deep". No deadline: the machines that run this are shared, and a slow example is no failure.
-settings.register_profile("fast", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("deep", max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("fast", max_examples=FAST, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("deep", max_examples=DEEP, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 _PRIVILEGED = ("root", "mesh")
-_LABS = "tests/mesh/"
+_LABS = ("tests/mesh/", "tests/benchmarks/suites/")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

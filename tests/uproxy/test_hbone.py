@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.support import hbone as raw
+from tests.support.examples import examples
 from tests.support.hbone import CONNECT, OK, Pair, data_of, drain, feed, frames_of, put
 from uproxy import hbone, header_block
 from uproxy.hbone import (
@@ -481,7 +482,7 @@ class Interleaving(RuleBasedStateMachine):
 
 
 TestInterleaving = Interleaving.TestCase
-TestInterleaving.settings = settings(max_examples=settings().max_examples // 2, stateful_step_count=40)
+TestInterleaving.settings = settings(max_examples=examples(50), stateful_step_count=40)
 
 
 @given(
@@ -493,7 +494,7 @@ TestInterleaving.settings = settings(max_examples=settings().max_examples // 2, 
         max_size=12,
     )
 )
-@settings(max_examples=2 * settings().max_examples)
+@settings(max_examples=examples(200))
 def test_an_encoded_header_block_decodes_to_itself(headers):
     from hpack import Decoder
 
@@ -505,7 +506,7 @@ def test_an_encoded_header_block_decodes_to_itself(headers):
 
 
 @given(block=st.binary(max_size=80))
-@settings(max_examples=4 * settings().max_examples)
+@settings(max_examples=examples(400))
 def test_the_quick_decoder_never_disagrees_with_the_general_one(block):
     """Where the quick decoder has an answer, the general one has the same: no two readings of one block."""
     from hpack import Decoder

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import hbone as raw
+from tests.support.examples import examples
 from tests.support.hbone import (
     CLIENT_HELLO,
     CONTINUATION,
@@ -632,7 +633,7 @@ def outcome(client: bool, data: bytes, step: int | None) -> tuple[list[tuple[obj
 
 
 @given(hello=st.booleans(), client=st.booleans(), soup=st.lists(FRAMES, max_size=12), cut=st.integers(1, 30))
-@settings(max_examples=5 * settings().max_examples)
+@settings(max_examples=examples(500))
 def test_any_frames_give_the_same_whole_and_in_pieces(hello, client, soup, cut):
     data = (SERVER_HELLO if client else CLIENT_HELLO) * hello + b"".join(soup)
     whole, code, sent = outcome(client, data, None)
@@ -644,14 +645,14 @@ def test_any_frames_give_the_same_whole_and_in_pieces(hello, client, soup, cut):
 
 
 @given(client=st.booleans(), noise=st.binary(max_size=300))
-@settings(max_examples=2 * settings().max_examples)
+@settings(max_examples=examples(200))
 def test_any_bytes_give_events_or_the_one_protocol_error(client, noise):
     outcome(client, noise, None)
     outcome(client, (SERVER_HELLO if client else CLIENT_HELLO) + noise, None)
 
 
 @given(soup=st.lists(FRAMES, max_size=15))
-@settings(max_examples=2 * settings().max_examples)
+@settings(max_examples=examples(200))
 def test_a_stream_says_nothing_after_its_end(soup):
     server = connected(client=False)
     over: set[int] = set()

@@ -311,4 +311,4 @@ class WithH2(RuleBasedStateMachine):
 
 
 TestWithH2 = WithH2.TestCase
-TestWithH2.settings = settings(max_examples=settings().max_examples, stateful_step_count=30)
+TestWithH2.settings = settings(stateful_step_count=30)

@@ -10,6 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from control.api.address import parse_address
 from control.api.identity import SpiffeId
 from control.api.workload import Workload
+from tests.support.examples import examples
 from uproxy import telemetry
 from uproxy.access_log import AccessLog, Style
 from uproxy.errors import Flag
@@ -289,7 +290,6 @@ def test_the_look_up_table_is_bounded_when_workloads_are_replaced(monkeypatch):
     assert len(metrics._known) <= 20
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=40))
 def test_no_label_value_can_break_a_line(name, identity, service):
     metrics = Telemetry("1")
@@ -405,4 +405,4 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(deadline=None, max_examples=30, stateful_step_count=30)
+TestLives.settings = settings(max_examples=examples(30), stateful_step_count=30)

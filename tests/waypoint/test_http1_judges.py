@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.brokers import accepts, free_port
+from tests.support.examples import examples
 from tests.support.http1_vectors import REFUSED, TAKEN
 from waypoint.http1 import (
     Body,
@@ -338,7 +339,7 @@ def mutated(draw: st.DrawFn, messages: Sequence[bytes]) -> bytes:
 
 
 @given(mutated([*REFUSED.values(), *(10 * [*TAKEN.values()])]))
-@settings(max_examples=settings().max_examples * 3)  # most are refused
+@settings(max_examples=examples(300))  # most are refused
 def test_whatever_we_forward_is_read_as_we_read_it(data: bytes) -> None:
     found = forwarded(data)
     if found is None:
@@ -403,7 +404,7 @@ def read_by_h11(data: bytes, method: str) -> list[Response]:
 
 
 @given(mutated(RESPONSES), st.sampled_from(["GET", "HEAD"]))
-@settings(max_examples=settings().max_examples * 3)
+@settings(max_examples=examples(300))
 def test_clients_read_the_responses_that_we_read(data: bytes, method: str) -> None:
     found = relayed(data, method)
     if found is None:

@@ -21,6 +21,7 @@ from control.api.route import (
     QueryMatch,
     RouteRule,
 )
+from tests.support.examples import examples
 from waypoint.request import host_name, read_request
 from waypoint.routing import choose_backend, compile_routes, modified
 
@@ -487,7 +488,7 @@ def naive_match(asked, request):
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(some_routes(), requests, st.sampled_from([80, 81]), st.randoms(use_true_random=False))
 def test_routing_agrees_with_the_documentation(routes, request, port, rng):
     shuffled = routes[:]

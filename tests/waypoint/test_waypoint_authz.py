@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from control.api.address import parse_address, parse_block
 from control.api.identity import SpiffeId
 from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
+from tests.support.examples import examples
 from waypoint.authz import compile_policies
 from waypoint.request import host_name, read_request
 
@@ -231,13 +232,13 @@ addresses = st.sampled_from(["10.0.0.1", "10.1.0.1", "fd00::1"]).map(parse_addre
 calls = st.tuples(callers, addresses, st.just(VIP), ports, st.none() | requests)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(policies, max_size=3), calls)
 def test_decisions_agree_with_the_documentation(given_policies, call):
     assert compile_policies(given_policies).decide(*call).allowed is naive_decision(given_policies, call)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     st.sampled_from(Action),
     st.builds(Rule, operations=st.lists(one_field, min_size=1, max_size=2).map(tuple))

@@ -44,6 +44,7 @@ from control.api.topics import (
 from control.api.workload import Endpoint, Service, ServicePort, Workload, key
 from control.client.replica import ADDRESSES, Status
 from tests.support import plane
+from tests.support.examples import examples
 from tests.support.plane import NOW, ROOT_NAMESPACE, Broker, ControlPlane, Truth, namespace_of
 from tests.support.records import TRUST_DOMAIN, policies, workloads
 
@@ -649,9 +650,8 @@ def test_the_contract():
     run_state_machine_as_test(
         Contract,
         settings=settings(
-            max_examples=50,
+            max_examples=examples(50),
             stateful_step_count=50,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
     )

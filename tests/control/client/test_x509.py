@@ -18,6 +18,7 @@ from control.client.x509 import CLIENT_AUTH, MAX_LEAF_BYTES, SERVER_AUTH, Leaf, 
 from control.server.ca import Authority
 from tests.support.certificates import BOTH_PURPOSES, WEB, forge, usage
 from tests.support.certificates import der_value as tlv
+from tests.support.examples import examples
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 GOOD = forge(None, key=KEY)
@@ -157,7 +158,7 @@ def test_reads_what_cryptography_wrote(der):
 
 
 @given(damaged())
-@settings(max_examples=4 * settings().max_examples)
+@settings(max_examples=examples(400))
 def test_damaged_der_is_refused_or_read_as_cryptography_reads_it(der):
     try:
         leaf = read_leaf(der)

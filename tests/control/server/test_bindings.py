@@ -35,6 +35,7 @@ from control.server.bindings import (
     step,
     waits_for,
 )
+from tests.support.examples import examples
 
 WEB = ("Service", "shop/web")
 WP, OTHER = "shop/wp", "infra/other"
@@ -274,7 +275,7 @@ class Flips(RuleBasedStateMachine):
 
 
 def test_no_history_of_labels_reports_and_restarts_refuses_anybody():
-    run_state_machine_as_test(Flips, settings=settings(max_examples=300, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(Flips, settings=settings(max_examples=examples(300), stateful_step_count=30))
 
 
 # -- one by one

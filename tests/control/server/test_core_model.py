@@ -34,6 +34,7 @@ from control.server.registry import Held
 from control.server.signing import ConfigKey
 from control.server.store import Store
 from tests.support.desired import endpoints, namespace, policy, service, together, workload
+from tests.support.examples import examples
 from tests.support.follower import Follower
 from tests.support.oracle import Oracle, build
 from tests.support.published import Shelf
@@ -263,6 +264,6 @@ def test_any_history_ends_in_the_desired_state(histories):
     run_state_machine_as_test(
         Histories,
         settings=settings(
-            max_examples=histories, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=examples(histories), stateful_step_count=30, suppress_health_check=list(HealthCheck)
         ),
     )

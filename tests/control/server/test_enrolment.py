@@ -22,6 +22,7 @@ from control.server.ca import Authority
 from control.server.enrolment import Enrolment, EnrolmentError, Member
 from control.server.store import Store, StoreError
 from tests.support.certificates import DB, WEB, forge
+from tests.support.examples import examples
 
 URL = "https://control.test:15012"
 MEMBER = Member(WEB, "web-1", ("10.97.0.1",))
@@ -476,4 +477,4 @@ class Tokens(RuleBasedStateMachine):
 
 
 TestTokens = Tokens.TestCase
-TestTokens.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+TestTokens.settings = settings(max_examples=examples(20), stateful_step_count=20)

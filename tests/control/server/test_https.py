@@ -25,6 +25,7 @@ from control.server.https import SOURCE_BURST, SOURCE_RATE_PER_S, Arrivals
 from control.server.signing import ConfigKey
 from tests.support.certificate_server import certificate_server, control_plane
 from tests.support.certificates import DB, WEB, forge, identity_dir
+from tests.support.examples import examples
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_a_malformed_request_is_refused_in_json(ask, body):
     assert json.loads(content).keys() == {"error"}
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     body=st.one_of(
         st.binary(max_size=300),
