@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,12 +119,25 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path) -> Iterator[Host]:
-    made = Host(capture.unique_name(), tmp_path)
+def make_host() -> Iterator[Callable[[Path], Host]]:
+    """Makes hosts whose files are in a directory; what they pinned goes with the test."""
+    made: list[Host] = []
+
+    def make(directory: Path) -> Host:
+        made.append(Host(capture.unique_name(), directory))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.pins.exists():
+            bpffs.remove(one.pins)
+
+
+@pytest.fixture
+def host(make_host, tmp_path) -> Host:
+    made = make_host(tmp_path)
     made.config.write_text(CONFIG)
-    yield made
-    if made.pins.exists():
-        bpffs.remove(made.pins)
+    return made
 
 
 def register(host: Host, site: capture.Site, **changes) -> None:
@@ -394,28 +407,22 @@ def test_a_request_with_too_few_descriptors_or_unknown_fields_is_refused(host):
         assert host.client.status()["whole"]
 
 
-def test_two_agents_of_one_name_or_one_directory_are_refused(host, tmp_path):
-    second = Host(capture.unique_name(), tmp_path)
-    try:
-        with host.agent():
-            assert "another `uproxy node` of this name is running" in host.fails()
-            assert "another node agent listens there" in second.fails()
-            assert host.client.status()["whole"]
-    finally:
-        second.remove()
+def test_two_agents_of_one_name_or_one_directory_are_refused(host, make_host, tmp_path):
+    second = make_host(tmp_path)
+    with host.agent():
+        assert "another `uproxy node` of this name is running" in host.fails()
+        assert "another node agent listens there" in second.fails()
+        assert host.client.status()["whole"]
 
 
-def test_two_agents_of_different_names_do_not_meet(host, site, tmp_path):
+def test_two_agents_of_different_names_do_not_meet(host, make_host, site, tmp_path):
     (tmp_path / "second").mkdir()
-    second = Host(capture.unique_name(), tmp_path / "second")
+    second = make_host(tmp_path / "second")
     second.config.write_text(CONFIG.replace(VIP_V4, UNKNOWN_V4))
-    try:
-        with host.agent(), second.agent():
-            register(host, site)
-            assert second.client.status()["workloads"] == []
-            assert_enforced(site)
-    finally:
-        second.remove()
+    with host.agent(), second.agent():
+        register(host, site)
+        assert second.client.status()["workloads"] == []
+        assert_enforced(site)
 
 
 def test_a_pin_directory_that_others_may_write_is_refused(host):
@@ -540,8 +547,8 @@ def test_a_node_that_has_joined_starts_from_disk_and_without_a_disk_opens_nothin
         process.communicate()
 
 
-def test_a_node_has_its_own_identity_and_no_other(host, joined, tmp_path):
-    other = Host(capture.unique_name(), tmp_path)
+def test_a_node_has_its_own_identity_and_no_other(host, make_host, joined, tmp_path):
+    other = make_host(tmp_path)
     assert f"node {other.name} must be spiffe://cluster.local/ns/mesh-system/sa/node-{other.name}" in other.fails(
         *other.joined_arguments()
     )
