@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+from control.server.metrics import Durations, Values, render
 from uproxy.access_log import AccessLog, Style
 from uproxy.errors import Flag
 from uproxy.telemetry import Connection, Peer, Telemetry
@@ -68,6 +69,14 @@ def rendered() -> str:
 def test_every_metric_is_documented_and_every_documented_one_exists():
     code = dict(re.findall(r"^# TYPE (istio_\S+) (\S+)$", rendered(), re.MULTILINE)) | registered()
     rows = table(METRICS, "## Connections") + table(METRICS, "## The proxy itself")
+    assert {name: kind for name, kind, _ in rows} == code
+    assert len(rows) == len(code)
+
+
+def test_the_control_planes_metrics_are_documented():
+    values = Values({}, Durations(), 0, 0, {}, False, False, 0, 0, 0, 0, {}, {}, 0)
+    code = dict(re.findall(r"^# TYPE (\S+) (\S+)$", render(values).decode(), re.MULTILINE))
+    rows = table(METRICS, "## The control plane")
     assert {name: kind for name, kind, _ in rows} == code
     assert len(rows) == len(code)
 

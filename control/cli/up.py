@@ -20,6 +20,7 @@ from control.client.membership import BROKER_SCHEME, MembershipError, host_and_p
 from control.server.brokers import BROKER_PORT
 from control.server.ca import DEFAULT_TTL_S, PASSPHRASE_FILE, ROOT_FILE, Authority, CaError
 from control.server.enrolment import CERTIFICATES_PORT
+from control.server.metrics import METRICS_PORT
 
 if TYPE_CHECKING:
     from control.server.serve import Running
@@ -129,6 +130,13 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
         help=f"of certificates over HTTPS; default: {CERTIFICATES_PORT}",
     )
     parser.add_argument(
+        "--metrics-port",
+        type=_metrics_port,
+        default=METRICS_PORT,
+        metavar="PORT",
+        help=f"of Prometheus metrics over HTTP; 0: none; default: {METRICS_PORT}",
+    )
+    parser.add_argument(
         "--certificate-ttl",
         type=duration_s,
         default=DEFAULT_TTL_S,
@@ -185,6 +193,7 @@ def _run(
         brokers=brokers,
         broker_pid_file=broker_pid_file,
         certificate_ttl_s=arguments.certificate_ttl,
+        metrics_port=arguments.metrics_port,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
@@ -240,6 +249,10 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
     return int(text)
+
+
+def _metrics_port(text: str) -> int:
+    return 0 if text == "0" else _port(text)
 
 
 def _address(text: str) -> str:

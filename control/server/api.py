@@ -23,6 +23,8 @@ import os
 import secrets
 import socket
 import struct
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -53,6 +55,7 @@ from control.server import documents, proxies
 from control.server.core import Core
 from control.server.enrolment import TOKEN_TTL_S, Enrolment, EnrolmentError
 from control.server.members import Members
+from control.server.metrics import Durations
 from control.server.proxies import Row
 from control.server.registry import Action, ChangeSet, Held, Loose, NotFound, named_place
 from control.server.store import Store, StoreError
@@ -131,6 +134,10 @@ class Api:
         self._on_identities = on_identities
         self._admit = admit
         self._clock = clock
+        self.answered: Counter[tuple[str, int]] = Counter()
+        """(path, status) -> how many requests; a path that there is not is `other`."""
+        self.changes = Durations()
+        """Of changes that were made, and of dry runs."""
         changes, tokens, questions = asyncio.Lock(), asyncio.Lock(), asyncio.Semaphore(_MOST_QUESTIONS)
         self._routes: Mapping[tuple[str, str], tuple[Callable[[Json], Json], asyncio.Lock | asyncio.Semaphore]] = {
             ("POST", "/v1/apply"): (self._apply, changes),
@@ -157,6 +164,12 @@ class Api:
             await runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.Response:
+        response = await self._response(request)
+        known = (request.method, request.path) in self._routes
+        self.answered[request.path if known else "other", response.status] += 1
+        return response
+
+    async def _response(self, request: web.Request) -> web.Response:
         try:
             route = self._routes.get((request.method, request.path))
             if route is None:
@@ -165,7 +178,10 @@ class Api:
             body = await request.read() if request.method == "POST" else b""
             asker = _asker(request)
             async with turn:
+                began = time.monotonic()
                 content = await asyncio.to_thread(_answered, answer, body, dict(request.query), asker)
+                if request.method == "POST" and request.path != "/v1/tokens":
+                    self.changes.add(time.monotonic() - began)
         except web.HTTPRequestEntityTooLarge:
             return _refusal(413, f"more than {MAX_BODY_BYTES} bytes; apply in parts")
         except (RequestError, EnrolmentError) as error:
@@ -352,13 +368,8 @@ class Api:
     def _status(self, query: Json) -> Json:
         _finish(query)
         now = self._clock()
-        reports = {
-            topic: (report.status, report.received_at)
-            for text, report in self._core.proxies().items()
-            if isinstance(topic := parse_topic(self._trust_domain, text), StatusTopic)
-        }
-        rows = proxies.rows(reports, self._core.roots(), self._declared(), now)
-        broker, problems = self._broker(), (*self._core.problems(), *self._passed_by(now))
+        rows = self.proxies()
+        broker, problems = self._broker(), self.problems()
         return {
             "ok": broker.connected and broker.published and proxies.all_well(rows),
             "trust_domain": self._trust_domain,
@@ -369,10 +380,24 @@ class Api:
             "proxies": [_proxy(row, now) for row in rows],
         }
 
-    def _passed_by(self, now: float) -> list[str]:
+    def proxies(self) -> list[Row]:
+        """What is to be said of every proxy."""
+        reports = {
+            topic: (report.status, report.received_at)
+            for text, report in self._core.proxies().items()
+            if isinstance(topic := parse_topic(self._trust_domain, text), StatusTopic)
+        }
+        return proxies.rows(reports, self._core.roots(), self._declared(), self._clock())
+
+    def problems(self) -> list[str]:
+        """What people should know of, of the mesh as a whole."""
+        now = self._clock()
         return [
-            f"Service {service} goes round its waypoint for {bypass.until - now:.0f} s more: {bypass.reason}"
-            for service, bypass in self._core.bypasses().items()
+            *self._core.problems(),
+            *(
+                f"Service {service} goes round its waypoint for {bypass.until - now:.0f} s more: {bypass.reason}"
+                for service, bypass in self._core.bypasses().items()
+            ),
         ]
 
     def _counts(self) -> dict[str, int]:

@@ -41,7 +41,7 @@ from control.api.topics import (
 )
 from control.api.workload import key
 from control.server import documents, publication
-from control.server.bindings import Bypass, State, resumed
+from control.server.bindings import Bypass, Phase, State, resumed
 from control.server.bindings import Report as BindingReport
 from control.server.ca import Authority, CaError
 from control.server.documents import Document
@@ -231,6 +231,10 @@ class Core:
         """How far each binding to a waypoint is."""
         with self._writing:
             return self._flips.progress(self._world({}))
+
+    def phases(self) -> list[Phase]:
+        """That of each binding to a waypoint; `progress` tells more, and waits for changes that are under way."""
+        return [state.phase for state in self._flips.states.values()]
 
     def bypasses(self) -> dict[str, Bypass]:
         """Key of the service -> the bypass."""

@@ -18,6 +18,7 @@ import json
 import logging
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -109,6 +110,10 @@ class CertificateServer:
         self._doors = doors
         self.context = context
         """Of the connections to come; replaced when the control plane's certificate is renewed."""
+        self.issued = 0
+        """Certificates."""
+        self.refused: Counter[int] = Counter()
+        """Status -> requests for one that were refused."""
         self._arrivals = Arrivals()
         self._handshakes = 0
         self._silent: dict[object, tuple[float, Callable[[], object]]] = {}
@@ -180,6 +185,15 @@ class CertificateServer:
         _end(transport)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self._response(request)
+        if request.path in ("/v1/join", "/v1/renew"):
+            if response.status == 200:
+                self.issued += 1
+            else:
+                self.refused[response.status] += 1
+        return response
+
+    async def _response(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             match request.method, request.path:
                 case "GET", "/v1/bundle":

@@ -65,6 +65,8 @@ class Publisher:
         """Why it is not connected; empty when it is."""
         self.published = False
         """Whether the broker has acknowledged all that there is to publish."""
+        self.messages = 0
+        """That a broker has acknowledged."""
 
     async def run(self) -> None:
         """Publish until cancelled; a broker that goes away is dialled again."""
@@ -200,6 +202,7 @@ class Publisher:
                 continue
             self.published = False
             await _send(broker, batch)
+            self.messages += len(batch)
             self._core.published()
 
 

@@ -17,7 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ from typing import Final
 from control.api.identity import SpiffeId, TrustDomain
 from control.client.mqtt import BrokerAccess
 from control.server.api import Api, BrokerState, SocketError, listen
+from control.server.bindings import Phase
 from control.server.brokers import BrokerError, Listen, NatsServer
 from control.server.ca import Authority, CaError
 from control.server.core import Core
@@ -32,6 +33,8 @@ from control.server.enrolment import Enrolment
 from control.server.foreign import ForeignBroker
 from control.server.https import CertificateServer, Doors, server_context
 from control.server.members import Members
+from control.server.metrics import MetricsServer, Values, counted
+from control.server.proxies import State as ProxyState
 from control.server.publisher import Publisher
 from control.server.rights import control_plane_id
 from control.server.signing import ConfigKey
@@ -82,6 +85,8 @@ class Settings:
     broker_pid_file: Path | None
     """Whom to tell (SIGHUP) that the files of such a broker have changed."""
     certificate_ttl_s: int
+    metrics_port: int
+    """0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +110,15 @@ async def serve(settings: Settings, on_ready: Callable[[Running], None]) -> None
         settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ServeError(f"cannot make {settings.directory}: {error.strerror}; name another with --dir") from None
-    with Store(settings.directory / STORE_FILE) as store, _listening(settings.listen, settings.port) as certificates:
+    with (
+        Store(settings.directory / STORE_FILE) as store,
+        _listening(settings.listen, settings.port, "--port") as certificates,
+        _listening(settings.listen, settings.metrics_port, "--metrics-port")
+        if settings.metrics_port
+        else nullcontext() as metrics,
+    ):
         try:
-            await _Plane(settings, authority, store).run(certificates, on_ready)
+            await _Plane(settings, authority, store).run(certificates, metrics, on_ready)
         except BaseExceptionGroup as ended:
             refused, other = ended.split(REFUSALS)
             if refused is not None:
@@ -141,7 +152,9 @@ class _Plane:
         access = BrokerAccess(settings.brokers or (local,), self._identity, lambda: _client_context(self._own))
         self._publisher = Publisher(self._core, access)
 
-    async def run(self, certificates: socket.socket, on_ready: Callable[[Running], None]) -> None:
+    async def run(
+        self, certificates: socket.socket, metrics: socket.socket | None, on_ready: Callable[[Running], None]
+    ) -> None:
         """Run until a signal, which raises _Stopped."""
         stopping = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -158,8 +171,11 @@ class _Plane:
             group.create_task(self._publisher.run())
             group.create_task(self._https.run(certificates))
             group.create_task(self._renew())
+            api = self._api(users)
+            if metrics is not None:
+                group.create_task(MetricsServer(lambda: self._values(api)).run(metrics))
             # Last, so that whoever finds the socket finds everything.
-            group.create_task(self._api(users).run(listen(self._settings.socket)))
+            group.create_task(api.run(listen(self._settings.socket)))
             on_ready(Running(self._identity.trust_domain, self._authority.root_fingerprint, self._doors))
             await stopping.wait()
             self._settings.socket.unlink(missing_ok=True)
@@ -184,6 +200,26 @@ class _Plane:
             on_identities=users.changed,
             admit=users.admit,
             clock=time.time,
+        )
+
+    def _values(self, api: Api) -> Values:
+        epoch, version = self._store.stamp()
+        live, deleted = self._store.sizes()
+        return Values(
+            requests=dict(api.answered),
+            changes=api.changes,
+            published=self._publisher.messages,
+            issued=self._https.issued,
+            refused=dict(self._https.refused),
+            connected=self._publisher.connected,
+            settled=self._publisher.published,
+            epoch=epoch,
+            version=version,
+            live=live,
+            deleted=deleted,
+            proxies=counted((state.value for state in ProxyState), (row.state.value for row in api.proxies())),
+            bindings=counted((phase.value for phase in Phase), (phase.value for phase in self._core.phases())),
+            problems=len(api.problems()),
         )
 
     async def _renew(self) -> None:
@@ -259,14 +295,15 @@ def _first(failed: BaseException) -> BaseException:
 
 
 @contextmanager
-def _listening(address: str, port: int) -> Iterator[socket.socket]:
-    """A listening, non-blocking TCP socket. Raises ServeError."""
+def _listening(address: str, port: int, option: str) -> Iterator[socket.socket]:
+    """A listening, non-blocking TCP socket. Raises ServeError, which names the option that chooses the port."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         found = socket.create_server((address, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ServeError(
-            f"cannot listen at {address} port {port}: {os.strerror(error.errno or 0)}; choose with --listen and --port"
+            f"cannot listen at {address} port {port}: {os.strerror(error.errno or 0)}; "
+            f"choose with --listen and {option}"
         ) from None
     with found:
         found.setblocking(False)

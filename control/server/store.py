@@ -255,6 +255,11 @@ class Store:
         """Topic -> namespace of every message."""
         return dict(self._all("SELECT topic, namespace FROM records"))
 
+    def sizes(self) -> tuple[int, int]:
+        """How many messages live, and how many are tombstones."""
+        ((records, deleted),) = self._all("SELECT count(*), total(deleted_at > 0) FROM records")
+        return records - int(deleted), int(deleted)
+
     def tombstones(self, until: int) -> list[str]:
         """Topics of tombstones that were made before a time (Unix seconds)."""
         found = self._all("SELECT topic FROM records WHERE deleted_at > 0 AND deleted_at < ?", (until,))

@@ -59,7 +59,7 @@ def running(directory: Path, command: str, *options: object, broker_port: int) -
     """`meshctl COMMAND --dir DIRECTORY …`, from its being ready until the block ends; then it must end in order."""
     socket = directory.with_suffix(".sock")
     argv = [sys.executable, "-m", "control.cli", command, "--dir", directory, "--socket", socket]
-    argv += ["--host", HOST, "--listen", HOST, "--port", free_port(), "-o", "json", *options]
+    argv += ["--host", HOST, "--listen", HOST, "--port", free_port(), "--metrics-port", 0, "-o", "json", *options]
     with (
         directory.with_suffix(".log").open("a") as log,
         subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=log, text=True) as process,

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from control.server.ca import Authority
 from tests.support import brokers
 from tests.support.brokers import HOST, client, free_port
 from tests.support.certificates import DB, WEB, identity_dir
-from tests.support.meshctl import certify, running, up
+from tests.support.meshctl import PATIENCE_S, certify, running, up
 from uproxy.tls import Credentials
 
 MESH = """\
@@ -258,9 +259,9 @@ def test_a_second_control_plane_on_one_store_is_refused(plane):
     assert plane.ask("get", "all", "-A")["resources"]
 
 
-@pytest.mark.parametrize("option", ["--port", "--broker-port"])
+@pytest.mark.parametrize("option", ["--port", "--broker-port", "--metrics-port"])
 def test_a_port_that_is_taken_is_told(tmp_path, option):
-    ports = {"--port": free_port(), "--broker-port": free_port()}
+    ports = {"--port": free_port(), "--broker-port": free_port(), "--metrics-port": free_port()}
     with socket.create_server((HOST, 0)) as taken:
         ports[option] = taken.getsockname()[1]
         refused = subprocess.run(
@@ -339,3 +340,23 @@ def mosquitto(directory, pid_file):
             yield
         finally:
             process.kill()
+
+
+def test_metrics_say_what_was_done(tmp_path):
+    port = free_port()
+    with up(tmp_path / "mesh", "--metrics-port", port) as plane:
+        plane.ask("apply", "-f", "-", stdin=MESH)
+        plane.published()
+        plane.meshctl("apply", "-f", "-", stdin="kind: Nothing")
+        with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=PATIENCE_S) as answer:
+            assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+            lines = answer.read().decode().splitlines()
+        found = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+    assert found['uproxy_control_requests_total{path="/v1/apply",code="200"}'] == 1
+    assert found['uproxy_control_requests_total{path="/v1/apply",code="422"}'] == 1
+    assert found["uproxy_control_change_duration_seconds_count"] == 1
+    assert found["uproxy_control_published"] == found["uproxy_control_broker_connected"] == 1
+    assert found["uproxy_control_messages_published_total"] >= found['uproxy_control_records{state="live"}'] > 256
+    assert found["uproxy_control_epoch"] == pytest.approx(time.time(), abs=120)
+    assert found['uproxy_control_proxies{state="absent"}'] == 1
+    assert found["uproxy_control_certificates_issued_total"] == 0

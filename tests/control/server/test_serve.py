@@ -42,6 +42,7 @@ def settings(tmp_path):
         brokers=("mqtts://127.0.0.1:1",),  # where nobody is
         broker_pid_file=None,
         certificate_ttl_s=3600,
+        metrics_port=0,
     )
 
 
