@@ -86,7 +86,7 @@ class Bench:
         *,
         quick: bool,
         peers: Mapping[str, Path] | None = None,
-        report: Callable[[str], None] = lambda line: None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.results = results
         self.directory = directory
@@ -94,11 +94,13 @@ class Bench:
         self.quick = quick
         self.peers = dict(peers or {})
         """Name -> program, for what no package brings: "ztunnel"."""
-        self._report = report
+        self.failures: list[str] = []
+        """Which subject failed at which measure, and why."""
+        self._tell = tell
 
     def progress(self, text: str) -> None:
         """One line for whoever waits."""
-        self._report(text)
+        self._tell(text)
 
     def check(self, check: Check) -> None:
         """A test of the instrument. One that failed makes the run fail, and is shown with the results."""
@@ -140,7 +142,8 @@ class Bench:
                             taken = self._take(probe, live, number, length)
                         except BenchError as error:
                             found[name].refused = str(error)
-                            self.progress(f"{probe.measure.name}: {name} failed: {error}")
+                            self.failures.append(f"{probe.measure.name}: {name} failed: {error}")
+                            self.progress(self.failures[-1])
                             del standing[name]
                         else:
                             found[name].rounds += [taken] if number else []

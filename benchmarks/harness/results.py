@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 SCHEMA = 1
+FILE = "results.json"
+"""What a run is called in its directory."""
 
 Better = Literal["less", "more"]
 
@@ -178,10 +180,14 @@ def _results(found: dict[str, Any]) -> Results:
         subjects=[Subject(**one) for one in found["subjects"]],
         measures=[Measure(**one) for one in found["measures"]],
         series=[_series(one) for one in found["series"]],
-        ratios=[Ratio(**one) for one in found["ratios"]],
-        targets=[Target(**(one | {"ratio": one["ratio"] and Ratio(**one["ratio"])})) for one in found["targets"]],
+        ratios=[_ratio(one) for one in found["ratios"]],
+        targets=[Target(**(one | {"ratio": one["ratio"] and _ratio(one["ratio"])})) for one in found["targets"]],
         checks=[Check(**one) for one in found["checks"]],
     )
+
+
+def _ratio(found: dict[str, Any]) -> Ratio:
+    return Ratio(**(found | {name: float(found[name]) for name in ("median", "low", "high")}))
 
 
 def _series(found: dict[str, Any]) -> Series:

@@ -1,4 +1,4 @@
-"""The targets of the design that are ratios of measures of these suites, and what each suite's ratios are to."""
+"""The design's targets that are ratios of what these suites measure, and what each suite's ratios are to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Final
 
 from benchmarks.harness.results import Better, Ratio, Target
 
-BASELINES: Final = {"paths": "envoy-hbone", "architectures": "sidecar"}
-"""Suite -> the subject that all others are compared to."""
+BASELINES: Final = {"paths": "envoy-hbone", "paths/http": "envoy-waypoint", "architectures": "sidecar"}
+"""Suite of a measure -> the subject that all others are compared to."""
 
 _OURS: Final = "uproxy"
 
@@ -25,6 +25,15 @@ TARGETS: Final = (
     _target("bulk throughput, 1 stream", "paths/bulk/1", 0.9, "more"),
     _target("new connections per second", "paths/connect", 2.0, "more"),
     _target("p99 of small requests beside a bulk stream", "paths/beside-bulk", 0.3),
+    Target(
+        "HTTP through a waypoint, as fast as it goes, 16 connections",
+        "paths/http/16",
+        "waypoint",
+        BASELINES["paths/http"],
+        "value",
+        0.4,  # 2.5 times the requests a second
+        "less",
+    ),
 )
 
 

@@ -42,7 +42,7 @@ def lines() -> list[str]:
 
 @pytest.fixture
 def bench(results: Results, lines: list[str], tmp_path: Path) -> Bench:
-    return Bench(results, tmp_path, quick=True, report=lines.append)
+    return Bench(results, tmp_path, quick=True, tell=lines.append)
 
 
 def test_every_subject_is_taken_once_per_round_and_another_leads_each(bench: Bench, results: Results) -> None:
