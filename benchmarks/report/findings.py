@@ -1,0 +1,197 @@
+"""What the numbers of a run say: medians, what is better or worse, what was lost, and which targets hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final, Literal
+
+from benchmarks.harness.histogram import Histogram, count, merge, percentile, width
+from benchmarks.harness.results import Better, Measure, Ratio, Results, Series, Subject, Target
+from benchmarks.report.wording import NAMES, UNITS, percent
+
+OURS: Final = frozenset({"uproxy", "remote", "remote-l4"})
+"""Subjects that are made of uProxies; every other one is a peer, or a floor."""
+TAIL: Final = 10
+"""A percentile is drawn where at least so many requests were slower; beyond it stands luck."""
+PERCENTILES: Final = {"p50_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
+
+Verdict = Literal["better", "worse", "unclear"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    ratio: Ratio
+    measure: Measure
+    factor: float
+    """How many times worse than the baseline, by the median."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Measures that share a plot, all in one unit."""
+
+    title: str
+    measures: Sequence[Measure]
+
+
+class Findings:
+    """A run, indexed."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self.measures = {one.name: one for one in results.measures}
+        self.subjects = {one.name: one for one in results.subjects}
+        for series in results.series:
+            self.subjects.setdefault(series.subject, Subject(series.subject, series.subject, ""))
+        self.marks = {name: index for index, name in enumerate(self.subjects)}
+        self._series = {(one.measure, one.subject): one for one in results.series}
+        self._baselines = {(one.measure, one.baseline, one.key) for one in results.ratios}
+        self._ratios = {(one.measure, one.subject, one.key): one for one in results.ratios}
+
+    def series(self, measures: Iterable[Measure]) -> list[tuple[Measure, Series]]:
+        """What was tried of these measures, subject by subject within each."""
+        return [
+            (measure, self._series[measure.name, subject])
+            for measure in measures
+            for subject in self.subjects
+            if (measure.name, subject) in self._series
+        ]
+
+    def ratio(self, measure: str, subject: str, key: str = "value") -> Ratio | None:
+        return self._ratios.get((measure, subject, key))
+
+    def is_baseline(self, measure: str, subject: str, key: str) -> bool:
+        return (measure, subject, key) in self._baselines
+
+    def keys(self, measures: Iterable[Measure]) -> list[str]:
+        """What these measures' ratios are of; the value first."""
+        names = {one.name for one in measures}
+        return in_order({ratio.key for ratio in self.results.ratios if ratio.measure in names})
+
+    def suites(self) -> dict[str, list[Group]]:
+        """Every suite's groups. A group of several units is several groups: they do not share an axis."""
+        suites: dict[str, dict[tuple[str, str, str], list[Measure]]] = {}
+        for measure in self.results.measures:
+            groups = suites.setdefault(measure.suite, {})
+            groups.setdefault((measure.group, measure.unit, measure.better), []).append(measure)
+        return {
+            suite: [Group(title, measures) for (title, _, _), measures in groups.items()]
+            for suite, groups in suites.items()
+        }
+
+    def ours(self) -> list[tuple[Ratio, Measure]]:
+        """Every ratio of what is ours to what is not."""
+        return [
+            (ratio, self.measures[ratio.measure])
+            for ratio in self.results.ratios
+            if ratio.subject in OURS and ratio.baseline not in OURS and ratio.measure in self.measures
+        ]
+
+    def losses(self) -> list[Loss]:
+        """The worst first."""
+        lost = [
+            Loss(ratio, measure, factor(ratio, measure))
+            for ratio, measure in self.ours()
+            if verdict(ratio, measure) == "worse"
+        ]
+        return sorted(lost, key=lambda loss: (-loss.factor, loss.measure.name, loss.ratio.subject, loss.ratio.key))
+
+
+def direction(key: str, measure: Measure) -> Better | None:
+    """Which way is better; None where nobody said so."""
+    if key == "value":
+        return measure.better
+    return "less" if key.rpartition("_")[2] in UNITS else None
+
+
+def verdict(ratio: Ratio, measure: Measure) -> Verdict:
+    """Better or worse only when the whole interval is."""
+    way = direction(ratio.key, measure)
+    if way is None or ratio.low <= 1 <= ratio.high:
+        return "unclear"
+    return "better" if (ratio.high < 1) == (way == "less") else "worse"
+
+
+def factor(ratio: Ratio, measure: Measure) -> float:
+    """How many times worse than the baseline."""
+    if direction(ratio.key, measure) == "less":
+        return ratio.median
+    return 1 / ratio.median if ratio.median > 0 else math.inf
+
+
+def beyond(target: Target) -> float | None:
+    """By which share of its bound the end of the interval that decides is on the wrong side; less than 0 is met."""
+    if target.ratio is None or target.bound == 0:
+        return None
+    end = target.ratio.high if target.better == "less" else target.ratio.low
+    off = (end - target.bound) / abs(target.bound)
+    return off if target.better == "less" else -off
+
+
+def outcome(target: Target) -> str:
+    """`not met by 53 %`: how far off the end of the interval is that decides."""
+    if target.met is None or target.ratio is None:
+        return "not measured"
+    off = beyond(target)
+    said = ("met" if target.met else "not met") + ("" if off is None else f" by {percent(abs(off))}")
+    found = target.ratio.median
+    median_meets = found <= target.bound if target.better == "less" else found >= target.bound
+    return said + ("; the median meets it, the interval does not" if median_meets and not target.met else "")
+
+
+def parameter(measures: Sequence[Measure]) -> str | None:
+    """What alone tells these measures apart, and so can be an axis."""
+    if len(measures) < 2:
+        return None
+    names = {name for measure in measures for name in measure.parameters}
+    if any(names != set(measure.parameters) for measure in measures):
+        return None
+    varying = [name for name in sorted(names) if len({measure.parameters[name] for measure in measures}) > 1]
+    if len(varying) != 1 or len({measure.parameters[varying[0]] for measure in measures}) < len(measures):
+        return None
+    return varying[0]
+
+
+def details(series: Series) -> dict[str, float]:
+    """Medians of the rounds' details; percentiles that no round gave are those of all rounds' requests together."""
+    found: dict[str, list[float]] = {}
+    for one in series.rounds:
+        for key, value in one.details.items():
+            found.setdefault(key, []).append(value)
+    requests = merge(one.histogram for one in series.rounds)
+    whole = {key: percentile(requests, share) / 1e3 for key, share in PERCENTILES.items()} if count(requests) else {}
+    return whole | {key: median(values) for key, values in found.items()}
+
+
+def in_order(keys: Iterable[str]) -> list[str]:
+    """The value, then what people know, then the rest by name."""
+    known = list(NAMES)
+
+    def place(key: str) -> tuple[bool, int, str]:
+        stem = key.rpartition("_")[0]
+        return key != "value", known.index(stem) if stem in known else len(known), key
+
+    return sorted(keys, key=place)
+
+
+def curve(histogram: Histogram, step: float = 0.05) -> list[tuple[float, float]]:
+    """(nines, ns): how slow the slowest tenth, hundredth, thousandth was. 1 nine is the 90th percentile.
+
+    Ends where fewer than TAIL requests are slower; a histogram of fewer than two TAILs is no curve.
+    """
+    total = count(histogram)
+    if total < 2 * TAIL:
+        return []
+    points: list[tuple[float, float]] = []
+    last = math.log10(total / TAIL)
+    buckets, passed, bucket = iter(sorted(histogram.items())), 0, 0
+    for index in range(1, int(last / step) + 1):
+        nines = index * step
+        while passed < total * (1 - 10**-nines):
+            bucket, number = next(buckets)
+            passed += number
+        points.append((nines, bucket + width(bucket) / 2))
+    return points

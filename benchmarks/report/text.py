@@ -1,0 +1,75 @@
+"""The same findings for a terminal, at the end of a run."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from benchmarks.harness.results import Measure, Results
+from benchmarks.report import wording
+from benchmarks.report.findings import OURS, Findings, outcome, verdict
+from control.cli.output import printable, show_table
+
+
+def show(results: Results) -> None:
+    """Print a table for each suite, a line for each measure; then the targets, and what may not be trusted."""
+    findings = Findings(results)
+    for suite, groups in findings.suites().items():
+        measures = [measure for group in groups for measure in group.measures]
+        subjects = list(dict.fromkeys(one.subject for _, one in findings.series(measures)))
+        subjects.sort(key=findings.marks.__getitem__)
+        ours = [name for name in subjects if name in OURS]
+        print(f"\nSuite {printable(suite)}, medians")
+        show_table(
+            ("MEASURE", "UNIT", *map(str.upper, subjects), *(f"RATIO OF {name.upper()}" for name in ours)),
+            [
+                (
+                    wording.question(measure),
+                    wording.unit(measure),
+                    *(_median(findings, measure, subject) for subject in subjects),
+                    *(_ratio(findings, measure, subject) for subject in ours),
+                )
+                for measure in measures
+            ],
+        )
+    _show_remarks(results)
+    if results.targets:
+        print("\nTargets")
+        show_table(
+            ("TARGET", "BOUND", "FOUND", "OUTCOME"),
+            [
+                (one.text, wording.bound(one), wording.ratio(one.ratio) if one.ratio else "", outcome(one))
+                for one in results.targets
+            ],
+        )
+    for check in results.checks:
+        if not check.passed:
+            print(f"\nThese numbers may not be trusted: {printable(f'{check.name}: {check.text}')}")
+    if not results.checks:
+        print("\nThe instrument was not checked in this run.")
+
+
+def _median(findings: Findings, measure: Measure, subject: str) -> str:
+    found = findings.results.find(measure.name, subject)
+    if found is None:
+        return ""
+    if found.refused or not found.rounds:
+        return "refused"
+    return wording.number(median(one.value for one in found.rounds))
+
+
+def _ratio(findings: Findings, measure: Measure, subject: str) -> str:
+    """`0.95 (0.87-1.15) better`, to the baseline of this measure."""
+    ratio = findings.ratio(measure.name, subject)
+    if ratio is None:
+        return ""
+    said = verdict(ratio, measure)
+    return wording.ratio(ratio) + ("" if said == "unclear" else f" {said}")
+
+
+def _show_remarks(results: Results) -> None:
+    """Why there is no number, or not a number to compare with."""
+    found = [(one.measure, one.subject, one.refused or one.remark) for one in results.series]
+    remarks = [one for one in found if one[-1]]
+    if remarks:
+        print("\nRefused, or to be read with care")
+        show_table(("MEASURE", "SUBJECT", "WHY"), remarks)

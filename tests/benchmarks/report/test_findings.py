@@ -1,0 +1,112 @@
+"""What is said of numbers: losses, targets, percentiles."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.harness.histogram import histogram_of, width
+from benchmarks.harness.results import Better, Measure, Ratio, Results, Target
+from benchmarks.report.findings import TAIL, Findings, curve, outcome, parameter, verdict
+from benchmarks.report.wording import number, question, ratio, short, times
+
+LESS = Measure("time", "paths", "round trip", "64 B", "us")
+MORE = Measure("speed", "paths", "bulk", "1 stream", "Gbit/s", "more")
+
+
+def compared(low: float, high: float, *, measure: str = "time", subject: str = "uproxy", key: str = "value") -> Ratio:
+    return Ratio(measure, subject, "envoy", key, math.sqrt(low * high), low, high, 7)
+
+
+def losses(*ratios: Ratio) -> list[Ratio]:
+    results = Results("2026-11-23T06:10:00Z", False, measures=[LESS, MORE], ratios=list(ratios))
+    return [loss.ratio for loss in Findings(results).losses()]
+
+
+def test_a_loss_is_a_whole_interval_on_the_wrong_side() -> None:
+    slower, slow = compared(1.01, 1.2), compared(0.5, 0.9, measure="speed")
+    assert losses(slower, slow) == [slow, slower]
+    assert losses(compared(0.99, 1.2), compared(0.5, 1.0, measure="speed")) == []
+    assert losses(compared(0.8, 0.99), compared(1.01, 2, measure="speed")) == []
+
+
+def test_less_processor_time_is_better_of_anything() -> None:
+    hungry = compared(1.1, 1.2, measure="speed", key="cpu_us")
+    assert losses(hungry) == [hungry]
+    assert losses(compared(0.8, 0.9, measure="speed", key="cpu_us")) == []
+
+
+def test_nothing_is_said_of_a_detail_whose_better_side_is_unknown() -> None:
+    assert losses(compared(2, 3, key="operations")) == []
+    assert verdict(compared(2, 3, key="operations"), LESS) == "unclear"
+
+
+def test_another_ones_loss_is_not_ours() -> None:
+    assert losses(compared(2, 3, subject="haproxy-tls")) == []
+    assert len(losses(compared(2, 3, subject="remote"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("better", "bound", "low", "high", "said"),
+    [
+        ("less", 1.0, 0.8, 1.0, "met by 0 %"),
+        ("less", 0.5, 0.6, 0.75, "not met by 50 %"),
+        ("less", 1.0, 0.8, 1.1, "not met by 10 %; the median meets it, the interval does not"),
+        ("more", 0.9, 0.99, 1.2, "met by 10 %"),
+        ("more", 2.0, 1.0, 1.2, "not met by 50 %"),
+        ("more", 2.0, 1.5, 3.0, "not met by 25 %; the median meets it, the interval does not"),
+    ],
+)
+def test_a_target_says_how_far_off_it_is(better: Better, bound: float, low: float, high: float, said: str) -> None:
+    assert outcome(Target("", "time", "uproxy", "envoy", "value", bound, better, compared(low, high))) == said
+
+
+def test_a_target_that_was_not_measured_says_so() -> None:
+    assert outcome(Target("", "time", "uproxy", "envoy", "value", 1, "less")) == "not measured"
+
+
+def test_an_axis_is_the_one_parameter_that_varies() -> None:
+    def measures(*parameters: dict[str, float]) -> list[Measure]:
+        return [Measure(str(n), "s", "g", "l", "us", "less", one) for n, one in enumerate(parameters)]
+
+    assert parameter(measures({"connections": 1, "bytes": 64}, {"connections": 16, "bytes": 64})) == "connections"
+    assert parameter(measures({"connections": 1, "bytes": 64}, {"connections": 16, "bytes": 1024})) is None
+    assert parameter(measures({"rate": 1}, {"rate": 1})) is None
+    assert parameter(measures({"rate": 1}, {"bytes": 1})) is None
+    assert parameter(measures({"rate": 1})) is None
+
+
+@given(st.lists(st.integers(1, 10**9), max_size=400))
+def test_a_curve_is_what_sorting_finds(times_ns: list[int]) -> None:
+    points = curve(histogram_of(times_ns))
+    assert bool(points) == (len(times_ns) >= 2 * TAIL)
+    ordered = sorted(times_ns)
+    for nines, value in points:
+        slower = len(ordered) * 10**-nines
+        assert slower >= TAIL * (1 - 1e-9)
+        exact = ordered[math.ceil(round(len(ordered) - slower, 6)) - 1]
+        assert abs(value - exact) <= width(exact)
+    assert all(one[0] < two[0] and one[1] <= two[1] for one, two in pairwise(points))
+
+
+def test_numbers_have_three_digits_that_mean_something() -> None:
+    assert [number(one) for one in (0, 0.01234, 1.234, 12.34, 123.4, 12345.6, -1.5)] == [
+        "0", "0.0123", "1.23", "12.3", "123", "12,346", "-1.50",
+    ]  # fmt: skip
+    assert [short(one) for one in (0, 0.5, 500, 5000, 20000, 3e6)] == ["0", "0.5", "500", "5000", "20k", "3M"]
+
+
+def test_a_ratio_near_1_shows_its_side() -> None:
+    assert [times(one) for one in (0.996, 1.0, 1.004, 0.75, 0.0213, 12.3)] == [
+        "0.996", "1.00", "1.004", "0.75", "0.021", "12.30",
+    ]  # fmt: skip
+    assert ratio(compared(0.9, 1.1)) == "0.995 (0.90\N{EN DASH}1.10)"
+
+
+def test_a_question_names_its_group_once() -> None:
+    assert question(LESS) == "round trip, 64 B"
+    assert question(Measure("n", "s", "round trip", "round trip of 64 B", "us")) == "round trip of 64 B"

@@ -1,0 +1,177 @@
+"""The page: whole, closed in itself, the same each time, and it says first what is bad."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from benchmarks.harness.results import Check, Results, Round, Series, Subject, read
+from benchmarks.report import write
+from benchmarks.report.page import page
+from benchmarks.report.plot import WIDTH
+from benchmarks.report.text import show
+from benchmarks.report.wording import ratio
+from tests.support.results import ROUNDS, realistic, runs
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+class Document(HTMLParser):
+    """A page as elements and text. Fails on an element that is not closed where it must be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def attributes(self, name: str) -> list[str]:
+        return [found[name] for _, found in self.elements if name in found]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs)
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self.words.append(data)
+
+
+def drawn(document: Document) -> list[float]:
+    """Every coordinate."""
+    names = ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "d")
+    return [float(found) for name in names for text in document.attributes(name) for found in NUMBER.findall(text)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(runs())
+def test_any_results_make_a_page(results: Results) -> None:
+    text = page(results)
+    text.encode()
+    document = Document(text)
+    assert {tag for tag, _ in document.elements}.isdisjoint({"script", "img", "iframe", "object", "embed", "form"})
+    places = document.attributes("id")
+    assert len(places) == len(set(places))
+    links = {link for link in document.attributes("href") if not link.startswith("#")}
+    assert links == {"results.json", "results.csv"}
+    assert {link[1:] for link in document.attributes("href") if link.startswith("#")} <= set(places)
+    assert "nan" not in "".join(document.attributes("d"))
+    assert all(-WIDTH <= value <= 3 * WIDTH for value in drawn(document))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(runs())
+def test_any_results_make_a_text(results: Results) -> None:
+    show(results)
+
+
+def test_the_same_results_make_the_same_page(tmp_path: Path) -> None:
+    realistic().write(tmp_path / "results.json")
+    path = write(read(tmp_path / "results.json"), tmp_path)
+    assert path == tmp_path / "report.html"
+    assert path.read_text(encoding="utf-8") == page(realistic())
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    text = page(realistic())
+    assert "default-src 'none'" in text.replace("&#x27;", "'")
+    assert not re.search(r"https?:|url\(|@import|<script|\son\w+=", text)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_names_are_text() -> None:
+    name = '<script>alert(1)</script>"&'
+    results = realistic()
+    results.subjects.append(Subject(name, name, name, name))
+    results.measures[0] = replace(results.measures[0], group=name, label=name)
+    results.series.append(Series(results.measures[0].name, name, [Round(0, 5)], remark=name))
+    document = Document(page(results))
+    assert "script" not in {tag for tag, _ in document.elements}
+    assert document.text.count(name) >= 5
+
+
+def test_what_would_reorder_a_line_does_not_reach_the_page() -> None:
+    results = replace(realistic(), conditions={"a\u202eb": "c\x00d\ud800"})
+    assert "a?b" in page(results)
+    assert "c?d?" in page(results)
+
+
+def test_a_failed_check_stands_above_everything() -> None:
+    assert 'role="alert"' not in page(realistic())
+    text = page(realistic(failed=True))
+    assert text.index('role="alert"') < text.index("A full run")
+    assert "These numbers may not be trusted. 1 check of the instrument failed" in Document(text).text
+    assert text.count("Our median and wrk&#x27;s differ by 31 %.") == 2
+
+
+def test_a_run_without_checks_says_so() -> None:
+    assert "was not checked" in page(replace(realistic(), checks=[]))
+    assert "was not checked" not in page(replace(realistic(), checks=[Check("one", True, "")]))
+
+
+def test_losses_come_before_anything_else_that_was_found() -> None:
+    text = Document(page(realistic())).text
+    places = [
+        text.index(words) for words in ("of 41 with the whole", "A target is met", "Made in this run", "7 rounds each")
+    ]
+    assert places == sorted(places)
+
+
+def test_every_round_of_every_series_is_drawn() -> None:
+    results = realistic()
+    document = Document(page(results))
+    shown = [one for one in results.series if not one.refused]
+    dots = [found for tag, found in document.elements if tag == "circle" and found["class"] == "round"]
+    assert len(dots) == ROUNDS * len(shown)
+    for one in shown[0].rounds:
+        assert f"{shown[0].subject}, round {one.number}: " in document.text
+
+
+def test_a_refused_series_has_its_reason_and_no_dot() -> None:
+    text = Document(page(realistic())).text
+    assert "no number: the load generator decided 3 of 7 rounds" in text
+    new = text[text.index("In 1/s") : text.index("small requests beside a bulk stream In")]
+    assert "uproxy, round 3" in new
+    assert "haproxy-tls, round 3" not in new
+
+
+def test_a_method_said_for_a_group_stands_beside_it() -> None:
+    text = Document(page(realistic())).text
+    assert "a late request is timed from when it was due. In µs, less is better; 7 rounds each." in text
+
+
+def test_an_axis_is_logarithmic_only_where_values_are_far_apart() -> None:
+    text = Document(page(realistic())).text
+    assert "Gbit/s, log scale" in text
+    connections = text[text.index("In 1/s") : text.index("small requests beside a bulk stream In")]
+    assert "1/s, log scale" not in connections
+
+
+def test_the_text_has_a_line_for_each_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    results = realistic(failed=True)
+    found = next(one for one in results.ratios if (one.measure, one.subject) == ("paths/bulk/4", "uproxy"))
+    show(results)
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("round trip of 64 B, ")]) == 4
+    bulk = next(line for line in lines if line.startswith("bulk throughput, 4 streams"))
+    assert re.split(" {2,}", bulk)[1] == "Gbit/s"
+    assert bulk.endswith(f"  {ratio(found)} worse")
+    assert "refused" in next(line for line in lines if line.startswith("new connections, connect"))
+    assert "These numbers may not be trusted: cross-check: Our median and wrk's differ by 31 %." in lines
