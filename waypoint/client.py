@@ -33,6 +33,16 @@ class Client:
         self._events: deque[RequestEvent] = deque()
         self._begun = False  # there was a request
 
+    @property
+    def waits(self) -> bool:
+        """Whether nothing of another request has come."""
+        return self._reader.idle and self.stream.quiet
+
+    @property
+    def used(self) -> bool:
+        """Whether there was a request."""
+        return self._begun
+
     async def head(self) -> RequestHead | None:
         """The next request, once the last one is whole; None when the caller ends well.
 

@@ -63,6 +63,8 @@ _REASONS: Final = {
     504: b"Gateway Timeout",
     505: b"HTTP Version Not Supported",
 }
+FIRST_REQUEST_S: Final = 1.0
+"""Within a drain, from its beginning: how long a connection may be without any request."""
 _NOBODYS_REQUEST: Final = RequestHead("GET", "/", (), keep_alive=False)
 """What is answered when the request could not be read."""
 
@@ -150,7 +152,7 @@ class Gateway:
         directory: Directory | None = None,
     ) -> None:
         """`gateway`: key of the Gateway. `directory`: where what is not known is asked for, if anywhere."""
-        self.draining = False
+        self._draining = False
         self._plane = data_plane
         self._state = state
         self._gateway = gateway
@@ -222,6 +224,8 @@ class Gateway:
 
     async def _exchange(self, client: Client, caller: Caller, asked: Asked) -> bool:
         """One request and its response. Whether another may follow. Raises OSError when the stream is of no use."""
+        if self._draining and client.used and client.waits:
+            return False
         self._idle[client] = asked
         try:
             head = await client.head()
@@ -501,7 +505,7 @@ class Gateway:
         bound = all(
             service.binding is not None and service.binding.gateway == self._gateway for service in destination.services
         )
-        return self.draining or (bool(destination.services) and not bound)
+        return self._draining or (bool(destination.services) and not bound)
 
     def _release(self, course: _Course, client: Client) -> None:
         """The response is whole: the backend's connection can carry another request, or is closed."""
@@ -546,7 +550,7 @@ class Gateway:
             fields.append((b"x-uproxy-policy", refusal.policy.encode()))
         writer = ResponseWriter(head)
         # Who waits for 100 (Continue) may send the body or not: nobody can tell where the next request begins.
-        close = self.draining or refusal.close or (head.expects_continue and not client.whole)
+        close = self._draining or refusal.close or (head.expects_continue and not client.whole)
         response = ResponseHead(refusal.status, _REASONS.get(refusal.status, b""), fields, length(len(text)))
         answer = writer.head(response, close=close) + writer.body(text)
         if head.method != "HEAD":
@@ -659,6 +663,22 @@ class Gateway:
             try:
                 self._destinations.find(asked)
             except RefusedError:
+                client.stream.close()
+
+    def drain(self) -> None:
+        """This process ends: close the connections that are between two requests, and others after their response.
+
+        Whoever has only just connected is going to ask: there is a moment for that.
+        """
+        self._draining = True
+        for client in list(self._idle):
+            if client.used and client.waits:
+                client.stream.close()
+        self._plane.call_later(FIRST_REQUEST_S, self._close_unused)
+
+    def _close_unused(self) -> None:
+        for client in list(self._idle):
+            if client.waits:
                 client.stream.close()
 
     def close_idle(self) -> None:

@@ -177,7 +177,8 @@ class RequestReader(_Reader):
     @property
     def idle(self) -> bool:
         """Whether nothing of a next request has come, but for an empty line that some clients send after a body."""
-        return self._state is _State.HEAD and (not self._buffer or self._buffer == b"\r\n")
+        between = self._state in (_State.HEAD, _State.DONE)
+        return between and (not self._buffer or self._buffer == b"\r\n")
 
     def _read(self) -> list[RequestEvent]:
         if not self._buffer or self._state is _State.DONE:

@@ -36,7 +36,7 @@ from uproxy import plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
-from waypoint.gateway import Directory
+from waypoint.gateway import FIRST_REQUEST_S, Directory
 from waypoint.upstream import Caller
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
@@ -678,7 +678,7 @@ def test_a_request_may_wait_for_100_continue(identities: Path, authority: Author
 def test_a_drain_closes_connections_after_their_answer(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         reader, writer = await through.open()
-        through.gateway.draining = True
+        through.pair.plane.run(through.gateway.drain)
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         status, head, _ = await answer(reader)
         assert status == 200
@@ -687,6 +687,53 @@ def test_a_drain_closes_connections_after_their_answer(identities: Path, authori
         writer.close()
 
     run(identities, authority, tell, client)
+
+
+def test_a_drain_closes_at_once_what_waits_for_another_request_and_lets_the_others_finish(
+    identities: Path, authority: Authority
+) -> None:
+    begun = asyncio.Event()
+
+    async def slow_end(reader: Reader, writer: Writer) -> None:
+        while not reader.at_eof():
+            try:
+                head = await request_head(reader)
+            except asyncio.IncompleteReadError:
+                break
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n")
+            if b"/slow" in head:
+                begun.set()
+                await asyncio.sleep(0.5)
+            writer.write(b"done")
+        writer.close()
+
+    async def client(through: Through) -> None:
+        idle, busy, half = [await through.open() for _ in range(3)]
+        for reader, writer in (idle, busy, half):
+            writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+            assert (await answer(reader))[0] == 200
+        unused = await through.open()
+        busy[1].write(b"GET /slow HTTP/1.1\r\nHost: db\r\n\r\n")
+        half[1].write(b"GET / HTTP/1.1\r\n")
+        await asyncio.wait_for(begun.wait(), 5)
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        through.pair.plane.run(through.gateway.drain)
+        assert await idle[0].read() == b"", "nothing but the end"
+        assert time.monotonic() - started < 0.3
+        half[1].write(b"Host: db\r\n\r\n")
+        status, head, _ = await answer(half[0])
+        assert (status, b"connection: close\r\n" in head) == (200, True)
+        # Its head went before the drain, and could not say it.
+        assert (await answer(busy[0]))[::2] == (200, b"done")
+        assert await busy[0].read() == b""
+        assert time.monotonic() - started < FIRST_REQUEST_S, "nobody waits for another request there"
+        assert await unused[0].read() == b""
+        assert FIRST_REQUEST_S - 0.1 < time.monotonic() - started < FIRST_REQUEST_S + 1
+        for _, writer in (idle, busy, half, unused):
+            writer.close()
+
+    run(identities, authority, slow_end, client)
 
 
 def test_callers_that_go_another_way_now_are_told_to(identities: Path, authority: Authority) -> None:
