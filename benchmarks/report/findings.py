@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final, Literal
@@ -12,6 +12,8 @@ from benchmarks.harness.histogram import Histogram, count, merge, percentile, wi
 from benchmarks.harness.results import Better, Measure, Ratio, Results, Series, Subject, Target
 from benchmarks.report.wording import NAMES, UNITS, percent
 
+ASIDE: Final = frozenset({"taken_s", "operations"})
+"""Details that say how a round was taken, not what it found."""
 OURS: Final = frozenset({"uproxy", "remote", "remote-l4"})
 """Subjects that are made of uProxies; every other one is a peer, or a floor."""
 TAIL: Final = 10
@@ -104,7 +106,7 @@ def direction(key: str, measure: Measure) -> Better | None:
     """Which way is better; None where nobody said so."""
     if key == "value":
         return measure.better
-    return "less" if key.rpartition("_")[2] in UNITS else None
+    return "less" if key.partition("/")[0].rpartition("_")[2] in UNITS else None
 
 
 def verdict(ratio: Ratio, measure: Measure) -> Verdict:
@@ -164,6 +166,11 @@ def details(series: Series) -> dict[str, float]:
     requests = merge(one.histogram for one in series.rounds)
     whole = {key: percentile(requests, share) / 1e3 for key, share in PERCENTILES.items()} if count(requests) else {}
     return whole | {key: median(values) for key, values in found.items()}
+
+
+def columns(found: Iterable[Mapping[str, float]]) -> list[str]:
+    """Details for a table. What each process had of a sum (`cpu_us/client proxy`) is left to the CSV."""
+    return in_order({key for one in found for key in one if key not in ASIDE and "/" not in key})
 
 
 def in_order(keys: Iterable[str]) -> list[str]:

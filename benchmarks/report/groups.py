@@ -9,7 +9,7 @@ from statistics import median
 from benchmarks.harness.histogram import merge
 from benchmarks.harness.results import Measure, Ratio, Round, Series
 from benchmarks.report import wording
-from benchmarks.report.findings import Findings, Group, curve, details, in_order, parameter, verdict
+from benchmarks.report.findings import Findings, Group, columns, curve, details, parameter, verdict
 from benchmarks.report.markup import Html, tag
 from benchmarks.report.plot import (
     Axis,
@@ -184,7 +184,7 @@ def _table(findings: Findings, group: Group, tried: Sequence[tuple[Measure, Seri
     if not tried:
         return tag("p", "Nothing was measured here.")
     found = {id(series): details(series) for _, series in tried}
-    keys = in_order({name for one in found.values() for name in one})
+    keys = columns(found.values())
     names = [measure.name for measure in group.measures]
     against = dict.fromkeys(ratio.baseline for ratio in findings.results.ratios if ratio.measure in names)
     unit = wording.unit(group.measures[0])

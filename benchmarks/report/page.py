@@ -36,6 +36,7 @@ def page(results: Results) -> str:
     findings = Findings(results)
     title = f"uProxy benchmarks, {wording.moment(results.created)}"
     suites = _suites(findings)
+    special = {f"{suite}: {name}" for suite in findings.suites() for name in _conditions(results, suite)}
     main = tag(
         "main",
         tag("h1", "uProxy benchmarks"),
@@ -52,7 +53,7 @@ def page(results: Results) -> str:
         *suites,
         tag("h2", "Machine and conditions", id="machine"),
         _fields("The machine", results.machine),
-        _fields("The conditions", results.conditions),
+        _fields("The conditions", {name: said for name, said in results.conditions.items() if name not in special}),
         _files(),
     )
     head = tag(
@@ -72,9 +73,7 @@ def _what(results: Results) -> str:
     machine = results.machine
     facts = [f"Begun {wording.moment(results.created)}"]
     facts += [f"took {wording.lasted(results.seconds)}"] if results.seconds else []
-    facts += [f"{name} {machine[name]}" for name in ("commit", "kernel") if machine.get(name)]
-    facts += [machine["processor"]] if machine.get("processor") else []
-    facts += [f"{machine['cores']} cores"] if machine.get("cores", "").isdigit() else []
+    facts += [f"{name} {machine[name]}" for name in ("uProxy", "kernel", "processor", "cores") if machine.get(name)]
     return f"{kind} {'; '.join(facts)}."
 
 
@@ -92,8 +91,15 @@ def _suites(findings: Findings) -> list[Html]:
     parts = []
     for index, (suite, groups) in enumerate(findings.suites().items()):
         parts.append(tag("h2", f"Suite {suite}", id=_anchor(index)))
+        parts.append(_fields("How this suite was measured", _conditions(findings.results, suite)))
         parts += [section(findings, group, f"{_anchor(index)}-{place}") for place, group in enumerate(groups)]
     return parts
+
+
+def _conditions(results: Results, suite: str) -> dict[str, str]:
+    """What `SUITE: NAME` says of how one suite alone was measured."""
+    begin = f"{suite}: "
+    return {name.removeprefix(begin): text for name, text in results.conditions.items() if name.startswith(begin)}
 
 
 def _anchor(index: int) -> str:
@@ -122,6 +128,10 @@ def _fields(caption: str, fields: Mapping[str, str]) -> Html:
 def _files() -> Html:
     items = [
         tag("li", tag("a", "results.json", href="results.json"), ": everything, with every round and every histogram"),
-        tag("li", tag("a", "results.csv", href="results.csv"), ": a line for each round"),
+        tag(
+            "li",
+            tag("a", "results.csv", href="results.csv"),
+            ": a line for each round, with what each process had of processor time and memory",
+        ),
     ]
     return join([tag("h2", "Files", id="files"), tag("ul", *items)])

@@ -103,6 +103,7 @@ tbody.measure > tr:first-child > th:first-child { font-weight: 600; min-width: 8
 .beside, .remark { display: block; color: var(--soft); font-size: .92em; }
 .remark { max-width: 14rem; }
 .nowrap { white-space: nowrap; }
+.outcome { min-width: 8.5rem; }
 .strip { min-width: 110px; width: 170px; }
 .strip .mark { stroke: var(--page); }
 .strip .range { stroke-width: 2.4; }

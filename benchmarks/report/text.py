@@ -41,9 +41,11 @@ def show(results: Results) -> None:
                 for one in results.targets
             ],
         )
-    for check in results.checks:
-        if not check.passed:
-            print(f"\nThese numbers may not be trusted: {printable(f'{check.name}: {check.text}')}")
+    failed = [one for one in results.checks if not one.passed]
+    if failed:
+        print("\nThese numbers may not be trusted:")
+    for one in failed:
+        print(f"  {printable(' '.join(f'{one.name}: {one.text}'.split()))}")
     if not results.checks:
         print("\nThe instrument was not checked in this run.")
 

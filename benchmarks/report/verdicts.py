@@ -20,7 +20,7 @@ def banner(checks: Sequence[Check]) -> Html:
     """A warning above everything, when the instrument did not vouch for itself."""
     failed = [check for check in checks if not check.passed]
     if failed:
-        what = f"{wording.counted(len(failed), 'check')} of the instrument failed in this run:"
+        what = f"{wording.counted(len(failed), 'check')} failed in this run:"
         reasons = [tag("p", f"{check.name}: {check.text}") for check in failed]
         return tag(
             "div", tag("p", tag("b", "These numbers may not be trusted.")), tag("p", what), *reasons, class_="banner",
@@ -90,7 +90,7 @@ def targets(findings: Findings) -> Html:
         tag(
             "tr",
             tag("th", target.text, scope="row"),
-            tag("td", *_outcome(target)),
+            tag("td", *_outcome(target), class_="outcome"),
             tag("td", wording.bound(target), class_="number"),
             tag("td", wording.ratio(target.ratio) if target.ratio else wording.DASH, class_="number"),
             tag("td", _target(findings, target, scale), class_="strip"),
@@ -120,7 +120,7 @@ def checks(found: Sequence[Check]) -> Html:
         for check in found
     ]
     title = tag("h2", "Checks of the instrument", id="checks")
-    note = "Made in this run, on this machine, before anything was measured."
+    note = "Made in this run, on this machine."
     return join([title, table(note, ["check", "", "what it says", "numbers"], body)]) if body else Html()
 
 

@@ -85,10 +85,12 @@ def key(name: str, measure: Measure | None) -> str:
     """What a ratio is of: the measure's own value, or a detail, with its unit."""
     if name == "value":
         return unit(measure) if measure else "value"
-    stem, _, end = name.rpartition("_")
+    whole, _, part = name.partition("/")
+    stem, _, end = whole.rpartition("_")
+    of = f" of {part}" if part else ""
     if stem and end in UNITS:
-        return f"{NAMES.get(stem, stem.replace('_', ' '))}, {UNITS[end]}"
-    return name.replace("_", " ")
+        return f"{NAMES.get(stem, stem.replace('_', ' '))}{of}, {UNITS[end]}"
+    return whole.replace("_", " ") + of
 
 
 def percent(share: float) -> str:

@@ -117,7 +117,7 @@ def test_a_failed_check_stands_above_everything() -> None:
     assert 'role="alert"' not in page(realistic())
     text = page(realistic(failed=True))
     assert text.index('role="alert"') < text.index("A full run")
-    assert "These numbers may not be trusted. 1 check of the instrument failed" in Document(text).text
+    assert "These numbers may not be trusted. 1 check failed" in Document(text).text
     assert text.count("Our median and wrk&#x27;s differ by 31 %.") == 2
 
 
@@ -157,6 +157,21 @@ def test_a_method_said_for_a_group_stands_beside_it() -> None:
     assert "a late request is timed from when it was due. In µs, less is better; 7 rounds each." in text
 
 
+def test_a_condition_of_one_suite_stands_there_alone() -> None:
+    text = Document(page(realistic())).text
+    assert text.count("12 workloads of 4 services") == 1
+    assert text.index("Suite architectures How this suite was measured workloads 12 workloads") > text.index(
+        "haproxy-tls"
+    )
+
+
+def test_what_one_process_had_is_left_to_the_csv() -> None:
+    text = page(realistic())
+    assert "CPU, µs" in text
+    assert "client proxy" not in text
+    assert "taken, s" not in text
+
+
 def test_an_axis_is_logarithmic_only_where_values_are_far_apart() -> None:
     text = Document(page(realistic())).text
     assert "Gbit/s, log scale" in text
@@ -174,4 +189,5 @@ def test_the_text_has_a_line_for_each_measure(capsys: pytest.CaptureFixture[str]
     assert re.split(" {2,}", bulk)[1] == "Gbit/s"
     assert bulk.endswith(f"  {ratio(found)} worse")
     assert "refused" in next(line for line in lines if line.startswith("new connections, connect"))
-    assert "These numbers may not be trusted: cross-check: Our median and wrk's differ by 31 %." in lines
+    warned = lines.index("These numbers may not be trusted:")
+    assert lines[warned + 1 :] == ["  cross-check: Our median and wrk's differ by 31 %."]
