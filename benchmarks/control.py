@@ -38,7 +38,7 @@ from benchmarks.lab.waypoints import Waypoint
 from control.cli import client as api
 from control.cli.output import CommandError
 from uproxy.cgroup import SandboxError
-from uproxy.run import METRICS_PORT
+from uproxy.process import METRICS_PORT
 
 _PORT = 9000
 _RING = "ring"

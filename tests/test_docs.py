@@ -16,7 +16,7 @@ from bpf import layout
 from control.api import mesh, resources
 from control.server.enrolment import CERTIFICATES_PORT
 from control.server.metrics import METRICS_PORT as CONTROL_METRICS_PORT
-from uproxy import admin, admission, config, inbound, run, tls
+from uproxy import admin, admission, config, inbound, process, run, tls
 from uproxy.tunnel import HBONE_PORT
 
 ROOT = Path(__file__).parent.parent
@@ -179,8 +179,8 @@ def test_ports_are_documented_and_every_documented_one_is_in_the_code():
         parser_of("uproxy run").get_default("admin_port"),
         run.OUTBOUND_PORT,
         HBONE_PORT,
-        run.METRICS_PORT,
-        run.READY_PORT,
+        process.METRICS_PORT,
+        process.READY_PORT,
     }
     documented = {int(port) for port in re.findall(r"\b15\d{3}\b", text)}
     assert documented >= inbound.FORBIDDEN_PORTS

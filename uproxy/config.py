@@ -13,7 +13,7 @@ from control.api.identity import IdentityError, SpiffeId, make_id, parse_trust_d
 from control.api.workload import key
 from uproxy.explicit import Forward, split_host_port
 
-_DEFAULT_TRUST_DOMAIN = "cluster.local"
+DEFAULT_TRUST_DOMAIN = "cluster.local"
 
 _DESCRIPTION = """\
 Run the micro proxy of one workload: mTLS to and from the mesh over HBONE, and nothing else.
@@ -90,7 +90,7 @@ def parse(argv: Sequence[str]) -> Settings:
     alone.add_argument("--workload", metavar="NAME", help="name of its WorkloadEntry")
     alone.add_argument("--namespace")
     alone.add_argument("--service-account", metavar="NAME")
-    alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {_DEFAULT_TRUST_DOMAIN}")
+    alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {DEFAULT_TRUST_DOMAIN}")
     alone.add_argument("--address", action="append", metavar="IP", help="its mesh address; may be repeated")
     capture = parser.add_argument_group("the application's connections")
     capture.add_argument("--capture", choices=("ebpf", "none"), default="ebpf")
@@ -99,10 +99,7 @@ def parse(argv: Sequence[str]) -> Settings:
     capture.add_argument("--probe-fd", action="append", type=int, default=[], help=argparse.SUPPRESS)
     capture.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
     capture.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
-    logs = parser.add_argument_group("logs and the end")
-    logs.add_argument("--access-log", default="-", metavar="FILE", help="- for standard output (default), or off")
-    logs.add_argument("--log-format", choices=("json", "text"), default="text")
-    logs.add_argument("--drain-timeout-s", type=float, default=5.0, metavar="S", help="default: %(default)s")
+    add_log_options(parser)
     options = parser.parse_args(argv)
     wrong = _wrong_mode(options)
     if wrong:
@@ -121,10 +118,7 @@ def parse(argv: Sequence[str]) -> Settings:
     captured = options.capture == "ebpf"
     if captured and (forwards or socks5):
         parser.error("--forward and --socks5 belong to --capture none")
-    if not 0 < options.admin_port < 65536:
-        parser.error("--admin-port is between 1 and 65535")
-    if not 0 <= options.drain_timeout_s <= 3600:
-        parser.error("--drain-timeout-s is between 0 and 3600")
+    check_ranges(parser, options)
     return Settings(
         who=who,
         config=tuple(options.config),
@@ -140,6 +134,22 @@ def parse(argv: Sequence[str]) -> Settings:
         log_json=options.log_format == "json",
         drain_timeout_s=options.drain_timeout_s,
     )
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Those that every proxy has."""
+    logs = parser.add_argument_group("logs and the end")
+    logs.add_argument("--access-log", default="-", metavar="FILE", help="- for standard output (default), or off")
+    logs.add_argument("--log-format", choices=("json", "text"), default="text")
+    logs.add_argument("--drain-timeout-s", type=float, default=5.0, metavar="S", help="default: %(default)s")
+
+
+def check_ranges(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exits with status 2 for an --admin-port or a --drain-timeout-s that cannot be."""
+    if not 0 < options.admin_port < 65536:
+        parser.error("--admin-port is between 1 and 65535")
+    if not 0 <= options.drain_timeout_s <= 3600:
+        parser.error("--drain-timeout-s is between 0 and 3600")
 
 
 def _wrong_mode(options: argparse.Namespace) -> str:
@@ -163,6 +173,6 @@ def _wrong_mode(options: argparse.Namespace) -> str:
 
 def _who(options: argparse.Namespace) -> Who:
     """Raises AddressError or IdentityError."""
-    trust_domain = parse_trust_domain(options.trust_domain or _DEFAULT_TRUST_DOMAIN)
+    trust_domain = parse_trust_domain(options.trust_domain or DEFAULT_TRUST_DOMAIN)
     identity = make_id(trust_domain, options.namespace, options.service_account)
     return Who(options.workload, identity, tuple(parse_address(text) for text in options.address))

@@ -1,20 +1,19 @@
-"""`uproxy run`: wires one proxy together, and ends it: start, readiness, changes of configuration, signals, drain."""
+"""`uproxy run`: wires one proxy together, and ends it: start, readiness, changes of configuration, signals, drain.
+
+What it has in common with a waypoint's process is in `process`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import ipaddress
 import logging
-import os
-import resource
 import signal
 import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,7 @@ from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import Changes, State
-from uproxy import admin, config, explicit, joining, linux, plane
-from uproxy.access_log import AccessLog, Style
+from uproxy import admin, config, explicit, joining, plane, process
 from uproxy.config import Settings, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
@@ -36,6 +34,7 @@ from uproxy.listener import ACCEPTS_PER_TURN, HANDSHAKES_PER_TURN, Listeners, Se
 from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
 from uproxy.pool import Pool
+from uproxy.process import FAREWELL_S, TICK_S, WATCH_S, StartError
 from uproxy.telemetry import Telemetry
 from uproxy.tls import CredentialsError, client_context, server_context
 from uproxy.tunnel import HBONE_PORT
@@ -44,81 +43,39 @@ if TYPE_CHECKING:
     from uproxy.demand import Demand
     from uproxy.member import Member
 
-OUTBOUND_PORT, METRICS_PORT, READY_PORT = 15001, 15020, 15021
+OUTBOUND_PORT = 15001
 # Dialling these from the workload's cgroup is captured always, with route "probe" (bpf/mesh.h).
 PROBE_ADDRESSES = {socket.AF_INET: "240.240.255.255", socket.AF_INET6: "fd75:5072:6f78::ffff"}
 PROBE_PORT = 15021
 PROBE_TIMEOUT_S = 5.0
-# Beyond the drain time, for tunnels to be closed by both ends.
-FAREWELL_S = 0.5
-TICK_S = 5.0
-WATCH_S = 1.0
 
 log = logging.getLogger("uproxy")
-
-
-class StartError(Exception):
-    """The proxy cannot start; the text says why and what to do."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run until SIGTERM. Returns the exit status."""
     settings = config.parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    _harden()
+    process.log_to_stderr()
+    process.harden()
     who, membership = settings.who, None
     name = who.key if who is not None else str(settings.identity_dir)
     try:
         if who is None:
             membership = joining.member(settings.identity_dir, settings.join)
-            who = _who(membership)
+            who = process.who_joined(membership)
         return plane.run(_run(settings, who, membership))
     except (JoinError, StartError, ConfigError, CredentialsError) as error:
         print(f"uproxy run: {name}: {error}", file=sys.stderr)
         return 1
 
 
-def _harden() -> None:
-    """No core dump and no ptrace, which would show the key; as many descriptors as the system gives."""
-    linux.forbid_dumps()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _who(membership: Membership) -> Who:
-    """Raises JoinError."""
-    if not membership.addresses:
-        raise JoinError(f"{membership.key} joined without an address, as node agents do: create a token that has one")
-    return Who(membership.workload, membership.identity, membership.addresses)
-
-
 async def _run(settings: Settings, who: Who, membership: Membership | None) -> int:
-    proxy = _Proxy(settings, who, membership, asyncio.get_running_loop())
-    failed: Exception | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            await proxy.start(group)
-            await proxy.stopping.wait()
-            await proxy.drain()
-            raise _Drained
-    except* _Drained:
-        pass
-    except* (StartError, ConfigError, CredentialsError) as failures:
-        failed = failures.exceptions[0]
-    finally:
-        proxy.close()
-    if failed is not None:
-        raise failed
-    return 0
-
-
-class _Drained(Exception):
-    """Ends the task group: the proxy has drained."""
+    """Raises StartError, ConfigError or CredentialsError."""
+    return await process.live(_Proxy(settings, who, membership, asyncio.get_running_loop()))
 
 
 class _Proxy:
-    """One running proxy: its parts and its listeners."""
+    """One running proxy: its parts and its listeners. `process.live` calls `start`, `drain` and `close`."""
 
     def __init__(
         self, settings: Settings, who: Who, membership: Membership | None, loop: asyncio.AbstractEventLoop
@@ -131,7 +88,7 @@ class _Proxy:
         self._loop = loop
         self._plane = Plane(loop)
         self._state = State(who.identity.trust_domain)
-        self._log = _open_log(settings, loop)
+        self._log = process.open_log(settings.access_log, settings.log_json, loop)
         self._telemetry = Telemetry(uproxy.__version__, self._log)
         self._connections = Connections()
         self._credentials = CurrentCredentials(settings.identity_dir, who.identity)
@@ -206,7 +163,7 @@ class _Proxy:
         self.pending.discard("listeners")
         if self.settings.captured:
             await self._prove_capture()
-        self._report_ready()
+        process.report_ready(self._who, self.settings.ready_fd, log)
         self._tick()
 
     async def _read_configuration(self, group: asyncio.TaskGroup) -> None:
@@ -245,25 +202,13 @@ class _Proxy:
         # Captured, the namespace and its ports are this workload's; else others may share the host, so metrics and
         # readiness are at its own address.
         host = "0.0.0.0" if self.settings.captured else self._who.addresses[0]
-        operator = host if ipaddress.ip_address(host).is_loopback else "127.0.0.1"
-        for address, port, routes in (
-            (operator, self.settings.admin_port, admin.admin_routes(*self._operations())),
-            (host, METRICS_PORT, admin.metrics_routes(self._telemetry.render)),
-            (host, READY_PORT, admin.ready_routes(self._pending)),
-        ):
-            try:
-                self._servers.append(await admin.serve(address, port, routes))
-            except OSError as error:
-                hint = ": another uProxy may run here; see --admin-port" if port == self.settings.admin_port else ""
-                raise StartError(f"cannot listen on {address}:{port}: {error.strerror or error}{hint}") from error
-
-    def _pending(self) -> list[str]:
-        """What it is not ready for yet; of a member's configuration, what has not come."""
-        missing = self._member.replica.waiting() if self._member is not None and "config" in self.pending else ()
-        return [*self.pending, *(f"config: {text}" for text in missing)]
-
-    def _operations(self) -> tuple[Callable[[], object], Callable[[], None], logging.Logger]:
-        return self._config_dump, self._stop, logging.getLogger()
+        self._servers = await process.listen_to_operators(
+            host,
+            self.settings.admin_port,
+            admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
+            self._telemetry.render,
+            lambda: process.pending_of(self.pending, self._member),
+        )
 
     def _listen_on(self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN) -> None:
         try:
@@ -293,13 +238,6 @@ class _Proxy:
                     ) from error
         self._outbound.probed = None
         self.pending.discard("capture")
-
-    def _report_ready(self) -> None:
-        log.info("%s is ready as %s", self._who.key, self._who.identity)
-        if self.settings.ready_fd is not None:
-            with contextlib.suppress(OSError):
-                os.write(self.settings.ready_fd, b"ready\n")
-            os.close(self.settings.ready_fd)
 
     # -- changes
 
@@ -360,29 +298,15 @@ class _Proxy:
         gauge("uproxy_tunnels_outbound", "Open tunnels to peers", lambda: len(self._pool.tunnels()))
         gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: len(self._inbound.server.tunnels()))
         gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
-        gauge(
-            "uproxy_certificate_expiry_timestamp_seconds",
-            "When this workload's certificate expires, Unix time",
-            lambda: self._credentials.value.not_after,
-        )
-        gauge("uproxy_config_generation", "Configurations applied since the start", lambda: self._state.generation)
+        process.register_gauges(self._telemetry, self._credentials, self._state)
         if self._member is not None and self._demand is not None:
             self._register_member_gauges(self._member, self._demand)
 
     def _register_member_gauges(self, member: Member, demand: Demand) -> None:
-        gauge = self._telemetry.gauge
-        gauge(
-            "uproxy_config_whole",
-            "Whether everything that is subscribed to has come: 0 or 1",
-            lambda: int(member.replica.whole),
+        process.register_member_gauges(self._telemetry, member, lambda: member.replica.whole)
+        self._telemetry.gauge(
+            "uproxy_demanded_services", "Services subscribed to because they were dialled", lambda: demand.services
         )
-        gauge(
-            "uproxy_config_age_seconds",
-            "Since the control plane last said that the configuration is current",
-            lambda: member.age_s,
-        )
-        gauge("uproxy_control_connected", "Whether a broker is connected: 0 or 1", lambda: int(member.connected))
-        gauge("uproxy_demanded_services", "Services subscribed to because they were dialled", lambda: demand.services)
         self._telemetry.counter(
             "uproxy_demand_timeouts_total",
             "Connections refused because their configuration did not come in time",
@@ -460,9 +384,3 @@ class _Proxy:
         if self._log is not None:
             self._log.close()
         self._plane.close()
-
-
-def _open_log(settings: Settings, loop: asyncio.AbstractEventLoop) -> AccessLog | None:
-    if settings.access_log == "off":
-        return None
-    return AccessLog(settings.access_log, Style.JSON if settings.log_json else Style.TEXT, loop)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from control.api.identity import IdentityError, TrustDomain, parse_trust_domain
 from control.api.names import wrong_dns_label, wrong_subdomain
+from uproxy.config import DEFAULT_TRUST_DOMAIN, add_log_options, check_ranges
 
 MAX_WORKERS = 64
-_DEFAULT_TRUST_DOMAIN = "cluster.local"
 
 _DESCRIPTION = """\
 Run one process of a waypoint: the L7 proxy that the label istio.io/use-waypoint puts before a service.
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> Settings:
     alone = parser.add_argument_group("without a control plane")
     alone.add_argument("--config", action="append", type=Path, default=[], metavar="FILE", help="resources in YAML")
     alone.add_argument("--workload", metavar="NAMESPACE/NAME", help="its WorkloadEntry")
-    alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {_DEFAULT_TRUST_DOMAIN}")
+    alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {DEFAULT_TRUST_DOMAIN}")
     parser.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
     parser.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
     parser.add_argument(
@@ -82,24 +82,18 @@ def parse(argv: Sequence[str]) -> Settings:
         metavar="N",
         help="processes that share port 15008, up to one a core; default: %(default)s, which is this process",
     )
-    logs = parser.add_argument_group("logs and the end")
-    logs.add_argument("--access-log", default="-", metavar="FILE", help="- for standard output (default), or off")
-    logs.add_argument("--log-format", choices=("json", "text"), default="text")
-    logs.add_argument("--drain-timeout-s", type=float, default=5.0, metavar="S", help="default: %(default)s")
+    add_log_options(parser)
     options = parser.parse_args(argv)
     wrong = _wrong_mode(options)
     if wrong:
         parser.error(wrong)
     try:
-        trust_domain = parse_trust_domain(options.trust_domain or _DEFAULT_TRUST_DOMAIN)
+        trust_domain = parse_trust_domain(options.trust_domain or DEFAULT_TRUST_DOMAIN)
     except IdentityError as error:
         parser.error(str(error))
-    if not 0 < options.admin_port < 65536:
-        parser.error("--admin-port is between 1 and 65535")
     if not 1 <= options.workers <= MAX_WORKERS:
         parser.error(f"--workers is between 1 and {MAX_WORKERS}")
-    if not 0 <= options.drain_timeout_s <= 3600:
-        parser.error("--drain-timeout-s is between 0 and 3600")
+    check_ranges(parser, options)
     return Settings(
         config=tuple(options.config),
         workload=options.workload or "",

@@ -1,18 +1,17 @@
-"""`waypoint run`: wires one waypoint process together, and ends it: start, readiness, changes, signals, drain."""
+"""`waypoint run`: wires one waypoint process together, and ends it: start, readiness, changes, signals, drain.
+
+What it has in common with a uProxy's process is in `uproxy.process`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
 import logging
-import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import uproxy
 from control.api.names import key
@@ -21,15 +20,16 @@ from control.api.workload import Workload
 from control.client.files import Batch, ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import Changes, State
-from uproxy import admin, joining, linux, plane
+from uproxy import admin, joining, plane, process
 from uproxy.config import Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
 from uproxy.plane import Plane
+from uproxy.process import TICK_S, WATCH_S, StartError
 from uproxy.tls import CredentialsError
 from waypoint import config
 from waypoint.config import Settings
-from waypoint.serving import TICK_S, Serving, StartError, open_log
+from waypoint.serving import Serving
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.workers import Workers
 
@@ -37,21 +37,14 @@ if TYPE_CHECKING:
     from uproxy.demand import Demand
     from uproxy.member import Member
 
-METRICS_PORT: Final = 15020
-READY_PORT: Final = 15021
-WATCH_S: Final = 1.0
-
 log = logging.getLogger("waypoint")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run until SIGTERM. Returns the exit status."""
     settings = config.parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    linux.forbid_dumps()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    process.log_to_stderr()
+    process.harden()
     try:
         # Joining runs a loop of its own.
         membership = joining.member(settings.identity_dir, settings.join) if not settings.config else None
@@ -69,26 +62,9 @@ async def _run(settings: Settings, membership: Membership | None) -> int:
         proxy = _Process(settings, who, state, source)
         proxy.serving.take(batch, Changes())
     else:
-        if not membership.addresses:
-            raise JoinError(f"{membership.key} joined without an address: create a token that has one")
-        who = Who(membership.workload, membership.identity, membership.addresses)
+        who = process.who_joined(membership)
         proxy = _Process(settings, who, State(who.identity.trust_domain), membership)
-    failed: Exception | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            await proxy.start(group)
-            await proxy.stopping.wait()
-            await proxy.drain()
-            raise _Drained
-    except* _Drained:
-        pass
-    except* (StartError, ConfigError, CredentialsError) as failures:
-        failed = failures.exceptions[0]
-    finally:
-        proxy.close()
-    if failed is not None:
-        raise failed
-    return 0
+    return await process.live(proxy)
 
 
 def _from_files(settings: Settings, source: FileSource) -> tuple[Who, State, Batch]:
@@ -102,12 +78,11 @@ def _from_files(settings: Settings, source: FileSource) -> tuple[Who, State, Bat
     return Who(workload.name, workload.identity, workload.addresses), state, batch
 
 
-class _Drained(Exception):
-    """Ends the task group: the waypoint has drained."""
-
-
 class _Process:
-    """The first process of a waypoint: its place in the mesh, its operators, and what serves, here or in workers."""
+    """The first process of a waypoint: its place in the mesh, its operators, and what serves, here or in workers.
+
+    `process.live` calls `start`, `drain` and `close`.
+    """
 
     def __init__(self, settings: Settings, who: Who, state: State, origin: Membership | FileSource) -> None:
         """`origin`: where the configuration comes from; from files, `state` holds it already."""
@@ -131,7 +106,7 @@ class _Process:
         self._configured = asyncio.Event()
 
     def _serve_here(self) -> Serving | Workers:
-        access_log = open_log(self.settings.access_log, self.settings.log_json, self._loop)
+        access_log = process.open_log(self.settings.access_log, self.settings.log_json, self._loop)
         self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
         return Serving(
             self._plane,
@@ -204,7 +179,7 @@ class _Process:
         if self.stopping.is_set():
             return
         self.pending.discard("listeners")
-        self._report_ready()
+        process.report_ready(self._who, self.settings.ready_fd, log)
         if self._demand is not None:
             self._tick(self._demand)
 
@@ -221,34 +196,13 @@ class _Process:
         return member.replica.whole and self._state.gateway(self._gateway_key) is not None
 
     async def _listen_to_operators(self) -> None:
-        host = self._who.addresses[0]
-        operator = host if ipaddress.ip_address(host).is_loopback else "127.0.0.1"
-        for address, port, routes in (
-            (
-                operator,
-                self.settings.admin_port,
-                admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
-            ),
-            (host, METRICS_PORT, admin.metrics_routes(self.serving.render)),
-            (host, READY_PORT, admin.ready_routes(self._pending)),
-        ):
-            try:
-                self._servers.append(await admin.serve(address, port, routes))
-            except OSError as error:
-                hint = ": another proxy may run here; see --admin-port" if port == self.settings.admin_port else ""
-                raise StartError(f"cannot listen on {address}:{port}: {error.strerror or error}{hint}") from error
-
-    def _pending(self) -> list[str]:
-        """What it is not ready for yet; of a member's configuration, what has not come."""
-        missing = self._member.replica.waiting() if self._member is not None and "config" in self.pending else ()
-        return [*self.pending, *(f"config: {text}" for text in missing), *self.serving.waiting()]
-
-    def _report_ready(self) -> None:
-        log.info("%s is ready as %s", self._who.key, self._who.identity)
-        if self.settings.ready_fd is not None:
-            with contextlib.suppress(OSError):
-                os.write(self.settings.ready_fd, b"ready\n")
-            os.close(self.settings.ready_fd)
+        self._servers = await process.listen_to_operators(
+            self._who.addresses[0],
+            self.settings.admin_port,
+            admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
+            self.serving.render,
+            lambda: [*process.pending_of(self.pending, self._member), *self.serving.waiting()],
+        )
 
     # -- changes
 
@@ -296,26 +250,10 @@ class _Process:
     # -- what operators see
 
     def _register_gauges(self) -> None:
-        gauge = self._telemetry.gauge
-        gauge(
-            "uproxy_certificate_expiry_timestamp_seconds",
-            "When this workload's certificate expires, Unix time",
-            lambda: self._credentials.value.not_after,
-        )
-        gauge("uproxy_config_generation", "Configurations applied since the start", lambda: self._state.generation)
+        process.register_gauges(self._telemetry, self._credentials, self._state)
         member = self._member
         if member is not None:
-            gauge(
-                "uproxy_config_whole",
-                "Whether everything that is subscribed to has come: 0 or 1",
-                lambda: int(self.serving.in_force(member.known()).whole),
-            )
-            gauge(
-                "uproxy_config_age_seconds",
-                "Since the control plane last said that the configuration is current",
-                lambda: member.age_s,
-            )
-            gauge("uproxy_control_connected", "Whether a broker is connected: 0 or 1", lambda: int(member.connected))
+            process.register_member_gauges(self._telemetry, member, lambda: self.serving.in_force(member.known()).whole)
 
     def _config_dump(self) -> object:
         certificate = self._credentials.value

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import signal
 import socket
 import sys
@@ -21,14 +20,15 @@ import uproxy
 from control.api.address import IpAddress, parse_address
 from control.api.identity import SpiffeId
 from control.client.state import State
-from uproxy import linux, plane
+from uproxy import linux, plane, process
 from uproxy.config import Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import Flag, RefusedError
 from uproxy.plane import Plane, Waiter
+from uproxy.process import StartError
 from uproxy.tls import CredentialsError
 from waypoint.channel import Channel, Message
-from waypoint.serving import Serving, StartError, open_log
+from waypoint.serving import Serving
 from waypoint.telemetry import WaypointTelemetry
 
 _PATIENCE_S: Final = 6.0  # the first process waits 5 s for the control plane
@@ -41,8 +41,7 @@ def main() -> int:
     """Run until SIGTERM. Returns the exit status."""
     fd, parent = map(int, sys.argv[1:])
     linux.die_with_parent(parent)
-    linux.forbid_dumps()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    process.harden()
     try:
         return plane.run(_run(socket.socket(fileno=fd)))
     except (StartError, CredentialsError) as error:
@@ -155,7 +154,7 @@ class _Worker:
         )
         self._state = State(who.identity.trust_domain)
         self._credentials = CurrentCredentials(Path(str(settings["identity_dir"])), who.identity)
-        access_log = open_log(str(settings["access_log"]), bool(settings["log_json"]), self._loop)
+        access_log = process.open_log(str(settings["access_log"]), bool(settings["log_json"]), self._loop)
         self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
         drain_timeout_s = float(str(settings["drain_timeout_s"]))
         self._serving = Serving(

@@ -27,10 +27,10 @@ from control.api.status import Knowledge
 from control.client.state import Changes
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane
+from uproxy.process import FAREWELL_S, StartError
 from waypoint.channel import Channel, Message, encode
 from waypoint.gateway import Directory
 from waypoint.metrics import counters, summed
-from waypoint.serving import FAREWELL_S, StartError
 from waypoint.telemetry import WaypointTelemetry
 
 APPLY_TIMEOUT_S: Final = 20.0

@@ -1,0 +1,167 @@
+"""The life of a proxy's process, whichever proxy it is: hardened, listening to operators, ready, draining, gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Protocol
+
+from control.client.files import ConfigError
+from control.client.membership import Membership
+from control.client.state import State
+from uproxy import admin, linux
+from uproxy.access_log import AccessLog, Style
+from uproxy.config import Who
+from uproxy.credentials import CurrentCredentials
+from uproxy.joining import JoinError
+from uproxy.telemetry import Telemetry
+from uproxy.tls import CredentialsError
+
+if TYPE_CHECKING:
+    from uproxy.member import Member
+
+METRICS_PORT: Final = 15020
+READY_PORT: Final = 15021
+FAREWELL_S: Final = 0.5
+"""Beyond the drain time, for tunnels to be closed by both ends."""
+TICK_S: Final = 5.0
+"""Between two looks at what has become old."""
+WATCH_S: Final = 1.0
+"""Between two looks at the files of a configuration."""
+
+
+class StartError(Exception):
+    """The proxy cannot start; the text says why and what to do."""
+
+
+class Proxy(Protocol):
+    """What `live` runs."""
+
+    stopping: asyncio.Event
+    """Set when the process was told to end."""
+
+    async def start(self, group: asyncio.TaskGroup) -> None:
+        """Return when it is ready, or when it was told to stop before. Raises StartError, ConfigError or
+        CredentialsError, and so may the tasks that it adds to the group.
+        """
+
+    async def drain(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Drained(Exception):
+    """Ends the task group: the proxy has drained."""
+
+
+async def live(proxy: Proxy) -> int:
+    """A proxy from its start to its end: the exit status. Raises StartError, ConfigError or CredentialsError."""
+    failed: Exception | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            await proxy.start(group)
+            await proxy.stopping.wait()
+            await proxy.drain()
+            raise _Drained
+    except* _Drained:
+        pass
+    except* (StartError, ConfigError, CredentialsError) as failures:
+        failed = failures.exceptions[0]
+    finally:
+        proxy.close()
+    if failed is not None:
+        raise failed
+    return 0
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+def harden() -> None:
+    """No core dump and no ptrace, which would show the key; as many descriptors as the system gives."""
+    linux.forbid_dumps()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def who_joined(membership: Membership) -> Who:
+    """The workload that has joined. Raises JoinError for a node agent."""
+    if not membership.addresses:
+        raise JoinError(f"{membership.key} joined without an address, as node agents do: create a token that has one")
+    return Who(membership.workload, membership.identity, membership.addresses)
+
+
+def open_log(target: str, as_json: bool, loop: asyncio.AbstractEventLoop) -> AccessLog | None:
+    """The access log that the command line asks for; None when it is off."""
+    return None if target == "off" else AccessLog(target, Style.JSON if as_json else Style.TEXT, loop)
+
+
+async def listen_to_operators(
+    host: str,
+    admin_port: int,
+    admin_routes: Mapping[str, admin.Handler],
+    metrics: Callable[[], bytes | asyncio.Future[bytes]],
+    pending: Callable[[], list[str]],
+) -> list[asyncio.Server]:
+    """Metrics and readiness at `host`; admin on loopback, there when it is one. Raises StartError."""
+    operator = host if ipaddress.ip_address(host).is_loopback else "127.0.0.1"
+    servers: list[asyncio.Server] = []
+    for address, port, routes in (
+        (operator, admin_port, admin_routes),
+        (host, METRICS_PORT, admin.metrics_routes(metrics)),
+        (host, READY_PORT, admin.ready_routes(pending)),
+    ):
+        try:
+            servers.append(await admin.serve(address, port, routes))
+        except OSError as error:
+            for server in servers:
+                server.close()
+            hint = ": another proxy may run here; see --admin-port" if port == admin_port else ""
+            raise StartError(f"cannot listen on {address}:{port}: {error.strerror or error}{hint}") from error
+    return servers
+
+
+def pending_of(pending: set[str], member: Member | None) -> list[str]:
+    """What a proxy is not ready for yet; of a member's configuration, what has not come."""
+    missing = member.replica.waiting() if member is not None and "config" in pending else ()
+    return [*pending, *(f"config: {text}" for text in missing)]
+
+
+def report_ready(who: Who, ready_fd: int | None, log: logging.Logger) -> None:
+    """Tells people, and whoever has started the process."""
+    log.info("%s is ready as %s", who.key, who.identity)
+    if ready_fd is not None:
+        with contextlib.suppress(OSError):
+            os.write(ready_fd, b"ready\n")
+        os.close(ready_fd)
+
+
+def register_gauges(telemetry: Telemetry, credentials: CurrentCredentials, state: State) -> None:
+    """Of certificate and configuration."""
+    telemetry.gauge(
+        "uproxy_certificate_expiry_timestamp_seconds",
+        "When this workload's certificate expires, Unix time",
+        lambda: credentials.value.not_after,
+    )
+    telemetry.gauge("uproxy_config_generation", "Configurations applied since the start", lambda: state.generation)
+
+
+def register_member_gauges(telemetry: Telemetry, member: Member, whole: Callable[[], bool]) -> None:
+    """Of the control plane. `whole`: whether everything that is subscribed to is in force."""
+    telemetry.gauge(
+        "uproxy_config_whole", "Whether everything that is subscribed to has come: 0 or 1", lambda: int(whole())
+    )
+    telemetry.gauge(
+        "uproxy_config_age_seconds",
+        "Since the control plane last said that the configuration is current",
+        lambda: member.age_s,
+    )
+    telemetry.gauge("uproxy_control_connected", "Whether a broker is connected: 0 or 1", lambda: int(member.connected))
