@@ -8,7 +8,7 @@ PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 # Test files in the order of their names, one after the other on each core.
 SIDE_BY_SIDE := -n auto --no-loadscope-reorder
 
-.PHONY: help setup packages bpf demo test check fix bench soak fuzz clean
+.PHONY: help setup packages bpf demo test check fix bench guard soak fuzz clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ fix: setup  ## Format, and mend what the linter can
 bench: setup  ## Measure the tunnel against plain TCP and Envoy, and the control plane; prints tables
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.control
+
+guard: setup  ## Count what the data plane costs, and compare it with the baseline (a part of the tests)
+	$(BIN)/python -m benchmarks.guard
 
 soak: setup  ## Minutes of load: memory, descriptors and map entries must stay flat
 	$(BIN)/pytest -m soak --timeout 1800
