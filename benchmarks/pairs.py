@@ -17,13 +17,13 @@ from pathlib import Path
 
 from benchmarks.netns import Namespace, joined, stop
 from benchmarks.peers import envoy
+from control.api.address import HBONE_PORT
 from control.api.identity import SpiffeId
 from control.client.csr import make_request
 from control.server.ca import Authority, write_identity
 
 TRUST_DOMAIN = "cluster.local"
 WEB_ADDRESS, DB_ADDRESS = "10.77.0.1", "10.77.0.2"
-HBONE_PORT = 15008
 APP_PORT = 8080
 ENTRY = ("127.0.0.1", 9000)
 APP = (DB_ADDRESS, APP_PORT)

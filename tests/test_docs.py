@@ -14,10 +14,10 @@ import pytest
 
 from bpf import layout
 from control.api import mesh, resources
+from control.api.address import HBONE_PORT
 from control.server.enrolment import CERTIFICATES_PORT
 from control.server.metrics import METRICS_PORT as CONTROL_METRICS_PORT
 from uproxy import admin, admission, config, inbound, process, run, tls
-from uproxy.tunnel import HBONE_PORT
 
 ROOT = Path(__file__).parent.parent
 TRACKED = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from control.api.address import AddressError, IpAddress, parse_address
+from control.api.address import HBONE_PORT, AddressError, IpAddress, parse_address
 from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
 from uproxy import listener, plane
@@ -31,7 +31,7 @@ from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
 from uproxy.telemetry import Connection, Peer, Telemetry
-from uproxy.tunnel import HBONE_PORT, Tunnel
+from uproxy.tunnel import Tunnel
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from control.api.address import IpAddress
+from control.api.address import HBONE_PORT, IpAddress
 from control.api.index import ResidentWorkload
 from control.client.state import Changes, State
 from uproxy import plane
@@ -30,7 +30,6 @@ from uproxy.redirect import OriginalDestination, Route, original_destination
 from uproxy.relay import CLEAN, Relay
 from uproxy.resolve import Hop, Plan, Resolver, host_port
 from uproxy.telemetry import Connection, Peer, Telemetry
-from uproxy.tunnel import HBONE_PORT
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand

@@ -11,7 +11,7 @@ import logging
 import ssl
 from collections.abc import Callable, Hashable, Sequence
 
-from control.api.address import IpAddress
+from control.api.address import HBONE_PORT, IpAddress
 from control.api.identity import SpiffeId
 from uproxy import hbone, tunnel
 from uproxy.errors import Flag, RefusedError
@@ -20,7 +20,7 @@ from uproxy.plane import Plane, Waiter
 from uproxy.relay import Relay
 from uproxy.resolve import Hop
 from uproxy.tls import peer_identity
-from uproxy.tunnel import HBONE_PORT, Tunnel
+from uproxy.tunnel import Tunnel
 
 # The peer itself waits up to 10 s for its application.
 ANSWER_TIMEOUT_S = 15.0

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import uproxy
+from control.api.address import HBONE_PORT
 from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
@@ -37,7 +38,6 @@ from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, WATCH_S, StartError
 from uproxy.telemetry import Telemetry
 from uproxy.tls import CredentialsError, client_context, server_context
-from uproxy.tunnel import HBONE_PORT
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand

@@ -23,7 +23,6 @@ from uproxy.header_block import Headers
 from uproxy.relay import Relay, StreamOwner
 from uproxy.tls import handshake_refusal
 
-HBONE_PORT = 15008
 CONNECT_TIMEOUT_S = 10.0  # ztunnel's
 HANDSHAKE_TIMEOUT_S = 10.0
 # Both ends ask after 10 s of silence and give up 20 s later (docs/hbone.md 2.2).

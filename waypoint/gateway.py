@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from control.api.address import IpAddress
+from control.api.address import HBONE_PORT, IpAddress
 from control.api.route import Backend, RouteRule
 from control.api.workload import Workload
 from control.client.state import Changes, State
@@ -28,7 +28,7 @@ from uproxy.plane import Plane, Timer, Waiter
 from uproxy.relay import CLEAN, Relay
 from uproxy.resolve import Hop, host_port
 from uproxy.telemetry import Connection, Peer
-from uproxy.tunnel import HBONE_PORT, Tunnel
+from uproxy.tunnel import Tunnel
 from waypoint import telemetry as flags
 from waypoint.byte_stream import ByteStream
 from waypoint.client import DISCARD_TIMEOUT_S, STALL_TIMEOUT_S, Client

@@ -7,12 +7,12 @@ import logging
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
 
+from control.api.address import HBONE_PORT
 from control.api.names import key
 from control.api.status import Knowledge
 from control.client.state import Changes, State
-from uproxy.access_log import AccessLog, Style
+from uproxy.access_log import AccessLog
 from uproxy.config import Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
@@ -20,27 +20,14 @@ from uproxy.errors import RefusedError
 from uproxy.listener import HANDSHAKES_PER_TURN, Listeners, TunnelServer
 from uproxy.plane import Plane
 from uproxy.pool import Pool
+from uproxy.process import FAREWELL_S, TICK_S, StartError
 from uproxy.telemetry import Connection, Peer
 from uproxy.tls import client_context, server_context
-from uproxy.tunnel import HBONE_PORT
 from waypoint.gateway import Directory, Gateway
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
 
-# Beyond the drain time, for tunnels to be closed by both ends.
-FAREWELL_S: Final = 0.5
-TICK_S: Final = 5.0
-
 log = logging.getLogger("waypoint")
-
-
-class StartError(Exception):
-    """The waypoint cannot start; the text says why and what to do."""
-
-
-def open_log(target: str, as_json: bool, loop: asyncio.AbstractEventLoop) -> AccessLog | None:
-    """The access log that the command line asks for; None when it is off."""
-    return None if target == "off" else AccessLog(target, Style.JSON if as_json else Style.TEXT, loop)
 
 
 class Serving:

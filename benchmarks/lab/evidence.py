@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.lab.connect import Answer, connect
 from benchmarks.lab.shop import DB, REVIEWS
 from benchmarks.lab.topology import Workload
+from control.api.address import HBONE_PORT
 
-HBONE_PORT = 15008
 Steps = list[tuple[str, Callable[[], str]]]
 """A name, and what returns the evidence or raises."""
 

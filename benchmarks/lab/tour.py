@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from benchmarks.lab.capture import Capture, Segment, describe, occurs, tls_flows
 from benchmarks.lab.evidence import (
-    HBONE_PORT,
     Steps,
     UnexpectedError,
     Web,
@@ -22,6 +21,7 @@ from benchmarks.lab.evidence import (
 )
 from benchmarks.lab.shop import DB, REVIEWS, Shop
 from benchmarks.lab.topology import Lab
+from control.api.address import HBONE_PORT
 from control.server.brokers import BROKER_PORT
 from control.server.enrolment import CERTIFICATES_PORT
 

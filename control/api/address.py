@@ -16,6 +16,9 @@ IpAddress = NewType("IpAddress", str)
 IpBlock = NewType("IpBlock", str)
 """Canonical text of a CIDR block: `10.0.0.0/8`, `fd00::1/128`."""
 
+HBONE_PORT: Final = 15008
+"""Where every mesh address takes tunnels (Istio: "Ports used by Istio")."""
+
 # Canonical IPv4, which most of a mesh's addresses are: `ipaddress` takes ten times as long to say the same.
 _IPV4: Final = re.compile(r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?!$)|$)){4}")
 _MAPPED_PREFIX: Final = bytes(10) + b"\xff\xff"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
 from control.api import labels as label
+from control.api.address import HBONE_PORT
 from control.api.declared import DeclaredGateway, DeclaredRoute
 from control.api.document import Reader
 from control.api.gateway import Traffic
@@ -41,7 +42,6 @@ from control.api.route import (
 )
 
 GATEWAY_CLASS: Final = "istio-waypoint"
-HBONE_PORT: Final = 15008
 
 _NOT_THERE: Final = "it is not implemented; remove it"
 _NO_REGEX: Final = {"RegularExpression": "expressions are not implemented; write exact values or prefixes"}

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from control.api.address import parse_address
+from control.api.address import HBONE_PORT, parse_address
 from control.api.gateway import Gateway, Instance, Traffic
 from control.api.identity import SpiffeId
 from control.server.ca import Authority
@@ -22,7 +22,7 @@ from uproxy.pool import Pool
 from uproxy.relay import Relay
 from uproxy.resolve import Hop, host_port
 from uproxy.tls import Credentials, client_context, server_context
-from uproxy.tunnel import HBONE_PORT, Tunnel
+from uproxy.tunnel import Tunnel
 
 WAYPOINT = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
 WAYPOINT_ADDRESS = parse_address("127.0.77.3")

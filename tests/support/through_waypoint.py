@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from control.api.address import parse_address
+from control.api.address import HBONE_PORT, parse_address
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import SpiffeId
 from control.api.workload import Service, ServicePort
@@ -35,7 +35,6 @@ from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route
 from uproxy.telemetry import Connection
 from uproxy.tls import Credentials, client_context, server_context
-from uproxy.tunnel import HBONE_PORT
 from waypoint import gateway
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.upstream import Upstream
