@@ -275,10 +275,14 @@ def apart(wanted: Sequence[float], low: float, high: float) -> list[float]:
             if close > 0:
                 places[one] -= close / 2
                 places[two] += close / 2
-        shift = max(0.0, low - places[0]) or min(0.0, high - places[-1])
-        places = [place + shift for place in places]
-    for one, two in pairwise(range(len(places))):
-        places[two] = max(places[two], places[one] + LINE)
+    floor = low
+    for index, place in enumerate(places):
+        places[index] = max(place, floor)
+        floor = places[index] + LINE
+    ceiling = max(high, low + LINE * (len(places) - 1))
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], ceiling)
+        ceiling = places[index] - LINE
     return [place for _, place in sorted(zip(order, places, strict=True))]
 
 

@@ -70,9 +70,14 @@ def test_measured_values_are_the_ticks() -> None:
 def test_labels_stand_apart_and_in_order(wanted: list[float]) -> None:
     places = apart(wanted, 0, 300)
     assert len(places) == len(wanted)
+    assert all(0 <= place <= 300 for place in places)
     for one, two in combinations(range(len(wanted)), 2):
         assert abs(places[one] - places[two]) >= LINE - 1e-6
         assert wanted[one] >= wanted[two] or places[one] < places[two]
+
+
+def test_labels_that_are_close_give_way_to_both_sides() -> None:
+    assert apart([100, 100], 0, 300) == [100 - LINE / 2, 100 + LINE / 2]
 
 
 def test_a_label_with_room_stays_where_its_line_ends() -> None:
