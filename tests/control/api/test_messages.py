@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control.api.messages import MAX_PAYLOAD_BYTES, Envelope, MessageError, decode, encode
+from control.api.messages import MAX_PAYLOAD_BYTES, MAX_WEIGHT, Envelope, MessageError, decode, encode
 
 numbers = st.integers(0, 2**63 - 1)
 scalars = (
@@ -113,3 +113,19 @@ def test_a_payload_beyond_the_limit_is_neither_made_nor_taken():
         encode(Envelope(1, 1, 0, body))
     with pytest.raises(MessageError, match="at most"):
         decode(msgpack.packb([1, 1, 1, 0, body]))
+
+
+@pytest.mark.parametrize(
+    ("item", "weight"),
+    [(None, 1), (1, 1), ("", 1), ([], 4), ({}, 4), ([[1]], 9)],
+    ids=["nil", "1", "text", "list", "map", "nested"],
+)
+def test_what_is_too_much_to_take_apart_is_neither_made_nor_taken(item, weight):
+    fits = (MAX_WEIGHT - 2 * 3 - 1) // weight  # the body and its list
+    envelope = Envelope(1, 1, 0, {"a": [item] * fits})
+    assert decode(encode(envelope)) == envelope
+    more = {"a": [item] * (fits + 1)}
+    with pytest.raises(MessageError, match="values"):
+        encode(Envelope(1, 1, 0, more))
+    with pytest.raises(MessageError, match="more than 80000 values"):
+        decode(msgpack.packb([1, 1, 1, 0, more]))
