@@ -1,7 +1,7 @@
 """Two workloads on one wire, `web` and `db`, with a proxy on either side: a real uProxy or a real Envoy.
 
 web's side has an entry port on loopback; what connects there comes out at db's application, through HBONE between the
-two proxies. The tests use this to mix the proxies, the benchmarks to compare them.
+two proxies. The tests use this to mix the proxies; the benchmarks compare them in the lab (benchmarks/peers).
 """
 
 from __future__ import annotations
@@ -56,14 +56,13 @@ Running = AbstractContextManager[subprocess.Popen[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """The two namespaces and what the proxies in them need; `core` pins everything that is started."""
+    """The two namespaces and what the proxies in them need."""
 
     web: Namespace
     db: Namespace
     web_address: str
     db_address: str
     directory: Path
-    core: int | None
 
     def identity(self, name: str) -> Path:
         return self.directory / "identity" / name
@@ -73,7 +72,6 @@ class Wire:
 def wire(
     directory: Path,
     *,
-    core: int | None = None,
     extra: tuple[str, ...] = (),
     addresses: tuple[str, str] = (WEB_ADDRESS, DB_ADDRESS),
 ) -> Iterator[Wire]:
@@ -81,7 +79,7 @@ def wire(
     directory.mkdir(parents=True, exist_ok=True)
     authority = Authority.create(directory / "ca", TRUST_DOMAIN)
     with joined(*(f"{address}/{64 if ':' in address else 24}" for address in addresses)) as (web, db):
-        made = Wire(web, db, *addresses, directory, core)
+        made = Wire(web, db, *addresses, directory)
         for name in ("web", "db", *extra):
             identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{name}")
             request = make_request(made.identity(name), identity).read_bytes()
@@ -132,7 +130,6 @@ def _started(
                     *("--config", str(directory / "mesh.yaml"), "--ready-fd", str(told), "--log-format", "json"),
                     *("--access-log", str(directory / "access.log"), "--drain-timeout-s", "1"),
                 ],
-                core=wire.core,
                 stdout=log,
                 stderr=log,
                 pass_fds=[told],
@@ -169,7 +166,7 @@ def envoy_client(wire: Wire, *, authority: str | None = None, stream_window: int
     config = envoy.client_config(
         wire.identity("web"), TRUST_DOMAIN, (wire.db_address, HBONE_PORT), entries, stream_window=stream_window
     )
-    return envoy.running(config, wire.web, wire.directory / "web", core=wire.core)
+    return envoy.running(config, wire.web, wire.directory / "web")
 
 
 def envoy_server(wire: Wire, *, stream_window: int | None = None) -> Running:
@@ -178,7 +175,7 @@ def envoy_server(wire: Wire, *, stream_window: int | None = None) -> Running:
     config = envoy.server_config(
         wire.identity("db"), TRUST_DOMAIN, (wire.db_address, HBONE_PORT), applications, stream_window=stream_window
     )
-    return envoy.running(config, wire.db, wire.directory / "db", core=wire.core)
+    return envoy.running(config, wire.db, wire.directory / "db")
 
 
 def _authority(wire: Wire, port: int) -> str:

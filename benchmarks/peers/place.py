@@ -1,0 +1,87 @@
+"""Where a peer's process runs: a place of a lab that looks like a workload's, without a uProxy."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.lab.sources import TRUST_DOMAIN, LabError
+from benchmarks.lab.topology import Host, Lab, entered, tail
+from control.api.identity import SpiffeId
+from uproxy.sandbox import Sandbox
+
+Address = tuple[str, int]
+
+_START_S = 20.0
+_POLL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One side of a pair of peers: a namespace with an address, and the identity of its workload."""
+
+    lab: Lab
+    box: Sandbox
+    identity: SpiffeId
+    identity_dir: Path
+    """chain.pem, key.pem and bundle.pem, of the lab's CA."""
+
+    @classmethod
+    def make(cls, host: Host, name: str, account: str) -> Place:
+        """On a host, with the identity of the service account `account` in the namespace `default`."""
+        identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/default/sa/{account}")
+        directory = host.lab.directory / "identities" / f"peer-{name}"
+        host.lab.issue(identity, directory)
+        return cls(host.lab, host.twin(name), identity, directory)
+
+    @property
+    def address(self) -> str:
+        return self.box.addresses[0]
+
+    @property
+    def directory(self) -> Path:
+        """For configuration and logs."""
+        made = self.lab.directory / "peers" / self.box.workload
+        made.mkdir(parents=True, exist_ok=True)
+        return made
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "log"
+
+    def start(
+        self, argv: Sequence[str], listens: Sequence[Address], environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """The peer's process, once it accepts connections at these addresses. Raises LabError with its log."""
+        given = [f"{name}={value}" for name, value in (environment or {}).items()]
+        # `env` becomes the program, so that its process id is the one that is known here.
+        command = ["env", *given, *argv]
+        with self.log.open("wb") as log:
+            process = self.lab.spawn(
+                command,
+                self.box.netns_path,
+                str(self.box.proxy_cgroup.relative_to(self.lab.names.cgroup)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + _START_S
+        for address in listens:
+            while not self.accepts(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise LabError(
+                        f"{Path(argv[0]).name} does not listen at {address[0]}:{address[1]} "
+                        f"(exit status {process.poll()}):\n{tail(self.log)}"
+                    )
+                time.sleep(_POLL_S)
+        return process
+
+    def accepts(self, address: Address) -> bool:
+        with suppress(OSError), entered(self.box.netns_path), socket.create_connection(address, 1.0):
+            return True
+        return False

@@ -1,0 +1,112 @@
+"""Two waypoints between the same two uProxies, ours and an Envoy's: HTTP is read, judged and routed by either.
+
+Each is the waypoint of a service of its own, whose endpoint is the application of the subject `uproxy`. Both are one
+process with one worker, refuse what begins with /deny, and keep no access log.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+
+from benchmarks import load
+from benchmarks.harness.results import Subject
+from benchmarks.lab.sources import TRUST_DOMAIN
+from benchmarks.lab.topology import Host, Lab, Workload
+from benchmarks.peers import envoy
+from benchmarks.peers.pairs import APP_PORT, HBONE_PORT
+from benchmarks.peers.place import Place
+from benchmarks.peers.standing import Standing
+from control.api.identity import SpiffeId
+
+OURS = Subject(
+    "waypoint",
+    "our waypoint",
+    "`waypoint run`, one process on a third host, between the two uProxies: HTTP/1.1, HBONE before and behind it.",
+    f"uProxy {version('uproxy-mesh')}",
+)
+ENVOYS = Subject(
+    "envoy-waypoint",
+    "Envoy as the waypoint",
+    "An Envoy with one worker on a third host, configured as Istio does its waypoints, between the same two uProxies.",
+)
+SERVICE_PORT = 80
+_HTTP_PORT = APP_PORT + load.HTTP
+# Gateway -> its address on the third host, and that of the service before which it stands.
+_PLACES = {OURS.name: ("10.96.3.200", "240.240.0.61"), ENVOYS.name: ("10.96.3.201", "240.240.0.62")}
+
+
+def resources(server: Workload) -> str:
+    """The Gateways and the services, whose one endpoint is `server`."""
+    return "".join(
+        f"""\
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {{name: {gateway}, namespace: default, labels: {{istio.io/waypoint-for: service}}}}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{{name: mesh, port: {HBONE_PORT}, protocol: HBONE}}]
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata:
+  name: {gateway}-1
+  namespace: default
+  labels: {{gateway.networking.k8s.io/gateway-name: {gateway}}}
+spec: {{address: {address}, serviceAccount: {gateway}}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: through-{gateway}, namespace: default, labels: {{istio.io/use-waypoint: {gateway}}}}}
+spec:
+  clusterIP: {service}
+  selector: {{app: {server.name}}}
+  ports: [{{name: http, port: {SERVICE_PORT}, targetPort: {_HTTP_PORT}}}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: deny-{gateway}, namespace: default}}
+spec:
+  targetRefs: [{{group: "", kind: Service, name: through-{gateway}}}]
+  action: DENY
+  rules: [{{to: [{{operation: {{paths: [/deny*]}}}}]}}]
+"""
+        for gateway, (address, service) in _PLACES.items()
+    )
+
+
+def stand(lab: Lab, host: Host, uproxy: Standing, server: Workload) -> list[Standing]:
+    """Start both; `uproxy` is the pair that they stand between. Raises LabError."""
+    ours, theirs = (_place(host, subject.name) for subject in (OURS, ENVOYS))
+    argv = [
+        *(sys.executable, "-I", "-m", "waypoint", "run", "--workload", f"default/{OURS.name}-1"),
+        *("--trust-domain", TRUST_DOMAIN, "--config", str(lab.directory / "mesh.yaml")),
+        *("--identity-dir", str(ours.identity_dir), "--access-log", "off"),
+    ]
+    pids = {OURS.name: ours.start(argv, [(ours.address, HBONE_PORT)]).pid}
+    tunnel = (server.address, HBONE_PORT)
+    config = envoy.waypoint_config(
+        theirs.identity_dir, TRUST_DOMAIN, (theirs.address, HBONE_PORT), tunnel, f"{server.address}:{_HTTP_PORT}"
+    )
+    written = theirs.directory / "envoy.json"
+    written.write_text(json.dumps(config, indent=1))
+    pids[ENVOYS.name] = theirs.start(envoy.argv(written), [(theirs.address, HBONE_PORT)]).pid
+    return [
+        replace(
+            uproxy,
+            subject=subject,
+            entry=(_PLACES[subject.name][1], SERVICE_PORT),
+            proxies={**uproxy.proxies, "waypoint": [pids[subject.name]]},
+        )
+        for subject in (OURS, replace(ENVOYS, version=envoy.version()))
+    ]
+
+
+def _place(host: Host, gateway: str) -> Place:
+    identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/default/sa/{gateway}")
+    directory = host.lab.directory / "identities" / gateway
+    host.lab.issue(identity, directory)
+    return Place(host.lab, host.place(gateway, _PLACES[gateway][0]), identity, directory)

@@ -1,0 +1,395 @@
+"""What a way between two workloads costs: plain TCP, uProxies, and other proxies that also speak mTLS.
+
+Two hosts of a lab, a load generator on one and an application on the other, and the same for every subject but what is
+between (benchmarks/peers). All subjects stand at once; the links are what veth makes of them, or delayed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from benchmarks import load
+from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
+from benchmarks.harness.results import Better, Check, Measure
+from benchmarks.harness.usage import ASIDE, GoneError, pss_mb
+from benchmarks.lab import cores, link
+from benchmarks.lab.congestion import ALGORITHM
+from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import Host, Lab
+from benchmarks.load import Load, LoadError, Outcome
+from benchmarks.peers import waypoints
+from benchmarks.peers.pairs import peers
+from benchmarks.peers.standing import (
+    APART,
+    RESOURCES,
+    TOGETHER,
+    Pinning,
+    Standing,
+    stand_peer,
+    stand_uproxy,
+    workloads,
+)
+
+NAME: Final = "paths"
+HTTP: Final = "paths/http"
+"""What is measured through waypoints: a suite of its own where subjects are compared, since it has others."""
+_SMALL: Final = 64
+"""Bytes of a small request."""
+_BESIDE: Final = (32, 500)
+"""Connections and requests a second of the small requests beside something else."""
+_DELAYS_MS: Final = (0.25, 1.0)
+_STALLED_US: Final = 10e6
+"""What is shown for requests of which none is answered: as long as the load generator waits."""
+_SAMPLED_EVERY_S: Final = 0.05
+_PROOF_S: Final = 0.5
+_TOLERATED_SHARE, _TOLERATED_US = 0.1, 50.0
+"""By how much a delayed link may be off: this share of the delay, or this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured."""
+
+    sizes: Mapping[int, Sequence[int]]
+    """Connections -> bytes of a round trip."""
+    streams: Sequence[int]
+    rates: Sequence[int]
+    delays_ms: Sequence[float]
+    delayed: int
+    """How many of the three measures are also taken on delayed links."""
+    idle: int
+    """Connections that are held and not used; 0: not measured."""
+    slow: int
+    """Connections to a source that nobody reads from; 0: not measured."""
+    http: Sequence[int]
+    """Connections of HTTP through a waypoint."""
+    rounds: int
+    seconds: float
+
+
+_SIZES = (_SMALL, 1024, 16384)
+QUICK: Final = Plan(
+    sizes={1: (_SMALL, 16384), 64: (_SMALL,), 500: (_SMALL,)},
+    streams=(1,),
+    rates=(2000,),
+    delays_ms=_DELAYS_MS[:1],
+    delayed=1,
+    idle=0,
+    slow=0,
+    http=(16,),
+    rounds=3,
+    seconds=0.4,
+)
+FULL: Final = Plan(
+    sizes=dict.fromkeys((1, 16, 64, 500), _SIZES),
+    streams=(1, 8),
+    rates=(2000, 6000),
+    delays_ms=_DELAYS_MS,
+    delayed=3,
+    idle=1000,
+    slow=8,
+    http=(1, 16, 64),
+    rounds=7,
+    seconds=1.5,
+)
+
+
+class Paths:
+    """The suite. `plan` replaces what is measured, for tests."""
+
+    name = NAME
+    title = "The tunnel, against plain TCP and other proxies"
+
+    def __init__(self, plan: Plan | None = None) -> None:
+        self._plan = plan
+
+    def run(self, bench: Bench) -> None:
+        """Raises BenchError when nothing can be measured."""
+        plan = self._plan or (QUICK if bench.quick else FULL)
+        try:
+            program, line = load.build(bench.directory), link.build(bench.directory)
+            with Lab() as lab:
+                self._measure(bench, plan, lab, program, line)
+        except (LabError, LoadError) as error:
+            raise BenchError(str(error)) from error
+
+    def _measure(self, bench: Bench, plan: Plan, lab: Lab, program: Path, line: Path) -> None:
+        a, b, c = lab.host("a"), lab.host("b"), lab.host("c")
+        client, server = workloads(a, b, program)
+        asked = peers(bench.peers)
+        lab.configure(RESOURCES + waypoints.resources(server))
+        lab.start(bench.progress)
+        lives = [stand_peer(peer, a, b, program) for peer in asked]
+        # Plain TCP first, uProxy second.
+        lives.insert(1, stand_uproxy(client, server, program))
+        routed = waypoints.stand(lab, c, lives[1], server)
+        bench.progress(f"standing: {', '.join(live.subject.name for live in (*lives, *routed))}")
+        fresh = {live.subject.name: _held_mb(live) for live in lives}
+        _check_congestion(bench, lives)
+        _say_conditions(bench)
+        bench.interleave(probes(plan, fresh), lives, rounds=plan.rounds, seconds=plan.seconds)
+        bench.interleave(through_waypoints(plan), routed, rounds=plan.rounds, seconds=plan.seconds)
+        for delay_ms in plan.delays_ms:
+            self._delayed(bench, plan, lab, b, line, lives, delay_ms)
+        if plan.slow:
+            # The last: what nobody reads stays in a proxy for a while.
+            bench.interleave([_slow_readers(plan.slow)], lives, rounds=plan.rounds, seconds=plan.seconds)
+
+    def _delayed(
+        self, bench: Bench, plan: Plan, lab: Lab, host: Host, line: Path, lives: Sequence[Standing], delay_ms: float
+    ) -> None:
+        plain = next(live for live in lives if live.subject.reference)
+        before = _round_trip_us(plain)
+        with link.delayed(lab, host, line, delay_ms, core=cores.LAST) as carried:
+            added = _round_trip_us(plain) - before
+            near = (_round_trip(1, _SMALL), _round_trip(64, 1024), _bulk(1))
+            far = [Probe(_at(probe.measure, delay_ms), probe.take) for probe in near[: plan.delayed]]
+            bench.interleave(far, lives, rounds=plan.rounds, seconds=plan.seconds)
+        wanted = 2 * delay_ms * 1000
+        bench.check(
+            Check(
+                f"a link delayed by {delay_ms:g} ms",
+                abs(added - wanted) <= max(_TOLERATED_SHARE * wanted, _TOLERATED_US) and not carried.lost,
+                f"a round trip takes {added:.0f} us longer, where {wanted:.0f} us were asked for; {carried.lost} of "
+                f"{carried.frames} frames were lost",
+                {"added_us": added, "frames": carried.frames, "lost": carried.lost},
+            )
+        )
+
+
+SUITE: Final = Paths()
+
+_RR: Final = "round trips"
+_OPEN: Final = "round trips at a fixed rate"
+_BULK: Final = "throughput"
+_CONNECT: Final = "new connections"
+_BESIDE_OTHERS: Final = "small requests beside something else"
+_MEMORY: Final = "memory"
+_HTTP: Final = "HTTP requests through a waypoint"
+
+
+def probes(plan: Plan, fresh: Mapping[str, float]) -> list[Probe[Standing]]:
+    """What is measured on the plain link, in order. `fresh`: the proxies' memory before any load, by subject."""
+    connections, rate = _BESIDE
+    beside = load.beside_bulk(connections, _SMALL, rate, 1)
+    return [
+        *([_idle(plan.idle, fresh)] if plan.idle else []),
+        *(_round_trip(connections, size) for connections, sizes in plan.sizes.items() for size in sizes),
+        *(_opened(rate) for rate in plan.rates),
+        *map(_bulk, plan.streams),
+        _of_load("connect", _CONNECT, "16 in flight", "1/s", load.connects(16), better="more", connections=16),
+        _of_load("beside-bulk", _BESIDE_OTHERS, "beside 1 bulk stream, p99", "us", beside, APART, rate=rate),
+    ]
+
+
+def through_waypoints(plan: Plan) -> list[Probe[Standing]]:
+    """What is measured on the two waypoints."""
+    return [_http(connections) for connections in plan.http]
+
+
+def _round_trip(connections: int, size: int) -> Probe[Standing]:
+    label = f"{_count(connections, 'connection')}, {_bytes(size)}"
+    asked = load.closed(connections, size)
+    return _of_load(f"rr/{connections}/{size}", _RR, label, "us", asked, connections=connections, bytes=size)
+
+
+def _opened(rate: int) -> Probe[Standing]:
+    return _of_load(f"open/{rate}", _OPEN, f"{rate:,}/s, p99", "us", load.opened(64, _SMALL, rate), APART, rate=rate)
+
+
+def _bulk(streams: int) -> Probe[Standing]:
+    label = _count(streams, "stream")
+    return _of_load(f"bulk/{streams}", _BULK, label, "Gbit/s", load.bulk(streams), better="more", streams=streams)
+
+
+def _http(connections: int) -> Probe[Standing]:
+    asked = load.http_closed(connections, f"/bytes/{_SMALL}", "application")
+    probe = _of_load(
+        f"http/{connections}", _HTTP, _count(connections, "connection"), "us", asked, connections=connections
+    )
+    return Probe(replace(probe.measure, suite=HTTP), probe.take)
+
+
+def _of_load(
+    name: str,
+    group: str,
+    label: str,
+    unit: str,
+    asked: Load,
+    pinning: Pinning = TOGETHER,
+    better: Better = "less",
+    **parameters: float,
+) -> Probe[Standing]:
+    measure = Measure(f"{NAME}/{name}", NAME, group, label, unit, better, parameters)
+    return Probe(measure, lambda live, seconds: _sample(live.run(asked, seconds, pinning)))
+
+
+def _at(measure: Measure, delay_ms: float) -> Measure:
+    """The same on a link that is so much longer, each way."""
+    return Measure(
+        f"{NAME}/delay/{delay_ms:g}/{measure.name.removeprefix(f'{NAME}/')}",
+        NAME,
+        f"{measure.group}, links of {delay_ms:g} ms",
+        measure.label,
+        measure.unit,
+        measure.better,
+        {**measure.parameters, "delay_ms": delay_ms},
+    )
+
+
+def _sample(outcome: Outcome, more: Mapping[str, float] | None = None) -> Sample:
+    return Sample(
+        outcome.value,
+        outcome.operations,
+        outcome.details() | dict(more or {}),
+        outcome.histogram,
+        outcome.bottleneck,
+        (outcome.start_ns, outcome.end_ns),
+    )
+
+
+def _idle(count: int, fresh: Mapping[str, float]) -> Probe[Standing]:
+    """What a thousand connections cost that do nothing: memory of both proxies, above that before any load."""
+
+    def take(live: Standing, seconds: float) -> Sample:
+        outcome, held = _watched(live, load.idle(count), seconds)
+        before = fresh[live.subject.name]
+        during = statistics.median(held)
+        # Nothing was done by which processor time could be divided.
+        return Sample(
+            (during - before) * 1000 / count,
+            0,
+            outcome.details() | {"before_mb": before, "pss_mb": during},
+            bottleneck=outcome.bottleneck,
+            counted=(outcome.start_ns, outcome.end_ns),
+        )
+
+    label = "both proxies, per 1,000 idle connections"
+    return Probe(Measure(f"{NAME}/idle", NAME, _MEMORY, label, "MB", "less", {"connections": count}), take)
+
+
+def _slow_readers(count: int) -> Probe[Standing]:
+    """Whether connections that nobody reads from slow others down, and what they make a proxy hold."""
+    connections, rate = _BESIDE
+
+    def take(live: Standing, seconds: float) -> Sample:
+        before = _held_mb(live)
+        try:
+            outcome, held = _watched(live, load.slow_readers(count, connections, _SMALL, rate), seconds)
+        except BenchError as error:
+            if not isinstance(error.__cause__, LoadError):
+                raise
+            # Nothing came through: those whom nobody reads hold up the others. No number is large enough for that.
+            return Sample(_STALLED_US, 0, {"stalled": 1.0, "grown_mb": _held_mb(live) - before})
+        return _sample(outcome, {"grown_mb": max(held) - before})
+
+    label = f"beside {_count(count, 'reader')} that do not read, p99"
+    return Probe(
+        Measure(f"{NAME}/slow-readers", NAME, _BESIDE_OTHERS, label, "us", "less", {"readers": count}),
+        take,
+    )
+
+
+def _watched(live: Standing, asked: Load, seconds: float) -> tuple[Outcome, list[float]]:
+    """A load, and how much memory the proxies held while its counted part ran. Raises BenchError."""
+    read: list[tuple[int, float]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_SAMPLED_EVERY_S):
+            with suppress(BenchError):  # whoever is gone is missed by the load, too
+                read.append((time.monotonic_ns(), _held_mb(live)))
+
+    watching = threading.Thread(target=watch, name="memory", daemon=True)
+    watching.start()
+    try:
+        outcome = live.run(asked, seconds, TOGETHER if asked.kind == "idle" else APART)
+    finally:
+        over.set()
+        watching.join()
+    held = [mb for at, mb in read if outcome.start_ns <= at <= outcome.end_ns]
+    if not held:
+        raise BenchError(f"{live.subject.name}: {seconds:g} s are too few to read the memory in")
+    return outcome, held
+
+
+def _held_mb(live: Standing) -> float:
+    """Memory of the proxies now. Raises BenchError."""
+    try:
+        return sum(pss_mb(pids) for role, pids in live.processes().items() if role not in ASIDE)
+    except GoneError as error:
+        raise BenchError(f"{live.subject.name}: {error}") from error
+
+
+def _round_trip_us(plain: Standing) -> float:
+    """The median, on a machine that does not sleep while it waits: waking up is no delay of the link."""
+    with cores.awake(cores.FIRST, cores.LAST):
+        return plain.run(load.closed(1, _SMALL), _PROOF_S, TOGETHER).percentile_us(0.5)
+
+
+def _check_congestion(bench: Bench, lives: Sequence[Standing]) -> None:
+    """Look at the sockets of everybody, at both ends, while they hold connections. Raises BenchError."""
+    known = set(Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split())
+    used: dict[str, set[str]] = {}
+    for live in lives:
+        holding = live.spawn(TOGETHER, load.argv(live.program, load.idle(4), *live.entry, _PROOF_S))
+        time.sleep(_PROOF_S / 2)
+        seen = "".join(
+            subprocess.run(
+                ["ip", "netns", "exec", box.netns, "ss", "-tniH", "state", "established"],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout
+            for box in (live.client, live.server)
+        )
+        _, told = holding.communicate(timeout=30)
+        if holding.returncode:
+            raise BenchError(f"{live.subject.name}: {told.decode().strip()}")
+        used[live.subject.name] = set(seen.split()) & known
+    text = "; ".join(f"{name}: {', '.join(sorted(one)) or 'none'}" for name, one in used.items())
+    bench.check(Check(f"TCP {ALGORITHM}", all(one == {ALGORITHM} for one in used.values()), text))
+    bench.condition("congestion control", f"{ALGORITHM}, named by every route; seen by ss at both ends of each subject")
+
+
+def _say_conditions(bench: Bench) -> None:
+    both = cores.FIRST != cores.LAST
+    bench.condition(
+        "pinning of the paths",
+        f"closed loops, throughput and new connections: load generator, proxies and application on core {cores.FIRST}; "
+        f"at a fixed rate: proxies on core {cores.FIRST}, load generator and application on core {cores.LAST}"
+        + ("" if both else ", the same one: there is no other, and requests may be sent late"),
+    )
+    bench.condition(
+        "links",
+        "a veth pair and a bridge between two network namespaces; a delay is that of one way, so that a round trip "
+        f"takes twice as long, made by a program on core {cores.LAST} that is not accounted",
+    )
+    bench.condition(
+        _HTTP,
+        "GET of 64 B over kept-alive connections, in a closed loop, everything on one core: two uProxies, captured by "
+        "eBPF, and the waypoint between them, which refuses a path and keeps no access log",
+    )
+    bench.condition(
+        _BESIDE_OTHERS,
+        f"{_BESIDE[0]} connections, {_BESIDE[1]} requests of {_SMALL} B a second; {_STALLED_US / 1e6:.0f} s stand for "
+        "none that was answered",
+    )
+    bench.condition("capture", "uProxies by eBPF; Envoys and HAProxies are dialled on loopback")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size} B" if size < 1024 else f"{size // 1024} KB"
