@@ -151,7 +151,8 @@ class Results:
         return {"schema": SCHEMA} | asdict(self)
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        # A full run has some hundred thousand buckets of histograms: no spaces.
+        path.write_text(json.dumps(self.to_json(), separators=(",", ":")) + "\n")
 
 
 def read(path: Path) -> Results:

@@ -31,9 +31,7 @@ def judge(series: Series, *, reference: bool) -> None:
     if reference:
         series.remark = f"{_BOUND}: {most}"
     else:
-        series.refused = (
-            f"the load generator decided {len(bound)} of {len(series.rounds)} rounds, not the subject: {most}"
-        )
+        series.refused = f"{len(bound)} of {len(series.rounds)} rounds say nothing of the subject: {most}"
 
 
 class Estimate:

@@ -133,7 +133,7 @@ def test_a_series_that_the_generator_decided_is_refused(
 
     bench.interleave([Probe(measure(), take)], [Standing(subject("a"))], rounds=3, seconds=0.0)
     series = results.series[0]
-    reason = f"the load generator decided {bound} of 3 rounds, not the subject: its core was busy 97 %"
+    reason = f"{bound} of 3 rounds say nothing of the subject: its core was busy 97 %"
     assert series.refused == (reason if refused else "")
     assert [bool(one.bottleneck) for one in series.rounds].count(True) == bound
 
