@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <math.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,8 @@
 #define REST_NS 10000000ull
 /* How often old requests are looked for. */
 #define TICK_NS 1000000000ull
+/* Before a request is due an open loop stays awake for so long: main.c says why. */
+#define AWAKE_NS 100000ull
 
 enum state { FREE, BUSY, RESTING };
 
@@ -386,7 +389,7 @@ static int turn(uint64_t timeout_ns, void (*after_each)(uint64_t now))
 				    .tv_nsec = (long)(timeout_ns % 1000000000ull) };
 	int count = epoll_pwait2(epoll, events, EVENTS, &timeout, NULL);
 
-	if (count < 0)
+	if (count < 0 && errno != EINTR)
 		die("epoll_pwait2: %s", strerror(errno));
 	for (int i = 0; i < count; i++) {
 		handle(&events[i]);
@@ -443,7 +446,7 @@ static uint64_t until_next(uint64_t now, uint64_t tick)
 	uint64_t next = tick;
 
 	if (load->rate && due < window.end && idle_first < idle_end && due < next)
-		next = due;
+		next = due - AWAKE_NS;
 	if (resting && now + REST_NS < next)
 		next = now + REST_NS;
 	if (now < window.end && window.end < next)
@@ -453,7 +456,7 @@ static uint64_t until_next(uint64_t now, uint64_t tick)
 
 void run_requests(struct window wanted, struct findings *into)
 {
-	uint64_t now = now_ns(), tick = now + TICK_NS, cpu_at_start = 0;
+	uint64_t now = now_ns(), tick = now + TICK_NS, cpu_at_start = 0, awake_ns = 0;
 	int started = 0, ended = 0;
 
 	window = wanted;
@@ -464,13 +467,16 @@ void run_requests(struct window wanted, struct findings *into)
 	if (load->rate)
 		advance();
 	for (;;) {
+		uint64_t timeout_ns, used_ns;
+		int handled;
+
 		if (!started && now >= window.start) {
 			started = 1;
 			cpu_at_start = cpu_ns();
 		}
 		if (!ended && now >= window.end) {
 			ended = 1;
-			findings->cpu_ns = cpu_ns() - cpu_at_start;
+			findings->cpu_ns = cpu_ns() - cpu_at_start - awake_ns;
 		}
 		if (load->rate)
 			send_what_is_due(now);
@@ -480,7 +486,14 @@ void run_requests(struct window wanted, struct findings *into)
 			break;
 		if (ended && now > window.end + STALL_NS)
 			break;
-		turn(until_next(now, tick), load->rate ? send_what_is_due : NULL);
+		timeout_ns = until_next(now, tick);
+		used_ns = timeout_ns ? 0 : cpu_ns();
+		handled = turn(timeout_ns, load->rate ? send_what_is_due : NULL);
+		if (!timeout_ns && !handled) {
+			sched_yield();
+			if (started && !ended)
+				awake_ns += cpu_ns() - used_ns;
+		}
 		now = now_ns();
 		if (now >= tick) {
 			check_for_stalls(now);
