@@ -7,10 +7,13 @@ the configuration: whether processes run and applications listen is not asked. `
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
 
 from control.api.address import AddressError, IpAddress, parse_address
+from control.api.bindings import Subject
 from control.api.gateway import Via, gateway_identity
 from control.api.identity import SpiffeId
 from control.api.route import RouteRule
@@ -22,10 +25,13 @@ from uproxy.header_block import Headers
 from uproxy.inbound import FORBIDDEN_PORTS
 from uproxy.listener import Asked
 from uproxy.resolve import Plan, Resolver, host_port
+from waypoint import http1_head
 from waypoint.destination import Destination, Destinations
-from waypoint.http1_messages import Fields
+from waypoint.http1_messages import Fields, MessageError, RequestHead
 from waypoint.request import Request, RequestError, read_request
 from waypoint.rules import rules_at
+
+_NONE: Final[Mapping[Subject, str]] = MappingProxyType({})
 
 
 class QuestionError(ValueError):
@@ -58,16 +64,16 @@ class Step:
     """Machine readable, where it is refused: as in logs and headers."""
 
 
-def explain(state: State, question: Question) -> tuple[Step, ...]:
+def explain(state: State, question: Question, under_way: Mapping[Subject, str] = _NONE) -> tuple[Step, ...]:
     """The chain of decisions. It ends with the first refusal, but for destinations, which are all asked.
 
-    Raises QuestionError.
+    `under_way`: how far each binding to a waypoint is, in words, as far as it is known. Raises QuestionError.
     """
     caller = state.workload(question.caller)
     if caller is None:
         raise QuestionError(f"no workload {question.caller}")
     address = _address(state, question, caller.namespace)
-    return tuple(_steps(state, question, caller, address))
+    return tuple(_steps(state, question, caller, address, under_way))
 
 
 def _address(state: State, question: Question, namespace: str) -> IpAddress:
@@ -88,7 +94,9 @@ def _address(state: State, question: Question, namespace: str) -> IpAddress:
     raise QuestionError(f"{question.host!r} is no service, workload or address of the mesh (seen from {namespace})")
 
 
-def _steps(state: State, question: Question, caller: Workload, address: IpAddress) -> Iterator[Step]:
+def _steps(
+    state: State, question: Question, caller: Workload, address: IpAddress, under_way: Mapping[Subject, str]
+) -> Iterator[Step]:
     dialled = host_port(address, question.port)
     if state.workload_at(address) is None and not any(address in service.vips for service in state.services()):
         detail = f"{dialled} is nobody's address: refused inside the mesh's address ranges, left alone outside them"
@@ -104,16 +112,18 @@ def _steps(state: State, question: Question, caller: Workload, address: IpAddres
         return
     what = f"service {plan.service.key}" if plan.service is not None else f"workload {_name(state, address)}"
     yield Step("resolve", True, f"{dialled} is port {question.port} of {what}")
+    subject: Subject = ("Service", plan.service.key) if plan.service else ("WorkloadEntry", _name(state, address))
+    how_far = f"; {under_way[subject]}" if subject in under_way else ""
     gateway = state.gateway(plan.gateway) if plan.gateway else None
     if plan.gateway and gateway is not None and gateway.instances:
         instances = ", ".join(instance.workload for instance in gateway.instances)
         binding = state.binding_at(address, question.port)
         passed = " (directly while none answers)" if binding is not None and binding.via is Via.PREFERRED else ""
-        yield Step("binding", True, f"through waypoint {plan.gateway}, run by {instances}{passed}")
+        yield Step("binding", True, f"through waypoint {plan.gateway}, run by {instances}{passed}{how_far}")
         yield from _through(state, question, caller, plan)
         return
     none_runs = f"waypoint {plan.gateway} is optional, and no process of it runs: " if plan.gateway else ""
-    yield Step("binding", True, f"{none_runs}directly, with mTLS from instance to instance")
+    yield Step("binding", True, f"{none_runs}directly, with mTLS from instance to instance{how_far}")
     yield from _destinations(state, _places(state, plan), caller.identity, caller.addresses[0], ())
 
 
@@ -125,12 +135,13 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
     try:
         destination = destinations.find(Asked(authority, plan.address, plan.port))
         if destination.http:
-            fields = question.fields
-            if not any(name == b"host" for name, _ in fields):
-                fields = ((b"host", question.host.encode()), *fields)
-            request = read_request(question.method, question.target, fields)
+            head = _head(question, plan)
+            request = read_request(head.method, head.target, head.fields)
     except RefusedError as error:
         yield Step("waypoint", False, error.detail, error.reason)
+        return
+    except MessageError as error:
+        yield Step("waypoint", False, f"{error.status}: {error}", "bad-request")
         return
     except RequestError as error:
         yield Step("waypoint", False, f"400: {error}", "bad-request")
@@ -155,6 +166,20 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
     assert gateway is not None  # the plan leads to one of its instances
     peer = gateway.instances[0].address
     yield from _destinations(state, places, waypoint, peer, ((CALLER, said.encode()),))
+
+
+def _head(question: Question, plan: Plan) -> RequestHead:
+    """As an application would send it, and as the waypoint reads it. Raises MessageError."""
+    fields = question.fields
+    if not any(name == b"host" for name, _ in fields):
+        address = f"[{plan.address}]" if ":" in plan.address else plan.address
+        named = not any(character in question.host for character in "/:")
+        fields = ((b"host", (question.host if named else address).encode()), *fields)
+    lines = [f"{question.method} {question.target} HTTP/1.1".encode(), *(b"%b: %b" % field for field in fields)]
+    head = b"".join(line + b"\r\n" for line in (*lines, b""))
+    if head.count(b"\r\n") != len(lines) + 1:
+        raise MessageError(400, "a line end within the request line or a field")
+    return http1_head.read_request(head, b"")
 
 
 def _route(rule: RouteRule | None, asked: str) -> tuple[Step, list[tuple[str, int, int]]]:

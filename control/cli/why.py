@@ -7,6 +7,7 @@ import base64
 from dataclasses import asdict
 from pathlib import Path
 
+from control.api.bindings import Subject
 from control.api.identity import TrustDomain, parse_trust_domain
 from control.api.records import RecordError
 from control.cli.client import ControlPlane, add_socket_option
@@ -73,7 +74,9 @@ def _why(arguments: argparse.Namespace) -> int:
     caller = arguments.caller if "/" in arguments.caller else f"{arguments.namespace}/{arguments.caller}"
     question = Question(caller, host, port, arguments.method, arguments.path, tuple(arguments.header))
     try:
-        steps = explain(_state(arguments), question)
+        steps = explain(
+            _state(arguments), question, {} if arguments.files else _under_way(ControlPlane(arguments.socket))
+        )
     except QuestionError as error:
         raise CommandError(str(error)) from None
     allowed = all(step.ok for step in steps)
@@ -109,6 +112,16 @@ def _state(arguments: argparse.Namespace) -> State:
 def _live(plane: ControlPlane) -> tuple[str, Batch]:
     answer = plane.get("records")
     return answer["trust_domain"], [(topic, base64.b64decode(payload)) for topic, payload in answer["records"]]
+
+
+def _under_way(plane: ControlPlane) -> dict[Subject, str]:
+    """How far the bindings to waypoints are that are on their way."""
+    return {
+        (one["kind"], one["key"]): f"its binding to waypoint {one['gateway']} is {one['phase']}"
+        + (f", and waits for {', '.join(one['waits_for'])}" if one["waits_for"] else "")
+        for one in plane.get("bindings")["bindings"]
+        if one["phase"] != "enforced"
+    }
 
 
 def _destination(text: str) -> tuple[str, int]:

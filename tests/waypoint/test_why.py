@@ -111,6 +111,45 @@ def mesh(*more, via=Via.WAYPOINT, instances=("wp-1",), without=()):
     return state
 
 
+def test_a_head_that_the_waypoint_would_not_read_is_refused_as_there():
+    for request, said in (
+        ({"method": "delete"}, "400: malformed start line"),
+        ({"target": "/a b"}, "400: malformed start line"),
+        ({"target": "/" + "a" * 20000}, "414: "),
+        ({"fields": ((b"host", b"a/b"),)}, "400: malformed Host"),
+        ({"fields": ((b"host", b"a"), (b"host", b"b"))}, "400: 2 Host fields"),
+        ({"fields": ((b"x_forwarded_for", b"10.0.0.1"),)}, "400: the field x_forwarded_for"),
+        ({"fields": ((b"upgrade", b"websocket"),)}, "501: "),
+        ({"fields": ((b"x", b"a\r\nx-team: blue"),)}, "400: a line end"),
+        ({"fields": ((b"x", b"a\nx-team: blue"),)}, "400: malformed header field"),
+        ({"fields": ((b"transfer-encoding", b"gzip"),)}, "400: a Transfer-Encoding"),
+    ):
+        *_, last = ask(mesh(), **request)
+        assert (last.stage, last.ok, last.reason) == ("waypoint", False, "bad-request")
+        assert last.detail.startswith(said), last.detail
+
+
+def test_what_holds_between_two_peers_only_is_not_seen_by_routes():
+    one_hop = (b"connection", b"x-team"), (b"x-team", b"blue")
+    assert stages(ask(mesh(), fields=one_hop[1:]))[4] == ("route", True)
+    assert stages(ask(mesh(), fields=one_hop))[4] == ("route", "no-route")
+
+
+def test_an_address_that_is_dialled_is_the_host():
+    assert all(step.ok for step in ask(mesh(), host=str(VIP), target="/v2"))
+
+
+def test_how_far_a_binding_is_is_said():
+    pending = mesh(service("reviews", VIP, HTTP), without=("reviews",))
+    told = {("Service", "shop/reviews"): "its binding to waypoint shop/wp is pending"}
+    steps = explain(pending, Question("shop/web", "reviews", 80), told)
+    assert steps[2].detail.startswith("directly")
+    assert steps[2].detail.endswith("; its binding to waypoint shop/wp is pending")
+    assert "pending" not in ask(pending)[2].detail
+    through = explain(mesh(), Question("shop/web", "reviews", 80), told)
+    assert through[2].detail.endswith("; its binding to waypoint shop/wp is pending")
+
+
 def ask(state, host="reviews", port=80, caller="shop/web", **request):
     return explain(state, Question(caller, host, port, **request))
 

@@ -173,6 +173,14 @@ def test_files_that_are_wrong(meshctl, mesh):
 
 
 def test_a_live_mesh(meshctl, mesh, tmp_path):
+    (tmp_path / "behind.yaml").write_text(
+        """\
+apiVersion: v1
+kind: Service
+metadata: {name: late, namespace: shop, labels: {istio.io/use-waypoint: wp}}
+spec: {clusterIP: 240.240.0.11, selector: {app: reviews}, ports: [{name: http, port: 80, targetPort: 8080}]}
+"""
+    )
     authority = Authority.create(tmp_path / "ca", "cluster.local")
     with operated(tmp_path / "ca", authority, tmp_path / "control") as plane:
         live = ("--socket", plane.socket)
@@ -181,6 +189,13 @@ def test_a_live_mesh(meshctl, mesh, tmp_path):
         assert meshctl("why", "other/stranger-1", "reviews.shop:80", *live)[0] == 1
         assert meshctl("delete", "policy", "only-shop", "-n", "shop", "--release", *live)[0] == 0
         assert meshctl("why", "other/stranger-1", "reviews.shop:80", *live)[0] == 0
+        assert meshctl("apply", "--force", "-f", tmp_path / "behind.yaml", *live)[0] == 0
+        status, out, _ = meshctl("why", "web-1", "late:80", "-n", "shop", *live)
+        assert status == 0
+        assert (
+            "directly, with mTLS from instance to instance; its binding to waypoint shop/wp is pending, and waits"
+            in out
+        )
         assert "goes with -f" in meshctl("why", "shop/web-1", "reviews:80", "--trust-domain", "x", *live)[2]
 
 
