@@ -10,6 +10,7 @@ seconds: run them in a thread. Meanwhile `pending` and `published` answer, and `
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -64,6 +65,8 @@ _CLOCK_STEP_S: Final = 60
 _RETRY_S: Final = 5.0
 _STATUSES: Final = "status/"
 """Their group among what waits, where others go by their namespace."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,8 +456,11 @@ class Core:
         new = self._flips.stepped(self._world(seen), kept, pen.stamp)
         again = concerned_by_change(old, new) | unseen
         if again or new != old or kept != self._flips.bypasses:
+            ended = {service: self._flips.bypasses[service] for service in self._flips.bypasses.keys() - kept.keys()}
             plan = self._registry.plan((), standings=standings(new), again=again)
             self._put(plan, self._messages(pen, plan), new, kept, pen.stamp)
+            for service, bypass in sorted(ended.items()):
+                _log.info("the bypass of service %s has ended, which was for: %s", service, bypass.reason)
 
     def _put(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -413,7 +414,8 @@ def test_a_namespace_label_binds_its_services(plane):
 # -- break glass
 
 
-def test_a_bypass_opens_the_direct_path_for_a_while_and_ends_by_itself(plane):
+def test_a_bypass_opens_the_direct_path_for_a_while_and_ends_by_itself_which_is_logged(plane, caplog):
+    caplog.set_level(logging.INFO)
     plane.enforce()
     until = plane.now + 1800
     plane.core.bypass("shop/web", until, "the waypoint is on fire")
@@ -427,8 +429,12 @@ def test_a_bypass_opens_the_direct_path_for_a_while_and_ends_by_itself(plane):
     plane.now += 400
     plane.core.advance()
     assert plane.phase() is None
+    plane.now = until - 1
+    plane.core.advance()
+    assert not caplog.messages
     plane.now = until
     plane.core.advance()
+    assert caplog.messages == ["the bypass of service shop/web has ended, which was for: the waypoint is on fire"]
     assert plane.core.bypasses() == {}
     assert plane.store.bypasses() == {}
     for _ in range(3):
