@@ -81,7 +81,7 @@ class Admission:
         if gate.bound.enforced and peer not in gate.exempt:
             raise RefusedError(
                 "waypoint-required",
-                f"{peer} connects directly to port {port}, which is reached through {' or '.join(gate.bound.gateways)}",
+                f"{peer} connects directly to port {port}, which is reached through {_named(gate.bound)}",
                 status=401,
                 flag=Flag.WAYPOINT,
             )
@@ -95,7 +95,7 @@ class Admission:
         gate = self._gates.get(port) or self._gates.get(0)
         if gate is None or not (gate.bound.guarded and gate.bound.enforced) or peer in (gate.waypoints | gate.exempt):
             return ""
-        through = " or ".join(gate.bound.gateways)
+        through = _named(gate.bound)
         return (
             f"waypoint-required: made directly to port {port} before it was reached through {through} under L7 policy"
         )
@@ -141,3 +141,8 @@ class Admission:
         if identity.trust_domain != self._trust_domain:
             raise ValueError(f"{identity} is of another trust domain than {self._trust_domain}")
         return Caller(identity, parse_address(match[2] or match[3]), int(match[4]))
+
+
+def _named(bound: Bound) -> str:
+    """Its waypoints, for people."""
+    return " or ".join(bound.gateways) or "a waypoint whose Gateway is not there"

@@ -50,7 +50,7 @@ class Bound:
     port: int
     """The workload's port; 0: every port."""
     gateways: tuple[str, ...]
-    """Keys of the Gateways whose identity is believed when it names the caller, in order."""
+    """Keys of the Gateways whose identity is believed when it names the caller, in order; none when those are gone."""
     exempt: tuple[SpiffeId, ...]
     """Who else may connect directly although it is enforced, in order."""
     enforced: bool

@@ -139,10 +139,11 @@ class Mesh:
         routes = sorted(_of(DeclaredRoute, declared), key=lambda item: item.route.key)
         targets = targets_of(policies)
         processes = processes_of(gateways, declared_workloads, findings)
+        every_gateway = {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}}
         wishes = wishes_of(
             _of(DeclaredNamespace, declared),
             (*declared_services, *declared_workloads),
-            {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}},
+            every_gateway,
             processes,
             targets.union(Target("Gateway", gateway_key) for gateway_key in elsewhere.guarded),
             domain,
@@ -150,7 +151,7 @@ class Mesh:
             findings,
         )
         standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
-        ports = Ports(workloads, endpoints, processes, standing, wishes)
+        ports = Ports(workloads, endpoints, processes, standing, wishes, every_gateway.keys())
         check_targets(policies, declared_services, gateways, wishes.of, findings)
         check_routes(routes, declared_services, wishes.of, findings)
         mesh = cls(

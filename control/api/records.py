@@ -290,8 +290,6 @@ def _read_bounds(fields: Fields, trust_domain: TrustDomain) -> tuple[Bound, ...]
                     enforced=typed(enforced, bool, name),
                     guarded=bool(guarded),
                 )
-                if not found.gateways:
-                    raise RecordError(f"{name}: gateways are missing")
                 check_ordered(found.gateways, name)
                 check_ordered(found.exempt, name)
                 return found

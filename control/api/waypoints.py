@@ -7,7 +7,7 @@ nothing that somebody else changes may take a policy away. Nor may a Gateway tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -181,9 +181,11 @@ class Ports:
         processes: Mapping[str, Sequence[Instance]],
         standings: Standings,
         wishes: Wishes,
+        gateways: Collection[str],
     ) -> None:
-        """`processes`: as of `processes_of`."""
+        """`processes`: as of `processes_of`. `gateways`: keys of those that there are, in all namespaces."""
         self._wishes = wishes
+        self._gateways = gateways
         self._standing: dict[str, dict[int, dict[Subject, Standing]]] = {}
         if not standings:
             return
@@ -204,11 +206,16 @@ class Ports:
                     of_port[subject] = standing
 
     def bounds(self, workload_key: str) -> tuple[Bound, ...]:
-        """What is demanded at its ports. Who is exempt of a port that several bind is exempt of all these."""
+        """What is demanded at its ports. Who is exempt of a port that several bind is exempt of all these.
+
+        A Gateway that is not there, which takes --force, is nobody whose word counts: a workload may have its name.
+        """
         return tuple(
             Bound(
                 port=port,
-                gateways=tuple(sorted({gateway for one in found.values() for gateway in one.gateways})),
+                gateways=tuple(
+                    sorted({key for one in found.values() for key in one.gateways if key in self._gateways})
+                ),
                 exempt=self._exempt_of(found),
                 enforced=any(one.enforced for one in found.values()),
                 guarded=any(one.enforced and self._is_guarded(subject) for subject, one in found.items()),

@@ -89,7 +89,7 @@ def bounds(draw: st.DrawFn) -> Bound:
     exempt = draw(st.sets(st.builds(make_id, st.just(TRUST_DOMAIN), namespaces, accounts), max_size=2))
     return Bound(
         port=draw(st.integers(0, 3)),
-        gateways=tuple(sorted(draw(st.sets(gateway_keys, min_size=1, max_size=2)))),
+        gateways=tuple(sorted(draw(st.sets(gateway_keys, max_size=2)))),
         exempt=tuple(sorted(exempt)),
         enforced=draw(st.booleans()),
         guarded=draw(st.booleans()),

@@ -66,6 +66,14 @@ def test_two_bindings_admit_both_waypoints() -> None:
     assert "infra/wp or shop/wp" in refusal(one, WEB, 80).detail
 
 
+def test_a_gateway_that_is_not_there_is_believed_by_nobody_and_shuts_the_port() -> None:
+    gone = admission(dataclasses.replace(BOUND, gateways=()))
+    assert "not there" in refusal(gone, WAYPOINT, 80, SAYS_WEB).detail
+    assert gone.enter(PROMETHEUS, 80, []) is None
+    open_still = admission(dataclasses.replace(BOUND, gateways=(), enforced=False))
+    assert open_still.enter(WAYPOINT, 80, [SAYS_WEB]) is None, "it speaks for itself"
+
+
 def test_a_bound_of_all_ports_gives_way_to_one_of_a_port() -> None:
     one = admission(Bound(0, ("infra/wp",), (), enforced=True), BOUND)
     assert one.enter(OTHER_WAYPOINT, 4000, []) == Passage(None)

@@ -152,7 +152,6 @@ def test_a_body_on_a_topic_of_another_kind_is_refused(record, other):
         (_SERVICE, "binding", ["shop/wp", "direct"], "one of waypoint, preferred, refuse"),
         (_SERVICE, "binding", ["shop/wp"], r"must be \[gateway, via\]"),
         (_WORKLOAD, "bounds", [], "must then be absent"),
-        (_WORKLOAD, "bounds", [[80, [], [], True]], "gateways are missing"),
         (_WORKLOAD, "bounds", [[80, ["shop/wp"], [], 1]], "must be bool"),
         (_WORKLOAD, "bounds", [[-1, ["shop/wp"], [], True]], "from 0 to 65535"),
         (_WORKLOAD, "bounds", [[80, ["shop/wp"], [], True]] * 2, "in order, each once"),

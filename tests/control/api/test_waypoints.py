@@ -177,14 +177,26 @@ def test_a_destination_is_told_that_a_policy_is_missed_on_the_way_around():
     assert guarded([POLICY], text=UNBOUND) == [False], "the label is gone: nothing must end any more"
 
 
+def test_the_word_of_a_gateway_counts_while_it_is_there():
+    standings = {WEB: Standing(("edge/wp", "shop/wp"), enforced=True, binding=THROUGH)}
+    impostor = WORKLOAD.replace("name: web-1", "name: x").replace("serviceAccount: web", "serviceAccount: wp")
+    text = SERVICE, WORKLOAD, impostor.replace("0.0.1", "0.0.3").replace("app: web", "app: x")
+    edge = Elsewhere(gateways={"edge/wp": DeclaredGateway("edge", "wp", Traffic.SERVICE, {}, _NOWHERE)})
+    for elsewhere, believed in ((Elsewhere(), ()), (edge, ("edge/wp",))):
+        bounds = bounds_of(build(*text, standings=standings, elsewhere=elsewhere))
+        assert bounds == (Bound(8080, believed, (), enforced=True),)
+    both = build(*text[:2], GATEWAY, standings=standings, elsewhere=edge)
+    assert bounds_of(both)[0].gateways == ("edge/wp", "shop/wp")
+
+
 def test_records_say_what_stands_and_not_what_is_wished():
     standing = Standing(("shop/old", "shop/wp"), enforced=False, binding=Binding("shop/old", Via.WAYPOINT))
     standings = {WEB: standing, ("Service", "bank/x"): Standing(("shop/wp",), enforced=True, binding=THROUGH)}
-    mesh = build(SERVICE, WORKLOAD, GATEWAY, standings=standings)
+    mesh = build(SERVICE, WORKLOAD, GATEWAY, GATEWAY.replace("name: wp", "name: old"), standings=standings)
     assert mesh.wishes.keys() == {WEB}
     assert mesh.services[0].binding == standing.binding
     assert bounds_of(mesh) == (Bound(8080, ("shop/old", "shop/wp"), (), enforced=False),)
-    assert mesh.gateways[0].services == ("bank/x", "shop/web")
+    assert {one.name: one.services for one in mesh.gateways} == {"old": ("shop/web",), "wp": ("bank/x", "shop/web")}
     pending = build(SERVICE, WORKLOAD, GATEWAY, standings={})
     assert pending.wishes == mesh.wishes
     assert (pending.services[0].binding, bounds_of(pending), pending.bindings) == (None, (), {})
@@ -277,7 +289,7 @@ def test_each_object_is_told_of_its_own_label():
 def test_a_label_that_names_no_gateway_takes_no_workload_out_of_its_binding():
     pretender = INSTANCE.replace("labels: {", "labels: {app: web, ")
     mesh = build(SERVICE, pretender, GATEWAY.replace("name: wp", "name: wq"), standings={WEB: _ENFORCED})
-    assert bounds_of(mesh, "wp-1") == (Bound(8080, ("shop/wp",), (), enforced=True),)
+    assert bounds_of(mesh, "wp-1") == (Bound(8080, (), (), enforced=True),)
 
 
 _ENFORCED = Standing(("shop/wp",), enforced=True, binding=THROUGH)
