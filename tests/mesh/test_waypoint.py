@@ -45,6 +45,20 @@ spec:
   action: DENY
   rules: [{to: [{operation: {methods: [DELETE]}}]}]
 """
+_SECOND = """\
+apiVersion: v1
+kind: Service
+metadata: {name: reviews-second, namespace: default}
+spec: {selector: {app: reviews, version: v2}, ports: [{name: http, port: 80, targetPort: http}]}
+"""
+_TO_SECOND = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: to-second, namespace: default}
+spec:
+  parentRefs: [{kind: Service, group: "", name: reviews, port: 9080}]
+  rules: [{backendRefs: [{name: reviews-second, port: 80}]}]
+"""
 # Everybody may call: what is under test here is the way, not policy.
 _OPEN = shop.RESOURCES.split("---\napiVersion: security")[0]
 
@@ -146,6 +160,30 @@ def test_a_kept_connection_from_before_the_flip_ends_when_a_policy_is_missed_on_
     last = [(said, opened) for began, _, said, _, opened in requests if began > guarded + 5]
     assert last
     assert all(said == f"URI={web.identity}" and opened > guarded for said, opened in last)
+
+
+def test_a_route_to_a_service_that_is_new_to_the_waypoint_fails_no_request(mesh: Bound) -> None:
+    mesh.flip(bound=True)
+    web = mesh.shop.web
+    mesh.control.apply(_SECOND)
+    web.job(job="kept-alive", host=REVIEWS[0], port=REVIEWS[1], connections=8, pause_s=0.0, turns=1000)
+    try:
+        for _ in range(5):
+            mesh.control.apply(_TO_SECOND)
+            inside.eventually(lambda: _versions(mesh) == {"v2"})
+            mesh.control.meshctl("delete", "httproute", "to-second")
+            inside.eventually(lambda: _versions(mesh) == {"v1", "v2"})
+        requests = web.job(job="kept-alive-end")["requests"]
+    finally:
+        mesh.control.meshctl("delete", "service", "reviews-second")
+    assert len(requests) > 100
+    assert not [failure for *_, failure, _ in requests if failure]
+
+
+def _versions(mesh: Bound) -> set[str]:
+    """Who answers, of ten times."""
+    answers = (mesh.shop.web.job(job="http", host=REVIEWS[0], port=REVIEWS[1]) for _ in range(10))
+    return {json.loads(answer["body"])["version"] for answer in answers}
 
 
 def test_every_request_arrives_with_its_own_caller(mesh: Bound) -> None:
