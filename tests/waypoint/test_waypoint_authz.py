@@ -264,6 +264,11 @@ def test_one_field_agrees_with_the_documentation(action, rule, call):
         ({"paths": ("/admin*",)}, http(target="/public/../admin"), True),
         ({"paths": ("/admin*",)}, http(target="/public?/admin"), False),
         ({"paths": ("/admin",)}, http(target="/admin?x=1"), True),
+        # As docs/resources.md says, and what to do about it.
+        ({"paths": ("/admin", "/admin/*")}, http(target="/admin;x=1"), False),
+        ({"paths": ("/admin", "/admin/*", "/admin;*")}, http(target="/%61dmin;x=1"), True),
+        ({"paths": ("/a:b",)}, http(target="/a%3ab"), False),
+        ({"paths": ("/a:b", "/a%3Ab")}, http(target="/a%3ab"), True),
         ({"paths": ("*/info",)}, http(target="/a/info"), True),
         ({"paths": ("//admin",)}, http(target="/admin"), True),
         ({"not_paths": ("/health",)}, http(target="/x"), True),
