@@ -44,8 +44,8 @@ fix: setup  ## Format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## Measure the tunnel against plain TCP and Envoy, and the control plane; prints tables
-	$(BIN)/python -m benchmarks.paths
+bench: setup  ## Measure the mesh against its peers, and the control plane; nearly an hour
+	$(BIN)/meshctl bench run
 	$(BIN)/python -m benchmarks.control
 
 guard: setup  ## Count what the data plane costs, and compare it with the baseline (a part of the tests)

@@ -125,6 +125,9 @@ def test_refusals_are_one_line_on_stderr(meshctl, ca, tmp_path):
         ("validate", "-f"),
         ("validate", "-f", "x", "--trust-domain", "Not A Domain"),
         ("demo", "--output", "yaml"),
+        ("bench",),
+        ("bench", "run", "--peer", "ztunnel"),
+        ("bench", "compare", "before"),
         ("apply",),
         ("apply", "-f"),
         ("diff",),
@@ -168,13 +171,13 @@ def test_what_is_not_understood_exits_with_2(meshctl, argv):
             "get",
             "label",
         ),
-        *("annotate", "token", "token create", "status"),
+        *("annotate", "token", "token create", "status", "bench", "bench run", "bench compare"),
     ],
 )
 def test_every_command_explains_itself(meshctl, command):
     status, out, _ = meshctl(*command.split(), "--help")
     assert status == 0
-    if command not in ("ca", "token"):
+    if command not in ("ca", "token", "bench"):
         assert "example" in out
     assert max(map(len, out.splitlines())) <= 120
 

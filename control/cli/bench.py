@@ -1,0 +1,171 @@
+"""`meshctl bench`: measure the mesh against its peers on this machine, and compare two such runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from control.cli.output import CommandError, add_output_option, counted, printable, show_json, show_table
+
+# All of the lab and the data plane comes with the benchmarks, which no other command needs: imported where it is used.
+
+_RUN_EXAMPLES: Final = """\
+examples:
+  meshctl bench run --quick
+  meshctl bench run --suite paths --output /tmp/paths
+  meshctl bench run --peer ztunnel=/usr/local/bin/ztunnel
+
+Needs root; --quick takes under five minutes, all of it under an hour. Progress goes to stderr, a summary to stdout, and
+into DIR: results.json (everything), results.csv (a row for each round), report.html (for people). Exit status 1 if
+something failed; what the harness refuses to report is no failure.
+"""
+_COMPARE_EXAMPLES: Final = """\
+examples:
+  meshctl bench compare before after
+  meshctl bench compare before/results.json after/results.json -o json
+
+Ratios of subject and baseline agree when their intervals have a value in common. Of ratios that did not change about 1
+in 200 is apart all the same: repeat a run before you believe a small move. Exit status: 0 all agree, 1 something moved,
+2 a file is not understood.
+"""
+_NOT_UNDERSTOOD: Final = 2
+_MOVED: Final = 1
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bench run` and `bench compare` to the parser."""
+    bench = commands.add_parser("bench", help="measure on this machine", description="Measure, and compare runs.")
+    actions = bench.add_subparsers(metavar="COMMAND", required=True)
+    run = actions.add_parser(
+        "run",
+        help="measure the mesh against its peers on this machine",
+        description="Measure the mesh against its peers on this machine (needs root).",
+        epilog=_RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument(
+        "--suite", action="append", metavar="NAME", help="paths or architectures; may be repeated (default: all)"
+    )
+    run.add_argument("--quick", action="store_true", help="fewer, shorter rounds and measures, for a first look")
+    run.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the files go (default: bench-DATE in this directory)"
+    )
+    run.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        type=_peer,
+        metavar="NAME=PATH",
+        help="measure a program that no package brings, too: ztunnel or linkerd; may be repeated",
+    )
+    run.set_defaults(run=_run)
+    compare = actions.add_parser(
+        "compare",
+        help="say whether two runs agree",
+        description="Say of every ratio whether two runs agree within their intervals.",
+        epilog=_COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("a", type=Path, metavar="A", help="results.json of a run, or its directory")
+    compare.add_argument("b", type=Path, metavar="B", help="of another")
+    add_output_option(compare)
+    compare.set_defaults(run=_compare)
+
+
+def _peer(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not name or not equals or not os.access(path, os.X_OK) or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with the path of a program")
+    return name, Path(path).absolute()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from benchmarks import run as benchmarks
+    from benchmarks.harness.results import FILE
+    from benchmarks.report import text
+
+    names = _known(arguments.suite or benchmarks.SUITES, benchmarks.SUITES, "suite")
+    _known([name for name, _ in arguments.peer], benchmarks.PEERS, "peer")
+    directory = arguments.output or Path(f"bench-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+    if (directory / FILE).exists():
+        raise CommandError(f"{directory} holds the results of a run, which are never overwritten: name another one")
+    if os.geteuid() != 0:
+        raise CommandError("measuring needs root: it builds network namespaces and loads eBPF programs")
+    began = time.monotonic()
+
+    def tell(line: str) -> None:
+        print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        done = benchmarks.run(
+            [benchmarks.find(name) for name in names],
+            directory,
+            quick=arguments.quick,
+            peers=dict(arguments.peer),
+            tell=tell,
+        )
+    except OSError as error:
+        raise CommandError(f"{error.filename or directory}: {error.strerror}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    text.show(done.results)
+    for file in done.files:
+        print(file)
+    for failure in done.failures:
+        print(f"error: {printable(failure)}", file=sys.stderr)
+    return 1 if done.failures else 0
+
+
+def _known(names: Collection[str], known: Collection[str], what: str) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise CommandError(f"no {what} is called {name}: there are {', '.join(known)}", _NOT_UNDERSTOOD)
+    return list(dict.fromkeys(names))
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # namespaces and processes are removed on the way out
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from benchmarks.harness.compare import compare, load
+    from benchmarks.harness.results import ResultsError
+    from benchmarks.report import wording
+
+    try:
+        rows = compare(load(arguments.a), load(arguments.b))
+    except ResultsError as error:
+        raise CommandError(str(error), _NOT_UNDERSTOOD) from error
+    moved = sum(row.verdict == "moved" for row in rows)
+    both = sum(row.a is not None and row.b is not None for row in rows)
+    if arguments.output == "json":
+        show_json({"agree": not moved, "ratios": [asdict(row) | {"verdict": row.verdict} for row in rows]})
+        return _MOVED if moved else 0
+    show_table(
+        ("MEASURE", "SUBJECT", "BASELINE", "OF", "A", "B", "B/A", "VERDICT"),
+        (
+            (
+                row.measure,
+                row.subject,
+                row.baseline,
+                row.key,
+                wording.ratio(row.a) if row.a else "",
+                wording.ratio(row.b) if row.b else "",
+                wording.times(row.b.median / row.a.median) if row.a and row.b else "",
+                row.verdict,
+            )
+            for row in rows
+        ),
+    )
+    print(f"{both - moved} of {counted(both, 'ratio')} agree within their intervals, {moved} moved")
+    return _MOVED if moved else 0
