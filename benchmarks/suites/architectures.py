@@ -1,0 +1,296 @@
+"""Where should an L7 proxy live: beside every workload, once per node, once per service account, or far away?
+
+The same application, routes, policy and identities stand behind every placement (placements/), all at once. All callers
+together ask at a fixed rate that every placement sustains; the answers are processor time and memory of all proxies,
+latency, and how many private keys one process holds.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from benchmarks import load
+from benchmarks.harness import histogram
+from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
+from benchmarks.harness.results import Check, Measure, Results, Round, Series
+from benchmarks.harness.rounds import judge
+from benchmarks.harness.usage import Meter
+from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import Lab
+from benchmarks.load import LoadError, Outcome
+from benchmarks.suites.placements.application import INSTANCES, SERVICES
+from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.placement import LOAD_CORE, PLAIN, PROXY_CORE, Placement
+from benchmarks.suites.placements.proof import prove
+from benchmarks.suites.placements.standing import Site, stand
+
+NAME: Final = "architectures"
+CONNECTIONS = 4
+"""Of each caller."""
+WORKLOADS = 2 * len(SERVICES) * INSTANCES
+CPU_RATE = 500
+"""Requests a second of all callers, at which processor time is taken."""
+_LEAST_ROUNDS = 2
+"""What does not change: fewer have no ratio."""
+_GRACE_S = 45.0
+"""Of a generator, as the wrapper of one gives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured."""
+
+    rates: Sequence[int]
+    rounds: int
+    seconds: float
+
+
+QUICK = Plan(rates=(CPU_RATE,), rounds=5, seconds=1.3)
+FULL = Plan(rates=(250, CPU_RATE, 1000), rounds=9, seconds=3.0)
+
+
+class Architectures:
+    """The suite."""
+
+    name = NAME
+    title = "Where the L7 proxy lives"
+
+    def run(self, bench: Bench) -> None:
+        """Raises BenchError when nothing can be measured."""
+        plan = QUICK if bench.quick else FULL
+        try:
+            program = load.build(bench.directory)
+            with Lab() as lab:
+                site = stand(lab, bench.progress)
+                _prove(bench, site)
+                _say_conditions(bench)
+                _measure(bench, site, program, plan)
+        except (LabError, LoadError) as error:
+            raise BenchError(f"{NAME}: {error}") from error
+
+
+def _prove(bench: Bench, site: Site) -> None:
+    for name in site.placements:
+        try:
+            prove(site, name)
+        except LabError as error:
+            bench.check(Check(f"{NAME}: placements", False, str(error)))
+            raise
+    text = (
+        "with L7 each caller is routed by path, gets 403 for a denied path and from the service that is not its, and "
+        "is known by its certificate; with L4 it is known, and refused by the other service"
+    )
+    bench.check(Check(f"{NAME}: placements", True, text))
+
+
+def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
+    everything = list(site.placements.values())
+    placements = [one for one in everything if one.mesh]
+    probes = [_latency(program, rate) for rate in plan.rates]
+    bench.interleave(probes, everything, rounds=plan.rounds, seconds=plan.seconds)
+    for probe in probes:
+        add_difference(bench.results, probe.measure.name)
+    add_cpu(bench.results, [one.subject.name for one in placements])
+    bench.interleave([_memory()], placements, rounds=_LEAST_ROUNDS, seconds=0.0)
+    bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
+
+
+def _latency(program: Path, rate: int) -> Probe[Placement]:
+    measure = Measure(
+        f"{NAME}/latency/{rate}",
+        NAME,
+        "Latency of a request at a fixed rate",
+        f"p99 at {rate:,} requests/s",
+        "us",
+        parameters={"rate": rate, "connections": CONNECTIONS * len(SERVICES) * INSTANCES},
+    )
+    return Probe(measure, lambda placement, seconds: take(program, placement, rate, seconds))
+
+
+def take(program: Path, placement: Placement, rate: int, seconds: float) -> Sample:
+    """All callers at once, each with its share of the rate."""
+    with Meter({"application": placement.applications}) as meter:
+        outcomes = _load(program, placement, rate, seconds)
+        # They began one after the other: only the time in which all of them counted is divided by.
+        begin, end = max(one.start_ns for one in outcomes), min(one.end_ns for one in outcomes)
+        shared_s = (end - begin) / 1e9
+        if shared_s < seconds / 2:
+            raise BenchError(f"{placement.subject.name}: its callers shared only {shared_s:.2f} s of {seconds:g} s")
+        busy_ns = meter.used((begin, end)).processor_ns["application"]
+    found = histogram.merge(one.histogram for one in outcomes)
+    percentiles = {"p50_us": 0.5, "p90_us": 0.9, "p99_us": 0.99, "p999_us": 0.999}
+    details = {name: histogram.percentile(found, share) / 1000 for name, share in percentiles.items()}
+    details["max_us"] = max(one.max_us for one in outcomes)
+    details["mean_us"] = histogram.mean(found) / 1000
+    details["late_p99_us"] = max(one.generator.late_p99_us for one in outcomes)
+    details["behind_share"] = max(one.generator.behind_s / one.seconds for one in outcomes)
+    details["load_core_share"] = sum(one.generator.cpu_share for one in outcomes) + busy_ns / 1e9 / shared_s
+    return Sample(
+        value=details["p99_us"],
+        operations=sum(one.operations / one.seconds for one in outcomes) * shared_s,
+        details=details,
+        histogram=found,
+        bottleneck=_bottleneck(outcomes, details),
+        counted=(begin, end),
+    )
+
+
+def _load(program: Path, placement: Placement, rate: int, seconds: float) -> list[Outcome]:
+    """Raises BenchError when a generator failed, or a request did."""
+    started: list[subprocess.Popen[bytes]] = []
+    outcomes = []
+    try:
+        for number, caller in enumerate(placement.callers):
+            service = next(one.name for one in SERVICES if one.caller == caller.member.account)
+            share = rate / len(placement.callers)
+            # The same schedule for every placement.
+            asked = load.http_open(CONNECTIONS, "/", service, share, seed=number + 1)
+            started.append(caller.start(load.argv(program, asked, *caller.entries[service], seconds)))
+        for caller, process in zip(placement.callers, started, strict=True):
+            out, err = process.communicate(timeout=seconds * 1.1 + _GRACE_S)
+            if process.returncode:
+                raise BenchError(f"{placement.subject.name}: {caller.member.name}: {err.decode().strip()}")
+            outcomes.append(load.parse(out.decode()))
+            if failed := dict(outcomes[-1].errors):
+                raise BenchError(f"{placement.subject.name}: requests of {caller.member.name} failed: {failed}")
+    except (LoadError, subprocess.TimeoutExpired) as error:
+        raise BenchError(f"{placement.subject.name}: {error}") from error
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    return outcomes
+
+
+def _bottleneck(outcomes: Sequence[Outcome], details: Mapping[str, float]) -> str:
+    if details["load_core_share"] >= load.BUSIEST:
+        return f"generators and applications used {details['load_core_share']:.0%} of their core"
+    return next((one.bottleneck for one in outcomes if one.bottleneck), "")
+
+
+def add_difference(results: Results, measure: str) -> None:
+    """To each round's details, what it took longer than without a proxy in the same round."""
+    plain = results.find(measure, PLAIN)
+    without = {one.number: one.details for one in plain.rounds} if plain is not None else {}
+    for series in results.series:
+        if series.measure == measure and series.subject != PLAIN:
+            series.rounds = [
+                replace(one, details={**one.details, **_added(one.details, without[one.number])})
+                if one.number in without
+                else one
+                for one in series.rounds
+            ]
+
+
+def _added(details: Mapping[str, float], without: Mapping[str, float]) -> dict[str, float]:
+    return {f"added_{key}": details[key] - without[key] for key in ("p50_us", "p99_us")}
+
+
+def add_cpu(results: Results, subjects: Sequence[str]) -> None:
+    """The processor time of the rounds at one rate, as a measure of its own."""
+    measure = Measure(
+        f"{NAME}/cpu",
+        NAME,
+        "Processor time of all proxies",
+        f"at {CPU_RATE:,} requests/s",
+        "ms/1000 requests",
+        parameters={"rate": CPU_RATE},
+    )
+    results.measures.append(measure)
+    for subject in subjects:
+        series = results.find(f"{NAME}/latency/{CPU_RATE}", subject)
+        if series is not None:
+            found = Series(measure.name, subject, list(map(_cpu, series.rounds)))
+            judge(found, reference=False)
+            results.series.append(found)
+
+
+def _cpu(one: Round) -> Round:
+    """A request that was sent late costs the proxies what any other does, unless all were late for want of answers."""
+    bottleneck = one.bottleneck if one.details["behind_share"] >= load.BEHIND_SHARE else ""
+    # Microseconds per request are milliseconds per thousand.
+    return replace(one, value=one.details["cpu_us"], histogram={}, bottleneck=bottleneck)
+
+
+def _memory() -> Probe[Placement]:
+    measure = Measure(
+        f"{NAME}/memory", NAME, "Memory of all proxies", f"for {WORKLOADS} workloads on two hosts, after the load", "MB"
+    )
+    return Probe(measure, _remember)
+
+
+def _remember(placement: Placement, seconds: float) -> Sample:
+    del seconds  # it takes as long as it takes
+    by_host: dict[str, list[int]] = {}
+    for one in placement.mesh:
+        by_host.setdefault(one.host, []).append(one.pid)
+    try:
+        found = {host: resident_mb(pids) for host, pids in by_host.items()}
+    except ProcessLookupError as error:
+        raise BenchError(f"{placement.subject.name}: process {error} is gone") from error
+    total = sum(found.values())
+    details = {f"host_{host}_mb": mb for host, mb in found.items()}
+    return Sample(total, 0, {"per_workload_mb": total / WORKLOADS, **details})
+
+
+def _identities() -> Probe[Placement]:
+    measure = Measure(
+        f"{NAME}/identities", NAME, "Private keys in one process", "the most that any process holds", "keys"
+    )
+    return Probe(measure, _count_keys)
+
+
+def _count_keys(placement: Placement, seconds: float) -> Sample:
+    del seconds
+    keys = [one.private_keys() for one in placement.mesh]
+    details = {
+        "processes": len(keys),
+        "keys": len(set().union(*keys)),
+        "most_identities": max(len(set(one.values())) for one in keys),
+    }
+    return Sample(max(map(len, keys)), 0, details)
+
+
+def _say_conditions(bench: Bench) -> None:
+    for name, text in (
+        (
+            "placement",
+            f"{WORKLOADS // 2} callers on host a, {WORKLOADS // 2} called workloads on host b, {INSTANCES} of each "
+            "service account; all placements stand at once, one has load at a time",
+        ),
+        (
+            "pinning",
+            f"every proxy and node agent on core {PROXY_CORE}, nginx and the {WORKLOADS // 2} load generators on core "
+            f"{LOAD_CORE}, where the generators go first (SCHED_FIFO)",
+        ),
+        (
+            "load",
+            f"open loop with Poisson arrivals, {CONNECTIONS} connections of each caller, GET / with an answer of about "
+            "100 bytes; latency counts from the intended time",
+        ),
+        (
+            "sameness",
+            "the same nginx, routes by path, a DENY of a path and an ALLOW of a caller, counters, no access log of "
+            "requests (a uProxy writes a line per connection), SPIFFE identities on P-256, mutual TLS 1.3, "
+            "configuration of its own callers and callees only, Envoy's default windows, one worker (--concurrency 1)",
+        ),
+        (
+            "capture",
+            "callers of Envoys dial their proxy's listener: no capture, and none is charged. uProxies capture by eBPF, "
+            "which runs in the caller's connect(), so that no request pays for it",
+        ),
+        (
+            "memory",
+            "distinct physical pages of each host's processes, so that the program that the Envoys of all placements "
+            "share counts in full for each placement; pss_mb divides it by all of them",
+        ),
+    ):
+        bench.condition(f"{NAME}: {name}", text)
+
+
+SUITE: Final = Architectures()

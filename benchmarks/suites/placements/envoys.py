@@ -1,0 +1,338 @@
+"""Envoy's configurations: one kind for every placement on the callers' and callees' machines, one for the waypoint.
+
+All have the same route table, the same two RBAC filters and the same TLS; Envoy's counters are on and access logs off.
+Each knows only what its own workloads need, as with Istio's Sidecar resource.
+
+A proxy beside workloads reads requests on the way out (routes) and on the way in (policy, and who calls, for the
+application). Between proxies it is HTTP/1.1 in mTLS, as between Istio's sidecars. The waypoint ends HBONE, does all
+of that in one pass, and speaks HBONE to the destination, as Istio's does; its listeners inside are chosen by authority
+and endpoint instead of by metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lab.sources import TRUST_DOMAIN
+from benchmarks.suites.placements.application import (
+    DENIED,
+    HTTP_PORT,
+    INSTANCES,
+    SERVICE_PORT,
+    SERVICES,
+    Member,
+    Service,
+    identity,
+    version,
+)
+
+Json = dict[str, Any]
+Address = tuple[str, int]
+
+LOOPBACK = "127.0.0.1"
+OUTBOUND_PORT = 15001
+INBOUND_PORT = 15006
+"""Of a proxy's first workload; the next ones follow. Capture would keep the address that was dialled instead."""
+HBONE_PORT = 15008
+
+_TYPE = "type.googleapis.com/envoy.extensions"
+_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+_CALLER = "io.istio.peer_principal"
+"""The filter state in which Istio's waypoint, too, keeps who calls."""
+_WAYPOINT = "waypoint"
+_VERSIONS = (*(version(number + 1) for number in range(INSTANCES)), "")
+"""Of a service, in the order of their routes; the last is any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a service's instance is reached, over TLS."""
+
+    member: Member
+    address: str
+    port: int
+
+
+Endpoints = Mapping[str, Sequence[Endpoint]]
+"""Of each service by its name."""
+Keys = Mapping[str, Path]
+"""The directory of each service account's key and certificate."""
+
+
+def beside(entry: str, address: str, members: Iterable[Member], endpoints: Endpoints, keys: Keys, admin: Path) -> Json:
+    """An Envoy for some workloads: callers reach it at `entry`, other proxies at `address`.
+
+    A caller is known by the address that it comes from; on loopback there is just one. `admin` becomes a socket.
+    """
+    callers = [member for member in members if any(one.caller == member.account for one in SERVICES)]
+    callees = [member for member in members if member not in callers]
+    accounts = sorted({member.account for member in callers})
+    chains = []
+    for account in accounts:
+        chain: Json = {
+            "filters": [_manager("outbound", [_host(account, service, [service.name]) for service in SERVICES])]
+        }
+        if entry != LOOPBACK:
+            known = [one.address for one in callers if one.account == account]
+            ranges = [{"address_prefix": address, "prefix_len": 32} for address in known]
+            chain["filter_chain_match"] = {"source_prefix_ranges": ranges}
+        chains.append(chain)
+    listeners = [_listener("outbound", (entry, OUTBOUND_PORT), chains)] if chains else []
+    clusters = [
+        _tls_cluster(
+            _cluster_name(account, service, chosen),
+            _chosen(endpoints[service.name], chosen),
+            keys[account],
+            "http/1.1",
+        )
+        for account in accounts
+        for service in SERVICES
+        for chosen in _VERSIONS
+    ]
+    for number, member in enumerate(callees):
+        listeners.append(_inbound(member, (address, INBOUND_PORT + number), keys))
+        clusters.append(_cluster(member.name, [_socket_address((member.address, HTTP_PORT))]))
+    return _bootstrap(listeners, clusters, admin)
+
+
+def waypoint(address: str, endpoints: Endpoints, key: Path, admin: Path) -> Json:
+    """The waypoint of all services; `key` is the directory of its own identity."""
+    remember = {
+        "name": "caller",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.http.set_filter_state.v3.Config",
+            "on_request_headers": [
+                {
+                    "object_key": _CALLER,
+                    "factory_key": "envoy.string",
+                    "format_string": {"text_format_source": {"inline_string": "%DOWNSTREAM_PEER_URI_SAN%"}},
+                    "shared_with_upstream": "ONCE",
+                }
+            ],
+        },
+    }
+    hosts = [
+        {
+            "name": service.name,
+            "domains": [f"{service.address}:{SERVICE_PORT}"],
+            "routes": [
+                {
+                    "match": {"connect_matcher": {}},
+                    "route": {
+                        "cluster": f"main-{service.name}",
+                        "timeout": "0s",
+                        "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
+                    },
+                }
+            ],
+        }
+        for service in SERVICES
+    ]
+    terminate = _manager(
+        "hbone",
+        hosts,
+        [remember],
+        stream_idle_timeout="0s",
+        upgrade_configs=[{"upgrade_type": "CONNECT"}],
+        http2_protocol_options={
+            "allow_connect": True,
+            "max_concurrent_streams": 100,
+            "connection_keepalive": {"interval": "10s", "timeout": "20s"},
+        },
+    )
+    chain = {"filters": [terminate], "transport_socket": _server_tls(key, "h2")}
+    listeners = [_listener("hbone", (address, HBONE_PORT), [chain])]
+    clusters = []
+    for service in SERVICES:
+        listeners.append(_main(service))
+        clusters.append(_inside_cluster(f"main-{service.name}", [f"main-{service.name}"]))
+        for chosen in _VERSIONS:
+            encaps = [f"encap-{one.member.name}" for one in _chosen(endpoints[service.name], chosen)]
+            clusters.append(_inside_cluster(_cluster_name(_WAYPOINT, service, chosen), encaps))
+        for one in endpoints[service.name]:
+            listeners.append(_encap(one))
+            clusters.append(_tunnel(one, key))
+    extension = {"@type": f"{_TYPE}.bootstrap.internal_listener.v3.InternalListener"}
+    return _bootstrap(listeners, clusters, admin) | {
+        "bootstrap_extensions": [{"name": "envoy.bootstrap.internal_listener", "typed_config": extension}]
+    }
+
+
+def _main(service: Service) -> Json:
+    """Inside the waypoint: one service's requests, read, judged and routed."""
+    caller = {"filter_state": {"key": _CALLER, "string_match": {"exact": str(identity(service.caller))}}}
+    manager = _manager("main", [_host(_WAYPOINT, service, ["*"])], _policy(caller))
+    # The tunnel's certificate is not this connection's: tell the application from the state what others tell it.
+    manager["typed_config"]["route_config"]["request_headers_to_add"] = [
+        {
+            "header": {"key": "x-forwarded-client-cert", "value": f"URI=%FILTER_STATE({_CALLER}:PLAIN)%"},
+            "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+        }
+    ]
+    return {"name": f"main-{service.name}", "internal_listener": {}, "filter_chains": [{"filters": [manager]}]}
+
+
+def _encap(endpoint: Endpoint) -> Json:
+    """Inside the waypoint: a connection becomes a CONNECT for one instance."""
+    proxy = {
+        "@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
+        "stat_prefix": "encap",
+        "cluster": f"tunnel-{endpoint.member.name}",
+        "tunneling_config": {"hostname": f"{endpoint.member.address}:{HTTP_PORT}"},
+    }
+    chain = {"filters": [{"name": "tcp", "typed_config": proxy}]}
+    return {"name": f"encap-{endpoint.member.name}", "internal_listener": {}, "filter_chains": [chain]}
+
+
+def _tunnel(endpoint: Endpoint, key: Path) -> Json:
+    options = {
+        "@type": f"type.googleapis.com/{_HTTP_OPTIONS}",
+        "common_http_protocol_options": {"idle_timeout": "3600s"},
+        "explicit_http_config": {"http2_protocol_options": {"allow_connect": True}},
+    }
+    made = _tls_cluster(f"tunnel-{endpoint.member.name}", [endpoint], key, "h2")
+    return made | {"typed_extension_protocol_options": {_HTTP_OPTIONS: options}}
+
+
+def _inbound(member: Member, listen: Address, keys: Keys) -> Json:
+    """On the way in to one workload: mTLS with its key, policy, and the caller's name for the application."""
+    service = next(one for one in SERVICES if one.name == member.account)
+    everything = {"match": {"prefix": "/"}, "route": {"cluster": member.name, "timeout": "0s"}}
+    hosts = [{"name": member.name, "domains": ["*"], "routes": [everything]}]
+    caller = {"authenticated": {"principal_name": {"exact": str(identity(service.caller))}}}
+    told: Json = {"forward_client_cert_details": "SANITIZE_SET", "set_current_client_cert_details": {"uri": True}}
+    manager = _manager("inbound", hosts, _policy(caller), **told)
+    chain = {"filters": [manager], "transport_socket": _server_tls(keys[member.account], "http/1.1")}
+    return _listener(f"inbound-{member.name}", listen, [chain])
+
+
+def _host(account: str, service: Service, domains: list[str]) -> Json:
+    """The routes to a service: the path of a version goes to its instance, every other to any."""
+    routes = [
+        {
+            "match": {"path_separated_prefix": f"/{chosen}"} if chosen else {"prefix": "/"},
+            "route": {"cluster": _cluster_name(account, service, chosen), "timeout": "0s"},
+        }
+        for chosen in _VERSIONS
+    ]
+    return {"name": service.name, "domains": domains, "routes": routes}
+
+
+def _chosen(endpoints: Sequence[Endpoint], chosen: str) -> list[Endpoint]:
+    return [one for one in endpoints if chosen in ("", one.member.version)]
+
+
+def _cluster_name(account: str, service: Service, chosen: str) -> str:
+    return f"{account}|{service.name}|{chosen}"
+
+
+def _policy(principal: Json) -> list[Json]:
+    """A DENY of a path and an ALLOW of a caller, as Istio makes a filter of each action."""
+    path = {"url_path": {"path": {"prefix": DENIED}}}
+    deny = {"denied-path": {"permissions": [path], "principals": [{"any": True}]}}
+    allow = {"caller": {"permissions": [{"any": True}], "principals": [principal]}}
+    return [
+        {
+            "name": f"rbac-{action.lower()}",
+            "typed_config": {
+                "@type": f"{_TYPE}.filters.http.rbac.v3.RBAC",
+                "rules": {"action": action, "policies": policies},
+            },
+        }
+        for action, policies in (("DENY", deny), ("ALLOW", allow))
+    ]
+
+
+def _manager(name: str, hosts: list[Json], filters: Sequence[Json] = (), **options: Any) -> Json:
+    router = {"name": "router", "typed_config": {"@type": f"{_TYPE}.filters.http.router.v3.Router"}}
+    return {
+        "name": "hcm",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": name,
+            "route_config": {"virtual_hosts": hosts},
+            "http_filters": [*filters, router],
+            "normalize_path": True,
+            **options,
+        },
+    }
+
+
+def _listener(name: str, listen: Address, chains: list[Json]) -> Json:
+    return {"name": name, "address": _socket_address(listen), "filter_chains": chains}
+
+
+def _bootstrap(listeners: list[Json], clusters: list[Json], admin: Path) -> Json:
+    return {
+        "admin": {"address": {"pipe": {"path": str(admin)}}},
+        "static_resources": {"listeners": listeners, "clusters": clusters},
+    }
+
+
+def _socket_address(address: Address) -> Json:
+    return {"socket_address": {"address": address[0], "port_value": address[1]}}
+
+
+def _inside(listener: str) -> Json:
+    """An address that is another listener of the same Envoy."""
+    return {"envoy_internal_address": {"server_listener_name": listener}}
+
+
+def _cluster(name: str, addresses: Iterable[Json]) -> Json:
+    endpoints = [{"endpoint": {"address": address}} for address in addresses]
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
+    }
+
+
+def _inside_cluster(name: str, listeners: Iterable[str]) -> Json:
+    raw = {"name": "raw", "typed_config": {"@type": f"{_TYPE}.transport_sockets.raw_buffer.v3.RawBuffer"}}
+    internal = {
+        "@type": f"{_TYPE}.transport_sockets.internal_upstream.v3.InternalUpstreamTransport",
+        "transport_socket": raw,
+    }
+    socket = {"name": "internal_upstream", "typed_config": internal}
+    return _cluster(name, map(_inside, listeners)) | {"transport_socket": socket}
+
+
+def _tls_cluster(name: str, endpoints: Sequence[Endpoint], key: Path, protocol: str) -> Json:
+    """Instances of one service, of which each must prove to be its service account's."""
+    expected = {"exact": str(identity(endpoints[0].member.account))}
+    tls = {
+        "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
+        "common_tls_context": _tls(key, protocol, expected),
+    }
+    addresses = [_socket_address((one.address, one.port)) for one in endpoints]
+    return _cluster(name, addresses) | {"transport_socket": {"name": "tls", "typed_config": tls}}
+
+
+def _server_tls(key: Path, protocol: str) -> Json:
+    tls = {
+        "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
+        "require_client_certificate": True,
+        "common_tls_context": _tls(key, protocol, {"prefix": f"spiffe://{TRUST_DOMAIN}/"}),
+    }
+    return {"name": "tls", "typed_config": tls}
+
+
+def _tls(key: Path, protocol: str, peer: Json) -> Json:
+    return {
+        "alpn_protocols": [protocol],
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
+        "tls_certificates": [
+            {
+                "certificate_chain": {"filename": str(key / "chain.pem")},
+                "private_key": {"filename": str(key / "key.pem")},
+            }
+        ],
+        "validation_context": {
+            "trusted_ca": {"filename": str(key / "bundle.pem")},
+            "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": peer}],
+        },
+    }

