@@ -118,8 +118,8 @@ class Meter:
     """Reads the clocks of processes in the background while a round is taken.
 
     The load generator says only afterwards which part of its time counted; the readings around that part's begin and
-    end are joined by a straight line. A reading costs about a microsecond per process; children are looked for at the
-    beginning and the end.
+    end are joined by a straight line. A reading costs some 3 us per process, so that 20 a second of ten processes take
+    0.2 % of a core; children are looked for at the beginning and the end.
     """
 
     def __init__(self, processes: Mapping[str, Sequence[int]]) -> None:
