@@ -110,22 +110,27 @@ def test_prometheus_gets_the_text_and_the_end_of_the_connection(asked):
     asyncio.run(run())
 
 
-def test_asking_often_costs_little(asked, monkeypatch):
+def test_asking_often_costs_little(asked):
     async def run():
         async with asked.serving():
             await asyncio.gather(*(asked.ask() for _ in range(20)))
             assert asked.times == 1
-            monkeypatch.setattr(metrics, "_FRESH_S", 0.0)
 
     asyncio.run(run())
 
-    async def again():
+
+@pytest.mark.parametrize(("rests", "times"), [(0, 2), (1_000_000, 1)])
+def test_what_took_long_to_count_is_not_counted_again_soon(asked, monkeypatch, rests, times):
+    monkeypatch.setattr(metrics, "_FRESH_S", 0.0)
+    monkeypatch.setattr(metrics, "_RESTS", rests)
+
+    async def run():
         async with asked.serving():
             await asked.ask()
             await asked.ask()
-            assert asked.times == 3
+            assert asked.times == times
 
-    asyncio.run(again())
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
