@@ -12,6 +12,7 @@ import h2.events
 from benchmarks.lab.connect import tls_context
 
 _TIMEOUT_S = 20.0
+_ENDS = (h2.events.StreamReset, h2.events.StreamEnded, h2.events.ConnectionTerminated)
 
 
 class HandTunnel:
@@ -28,7 +29,9 @@ class HandTunnel:
         self._flush()
         while not self.status:
             self._turn()
-        assert self.status == "200", f"CONNECT {authority} was answered {self.status}"
+        if self.status != "200":
+            self._tls.close()
+            raise AssertionError(f"CONNECT {authority} was answered {self.status}")
 
     def send(self, path: str, host: str = "reviews") -> None:
         """A GET, without waiting for the answer."""
@@ -61,7 +64,7 @@ class HandTunnel:
             elif isinstance(event, h2.events.DataReceived):
                 self._received += event.data or b""
                 self._http.acknowledge_received_data(event.flow_controlled_length or 0, 1)
-            elif isinstance(event, h2.events.StreamReset | h2.events.StreamEnded | h2.events.ConnectionTerminated):
+            elif self.status in ("", "200") and isinstance(event, _ENDS):
                 raise ConnectionError(f"the stream ended: {event}, after {bytes(self._received)!r}")
         self._flush()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,14 +18,21 @@ from pathlib import Path
 
 import pytest
 
+from control.api.address import parse_address
+from control.api.gateway import Gateway, Instance, Traffic
 from control.api.status import ProxyStatus
+from control.api.workload import Workload
 from control.server.bindings import Phase
 from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.hand_tunnel import HandTunnel
 from tests.support.http_app import telling
 from tests.support.member_site import MemberSite, controlled
+from tests.support.pair import published
 from tests.support.site import Site, eventually, get
 from tests.support.waypoint_site import WP, asked, labelled, resources, waypoint
 from uproxy.tls import Credentials, client_context
+from waypoint.channel import Channel, Message
+from waypoint.workers import APPLY_TIMEOUT_S
 
 NETWORK = "127.0.97"
 ADDRESS = f"{NETWORK}.3"
@@ -141,6 +151,99 @@ def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Si
         assert not any(is_alive(pid) for pid in again)
         assert "Traceback" not in site.log("wp")
         assert site.log("wp").count(": drained") == WORKERS
+
+
+def test_a_renewed_certificate_reaches_every_worker(site: Site) -> None:
+    def shown() -> set[bytes]:
+        """The certificates of so many tunnels that no worker is missed, but once in thousands of times."""
+        tunnels = connected(site, 30)
+        found = {tunnel.getpeercert(binary_form=True) or b"" for tunnel in tunnels}
+        for tunnel in tunnels:
+            tunnel.close()
+        return found
+
+    with waypoint(site, "--config", str(site.mesh), "--workload", "shop/wp-1", f"--workers={WORKERS}"):
+        workers = pids()
+        (old,) = shown()
+        identity_dir(site.authority, site.path / "wp", WP)
+        eventually(lambda: old not in shown())
+        assert len(shown()) == 1
+        assert pids() == workers, "nobody was started again for it"
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(site: Site) -> None:
+    with waypoint(site, "--config", str(site.mesh), "--workload", "shop/wp-1", "--workers=2"):
+        hung, other = pids()
+        os.kill(hung, signal.SIGSTOP)
+        site.mesh.write_text(site.mesh.read_text().replace("[DELETE]", "[DELETE, PUT]"))
+        eventually(lambda: hung not in pids(), APPLY_TIMEOUT_S + 10)
+        assert f"worker 1 has applied nothing for {APPLY_TIMEOUT_S:g} s, and is killed" in site.log("wp")
+        assert not is_alive(hung)
+        eventually(lambda: is_ready() and None not in pids(), 20)
+        assert pids()[1] == other
+        assert metric("uproxy_waypoint_worker_restarts_total") == 1
+
+
+def test_what_a_worker_does_not_know_it_asks_the_first_process(site: Site) -> None:
+    """Which this test is, to a worker that is as real as the caller who dials addresses that nobody has told it of."""
+    told: list[Message] = []
+
+    async def first_process() -> None:
+        ours.setblocking(False)
+        channel = Channel(told.append, lambda: told.append(["lost"]))
+        await channel.attach(ours)
+        channel.send("start", {**settings, "number": 1, "level": "INFO"})
+        channel.send("apply", 1, [published(record, 1) for record in (gateway, process_of_it)])
+        channel.send("listen")
+        await heard("listening")
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(asyncio.to_thread(asks, "10.9.9.1:80"))
+            assert await heard("destination") == ["destination", 1, "10.9.9.1"]
+            assert not first.done()
+            channel.send("answer", 1, "no-config", "nobody told")
+            assert await first == "503"
+            second = group.create_task(asyncio.to_thread(asks, "10.9.9.2:80"))
+            assert await heard("destination") == ["destination", 2, "10.9.9.2"]
+            channel.send("answer", 2, "", "")
+            assert await second == "400", "it is nothing that is served here"
+        channel.close()
+
+    async def heard(word: str) -> Message:
+        """The next message of this kind."""
+        for _ in range(1000):
+            for message in told:
+                if message[0] == word:
+                    told.remove(message)
+                    return message
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"no {word!r} among {told}")
+
+    def asks(authority: str) -> str:
+        with socket.create_connection((ADDRESS, 15008), timeout=10) as sock, pytest.raises(AssertionError) as refused:
+            HandTunnel(sock, site.path / "web", authority)
+        return str(refused.value).rpartition(" ")[2]
+
+    settings: dict[str, object] = {
+        "workload": "wp-1",
+        "identity": str(WP),
+        "addresses": [ADDRESS],
+        "identity_dir": str(site.path / "wp"),
+        "access_log": "off",
+        "log_json": False,
+        "drain_timeout_s": 1.0,
+    }
+    address = parse_address(ADDRESS)
+    process_of_it = Workload("shop", "wp-1", "wp", WP, (address,), {}, {}, "", 1)
+    gateway = Gateway("shop", "wp", Traffic.ALL, (Instance("shop/wp-1", address),), (), ("shop/db",))
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "waypoint.worker", str(theirs.fileno()), str(os.getpid())]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    theirs.close()
+    try:
+        asyncio.run(first_process())
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_workers_end_with_the_first_process(site: Site) -> None:
