@@ -147,7 +147,13 @@ def results() -> Results:
             Round(
                 number,
                 number * 100 + added,
-                {"p50_us": number * 10, "p99_us": number * 100 + added, "cpu_us": 500 * number, "behind_share": 0.0},
+                {
+                    "p50_us": number * 10,
+                    "p99_us": number * 100 + added,
+                    "cpu_us": 500 * number,
+                    "cpu_us/server proxy": 300,
+                    "behind_share": 0.0,
+                },
                 bottleneck="sent late",
             )
             for number in (1, 2)
@@ -170,6 +176,7 @@ def test_processor_time_counts_although_requests_were_sent_late_but_not_when_ans
     cpu = found.find("architectures/cpu", "sidecar")
     assert cpu is not None
     assert (cpu.refused, [one.value for one in cpu.rounds]) == ("", [500, 1000])
+    assert [one.details for one in cpu.rounds] == [{"cpu_us/server proxy": 300}] * 2
     overloaded = results()
     for series in overloaded.series:
         series.rounds = [
