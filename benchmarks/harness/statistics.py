@@ -28,8 +28,10 @@ from typing import Final
 from benchmarks.harness.results import Ratio, Results, Round, Series
 
 CONFIDENCE: Final = 0.95
-LEAST_ROUNDS: Final = 2
-"""Of fewer there is no interval, and so no ratio."""
+LEAST_ROUNDS: Final = 3
+"""Of fewer there is no ratio: the interval of two reaches 6 standard deviations to each side, and says nothing."""
+RESTARTED: Final = 0.02
+"""By so much a ratio may move beyond what the intervals of two runs know: processes were started anew in between."""
 KEYS: Final = ("value", "p50_us", "p99_us", "p999_us", "cpu_us", "pss_mb")
 """What there are ratios of, where the rounds have it."""
 
@@ -81,12 +83,12 @@ def _middles(count: int) -> Sequence[tuple[tuple[int, int], int]]:
 
 
 def agree(one: Ratio, other: Ratio) -> bool:
-    """Whether two runs say the same: their intervals have a value in common.
+    """Whether two runs say the same: their intervals have a value in common, or nearly (RESTARTED).
 
     Of ratios that did not change, about 1 in 200 is apart all the same. Of ratios that did, those are found that moved
     by more than both intervals reach: agreement is no proof that nothing changed, the more rounds the nearer to one.
     """
-    return one.low <= other.high and other.low <= one.high
+    return one.low <= other.high * (1 + RESTARTED) and other.low <= one.high * (1 + RESTARTED)
 
 
 def ratios(results: Results, baselines: dict[str, str]) -> list[Ratio]:

@@ -33,9 +33,9 @@ examples:
   meshctl bench compare before after
   meshctl bench compare before/results.json after/results.json -o json
 
-Ratios of subject and baseline agree when their intervals have a value in common. Of ratios that did not change about 1
-in 200 is apart all the same: repeat a run before you believe a small move. Exit status: 0 all agree, 1 something moved,
-2 a file is not understood.
+Ratios of subject and baseline agree when their intervals have a value in common, or are less than 2 % apart. Of ratios
+that did not change about 1 in 200 moves all the same: repeat a run before you believe a small move. Exit status: 0 all
+agree, 1 something moved, 2 a file is not understood.
 """
 _NOT_UNDERSTOOD: Final = 2
 _MOVED: Final = 1
