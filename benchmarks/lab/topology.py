@@ -46,7 +46,7 @@ MESH_RANGES = ("240.240.0.0/16", "10.96.0.0/16", "fd96::/48", "10.128.0.0/9")
 _TWIN_RANGE = "10.98"
 
 # A plain `su`, and cron, leave out where nginx and tcpdump are.
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
 _CONTROL_INDEX = 250
 """Of the control plane's machine on the underlay, out of the hosts' way."""
@@ -404,7 +404,7 @@ class Lab:
     def start(self, progress: Callable[[str], None] = lambda line: None) -> None:
         """Start the agents, then every workload, and return when all serve."""
         programs = {workload.app.program for workload in self.workloads()}
-        missing = [program for program in programs if shutil.which(program, path=_PATH) is None]
+        missing = [program for program in programs if shutil.which(program, path=PATH) is None]
         if missing:
             raise LabError(f"the lab's workloads need programs that are not installed: {', '.join(sorted(missing))}")
         self.source.start(progress)
@@ -423,7 +423,7 @@ class Lab:
         """A process in a namespace of the lab, which dies with the lab. `cgroup`: which of the lab's it is in."""
         with _opened(netns) as fd:
             enter = Entrance(self.names.cgroup / cgroup, fd)
-            environment = {**os.environ, "PATH": _PATH}
+            environment = {**os.environ, "PATH": PATH}
             process = subprocess.Popen(argv, cwd="/", env=environment, preexec_fn=enter, **streams)
         self._spawned.append(process)
         return process

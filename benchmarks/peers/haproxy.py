@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.lab.sources import LabError
+from benchmarks.lab.topology import PATH
 from benchmarks.peers.place import Address, Place
 
 _TLS = "ssl-min-ver TLSv1.3 ssl-max-ver TLSv1.3"
@@ -65,7 +66,9 @@ listen entry-{listen[1]}
 def version() -> str:
     """As it says itself: "HAProxy 2.6.12". Raises LabError when it is not installed."""
     try:
-        told = subprocess.run(["haproxy", "-v"], capture_output=True, text=True, check=True, timeout=10).stdout
+        told = subprocess.run(
+            ["haproxy", "-v"], env={"PATH": PATH}, capture_output=True, text=True, check=True, timeout=10
+        ).stdout
     except FileNotFoundError:
         raise LabError("HAProxy is not installed: apt-get install haproxy") from None
     return f"HAProxy {told.split()[2].partition('-')[0]}"

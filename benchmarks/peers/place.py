@@ -59,8 +59,9 @@ class Place:
     ) -> subprocess.Popen[bytes]:
         """The peer's process, once it accepts connections at these addresses. Raises LabError with its log."""
         given = [f"{name}={value}" for name, value in (environment or {}).items()]
-        # `env` becomes the program, so that its process id is the one that is known here.
-        command = ["env", *given, *argv]
+        # In a session of its own, as a uProxy is: where the kernel shares processors out by session (sched_autogroup),
+        # a proxy among the generator's processes would be scheduled otherwise. `env` becomes what is named.
+        command = ["setsid", "env", *given, *argv]
         with self.log.open("wb") as log:
             process = self.lab.spawn(
                 command,

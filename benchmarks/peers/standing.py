@@ -48,11 +48,13 @@ class Pinning:
 
     proxies: int
     load: int
+    punctual: bool = False
+    """The load generator goes before the application, lest it sends late."""
 
 
 TOGETHER = Pinning(cores.FIRST, cores.FIRST)
 """All that a subject needs for a message on one core: what is measured is what the message costs."""
-APART = Pinning(cores.FIRST, cores.LAST)
+APART = Pinning(cores.FIRST, cores.LAST, punctual=True)
 """The proxies alone, so that requests are sent when they are due."""
 
 
@@ -78,8 +80,9 @@ class Standing:
 
     def spawn(self, pinning: Pinning, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """A program as the client's application: in its namespace and cgroup, with pipes for its output."""
+        priority = ["nice", "-n", "-20"] if pinning.punctual else []
         return self.lab.spawn(
-            ["taskset", "-c", str(pinning.load), *argv],
+            [*priority, "taskset", "-c", str(pinning.load), *argv],
             self.client.netns_path,
             _cgroup(self.lab, self.client.app_cgroup),
             stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.lab.sources import TRUST_DOMAIN, LabError
-from benchmarks.lab.topology import entered
+from benchmarks.lab.topology import PATH, entered
 from benchmarks.peers.place import Place
 
 OUTBOUND_PORT, HBONE_PORT = 15001, 15008
@@ -85,7 +85,15 @@ table ip ztunnel {{
 """
     try:
         with entered(place.box.netns_path):
-            subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, capture_output=True, timeout=10)
+            subprocess.run(
+                ["nft", "-f", "-"],
+                env={"PATH": PATH},
+                input=rules,
+                text=True,
+                check=True,
+                capture_output=True,
+                timeout=10,
+            )
     except FileNotFoundError:
         raise LabError("ztunnel's capture needs nftables: apt-get install nftables") from None
     except subprocess.CalledProcessError as error:

@@ -366,8 +366,8 @@ def _say_conditions(bench: Bench) -> None:
     bench.condition(
         "pinning of the paths",
         f"closed loops, throughput and new connections: load generator, proxies and application on core {cores.FIRST}; "
-        f"at a fixed rate: proxies on core {cores.FIRST}, load generator and application on core {cores.LAST}"
-        + ("" if both else ", the same one: there is no other, and requests may be sent late"),
+        f"at a fixed rate: proxies on core {cores.FIRST}, application and load generator, which goes first, on core "
+        f"{cores.LAST}" + ("" if both else ", the same one: there is no other, and requests may be sent late"),
     )
     bench.condition(
         "links",
