@@ -18,6 +18,7 @@ from benchmarks.harness import histogram
 from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
 from benchmarks.harness.results import Check, Measure, Results, Round, Series
 from benchmarks.harness.rounds import judge
+from benchmarks.harness.statistics import LEAST_ROUNDS
 from benchmarks.harness.usage import Meter
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
@@ -34,8 +35,6 @@ CONNECTIONS = 4
 WORKLOADS = 2 * len(SERVICES) * INSTANCES
 CPU_RATE = 500
 """Requests a second of all callers, at which processor time is taken."""
-_LEAST_ROUNDS = 2
-"""What does not change: fewer have no ratio."""
 _GRACE_S = 45.0
 """Of a generator, as the wrapper of one gives it."""
 
@@ -95,7 +94,7 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     for probe in probes:
         add_difference(bench.results, probe.measure.name)
     add_cpu(bench.results, [one.subject.name for one in placements])
-    bench.interleave([_memory()], placements, rounds=_LEAST_ROUNDS, seconds=0.0)
+    bench.interleave([_memory()], placements, rounds=LEAST_ROUNDS, seconds=0.0)
     bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
 
 
