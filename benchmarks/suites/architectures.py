@@ -117,7 +117,7 @@ def take(program: Path, placement: Placement, rate: int, seconds: float) -> Samp
         # They began one after the other: only the time in which all of them counted is divided by.
         begin, end = max(one.start_ns for one in outcomes), min(one.end_ns for one in outcomes)
         shared_s = (end - begin) / 1e9
-        if shared_s < seconds / 2:
+        if shared_s < seconds / 4:
             raise BenchError(f"{placement.subject.name}: its callers shared only {shared_s:.2f} s of {seconds:g} s")
         busy_ns = meter.used((begin, end)).processor_ns["application"]
     found = histogram.merge(one.histogram for one in outcomes)
@@ -204,7 +204,9 @@ def add_cpu(results: Results, subjects: Sequence[str]) -> None:
     for subject in subjects:
         series = results.find(f"{NAME}/latency/{CPU_RATE}", subject)
         if series is not None:
-            found = Series(measure.name, subject, list(map(_cpu, series.rounds)))
+            found = Series(
+                measure.name, subject, list(map(_cpu, series.rounds)), "" if series.rounds else series.refused
+            )
             judge(found, reference=False)
             results.series.append(found)
 
