@@ -85,7 +85,7 @@ QUICK: Final = Plan(
     idle=0,
     slow=0,
     http=(16,),
-    rounds=3,
+    rounds=5,
     seconds=0.4,
 )
 FULL: Final = Plan(
