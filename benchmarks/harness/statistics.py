@@ -10,7 +10,8 @@ log-normally, found by simulation with a fixed seed; other scatter, with outlier
 and 97 in 100 (tests/benchmarks/harness/test_statistics.py shows each). The price of few rounds is width: 2.3 standard
 deviations to each side of three rounds, 1.3 of five, 1.1 of seven, 0.9 of eleven.
 
-It is an interval for *this* run: how processes came to lie in memory, for one, is the same in all of its rounds.
+How processes came to lie in memory, for one, is the same in all rounds of a run, and another in the next: no interval
+of one run knows how much that moves. `RESTARTED` stands for it, in quadrature.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ CONFIDENCE: Final = 0.95
 LEAST_ROUNDS: Final = 3
 """Of fewer there is no ratio: the interval of two reaches 6 standard deviations to each side, and says nothing."""
 RESTARTED: Final = 0.02
-"""By so much a ratio may move beyond what the intervals of two runs know: processes were started anew in between."""
+"""What every interval reaches at least to each side: by so much the memory of processes, which hardly differs from
+round to round, was seen to differ between runs that started them anew."""
 KEYS: Final = ("value", "p50_us", "p99_us", "p999_us", "cpu_us", "pss_mb")
 """What there are ratios of, where the rounds have it."""
 
@@ -48,11 +50,17 @@ class Interval:
 
 
 def interval(ratios: Sequence[float]) -> Interval:
-    """The median of ratios, each above 0, and its 95 % interval. At least two are needed."""
+    """The median of ratios, each above 0, and its 95 % interval in this run. At least two are needed."""
     logarithms = sorted(map(math.log, ratios))
     middle = median(logarithms)
     reach = stretch(len(ratios)) * _reach(logarithms)
     return Interval(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach))
+
+
+def for_any_run(found: Interval) -> Interval:
+    """The interval with what another start of the processes would move: what is stated."""
+    reach = math.hypot(math.log(found.high / found.median), RESTARTED)
+    return Interval(found.median, found.median * math.exp(-reach), found.median * math.exp(reach))
 
 
 @cache
@@ -83,12 +91,12 @@ def _middles(count: int) -> Sequence[tuple[tuple[int, int], int]]:
 
 
 def agree(one: Ratio, other: Ratio) -> bool:
-    """Whether two runs say the same: their intervals have a value in common, or nearly (RESTARTED).
+    """Whether two runs say the same: their intervals have a value in common.
 
     Of ratios that did not change, about 1 in 200 is apart all the same. Of ratios that did, those are found that moved
     by more than both intervals reach: agreement is no proof that nothing changed, the more rounds the nearer to one.
     """
-    return one.low <= other.high * (1 + RESTARTED) and other.low <= one.high * (1 + RESTARTED)
+    return one.low <= other.high and other.low <= one.high
 
 
 def ratios(results: Results, baselines: dict[str, str]) -> list[Ratio]:
@@ -109,7 +117,7 @@ def _ratio(series: Series, baseline: Series, key: str) -> Ratio | None:
     each = [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
     if len(each) < LEAST_ROUNDS:
         return None
-    found = interval(each)
+    found = for_any_run(interval(each))
     return Ratio(series.measure, series.subject, baseline.subject, key, found.median, found.low, found.high, len(each))
 
 

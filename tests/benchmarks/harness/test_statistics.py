@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.results import Measure, Ratio, Results, Round, Series
-from benchmarks.harness.statistics import agree, interval, ratios, stretch
+from benchmarks.harness.statistics import RESTARTED, Interval, agree, for_any_run, interval, ratios, stretch
 
 POSITIVE = st.floats(1e-3, 1e6)
 SCATTER = {
@@ -107,12 +107,18 @@ def test_agreement_is_mutual(ends):
     assert agree(one, one)
 
 
-def test_intervals_agree_when_they_meet_or_nearly():
+def test_intervals_agree_when_they_meet():
     ratio = Ratio("m", "a", "b", "value", 1.0, 0.9, 1.1, 3)
     assert agree(ratio, replace(ratio, low=1.1, median=1.2, high=1.3))
-    assert agree(ratio, replace(ratio, low=1.12, median=1.2, high=1.3))  # processes were started anew
-    assert not agree(ratio, replace(ratio, low=1.13, median=1.2, high=1.3))
-    assert not agree(replace(ratio, low=1.13, median=1.2, high=1.3), ratio)
+    assert not agree(ratio, replace(ratio, low=1.11, median=1.2, high=1.3))
+    assert not agree(replace(ratio, low=1.11, median=1.2, high=1.3), ratio)
+
+
+def test_what_is_stated_allows_for_another_start():
+    exact = for_any_run(Interval(0.5, 0.5, 0.5))
+    assert (exact.low, exact.high) == pytest.approx((0.5 / math.exp(RESTARTED), 0.5 * math.exp(RESTARTED)))
+    wide = for_any_run(Interval(1.0, 0.5, 2.0))
+    assert (wide.low, wide.high) == pytest.approx((0.5, 2.0), rel=0.001)
 
 
 def run(*series: Series) -> Results:
@@ -135,7 +141,8 @@ def test_ratios_are_of_the_same_rounds():
     found = ratios(
         run(Series("m", "theirs", rounds(10, 20, 40)), Series("m", "ours", rounds(5, 10, 20), remark="")), BASELINES
     )
-    assert found == [Ratio("m", "ours", "theirs", "value", 0.5, 0.5, 0.5, 3)]
+    stated = for_any_run(interval([0.5] * 3))
+    assert found == [Ratio("m", "ours", "theirs", "value", 0.5, stated.low, stated.high, 3)]
 
 
 def test_ratios_are_of_every_key_that_both_have():
