@@ -121,8 +121,10 @@ class Inbound:
         direct = Direct(relay, carrier.peer, port)
         if passage is None:
             self._overtaken.add(direct)
-        await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
-        self._overtaken.remove(direct)
+        try:
+            await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
+        finally:
+            self._overtaken.remove(direct)
 
     # -- its stages
 
@@ -267,8 +269,9 @@ class Inbound:
             self._plane.call_later(STEP_S, self._end_overtaken)
 
     def _end_overtaken(self) -> None:
-        self._ending = self._overtaken.step(time.monotonic()) > 0
-        if self._ending:
+        self._ending = False
+        if self._overtaken.step(time.monotonic()):
+            self._ending = True
             self._plane.call_later(STEP_S, self._end_overtaken)
 
     # -- records

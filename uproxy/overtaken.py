@@ -7,6 +7,7 @@ whoever spoke last, and then the others. Each is reset: a FIN could make an answ
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -88,17 +89,23 @@ class Overtaken:
         """To be called every STEP_S: end some. How many are left."""
         if not self._overdue:
             return 0
+        may_end: list[tuple[bool, int, Direct]] = []
+        must_end: list[Direct] = []
+        room, older = 1, 0
         for direct, overdue in self._overdue.items():
             overdue.look(direct.relay, now)
-
-        def rank(item: tuple[Direct, _Overdue]) -> int:
-            return item[1].rank(item[0].relay, now)
-
-        oldest = next(iter(self._overdue.values())).since
-        steps_left = max(1, int((oldest + LONGEST_S - now) / STEP_S))
-        room = math.ceil(len(self._overdue) / steps_left)
-        for direct, overdue in sorted(self._overdue.items(), key=rank)[:room]:
-            if rank((direct, overdue)) == 0 or now - overdue.since >= PATIENCE_S:
-                self.remove(direct)
-                direct.relay.cut(overdue.reason, Flag.WAYPOINT)
+            waited = now - overdue.since
+            # So many at each look, and those up to here are over in time.
+            older += 1
+            room = max(room, math.ceil(older / max(1, int((LONGEST_S - waited) / STEP_S))))
+            rank = overdue.rank(direct.relay, now)
+            if waited > LONGEST_S - STEP_S:
+                must_end.append(direct)
+            elif rank == 0 or waited >= PATIENCE_S:
+                may_end.append((waited < PATIENCE_S, rank, direct))
+        chosen = heapq.nsmallest(max(0, room - len(must_end)), may_end, key=lambda one: one[:2])
+        for direct in [*must_end, *(direct for _, _, direct in chosen)]:
+            reason = self._overdue[direct].reason
+            self.remove(direct)
+            direct.relay.cut(reason, Flag.WAYPOINT)
         return len(self._overdue)

@@ -154,6 +154,35 @@ def test_few_end_in_a_second():
         assert sum(second < ended <= second + 1 for ended in world.ended.values()) <= 1 / STEP_S
 
 
+def crowds(first, second, gap_s):
+    """The most that end at one look, of two groups that a policy came to forbid at different times."""
+    world = World(*first)
+    world.run(gap_s)
+    later = [Direct(one, WEB, 80) for one in second]
+    for direct in later:
+        world.overtaken.add(direct)
+    world.overtaken.judge(admission(GUARDED), world.now)
+    most, left = 0, sum(one.ended is None for one in [*first, *second])
+    while left and world.now < 1000 + gap_s + LONGEST_S:
+        world.now += STEP_S
+        for one in [*first, *second]:
+            one.sent += one.talks
+        world.overtaken.step(world.now)
+        before, left = left, sum(one.ended is None for one in [*first, *second])
+        most = max(most, before - left)
+    assert not left
+    return most
+
+
+def test_those_that_wait_for_their_moment_do_not_hold_up_those_whose_time_comes():
+    busy, unanswered = [Traffic(talks=True) for _ in range(100)], [Traffic(answered=False) for _ in range(1100)]
+    assert crowds(busy, unanswered, PATIENCE_S - 5) <= 6
+
+
+def test_one_whose_time_comes_does_not_hurry_the_others():
+    assert crowds([Traffic(talks=True)], [Traffic() for _ in range(2000)], PATIENCE_S - 2) <= 3
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 60))
 def test_all_end_in_time_and_never_in_a_crowd(talks, times):
     world = World(*(Traffic(talks=one) for one in talks * times)).run(LONGEST_S)
