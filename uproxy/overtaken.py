@@ -91,12 +91,11 @@ class Overtaken:
             return 0
         may_end: list[tuple[bool, int, Direct]] = []
         must_end: list[Direct] = []
-        room, older = 1, 0
-        for direct, overdue in self._overdue.items():
+        room = 1
+        for older, (direct, overdue) in enumerate(self._overdue.items(), 1):
             overdue.look(direct.relay, now)
             waited = now - overdue.since
             # So many at each look, and those up to here are over in time.
-            older += 1
             room = max(room, math.ceil(older / max(1, int((LONGEST_S - waited) / STEP_S))))
             rank = overdue.rank(direct.relay, now)
             if waited > LONGEST_S - STEP_S:
