@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -34,8 +34,12 @@ LEAST_ROUNDS: Final = 3
 RESTARTED: Final = 0.02
 """What every interval reaches at least to each side: by so much the memory of processes, which hardly differs from
 round to round, was seen to differ between runs that started them anew."""
-KEYS: Final = ("value", "p50_us", "p99_us", "p999_us", "cpu_us", "pss_mb")
-"""What there are ratios of, where the rounds have it."""
+KEYS: Final = ("value", "p50_us", "p99_us", "p999_us", "cpu_us")
+"""What there are ratios of, where the rounds have it. Not of PSS, which those who stand side by side share."""
+_TAILS: Final = {"p99_us": 0.01, "p999_us": 0.001}
+"""Percentile -> the share of operations that were slower."""
+_SLOWER: Final = 10
+"""Of a percentile there is a ratio where at least so many operations of each round were slower."""
 
 _RESAMPLES: Final = 20_000
 _SIMULATIONS: Final = 50_000
@@ -113,6 +117,8 @@ def ratios(results: Results, baselines: dict[str, str]) -> list[Ratio]:
 
 
 def _ratio(series: Series, baseline: Series, key: str) -> Ratio | None:
+    if not _known(series, key) or not _known(baseline, key):
+        return None
     ours, theirs = _by_round(series, key), _by_round(baseline, key)
     each = [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
     if len(each) < LEAST_ROUNDS:
@@ -122,7 +128,16 @@ def _ratio(series: Series, baseline: Series, key: str) -> Ratio | None:
 
 
 def _by_round(series: Series, key: str) -> dict[int, float]:
-    """Rounds that count: not those which the load generator decided, but for a reference, which says so."""
-    counted: Iterable[Round] = (one for one in series.rounds if series.remark or not one.bottleneck)
-    values = {one.number: one.value if key == "value" else one.details.get(key, 0.0) for one in counted}
+    values = {one.number: one.value if key == "value" else one.details.get(key, 0.0) for one in _counted(series)}
     return {number: value for number, value in values.items() if value > 0}
+
+
+def _known(series: Series, key: str) -> bool:
+    """Whether enough operations were slower than a percentile for it to be more than luck; true of anything else."""
+    share = _TAILS.get(key)
+    return share is None or all(one.details.get("operations", 0) * share >= _SLOWER for one in _counted(series))
+
+
+def _counted(series: Series) -> list[Round]:
+    """Rounds that count: not those which the load generator decided, but for a reference, which says so."""
+    return [one for one in series.rounds if series.remark or not one.bottleneck]

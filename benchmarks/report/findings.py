@@ -14,7 +14,7 @@ from benchmarks.report.wording import NAMES, UNITS, percent
 
 ASIDE: Final = frozenset({"taken_s", "operations"})
 """Details that say how a round was taken, not what it found."""
-OURS: Final = frozenset({"uproxy", "remote", "remote-l4"})
+OURS: Final = frozenset({"uproxy", "waypoint", "remote", "remote-l4"})
 """Subjects that are made of uProxies; every other one is a peer, or a floor."""
 TAIL: Final = 10
 """A percentile is drawn where at least so many requests were slower; beyond it stands luck."""
@@ -85,11 +85,18 @@ class Findings:
         }
 
     def ours(self) -> list[tuple[Ratio, Measure]]:
-        """Every ratio of what is ours to what is not."""
+        """Every ratio of what is ours to what is not: of values, and of details that a target is about.
+
+        The other details say the same once more.
+        """
+        aimed = {(one.measure, one.key) for one in self.results.targets}
         return [
             (ratio, self.measures[ratio.measure])
             for ratio in self.results.ratios
-            if ratio.subject in OURS and ratio.baseline not in OURS and ratio.measure in self.measures
+            if ratio.subject in OURS
+            and ratio.baseline not in OURS
+            and ratio.measure in self.measures
+            and (ratio.key == "value" or (ratio.measure, ratio.key) in aimed)
         ]
 
     def losses(self) -> list[Loss]:

@@ -38,7 +38,7 @@ def summary(findings: Findings) -> Html:
     sentences = []
     if said:
         sentences.append(
-            f"Ratios of uProxy to its baselines: {said.count('better')} better, {said.count('worse')} worse, "
+            f"Ratios of uProxy's values to its baselines': {said.count('better')} better, {said.count('worse')} worse, "
             f"{said.count('unclear')} without a difference that this run can show."
         )
     if met:

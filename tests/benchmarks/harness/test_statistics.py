@@ -153,6 +153,16 @@ def test_ratios_are_of_every_key_that_both_have():
     )
 
 
+@pytest.mark.parametrize(
+    ("operations", "keys"),
+    [(999, {"value"}), (1000, {"value", "p99_us"}), (10_000, {"value", "p99_us", "p999_us"})],
+)
+def test_a_percentile_has_a_ratio_where_ten_operations_of_each_round_were_slower(operations, keys):
+    both = [Series("m", name, rounds(1, 1, 1, p99_us=8, p999_us=9, operations=10_000)) for name in ("ours", "theirs")]
+    both[0].rounds[1].details["operations"] = operations
+    assert {one.key for one in ratios(run(*both), BASELINES)} == keys
+
+
 def test_a_round_that_the_generator_decided_is_in_no_ratio():
     theirs = [Round(1, 10), Round(2, 10), Round(3, 10), Round(4, 10), Round(5, 99, bottleneck="late")]
     ours = [Round(1, 99, bottleneck="late"), Round(2, 5), Round(3, 5), Round(4, 5), Round(5, 5)]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.harness.histogram import histogram_of, width
 from benchmarks.harness.results import Better, Measure, Ratio, Results, Target
-from benchmarks.report.findings import TAIL, Findings, curve, outcome, parameter, verdict
+from benchmarks.harness.targets import TARGETS
+from benchmarks.report.findings import OURS, TAIL, Findings, curve, outcome, parameter, verdict
 from benchmarks.report.wording import number, question, ratio, short, times
 
 LESS = Measure("time", "paths", "round trip", "64 B", "us")
@@ -36,9 +37,16 @@ def test_a_loss_is_a_whole_interval_on_the_wrong_side() -> None:
 
 
 def test_less_processor_time_is_better_of_anything() -> None:
-    hungry = compared(1.1, 1.2, measure="speed", key="cpu_us")
-    assert losses(hungry) == [hungry]
-    assert losses(compared(0.8, 0.9, measure="speed", key="cpu_us")) == []
+    assert verdict(compared(1.1, 1.2, measure="speed", key="cpu_us"), MORE) == "worse"
+    assert verdict(compared(0.8, 0.9, measure="speed", key="cpu_us"), MORE) == "better"
+
+
+def test_a_detail_counts_only_where_a_target_is_about_it() -> None:
+    slow, hungry = compared(1.1, 1.2), compared(1.3, 1.4, key="cpu_us")
+    assert losses(slow, hungry) == [slow]
+    about = Target("", "time", "uproxy", "envoy", "cpu_us", 0.5, "less")
+    results = Results("2026-11-23T06:10:00Z", False, measures=[LESS], ratios=[slow, hungry], targets=[about])
+    assert [loss.ratio for loss in Findings(results).losses()] == [hungry, slow]
 
 
 def test_nothing_is_said_of_a_detail_whose_better_side_is_unknown() -> None:
@@ -49,6 +57,10 @@ def test_nothing_is_said_of_a_detail_whose_better_side_is_unknown() -> None:
 def test_another_ones_loss_is_not_ours() -> None:
     assert losses(compared(2, 3, subject="haproxy-tls")) == []
     assert len(losses(compared(2, 3, subject="remote"))) == 1
+
+
+def test_whatever_has_a_target_is_ours() -> None:
+    assert {target.subject for target in TARGETS} <= OURS
 
 
 @pytest.mark.parametrize(
