@@ -107,6 +107,8 @@ class Target:
     better: Better
     ratio: Ratio | None = None
     """None: not measured in this run."""
+    elsewhere: str = ""
+    """Of a target that no suite measures: where it is, or that nothing does yet."""
 
     @property
     def met(self) -> bool | None:

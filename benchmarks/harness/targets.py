@@ -1,4 +1,4 @@
-"""The design's targets that are ratios of what these suites measure, and what each suite's ratios are to."""
+"""The design's targets, those that no suite measures too, and what each suite's ratios are to."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ def _target(text: str, measure: str, bound: float, better: Better = "less", key:
     return Target(text, measure, _OURS, BASELINES["paths"], key, bound, better)
 
 
+def _elsewhere(text: str, measure: str, bound: float, where: str, subject: str = _OURS, baseline: str = "") -> Target:
+    """One that no suite measures. Without a baseline the bound is no ratio; `text` says of what it is."""
+    return Target(text, measure, subject, baseline, "value", bound, "less", elsewhere=where)
+
+
+_NOT_BUILT: Final = "no measurement is built yet"
+_BY_HAND: Final = "once, by hand: docs/performance.md"
+_CONTROL: Final = "make bench measures it: docs/performance.md"
+
 TARGETS: Final = (
     _target("round trip of 64 B, 1 connection", "paths/rr/1/64", 1.0),
     _target("round trip of 64 B, 64 connections", "paths/rr/64/64", 0.75),
@@ -26,7 +35,7 @@ TARGETS: Final = (
     _target("new connections per second", "paths/connect", 2.0, "more"),
     _target("p99 of small requests beside a bulk stream", "paths/beside-bulk", 0.3),
     Target(
-        "HTTP through a waypoint, as fast as it goes, 16 connections",
+        "HTTP through a waypoint, 16 connections: the saturated best case",
         "paths/http/16",
         "waypoint",
         BASELINES["paths/http"],
@@ -34,6 +43,24 @@ TARGETS: Final = (
         0.4,  # 2.5 times the requests a second
         "less",
     ),
+    *(
+        _elsewhere(
+            f"{what} of HTTP through a waypoint, 8 clients, at 10, 50 and 80 % of the knee",
+            f"paths/http-open/{key}",
+            bound,
+            _NOT_BUILT,
+            "waypoint",
+            BASELINES["paths/http"],
+        )
+        for what, key, bound in (("CPU per request", "cpu", 0.5), ("p99", "p99", 0.7))
+    ),
+    _elsewhere("same-host direct path against plain TCP, round trip", "direct/rr", 1.0, _NOT_BUILT, baseline="tcp"),
+    _elsewhere("memory of a sidecar of its own, MB of PSS", "memory/alone", 20, _BY_HAND),
+    _elsewhere("memory of a further sidecar, MB of PSS", "memory/marginal", 8, _NOT_BUILT),
+    _elsewhere("a label until it is enforced on one host, p99 in ms", "control/label", 100, _CONTROL),
+    _elsewhere("a label until 1,000 proxies enforce it, p99 in ms", "control/label/1000", 1000, _CONTROL),
+    _elsewhere("growth of a uProxy with 10,000 services in the mesh, MB", "control/growth", 5, _CONTROL),
+    _elsewhere("requests that fail in graceful restarts", "restarts", 0, _NOT_BUILT),
 )
 
 

@@ -131,24 +131,21 @@ def factor(ratio: Ratio, measure: Measure) -> float:
     return 1 / ratio.median if ratio.median > 0 else math.inf
 
 
-def beyond(target: Target) -> float | None:
-    """By which share of its bound the end of the interval that decides is on the wrong side; less than 0 is met."""
-    if target.ratio is None or target.bound == 0:
-        return None
-    end = target.ratio.high if target.better == "less" else target.ratio.low
-    off = (end - target.bound) / abs(target.bound)
-    return off if target.better == "less" else -off
-
-
 def outcome(target: Target) -> str:
-    """`not met by 53 %`: how far off the end of the interval is that decides."""
-    if target.met is None or target.ratio is None:
-        return "not measured"
-    off = beyond(target)
-    said = ("met" if target.met else "not met") + ("" if off is None else f" by {percent(abs(off))}")
-    found = target.ratio.median
-    median_meets = found <= target.bound if target.better == "less" else found >= target.bound
-    return said + ("; the median meets it, the interval does not" if median_meets and not target.met else "")
+    """`not met: the median is 32 % off, the interval's end 52 %`. The end is the one that decides."""
+    if target.ratio is None:
+        return f"not measured here: {target.elsewhere}" if target.elsewhere else "not measured"
+    end = target.ratio.high if target.better == "less" else target.ratio.low
+    middle, last = _distance(target, target.ratio.median), _distance(target, end)
+    return f"{'met' if target.met else 'not met'}: the median is {middle}, the interval's end {last}"
+
+
+def _distance(target: Target, found: float) -> str:
+    """How far a ratio is from the bound, as a share of it."""
+    kept = found <= target.bound if target.better == "less" else found >= target.bound
+    if target.bound == 0:
+        return "within" if kept else "off"
+    return f"{percent(abs(found - target.bound) / abs(target.bound))} {'within' if kept else 'off'}"
 
 
 def parameter(measures: Sequence[Measure]) -> str | None:

@@ -103,8 +103,8 @@ def targets(findings: Findings) -> Html:
 
 def _outcome(target: Target) -> list[Html]:
     colour = {True: "good", False: "bad", None: "soft"}[target.met]
-    said, by, rest = outcome(target).partition(" by ")
-    return [tag("b" if by else "span", said, class_=colour), Html(by), text(rest)]
+    said, colon, rest = outcome(target).partition(":")
+    return [tag("span" if target.met is None else "b", said, class_=colour), Html(colon), text(rest)]
 
 
 def checks(found: Sequence[Check]) -> Html:

@@ -66,12 +66,12 @@ def test_whatever_has_a_target_is_ours() -> None:
 @pytest.mark.parametrize(
     ("better", "bound", "low", "high", "said"),
     [
-        ("less", 1.0, 0.8, 1.0, "met by 0 %"),
-        ("less", 0.5, 0.6, 0.75, "not met by 50 %"),
-        ("less", 1.0, 0.8, 1.1, "not met by 10 %; the median meets it, the interval does not"),
-        ("more", 0.9, 0.99, 1.2, "met by 10 %"),
-        ("more", 2.0, 1.0, 1.2, "not met by 50 %"),
-        ("more", 2.0, 1.5, 3.0, "not met by 25 %; the median meets it, the interval does not"),
+        ("less", 1.0, 0.64, 1.0, "met: the median is 20 % within, the interval's end 0 % within"),
+        ("less", 0.5, 0.6, 0.735, "not met: the median is 33 % off, the interval's end 47 % off"),
+        ("less", 1.0, 0.7, 1.1, "not met: the median is 12 % within, the interval's end 10 % off"),
+        ("more", 0.9, 0.99, 1.21, "met: the median is 22 % within, the interval's end 10 % within"),
+        ("more", 2.0, 1.0, 1.21, "not met: the median is 45 % off, the interval's end 50 % off"),
+        ("more", 2.0, 1.5, 3.0, "not met: the median is 6 % within, the interval's end 25 % off"),
     ],
 )
 def test_a_target_says_how_far_off_it_is(better: Better, bound: float, low: float, high: float, said: str) -> None:
@@ -80,6 +80,8 @@ def test_a_target_says_how_far_off_it_is(better: Better, bound: float, low: floa
 
 def test_a_target_that_was_not_measured_says_so() -> None:
     assert outcome(Target("", "time", "uproxy", "envoy", "value", 1, "less")) == "not measured"
+    elsewhere = Target("", "time", "uproxy", "envoy", "value", 1, "less", elsewhere="not built yet")
+    assert outcome(elsewhere) == "not measured here: not built yet"
 
 
 def test_an_axis_is_the_one_parameter_that_varies() -> None:
