@@ -38,11 +38,6 @@ class Client:
         """Whether nothing of another request has come."""
         return self._reader.idle and self.stream.quiet
 
-    @property
-    def used(self) -> bool:
-        """Whether there was a request."""
-        return self._begun
-
     async def head(self) -> RequestHead | None:
         """The next request, once the last one is whole; None when the caller ends well.
 

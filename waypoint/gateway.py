@@ -63,8 +63,8 @@ _REASONS: Final = {
     504: b"Gateway Timeout",
     505: b"HTTP Version Not Supported",
 }
-FIRST_REQUEST_S: Final = 1.0
-"""Within a drain, from its beginning: how long a connection may be without any request."""
+GRACE_S: Final = 1.0
+"""Within a drain: how long a connection may wait for a request, which may be on its way."""
 _NOBODYS_REQUEST: Final = RequestHead("GET", "/", (), keep_alive=False)
 """What is answered when the request could not be read."""
 
@@ -153,6 +153,7 @@ class Gateway:
     ) -> None:
         """`gateway`: key of the Gateway. `directory`: where what is not known is asked for, if anywhere."""
         self._draining = False
+        self._grace_s = GRACE_S
         self._plane = data_plane
         self._state = state
         self._gateway = gateway
@@ -224,8 +225,8 @@ class Gateway:
 
     async def _exchange(self, client: Client, caller: Caller, asked: Asked) -> bool:
         """One request and its response. Whether another may follow. Raises OSError when the stream is of no use."""
-        if self._draining and client.used and client.waits:
-            return False
+        if self._draining:
+            self._close_later(client)
         self._idle[client] = asked
         try:
             head = await client.head()
@@ -665,21 +666,22 @@ class Gateway:
             except RefusedError:
                 client.stream.close()
 
-    def drain(self) -> None:
-        """This process ends: close the connections that are between two requests, and others after their response.
+    def drain(self, timeout_s: float) -> None:
+        """This process ends within `timeout_s`: close connections after their next response, or when none is asked for.
 
-        Whoever has only just connected is going to ask: there is a moment for that.
+        Whoever has connected or had a response may have sent a request that is not here yet: there is a moment for it.
         """
         self._draining = True
-        for client in list(self._idle):
-            if client.used and client.waits:
-                client.stream.close()
-        self._plane.call_later(FIRST_REQUEST_S, self._close_unused)
+        self._grace_s = min(GRACE_S, timeout_s / 2)
+        for client in self._idle:
+            self._close_later(client)
 
-    def _close_unused(self) -> None:
-        for client in list(self._idle):
-            if client.waits:
+    def _close_later(self, client: Client) -> None:
+        def close() -> None:
+            if client in self._idle and client.waits:
                 client.stream.close()
+
+        self._plane.call_later(self._grace_s, close)
 
     def close_idle(self) -> None:
         """The drain time is over: end the connections on which no request is under way."""

@@ -134,7 +134,8 @@ class Serving:
         deadline = time.monotonic() + self._drain_timeout_s
         self._listeners.close()
         self._plane.run(lambda: self._server.drain(final=False))
-        self._plane.run(self._gateway.drain)  # behind the GOAWAY, so that nobody comes back here
+        # Behind the GOAWAY, so that nobody comes back here.
+        self._plane.run(lambda: self._gateway.drain(self._drain_timeout_s))
         # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
         await asyncio.sleep(min(0.1, self._drain_timeout_s))
         self._plane.run(lambda: self._server.drain(final=True))

@@ -36,7 +36,7 @@ from uproxy import plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
-from waypoint.gateway import FIRST_REQUEST_S, Directory
+from waypoint.gateway import GRACE_S, Directory
 from waypoint.upstream import Caller
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
@@ -678,7 +678,7 @@ def test_a_request_may_wait_for_100_continue(identities: Path, authority: Author
 def test_a_drain_closes_connections_after_their_answer(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         reader, writer = await through.open()
-        through.pair.plane.run(through.gateway.drain)
+        through.pair.plane.run(lambda: through.gateway.drain(5))
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         status, head, _ = await answer(reader)
         assert status == 200
@@ -689,9 +689,7 @@ def test_a_drain_closes_connections_after_their_answer(identities: Path, authori
     run(identities, authority, tell, client)
 
 
-def test_a_drain_closes_at_once_what_waits_for_another_request_and_lets_the_others_finish(
-    identities: Path, authority: Authority
-) -> None:
+def test_a_drain_closes_what_stays_quiet_and_lets_the_others_finish(identities: Path, authority: Authority) -> None:
     begun = asyncio.Event()
 
     async def slow_end(reader: Reader, writer: Writer) -> None:
@@ -718,22 +716,72 @@ def test_a_drain_closes_at_once_what_waits_for_another_request_and_lets_the_othe
         await asyncio.wait_for(begun.wait(), 5)
         await asyncio.sleep(0.1)
         started = time.monotonic()
-        through.pair.plane.run(through.gateway.drain)
-        assert await idle[0].read() == b"", "nothing but the end"
-        assert time.monotonic() - started < 0.3
+        through.pair.plane.run(lambda: through.gateway.drain(5))
         half[1].write(b"Host: db\r\n\r\n")
         status, head, _ = await answer(half[0])
         assert (status, b"connection: close\r\n" in head) == (200, True)
+        assert await half[0].read() == b""
+        assert time.monotonic() - started < GRACE_S, "nobody waits for another request there"
         # Its head went before the drain, and could not say it.
         assert (await answer(busy[0]))[::2] == (200, b"done")
-        assert await busy[0].read() == b""
-        assert time.monotonic() - started < FIRST_REQUEST_S, "nobody waits for another request there"
-        assert await unused[0].read() == b""
-        assert FIRST_REQUEST_S - 0.1 < time.monotonic() - started < FIRST_REQUEST_S + 1
+        answered = time.monotonic()
+        for reader, since in ((idle[0], started), (unused[0], started), (busy[0], answered)):
+            assert await reader.read() == b"", "nothing but the end"
+            assert GRACE_S - 0.1 < time.monotonic() - since < GRACE_S + 1
         for _, writer in (idle, busy, half, unused):
             writer.close()
 
     run(identities, authority, slow_end, client)
+
+
+def test_a_request_that_is_on_its_way_when_a_drain_begins_is_answered(identities: Path, authority: Authority) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(reader: Reader, writer: Writer) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await request_head(reader)
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n")
+                if b"/held" in head:
+                    begun.set()
+                    await go_on.wait()
+                writer.write(b"done")
+        writer.close()
+
+    async def client(through: Through) -> None:
+        kept, busy = [await through.open() for _ in range(2)]
+        kept[1].write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(kept[0]))[0] == 200
+        busy[1].write(b"GET /held HTTP/1.1\r\nHost: db\r\n\r\n")
+        await asyncio.wait_for(begun.wait(), 5)
+        assert b"connection: close" not in await request_head(busy[0])
+        through.pair.plane.run(lambda: through.gateway.drain(5))
+        await asyncio.sleep(0.1)  # as long as a request may be on its way
+        go_on.set()
+        assert await busy[0].readexactly(4) == b"done"
+        await asyncio.sleep(0.1)
+        for reader, writer in (kept, busy):
+            writer.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 0\r\n\r\n")
+            status, head, _ = await answer(reader)
+            assert (status, b"connection: close\r\n" in head) == (200, True)
+            assert await reader.read() == b""
+            writer.close()
+
+    run(identities, authority, held, client)
+
+
+def test_a_short_drain_waits_no_longer_than_half_of_it(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        started = time.monotonic()
+        through.pair.plane.run(lambda: through.gateway.drain(0.4))
+        assert await reader.read() == b""
+        assert 0.15 < time.monotonic() - started < GRACE_S - 0.3
+        writer.close()
+
+    run(identities, authority, tell, client)
 
 
 def test_callers_that_go_another_way_now_are_told_to(identities: Path, authority: Authority) -> None:
