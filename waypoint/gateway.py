@@ -729,10 +729,12 @@ async def _introduced(directory: Directory, caller: IpAddress) -> None:
 async def _followed(directory: Directory, service_key: str, claim: Waiter[None]) -> None:
     try:
         await directory.followed(service_key)
+        claim.set(None)
     except RefusedError as error:
         claim.fail(error)
-    else:
-        claim.set(None)
+    finally:
+        # Nothing, if it was settled; whoever waits must learn of a bug, too.
+        claim.fail(RefusedError("no-config", "a bug of this proxy; its log has the traceback"))
 
 
 def _judged(head: RequestHead) -> Request:

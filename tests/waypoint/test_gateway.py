@@ -640,6 +640,27 @@ def test_a_backend_that_does_not_come_is_a_503_and_no_caller_waits_longer_than_i
     run(identities, authority, tell, client, known=late)
 
 
+def test_no_request_hangs_when_a_backend_cannot_be_asked_for(
+    identities: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = Late()
+
+    async def client(through: Through) -> None:
+        late.plane = through.pair.plane
+        through.pair.apply(to_late())
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        answered = await late.is_asked()
+        through.pair.plane.run(lambda: answered.fail(ValueError("a bug")))
+        status, head, _ = await asyncio.wait_for(answer(reader), 2)
+        assert status == 503
+        assert b"x-uproxy-reason: no-config\r\n" in head
+        writer.close()
+
+    run(identities, authority, tell, client, known=late)
+    assert "a bug" in caplog.text
+
+
 def test_what_the_backend_s_own_policy_refuses_is_a_403_too(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         web = Rule(sources=(Source(principals=(WEB.principal,)),))
