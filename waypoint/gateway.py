@@ -350,6 +350,8 @@ class Gateway:
             raise _broken(course, error) from None
         finally:
             course.claim = None
+        if course.cause is not None:  # in the turn in which the answer came
+            raise course.cause
 
     async def _forward(
         self,
@@ -401,6 +403,9 @@ class Gateway:
         """Raises RefusalError."""
         kept = None if fresh else self._upstream.kept(caller, hops[0])
         connection = kept or await self._open(caller, hops, course, exchange, fresh=fresh)
+        if course.cause is not None:  # it came in the turn in which the request was stopped
+            self._upstream.keep(connection)
+            raise course.cause
         course.connection = connection
         hop = connection.hop
         exchange.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload, str(hop.expected))

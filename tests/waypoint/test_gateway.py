@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
 from waypoint.gateway import GRACE_S, Directory
-from waypoint.upstream import Caller
+from waypoint.upstream import Caller, HttpConnection
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
@@ -578,6 +578,13 @@ def to_late(**given: object) -> HTTPRoute:
     return route(rule("/", backends=(Backend("shop/late", 80, 1, NO_MODIFIER, NO_MODIFIER),), **given))
 
 
+def late_backend(app_port: int) -> tuple[Service, Endpoint]:
+    """What that route leads to, once it comes."""
+    port = ServicePort("", 80, app_port, "")
+    service = Service("shop", "late", (parse_address("240.240.9.8"),), (port,), {}, (DB,))
+    return service, Endpoint("shop/late", "shop/db", DB_ADDRESS, DB, {80: app_port}, 1, True, {})
+
+
 def test_a_request_waits_for_the_backend_that_its_route_names_and_that_has_not_come_yet(
     identities: Path, authority: Authority
 ) -> None:
@@ -589,10 +596,7 @@ def test_a_request_waits_for_the_backend_that_its_route_names_and_that_has_not_c
         reader, writer = await through.open()
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         answered = await late.is_asked()
-        port = ServicePort("", 80, through.pair.app_port, "")
-        service = Service("shop", "late", (parse_address("240.240.9.8"),), (port,), {}, (DB,))
-        endpoint = Endpoint("shop/late", "shop/db", DB_ADDRESS, DB, {80: through.pair.app_port}, 1, True, {})
-        through.pair.apply(service, endpoint)
+        through.pair.apply(*late_backend(through.pair.app_port))
         through.pair.plane.run(lambda: answered.set(None))
         assert (await answer(reader))[0] == 200
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
@@ -659,6 +663,59 @@ def test_no_request_hangs_when_a_backend_cannot_be_asked_for(
 
     run(identities, authority, tell, client, known=late)
     assert "a bug" in caplog.text
+
+
+@pytest.mark.parametrize("waits_for", ["configuration", "connection"])
+def test_a_caller_that_goes_away_just_when_the_backend_is_there_takes_its_request_along(
+    identities: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch, waits_for: str
+) -> None:
+    late = Late()
+    heads: list[bytes] = []
+
+    async def server(reader: Reader, writer: Writer) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            heads.append(await request_head(reader))
+        writer.close()
+
+    async def client(through: Through) -> None:
+        late.plane = through.pair.plane
+        connect = through.upstream.connection
+
+        async def go_away() -> None:
+            (tunnel,) = through.server.tunnels()
+            (stream,) = tunnel.connection.streams.values()
+            stream.owner.on_gone()
+
+        async def connected(
+            caller: Caller, hops: Sequence[Hop], request_id: str, claim: plane.Waiter[HttpConnection], *, fresh: bool
+        ) -> None:
+            await connect(caller, hops, request_id, claim, fresh=fresh)
+            await go_away()
+
+        if waits_for == "configuration":
+            through.pair.apply(to_late())
+        else:
+            monkeypatch.setattr(through.upstream, "connection", connected)
+        reader, writer = await through.open()
+        writer.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 0\r\n\r\n")
+        if waits_for == "configuration":
+            answered = await late.is_asked()
+            through.pair.apply(*late_backend(through.pair.app_port))
+
+            def both() -> None:
+                answered.set(None)
+                through.pair.plane.spawn(go_away())
+
+            through.pair.plane.run(both)
+        await settled_exchanges(through, 1)
+        assert [e.flag for e in through.telemetry.exchanges] == ["DC"]
+        assert through.upstream.idle == (1 if waits_for == "connection" else 0), "for the next request"
+        through.pair.plane.run(through.upstream.close)
+        await settled(through)
+        assert not heads
+        writer.close()
+
+    run(identities, authority, server, client, known=late)
 
 
 def test_what_the_backend_s_own_policy_refuses_is_a_403_too(identities: Path, authority: Authority) -> None:
