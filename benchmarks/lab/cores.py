@@ -42,8 +42,9 @@ def _threads(pids: Iterable[int]) -> Iterator[int]:
 @contextmanager
 def awake(*cores: int) -> Iterator[None]:
     """These cores never sleep meanwhile: something that gives way to everything else (SCHED_IDLE) keeps them busy."""
+    dying = ["setpriv", "--pdeathsig", "KILL"]  # with this process, however it ends
     spinning = [
-        subprocess.Popen(["taskset", "-c", str(core), "chrt", "--idle", "0", "sh", "-c", "while :; do :; done"])
+        subprocess.Popen([*dying, "taskset", "-c", str(core), "chrt", "--idle", "0", "sh", "-c", "while :; do :; done"])
         for core in sorted(set(cores))
     ]
     try:

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 struct stream {
@@ -80,6 +81,8 @@ struct beside fork_bulk(const struct address *sink, int streams)
 		die("fork: %s", strerror(errno));
 	case 0:
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		/* Only the small requests go first. */
+		setpriority(PRIO_PROCESS, 0, 0);
 		close(start[1]);
 		if (read(start[0], &window, sizeof(window)) != sizeof(window))
 			_exit(1);

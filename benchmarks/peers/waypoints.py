@@ -30,7 +30,9 @@ OURS = Subject(
 ENVOYS = Subject(
     "envoy-waypoint",
     "Envoy as the waypoint",
-    "An Envoy with one worker on a third host, configured as Istio does its waypoints, between the same two uProxies.",
+    "An Envoy with one worker on a third host between the same two uProxies, of the shape of Istio's waypoint (CONNECT "
+    "ended, HTTP in between, CONNECT again), without RBAC, telemetry filters or the caller's identity. Values include "
+    "both uProxies.",
 )
 SERVICE_PORT = 80
 _HTTP_PORT = APP_PORT + load.HTTP
