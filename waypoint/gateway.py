@@ -250,8 +250,19 @@ class Gateway:
             request = _judged(head)
             exchange.path, exchange.authority = request.target, request.host
             self._authorise(rules, caller, destination, request)
-            rule = self._route(rules, destination, request, course)
-            backend, hops = await self._pick(rule, destination, course, exchange)
+            rule = self._route(rules, destination, request)
+            while True:
+                generation = self._state.generation
+                self._limit(rule, course, exchange)
+                backend, hops = await self._pick(rule, destination, course, exchange)
+                if self._state.generation == generation:
+                    break
+                # It has waited: what holds now counts.
+                destination, rules = self._rules_for(asked)
+                self._authorise(rules, caller, destination, request)
+                before, rule = rule, self._route(rules, destination, request)
+                if rule == before:
+                    break
             onward = _onward(head, request, rule, backend, caller, exchange.request_id)
             response = await self._forward(client, onward, caller, hops, course, exchange)
             return await self._relay(client, head, rule, backend, destination, response, course, exchange)
@@ -294,24 +305,30 @@ class Gateway:
         if not decision.allowed:
             raise RefusalError(403, "policy", "RBAC: access denied", policy=decision.policy or decision.reason)
 
-    def _route(self, rules: Rules, destination: Destination, request: Request, course: _Course) -> RouteRule | None:
+    def _route(self, rules: Rules, destination: Destination, request: Request) -> RouteRule | None:
         """The rule for a request; None when its backend is settled. Raises RefusalError when no route matches."""
         if destination.backend is not None:
             return None
         rule = rules.router.route(request)
         if rule is None:
             raise RefusalError(404, "no-route", "no route of this service matches", flag=flags.NO_ROUTE)
-        self._limit(rule, course)
         return rule
 
-    def _limit(self, rule: RouteRule, course: _Course) -> None:
+    def _limit(self, rule: RouteRule | None, course: _Course, exchange: Exchange) -> None:
+        """From the request's beginning on, in place of the limit of an earlier rule."""
+        if course.timer is not None:
+            course.timer.cancel()
+            course.timer = None
+        if rule is None:
+            return
         # There is one attempt, but for a connection that was stale: its limit is the request's.
         limits = [limit for limit in (rule.timeout_ms, rule.backend_timeout_ms) if limit]
         if not limits:
             return
         timeout_ms = min(limits)
         expired = RefusalError(504, "timeout", f"no whole response within {timeout_ms} ms", flag=flags.TIMED_OUT)
-        course.timer = self._plane.call_later(timeout_ms / 1000, lambda: course.stop(expired))
+        left_s = exchange.started + timeout_ms / 1000 - time.monotonic()
+        course.timer = self._plane.call_later(left_s, lambda: course.stop(expired))
 
     async def _pick(
         self, rule: RouteRule | None, destination: Destination, course: _Course, exchange: Exchange

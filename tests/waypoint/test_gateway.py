@@ -696,7 +696,7 @@ def test_a_caller_that_goes_away_just_when_the_backend_is_there_takes_its_reques
             through.pair.apply(to_late())
         else:
             monkeypatch.setattr(through.upstream, "connection", connected)
-        reader, writer = await through.open()
+        _, writer = await through.open()
         writer.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 0\r\n\r\n")
         if waits_for == "configuration":
             answered = await late.is_asked()
@@ -716,6 +716,72 @@ def test_a_caller_that_goes_away_just_when_the_backend_is_there_takes_its_reques
         writer.close()
 
     run(identities, authority, server, client, known=late)
+
+
+NO_SERVICE = Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp-1", WP_ADDRESS),), (), ())
+GET = Rule(operations=(Operation(methods=("GET",)),))
+MEANWHILE = {
+    "nothing": (to_late(), 200, ""),
+    "another route": (route(rule("/", request=HeaderModifier(set=(("color", "blue"),)))), 200, "color: blue"),
+    "no route": (route(rule("/elsewhere")), 404, ""),
+    "deny": (
+        AuthorizationPolicy("shop", "no", Action.DENY, None, (GET,), (Target("Gateway", "shop/wp"),)),
+        403,
+        "",
+    ),
+    "not served": (NO_SERVICE, 503, ""),
+}
+
+
+@pytest.mark.parametrize("change", MEANWHILE)
+def test_what_changes_while_a_request_waits_for_its_backend_holds_for_it(
+    identities: Path, authority: Authority, change: str
+) -> None:
+    changed, told, sent = MEANWHILE[change]
+    late = Late()
+
+    async def client(through: Through) -> None:
+        late.plane = through.pair.plane
+        through.pair.apply(to_late())
+        reader, writer = await through.open()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        answered = await late.is_asked()
+        through.pair.apply(changed, *late_backend(through.pair.app_port))
+        through.pair.plane.run(lambda: answered.set(None))
+        status, _, body = await answer(reader)
+        assert status == told
+        assert sent in body.decode()
+        writer.close()
+
+    run(identities, authority, tell, client, known=late)
+
+
+@pytest.mark.parametrize("before_ms", [500, 5000])
+def test_a_route_that_takes_another_s_place_meanwhile_sets_the_time_limit(
+    identities: Path, authority: Authority, before_ms: int
+) -> None:
+    late = Late()
+
+    async def never(reader: Reader, writer: Writer) -> None:
+        await reader.read()
+        writer.close()
+
+    async def client(through: Through) -> None:
+        late.plane = through.pair.plane
+        through.pair.apply(to_late(timeout_ms=before_ms))
+        reader, writer = await through.open()
+        started = time.monotonic()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        answered = await late.is_asked()
+        await asyncio.sleep(0.4)  # which counts, too
+        through.pair.apply(route(rule("/", timeout_ms=900)), *late_backend(through.pair.app_port))
+        through.pair.plane.run(lambda: answered.set(None))
+        status, _, body = await answer(reader)
+        assert (status, body) == (504, b"no whole response within 900 ms\n")
+        assert 0.85 < time.monotonic() - started < 1.25
+        writer.close()
+
+    run(identities, authority, never, client, known=late)
 
 
 def test_what_the_backend_s_own_policy_refuses_is_a_403_too(identities: Path, authority: Authority) -> None:
@@ -880,9 +946,6 @@ def test_callers_that_go_another_way_now_are_told_to(identities: Path, authority
         writer.close()
 
     run(identities, authority, tell, client)
-
-
-NO_SERVICE = Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp-1", WP_ADDRESS),), (), ())
 
 
 def test_a_service_that_left_is_refused_and_the_connection_closed(identities: Path, authority: Authority) -> None:
