@@ -11,9 +11,6 @@ from control.api.identity import SpiffeId, proxy_hash
 from control.api.messages import Envelope, encode
 from control.api.status import Kind, ProxyStatus
 from control.api.topics import StatusTopic, format_topic
-from control.cli.__main__ import main
-from control.server.ca import Authority
-from tests.support.operators import operated
 
 MESH = """\
 apiVersion: v1
@@ -32,37 +29,10 @@ spec: {address: 10.97.0.1, serviceAccount: web, labels: {app: web}}
 USE = "istio.io/use-waypoint"
 
 
-@pytest.fixture(scope="module")
-def ca(tmp_path_factory):
-    return tmp_path_factory.mktemp("ca") / "ca"
-
-
-@pytest.fixture(scope="module")
-def authority(ca):
-    return Authority.create(ca, "cluster.local")
-
-
 @pytest.fixture
-def plane(ca, authority, tmp_path):
-    with operated(ca, authority, tmp_path / "control") as plane:
-        plane.core.apply([("mesh.yaml", MESH)])
-        yield plane
-
-
-@pytest.fixture
-def meshctl(capsys, plane, monkeypatch):
-    """Run a command against the control plane; its exit status, stdout and stderr."""
-    monkeypatch.setenv("MESHCTL_SOCKET", str(plane.socket))
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            found = main([str(argument) for argument in argv])
-        except SystemExit as left:
-            found = left.code
-        out, err = capsys.readouterr()
-        return found, out, err
-
-    return run
+def plane(plane):
+    plane.core.apply([("mesh.yaml", MESH)])
+    return plane
 
 
 @pytest.fixture

@@ -14,12 +14,10 @@ from control.api.messages import Envelope, encode
 from control.api.status import ADDRESSES, Kind, ProxyStatus, write
 from control.api.token import JoinToken
 from control.api.topics import StatusTopic, format_topic
-from control.cli.__main__ import main
 from control.client.csr import request
 from control.server.api import BrokerState
-from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
-from tests.support.operators import URL, operated
+from tests.support.operators import URL
 
 MESH = """\
 apiVersion: v1
@@ -47,38 +45,6 @@ spec:
   selector: {matchLabels: {app: web}}
   rules: [{from: [{source: {serviceAccounts: [db]}}]}]
 """
-
-
-@pytest.fixture(scope="module")
-def ca(tmp_path_factory):
-    return tmp_path_factory.mktemp("ca") / "ca"
-
-
-@pytest.fixture(scope="module")
-def authority(ca):
-    return Authority.create(ca, "cluster.local")
-
-
-@pytest.fixture
-def plane(ca, authority, tmp_path):
-    with operated(ca, authority, tmp_path / "control") as plane:
-        yield plane
-
-
-@pytest.fixture
-def meshctl(capsys, plane, monkeypatch):
-    """Run a command against the control plane; its exit status, stdout and stderr."""
-    monkeypatch.setenv("MESHCTL_SOCKET", str(plane.socket))
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(argument) for argument in argv])
-        except SystemExit as left:
-            status = left.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 @pytest.fixture
