@@ -23,9 +23,16 @@ from benchmarks.load import LoadError
 
 SUITES: Final = {"paths": "benchmarks.suites.paths", "architectures": "benchmarks.suites.architectures"}
 """Name -> module, whose SUITE it is."""
-PEERS: Final = ("ztunnel", "linkerd")
+PEERS: Final = ("ztunnel",)
 """What no package brings: measured when a program is named."""
+NOT_MEASURED: Final = {
+    "linkerd": "a linkerd2-proxy takes its certificate, destinations and policy from Linkerd's control plane over gRPC "
+    "only, which is not emulated here"
+}
+"""What is asked for and cannot be measured, and why."""
 ROWS: Final = "results.csv"
+INTERRUPTED: Final = "interrupted"
+"""The condition of a run that was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class Run:
     failures: Sequence[str]
     """Subjects and suites that failed, checks that did not pass. What the harness refused to report is no failure."""
     files: Sequence[Path]
+    interrupted: bool
+    """It was ended before all was measured."""
 
 
 def find(name: str) -> Suite:
@@ -54,25 +63,29 @@ def run(
 ) -> Run:
     """Check the instrument, run the suites one after the other, and write what they found to `directory`.
 
-    A suite that fails ends there, with the reason; what it found stays, and the next one goes on. Raises OSError.
+    A suite that fails ends there, with the reason; what it found stays, and the next one goes on. KeyboardInterrupt
+    ends all of them, and what was found until then is written. Raises OSError.
     """
     directory.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     results = Results(datetime.now(UTC).isoformat(timespec="seconds"), quick=quick, machine=machine.describe())
     with tempfile.TemporaryDirectory(prefix="uproxy-bench-") as scratch:
         bench = Bench(results, Path(scratch), quick=quick, peers=peers, tell=tell)
-        tell("the instrument itself")
-        _guarded("instrument", check_instrument, bench)
-        for number, suite in enumerate(suites, 1):
-            tell(f"suite {suite.name}, {number} of {len(suites)}: {suite.title}")
-            _guarded(suite.name, suite.run, bench)
+        try:
+            tell("the instrument itself")
+            _guarded("instrument", check_instrument, bench)
+            for number, suite in enumerate(suites, 1):
+                tell(f"suite {suite.name}, {number} of {len(suites)}: {suite.title}")
+                _guarded(suite.name, suite.run, bench)
+        except KeyboardInterrupt:
+            bench.condition(INTERRUPTED, "the run was ended before all was measured")
     failures = [f"{one.name}: {one.text}" for one in results.checks if not one.passed] + bench.failures
     results.ratios = statistics.ratios(results, targets.BASELINES)
     results.targets = targets.judged(results.ratios)
     results.seconds = round(time.monotonic() - began, 1)
     results.conditions |= _method()
     tell(f"measured in {duration(results.seconds)}")
-    return Run(results, failures, write(results, directory))
+    return Run(results, failures, write(results, directory), INTERRUPTED in results.conditions)
 
 
 def check_instrument(bench: Bench) -> None:

@@ -59,10 +59,14 @@ L = TypeVar("L", bound=Live)
 
 @dataclass(frozen=True, slots=True)
 class Probe(Generic[L]):
-    """A measure, and how to take it once for so many seconds. Raises BenchError."""
+    """A measure, and how to take it once.
+
+    `take` is given the subject, seconds, and the number of the round, by which all subjects of a round get the same
+    arrivals and each round others. Raises BenchError.
+    """
 
     measure: Measure
-    take: Callable[[L, float], Sample]
+    take: Callable[[L, float, int], Sample]
 
 
 class Suite(Protocol):
@@ -130,33 +134,35 @@ class Bench:
             standing = {live.subject.name: live for live in lives}
             found = {name: Series(probe.measure.name, name) for name in standing}
             self.results.series += found.values()
-            for number in range(rounds + 1):
-                length = seconds if number else warm_up
-                for live in in_turn(lives, number):
-                    name = live.subject.name
-                    if name in standing:
-                        what = f"round {number} of {rounds}" if number else "warm-up"
-                        left = duration(estimate.left_s())
-                        self.progress(f"{probe.measure.name}: {what}, {name}; about {left} left of this part")
-                        try:
-                            taken = self._take(probe, live, number, length)
-                        except BenchError as error:
-                            found[name].refused = str(error)
-                            self.failures.append(f"{probe.measure.name}: {name} failed: {error}")
-                            self.progress(self.failures[-1])
-                            del standing[name]
-                        else:
-                            found[name].rounds += [taken] if number else []
-                    estimate.taken(length)
-            for live in lives:
-                judge(found[live.subject.name], reference=live.subject.reference)
+            try:
+                for number in range(rounds + 1):
+                    length = seconds if number else warm_up
+                    for live in in_turn(lives, number):
+                        name = live.subject.name
+                        if name in standing:
+                            what = f"round {number} of {rounds}" if number else "warm-up"
+                            left = duration(estimate.left_s())
+                            self.progress(f"{probe.measure.name}: {what}, {name}; about {left} left of this part")
+                            try:
+                                taken = self._take(probe, live, number, length)
+                            except BenchError as error:
+                                found[name].refused = str(error)
+                                self.failures.append(f"{probe.measure.name}: {name} failed: {error}")
+                                self.progress(self.failures[-1])
+                                del standing[name]
+                            else:
+                                found[name].rounds += [taken] if number else []
+                        estimate.taken(length)
+            finally:
+                for live in lives:
+                    judge(found[live.subject.name], reference=live.subject.reference)
 
     def _take(self, probe: Probe[L], live: L, number: int, seconds: float) -> Round:
         try:
             processes = live.processes()
             began = time.monotonic_ns()
             with Meter(processes) as meter:
-                sample = probe.take(live, seconds)
+                sample = probe.take(live, seconds, number)
                 used = meter.used(sample.counted)
             details = {"taken_s": (time.monotonic_ns() - began) / 1e9}
             if sample.operations > 0:

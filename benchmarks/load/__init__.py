@@ -55,6 +55,10 @@ class Load:
     kind: str
     options: tuple[tuple[str, str], ...]
 
+    def seeded(self, seed: int) -> Load:
+        """The same with other arrivals, where they are drawn; the same seed draws the same ones."""
+        return Load(self.kind, tuple((name, str(seed) if name == "seed" else value) for name, value in self.options))
+
 
 def closed(connections: int, size: int) -> Load:
     """Echoes of `size` bytes, one after the other on each connection. Value: us per echo, all connections together."""

@@ -51,8 +51,6 @@ def peers(named: Mapping[str, Path]) -> list[Peer]:
         Peer(replace(_HAPROXY, version=haproxy.version()), _start_haproxy),
     ]
     for name, program in named.items():
-        if name == "linkerd":
-            raise LabError(_NO_LINKERD)
         if name != "ztunnel":
             raise LabError(f"--peer {name}: no such peer; there is ztunnel")
         subject = replace(_ZTUNNEL, version=ztunnel.version(program))
@@ -86,11 +84,6 @@ _ZTUNNEL = Subject(
     "ztunnel pair",
     "A ztunnel beside each end, in dedicated mode with one worker thread, configured by a file and certified by its "
     "own test CA; captured by a redirect in the client's namespace. HBONE between them.",
-)
-_NO_LINKERD = (
-    "--peer linkerd: a linkerd2-proxy gets its certificate (io.linkerd.proxy.identity) and all destinations and policy "
-    "(io.linkerd.proxy.destination, io.linkerd.proxy.inbound) from Linkerd's control plane over gRPC, and cannot read "
-    "them from files. Without that control plane, which needs Kubernetes, it is not measured here"
 )
 
 

@@ -52,9 +52,9 @@ def show(results: Results) -> None:
 
 def _median(findings: Findings, measure: Measure, subject: str) -> str:
     found = findings.results.find(measure.name, subject)
-    if found is None:
+    if found is None or not (found.rounds or found.refused):
         return ""
-    if found.refused or not found.rounds:
+    if found.refused:
         return "refused"
     return wording.number(median(one.value for one in found.rounds))
 

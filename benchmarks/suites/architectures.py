@@ -107,13 +107,13 @@ def _latency(program: Path, rate: int) -> Probe[Placement]:
         "us",
         parameters={"rate": rate, "connections": CONNECTIONS * len(SERVICES) * INSTANCES},
     )
-    return Probe(measure, lambda placement, seconds: take(program, placement, rate, seconds))
+    return Probe(measure, lambda placement, seconds, number: take(program, placement, rate, seconds, number))
 
 
-def take(program: Path, placement: Placement, rate: int, seconds: float) -> Sample:
-    """All callers at once, each with its share of the rate."""
+def take(program: Path, placement: Placement, rate: int, seconds: float, number: int) -> Sample:
+    """All callers at once, each with its share of the rate; in each round with other arrivals."""
     with Meter({"application": placement.applications}) as meter:
-        outcomes = _load(program, placement, rate, seconds)
+        outcomes = _load(program, placement, rate, seconds, number)
         # They began one after the other: only the time in which all of them counted is divided by.
         begin, end = max(one.start_ns for one in outcomes), min(one.end_ns for one in outcomes)
         shared_s = (end - begin) / 1e9
@@ -138,16 +138,17 @@ def take(program: Path, placement: Placement, rate: int, seconds: float) -> Samp
     )
 
 
-def _load(program: Path, placement: Placement, rate: int, seconds: float) -> list[Outcome]:
+def _load(program: Path, placement: Placement, rate: int, seconds: float, number: int) -> list[Outcome]:
     """Raises BenchError when a generator failed, or a request did."""
     started: list[subprocess.Popen[bytes]] = []
     outcomes = []
     try:
-        for number, caller in enumerate(placement.callers):
+        for place, caller in enumerate(placement.callers):
             service = next(one.name for one in SERVICES if one.caller == caller.member.account)
             share = rate / len(placement.callers)
-            # The same schedule for every placement.
-            asked = load.http_open(CONNECTIONS, "/", service, share, seed=number + 1)
+            # The same schedule for every placement, and another for each caller and round.
+            seed = number * len(placement.callers) + place
+            asked = load.http_open(CONNECTIONS, "/", service, share, seed=seed)
             started.append(caller.start(load.argv(program, asked, *caller.entries[service], seconds)))
         for caller, process in zip(placement.callers, started, strict=True):
             out, err = process.communicate(timeout=seconds * 1.1 + _GRACE_S)
@@ -226,8 +227,8 @@ def _memory() -> Probe[Placement]:
     return Probe(measure, _remember)
 
 
-def _remember(placement: Placement, seconds: float) -> Sample:
-    del seconds  # it takes as long as it takes
+def _remember(placement: Placement, seconds: float, number: int) -> Sample:
+    del seconds, number  # it takes as long as it takes
     by_host: dict[str, list[int]] = {}
     for one in placement.mesh:
         by_host.setdefault(one.host, []).append(one.pid)
@@ -247,8 +248,8 @@ def _identities() -> Probe[Placement]:
     return Probe(measure, _count_keys)
 
 
-def _count_keys(placement: Placement, seconds: float) -> Sample:
-    del seconds
+def _count_keys(placement: Placement, seconds: float, number: int) -> Sample:
+    del seconds, number
     keys = [one.private_keys() for one in placement.mesh]
     details = {
         "processes": len(keys),

@@ -167,7 +167,7 @@ class Paths:
 
 SUITE: Final = Paths()
 
-_RR: Final = "round trips"
+_RR: Final = "time per round trip"
 _OPEN: Final = "round trips at a fixed rate"
 _BULK: Final = "throughput"
 _CONNECT: Final = "new connections"
@@ -196,7 +196,7 @@ def through_waypoints(plan: Plan) -> list[Probe[Standing]]:
 
 
 def _round_trip(connections: int, size: int) -> Probe[Standing]:
-    label = f"{_count(connections, 'connection')}, {_bytes(size)}"
+    label = f"{_together(connections)}, {_bytes(size)}"
     asked = load.closed(connections, size)
     return _of_load(f"rr/{connections}/{size}", _RR, label, "us", asked, connections=connections, bytes=size)
 
@@ -212,9 +212,8 @@ def _bulk(streams: int) -> Probe[Standing]:
 
 def _http(connections: int) -> Probe[Standing]:
     asked = load.http_closed(connections, f"/bytes/{_SMALL}", "application")
-    probe = _of_load(
-        f"http/{connections}", _HTTP, _count(connections, "connection"), "us", asked, connections=connections
-    )
+    label = f"time per request, {_together(connections)}"
+    probe = _of_load(f"http/{connections}", _HTTP, label, "us", asked, connections=connections)
     return Probe(replace(probe.measure, suite=HTTP), probe.take)
 
 
@@ -229,7 +228,7 @@ def _of_load(
     **parameters: float,
 ) -> Probe[Standing]:
     measure = Measure(f"{NAME}/{name}", NAME, group, label, unit, better, parameters)
-    return Probe(measure, lambda live, seconds: _sample(live.run(asked, seconds, pinning)))
+    return Probe(measure, lambda live, seconds, number: _sample(live.run(asked.seeded(number), seconds, pinning)))
 
 
 def _at(measure: Measure, delay_ms: float) -> Measure:
@@ -259,7 +258,8 @@ def _sample(outcome: Outcome, more: Mapping[str, float] | None = None) -> Sample
 def _idle(count: int, fresh: Mapping[str, float]) -> Probe[Standing]:
     """What a thousand connections cost that do nothing: memory of both proxies, above that before any load."""
 
-    def take(live: Standing, seconds: float) -> Sample:
+    def take(live: Standing, seconds: float, number: int) -> Sample:
+        del number  # nothing arrives
         outcome, held = _watched(live, load.idle(count), seconds)
         before = fresh[live.subject.name]
         during = statistics.median(held)
@@ -279,11 +279,12 @@ def _idle(count: int, fresh: Mapping[str, float]) -> Probe[Standing]:
 def _slow_readers(count: int) -> Probe[Standing]:
     """Whether connections that nobody reads from slow others down, and what they make a proxy hold."""
     connections, rate = _BESIDE
+    asked = load.slow_readers(count, connections, _SMALL, rate)
 
-    def take(live: Standing, seconds: float) -> Sample:
+    def take(live: Standing, seconds: float, number: int) -> Sample:
         before = _held_mb(live)
         try:
-            outcome, held = _watched(live, load.slow_readers(count, connections, _SMALL, rate), seconds)
+            outcome, held = _watched(live, asked.seeded(number), seconds)
         except BenchError as error:
             if not isinstance(error.__cause__, LoadError):
                 raise
@@ -377,7 +378,13 @@ def _say_conditions(bench: Bench) -> None:
     bench.condition(
         _HTTP,
         "GET of 64 B over kept-alive connections, in a closed loop, everything on one core: two uProxies, captured by "
-        "eBPF, and the waypoint between them, which refuses a path and keeps no access log",
+        "eBPF, and the waypoint between them, which refuses a path and keeps no access log. The values, the time "
+        "divided by all requests, and the processor time include both uProxies",
+    )
+    bench.condition(
+        _RR,
+        "A closed loop: the time divided by all round trips of all connections, which for more than one connection is "
+        "no latency; that stands beside, as percentiles",
     )
     bench.condition(
         _BESIDE_OTHERS,
@@ -389,6 +396,10 @@ def _say_conditions(bench: Bench) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _together(connections: int) -> str:
+    return _count(connections, "connection") + (" together" if connections > 1 else "")
 
 
 def _bytes(size: int) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from control.cli.output import CommandError, add_output_option, counted, printable, show_json, show_table
@@ -26,19 +25,20 @@ examples:
 
 Needs root; --quick takes under five minutes, all of it under an hour. Progress goes to stderr, a summary to stdout, and
 into DIR: results.json (everything), results.csv (a row for each round), report.html (for people). Exit status 1 if
-something failed; what the harness refuses to report is no failure.
+something failed; what the harness refuses to report is no failure. Interrupted, it writes what it has: 130.
 """
 _COMPARE_EXAMPLES: Final = """\
 examples:
   meshctl bench compare before after
   meshctl bench compare before/results.json after/results.json -o json
 
-Ratios of subject and baseline agree when their intervals have a value in common, or are less than 2 % apart. Of ratios
-that did not change about 1 in 200 moves all the same: repeat a run before you believe a small move. Exit status: 0 all
-agree, 1 something moved, 2 a file is not understood.
+Ratios of subject and baseline agree when their intervals have a value in common. Of ratios that did not change about
+1 in 200 moves all the same: repeat a run before you believe a small move. Exit status: 0 all agree, 1 something moved,
+2 a file is not understood.
 """
 _NOT_UNDERSTOOD: Final = 2
 _MOVED: Final = 1
+_INTERRUPTED: Final = 130
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,7 +65,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default=[],
         type=_peer,
         metavar="NAME=PATH",
-        help="measure a program that no package brings, too: ztunnel or linkerd; may be repeated",
+        help="measure a program that no package brings, too: ztunnel",
     )
     run.set_defaults(run=_run)
     compare = actions.add_parser(
@@ -94,6 +94,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from benchmarks.report import text
 
     names = _known(arguments.suite or benchmarks.SUITES, benchmarks.SUITES, "suite")
+    for name, _ in arguments.peer:
+        if name in benchmarks.NOT_MEASURED:
+            raise CommandError(f"--peer {name}: {benchmarks.NOT_MEASURED[name]}", _NOT_UNDERSTOOD)
     _known([name for name, _ in arguments.peer], benchmarks.PEERS, "peer")
     directory = arguments.output or Path(f"bench-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if (directory / FILE).exists():
@@ -105,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
     def tell(line: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
 
-    before = signal.signal(signal.SIGTERM, _end)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         done = benchmarks.run(
             [benchmarks.find(name) for name in names],
@@ -123,18 +126,17 @@ def _run(arguments: argparse.Namespace) -> int:
         print(file)
     for failure in done.failures:
         print(f"error: {printable(failure)}", file=sys.stderr)
+    if done.interrupted:
+        print("error: interrupted: what was found before is in these files", file=sys.stderr)
+        return _INTERRUPTED
     return 1 if done.failures else 0
 
 
 def _known(names: Collection[str], known: Collection[str], what: str) -> list[str]:
     for name in names:
         if name not in known:
-            raise CommandError(f"no {what} is called {name}: there are {', '.join(known)}", _NOT_UNDERSTOOD)
+            raise CommandError(f"no {what} is called {name}: known is {', '.join(known)}", _NOT_UNDERSTOOD)
     return list(dict.fromkeys(names))
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)  # namespaces and processes are removed on the way out
 
 
 def _compare(arguments: argparse.Namespace) -> int:

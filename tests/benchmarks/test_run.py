@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ class Suite:
         self.run = taken
 
 
-def take(live: Standing, seconds: float) -> Sample:
+def take(live: Standing, seconds: float, number: int) -> Sample:
     value = {"tcp": 1.0, "uproxy": 6.0, "envoy-hbone": 10.0}[live.subject.name]
     return Sample(value, 100, {"p99_us": value * 3}, {1000: 99, 9000: 1})
 
@@ -139,10 +140,10 @@ def test_a_mistake_in_a_suite_is_told_with_where_it_is(suites, tmp_path, capsys)
 
 
 def test_a_subject_that_fails_is_a_failure_and_a_refusal_is_none(suites, tmp_path, capsys):
-    def slow(live: Standing, seconds: float) -> Sample:
+    def slow(live: Standing, seconds: float, number: int) -> Sample:
         return Sample(1.0, 1, bottleneck="late")
 
-    def failing(live: Standing, seconds: float) -> Sample:
+    def failing(live: Standing, seconds: float, number: int) -> Sample:
         if live.subject.name == "uproxy":
             raise BenchError("it hung up")
         return Sample(1.0, 1)
@@ -206,8 +207,9 @@ def test_peers_reach_the_suite(suites, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [
-        (["--suite", "nothing"], 2, "no suite is called nothing: there are paths, architectures"),
-        (["--peer", f"envoy={sys.executable}"], 2, "no peer is called envoy: there are ztunnel, linkerd"),
+        (["--suite", "nothing"], 2, "no suite is called nothing: known is paths, architectures"),
+        (["--peer", f"envoy={sys.executable}"], 2, "no peer is called envoy: known is ztunnel"),
+        (["--peer", f"linkerd={sys.executable}"], 2, "control plane over gRPC only, which is not emulated here"),
         (["--peer", "ztunnel=/no/such/program"], 2, "is not NAME=PATH with the path of a program"),
         (["--peer", "ztunnel"], 2, "is not NAME=PATH with the path of a program"),
         ([], 1, "never overwritten"),
@@ -238,18 +240,32 @@ def test_other_commands_do_not_wait_for_the_benchmarks():
     assert shown.stdout == "[]\n"
 
 
-def test_a_run_that_is_ended_removes_what_its_suites_made(suites, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_removes_what_its_suites_made_and_writes_what_it_found(suites, tmp_path, capsys, number):
     removed = []
 
     def ended(bench: Bench) -> None:
         try:
-            os.kill(os.getpid(), 15)
-            time.sleep(10)
+            measured(bench)
+            bench.interleave([Probe(Measure("paths/late", "paths", "g", "l", "us"), end)], LIVES, rounds=3, seconds=0.0)
         finally:
             removed.append(bench.directory)
 
-    suites(paths=ended)
-    with pytest.raises(SystemExit) as status:
-        main(["bench", "run", "--suite", "paths", "--output", str(tmp_path)])
-    assert status.value.code == 143
+    def end(live: Standing, seconds: float, round_number: int) -> Sample:
+        if round_number == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        return Sample(1.0, 1)
+
+    suites(paths=ended, architectures=lambda bench: pytest.fail("measured"))
+    assert main(["bench", "run", "--output", str(tmp_path)]) == 130
+    found = read(tmp_path / "results.json")
+    assert found.conditions["interrupted"]
+    ours = [one.median for one in found.ratios if (one.subject, one.key) == ("uproxy", "value")]
+    assert ours == pytest.approx([0.6, 0.6])
+    assert [len(one.rounds) for one in found.series] == [3] * 6 + [1] * 3
+    assert (tmp_path / "report.html").exists()
+    err = capsys.readouterr().err
+    assert "error: interrupted: " in err
+    assert "Traceback" not in err
     assert not removed[0].exists()

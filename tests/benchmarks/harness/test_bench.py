@@ -47,14 +47,17 @@ def bench(results: Results, lines: list[str], tmp_path: Path) -> Bench:
 
 def test_every_subject_is_taken_once_per_round_and_another_leads_each(bench: Bench, results: Results) -> None:
     taken: list[tuple[str, float]] = []
+    numbers: list[int] = []
 
-    def take(live: Standing, seconds: float) -> Sample:
+    def take(live: Standing, seconds: float, number: int) -> Sample:
         taken.append((live.subject.name, seconds))
+        numbers.append(number)
         return Sample(1.0, 10)
 
     bench.interleave([Probe(measure(), take)], [Standing(subject(name)) for name in "abc"], rounds=3, seconds=2.0)
     names = "".join(name for name, _ in taken)
     assert [names[i : i + 3] for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+    assert numbers == [number for number in range(4) for _ in "abc"]
     assert [seconds for _, seconds in taken] == [0.5] * 3 + [2.0] * 9  # the warm-up is shorter, and is not kept
     assert {one.subject: [r.number for r in one.rounds] for one in results.series} == {
         name: [1, 2, 3] for name in "abc"
@@ -64,9 +67,11 @@ def test_every_subject_is_taken_once_per_round_and_another_leads_each(bench: Ben
 
 def test_one_measure_after_the_other(bench: Bench, results: Results) -> None:
     lives = [Standing(subject("a"))]
-    probes = [Probe(measure(name), lambda live, seconds: Sample(1.0, 1)) for name in ("first", "second")]
+    probes = [Probe(measure(name), lambda live, seconds, number: Sample(1.0, 1)) for name in ("first", "second")]
     bench.interleave(probes, lives, rounds=1, seconds=0.0)
-    bench.interleave([Probe(measure("third"), lambda live, seconds: Sample(1.0, 1))], lives, rounds=1, seconds=0.0)
+    bench.interleave(
+        [Probe(measure("third"), lambda live, seconds, number: Sample(1.0, 1))], lives, rounds=1, seconds=0.0
+    )
     assert [one.name for one in results.measures] == ["first", "second", "third"]
     assert len(results.subjects) == 1
 
@@ -74,7 +79,7 @@ def test_one_measure_after_the_other(bench: Bench, results: Results) -> None:
 def test_a_subject_that_fails_is_out_of_that_measure_only(bench: Bench, results: Results, lines: list[str]) -> None:
     taken: list[str] = []
 
-    def take(live: Standing, seconds: float) -> Sample:
+    def take(live: Standing, seconds: float, number: int) -> Sample:
         taken.append(live.subject.name)
         if live.subject.name == "b" and taken.count("b") == 3:
             raise BenchError("it hung up")
@@ -92,14 +97,14 @@ def test_a_subject_that_fails_is_out_of_that_measure_only(bench: Bench, results:
 
 def test_a_subject_whose_process_is_gone_fails(bench: Bench, results: Results) -> None:
     gone = Standing(subject("a"), {"client proxy": [2**22 + 1]})  # above the largest process id of Linux
-    bench.interleave([Probe(measure(), lambda live, seconds: Sample(1.0, 1))], [gone], rounds=1, seconds=0.0)
+    bench.interleave([Probe(measure(), lambda live, seconds, number: Sample(1.0, 1))], [gone], rounds=1, seconds=0.0)
     assert results.series[0].refused == f"a: process {2**22 + 1} is gone"
 
 
 def test_processor_time_and_memory_are_by_role_and_the_application_is_not_the_subjects(
     bench: Bench, results: Results
 ) -> None:
-    def take(live: Standing, seconds: float) -> Sample:
+    def take(live: Standing, seconds: float, number: int) -> Sample:
         for _ in range(200_000):
             pass
         return Sample(1.0, operations=100)
@@ -117,7 +122,7 @@ def test_processor_time_and_memory_are_by_role_and_the_application_is_not_the_su
 
 
 def test_what_the_probe_says_of_its_memory_stands(bench: Bench, results: Results) -> None:
-    probe = Probe(measure(), lambda live, seconds: Sample(1.0, 0, {"pss_mb": 3.0}))
+    probe = Probe(measure(), lambda live, seconds, number: Sample(1.0, 0, {"pss_mb": 3.0}))
     bench.interleave([probe], [Standing(subject("a"))], rounds=1, seconds=0.0)
     assert results.series[0].rounds[0].details["pss_mb"] == 3.0
     assert "cpu_us" not in results.series[0].rounds[0].details  # per operation, and there is none
@@ -127,9 +132,8 @@ def test_what_the_probe_says_of_its_memory_stands(bench: Bench, results: Results
 def test_a_series_that_the_generator_decided_is_refused(
     bench: Bench, results: Results, bound: int, refused: bool
 ) -> None:
-    def take(live: Standing, seconds: float) -> Sample:
-        number = len(results.series[0].rounds)
-        return Sample(1.0, 1, bottleneck="its core was busy 97 %" if number < bound else "")
+    def take(live: Standing, seconds: float, number: int) -> Sample:
+        return Sample(1.0, 1, bottleneck="its core was busy 97 %" if number <= bound else "")
 
     bench.interleave([Probe(measure(), take)], [Standing(subject("a"))], rounds=3, seconds=0.0)
     series = results.series[0]
@@ -139,14 +143,14 @@ def test_a_series_that_the_generator_decided_is_refused(
 
 
 def test_a_reference_that_the_generator_decided_is_shown_and_labelled(bench: Bench, results: Results) -> None:
-    probe = Probe(measure(), lambda live, seconds: Sample(1.0, 1, bottleneck="its core was busy 97 %"))
+    probe = Probe(measure(), lambda live, seconds, number: Sample(1.0, 1, bottleneck="its core was busy 97 %"))
     bench.interleave([probe], [Standing(subject("tcp", reference=True))], rounds=3, seconds=0.0)
     assert results.series[0].refused == ""
     assert results.series[0].remark == "bound by the generator: its core was busy 97 %"
 
 
 def test_progress_says_what_which_round_and_how_long(bench: Bench, lines: list[str]) -> None:
-    probe = Probe(measure(), lambda live, seconds: Sample(1.0, 1))
+    probe = Probe(measure(), lambda live, seconds, number: Sample(1.0, 1))
     bench.interleave([probe], [Standing(subject("a"))], rounds=2, seconds=60.0)
     assert lines[0] == "paths/rr/1/64B: warm-up, a; about 2 min left of this part"
     assert lines[2].startswith("paths/rr/1/64B: round 2 of 2, a; about ")

@@ -134,7 +134,7 @@ def test_an_open_loop_keeps_to_its_rate_and_its_schedule(ran: Ran, served: Serve
     assert even.operations == pytest.approx(300, abs=1)
     assert even.scheduled == pytest.approx(330, abs=1)
     # The same seed has the same arrivals, another has others.
-    first, again, other = (ran(load.opened(4, 64, 2000, seed=seed), port, 1.0) for seed in (3, 3, 4))
+    first, again, other = (ran(load.opened(4, 64, 2000).seeded(seed), port, 1.0) for seed in (3, 3, 4))
     assert first.scheduled == again.scheduled != other.scheduled
     # Poisson: of 2,200 expected, the deviation is 47.
     assert all(abs(one.scheduled - 2200) < 5 * 47 for one in (first, other))

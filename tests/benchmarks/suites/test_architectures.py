@@ -96,7 +96,7 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("name", ["service-account", "remote", PLAIN])
 def test_all_callers_together_make_the_rate(site: Site, program: Path, name: str) -> None:
-    sample = architectures.take(program, site.placements[name], 200, 0.5)
+    sample = architectures.take(program, site.placements[name], 200, 0.5, 1)
     assert sample.counted is not None
     begin, end = sample.counted
     assert sample.operations * 1e9 / (end - begin) == pytest.approx(200, rel=0.25)
@@ -112,7 +112,7 @@ def test_a_request_that_is_refused_ends_the_round(site: Site, program: Path) -> 
         if one.member.account == SERVICES[0].caller
     ]
     with pytest.raises(BenchError, match="sidecar"):
-        architectures.take(program, dataclasses.replace(placement, callers=strangers), 200, 0.3)
+        architectures.take(program, dataclasses.replace(placement, callers=strangers), 200, 0.3, 1)
 
 
 TOUCH = """

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,11 +73,6 @@ def measured(plan: Plan) -> set[str]:
     return {probe.measure.name for probe in probes}
 
 
-def test_a_linkerd_proxy_is_refused_with_the_reason() -> None:
-    with pytest.raises(LabError, match="control plane over gRPC"):
-        peers({"linkerd": Path("/bin/true")})
-
-
 def test_a_ztunnel_that_cannot_be_run_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="give the path of a ztunnel binary"):
         peers({"ztunnel": tmp_path / "nothing"})
@@ -100,6 +96,20 @@ def test_a_process_is_pinned_with_its_threads_and_children() -> None:
         finally:
             for pid in (*children, process.pid):
                 os.kill(pid, 9)
+
+
+def test_what_keeps_cores_awake_ends_with_who_started_it() -> None:
+    code = "import time\nfrom benchmarks.lab import cores\nwith cores.awake(cores.FIRST):\n    time.sleep(0.3)\n"
+    code += "    print('ready', flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (spinning,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{spinning}/exe").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{spinning}/exe").exists()
 
 
 @pytest.mark.root
