@@ -51,7 +51,8 @@ def test_a_percentile_has_the_nearest_rank(share: float, value: int):
 @given(SAMPLES)
 def test_the_mean_is_that_of_the_samples(samples: list[int]):
     exact = sum(samples) / len(samples)
-    assert histogram.mean(histogram_of(samples)) == pytest.approx(exact, rel=1 / 2048, abs=32)
+    # Half a bucket: 32 ns, or half a thousandth; of small and large samples together, both.
+    assert abs(histogram.mean(histogram_of(samples)) - exact) <= exact / 2048 + 32
 
 
 @given(st.lists(SAMPLES, max_size=5))
