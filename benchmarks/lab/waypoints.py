@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.sources import TRUST_DOMAIN, LabError
 from benchmarks.lab.topology import Host, entered, tail
+from control.api.address import HBONE_PORT
 from control.api.identity import SpiffeId
 from uproxy import cgroup
 
@@ -22,6 +23,26 @@ _START_S = 30.0
 _LOGGED_S = 5.0
 _FIRST_NUMBER = 200
 """Of a waypoint's address on its host, out of the workloads' way."""
+
+
+def declaration(gateway: str, address: str) -> str:
+    """A Gateway of namespace default and its one process, `<gateway>-1`, as resources."""
+    return f"""\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {{name: {gateway}, namespace: default, labels: {{istio.io/waypoint-for: service}}}}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{{name: mesh, port: {HBONE_PORT}, protocol: HBONE}}]
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata:
+  name: {gateway}-1
+  namespace: default
+  labels: {{gateway.networking.k8s.io/gateway-name: {gateway}}}
+spec: {{address: {address}, serviceAccount: {gateway}}}
+"""
 
 
 class Waypoint:

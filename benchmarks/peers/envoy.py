@@ -11,7 +11,7 @@ import http.client
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def tls_server_config(identity: Path, trust_domain: str, ports: Mapping[Address,
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
         "require_client_certificate": True,
-        "common_tls_context": _tls(identity, trust_domain, ()),
+        "common_tls_context": tls_context(identity, _of(trust_domain)),
     }
     listeners, clusters = [], []
     for listen, application in ports.items():
@@ -83,7 +83,7 @@ def tls_client_config(identity: Path, trust_domain: str, entries: Mapping[Addres
     """Listen for TCP on each entry; a connection goes on in mTLS to the entry's server."""
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
-        "common_tls_context": _tls(identity, trust_domain, ()),
+        "common_tls_context": tls_context(identity, _of(trust_domain)),
     }
     listeners, clusters = [], []
     for listen, server in entries.items():
@@ -175,7 +175,7 @@ def _hbone_listener(
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
         "require_client_certificate": True,
-        "common_tls_context": _tls(identity, trust_domain),
+        "common_tls_context": tls_context(identity, _of(trust_domain), "h2"),
     }
     chain = {"transport_socket": {"name": "tls", "typed_config": tls}, "filters": [manager]}
     return {"name": "hbone", "address": _address(listen), "filter_chains": [chain]}
@@ -198,7 +198,7 @@ def _tcp_proxy(cluster: str, **options: Any) -> dict[str, Any]:
 def _tunnel_cluster(identity: Path, trust_domain: str, upstream: Address, stream_window: int | None) -> dict[str, Any]:
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
-        "common_tls_context": _tls(identity, trust_domain),
+        "common_tls_context": tls_context(identity, _of(trust_domain), "h2"),
     }
     options = {
         "@type": f"type.googleapis.com/{_HTTP_OPTIONS}",
@@ -255,8 +255,13 @@ def _cluster(name: str, address: Address) -> dict[str, Any]:
     }
 
 
-def _tls(identity: Path, trust_domain: str, protocols: Sequence[str] = ("h2",)) -> dict[str, Any]:
-    prefix = {"san_type": "URI", "matcher": {"prefix": f"spiffe://{trust_domain}/"}}
+def _of(trust_domain: str) -> dict[str, Any]:
+    """Any identity of the trust domain."""
+    return {"prefix": f"spiffe://{trust_domain}/"}
+
+
+def tls_context(identity: Path, peer: dict[str, Any], *protocols: str) -> dict[str, Any]:
+    """TLS 1.3 with the key and chain in `identity`; the other side's SPIFFE ID matches `peer`, a StringMatcher."""
     return {
         "alpn_protocols": list(protocols),
         "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
@@ -268,7 +273,7 @@ def _tls(identity: Path, trust_domain: str, protocols: Sequence[str] = ("h2",)) 
         ],
         "validation_context": {
             "trusted_ca": {"filename": str(identity / "bundle.pem")},
-            "match_typed_subject_alt_names": [prefix],
+            "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": peer}],
         },
     }
 

@@ -18,10 +18,11 @@ from benchmarks.lab.sources import TRUST_DOMAIN, LabError
 from benchmarks.load import PORTS
 from benchmarks.peers import envoy, haproxy, ztunnel
 from benchmarks.peers.place import Address, Place
+from control.api.address import HBONE_PORT
 
 APP_PORT = 8080
 ENTRY_PORT = 9000
-HBONE_PORT, TLS_PORT = 15008, 15440
+TLS_PORT = 15440
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,12 @@ from benchmarks import load
 from benchmarks.harness.results import Subject
 from benchmarks.lab.sources import TRUST_DOMAIN
 from benchmarks.lab.topology import Host, Lab, Workload
+from benchmarks.lab.waypoints import declaration
 from benchmarks.peers import envoy
-from benchmarks.peers.pairs import APP_PORT, HBONE_PORT
+from benchmarks.peers.pairs import APP_PORT
 from benchmarks.peers.place import Place
 from benchmarks.peers.standing import Standing
+from control.api.address import HBONE_PORT
 from control.api.identity import SpiffeId
 
 OURS = Subject(
@@ -45,21 +47,7 @@ def resources(server: Workload) -> str:
     return "".join(
         f"""\
 ---
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {{name: {gateway}, namespace: default, labels: {{istio.io/waypoint-for: service}}}}
-spec:
-  gatewayClassName: istio-waypoint
-  listeners: [{{name: mesh, port: {HBONE_PORT}, protocol: HBONE}}]
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata:
-  name: {gateway}-1
-  namespace: default
-  labels: {{gateway.networking.k8s.io/gateway-name: {gateway}}}
-spec: {{address: {address}, serviceAccount: {gateway}}}
----
+{declaration(gateway, address)}---
 apiVersion: v1
 kind: Service
 metadata: {{name: through-{gateway}, namespace: default, labels: {{istio.io/use-waypoint: {gateway}}}}}

@@ -16,8 +16,9 @@ import yaml
 from benchmarks.lab.sources import TRUST_DOMAIN, LabError
 from benchmarks.lab.topology import PATH, entered
 from benchmarks.peers.place import Place
+from control.api.address import HBONE_PORT
 
-OUTBOUND_PORT, HBONE_PORT = 15001, 15008
+OUTBOUND_PORT = 15001
 _NODE = "bench"
 
 

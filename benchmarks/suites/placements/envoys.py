@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lab.sources import TRUST_DOMAIN
+from benchmarks.peers.envoy import tls_context
 from benchmarks.suites.placements.application import (
     DENIED,
     HTTP_PORT,
@@ -28,6 +29,7 @@ from benchmarks.suites.placements.application import (
     identity,
     version,
 )
+from control.api.address import HBONE_PORT
 
 Json = dict[str, Any]
 Address = tuple[str, int]
@@ -36,7 +38,6 @@ LOOPBACK = "127.0.0.1"
 OUTBOUND_PORT = 15001
 INBOUND_PORT = 15006
 """Of a proxy's first workload; the next ones follow. Capture would keep the address that was dialled instead."""
-HBONE_PORT = 15008
 
 _TYPE = "type.googleapis.com/envoy.extensions"
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -306,7 +307,7 @@ def _tls_cluster(name: str, endpoints: Sequence[Endpoint], key: Path, protocol: 
     expected = {"exact": str(identity(endpoints[0].member.account))}
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
-        "common_tls_context": _tls(key, protocol, expected),
+        "common_tls_context": tls_context(key, expected, protocol),
     }
     addresses = [_socket_address((one.address, one.port)) for one in endpoints]
     return _cluster(name, addresses) | {"transport_socket": {"name": "tls", "typed_config": tls}}
@@ -316,23 +317,6 @@ def _server_tls(key: Path, protocol: str) -> Json:
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
         "require_client_certificate": True,
-        "common_tls_context": _tls(key, protocol, {"prefix": f"spiffe://{TRUST_DOMAIN}/"}),
+        "common_tls_context": tls_context(key, {"prefix": f"spiffe://{TRUST_DOMAIN}/"}, protocol),
     }
     return {"name": "tls", "typed_config": tls}
-
-
-def _tls(key: Path, protocol: str, peer: Json) -> Json:
-    return {
-        "alpn_protocols": [protocol],
-        "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
-        "tls_certificates": [
-            {
-                "certificate_chain": {"filename": str(key / "chain.pem")},
-                "private_key": {"filename": str(key / "key.pem")},
-            }
-        ],
-        "validation_context": {
-            "trusted_ca": {"filename": str(key / "bundle.pem")},
-            "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": peer}],
-        },
-    }

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from benchmarks.lab.sources import TRUST_DOMAIN
+from benchmarks.lab.waypoints import declaration
 from benchmarks.suites.placements.application import HTTP_PORT, L4_PORT, SERVICE_PORT, SERVICES
-from benchmarks.suites.placements.envoys import HBONE_PORT
 
 GATEWAY = "wp"
 WAYPOINT_ADDRESS = "10.96.3.200"
 
-RESOURCES = f"""\
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {{name: {GATEWAY}, namespace: default, labels: {{istio.io/waypoint-for: service}}}}
-spec:
-  gatewayClassName: istio-waypoint
-  listeners: [{{name: mesh, port: {HBONE_PORT}, protocol: HBONE}}]
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata:
-  name: {GATEWAY}-1
-  namespace: default
-  labels: {{gateway.networking.k8s.io/gateway-name: {GATEWAY}}}
-spec: {{address: {WAYPOINT_ADDRESS}, serviceAccount: {GATEWAY}}}
-""" + "".join(
+RESOURCES = declaration(GATEWAY, WAYPOINT_ADDRESS) + "".join(
     f"""\
 ---
 apiVersion: v1

