@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
+from pathlib import Path
 
 from control.api.identity import SpiffeId
+from tests.support.certificates import identity_dir
 from tests.support.site import Site
 
 WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
@@ -43,6 +45,14 @@ spec:
 def resources(network: str) -> str:
     """The Gateway, its process at NETWORK.3, and a policy that refuses DELETE of db."""
     return _WAYPOINT.format(network=network)
+
+
+def bound_site(directory: Path, network: str) -> Site:
+    """A site whose db is behind the waypoint, which has a certificate."""
+    site = Site.create(directory, network)
+    identity_dir(site.authority, directory / "wp", WP)
+    site.mesh.write_text(labelled(site.resources) + resources(network))
+    return site
 
 
 def labelled(resources: str) -> str:

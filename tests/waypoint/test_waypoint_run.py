@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from control.server.bindings import Phase
-from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.certificates import DB, WEB
 from tests.support.http_app import telling
 from tests.support.member_site import MemberSite, controlled
 from tests.support.site import Site, eventually, get
-from tests.support.waypoint_site import WP, asked, labelled, resources, waypoint
+from tests.support.waypoint_site import WP, asked, bound_site, labelled, resources, waypoint
 
 NETWORK = "127.0.82"
 WP_ADDRESS = f"{NETWORK}.3"
@@ -26,10 +26,7 @@ GATEWAY_TARGET = "[{group: gateway.networking.k8s.io, kind: Gateway, name: wp}]"
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    site = Site.create(tmp_path, NETWORK)
-    identity_dir(site.authority, tmp_path / "wp", WP)
-    site.mesh.write_text(labelled(site.resources) + resources(NETWORK))
-    return site
+    return bound_site(tmp_path, NETWORK)
 
 
 def test_requests_metrics_logs_and_a_drain(site: Site) -> None:

@@ -29,7 +29,7 @@ from tests.support.http_app import telling
 from tests.support.member_site import MemberSite, controlled
 from tests.support.pair import published
 from tests.support.site import Site, eventually, get
-from tests.support.waypoint_site import WP, asked, labelled, resources, waypoint
+from tests.support.waypoint_site import WP, asked, bound_site, labelled, resources, waypoint
 from uproxy.tls import Credentials, client_context
 from waypoint.channel import Channel, Message
 from waypoint.workers import APPLY_TIMEOUT_S
@@ -97,10 +97,7 @@ def none_can_start(site: Site) -> Iterator[None]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    site = Site.create(tmp_path, NETWORK)
-    identity_dir(site.authority, tmp_path / "wp", WP)
-    site.mesh.write_text(labelled(site.resources) + resources(NETWORK))
-    return site
+    return bound_site(tmp_path, NETWORK)
 
 
 def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Site) -> None:

@@ -8,7 +8,6 @@ from types import ModuleType
 import pytest
 from cryptography import x509
 
-from control.cli.__main__ import main
 from control.client.csr import make_request
 from tests.support.certificates import DB, WEB
 from uproxy.tls import Credentials
@@ -26,21 +25,6 @@ kind: WorkloadEntry
 metadata: {name: web-1, namespace: shop}
 spec: {address: 10.1.0.1, serviceAccount: web, labels: {app: web}}
 """
-
-
-@pytest.fixture
-def meshctl(capsys):
-    """Run a command; its exit status, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(argument) for argument in argv])
-        except SystemExit as left:
-            status = left.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from control.api.messages import Envelope, encode
 from control.api.status import Kind, ProxyStatus
 from control.api.topics import StatusTopic, format_topic
 
+pytestmark = pytest.mark.usefixtures("plane")
+
 MESH = """\
 apiVersion: v1
 kind: Service
@@ -36,7 +38,7 @@ def plane(plane):
 
 
 @pytest.fixture
-def waypoint(meshctl):
+def waypoint(plane, meshctl):
     assert meshctl("waypoint", "apply", "wp", "-n", "shop", "--instance", "wp-1=10.97.0.9")[0] == 0
 
 

@@ -19,6 +19,8 @@ from control.server.api import BrokerState
 from tests.support.certificates import DB, WEB
 from tests.support.operators import URL
 
+pytestmark = pytest.mark.usefixtures("plane")
+
 MESH = """\
 apiVersion: v1
 kind: Service

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from control.cli.__main__ import main
 from control.server.ca import Authority
 from tests.support.desired import policy, service, together, workload
 from tests.support.operators import operated
@@ -85,21 +84,6 @@ def mesh(tmp_path):
     path = tmp_path / "mesh.yaml"
     path.write_text(MESH)
     return path
-
-
-@pytest.fixture
-def meshctl(capsys):
-    """Run a command; its exit status, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(argument) for argument in argv])
-        except SystemExit as left:
-            status = left.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def test_what_is_allowed(meshctl, mesh):

@@ -13,7 +13,6 @@ import pytest
 
 from control.server import api
 from control.server.api import SocketError, listen
-from control.server.ca import Authority
 from control.server.registry import NotFound
 from tests.support.operators import operated
 
@@ -23,22 +22,6 @@ kind: WorkloadEntry
 metadata: {{name: w-{0}, namespace: shop}}
 spec: {{address: 10.98.0.{0}, serviceAccount: w}}
 """
-
-
-@pytest.fixture(scope="module")
-def ca(tmp_path_factory):
-    return tmp_path_factory.mktemp("ca") / "ca"
-
-
-@pytest.fixture(scope="module")
-def authority(ca):
-    return Authority.create(ca, "cluster.local")
-
-
-@pytest.fixture
-def plane(ca, authority, tmp_path):
-    with operated(ca, authority, tmp_path / "control") as plane:
-        yield plane
 
 
 @pytest.fixture
