@@ -7,7 +7,6 @@ and waypoint processes are a phase behind the others, so that each phase must ag
     PENDING -> REFUSED -> ENFORCED              when an L7 policy must not be missed until the waypoint is ready
     ENFORCED -> PENDING -> SWITCHING -> ENFORCED    from one waypoint to another (`State.previous` until the end)
     RELEASING, LEAVING -> SWITCHING             wanted again; from there it moves on, if to another waypoint
-    LINGERING -> SWITCHING                      another is wanted, and connections are kept by this one, which is ready
     PENDING, REFUSED -> LINGERING               unwanted, when a process of the waypoint is there
 
 | phase     | destinations      | callers      | goes on when                                                     |
@@ -166,9 +165,6 @@ def _followed(old: State, wish: Wish | None, seen: Seen, now: float) -> State | 
             return _phase(old, Phase.LEAVING) if not seen.destinations or waited >= LONGEST_S else old
         case Phase.LEAVING:
             return _phase(old, Phase.LINGERING) if not seen.callers or waited >= LONGEST_S else old
-        case Phase.LINGERING if wish is not None and not wanted and seen.ready and not seen.processes:
-            # What was made through it is not dropped: it is left as a waypoint is that calls go through.
-            return _phase(old, Phase.SWITCHING)
         case Phase.LINGERING if wish is not None:
             return _phase(old, Phase.PENDING, gateway=wish.gateway, previous="")
         case Phase.LINGERING:

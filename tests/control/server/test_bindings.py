@@ -402,18 +402,6 @@ def test_who_leaves_comes_back_where_a_policy_must_not_be_missed_and_the_waypoin
     assert step(state(Phase.LEAVING), asked, replace(seen, callers=("shop/a",)), 1.0, (1, 2)).phase is follows
 
 
-def test_another_waypoint_while_it_lingers_keeps_what_was_made_through_it():
-    moving, gateways, now = state(Phase.LINGERING), [], 0.0
-    while moving.phase is not Phase.ENFORCED or moving.gateway != OTHER:
-        moving = step(moving, wish(OTHER), READY, now, (1, 2))
-        gateways.append((now, standing(moving).gateways))
-        now += SWITCH_S
-    assert all(WP in found for at, found in gateways if at < LINGER_S)
-    for seen in (ABSENT, replace(READY, ready=False), replace(READY, processes=("shop/wp-2",))):
-        found = step(state(Phase.LINGERING), wish(OTHER), seen, 0.0, (1, 2))
-        assert (found.phase, found.gateway) == (Phase.PENDING, OTHER), "nothing goes through one that is not there"
-
-
 @pytest.mark.parametrize("phase", [Phase.PENDING, Phase.REFUSED])
 def test_what_was_wanted_again_for_a_moment_goes_on_lingering(phase):
     lingers = step(state(phase), None, replace(ABSENT, alive=True), 7.0, (1, 2))
