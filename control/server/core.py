@@ -291,9 +291,9 @@ class Core:
                 elif not isinstance(topic, StatusTopic):
                     foreign.append(topic)
             changed += self._withdrawn(pen, foreign)
-            if garbage:
+            for name in garbage:
                 # What the store does not hold is cleared when its turn comes.
-                differing.setdefault("", set()).update(garbage)
+                differing.setdefault(self._group(name), set()).add(name)
             with self._queue_lock:
                 self._pending.clear()
                 self._pending.add(differing, soon=False)
@@ -603,8 +603,8 @@ class Core:
         topics: dict[str, list[str]] = {}
         for message in batch.messages:
             topics.setdefault(message.namespace, []).append(message.topic)
-        if batch.collected:
-            topics.setdefault("", []).extend(batch.collected)
+        for name in batch.collected:
+            topics.setdefault(self._group(name), []).append(name)
         with self._queue_lock:
             self._store.commit(batch)
             self._stamp = batch.stamp
@@ -621,6 +621,10 @@ class Core:
     def _pen(self) -> Pen:
         epoch, version = self._stamp
         return Pen(self._trust_domain, (epoch, version + 1), int(self._clock()), self._config_key.sign)
+
+    def _group(self, topic: str) -> str:
+        """Among whom a topic waits that the store does not hold: what lives under it again is published in order."""
+        return getattr(self._parsed(topic), "namespace", "")
 
     def _parsed(self, topic: str) -> Topic | None:
         try:

@@ -192,6 +192,16 @@ def test_a_tombstone_is_not_collected_before_it_is_published(plane, taken):
     assert PREFIX + "ep/shop/web/web-2" not in plane.shelf.retained
 
 
+def test_what_lives_again_under_a_collected_topic_is_published_in_order(plane):
+    plane.apply(SHOP)
+    plane.core.delete([("Service", "shop", "web")])
+    plane.settle()
+    plane.now += publication.TOMBSTONE_S + 60
+    plane.core.refresh()  # its topics are to be cleared
+    plane.apply(SHOP)
+    assert "svc/shop/web" in plane.settle().records  # the shelf checks that its manifest follows its endpoints
+
+
 def test_a_tombstone_is_published_once(plane):
     plane.apply(SHOP)
     plane.core.delete([("Service", "shop", "db")])
