@@ -4,7 +4,8 @@
  *
  * Prints `ready`, and at SIGTERM one JSON object: frames carried and frames lost. Offloads pass as they are: each frame
  * is read and written with its virtio_net_hdr (packet(7), PACKET_VNET_HDR), so that 64 KB of TCP stay one frame and a
- * checksum that is left to the device stays so. The time counts from the kernel's own stamp of the arrival.
+ * checksum that is left to the device stays so. The time counts from the kernel's own stamp of the arrival, which is of
+ * CLOCK_REALTIME: it is only asked how old it is, so that a clock that is set delays no frame that waits.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -35,6 +36,8 @@
 #define BURST 32
 /* A sleep ends late by about as much; the rest is waited out awake. */
 #define AWAKE_NS 30000
+/* No frame waits longer in a socket that is read all the time. */
+#define OLDEST_NS 100000000ull
 
 struct entry {
 	uint64_t due_ns;
@@ -73,13 +76,17 @@ static uint64_t ns_of(const struct timespec *time)
 	return (uint64_t)time->tv_sec * 1000000000ull + (uint64_t)time->tv_nsec;
 }
 
-/* The clock of the kernel's stamps. */
-static uint64_t now_ns(void)
+static uint64_t clock_ns(clockid_t clock)
 {
 	struct timespec now;
 
-	clock_gettime(CLOCK_REALTIME, &now);
+	clock_gettime(clock, &now);
 	return ns_of(&now);
+}
+
+static uint64_t now_ns(void)
+{
+	return clock_ns(CLOCK_MONOTONIC);
 }
 
 static int device(const char *name)
@@ -131,14 +138,18 @@ static struct entry *room(struct way *way)
 	return entry_at(way, 0);
 }
 
-static uint64_t stamp(struct msghdr *message)
+/* When it came. A stamp of the future, or of long ago, is of a clock that was set meanwhile: it came just now. */
+static uint64_t arrived_ns(struct msghdr *message)
 {
 	for (struct cmsghdr *one = CMSG_FIRSTHDR(message); one; one = CMSG_NXTHDR(message, one)) {
 		struct timespec time;
 
 		if (one->cmsg_level == SOL_SOCKET && one->cmsg_type == SO_TIMESTAMPNS) {
+			uint64_t age_ns;
+
 			memcpy(&time, CMSG_DATA(one), sizeof(time));
-			return ns_of(&time);
+			age_ns = clock_ns(CLOCK_REALTIME) - ns_of(&time);
+			return now_ns() - (age_ns < OLDEST_NS ? age_ns : 0);
 		}
 	}
 	return now_ns();
@@ -163,7 +174,7 @@ static void take(struct way *way, uint64_t delay_ns)
 			way->lost++;
 			continue;
 		}
-		entry->due_ns = stamp(&message) + delay_ns;
+		entry->due_ns = arrived_ns(&message) + delay_ns;
 		entry->length = (uint32_t)got;
 		entry->skip = 0;
 		way->tail += size_of(entry->length);
@@ -209,6 +220,7 @@ int main(int argc, char **argv)
 	struct pollfd polled[2];
 	struct sigaction at_end = { .sa_handler = end };
 	struct sigaction quiet = { .sa_handler = SIG_IGN };
+	sigset_t blocked, waiting;
 	uint64_t delay_ns, carried = 0, lost = 0;
 
 	if (argc != 4) {
@@ -217,6 +229,11 @@ int main(int argc, char **argv)
 	}
 	delay_ns = strtoull(argv[3], NULL, 10);
 	sigaction(SIGTERM, &at_end, NULL);
+	/* It comes while we wait, and at no other time: one between a look at `ended` and the wait would be lost. */
+	sigemptyset(&blocked);
+	sigaddset(&blocked, SIGTERM);
+	sigprocmask(SIG_BLOCK, &blocked, &waiting);
+	sigdelset(&waiting, SIGTERM);
 	sigaction(SIGPIPE, &quiet, NULL);
 	/* Without it a sleep ends up to 50 us late on purpose. */
 	prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
@@ -236,7 +253,7 @@ int main(int argc, char **argv)
 		uint64_t now = now_ns(), left = next <= now + AWAKE_NS ? 0 : next - now - AWAKE_NS;
 		struct timespec wait = { (time_t)(left / 1000000000ull), (long)(left % 1000000000ull) };
 
-		if (ppoll(polled, 2, next == UINT64_MAX ? NULL : &wait, NULL) <= 0)
+		if (ppoll(polled, 2, next == UINT64_MAX ? NULL : &wait, &waiting) <= 0)
 			continue;
 		for (int i = 0; i < 2; i++)
 			if (polled[i].revents)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -133,3 +135,22 @@ def test_large_frames_pass_a_delay_line_whole_and_none_is_lost(tmp_path: Path) -
         assert carried.lost == 0
         # 32 MiB in frames of 1,448 bytes would be 23,000.
         assert carried.frames < 12_000
+
+
+def test_a_delay_line_ends_even_when_the_signal_comes_before_it_waits(tmp_path: Path) -> None:
+    """The signal is there before the line's first wait, in which it must be let through."""
+    program = link.build(tmp_path)
+
+    def already_told() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with joined("10.77.0.1/24", "10.77.0.2/24") as (left, _), left.entered():
+        argv = [str(program), "wire", "lo", "1000"]
+        line = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, preexec_fn=already_told)
+    with line:
+        try:
+            out, _ = line.communicate(timeout=5)
+        finally:
+            line.kill()
+    assert out.startswith('ready\n{"carried": ')
