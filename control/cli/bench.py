@@ -34,10 +34,10 @@ examples:
 
 Ratios of subject and baseline agree when their intervals have a value in common. Of ratios that did not change about
 1 in 200 moves all the same: repeat a run before you believe a small move. Exit status: 0 all agree, 1 something moved,
-2 a file is not understood.
+or B lacks a ratio that A has, 2 a file is not understood.
 """
 _NOT_UNDERSTOOD: Final = 2
-_MOVED: Final = 1
+_DIFFERS: Final = 1
 _INTERRUPTED: Final = 130
 
 
@@ -150,9 +150,11 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error), _NOT_UNDERSTOOD) from error
     moved = sum(row.verdict == "moved" for row in rows)
     both = sum(row.a is not None and row.b is not None for row in rows)
+    gone = [row for row in rows if row.verdict == "only in A"]
+    status = _DIFFERS if moved or gone else 0
     if arguments.output == "json":
-        show_json({"agree": not moved, "ratios": [asdict(row) | {"verdict": row.verdict} for row in rows]})
-        return _MOVED if moved else 0
+        show_json({"agree": not status, "ratios": [asdict(row) | {"verdict": row.verdict} for row in rows]})
+        return status
     show_table(
         ("MEASURE", "SUBJECT", "BASELINE", "OF", "A", "B", "B/A", "VERDICT"),
         (
@@ -169,5 +171,8 @@ def _compare(arguments: argparse.Namespace) -> int:
             for row in rows
         ),
     )
-    print(f"{both - moved} of {counted(both, 'ratio')} agree within their intervals, {moved} moved")
-    return _MOVED if moved else 0
+    for row in gone:
+        print(f"{row.measure}: B has no ratio of {row.subject} to {row.baseline}: not measured there, or refused")
+    lost = f", {len(gone)} gone" if gone else ""
+    print(f"{both - moved} of {counted(both, 'ratio')} agree within their intervals, {moved} moved{lost}")
+    return status

@@ -72,9 +72,25 @@ def test_the_command_shows_both_and_what_moved(files, capsys):
     assert main(["bench", "compare", before, after]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["MEASURE", "SUBJECT", "BASELINE", "OF", "A", "B", "B/A", "VERDICT"]
-    rows = [line.replace("\N{EN DASH}", "-").split() for line in out.splitlines()[1:-1]]
+    rows = [line.replace("\N{EN DASH}", "-").split() for line in out.splitlines()[1:-2]]
     assert " ".join(rows[0]) == "rr uproxy envoy-hbone value 1.00 (0.90-1.10) 1.15 (1.05-1.25) 1.15 agree"
-    assert out.splitlines()[-1] == "1 of 2 ratios agree within their intervals, 1 moved"
+    assert out.splitlines()[-2:] == [
+        "connect: B has no ratio of uproxy to envoy-hbone: not measured there, or refused",
+        "1 of 2 ratios agree within their intervals, 1 moved, 1 gone",
+    ]
+
+
+def test_what_is_gone_from_the_second_run_is_a_difference_and_what_is_new_in_it_is_none(tmp_path, capsys):
+    more, less = tmp_path / "more.json", tmp_path / "less.json"
+    run(ratio("rr", 1.0), ratio("bulk", 0.5)).write(more)
+    run(ratio("rr", 1.0)).write(less)
+    assert main(["bench", "compare", str(more), str(less)]) == 1
+    out = capsys.readouterr().out
+    assert "bulk: B has no ratio of uproxy" in out
+    assert out.endswith("1 of 1 ratio agree within their intervals, 0 moved, 1 gone\n")
+    assert main(["bench", "compare", str(more), str(less), "-o", "json"]) == 1
+    assert json.loads(capsys.readouterr().out)["agree"] is False
+    assert main(["bench", "compare", str(less), str(more)]) == 0
 
 
 def test_all_agree(files, capsys):
