@@ -90,6 +90,20 @@ struct {
 	__type(value, struct mesh_orig_dst);
 } orig SEC(".maps");
 
+/*
+ * Connections that sk_lookup lets through. Written by sock_ops on the client's side before the SYN
+ * leaves, deleted when the client's socket closes; holds for MESH_ADMITTED_S even if nobody deletes
+ * it. Not one-shot: sk_lookup runs for every retransmission, and for the ACK of a SYN cookie. Full
+ * means refused, never evicted.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_admitted_key);
+	__type(value, struct mesh_admitted);
+} admitted SEC(".maps");
+
 /* Written by every program, read by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

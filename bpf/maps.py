@@ -19,6 +19,7 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "settings": ("__u32", "struct mesh_settings"),
     "captured": ("int", "struct mesh_orig_dst"),
     "orig": ("struct mesh_orig_key", "struct mesh_orig_dst"),
+    "admitted": ("struct mesh_admitted_key", "struct mesh_admitted"),
     "counters": ("__u32", "__u64"),
 }
 """Key and value of every map of maps.h. The loader refuses an object or a pin with other sizes."""
@@ -26,6 +27,7 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
 _ONLY_KEY: Final = bytes(4)
 _ROUTES: Final = layout.members("mesh_route")
 _RANGE_KINDS: Final = layout.members("mesh_range_kind")
+_ADMISSIONS: Final = layout.members("mesh_admission")
 
 
 class Route(IntEnum):
@@ -41,6 +43,23 @@ class RangeKind(IntEnum):
 
     MESH = _RANGE_KINDS["MESH_RANGE_MESH"]
     EXCLUDED = _RANGE_KINDS["MESH_RANGE_EXCLUDED"]
+
+
+class Admission(IntEnum):
+    """Why a connection may come in without a tunnel."""
+
+    DIRECT = _ADMISSIONS["MESH_ADMISSION_DIRECT"]
+    PROBE = _ADMISSIONS["MESH_ADMISSION_PROBE"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuple:
+    """A connection as it is on the wire, and the namespace of its destination."""
+
+    netns_cookie: int
+    source: tuple[bytes, int]
+    """16-byte address and port."""
+    destination: tuple[bytes, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +250,47 @@ class Counters(_Map):
         return found
 
 
+class Admitted(_Map):
+    """Connections that may come in without a tunnel."""
+
+    name = "admitted"
+
+    def items(self) -> dict[Tuple, tuple[int, Admission]]:
+        """{connection: (since when, in ns of the monotonic clock; why)}."""
+        found = {}
+        for raw in self.keys():
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                record = layout.unpack("mesh_admitted", value)
+                found[self._unpack_key(raw)] = int(record.since_ns), Admission(record.kind)
+        return found
+
+    def put(self, connection: Tuple, since_ns: int, kind: Admission) -> None:
+        value = layout.pack("mesh_admitted", since_ns=since_ns, kind=kind)
+        libbpf.update(self.fd, self._key(connection), value)
+
+    def delete(self, connection: Tuple) -> bool:
+        return libbpf.delete(self.fd, self._key(connection))
+
+    @staticmethod
+    def _key(connection: Tuple) -> bytes:
+        (source, source_port), (destination, destination_port) = connection.source, connection.destination
+        return layout.pack(
+            "mesh_admitted_key",
+            netns_cookie=connection.netns_cookie,
+            source=source,
+            source_port=source_port,
+            destination=destination,
+            destination_port=destination_port,
+        )
+
+    @staticmethod
+    def _unpack_key(raw: bytes) -> Tuple:
+        key = layout.unpack("mesh_admitted_key", raw)
+        source, destination = bytes(layout.ffi.buffer(key.source)), bytes(layout.ffi.buffer(key.destination))
+        return Tuple(int(key.netns_cookie), (source, int(key.source_port)), (destination, int(key.destination_port)))
+
+
 class Orig(_Map):
     """Connections between their SYN and their accept."""
 
@@ -248,3 +308,4 @@ class Maps:
         self.settings = SettingsMap(fds)
         self.counters = Counters(fds)
         self.orig = Orig(fds)
+        self.admitted = Admitted(fds)

@@ -18,7 +18,7 @@
 #include <linux/types.h>
 
 enum mesh_constant {
-	MESH_SCHEMA = 1,
+	MESH_SCHEMA = 2,
 
 	MESH_PORT_OUTBOUND = 15001,	/* the uProxy's, for what is captured: 127.0.0.1, ::1 */
 	MESH_PORT_HBONE = 15008,	/* the one port of a workload that is open to other hosts */
@@ -38,6 +38,9 @@ enum mesh_constant {
 
 	MESH_ORIG_DST_MAGIC = 0x75505859,	/* "uPXY" */
 	MESH_ORIG_DST_VERSION = 1,
+
+	/* Seconds for which an admission holds: Linux sends a SYN for 127 s (tcp_syn_retries 6). */
+	MESH_ADMITTED_S = 130,
 };
 
 /*
@@ -128,6 +131,31 @@ struct mesh_settings {
 	__u32 pad;
 };
 
+/* Why a connection may come in without a tunnel. */
+enum mesh_admission {
+	MESH_ADMISSION_DIRECT = 1,	/* granted: from another workload of this host */
+	MESH_ADMISSION_PROBE = 2,	/* a health probe, to a port declared for it */
+};
+
+/*
+ * One connection from outside a namespace that sk_lookup lets through to the app. Both ends as they
+ * are on the wire, with the namespace of the destination.
+ */
+struct mesh_admitted_key {
+	__u64 netns_cookie;
+	__be32 source[4];
+	__be32 destination[4];
+	__u16 source_port;
+	__u16 destination_port;
+	__u32 pad;
+};
+
+struct mesh_admitted {
+	__u64 since_ns;		/* bpf_ktime_get_ns() */
+	__u32 kind;		/* enum mesh_admission */
+	__u32 pad;
+};
+
 /* Index of `counters`. Each counts connections, datagrams or calls. */
 enum mesh_counter {
 	MESH_CAPTURED = 0,
@@ -140,7 +168,8 @@ enum mesh_counter {
 	MESH_ORIG_FULL = 7,		/* `orig` was full: the uProxy refuses this connection */
 	MESH_ORIG_MISSING = 8,		/* the uProxy accepted a connection that nobody captured */
 	MESH_DROPPED_SYN = 9,		/* from outside, to another port than 15008 */
-	MESH_COUNTERS = 10,
+	MESH_ADMITTED_SYN = 10,		/* from outside, and admitted */
+	MESH_COUNTERS = 11,
 };
 
 #endif

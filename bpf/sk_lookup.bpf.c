@@ -18,6 +18,15 @@ static __always_inline int is_local(const __be32 addr[4])
 	return is_loopback(addr) || is_own(self_netns_cookie, addr);
 }
 
+static __always_inline int is_admitted(const struct mesh_admitted_key *key)
+{
+	struct mesh_admitted *entry = bpf_map_lookup_elem(&admitted, key);
+	/* This CPU's clock may be a little behind the one that wrote (ktime_get_mono_fast_ns). */
+	__u64 now = bpf_ktime_get_ns() + 1000000;
+
+	return entry && now - entry->since_ns < MESH_ADMITTED_S * 1000000000ULL;
+}
+
 /*
  * Hook: for every TCP segment or UDP datagram that belongs to no established (connected) socket of
  * the namespace, before the listeners are searched: SYNs, their retransmissions, and the ACK of a
@@ -34,7 +43,8 @@ static __always_inline int is_local(const __be32 addr[4])
 SEC("sk_lookup")
 int inbound(struct bpf_sk_lookup *ctx)
 {
-	__be32 local[4], remote[4];
+	struct mesh_admitted_key key = { .netns_cookie = self_netns_cookie };
+	__be32 *local = key.destination, *remote = key.source;
 
 	if (ctx->protocol != IPPROTO_TCP || ctx->local_port == MESH_PORT_HBONE)
 		return SK_PASS;
@@ -53,6 +63,12 @@ int inbound(struct bpf_sk_lookup *ctx)
 	}
 	if (is_local(local) && is_local(remote))
 		return SK_PASS;
+	key.destination_port = ctx->local_port;
+	key.source_port = bpf_ntohs(ctx->remote_port);
+	if (is_admitted(&key)) {
+		count(MESH_ADMITTED_SYN);
+		return SK_PASS;
+	}
 	count(MESH_DROPPED_SYN);
 	return SK_DROP;
 }

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpf.loader import Loader
-from bpf.maps import RangeKind, Route, Settings, Target
+from bpf.maps import Admission, RangeKind, Route, Settings, Target, Tuple
 from tests.support import capture
 
 pytestmark = pytest.mark.root
@@ -57,6 +57,20 @@ def test_ranges(maps, kind, bits, address):
     assert maps.ranges.items() == {(masked, bits): kind}
     assert maps.ranges.delete(masked, bits)
     assert not maps.ranges.delete(masked, bits)
+
+
+ends = st.tuples(addresses, st.integers(0, 65535))
+connections = st.builds(Tuple, st.integers(0, 2**64 - 1), ends, ends)
+
+
+@given(
+    entries=st.dictionaries(connections, st.tuples(st.integers(0, 2**64 - 1), st.sampled_from(Admission)), max_size=20)
+)
+def test_admitted(maps, entries):
+    for connection, (since, kind) in entries.items():
+        maps.admitted.put(connection, since, kind)
+    assert maps.admitted.items() == entries
+    assert all(maps.admitted.delete(connection) for connection in entries)
 
 
 @given(settings=st.builds(Settings, st.integers(0, 2**64 - 1), st.booleans()))

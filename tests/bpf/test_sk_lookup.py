@@ -5,11 +5,17 @@ from __future__ import annotations
 import socket
 import struct
 import subprocess
+import time
+from dataclasses import replace
 
 import pytest
 
+from bpf import layout
+from bpf.maps import Admission, Tuple
+from control.api.address import packed16, parse_address
 from tests.bpf.dialling import dial
 from tests.support.capture import PEER_V4, PEER_V6, WORKLOAD_V4, WORKLOAD_V6, background, listening
+from uproxy.node.places import NetworkNamespace
 
 pytestmark = pytest.mark.root
 ADDRESSES = [WORKLOAD_V4, WORKLOAD_V6]
@@ -81,6 +87,85 @@ def test_an_address_that_is_not_registered_is_closed_even_from_inside(rig, count
     with pytest.raises(ConnectionRefusedError):
         rig.site.in_proxy(bound)
     assert counted() == {"dropped_syn": 1}
+
+
+ADMITTED_PORT = 41000
+
+
+@pytest.fixture(params=[(PEER_V4, WORKLOAD_V4), (PEER_V6, WORKLOAD_V6)], ids=["v4", "v6"])
+def connection(rig, request):
+    """From a port of the neighbour to the app's port."""
+    source, target = request.param
+    cookie = NetworkNamespace.of(rig.site.netns).cookie
+    yield Tuple(cookie, (packed16(parse_address(source)), ADMITTED_PORT), (packed16(target), 8080))
+    for left in rig.maps.admitted.items():
+        rig.maps.admitted.delete(left)
+
+
+def dial_from_port(target: str, port: int = 8080) -> bytes:
+    with socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET) as sock:
+        sock.settimeout(5)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no TIME_WAIT in the next's way
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("::" if ":" in target else "0.0.0.0", ADMITTED_PORT))
+        sock.connect((target, port))
+        return sock.recv(16)
+
+
+def target_of(connection: Tuple) -> str:
+    return WORKLOAD_V4 if connection.destination[0] == packed16(WORKLOAD_V4) else WORKLOAD_V6
+
+
+@pytest.mark.parametrize("kind", Admission)
+def test_an_admitted_connection_reaches_the_app_and_no_other_does(rig, counted, listeners, connection, kind):
+    rig.maps.admitted.put(connection, time.monotonic_ns(), kind)
+    target = target_of(connection)
+    assert rig.site.at_peer(lambda: dial_from_port(target)) == b"inside"
+    assert counted() == {"admitted_syn": 1}
+    with pytest.raises(ConnectionRefusedError):
+        rig.site.at_peer(lambda: dial(target, 8080))  # from another port
+    with pytest.raises(ConnectionRefusedError):
+        rig.site.at_peer(lambda: dial_from_port(target, 15020))  # to another port
+    assert counted() == {"admitted_syn": 1, "dropped_syn": 2}
+
+
+def test_an_admission_outlives_every_retransmission_and_no_more(rig, counted, listeners, connection):
+    seconds = layout.constant("MESH_ADMITTED_S")
+    target = target_of(connection)
+    rig.maps.admitted.put(connection, time.monotonic_ns() - (seconds - 2) * 10**9, Admission.DIRECT)
+    assert rig.site.at_peer(lambda: dial_from_port(target)) == b"inside"
+    rig.maps.admitted.put(connection, time.monotonic_ns() - seconds * 10**9, Admission.DIRECT)
+    with pytest.raises(ConnectionRefusedError):
+        rig.site.at_peer(lambda: dial_from_port(target))
+    assert counted() == {"admitted_syn": 1, "dropped_syn": 1}
+
+
+def test_an_admission_from_the_future_holds_not(rig, listeners, connection):
+    rig.maps.admitted.put(connection, time.monotonic_ns() + 10**12, Admission.DIRECT)
+    with pytest.raises(ConnectionRefusedError):
+        rig.site.at_peer(lambda: dial_from_port(target_of(connection)))
+
+
+def test_an_admission_is_for_one_namespace(rig, listeners, connection):
+    elsewhere = replace(connection, netns_cookie=connection.netns_cookie + 1)
+    rig.maps.admitted.put(elsewhere, time.monotonic_ns(), Admission.DIRECT)
+    with pytest.raises(ConnectionRefusedError):
+        rig.site.at_peer(lambda: dial_from_port(target_of(connection)))
+
+
+def test_an_admitted_connection_survives_syn_cookies(rig, listeners, connection):
+    """The listeners are looked up twice then: for the SYN, and for the ACK of the cookie."""
+
+    def always_cookies(value: str) -> None:
+        with open("/proc/sys/net/ipv4/tcp_syncookies", "w") as sysctl:
+            sysctl.write(value)
+
+    rig.site.in_proxy(lambda: always_cookies("2"))
+    try:
+        rig.maps.admitted.put(connection, time.monotonic_ns(), Admission.DIRECT)
+        assert rig.site.at_peer(lambda: dial_from_port(target_of(connection))) == b"inside"
+    finally:
+        rig.site.in_proxy(lambda: always_cookies("1"))
 
 
 def test_what_the_uproxy_dials_comes_back(rig):
