@@ -3,8 +3,9 @@
 What is compared is counted, not timed: machine instructions and system calls of a scripted conversation
 (`benchmarks.scripted`) under valgrind, which are the same however busy the machine is. Instructions are given as a
 multiple of those of a reference that is counted in the same run (a bare TLS echo of the same bytes, a bare handshake, a
-fixed piece of Python), so that another build of Python or OpenSSL moves both. The baseline, `guard.json`, is part of
-the repository; with another minor version of Python or another processor architecture there is nothing to compare with.
+fixed piece of Python), so that another build of OpenSSL moves both. The baseline, `guard.json`, is part of the
+repository. With another interpreter, by version, compiler or architecture, there is nothing to compare with; with
+another library, valgrind or kind of processor what is equal is equal, and what costs more proves nothing.
 
 It sees neither what the kernel does, nor caches, nor time that is spent waiting: those are for `make bench`.
 """
@@ -45,6 +46,7 @@ _SCENARIOS: Final = {scenario.name: scenario for scenario in scripted.SCENARIOS}
 _WHAT_TO_DO: Final = """\
 Nothing of the machine moves these numbers: the code does more than it did. Mend it; or, if that is the price of
 something wanted, run `python -m benchmarks.guard --update` and say in the commit what it is the price of."""
+_RECORD: Final = "on a commit that is known to be good, `python -m benchmarks.guard --update` makes a baseline for here"
 _KEEP_IT: Final = """\
 Better by more than the tolerance: run `python -m benchmarks.guard --update`, so that it is kept."""
 
@@ -75,22 +77,24 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison. `before` is None for what the baseline does not have."""
+    """One comparison. `before` is None for what the baseline does not have, `now` for what is counted no more."""
 
     scenario: str
     quantity: Literal["instructions", "calls"]
     before: float | None
-    now: float
+    now: float | None
 
     @property
     def change(self) -> float:
         """Of the baseline: 0.1 is 10 % more."""
-        return self.now / self.before - 1 if self.before else 0.0
+        return self.now / self.before - 1 if self.before and self.now is not None else 0.0
 
     @property
-    def verdict(self) -> Literal["same", "worse", "better", "new"]:
+    def verdict(self) -> Literal["same", "worse", "better", "new", "gone"]:
         if self.before is None:
             return "new"
+        if self.now is None:
+            return "gone"
         spare = TOLERANCE * self.before
         if self.quantity == "calls":
             spare = max(CALLS_TOLERANCE * self.before, SPARE_CALLS)
@@ -166,13 +170,29 @@ def _totals(path: Path) -> tuple[int, int]:
 def conditions() -> dict[str, str]:
     """What counts depend on, beside the code."""
     valgrind = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout
-    return {
-        "machine": platform.machine(),
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
+    return interpreter() | {
+        "build": " ".join(platform.python_build()),
         "openssl": ssl.OPENSSL_VERSION,
         "libc": " ".join(platform.libc_ver()),
         "valgrind": valgrind.strip(),
+        "processor": _features(Path("/proc/cpuinfo").read_text()),
     }
+
+
+def interpreter() -> dict[str, str]:
+    """The conditions that have to be those of the baseline."""
+    return {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "compiler": platform.python_compiler(),
+        "machine": platform.machine(),
+    }
+
+
+def _features(cpuinfo: str) -> str:
+    """What valgrind lets programs know of an x86 processor, by which libraries choose their code."""
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    known = set(flags[1].split()) if flags else set()
+    return " ".join(one for one in ("cx16", "abm", "avx", "avx2", "bmi1", "f16c", "rdrand", "rdseed") if one in known)
 
 
 def load(path: Path = BASELINE) -> Record:
@@ -190,54 +210,72 @@ def save(record: Record, path: Path = BASELINE) -> None:
 
 
 def compare(baseline: Record, now: Record) -> list[Row]:
-    """Two rows for each scenario that was counted now. Raises GuardError when they cannot be compared."""
-    wanted, found = _kind(baseline), _kind(now)
-    if wanted != found:
-        raise GuardError(
-            f"the baseline was counted with {wanted}, this is {found}, and what is counted differs between them: "
-            "compare where CI runs, or move the baseline there with `python -m benchmarks.guard --update`"
-        )
+    """Two rows for each scenario of either. Raises GuardError when they cannot be compared."""
+    refuse_another_interpreter(baseline, now.conditions)
     rows = []
-    for name, cost in now.costs.items():
-        before = baseline.costs.get(name)
-        rows.append(Row(name, "instructions", before.ratio if before else None, cost.ratio))
-        rows.append(Row(name, "calls", before.calls if before else None, cost.calls))
+    for name in dict.fromkeys([*now.costs, *baseline.costs]):
+        before, after = baseline.costs.get(name), now.costs.get(name)
+        rows.append(Row(name, "instructions", before.ratio if before else None, after.ratio if after else None))
+        rows.append(Row(name, "calls", before.calls if before else None, after.calls if after else None))
+    if any(row.verdict == "worse" for row in rows) and (differing := _differing(baseline, now)):
+        raise GuardError(
+            f"something costs more than in the baseline, which was counted with others: {differing}. Whether they or "
+            f"the code cost that cannot be said here: {_RECORD}\n{_table(rows)}"
+        )
     return rows
 
 
-def _kind(record: Record) -> str:
-    """What must be equal: an instruction is one of this architecture, of the bytecode of this Python."""
-    return f"{record.conditions['python'].rpartition('.')[0]} on {record.conditions['machine']}"
+def refuse_another_interpreter(baseline: Record, here: Mapping[str, str]) -> None:
+    """An instruction is one of this architecture, of this interpreter as it was compiled. Raises GuardError."""
+    wanted, found = (
+        " ".join(conditions.get(name, "?") for name in interpreter()) for conditions in (baseline.conditions, here)
+    )
+    if wanted != found:
+        raise GuardError(
+            f"the baseline was counted with {wanted}, this is {found}, and what is counted differs between them: "
+            f"compare where CI runs; or, {_RECORD}"
+        )
 
 
 def failed(rows: Sequence[Row]) -> bool:
-    """Whether anything costs more than it did, or is not in the baseline."""
-    return any(row.verdict in ("worse", "new") for row in rows)
+    """Whether anything costs more than it did, is not in the baseline, or is in the baseline only."""
+    return any(row.verdict in ("worse", "new", "gone") for row in rows)
 
 
 def report(baseline: Record, now: Record, rows: Sequence[Row]) -> str:
     """For people: a table, and what to do."""
-    lines = [f"{'one operation':46} {'of':13} {'baseline':>9} {'now':>9} {'change':>8}"]
-    for row in rows:
-        scenario = _SCENARIOS[row.scenario]
-        unit = scenario.reference if row.quantity == "instructions" else "system calls"
-        label = scenario.label if row.quantity == "instructions" else ""
-        before = "-" if row.before is None else f"{row.before:.2f}"
-        said = "" if row.verdict == "same" else row.verdict
-        lines.append(f"{label:46} {unit:13} {before:>9} {row.now:9.2f} {row.change:+8.1%} {said}".rstrip())
-    differing = [
-        f"{name} {baseline.conditions.get(name)} -> {value}"
-        for name, value in now.conditions.items()
-        if baseline.conditions.get(name) != value
-    ]
-    if differing:
-        lines.append(f"Not as in the baseline: {', '.join(differing)}.")
+    lines = [_table(rows)]
+    if differing := _differing(baseline, now):
+        lines.append(f"Not as in the baseline: {differing}.")
     verdicts = {row.verdict for row in rows}
+    if gone := dict.fromkeys(row.scenario for row in rows if row.verdict == "gone"):
+        lines.append(f"In the baseline, and counted no more: {', '.join(gone)}.")
     if failed(rows):
         lines.append(_WHAT_TO_DO)
     if "better" in verdicts:
         lines.append(_KEEP_IT)
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [f"{'one operation':46} {'of':13} {'baseline':>9} {'now':>9} {'change':>8}"]
+    for row in rows:
+        scenario = _SCENARIOS.get(row.scenario)
+        counted = row.quantity == "instructions"
+        unit = "system calls" if not counted else scenario.reference if scenario else ""
+        label = "" if not counted else scenario.label if scenario else row.scenario
+        before, now = ("-" if value is None else f"{value:.2f}" for value in (row.before, row.now))
+        said = "" if row.verdict == "same" else row.verdict
+        lines.append(f"{label:46} {unit:13} {before:>9} {now:>9} {row.change:+8.1%} {said}".rstrip())
+    return "\n".join(lines)
+
+
+def _differing(baseline: Record, now: Record) -> str:
+    return ", ".join(
+        f"{name} {baseline.conditions.get(name)} -> {value}"
+        for name, value in now.conditions.items()
+        if baseline.conditions.get(name) != value
+    )
 
 
 def _json(record: Any) -> str:
