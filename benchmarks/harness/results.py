@@ -78,6 +78,11 @@ class Series:
     remark: str = ""
     """What has to stand beside the numbers: "bound by the generator"."""
 
+    @property
+    def counted(self) -> list[Round]:
+        """Of what medians and ratios are: not of rounds that the load generator decided, but for a reference."""
+        return [one for one in self.rounds if self.remark or not one.bottleneck]
+
 
 @dataclass(frozen=True, slots=True)
 class Ratio:

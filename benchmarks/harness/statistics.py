@@ -26,7 +26,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Final
 
-from benchmarks.harness.results import Ratio, Results, Round, Series
+from benchmarks.harness.results import Ratio, Results, Series
 
 CONFIDENCE: Final = 0.95
 LEAST_ROUNDS: Final = 3
@@ -128,16 +128,11 @@ def _ratio(series: Series, baseline: Series, key: str) -> Ratio | None:
 
 
 def _by_round(series: Series, key: str) -> dict[int, float]:
-    values = {one.number: one.value if key == "value" else one.details.get(key, 0.0) for one in _counted(series)}
+    values = {one.number: one.value if key == "value" else one.details.get(key, 0.0) for one in series.counted}
     return {number: value for number, value in values.items() if value > 0}
 
 
 def _known(series: Series, key: str) -> bool:
     """Whether enough operations were slower than a percentile for it to be more than luck; true of anything else."""
     share = _TAILS.get(key)
-    return share is None or all(one.details.get("operations", 0) * share >= _SLOWER for one in _counted(series))
-
-
-def _counted(series: Series) -> list[Round]:
-    """Rounds that count: not those which the load generator decided, but for a reference, which says so."""
-    return [one for one in series.rounds if series.remark or not one.bottleneck]
+    return share is None or all(one.details.get("operations", 0) * share >= _SLOWER for one in series.counted)

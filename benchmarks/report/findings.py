@@ -162,12 +162,12 @@ def parameter(measures: Sequence[Measure]) -> str | None:
 
 
 def details(series: Series) -> dict[str, float]:
-    """Medians of the rounds' details; percentiles that no round gave are those of all rounds' requests together."""
+    """Medians of the details of rounds that count; percentiles that none gave are of all their requests together."""
     found: dict[str, list[float]] = {}
-    for one in series.rounds:
+    for one in series.counted:
         for key, value in one.details.items():
             found.setdefault(key, []).append(value)
-    requests = merge(one.histogram for one in series.rounds)
+    requests = merge(one.histogram for one in series.counted)
     whole = {key: percentile(requests, share) / 1e3 for key, share in PERCENTILES.items()} if count(requests) else {}
     return whole | {key: median(values) for key, values in found.items()}
 

@@ -34,7 +34,7 @@ NINES = [(0.30103, "50 %"), (1.0, "90 %"), (2.0, "99 %"), (3.0, "99.9 %"), (4.0,
 def section(findings: Findings, group: Group, anchor: str) -> Html:
     """A heading, a note on the method, plots side by side, and the table."""
     tried = findings.series(group.measures)
-    counted = [(measure, series) for measure, series in tried if series.rounds and not series.refused]
+    counted = [(measure, series) for measure, series in tried if series.counted and not series.refused]
     title = tag("h3", group.title or group.measures[0].name, id=anchor)
     plots = [*_values(findings, group, counted), *_ratios(findings, group), *_latencies(findings, group, counted)]
     note = method(findings, group, [series for _, series in counted])
@@ -47,7 +47,7 @@ def method(findings: Findings, group: Group, counted: Sequence[Series]) -> str:
     measure = group.measures[0]
     conditions = findings.results.conditions
     said = [conditions[name] for name in dict.fromkeys((measure.suite, group.title)) if conditions.get(name)]
-    taken = sorted({len(series.rounds) for series in counted})
+    taken = sorted({len(series.counted) for series in counted})
     often = f"{wording.span(taken[0], taken[-1]) if len(taken) > 1 else taken[0]} rounds each" if taken else "no rounds"
     if taken == [1]:
         often = "one round each, so no interval means anything"
@@ -60,8 +60,9 @@ def _values(findings: Findings, group: Group, counted: Sequence[tuple[Measure, S
     if not counted:
         return []
     unit = wording.unit(group.measures[0])
-    values = [_all(series) for _, series in counted]
-    every = fitting((value for one in values for value in one), map(median, values))
+    every = fitting(
+        (one.value for _, series in counted for one in series.rounds), (median(_all(series)) for _, series in counted)
+    )
     along = parameter(group.measures)
     if along is None:
         blocks = [
@@ -73,7 +74,7 @@ def _values(findings: Findings, group: Group, counted: Sequence[tuple[Measure, S
         name = wording.PARAMETERS.get(along, along.replace("_", " "))
         across = measured(name, (measure.parameters[along] for measure in group.measures))
         drawn = chart(group.title, _curves(findings, counted, along), across, axis(unit, every))
-    words = f", {unit}. Every round is a dot; marks are medians."
+    words = f", {unit}. Every round is a dot, hollow where it does not count; marks are medians."
     return [_figure(drawn, group.title or unit, words)]
 
 
@@ -87,7 +88,7 @@ def _curves(findings: Findings, counted: Sequence[tuple[Measure, Series]], along
         if own:
             points = [Dot(x, median(_all(series)), _tip(measure, series)) for x, measure, series in own]
             dots = [
-                Dot(x, one.value, _round_tip(measure, series, one))
+                Dot(x, one.value, _round_tip(measure, series, one), counts=one in series.counted)
                 for x, measure, series in own
                 for one in series.rounds
             ]
@@ -98,7 +99,9 @@ def _curves(findings: Findings, counted: Sequence[tuple[Measure, Series]], along
 def _row(findings: Findings, measure: Measure, series: Series) -> Row:
     values = _all(series)
     middle = median(values)
-    rounds = [(one.value, _round_tip(measure, series, one)) for one in series.rounds]
+    rounds = [
+        Dot(one.value, 0, _round_tip(measure, series, one), counts=one in series.counted) for one in series.rounds
+    ]
     return Row(
         findings.marks[series.subject],
         series.subject,
@@ -153,9 +156,9 @@ def _latencies(findings: Findings, group: Group, counted: Sequence[tuple[Measure
     for measure, found in _by_measure(counted):
         curves = []
         for _, series in found:
-            line = curve(merge(one.histogram for one in series.rounds))
+            line = curve(merge(one.histogram for one in series.counted))
             if len(line) > 1:
-                each = [curve(one.histogram) for one in series.rounds]
+                each = [curve(one.histogram) for one in series.counted]
                 band = [
                     (together[0][0], min(y for _, y in together), max(y for _, y in together))
                     for together in zip(*(one for one in each if one), strict=False)
@@ -174,7 +177,7 @@ def _latencies(findings: Findings, group: Group, counted: Sequence[tuple[Measure
         _figure(
             chart(f"{group.title}, {measure.label}: latency by percentile", curves, across, up),
             "Latency",
-            f": {measure.label}. All rounds together; shaded, the range of the rounds.",
+            f": {measure.label}. All rounds that count together; shaded, the range of the rounds.",
         )
         for measure, curves in drawn
     ]
@@ -204,7 +207,9 @@ def _table(findings: Findings, group: Group, tried: Sequence[tuple[Measure, Seri
             subject = tag("th", name, remark, scope="row")
             lines.append(tag("tr", first, subject, *cells))
         bodies.append(tag("tbody", *lines, class_="measure"))
-    words = f"{group.title}: medians over rounds" + (", ratios with their 95 % intervals." if against else ".")
+    words = f"{group.title}: medians over rounds that count" + (
+        ", ratios with their 95 % intervals." if against else "."
+    )
     return table(words, head, bodies, bodies=True)
 
 
@@ -217,7 +222,7 @@ def _cells(
     compared: Sequence[str] | None,
 ) -> list[Html]:
     """A series' part of its line, from the median on. `compared`: which keys have a column of ratios, if any has."""
-    if series.refused or not series.rounds:
+    if series.refused or not series.counted:
         width = 2 + len(keys) + (0 if compared is None else 1 + len(compared))
         reason = series.refused or "no round was taken"
         return [tag("td", f"no number: {reason}", colspan=width, class_="soft")]
@@ -254,7 +259,7 @@ def _figure(drawn: Html, name: str, words: str) -> Html:
 
 
 def _all(series: Series) -> list[float]:
-    return [one.value for one in series.rounds]
+    return [one.value for one in series.counted]
 
 
 def _tip(measure: Measure, series: Series) -> str:
@@ -266,4 +271,4 @@ def _tip(measure: Measure, series: Series) -> str:
 
 def _round_tip(measure: Measure, series: Series, one: Round) -> str:
     found = f"{series.subject}, round {one.number}: {wording.number(one.value)} {wording.unit(measure)}"
-    return f"{found}; {one.bottleneck}" if one.bottleneck else found
+    return f"{found}; does not count: {one.bottleneck}" if one.bottleneck else found

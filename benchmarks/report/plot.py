@@ -59,6 +59,8 @@ class Dot:
     x: float
     y: float
     tip: str
+    counts: bool = True
+    """Else it is drawn hollow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,8 @@ class Row:
     high: float
     text: str
     tip: str
-    rounds: Sequence[tuple[float, str]] = ()
-    """Values, and what each says when it is pointed at."""
+    rounds: Sequence[Dot] = ()
+    """Each with its value as `x`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ def chart(title: str, curves: Sequence[Curve], x: Axis, y: Axis) -> Html:
             outline += [(across(px), up(high)) for px, _, high in reversed(curve.band)]
             shapes.append(tag("path", d=_path(outline) + "Z", class_="band"))
         shapes.append(tag("path", d=_path(line), class_="line"))
-        shapes += [_round(across(one.x) + aside, up(one.y), one.tip) for one in curve.rounds]
+        shapes += [_round(across(one.x) + aside, up(one.y), one) for one in curve.rounds]
         shapes += [_mark(curve.mark, across(one.x) + aside, up(one.y), one.tip) for one in curve.points]
         if curve.line:
             shapes.append(_mark(curve.mark, *line[-1], curve.label))
@@ -233,7 +235,7 @@ def rows(
             if row.high > 0 or not x.scale.log:
                 extent = "extent" if row.rounds else "range"
                 shapes.append(_line(across(row.low), middle, across(row.high), middle, extent))
-            shapes += [_round(across(value), middle, tip) for value, tip in row.rounds]
+            shapes += [_round(across(one.x), middle, one) for one in row.rounds]
             if row.value > 0 or not x.scale.log:
                 shapes.append(_mark(row.mark, across(row.value), middle, row.tip))
             parts.append(_subject(row.mark, shapes))
@@ -313,8 +315,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Html:
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
-def _round(x: float, y: float, tip: str) -> Html:
-    return tag("circle", tag("title", tip), cx=x, cy=y, r=2.2, class_="round")
+def _round(x: float, y: float, one: Dot) -> Html:
+    return tag("circle", tag("title", one.tip), cx=x, cy=y, r=2.2, class_="round" if one.counts else "round hollow")
 
 
 def _mark(mark: int, x: float, y: float, tip: str) -> Html:

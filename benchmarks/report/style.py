@@ -79,6 +79,7 @@ svg .name { fill: var(--c); font-weight: 600; }
 .subject { color: var(--c); }
 .mark { fill: var(--c); stroke: var(--panel); stroke-width: 1; }
 .round { fill: var(--c); fill-opacity: .4; }
+.hollow { fill: none; stroke: var(--c); stroke-width: .8; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; }
 .band { fill: var(--c); fill-opacity: .13; }
 .range { stroke: var(--c); stroke-width: 1.8; stroke-linecap: round; }

@@ -52,11 +52,11 @@ def show(results: Results) -> None:
 
 def _median(findings: Findings, measure: Measure, subject: str) -> str:
     found = findings.results.find(measure.name, subject)
-    if found is None or not (found.rounds or found.refused):
+    if found is None or not (found.counted or found.refused):
         return ""
     if found.refused:
         return "refused"
-    return wording.number(median(one.value for one in found.rounds))
+    return wording.number(median(one.value for one in found.counted))
 
 
 def _ratio(findings: Findings, measure: Measure, subject: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from benchmarks.harness.results import Check, Results, Round, Series, Subject, read
+from benchmarks.harness.results import Check, Measure, Results, Round, Series, Subject, read
 from benchmarks.report import write
 from benchmarks.report.page import page
 from benchmarks.report.plot import WIDTH
@@ -138,10 +138,36 @@ def test_every_round_of_every_series_is_drawn() -> None:
     results = realistic()
     document = Document(page(results))
     shown = [one for one in results.series if not one.refused]
-    dots = [found for tag, found in document.elements if tag == "circle" and found["class"] == "round"]
+    dots = [found for tag, found in document.elements if tag == "circle" and found["class"].startswith("round")]
     assert len(dots) == ROUNDS * len(shown)
     for one in shown[0].rounds:
         assert f"{shown[0].subject}, round {one.number}: " in document.text
+
+
+def test_a_round_that_does_not_count_is_hollow_and_in_no_median() -> None:
+    measure = Measure("paths/rr", "paths", "round trip", "64 B", "us")
+    values = {1: 100.0, 2: 110.0, 3: 120.0, 4: 9000.0}
+    rounds = [
+        Round(
+            number,
+            value,
+            {"p99_us": 2 * value},
+            {64: 1000} if value < 9000 else {1 << 22: 1000},
+            "sent late" if value > 1000 else "",
+        )
+        for number, value in values.items()
+    ]
+    document = Document(page(Results("now", quick=True, measures=[measure], series=[Series("paths/rr", "a", rounds)])))
+    dots = [found["class"] for tag, found in document.elements if tag == "circle"]
+    assert dots == ["round", "round", "round", "round hollow"]
+    assert "a, round 4: 9,000 µs; does not count: sent late" in document.text
+    assert "a, 64 B: 110 µs (100\N{EN DASH}120)" in document.text
+    assert " 110 100\N{EN DASH}120 " in document.text
+    assert " 220 " in document.text
+    assert "3 rounds each" in document.text
+    # Of a reference, which says so, all rounds are shown and count.
+    bound = Series("paths/rr", "a", rounds, remark="bound by the generator")
+    assert [one.number for one in bound.counted] == [1, 2, 3, 4]
 
 
 def test_a_refused_series_has_its_reason_and_no_dot() -> None:
