@@ -125,7 +125,7 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination 
 		if (!maps_whole())
 			return refuse(MESH_REFUSED_NOT_WHOLE, ECONNREFUSED);
 		if (range != MESH_RANGE_MESH)
-			return ALLOW;
+			return is_registry_only() ? refuse(MESH_REFUSED_EGRESS, ECONNREFUSED) : ALLOW;
 		if (!find(to))
 			return refuse(MESH_REFUSED_NO_CONFIG, ECONNREFUSED);
 	}

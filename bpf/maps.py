@@ -75,6 +75,8 @@ class Target:
 class Settings:
     generation: int
     whole: bool
+    registry_only: bool = False
+    """Whether only the mesh, and what is excluded from it, may be reached."""
 
 
 def size_of(name: str) -> libbpf.MapSize:
@@ -225,10 +227,15 @@ class SettingsMap(_Map):
     def read(self) -> Settings:
         value = libbpf.lookup(self.fd, _ONLY_KEY, self.size.value)
         record: Any = layout.unpack("mesh_settings", value or bytes(self.size.value))
-        return Settings(int(record.generation), bool(record.whole))
+        return Settings(int(record.generation), bool(record.whole), bool(record.registry_only))
 
     def write(self, settings: Settings) -> None:
-        value = layout.pack("mesh_settings", generation=settings.generation, whole=settings.whole)
+        value = layout.pack(
+            "mesh_settings",
+            generation=settings.generation,
+            whole=settings.whole,
+            registry_only=settings.registry_only,
+        )
         libbpf.update(self.fd, _ONLY_KEY, value)
 
 

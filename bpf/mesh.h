@@ -128,7 +128,7 @@ struct mesh_own {
 struct mesh_settings {
 	__u64 generation;	/* raised by every change of services or workloads, for good */
 	__u32 whole;		/* 1 once a complete configuration was written */
-	__u32 pad;
+	__u32 registry_only;	/* 1: nothing is left alone outside of all ranges */
 };
 
 /* Why a connection may come in without a tunnel. */
@@ -169,7 +169,8 @@ enum mesh_counter {
 	MESH_ORIG_MISSING = 8,		/* the uProxy accepted a connection that nobody captured */
 	MESH_DROPPED_SYN = 9,		/* from outside, to another port than 15008 */
 	MESH_ADMITTED_SYN = 10,		/* from outside, and admitted */
-	MESH_COUNTERS = 11,
+	MESH_REFUSED_EGRESS = 11,	/* outside of all ranges, and the egress is registry-only */
+	MESH_COUNTERS = 12,
 };
 
 #endif

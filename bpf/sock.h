@@ -85,6 +85,15 @@ static __always_inline int maps_whole(void)
 	return current && current->whole;
 }
 
+/* Whether only the mesh and what is excluded from it may be reached. */
+static __always_inline int is_registry_only(void)
+{
+	__u32 zero = 0;
+	struct mesh_settings *current = bpf_map_lookup_elem(&settings, &zero);
+
+	return current && current->registry_only;
+}
+
 /*
  * The hook's return value that makes the system call fail with `error`. bpf_set_retval: Linux 5.18.
  */
@@ -113,6 +122,8 @@ static __always_inline int datagram_verdict(__u64 netns_cookie, const __be32 add
 		return refuse(MESH_REFUSED_PROTOCOL, EPERM);
 	if (!maps_whole() && port != 53)	/* names may be looked up before that */
 		return refuse(MESH_REFUSED_NOT_WHOLE, EPERM);
+	if (is_registry_only())
+		return refuse(MESH_REFUSED_EGRESS, EPERM);
 	return ALLOW;
 }
 

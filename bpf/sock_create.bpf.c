@@ -13,7 +13,7 @@ char LICENSE[] SEC("license") = "GPL";
  * Kernel guarantees: type and protocol as the socket will use them (0 is resolved). AF_PACKET and
  * others are not covered: they need CAP_NET_RAW.
  * We rely on: TCP, MPTCP and UDP passing connect and sendmsg; ping sockets carrying echo requests
- * only.
+ * only. sendmsg does not see those, so with registry-only egress none is made.
  * On failure: closed, EPERM: raw sockets, SCTP, DCCP, UDP-Lite and L2TP would send past capture.
  */
 SEC("cgroup/sock_create")
@@ -23,8 +23,9 @@ int sock_create(struct bpf_sock *ctx)
 
 	if (ctx->type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP))
 		return ALLOW;
-	if (ctx->type == SOCK_DGRAM &&
-	    (protocol == IPPROTO_UDP || protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6))
+	if (ctx->type == SOCK_DGRAM && protocol == IPPROTO_UDP)
 		return ALLOW;
+	if (ctx->type == SOCK_DGRAM && (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6))
+		return is_registry_only() ? refuse(MESH_REFUSED_EGRESS, EPERM) : ALLOW;
 	return refuse(MESH_REFUSED_PROTOCOL, EPERM);
 }

@@ -46,6 +46,9 @@ from uproxy.tls import CredentialsError
 
 _log: Final = logging.getLogger("uproxy.node")
 
+ALLOW_ANY: Final = "allow-any"
+REGISTRY_ONLY: Final = "registry-only"
+
 _SWEEP_INTERVAL_S: Final = 10.0
 _STATE_DIR: Final = Path("/var/lib/uproxy-node")
 _NODE_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -78,6 +81,7 @@ class Options:
     """The token file to join with, should the identity directory hold no usable identity."""
     trust_domain: str
     ranges: MeshRanges
+    egress: str
     run_dir: Path
     remove: bool
 
@@ -201,6 +205,7 @@ class Agent:
             "generation": settings.generation,
             **self._sync.sizes(),
             "ranges": {"mesh": list(self._options.ranges.mesh), "excluded": list(self._options.ranges.excluded)},
+            "egress": self._options.egress,
             "counters": self._maps.counters.read(),
             "pending": len(self._maps.orig),
             "workload_count": len(captured),
@@ -253,6 +258,13 @@ def _parse(argv: Sequence[str]) -> Options:
         "--exclude-cidr", nargs="+", action="extend", default=[], metavar="CIDR", help="ranges that are left alone"
     )
     parser.add_argument(
+        "--egress",
+        choices=(ALLOW_ANY, REGISTRY_ONLY),
+        default=ALLOW_ANY,
+        help="what becomes of connections that leave the mesh: left alone, or, with registry-only, refused unless an "
+        "--exclude-cidr has the address (default: %(default)s)",
+    )
+    parser.add_argument(
         "--run-dir", type=Path, default=DEFAULT_SOCKET.parent, help="where the socket node.sock is made"
     )
     parser.add_argument(
@@ -281,6 +293,7 @@ def _parse(argv: Sequence[str]) -> Options:
         join=given.join,
         trust_domain=trust_domain,
         ranges=ranges,
+        egress=given.egress,
         run_dir=given.run_dir,
         remove=given.remove,
     )
@@ -363,7 +376,7 @@ def main(argv: Sequence[str]) -> int:
                 _log.info("node %s: everything detached and unpinned", options.name)
                 return 0
             loader = stack.enter_context(Loader(pins / "maps"))
-            sync = Sync(loader.maps, options.ranges)
+            sync = Sync(loader.maps, options.ranges, registry_only=options.egress == REGISTRY_ONLY)
             workloads = Workloads(loader, pins / "links")
             workloads.adopt()
             if options.config:

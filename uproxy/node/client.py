@@ -71,8 +71,8 @@ class NodeClient:
     def status(self) -> dict[str, Any]:
         """What the agent enforces.
 
-        `whole`, `generation`, `services` and `addresses` (how many), `ranges`, `counters`, `pending` (connections
-        between SYN and accept), `workloads`, and `error`: what is wrong, or empty.
+        `whole`, `generation`, `services` and `addresses` (how many), `ranges`, `egress`, `counters`, `pending`
+        (connections between SYN and accept), `workloads`, and `error`: what is wrong, or empty.
         """
         return self._call({"op": "status"})
 

@@ -11,10 +11,10 @@ import functools
 import hashlib
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from bpf.maps import Maps, RangeKind, Route, Settings, Target, Targets
+from bpf.maps import Maps, RangeKind, Route, Target, Targets
 from control.api.address import IpAddress, IpBlock, packed16, parse_block
 from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.client.state import State
@@ -172,11 +172,12 @@ class _Mirror:
 class Sync:
     """The one writer of `ranges`, `services`, `workloads` and `settings`."""
 
-    def __init__(self, maps: Maps, ranges: MeshRanges) -> None:
-        """Puts the ranges in force and takes over what an earlier agent left in the maps."""
+    def __init__(self, maps: Maps, ranges: MeshRanges, *, registry_only: bool = False) -> None:
+        """Puts ranges and egress in force and takes over what an earlier agent left in the maps."""
         self._maps = maps
         self._ranges = ranges
         self._write_ranges()
+        maps.settings.write(replace(maps.settings.read(), registry_only=registry_only))
         self._services = _Mirror(maps.services)
         self._workloads = _Mirror(maps.workloads)
 
@@ -205,7 +206,7 @@ class Sync:
             mirror.put(difference, generation)
         for mirror, difference in changes:
             mirror.delete(difference)
-        whole = Settings(generation, whole=settings.whole or state.whole)
+        whole = replace(settings, generation=generation, whole=settings.whole or state.whole)
         if whole != settings:
             self._maps.settings.write(whole)
         return sum(len(difference.put) + len(difference.delete) for _, difference in changes)

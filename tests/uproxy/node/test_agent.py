@@ -336,6 +336,7 @@ def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loade
         join=None,
         trust_domain="cluster.local",
         ranges=MeshRanges.parse(MESH),
+        egress=agent.ALLOW_ANY,
         run_dir=host.directory,
         remove=False,
     )

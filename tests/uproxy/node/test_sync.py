@@ -253,6 +253,13 @@ class TestOnKernelMaps:
         Sync(maps, RANGES).apply(Mesh().become())
         assert maps.settings.read() == Settings(0, whole=True)
 
+    def test_egress_becomes_what_the_command_line_says_and_stays(self, maps):
+        self.empty(maps)
+        Sync(maps, RANGES, registry_only=True).apply(Mesh().become(service("a", "240.240.0.1")))
+        assert maps.settings.read() == Settings(1, whole=True, registry_only=True)
+        Sync(maps, RANGES)
+        assert maps.settings.read() == Settings(1, whole=True)
+
     def test_ranges_become_what_the_command_line_says(self, maps):
         Sync(maps, MeshRanges.parse(["10.0.0.0/8", "fd00::/8"]))
         assert maps.ranges.items() == {
