@@ -35,7 +35,7 @@ from h2.settings import SettingCodes, Settings
 from hpack import Decoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 
-from uproxy.header_block import Headers, decode_literals, encode_headers, well_formed
+from uproxy.header_block import Headers, decode_literals, encode_headers, well_formed, well_formed_trailers
 
 # Windows (docs/decisions.md): 1 MiB a stream keeps a fast link full and small requests beside it quick; a stream starts
 # with a quarter, so that many slow readers hold little. The connection's must exceed a stream's (docs/hbone.md 2.2).
@@ -725,7 +725,7 @@ class Connection:
             if ends:
                 self._remote_end(stream)
             events.append(ResponseReceived(stream, headers, ends))
-        elif not expects_response and ends:
+        elif not expects_response and ends and well_formed_trailers(headers):
             self._remote_end(stream)
             events.append(StreamEnded(stream))
         else:

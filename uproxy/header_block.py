@@ -140,3 +140,14 @@ def well_formed(headers: Headers, *, request: bool) -> bool:
     if request:
         return b":method" in seen
     return b":status" in seen and len(headers[0][1]) == 3 and headers[0][1].isdigit()
+
+
+def well_formed_trailers(headers: Headers) -> bool:
+    """RFC 9113 section 8.1: as any headers, without pseudo-headers."""
+    return len(headers) <= MAX_HEADERS and all(
+        name[:1] != b":"
+        and name not in _CONNECTION_HEADERS
+        and _NAME.fullmatch(name) is not None
+        and _VALUE.fullmatch(value) is not None
+        for name, value in headers
+    )
