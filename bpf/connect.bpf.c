@@ -4,6 +4,12 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
+/*
+ * The workload that this copy is attached to. The agent sets it before it loads the programs: the
+ * cgroup that a hook runs for has no helper here.
+ */
+const volatile struct mesh_caller caller = {};
+
 #define SOL_SOCKET 1		/* <asm-generic/socket.h>; the same on x86-64 and arm64 */
 #define SO_BINDTODEVICE 25
 

@@ -68,7 +68,9 @@ _ffi.cdef(
         uint32_t type; uint32_t id; uint32_t program_id; uint32_t pad;
         union { struct { uint64_t id; } cgroup; struct { uint32_t ino; } netns; };
     };
-    struct map_info { uint32_t type; uint32_t id; uint32_t key_size; uint32_t value_size; };
+    struct map_info {
+        uint32_t type; uint32_t id; uint32_t key_size; uint32_t value_size; uint32_t max_entries; uint32_t pad;
+    };
     """
 )
 
@@ -330,10 +332,20 @@ def open_pinned_map(path: Path) -> int:
 
 
 def map_size(fd: int) -> MapSize:
+    info = _map_info(fd)
+    return MapSize(int(info.key_size), int(info.value_size))
+
+
+def map_capacity(fd: int) -> int:
+    """How many entries it can have; of a ring, its bytes."""
+    return int(_map_info(fd).max_entries)
+
+
+def _map_info(fd: int) -> Any:
     info: Any = _ffi.new("struct map_info *")
     size = cast("Any", _ffi.new("uint32_t *", _ffi.sizeof(info[0])))
     _checked(_lib.bpf_obj_get_info_by_fd(fd, info, size), "info of a map")
-    return MapSize(int(info.key_size), int(info.value_size))
+    return info
 
 
 def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:

@@ -104,6 +104,56 @@ struct {
 	__type(value, struct mesh_admitted);
 } admitted SEC(".maps");
 
+/*
+ * Who may dial what directly: written by the agent, which deletes or replaces entries at once when
+ * they no longer hold; sock_ops suspends one whose connection failed. Full means tunnelled.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_grant_key);
+	__type(value, struct mesh_grant);
+} grants SEC(".maps");
+
+/*
+ * Which services a caller may dial directly, and their backends. Written by the agent: first the
+ * backends of a free range, then the one entry that names it, so that readers see the old or the new
+ * ones; a range that was let go is not written again for a second.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_direct_key);
+	__type(value, struct mesh_direct_service);
+} direct_services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct mesh_backend);
+} backends SEC(".maps");
+
+/* Written by connect on the socket of a direct connection; goes as `captured` does. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct mesh_direct);
+} direct SEC(".maps");
+
+/*
+ * struct mesh_flow of each direct connection that has closed. The agent drains it by a timer and is
+ * never woken; what does not fit is counted.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} flows SEC(".maps");
+
 /* Written by every program, read by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Final
 
 from bpf import layout, libbpf
+from bpf.arena import Arena, Backend, alias_table
+from bpf.flows import Flows
 
 KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "ranges": ("struct mesh_range_key", "struct mesh_range"),
@@ -20,9 +22,14 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "captured": ("int", "struct mesh_orig_dst"),
     "orig": ("struct mesh_orig_key", "struct mesh_orig_dst"),
     "admitted": ("struct mesh_admitted_key", "struct mesh_admitted"),
+    "grants": ("struct mesh_grant_key", "struct mesh_grant"),
+    "direct_services": ("struct mesh_direct_key", "struct mesh_direct_service"),
+    "backends": ("__u32", "struct mesh_backend"),
+    "direct": ("int", "struct mesh_direct"),
+    "flows": ("", ""),
     "counters": ("__u32", "__u64"),
 }
-"""Key and value of every map of maps.h. The loader refuses an object or a pin with other sizes."""
+"""Key and value of every map of maps.h; a ring has none. The loader refuses an object or a pin with other sizes."""
 
 _ONLY_KEY: Final = bytes(4)
 _ROUTES: Final = layout.members("mesh_route")
@@ -81,8 +88,8 @@ class Settings:
 
 def size_of(name: str) -> libbpf.MapSize:
     """What mesh.h says of a map's key and value."""
-    key, value = KINDS[name]
-    return libbpf.MapSize(layout.sizeof(key), layout.sizeof(value))
+    key, value = (layout.sizeof(kind) if kind else 0 for kind in KINDS[name])
+    return libbpf.MapSize(key, value)
 
 
 class _Map:
@@ -304,6 +311,151 @@ class Orig(_Map):
     name = "orig"
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Who may dial what directly: the key of a grant."""
+
+    source_cgroup: int
+    """Inode of the caller's app cgroup."""
+    address: bytes
+    """16 packed bytes, of the destination workload."""
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the kernel asks of a grant at each connect()."""
+
+    expiry_ns: int
+    """CLOCK_MONOTONIC, as time.monotonic_ns() tells it."""
+    target_netns: int
+    """Cookie of the destination's network namespace."""
+    source_id: int
+    target_id: int
+    suspended_ns: int = 0
+    """When a direct connection last was not established, CLOCK_MONOTONIC; 0: none has failed. No other goes direct."""
+
+
+class Grants(_Map):
+    """The grants of the same-host direct path. What is not granted goes through the tunnel."""
+
+    name = "grants"
+
+    def put(self, pair: Pair, grant: Grant) -> None:
+        """In force from the next connect(). Raises BpfError when the map is full: then nothing has changed."""
+        value = layout.pack(
+            "mesh_grant",
+            expiry_ns=grant.expiry_ns,
+            target_netns=grant.target_netns,
+            suspended_ns=grant.suspended_ns,
+            source_id=grant.source_id,
+            target_id=grant.target_id,
+        )
+        libbpf.update(self.fd, self._key(pair), value)
+
+    def get(self, pair: Pair) -> Grant | None:
+        value = libbpf.lookup(self.fd, self._key(pair), self.size.value)
+        return None if value is None else self._grant(value)
+
+    def renew(self, pair: Pair, expiry_ns: int) -> bool:
+        """Moves the end of a grant that is there; a suspension stays. Whether it is there.
+
+        The kernel may suspend it between the reading and the writing: then the next failure suspends it.
+        """
+        grant = self.get(pair)
+        if grant is not None:
+            self.put(pair, replace(grant, expiry_ns=expiry_ns))
+        return grant is not None
+
+    def delete(self, pair: Pair) -> bool:
+        """No connection is admitted from now on. Those that are open, or whose SYN is under way, go on."""
+        return libbpf.delete(self.fd, self._key(pair))
+
+    def items(self) -> dict[Pair, Grant]:
+        found = {}
+        for raw in self.keys():
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                key = layout.unpack("mesh_grant_key", raw)
+                pair = Pair(int(key.source_cgroup), bytes(layout.ffi.buffer(key.addr)), int(key.port))
+                found[pair] = self._grant(value)
+        return found
+
+    @staticmethod
+    def _key(pair: Pair) -> bytes:
+        return layout.pack("mesh_grant_key", source_cgroup=pair.source_cgroup, addr=pair.address, port=pair.port)
+
+    @staticmethod
+    def _grant(value: bytes) -> Grant:
+        record = layout.unpack("mesh_grant", value)
+        return Grant(
+            int(record.expiry_ns),
+            int(record.target_netns),
+            int(record.source_id),
+            int(record.target_id),
+            int(record.suspended_ns),
+        )
+
+
+class DirectServices(_Map):
+    """Services that a caller may dial directly, each with all its backends: the kernel draws one by weight."""
+
+    name = "direct_services"
+
+    def __init__(self, fds: Mapping[str, int]) -> None:
+        super().__init__(fds)
+        capacity = libbpf.map_capacity(fds["backends"])
+        self._arena = Arena(fds["backends"], capacity, layout.sizeof("struct mesh_backend"))
+        for raw in self.keys():
+            self._arena.claim(*self._range(raw))
+
+    def put(self, source_cgroup: int, address: bytes, port: int, backends: Sequence[Backend]) -> None:
+        """From the next connect() on, exactly these backends are drawn.
+
+        Raises ValueError for no backend with a weight, ArenaFullError or BpfError when there is no room; then what was
+        in force stays.
+        """
+        key = self._key(source_cgroup, address, port)
+        slots = alias_table(backends)
+        old = self._range(key)
+        base = self._arena.store(slots)
+        try:
+            libbpf.update(self.fd, key, layout.pack("mesh_direct_service", base=base, count=len(slots)))
+        except libbpf.BpfError:
+            self._arena.release(base, len(slots))
+            raise
+        self._arena.release(*old)
+
+    def delete(self, source_cgroup: int, address: bytes, port: int) -> bool:
+        key = self._key(source_cgroup, address, port)
+        old = self._range(key)
+        found = libbpf.delete(self.fd, key)
+        self._arena.release(*old)
+        return found
+
+    def items(self) -> dict[tuple[int, bytes, int], int]:
+        """{(source cgroup, address, port): number of backends}."""
+        found = {}
+        for raw in self.keys():
+            key = layout.unpack("mesh_direct_key", raw)
+            service = int(key.source_cgroup), bytes(layout.ffi.buffer(key.addr)), int(key.port)
+            found[service] = self._range(raw)[1]
+        return found
+
+    def close(self) -> None:
+        self._arena.close()
+
+    def _range(self, key: bytes) -> tuple[int, int]:
+        """(base, count) of a service's backends; count 0 when there is no such service."""
+        value = libbpf.lookup(self.fd, key, self.size.value)
+        record = layout.unpack("mesh_direct_service", value or bytes(self.size.value))
+        return int(record.base), int(record.count)
+
+    @staticmethod
+    def _key(source_cgroup: int, address: bytes, port: int) -> bytes:
+        return layout.pack("mesh_direct_key", source_cgroup=source_cgroup, addr=address, port=port)
+
+
 class Maps:
     """All maps of a node that the agent reads or writes."""
 
@@ -316,3 +468,11 @@ class Maps:
         self.counters = Counters(fds)
         self.orig = Orig(fds)
         self.admitted = Admitted(fds)
+        self.grants = Grants(fds)
+        self.direct_services = DirectServices(fds)
+        self.flows = Flows(fds["flows"])
+
+    def close(self) -> None:
+        """Lets go of the memory that is mapped; the maps stay."""
+        self.direct_services.close()
+        self.flows.close()

@@ -64,7 +64,7 @@ struct mesh_orig_dst {
 	__u16 route;		/* enum mesh_route */
 	__u32 service_id;	/* of the service dialled, 0 if it was a workload's address */
 	__u32 backend;		/* of the workload dialled, 0 if it was a service's address */
-	__u32 pad;
+	__u32 drawn;		/* of the backend that the kernel drew for a service, 0 if none */
 	__u64 generation;	/* of the map entry that decided */
 	__u64 reserved;
 };
@@ -156,6 +156,101 @@ struct mesh_admitted {
 	__u32 pad;
 };
 
+/*
+ * The same-host direct path. Who calls is the cgroup that the socket was made in, together with the
+ * socket's network namespace; an address alone grants nothing.
+ */
+
+/* The workload that a copy of connect4/6 is attached to: a constant of that copy. */
+struct mesh_caller {
+	__u64 cgroup;		/* inode of the app cgroup; 0: nobody, who never goes direct */
+	__u64 netns_cookie;
+};
+
+struct mesh_grant_key {
+	__u64 source_cgroup;
+	__be32 addr[4];		/* of the destination workload */
+	__u16 port;
+	__u16 pad[3];
+};
+
+struct mesh_grant {
+	__u64 expiry_ns;	/* CLOCK_MONOTONIC */
+	__u64 target_netns;	/* cookie of the destination's namespace */
+	__u64 suspended_ns;	/* when a direct connection last failed; 0: never, the grant holds */
+	__u32 source_id;
+	__u32 target_id;
+};
+
+/* A service that one caller may dial directly: its backends are a range of `backends`. */
+struct mesh_direct_key {
+	__u64 source_cgroup;
+	__be32 addr[4];
+	__u16 port;
+	__u16 pad[3];
+};
+
+struct mesh_direct_service {
+	__u32 base;		/* index of the first backend */
+	__u32 count;
+};
+
+/* Also a slot of an alias table: drawn if a random number is below `keep`, else `alias` is. */
+struct mesh_backend {
+	__be32 addr[4];
+	__u64 netns_cookie;	/* 0: not on this host */
+	__u32 id;
+	__u32 keep;		/* of 2^32 */
+	__u32 alias;		/* index in the range */
+	__u16 port;
+	__u16 pad;
+};
+
+/* A direct connection, on the caller's socket. */
+struct mesh_direct {
+	__u64 source_cgroup;
+	__u64 target_netns;
+	__u64 opened_ns;
+	__u64 received_at_fin;	/* bytes, when the peer had acknowledged our FIN */
+	__be32 dialled[4];
+	__be32 target[4];
+	__u32 service_id;
+	__u32 source_id;
+	__u32 target_id;
+	__u16 dialled_port;
+	__u16 target_port;
+};
+
+enum mesh_flow_end {
+	MESH_FLOW_CLOSED = 1,	/* both FINs, or ours and then no listener for the rest */
+	MESH_FLOW_RESET = 2,	/* established, then reset, timed out or destroyed */
+	MESH_FLOW_FAILED = 3,	/* never established */
+};
+
+/* What a direct connection was, written when it has closed. */
+struct mesh_flow {
+	__u64 source_cgroup;
+	__u64 source_netns;
+	__u64 target_netns;
+	__u64 opened_ns;	/* CLOCK_MONOTONIC, when the SYN left */
+	__u64 closed_ns;
+	__u64 sent;		/* bytes of the application, acknowledged */
+	__u64 received;
+	__be32 source[4];
+	__be32 target[4];
+	__be32 dialled[4];
+	__u32 service_id;
+	__u32 source_id;
+	__u32 target_id;
+	__u32 srtt_us;
+	__u32 retransmits;
+	__u16 source_port;
+	__u16 target_port;
+	__u16 dialled_port;
+	__u16 end;		/* enum mesh_flow_end */
+	__u32 pad;
+};
+
 /* Index of `counters`. Each counts connections, datagrams or calls. */
 enum mesh_counter {
 	MESH_CAPTURED = 0,
@@ -170,7 +265,11 @@ enum mesh_counter {
 	MESH_DROPPED_SYN = 9,		/* from outside, to another port than 15008 */
 	MESH_ADMITTED_SYN = 10,		/* from outside, and admitted */
 	MESH_REFUSED_EGRESS = 11,	/* outside of all ranges, and the egress is registry-only */
-	MESH_COUNTERS = 12,
+	MESH_DIRECT = 12,		/* sent to a granted backend on this host */
+	MESH_DIRECT_UNADMITTED = 13,	/* of those: the grant was gone, or `admitted` full, at the SYN */
+	MESH_DIRECT_FAILED = 14,	/* of those: never established; the grant is suspended */
+	MESH_FLOWS_LOST = 15,		/* direct connections without a record: nobody drained `flows` */
+	MESH_COUNTERS = 16,
 };
 
 #endif

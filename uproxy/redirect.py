@@ -17,7 +17,7 @@ from uproxy.errors import Flag, RefusedError
 # linux/netfilter_ipv4.h and netfilter_ipv6/ip6_tables.h: the same number at the level of each family.
 _SO_ORIGINAL_DST = 80
 
-# sockaddr[28], magic, version, route, service_id, backend, pad, generation, reserved (bpf/mesh.h; tests compare it).
+# sockaddr[28], magic, version, route, service_id, backend, drawn, generation, reserved (bpf/mesh.h; tests compare it).
 ORIG_DST = struct.Struct("=28sIHHIIIQQ")
 ORIG_DST_MAGIC = 0x75505859
 ORIG_DST_VERSION = 1

@@ -108,7 +108,7 @@ def test_the_answer_to_so_original_dst_is_as_agreed(btf):
         "route": 34,
         "service_id": 36,
         "backend": 40,
-        "pad": 44,
+        "drawn": 44,
         "generation": 48,
         "reserved": 56,
     }
@@ -141,8 +141,7 @@ def test_counters_are_numbered_without_gaps():
 @pytest.mark.parametrize("name", sorted(maps.KINDS))
 def test_every_map_has_a_size(name):
     size = maps.size_of(name)
-    assert size.key > 0
-    assert size.value > 0
+    assert (size.key > 0, size.value > 0) == (name != "flows", name != "flows"), "only a ring has no entries"
 
 
 def test_pack_and_unpack_are_inverse():

@@ -13,7 +13,7 @@ from bpf import layout
 from uproxy import redirect, run
 from uproxy.redirect import ORIG_DST, ORIG_DST_MAGIC, ORIG_DST_VERSION, Route, parse_original_destination
 
-FIELDS = ("sockaddr", "magic", "version", "route", "service_id", "backend", "pad", "generation", "reserved")
+FIELDS = ("sockaddr", "magic", "version", "route", "service_id", "backend", "drawn", "generation", "reserved")
 
 
 def sockaddr(address: str, port: int) -> bytes:
