@@ -74,9 +74,7 @@ def alias_table(backends: Sequence[Backend]) -> list[bytes]:
 class Arena:
     """Ranges of an array map, through its memory."""
 
-    def __init__(
-        self, fd: int, capacity: int, slot_size: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, fd: int, capacity: int, slot_size: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`slot_size`: bytes of a value, a multiple of 8 as the kernel lays them out."""
         self._slot_size = slot_size
         self._clock = clock

@@ -60,7 +60,11 @@ class Flows:
 
     def drain(self) -> list[Flow]:
         """Those that closed since the last call, in that order. The counter `flows_lost` counts what did not fit."""
-        return [Flow(*fields[:-2], End(fields[-2])) for fields in self._ring.drain()]
+        found = []
+        for *fields, end, _ in self._ring.drain():
+            fields.append(End(end))
+            found.append(Flow(*fields))
+        return found
 
     def close(self) -> None:
         self._ring.close()

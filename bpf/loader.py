@@ -13,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from bpf import libbpf, maps
+from bpf import layout, libbpf, maps
 from bpf.libbpf import BpfError, Object, Program
 
 OBJECTS: Final = Path(__file__).with_name("build")
 _OLDEST_KERNEL: Final = (5, 18)  # bpf_set_retval, with which a refused connect() says ECONNREFUSED
 _INBOUND_OBJECT: Final = "sk_lookup"
+_DIALLING_OBJECT: Final = "connect"
 
 
 class Place(Enum):
@@ -70,6 +71,7 @@ class Loader:
                 self._programs |= {program.name: program for program in loaded.programs()}
                 fds |= {shared.name: shared.fd for shared in loaded.maps()}
             self.maps = maps.Maps(fds)
+            stack.callback(self.maps.close)
             self._open = stack.pop_all()
 
     def program(self, hook: str) -> Program:
@@ -82,6 +84,13 @@ class Loader:
         constants = netns_cookie.to_bytes(8, sys.byteorder)
         with self._load(_INBOUND_OBJECT, constants) as loaded:
             yield next(iter(loaded.programs()))
+
+    @contextmanager
+    def dialling(self, app_cgroup: int, netns_cookie: int) -> Iterator[Mapping[str, Program]]:
+        """connect4 and connect6, a copy for this workload: only such a copy knows who calls, and may go direct."""
+        constants = layout.pack("mesh_caller", cgroup=app_cgroup, netns_cookie=netns_cookie)
+        with self._load(_DIALLING_OBJECT, constants) as loaded:
+            yield {program.name: program for program in loaded.programs()}
 
     def close(self) -> None:
         self._open.close()

@@ -404,8 +404,9 @@ class DirectServices(_Map):
 
     def __init__(self, fds: Mapping[str, int]) -> None:
         super().__init__(fds)
-        capacity = libbpf.map_capacity(fds["backends"])
-        self._arena = Arena(fds["backends"], capacity, layout.sizeof("struct mesh_backend"))
+        self.backends_fd = fds["backends"]
+        self._slot_size = size_of("backends").value
+        self._arena = Arena(self.backends_fd, libbpf.map_capacity(self.backends_fd), self._slot_size)
         for raw in self.keys():
             self._arena.claim(*self._range(raw))
 
@@ -441,6 +442,15 @@ class DirectServices(_Map):
             service = int(key.source_cgroup), bytes(layout.ffi.buffer(key.addr)), int(key.port)
             found[service] = self._range(raw)[1]
         return found
+
+    def read(self, source_cgroup: int, address: bytes, port: int) -> list[int]:
+        """Ids of the backends of a service, as the kernel has them."""
+        base, count = self._range(self._key(source_cgroup, address, port))
+        slots = (
+            libbpf.lookup(self.backends_fd, at.to_bytes(4, sys.byteorder), self._slot_size)
+            for at in range(base, base + count)
+        )
+        return [int(layout.unpack("mesh_backend", slot).id) for slot in slots if slot is not None]
 
     def close(self) -> None:
         self._arena.close()

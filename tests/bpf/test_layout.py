@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import socket
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from cffi import FFI
 
-from bpf import layout, loader, maps
+from bpf import flows, layout, loader, maps
 from uproxy import redirect
 from uproxy.node import client
 
@@ -131,6 +133,17 @@ def test_the_clients_probe_addresses_are_the_headers():
     port = layout.constant("MESH_PORT_PROBE")
     assert (socket.inet_ntop(socket.AF_INET6, b"".join(words)), port) == client.PROBE_V6
     assert (socket.inet_ntoa(layout.constant("MESH_PROBE_V4").to_bytes(4, "big")), port) == client.PROBE_V4
+
+
+def test_the_record_of_a_flow_is_the_kernels():
+    numbers = itertools.count(1)
+    values = {
+        name: next(numbers).to_bytes(16, "big") if info.type.kind == "array" else next(numbers)
+        for name, info in layout.ffi.typeof("struct mesh_flow").fields
+    }
+    assert flows.RECORD.unpack(layout.pack("mesh_flow", **values)) == tuple(values.values())
+    names = [field.name for field in dataclasses.fields(flows.Flow)]
+    assert names == [name for name in values if name != "pad"]
 
 
 def test_counters_are_numbered_without_gaps():

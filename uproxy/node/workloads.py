@@ -183,27 +183,30 @@ class Workloads:
 
     def _attach(self, wanted: Registration, directory: Path) -> None:
         cgroups = {Place.APP: wanted.app.fd, Place.PROXY: wanted.proxy.fd}
-        for hook, place in HOOKS.items():
-            if place is Place.NETNS:
-                with (
-                    self._loader.inbound(wanted.netns.cookie) as program,
-                    program.attach_netns(wanted.netns.fd) as link,
-                ):
-                    link.pin(directory / hook)
-            else:
-                with self._loader.program(hook).attach_cgroup(cgroups[place]) as link:
-                    link.pin(directory / hook)
+        with self._loader.dialling(wanted.app.id, wanted.netns.cookie) as dialling:
+            for hook, place in HOOKS.items():
+                if place is Place.NETNS:
+                    with (
+                        self._loader.inbound(wanted.netns.cookie) as program,
+                        program.attach_netns(wanted.netns.fd) as link,
+                    ):
+                        link.pin(directory / hook)
+                else:
+                    program = dialling.get(hook) or self._loader.program(hook)
+                    with program.attach_cgroup(cgroups[place]) as link:
+                        link.pin(directory / hook)
 
     def _renew(self, captured: Captured) -> None:
         """Puts this agent's programs behind the pinned links, each at once, so that no connection meets a gap."""
         try:
-            for pin in self._directory(captured).iterdir():
-                with Link.open_pinned(pin) as link:
-                    if HOOKS.get(pin.name) in (Place.APP, Place.PROXY):
-                        link.update(self._loader.program(pin.name))
-                    elif captured.netns_cookie and link.netns_ino():
-                        with self._loader.inbound(captured.netns_cookie) as program:
-                            link.update(program)
+            with self._loader.dialling(captured.app_cgroup, captured.netns_cookie) as dialling:
+                for pin in self._directory(captured).iterdir():
+                    with Link.open_pinned(pin) as link:
+                        if HOOKS.get(pin.name) in (Place.APP, Place.PROXY):
+                            link.update(dialling.get(pin.name) or self._loader.program(pin.name))
+                        elif captured.netns_cookie and link.netns_ino():
+                            with self._loader.inbound(captured.netns_cookie) as program:
+                                link.update(program)
         except BpfError as error:
             # A cgroup or namespace that died just now: there is nothing left to renew there.
             _log.warning("workload %s: keeps the programs of the last agent: %s", captured.name, error)
