@@ -210,7 +210,12 @@ class Agent:
             "pending": len(self._maps.orig),
             "workload_count": len(captured),
             "workloads": [
-                {"workload": one.name, "address": list(one.addresses), "app_cgroup": one.app_cgroup}
+                {
+                    "workload": one.name,
+                    "address": list(one.addresses),
+                    "app_cgroup": one.app_cgroup,
+                    "netns": one.netns_ino,
+                }
                 for one in captured[:_MAX_LISTED]
             ],
             "error": "; ".join(self.problems()),

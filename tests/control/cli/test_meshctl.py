@@ -155,7 +155,7 @@ def test_what_is_not_understood_exits_with_2(meshctl, argv):
             "get",
             "label",
         ),
-        *("annotate", "token", "token create", "status", "bench", "bench run", "bench compare"),
+        *("annotate", "check", "token", "token create", "status", "bench", "bench run", "bench compare"),
     ],
 )
 def test_every_command_explains_itself(meshctl, command):
