@@ -35,12 +35,12 @@ def mount(bpffs: Path = BPFFS) -> None:
         ) from None
 
 
-def node_directory(node: str, bpffs: Path = BPFFS) -> Path:
+def node_directory(node: str, bpffs: Path = BPFFS, schema: int = layout.SCHEMA) -> Path:
     """The node's directory, made if need be, with `maps` and `links` in it. Raises PinError: not root's alone.
 
     bpffs is often writable by everybody (mode 1777), so each level is checked and not only made.
     """
-    directory = bpffs / "uproxy" / f"v{layout.SCHEMA}" / node
+    directory = bpffs / "uproxy" / f"v{schema}" / node
     # Another node's `remove` may take an empty parent away between two steps; it does so once.
     for _ in range(_ATTEMPTS):
         with suppress(FileNotFoundError):
@@ -54,6 +54,28 @@ def _make(bpffs: Path, directory: Path) -> None:
         with suppress(FileExistsError):
             level.mkdir(mode=0o700)
         _check_private(level)
+
+
+def other_schemas(node: str, bpffs: Path = BPFFS) -> dict[int, Path]:
+    """{schema: directory} of what agents of other versions have pinned for this node. Raises PinError: not root's."""
+    found = {}
+    for directory in bpffs.glob(f"uproxy/v*/{node}"):
+        number = directory.parent.name.removeprefix("v")
+        if number.isdecimal() and int(number) != layout.SCHEMA:
+            _make(bpffs, directory)
+            found[int(number)] = directory
+    return found
+
+
+def earlier_schemas(node: str, bpffs: Path = BPFFS) -> tuple[Path, ...]:
+    """As `other_schemas`, the latest first. Raises PinError when a later version than this one has pinned something."""
+    found = other_schemas(node, bpffs)
+    if found and max(found) > layout.SCHEMA:
+        raise PinError(
+            f"{found[max(found)]} was pinned by a later version (this one has schema {layout.SCHEMA}), and stays in "
+            "force. Start that version; or end the node's workloads, then `uproxy node --remove`"
+        )
+    return tuple(found[schema] for schema in sorted(found, reverse=True))
 
 
 def remove(directory: Path) -> None:

@@ -61,4 +61,4 @@ def unpack(struct: str, raw: bytes) -> Any:
 
 
 SCHEMA: Final = constant("MESH_SCHEMA")
-"""Part of the pin path: maps of two schemas never mix."""
+"""Part of the pin path: an agent carries over from an earlier one what has the same shape and meaning."""

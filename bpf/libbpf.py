@@ -38,8 +38,11 @@ _ffi.cdef(
 
     const char *bpf_map__name(const void *map);
     int bpf_map__fd(const void *map);
+    uint32_t bpf_map__type(const void *map);
     uint32_t bpf_map__key_size(const void *map);
     uint32_t bpf_map__value_size(const void *map);
+    uint32_t bpf_map__max_entries(const void *map);
+    uint32_t bpf_map__map_flags(const void *map);
     bool bpf_map__is_internal(const void *map);
     int bpf_map__set_pin_path(void *map, const char *path);
     void *bpf_map__initial_value(void *map, size_t *size);
@@ -55,6 +58,7 @@ _ffi.cdef(
     int bpf_link__destroy(void *link);
 
     int bpf_obj_get(const char *path);
+    int bpf_obj_pin(int fd, const char *path);
     int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *size);
     int bpf_map_lookup_elem(int fd, const char *key, char *value);
     int bpf_map_update_elem(int fd, const char *key, const char *value, uint64_t flags);
@@ -69,7 +73,7 @@ _ffi.cdef(
         union { struct { uint64_t id; } cgroup; struct { uint32_t ino; } netns; };
     };
     struct map_info {
-        uint32_t type; uint32_t id; uint32_t key_size; uint32_t value_size; uint32_t max_entries; uint32_t pad;
+        uint32_t type; uint32_t id; uint32_t key_size; uint32_t value_size; uint32_t max_entries; uint32_t map_flags;
     };
     """
 )
@@ -90,8 +94,11 @@ class _LibBpf(Protocol):
     def bpf_object__next_program(self, bpf_object: Pointer, program: Pointer, /) -> Pointer: ...
     def bpf_map__name(self, bpf_map: Pointer, /) -> Pointer: ...
     def bpf_map__fd(self, bpf_map: Pointer, /) -> int: ...
+    def bpf_map__type(self, bpf_map: Pointer, /) -> int: ...
     def bpf_map__key_size(self, bpf_map: Pointer, /) -> int: ...
     def bpf_map__value_size(self, bpf_map: Pointer, /) -> int: ...
+    def bpf_map__max_entries(self, bpf_map: Pointer, /) -> int: ...
+    def bpf_map__map_flags(self, bpf_map: Pointer, /) -> int: ...
     def bpf_map__is_internal(self, bpf_map: Pointer, /) -> bool: ...
     def bpf_map__set_pin_path(self, bpf_map: Pointer, path: bytes, /) -> int: ...
     def bpf_map__initial_value(self, bpf_map: Pointer, size: Pointer, /) -> Pointer: ...
@@ -104,6 +111,7 @@ class _LibBpf(Protocol):
     def bpf_link__update_program(self, link: Pointer, program: Pointer, /) -> int: ...
     def bpf_link__destroy(self, link: Pointer, /) -> int: ...
     def bpf_obj_get(self, path: bytes, /) -> int: ...
+    def bpf_obj_pin(self, fd: int, path: bytes, /) -> int: ...
     def bpf_obj_get_info_by_fd(self, fd: int, info: Pointer, size: Pointer, /) -> int: ...
     def bpf_map_lookup_elem(self, fd: int, key: bytes, value: Pointer, /) -> int: ...
     def bpf_map_update_elem(self, fd: int, key: bytes, value: bytes, flags: int, /) -> int: ...
@@ -185,6 +193,16 @@ class MapSize:
 
 
 @dataclass(frozen=True, slots=True)
+class MapShape:
+    """What two maps must share to stand for one another."""
+
+    type: int
+    size: MapSize
+    max_entries: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectMap:
     """A map as an object declares it."""
 
@@ -199,6 +217,15 @@ class ObjectMap:
     @property
     def size(self) -> MapSize:
         return MapSize(_lib.bpf_map__key_size(self.pointer), _lib.bpf_map__value_size(self.pointer))
+
+    @property
+    def shape(self) -> MapShape:
+        return MapShape(
+            _lib.bpf_map__type(self.pointer),
+            self.size,
+            _lib.bpf_map__max_entries(self.pointer),
+            _lib.bpf_map__map_flags(self.pointer),
+        )
 
     def pin_at(self, path: Path) -> None:
         """Before loading: takes the map that is pinned there, or makes one and pins it."""
@@ -331,14 +358,25 @@ def open_pinned_map(path: Path) -> int:
     return _checked(_lib.bpf_obj_get(os.fsencode(path)), f"pinned map {path}")
 
 
-def map_size(fd: int) -> MapSize:
-    info = _map_info(fd)
-    return MapSize(int(info.key_size), int(info.value_size))
-
-
 def map_capacity(fd: int) -> int:
     """How many entries it can have; of a ring, its bytes."""
     return int(_map_info(fd).max_entries)
+
+
+def pin_map(fd: int, path: Path) -> None:
+    """One more name for a map. Raises BpfError."""
+    _checked(_lib.bpf_obj_pin(fd, os.fsencode(path)), f"pin map {path}")
+
+
+def map_id(fd: int) -> int:
+    """As the kernel numbers maps: two descriptors of one map have the same."""
+    return int(_map_info(fd).id)
+
+
+def map_shape(fd: int) -> MapShape:
+    info = _map_info(fd)
+    size = MapSize(int(info.key_size), int(info.value_size))
+    return MapShape(int(info.type), size, int(info.max_entries), int(info.map_flags))
 
 
 def _map_info(fd: int) -> Any:

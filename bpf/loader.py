@@ -6,7 +6,7 @@ import errno
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
@@ -58,10 +58,13 @@ class LoadError(Exception):
 class Loader:
     """The programs of a node, loaded, and the maps they share. Closing it leaves links and pinned maps alone."""
 
-    def __init__(self, pins: Path, objects: Path = OBJECTS) -> None:
-        """`pins`: the directory for the maps. Raises LoadError."""
+    def __init__(self, pins: Path, objects: Path = OBJECTS, earlier: Sequence[Path] = ()) -> None:
+        """`pins`: the directory for the maps. `earlier`: those of other schemas, whose maps are carried over where they
+        mean the same, the first one's before the others'. Raises LoadError.
+        """
         self._pins = pins
         self._objects = objects
+        self._earlier = tuple(earlier)
         self._check_host()
         with ExitStack() as stack:
             self._programs: dict[str, Program] = {}
@@ -105,7 +108,7 @@ class Loader:
                 if constants is not None:
                     opened.set_constants(constants)
                 for shared in opened.maps():
-                    self._check_size(path, shared)
+                    self._check_shape(path, shared)
                     shared.pin_at(self._pins / shared.name)
                 opened.load()
                 stack.pop_all()
@@ -114,7 +117,7 @@ class Loader:
             hint = "; needs root, or CAP_BPF and CAP_NET_ADMIN" if error.errno == errno.EPERM else ""
             raise LoadError(f"{error.strerror or error}{hint}") from None
 
-    def _check_size(self, path: Path, shared: libbpf.ObjectMap) -> None:
+    def _check_shape(self, path: Path, shared: libbpf.ObjectMap) -> None:
         """Programs and Python must mean the same bytes, and so must the programs of an earlier agent."""
         if shared.name not in maps.KINDS:
             raise LoadError(
@@ -124,21 +127,31 @@ class Loader:
         if shared.size != wanted:
             raise LoadError(f"{path}: map {shared.name} has {shared.size}, mesh.h says {wanted}: run `make bpf`")
         pin = self._pins / shared.name
-        try:
-            fd = libbpf.open_pinned_map(pin)
-        except BpfError as error:
-            if error.errno == errno.ENOENT:
+        with _pinned(pin) as fd:
+            if fd is None:
+                self._carry_over(shared)
                 return
-            raise
-        try:
-            found = libbpf.map_size(fd)
-        finally:
-            os.close(fd)
-        if found != wanted:
+            found = libbpf.map_shape(fd)
+        if found != shared.shape:
             raise LoadError(
-                f"{pin} has {found}, mesh.h says {wanted}: it was made by another version. Stop the node's workloads, "
-                "then `uproxy node --remove`"
+                f"{pin} has {found}, this version's has {shared.shape}: it was made by another version. Stop the "
+                "node's workloads, then `uproxy node --remove`"
             )
+
+    def _carry_over(self, shared: libbpf.ObjectMap) -> None:
+        """Pins an earlier schema's map for this one, so that both versions' programs see the same entries."""
+        for directory in self._earlier:
+            if _schema_of(directory) < maps.CHANGED.get(shared.name, 0):
+                continue
+            with _pinned(directory / shared.name) as fd:
+                if fd is not None and libbpf.map_shape(fd) == shared.shape:
+                    libbpf.pin_map(fd, self._pins / shared.name)
+                    return
+
+    def shares(self, name: str, earlier: Path) -> bool:
+        """Whether a map of an earlier schema is the same as this one's; also when there is none."""
+        with _pinned(earlier / name) as theirs, _pinned(self._pins / name) as ours:
+            return theirs is None or (ours is not None and libbpf.map_id(ours) == libbpf.map_id(theirs))
 
     def _check_host(self) -> None:
         release = platform.release()
@@ -155,3 +168,24 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _pinned(path: Path) -> Iterator[int | None]:
+    """A descriptor of a pinned map, None when there is none."""
+    try:
+        fd = libbpf.open_pinned_map(path)
+    except BpfError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _schema_of(maps_directory: Path) -> int:
+    """From `…/v<schema>/<node>/maps`."""
+    return int(maps_directory.parent.parent.name.removeprefix("v"))

@@ -31,6 +31,10 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
 }
 """Key and value of every map of maps.h; a ring has none. The loader refuses an object or a pin with other sizes."""
 
+CHANGED: Final[Mapping[str, int]] = {}
+"""Map → the schema that gave its entries another meaning and left their size. What an earlier version pinned is carried
+over to this one unless its shape differs, or it is older than it may be here."""
+
 _ONLY_KEY: Final = bytes(4)
 _ROUTES: Final = layout.members("mesh_route")
 _RANGE_KINDS: Final = layout.members("mesh_range_kind")

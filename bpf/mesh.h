@@ -10,7 +10,7 @@
  *
  * Addresses are four words in network order, IPv4 as v4-mapped IPv6, so that there is one key
  * shape. Ports are in host order. Any change here raises MESH_SCHEMA, which is part of the pin
- * path: maps of two schemas never mix.
+ * path: an agent carries over what has the same shape and meaning, and makes the rest anew.
  */
 #ifndef UPROXY_MESH_H
 #define UPROXY_MESH_H

@@ -77,6 +77,22 @@ def test_removal_leaves_other_nodes_alone(bpf_root):
     bpffs.remove(second)  # nothing to do
 
 
+def test_pins_of_other_schemas_are_found_and_a_later_ones_refused(bpf_root):
+    ours = bpffs.node_directory("a", bpf_root)
+    assert bpffs.earlier_schemas("a", bpf_root) == ()
+    first = bpffs.node_directory("a", bpf_root, schema=layout.SCHEMA - 1)
+    bpffs.node_directory("b", bpf_root, schema=layout.SCHEMA + 1)
+    assert bpffs.earlier_schemas("a", bpf_root) == (first,)
+    later = bpffs.node_directory("a", bpf_root, schema=layout.SCHEMA + 1)
+    with pytest.raises(PinError, match=r"was pinned by a later version .*Start that version; or end"):
+        bpffs.earlier_schemas("a", bpf_root)
+    assert set(bpffs.other_schemas("a", bpf_root).values()) == {first, later}
+    assert ours.exists()
+    first.chmod(0o770)
+    with pytest.raises(PinError, match="mode 0770"):
+        bpffs.other_schemas("a", bpf_root)
+
+
 def test_one_agent_at_a_time():
     with capture.pins() as directory:
         with (

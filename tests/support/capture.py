@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bpf import bpffs
+from bpf import bpffs, layout
 from bpf.loader import Loader
 from bpf.maps import Maps, RangeKind, Route, Settings, Target
 from control.api.address import IpAddress, packed16, parse_address
@@ -336,10 +336,10 @@ def _ip(commands: str) -> None:
 
 
 @contextlib.contextmanager
-def pins() -> Iterator[Path]:
+def pins(name: str = "", schema: int = layout.SCHEMA) -> Iterator[Path]:
     """A node's pin directory of its own."""
     bpffs.mount()
-    directory = bpffs.node_directory(unique_name())
+    directory = bpffs.node_directory(name or unique_name(), schema=schema)
     try:
         yield directory
     finally:

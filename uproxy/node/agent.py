@@ -113,6 +113,10 @@ class Agent:
         self._config_error = ""
         self.configured.set()
 
+    def take_over(self) -> None:
+        """Once configured: the workloads of an agent of another schema."""
+        self._workloads.take_over()
+
     def on_batch(self, batch: Sequence[tuple[str, bytes]]) -> None:
         """As `apply`, while running: what cannot be applied is reported, and what was in force stays."""
         try:
@@ -151,6 +155,8 @@ class Agent:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             try:
                 self._workloads.sweep()
+                if self.configured.is_set():
+                    self._workloads.take_over()
             except OSError as error:
                 _log.warning("dead workloads cannot be swept: %s", error)
 
@@ -327,6 +333,7 @@ async def _run(agent: Agent, options: Options, feed: Coroutine[Any, Any, None]) 
                 tasks = [configured, group.create_task(feed), group.create_task(agent.sweep())]
                 await asyncio.wait((stopped, configured), return_when=asyncio.FIRST_COMPLETED)
                 if not stop.is_set():
+                    agent.take_over()
                     listener = stack.enter_context(server.listen(path))
                     stack.callback(path.unlink, missing_ok=True)
                     tasks.append(group.create_task(server.serve(listener, agent.handle)))
@@ -376,13 +383,19 @@ def main(argv: Sequence[str]) -> int:
             pins = bpffs.node_directory(options.name)
             stack.enter_context(bpffs.sole_owner(pins))
             if options.remove:
-                check_removable(pins / "links")
-                bpffs.remove(pins)
+                everything = (*bpffs.other_schemas(options.name).values(), pins)
+                for directory in everything:
+                    check_removable(directory / "links")
+                for directory in everything:
+                    bpffs.remove(directory)
                 _log.info("node %s: everything detached and unpinned", options.name)
                 return 0
-            loader = stack.enter_context(Loader(pins / "maps"))
+            earlier = bpffs.earlier_schemas(options.name)
+            for directory in earlier:
+                stack.enter_context(bpffs.sole_owner(directory))
+            loader = stack.enter_context(Loader(pins / "maps", earlier=[one / "maps" for one in earlier]))
             sync = Sync(loader.maps, options.ranges, registry_only=options.egress == REGISTRY_ONLY)
-            workloads = Workloads(loader, pins / "links")
+            workloads = Workloads(loader, pins / "links", [one / "links" for one in earlier])
             workloads.adopt()
             if options.config:
                 agent = Agent(options, loader, sync, workloads)

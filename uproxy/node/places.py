@@ -7,7 +7,8 @@ import fcntl
 import os
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -66,19 +67,28 @@ def is_populated_id(cgroup_id: int) -> bool | None:
 
     Raises OSError when that cannot be found out (which must not be taken for gone: the gone are released).
     """
+    with cgroup_by_id(cgroup_id) as fd:
+        return None if fd is None else _is_populated(fd)
+
+
+@contextmanager
+def cgroup_by_id(cgroup_id: int) -> Iterator[int | None]:
+    """A descriptor of a cgroup's directory; None when there is no such cgroup any more. Raises OSError."""
     if not cgroup_id:
-        return None
+        yield None
+        return
     mount = os.open(cgroup.mount_point(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fd = libc.open_cgroup(mount, cgroup_id)
     except OSError as error:
-        if error.errno == errno.ESTALE:
-            return None
-        raise
+        if error.errno != errno.ESTALE:
+            raise
+        yield None
+        return
     finally:
         os.close(mount)
     try:
-        return _is_populated(fd)
+        yield fd
     finally:
         os.close(fd)
 

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bpf.libbpf import BpfError, Link
+from bpf import bpffs
+from bpf.libbpf import BpfError, Link, Program
 from bpf.loader import HOOKS, Loader, LoadError, Place
 from control.api.address import IpAddress, from_packed, packed16
-from uproxy.node.places import Cgroup, NetworkNamespace, check_siblings, is_populated_id
+from uproxy.node.places import Cgroup, NetworkNamespace, cgroup_by_id, check_siblings, is_populated_id
 
 _log: Final = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
 _PENDING: Final = "+"  # prefix of a directory that is not complete; no name begins with it
 _WITNESS: Final = "connect4"  # the link that tells the app cgroup
-_INBOUND: Final = "inbound"
 MAX_ADDRESSES: Final = 8  # of one workload: one per family is usual
 
 
@@ -50,18 +51,22 @@ class Captured:
     name: str
     addresses: tuple[IpAddress, ...]
     app_cgroup: int
+    proxy_cgroup: int
     netns_ino: int
     netns_cookie: int
 
 
 class Workloads:
-    """All captured workloads of a node. `links` is the directory of pins."""
+    """All captured workloads of a node. `links` is the directory of pins; `earlier` those of other schemas."""
 
-    def __init__(self, loader: Loader, links: Path) -> None:
+    def __init__(self, loader: Loader, links: Path, earlier: Sequence[Path] = ()) -> None:
         self._loader = loader
         self._own = loader.maps.own
         self._links = links
+        self._earlier = tuple(earlier)
         self._captured: dict[str, Captured] = {}
+        self._left_behind: dict[str, str] = {}
+        """Workload → why this agent's programs are not in force there."""
 
     def captured(self) -> tuple[Captured, ...]:
         return tuple(self._captured.values())
@@ -69,26 +74,48 @@ class Workloads:
     def adopt(self) -> None:
         """Takes over the pins of an earlier agent: live links get this agent's programs, dead ones go.
 
-        Raises LoadError when a live link cannot be taken over; it goes on enforcing what it did.
+        Raises LoadError when what an agent of another schema has pinned cannot be taken over; it goes on enforcing
+        what it did.
         """
-        for directory in sorted(self._links.iterdir()):
-            if directory.name.startswith(_PENDING):
-                _unpin(directory)  # its launcher was never told that it may start
-        addresses: dict[int, list[tuple[int, IpAddress]]] = {}
-        for (cookie, address), ino in self._own.items().items():
-            addresses.setdefault(ino, []).append((cookie, from_packed(address)))
-        for directory in sorted(self._links.iterdir()):
-            found = _read_pins(directory)
-            own = addresses.get(found.netns_ino, [])
-            cookie = own[0][0] if own else 0
-            captured = Captured(
-                _name_of(directory), tuple(address for _, address in own), found.app_cgroup, found.netns_ino, cookie
-            )
-            self._captured[captured.name] = captured
+        for earlier in self._earlier:
+            if _directories(earlier) and not self._loader.shares(self._own.name, earlier.with_name("maps")):
+                raise LoadError(
+                    f"{earlier}: workloads run with the programs of an earlier version, whose map own has another "
+                    "shape. They stay captured as they are. End them, then `uproxy node --remove`, then start again"
+                )
+        for links in (self._links, *self._earlier):
+            for directory in _directories(links):
+                if directory.name.startswith(_PENDING):
+                    _unpin(directory)  # its launcher was never told that it may start
+        for directory in _directories(self._links):
+            self._adopt(directory)
         self.sweep()
         self._drop_orphans()
         for captured in self._captured.values():
-            self._renew(captured)
+            self._renew(captured, self._directory(captured))
+
+    def take_over(self) -> None:
+        """Puts this agent's programs behind the links of agents of other schemas, and its pins in place of theirs.
+
+        To be called when the maps are whole, and now and then: until then the earlier programs go on, on the maps they
+        know. Each link is switched at once, and a directory of pins moves at once, so that an agent that is killed in
+        between has successors that go on.
+        """
+        for earlier in self._earlier:
+            for directory in _directories(earlier):
+                captured = self._read(directory)
+                if is_populated_id(captured.app_cgroup) is None:
+                    _unpin(directory)
+                    self._left_behind.pop(captured.name, None)
+                elif captured.name in self._captured:
+                    # It was registered again, in another place: this one stays closed until nobody is left in it.
+                    self._left_behind[captured.name] = "it runs twice"
+                elif self._renew(captured, directory):
+                    directory.rename(self._links / directory.name)
+                    self._captured[captured.name] = captured
+                    _log.info("workload %s: taken over from %s", captured.name, earlier)
+            if not _directories(earlier):
+                bpffs.remove(earlier.parent)
 
     def register(self, wanted: Registration) -> None:
         """Attaches and pins every program. Raises RegistrationError. The same again does nothing."""
@@ -112,7 +139,7 @@ class Workloads:
                 raise RegistrationError(f"workload {wanted.name}: {error}") from None
             undo.pop_all()
         self._captured[wanted.name] = Captured(
-            wanted.name, wanted.addresses, wanted.app.id, wanted.netns.ino, wanted.netns.cookie
+            wanted.name, wanted.addresses, wanted.app.id, wanted.proxy.id, wanted.netns.ino, wanted.netns.cookie
         )
         _log.info("workload %s: captured (%s)", wanted.name, ", ".join(wanted.addresses))
 
@@ -138,7 +165,7 @@ class Workloads:
 
     def problems(self) -> list[str]:
         """What is wrong with the capture of live workloads; each text says what to do."""
-        found = []
+        found = [f"workload {name}: {why}; restart the workload" for name, why in sorted(self._left_behind.items())]
         for captured in self.captured():
             missing = HOOKS.keys() - {pin.name for pin in self._directory(captured).iterdir()}
             if missing:
@@ -196,32 +223,72 @@ class Workloads:
                     with program.attach_cgroup(cgroups[place]) as link:
                         link.pin(directory / hook)
 
-    def _renew(self, captured: Captured) -> None:
-        """Puts this agent's programs behind the pinned links, each at once, so that no connection meets a gap."""
+    def _adopt(self, directory: Path) -> None:
+        captured = self._read(directory)
+        self._captured[captured.name] = captured
+
+    def _read(self, directory: Path) -> Captured:
+        pins = _read_pins(directory)
+        own = [
+            (cookie, from_packed(packed))
+            for (cookie, packed), ino in self._own.items().items()
+            if ino == pins.netns_ino
+        ]
+        return Captured(
+            _name_of(directory),
+            tuple(address for _, address in own),
+            pins.app_cgroup,
+            pins.proxy_cgroup,
+            pins.netns_ino,
+            own[0][0] if own else 0,
+        )
+
+    def _renew(self, captured: Captured, directory: Path) -> bool:
+        """Puts this agent's programs behind the pinned links, each at once, so that no connection meets a gap.
+
+        Hooks that the earlier agent had not are attached, those that this one has not are detached, last. Returns
+        whether all is so.
+        """
         try:
             with self._loader.dialling(captured.app_cgroup, captured.netns_cookie) as dialling:
-                for pin in self._directory(captured).iterdir():
-                    with Link.open_pinned(pin) as link:
-                        if HOOKS.get(pin.name) in (Place.APP, Place.PROXY):
-                            link.update(dialling.get(pin.name) or self._loader.program(pin.name))
-                        elif captured.netns_cookie and link.netns_ino():
-                            with self._loader.inbound(captured.netns_cookie) as program:
-                                link.update(program)
-        except BpfError as error:
-            # A cgroup or namespace that died just now: there is nothing left to renew there.
-            _log.warning("workload %s: keeps the programs of the last agent: %s", captured.name, error)
+                for hook, place in HOOKS.items():
+                    if place is Place.NETNS:
+                        self._renew_inbound(captured, directory / hook)
+                    else:
+                        program = dialling.get(hook) or self._loader.program(hook)
+                        _renew_on_cgroup(captured, directory / hook, place, program)
+            for pin in directory.iterdir():
+                if pin.name not in HOOKS:
+                    pin.unlink()
+        except (BpfError, LoadError, OSError) as error:
+            # A cgroup or namespace that died just now has nothing left to renew; the next sweep sees that.
+            _log.warning("workload %s: keeps programs of the last agent: %s", captured.name, error)
+            self._left_behind[captured.name] = f"keeps programs of the last agent: {error}"
+            return False
+        self._left_behind.pop(captured.name, None)
+        return True
+
+    def _renew_inbound(self, captured: Captured, pin: Path) -> None:
+        if not pin.exists():
+            return  # nothing here leads back to a namespace; `problems` says what to do
+        with Link.open_pinned(pin) as link:
+            if captured.netns_cookie and link.netns_ino():
+                with self._loader.inbound(captured.netns_cookie) as program:
+                    link.update(program)
 
     def _release(self, captured: Captured) -> None:
         _unpin(self._directory(captured))
         for address in captured.addresses:
             self._own.delete(captured.netns_cookie, packed16(address))
         del self._captured[captured.name]
+        self._left_behind.pop(captured.name, None)
 
     def _drop_orphans(self) -> None:
         """Addresses of namespaces that no link knows: left by an agent that was killed while it registered."""
-        known = {captured.netns_cookie for captured in self.captured()}
-        for cookie, address in self._own.items():
-            if cookie not in known:
+        known = {captured.netns_ino for captured in self.captured()}
+        known |= {_read_pins(directory).netns_ino for links in self._earlier for directory in _directories(links)}
+        for (cookie, address), ino in self._own.items().items():
+            if ino not in known:
                 self._own.delete(cookie, address)
 
     def _directory(self, captured: Captured) -> Path:
@@ -230,29 +297,48 @@ class Workloads:
 
 def check_removable(links: Path) -> None:
     """Raises RegistrationError while a captured workload still runs: without its pins it would be in the open."""
-    directories = sorted(links.iterdir()) if links.is_dir() else []
-    running = [_name_of(one) for one in directories if is_populated_id(_read_pins(one).app_cgroup)]
+    running = [_name_of(one) for one in _directories(links) if is_populated_id(_read_pins(one).app_cgroup)]
     if running:
         raise RegistrationError(
             f"workloads still run, and without capture they would be in the open: {', '.join(running)}; end them first"
         )
 
 
+def _renew_on_cgroup(captured: Captured, pin: Path, place: Place, program: Program) -> None:
+    """Behind its link; attached where there is none."""
+    if pin.exists():
+        with Link.open_pinned(pin) as link:
+            link.update(program)
+        return
+    with cgroup_by_id(captured.app_cgroup if place is Place.APP else captured.proxy_cgroup) as fd:
+        if fd is not None:
+            with program.attach_cgroup(fd) as link:
+                link.pin(pin)
+
+
 @dataclass(frozen=True, slots=True)
 class _Pins:
     app_cgroup: int
+    proxy_cgroup: int
     netns_ino: int
 
 
 def _read_pins(directory: Path) -> _Pins:
-    app_cgroup = netns_ino = 0
+    app_cgroup = proxy_cgroup = netns_ino = 0
     for pin in sorted(directory.iterdir()):
         with Link.open_pinned(pin) as link:
-            if pin.name == _WITNESS:
-                app_cgroup = link.cgroup_id()
-            elif pin.name == _INBOUND:
-                netns_ino = link.netns_ino()
-    return _Pins(app_cgroup, netns_ino)
+            match HOOKS.get(pin.name):
+                case Place.NETNS:
+                    netns_ino = link.netns_ino()
+                case Place.PROXY:
+                    proxy_cgroup = link.cgroup_id()
+                case Place.APP if pin.name == _WITNESS:
+                    app_cgroup = link.cgroup_id()
+    return _Pins(app_cgroup, proxy_cgroup, netns_ino)
+
+
+def _directories(links: Path) -> list[Path]:
+    return sorted(links.iterdir()) if links.is_dir() else []
 
 
 def _pin_name(name: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from bpf import bpffs, layout
 from bpf.libbpf import BpfError
-from bpf.loader import HOOKS
+from bpf.loader import HOOKS, Loader
 from control.api.identity import SpiffeId, make_id
 from control.api.status import Kind, ProxyStatus
 from control.client.files import FileSource
@@ -271,6 +271,75 @@ def test_capture_holds_all_through_a_restart(host, site, tmp_path):
         register(host, site)
         with site.uproxy(), site.outside(), capture.background(site.netns, None, restart, lambda: None):
             assert site.in_app(dial_on) == []
+
+
+@pytest.fixture
+def of_an_earlier_version(host, site):
+    """A workload that an agent of an earlier schema captured; that agent is gone."""
+    with capture.pins(host.name, layout.SCHEMA - 1) as pins:
+        with Loader(pins / "maps") as loader, site.registration("web") as registration:
+            capture.fill(loader.maps)
+            Workloads(loader, pins / "links").register(registration)
+        yield pins
+
+
+def test_an_upgrade_takes_running_workloads_over(host, site, of_an_earlier_version):
+    with waiting(site):
+        assert_enforced(site)
+        with host.agent():
+            assert [one["workload"] for one in host.client.status()["workloads"]] == ["web"]
+            assert host.client.status()["error"] == ""
+            assert not of_an_earlier_version.exists()
+            assert_enforced(site)
+            host.config.write_text(CONFIG.replace("clusterIP: 240.240.0.10", "clusterIP: 240.240.0.12"))
+            with site.uproxy():
+                eventually(lambda: dials(site, "240.240.0.12"))
+                assert not dials(site, VIP_V4)
+
+
+def dials(site: capture.Site, address: str) -> bool:
+    try:
+        return len(site.in_app(lambda: dial(address))) == 64
+    except ConnectionRefusedError:
+        return False
+
+
+def test_an_upgrade_that_cannot_be_configured_leaves_the_earlier_version_in_force(host, site, of_an_earlier_version):
+    host.config.write_text("kind: Nonsense")
+    host.fails()
+    assert len(list((of_an_earlier_version / "links" / "web").iterdir())) == len(HOOKS)
+    assert_enforced(site)
+
+
+def test_an_upgrade_while_the_earlier_agent_runs_is_refused(host, of_an_earlier_version):
+    with bpffs.sole_owner(of_an_earlier_version):
+        assert "another `uproxy node` of this name is running" in host.fails()
+
+
+def test_a_downgrade_is_refused_with_what_to_do(host, site):
+    with capture.pins(host.name, layout.SCHEMA + 1):
+        complaint = host.fails()
+    assert "was pinned by a later version" in complaint
+    assert "Start that version; or end the node's workloads, then `uproxy node --remove`" in complaint
+
+
+def test_removal_takes_every_version_away(host, site, of_an_earlier_version):
+    remove = [sys.executable, "-m", "uproxy", "node", "--name", host.name, "--remove"]
+    with capture.pins(host.name, layout.SCHEMA + 1) as later, waiting(site):
+        assert "workloads still run" in host.fails(*remove)
+        assert later.exists()
+        assert of_an_earlier_version.exists()
+        assert_enforced(site)
+    with capture.pins(host.name, layout.SCHEMA + 1) as later:
+        host.remove()
+        assert not any(directory.exists() for directory in (later, of_an_earlier_version, host.pins))
+    with site.outside(), pytest.raises(TimeoutError):
+        site.in_app(lambda: socket.create_connection((VIP_V4, 80), timeout=0.5))
+
+
+def waiting(site: capture.Site) -> contextlib.AbstractContextManager[int]:
+    """A process in the app cgroup."""
+    return capture.background(site.netns, site.app, signal.pause, lambda: None)
 
 
 def test_a_changed_configuration_reaches_the_kernel(host, site):

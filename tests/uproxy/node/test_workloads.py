@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bpf import layout, maps
 from bpf.libbpf import BpfError, Link
-from bpf.loader import HOOKS, Loader
+from bpf.loader import HOOKS, Loader, LoadError
 from tests.support import capture
 from tests.support.capture import OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORKLOAD_V4, WORKLOAD_V6
 from uproxy.node.places import PlaceError
@@ -283,6 +284,183 @@ class TestAnotherAgent:
             successor.register(registration)
         successor.unregister("web")
         assert not is_captured(site)
+
+
+def programs(directory: Path) -> dict[str, int]:
+    """Hook → id of the program behind its pinned link."""
+    found = {}
+    for pin in directory.iterdir():
+        with Link.open_pinned(pin) as link:
+            found[pin.name] = int(link._info().program_id)
+    return found
+
+
+class TestAnAgentOfAnotherSchema:
+    """Pins of an earlier schema, with a workload that runs, and a later version's loader and record beside them."""
+
+    @pytest.fixture
+    def old_pins(self, pins):
+        with capture.pins(pins.name, layout.SCHEMA - 1) as directory:
+            yield directory
+
+    @pytest.fixture
+    def old(self, old_pins, registration):
+        with Loader(old_pins / "maps") as loaded:
+            capture.fill(loaded.maps)
+            workloads = Workloads(loaded, old_pins / "links")
+            workloads.register(registration)
+            yield workloads
+
+    def successor(self, old_pins, pins):
+        return Loader(pins / "maps", earlier=[old_pins / "maps"])
+
+    def test_takes_maps_links_and_pins_over(self, old, old_pins, pins, site):
+        before = programs(old_pins / "links" / "web")
+        with self.successor(old_pins, pins) as loaded:
+            assert len(loaded.maps.services) == 2, "carried over"
+            workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+            workloads.adopt()
+            assert programs(old_pins / "links" / "web") == before, "not before the maps are whole"
+            workloads.take_over()
+            after = programs(pins / "links" / "web")
+            assert after.keys() == HOOKS.keys()
+            assert all(before[hook] != after[hook] for hook in HOOKS)
+            assert not old_pins.exists()
+            (ours,), (theirs,) = workloads.captured(), old.captured()
+            assert dataclasses.replace(ours, addresses=tuple(sorted(ours.addresses))) == dataclasses.replace(
+                theirs, addresses=tuple(sorted(theirs.addresses))
+            )
+            assert workloads.problems() == []
+            assert is_captured(site)
+            with site.uproxy():
+                assert len(site.in_app(lambda: dial(VIP_V4))) == 64
+            with pytest.raises(ConnectionRefusedError):
+                site.at_peer(lambda: dial(WORKLOAD_V4, 8080))
+
+    def test_maps_that_changed_are_made_anew_and_the_old_programs_go_on_meanwhile(
+        self, old, old_pins, pins, site, monkeypatch
+    ):
+        monkeypatch.setattr(maps, "CHANGED", {"services": layout.SCHEMA, "settings": layout.SCHEMA})
+        with self.successor(old_pins, pins) as loaded:
+            assert not loaded.maps.settings.read().whole
+            assert loaded.maps.services.items() == {}
+            workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+            workloads.adopt()
+            with site.uproxy():
+                assert len(site.in_app(lambda: dial(VIP_V4))) == 64
+                capture.fill(loaded.maps)
+                workloads.take_over()
+                assert len(site.in_app(lambda: dial(VIP_V4))) == 64
+                loaded.maps.services.delete((capture.packed16(VIP_V4), capture.PORT))
+                with pytest.raises(ConnectionRefusedError):
+                    site.in_app(lambda: dial(VIP_V4))
+
+    def test_no_connection_notices(self, old, old_pins, pins, site, tmp_path, monkeypatch):
+        monkeypatch.setattr(maps, "CHANGED", {"services": layout.SCHEMA, "settings": layout.SCHEMA})
+        done, switched = tmp_path / "done", tmp_path / "switched"
+
+        def dial_on() -> tuple[int, int]:
+            captured = refused = 0
+            while not done.exists():
+                captured += len(dial(VIP_V4)) == 64
+                try:
+                    dial(UNKNOWN_V4)
+                except ConnectionRefusedError:
+                    refused += 1
+            return captured, refused
+
+        def upgrade() -> None:
+            time.sleep(0.2)
+            with self.successor(old_pins, pins) as loaded:
+                workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+                workloads.adopt()
+                time.sleep(0.1)
+                capture.fill(loaded.maps)
+                workloads.take_over()
+                switched.touch()
+                time.sleep(0.2)
+            done.touch()
+
+        with site.uproxy(), capture.background(site.netns, None, upgrade, lambda: None):
+            captured, refused = site.in_app(dial_on)
+        assert switched.exists()
+        assert captured == refused > 50
+
+    def test_goes_on_where_one_was_killed_half_way(self, old, old_pins, pins, site, monkeypatch):
+        def killed(self, program) -> None:
+            if program.name == "bind4":
+                raise KeyboardInterrupt
+            real(self, program)
+
+        real = Link.update
+        with monkeypatch.context() as patched, self.successor(old_pins, pins) as loaded:
+            patched.setattr(Link, "update", killed)
+            workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+            workloads.adopt()
+            with pytest.raises(KeyboardInterrupt):
+                workloads.take_over()
+        assert is_captured(site)
+        with self.successor(old_pins, pins) as loaded:
+            workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+            workloads.adopt()
+            workloads.take_over()
+            assert links(pins) == {"web": set(HOOKS)}
+            assert not old_pins.exists()
+            assert is_captured(site)
+            with site.uproxy():
+                assert len(site.in_app(lambda: dial(VIP_V4))) == 64
+
+    def test_leaves_what_it_cannot_take_over_captured_and_says_so(self, old, old_pins, pins, site, monkeypatch):
+        def broken(self, program) -> None:
+            raise BpfError(22, "replace the program: Invalid argument")
+
+        with self.successor(old_pins, pins) as loaded:
+            workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+            workloads.adopt()
+            with monkeypatch.context() as patched:
+                patched.setattr(Link, "update", broken)
+                workloads.take_over()
+            (problem,) = workloads.problems()
+            assert "workload web: keeps programs of the last agent: " in problem
+            assert is_captured(site)
+            assert workloads.captured() == ()
+            workloads.take_over()
+            assert workloads.problems() == []
+            assert links(pins) == {"web": set(HOOKS)}
+
+    def test_refuses_when_the_addresses_cannot_be_carried_over(self, old, old_pins, pins, site, monkeypatch):
+        monkeypatch.setattr(maps, "CHANGED", {"own": layout.SCHEMA})
+        with self.successor(old_pins, pins) as loaded:
+            workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+            with pytest.raises(LoadError, match=r"workloads run with the programs of an earlier version.*--remove"):
+                workloads.adopt()
+        assert links(old_pins) == {"web": set(HOOKS)}
+        assert is_captured(site)
+
+    def test_drops_what_died_meanwhile(self, old, old_pins, pins, site):
+        site.app.rmdir()
+        with self.successor(old_pins, pins) as loaded:
+            workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
+            workloads.adopt()
+            workloads.take_over()
+            assert workloads.captured() == ()
+            assert not old_pins.exists()
+
+
+def test_hooks_that_a_version_adds_and_drops_are_attached_and_detached(workloads, registration, site, pins, loader):
+    workloads.register(registration)
+    directory = pins / "links" / "web"
+    for hook in ("bind6", "sockops_proxy"):
+        (directory / hook).unlink()
+    (directory / "connect4").rename(directory / "dropped")
+    again = Workloads(loader, pins / "links")
+    with loader.program("connect4").attach_cgroup(registration.app.fd) as link:
+        link.pin(directory / "connect4")
+    again.adopt()
+    assert links(pins) == {"web": set(HOOKS)}
+    assert again.problems() == []
+    with site.uproxy():
+        assert len(site.in_app(lambda: dial(VIP_V4))) == 64
 
 
 def test_without_any_agent_everything_stays_enforced(registration, site, pins):
