@@ -14,6 +14,7 @@ import pytest
 from bpf import layout, maps
 from bpf.libbpf import BpfError, Link
 from bpf.loader import HOOKS, Loader, LoadError
+from bpf.maps import Settings
 from tests.support import capture
 from tests.support.capture import OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORKLOAD_V4, WORKLOAD_V6
 from uproxy.node.places import PlaceError
@@ -375,7 +376,9 @@ class TestAnAgentOfAnotherSchema:
                 workloads = Workloads(loaded, pins / "links", [old_pins / "links"])
                 workloads.adopt()
                 time.sleep(0.1)
-                capture.fill(loaded.maps)
+                # Not capture.fill(), which empties the ranges first: they are carried over, and in force.
+                loaded.maps.services.put((capture.packed16(VIP_V4), capture.PORT), capture.SERVICE, 1)
+                loaded.maps.settings.write(Settings(1, whole=True))
                 workloads.take_over()
                 switched.touch()
                 time.sleep(0.2)
