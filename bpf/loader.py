@@ -35,6 +35,7 @@ HOOKS: Final[Mapping[str, Place]] = {
     "inbound": Place.NETNS,
     "sockops_proxy": Place.PROXY,
     "getsockopt": Place.PROXY,
+    "setsockopt": Place.PROXY,
     "sock_create": Place.APP,
     "bind4": Place.APP,
     "bind6": Place.APP,
@@ -48,7 +49,17 @@ HOOKS: Final[Mapping[str, Place]] = {
 }
 """Every program and its place. Each workload has all of them."""
 
-_OBJECT_FILES: Final = ("getsockopt", "sock_create", "bind", "sendmsg", "getpeername", "sockops", "connect")
+_OBJECT_FILES: Final = (
+    "getsockopt",
+    "setsockopt",
+    "sockops_proxy",
+    "sock_create",
+    "bind",
+    "sendmsg",
+    "getpeername",
+    "sockops",
+    "connect",
+)
 
 
 class LoadError(Exception):

@@ -154,6 +154,29 @@ struct {
 	__uint(max_entries, 1 << 20);
 } flows SEC(".maps");
 
+/*
+ * The uProxies' listeners: sock_ops puts them in when they begin to listen, the kernel takes them
+ * out when they are closed. Read by sk_lookup only: nothing is ever redirected through this map.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 16384);
+	__type(key, struct mesh_listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+/*
+ * By netns cookie: written by the setsockopt hook for a uProxy, read by sk_lookup, removed by the
+ * agent when the workload goes. Without a listener at 15006 it opens nothing.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, struct mesh_plaintext);
+} plaintext SEC(".maps");
+
 /* Written by every program, read by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

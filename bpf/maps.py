@@ -27,6 +27,8 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "backends": ("__u32", "struct mesh_backend"),
     "direct": ("int", "struct mesh_direct"),
     "flows": ("", ""),
+    "listeners": ("struct mesh_listener_key", "__u64"),
+    "plaintext": ("__u64", "struct mesh_plaintext"),
     "counters": ("__u32", "__u64"),
 }
 """Key and value of every map of maps.h; a ring has none. The loader refuses an object or a pin with other sizes."""
@@ -309,6 +311,41 @@ class Admitted(_Map):
         return Tuple(int(key.netns_cookie), (source, int(key.source_port)), (destination, int(key.destination_port)))
 
 
+class Listeners(_Map):
+    """The uProxies' listeners. The kernel's hooks keep it."""
+
+    name = "listeners"
+
+    def items(self) -> dict[tuple[int, int, int], int]:
+        """{(netns cookie, port, address family): cookie of the socket}."""
+        found = {}
+        for raw in self.keys():
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                key = layout.unpack("mesh_listener_key", raw)
+                found[int(key.netns_cookie), int(key.port), int(key.family)] = int.from_bytes(value, sys.byteorder)
+        return found
+
+
+class Plaintext(_Map):
+    """Which ports of workloads are open to plaintext, as their uProxies have said."""
+
+    name = "plaintext"
+
+    def items(self) -> dict[int, tuple[bool, tuple[int, ...]]]:
+        """{netns cookie: (whether all but these ports are open, or only these; the ports)}."""
+        found = {}
+        for raw in self.keys():
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                record = layout.unpack("mesh_plaintext", value)
+                found[int.from_bytes(raw, sys.byteorder)] = bool(record.others), tuple(record.ports)[: record.count]
+        return found
+
+    def delete(self, netns_cookie: int) -> bool:
+        return libbpf.delete(self.fd, netns_cookie.to_bytes(8, sys.byteorder))
+
+
 class Orig(_Map):
     """Connections between their SYN and their accept."""
 
@@ -482,6 +519,8 @@ class Maps:
         self.counters = Counters(fds)
         self.orig = Orig(fds)
         self.admitted = Admitted(fds)
+        self.listeners = Listeners(fds)
+        self.plaintext = Plaintext(fds)
         self.grants = Grants(fds)
         self.direct_services = DirectServices(fds)
         self.flows = Flows(fds["flows"])

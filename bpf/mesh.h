@@ -21,6 +21,7 @@ enum mesh_constant {
 	MESH_SCHEMA = 2,
 
 	MESH_PORT_OUTBOUND = 15001,	/* the uProxy's, for what is captured: 127.0.0.1, ::1 */
+	MESH_PORT_PLAINTEXT = 15006,	/* the uProxy's, for plaintext to ports that take it: likewise */
 	MESH_PORT_HBONE = 15008,	/* the one port of a workload that is open to other hosts */
 	MESH_PORT_RESERVED_FIRST = 15000,	/* the app may bind none of 15000..15090 */
 	MESH_PORT_RESERVED_LAST = 15090,
@@ -41,6 +42,11 @@ enum mesh_constant {
 
 	/* Seconds for which an admission holds: Linux sends a SYN for 127 s (tcp_syn_retries 6). */
 	MESH_ADMITTED_S = 130,
+
+	/* A socket option of ours: the uProxy says which ports are open to plaintext. */
+	MESH_SOL = 0x75505859,
+	MESH_SO_PLAINTEXT = 1,
+	MESH_PLAINTEXT_PORTS = 64,
 };
 
 /*
@@ -251,6 +257,24 @@ struct mesh_flow {
 	__u32 pad;
 };
 
+/* A listener of a uProxy: one of each port and family is in force. */
+struct mesh_listener_key {
+	__u64 netns_cookie;
+	__u16 port;
+	__u16 family;
+	__u32 pad;
+};
+
+/*
+ * Which ports of a workload are open to plaintext too: those listed, or with `others` all but them.
+ * The uProxy's own ports never are.
+ */
+struct mesh_plaintext {
+	__u16 others;
+	__u16 count;
+	__u16 ports[64];	/* MESH_PLAINTEXT_PORTS */
+};
+
 /* Index of `counters`. Each counts connections, datagrams or calls. */
 enum mesh_counter {
 	MESH_CAPTURED = 0,
@@ -269,7 +293,9 @@ enum mesh_counter {
 	MESH_DIRECT_UNADMITTED = 13,	/* of those: the grant was gone, or `admitted` full, at the SYN */
 	MESH_DIRECT_FAILED = 14,	/* of those: never established; the grant is suspended */
 	MESH_FLOWS_LOST = 15,		/* direct connections without a record: nobody drained `flows` */
-	MESH_COUNTERS = 16,
+	MESH_PLAINTEXT_SYN = 16,	/* from outside, in plaintext, to a port that takes it */
+	MESH_LISTENERS_FULL = 17,	/* no room to know a uProxy's listener */
+	MESH_COUNTERS = 18,
 };
 
 #endif

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 /*
- * sockops: carries the original destination from the app's socket to the one that the uProxy
- * accepts.
+ * sockops, of the app's sockets: files the original destination before the SYN leaves, for
+ * sockops_proxy to take.
  */
 #include "sock.h"
 
@@ -27,23 +27,6 @@ static __always_inline struct mesh_orig_key local_end(struct bpf_sock_ops *ctx)
 		key.addr[3] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[3]);
 	}
 	key.port = CTX_WORD(ctx, bpf_sock_ops, local_port);
-	return key;
-}
-
-/* The same end, as the uProxy sees it. remote_port is in network order, local_port is not. */
-static __always_inline struct mesh_orig_key remote_end(struct bpf_sock_ops *ctx)
-{
-	struct mesh_orig_key key = { .netns_cookie = bpf_get_netns_cookie(ctx) };
-
-	if (ctx->family == AF_INET) {
-		map_v4(key.addr, CTX_WORD(ctx, bpf_sock_ops, remote_ip4));
-	} else {
-		key.addr[0] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[0]);
-		key.addr[1] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[1]);
-		key.addr[2] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[2]);
-		key.addr[3] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[3]);
-	}
-	key.port = bpf_ntohl(CTX_WORD(ctx, bpf_sock_ops, remote_port));
 	return key;
 }
 
@@ -84,36 +67,5 @@ int sockops_app(struct bpf_sock_ops *ctx)
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	if (bpf_map_update_elem(&orig, &key, dst, BPF_ANY))
 		count(MESH_ORIG_FULL);
-	return ALLOW;
-}
-
-/*
- * Hook: as above, for sockets accepted from a listener that was created in the workload's proxy
- * cgroup. PASSIVE_ESTABLISHED_CB comes when the handshake's last ACK makes the socket, before
- * accept() can return it; with SYN cookies and fast open too.
- * Kernel guarantees: ctx->sk is the new full socket, in the listener's namespace and cgroup.
- * We rely on: the app's TCP_CONNECT_CB having run before its SYN.
- * On failure: no original destination, the uProxy refuses: closed.
- */
-SEC("sockops")
-int sockops_proxy(struct bpf_sock_ops *ctx)
-{
-	struct bpf_sock *sk = ctx->sk;
-	struct mesh_orig_dst *dst;
-	struct mesh_orig_key key;
-
-	if (ctx->op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB || ctx->local_port != MESH_PORT_OUTBOUND)
-		return ALLOW;
-	if (!sk)
-		return ALLOW;
-	key = remote_end(ctx);
-	dst = bpf_map_lookup_elem(&orig, &key);
-	if (!dst) {
-		count(MESH_ORIG_MISSING);
-		return ALLOW;
-	}
-	if (!bpf_sk_storage_get(&captured, sk, dst, BPF_SK_STORAGE_GET_F_CREATE))
-		count(MESH_REFUSED_NO_MEMORY);
-	bpf_map_delete_elem(&orig, &key);
 	return ALLOW;
 }

@@ -62,6 +62,7 @@ class Workloads:
     def __init__(self, loader: Loader, links: Path, earlier: Sequence[Path] = ()) -> None:
         self._loader = loader
         self._own = loader.maps.own
+        self._plaintext = loader.maps.plaintext
         self._links = links
         self._earlier = tuple(earlier)
         self._captured: dict[str, Captured] = {}
@@ -130,6 +131,7 @@ class Workloads:
             pending.mkdir(mode=0o700)
             undo.callback(_unpin, pending)
             try:
+                self._plaintext.delete(wanted.netns.cookie)  # a new workload is closed until its uProxy says otherwise
                 for address in wanted.addresses:
                     self._own.put(wanted.netns.cookie, packed16(address), wanted.netns.ino)
                     undo.callback(self._own.delete, wanted.netns.cookie, packed16(address))
@@ -280,16 +282,19 @@ class Workloads:
         _unpin(self._directory(captured))
         for address in captured.addresses:
             self._own.delete(captured.netns_cookie, packed16(address))
+        self._plaintext.delete(captured.netns_cookie)
         del self._captured[captured.name]
         self._left_behind.pop(captured.name, None)
 
     def _drop_orphans(self) -> None:
-        """Addresses of namespaces that no link knows: left by an agent that was killed while it registered."""
+        """What the maps have of namespaces that no link knows: left by an agent that was killed while it registered."""
         known = {captured.netns_ino for captured in self.captured()}
         known |= {_read_pins(directory).netns_ino for links in self._earlier for directory in _directories(links)}
         for (cookie, address), ino in self._own.items().items():
             if ino not in known:
                 self._own.delete(cookie, address)
+        for cookie in self._plaintext.items().keys() - {cookie for cookie, _ in self._own.items()}:
+            self._plaintext.delete(cookie)
 
     def _directory(self, captured: Captured) -> Path:
         return self._links / _pin_name(captured.name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bpf import layout, maps
+from bpf import layout, libbpf, maps
 from bpf.libbpf import BpfError, Link
 from bpf.loader import HOOKS, Loader, LoadError
 from bpf.maps import Settings
@@ -182,6 +182,19 @@ def test_unregistering_detaches_and_unpins(workloads, registration, site, pins, 
     workloads.unregister("web")  # unknown: nothing to do
 
 
+def test_what_a_uproxy_opened_to_plaintext_ends_with_the_registration(workloads, registration, site, loader):
+    def open_port() -> None:
+        with socket.socket() as sock:
+            value = layout.pack("mesh_plaintext", others=True)
+            sock.setsockopt(layout.constant("MESH_SOL"), layout.constant("MESH_SO_PLAINTEXT"), value)
+
+    workloads.register(registration)
+    site.in_proxy(open_port)
+    assert loader.maps.plaintext.items() == {registration.netns.cookie: (True, ())}
+    workloads.unregister("web")
+    assert loader.maps.plaintext.items() == {}
+
+
 def test_unregistering_is_refused_while_processes_are_left(workloads, registration, site):
     workloads.register(registration)
     with waiting(site):
@@ -268,9 +281,11 @@ class TestAnotherAgent:
     def test_removes_what_was_not_complete(self, successor, pins, loader):
         (pins / "links" / "+half").mkdir()
         loader.maps.own.put(12345, capture.packed16(WORKLOAD_V4), 99)
+        libbpf.update(loader.maps.plaintext.fd, bytes(8), layout.pack("mesh_plaintext"))
         successor.adopt()
         assert set(links(pins)) == {"web"}
         assert {cookie for cookie, _ in loader.maps.own.items()} == {successor.captured()[0].netns_cookie}
+        assert loader.maps.plaintext.items() == {}
 
     def test_sweeps_what_died_meanwhile(self, successor, site, pins, loader):
         site.app.rmdir()
