@@ -80,8 +80,8 @@ def run(
         except KeyboardInterrupt:
             bench.condition(INTERRUPTED, "the run was ended before all was measured")
     failures = [f"{one.name}: {one.text}" for one in results.checks if not one.passed] + bench.failures
-    results.ratios = statistics.ratios(results, targets.BASELINES)
-    results.targets = targets.judged(results.ratios)
+    results.ratios, results.withheld = statistics.ratios(results, targets.BASELINES)
+    results.targets = targets.judged(results.ratios, results.withheld)
     results.seconds = round(time.monotonic() - began, 1)
     results.conditions |= _method()
     tell(f"measured in {duration(results.seconds)}")
@@ -153,7 +153,8 @@ def _method() -> dict[str, str]:
         "order": "round by round, every subject once per round, another one first in each; a round before the first "
         "warms up and is not counted; every other round is reported",
         "intervals": "95 %, of the median of the round-by-round ratios: percentile bootstrap, stretched for few rounds",
-        "refusals": "a series of which the load generator, not the subject, decided more than a third of the rounds",
+        "refusals": "a series of which the load generator, not the subject, decided more than a third of the rounds; a "
+        "ratio that its lateness alone could have moved out of the interval",
         "processor time": "of all the subject's processes in the counted part, per operation, by the kernel's clock of "
         "each process",
         "softirq time": "of all cores, of everybody, in steps of 10 ms",

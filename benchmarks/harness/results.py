@@ -100,6 +100,17 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
+class Withheld:
+    """A ratio that is not stated, and why."""
+
+    measure: str
+    subject: str
+    baseline: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A target of the design, and whether this run meets it: the whole interval has to."""
 
@@ -111,9 +122,9 @@ class Target:
     bound: float
     better: Better
     ratio: Ratio | None = None
-    """None: not measured in this run."""
+    """None: not measured in this run, or withheld."""
     elsewhere: str = ""
-    """Of a target that no suite measures: where it is, or that nothing does yet."""
+    """Of a target that no suite measures: where it is, or that nothing does yet. Why a ratio is withheld."""
 
     @property
     def met(self) -> bool | None:
@@ -148,6 +159,7 @@ class Results:
     measures: list[Measure] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
+    withheld: list[Withheld] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
 
@@ -189,6 +201,7 @@ def _results(found: dict[str, Any]) -> Results:
         measures=[Measure(**one) for one in found["measures"]],
         series=[_series(one) for one in found["series"]],
         ratios=[_ratio(one) for one in found["ratios"]],
+        withheld=[Withheld(**one) for one in found.get("withheld", [])],
         targets=[Target(**(one | {"ratio": one["ratio"] and _ratio(one["ratio"])})) for one in found["targets"]],
         checks=[Check(**one) for one in found["checks"]],
     )

@@ -19,14 +19,14 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from statistics import median
 from typing import Final
 
-from benchmarks.harness.results import Ratio, Results, Series
+from benchmarks.harness.results import Ratio, Results, Series, Withheld
 
 CONFIDENCE: Final = 0.95
 LEAST_ROUNDS: Final = 3
@@ -36,6 +36,9 @@ RESTARTED: Final = 0.02
 round to round, was seen to differ between runs that started them anew."""
 KEYS: Final = ("value", "p50_us", "p99_us", "p999_us", "cpu_us")
 """What there are ratios of, where the rounds have it. Not of PSS, which those who stand side by side share."""
+PUNCTUAL: Final = "punctual/"
+"""Before a key, in the details of a round: what the value would be at the least had the load generator never been late.
+The part of a delay that was its own is known for each request (benchmarks/load/requests.c)."""
 _TAILS: Final = {"p99_us": 0.01, "p999_us": 0.001}
 """Percentile -> the share of operations that were slower."""
 _SLOWER: Final = 10
@@ -103,28 +106,49 @@ def agree(one: Ratio, other: Ratio) -> bool:
     return one.low <= other.high and other.low <= one.high
 
 
-def ratios(results: Results, baselines: dict[str, str]) -> list[Ratio]:
+def ratios(results: Results, baselines: Mapping[str, str]) -> tuple[list[Ratio], list[Withheld]]:
     """All ratios of a run to the baseline of each suite (suite -> subject). None of what was refused."""
-    found = []
+    found: list[Ratio] = []
+    withheld: list[Withheld] = []
     for measure in results.measures:
         baseline = results.find(measure.name, baselines.get(measure.suite, ""))
         if baseline is None or baseline.refused:
             continue
         for series in results.series:
             if series.measure == measure.name and series is not baseline and not series.refused:
-                found += [ratio for key in KEYS if (ratio := _ratio(series, baseline, key)) is not None]
-    return found
+                for key in KEYS:
+                    one = _ratio(series, baseline, key)
+                    found += [one] if isinstance(one, Ratio) else []
+                    withheld += [one] if isinstance(one, Withheld) else []
+    return found, withheld
 
 
-def _ratio(series: Series, baseline: Series, key: str) -> Ratio | None:
+def _ratio(series: Series, baseline: Series, key: str) -> Ratio | Withheld | None:
     if not _known(series, key) or not _known(baseline, key):
         return None
     ours, theirs = _by_round(series, key), _by_round(baseline, key)
-    each = [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
-    if len(each) < LEAST_ROUNDS:
+    numbers = sorted(ours.keys() & theirs.keys())
+    if len(numbers) < LEAST_ROUNDS:
         return None
-    found = for_any_run(interval(each))
-    return Ratio(series.measure, series.subject, baseline.subject, key, found.median, found.low, found.high, len(each))
+    found = for_any_run(interval([ours[number] / theirs[number] for number in numbers]))
+    # Had the generator been in time, either side would have been measured between its two values.
+    least = median(_punctual(series, key, ours)[number] / theirs[number] for number in numbers)
+    most = median(ours[number] / _punctual(baseline, key, theirs)[number] for number in numbers)
+    if least < found.low or most > found.high:
+        reason = (
+            f"the load generator was late: a punctual one might have found anything from {least:.2f} to {most:.2f}, "
+            f"which is more than the interval ({found.low:.2f} to {found.high:.2f})"
+        )
+        return Withheld(series.measure, series.subject, baseline.subject, key, reason)
+    return Ratio(
+        series.measure, series.subject, baseline.subject, key, found.median, found.low, found.high, len(numbers)
+    )
+
+
+def _punctual(series: Series, key: str, values: Mapping[int, float]) -> dict[int, float]:
+    """The least that a generator which is never late might have found; what was found, where it cannot be late."""
+    least = {one.number: one.details.get(f"{PUNCTUAL}{key}", 0.0) for one in series.counted}
+    return {number: least[number] or value for number, value in values.items()}
 
 
 def _by_round(series: Series, key: str) -> dict[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from benchmarks.harness.results import Better, Ratio, Target
+from benchmarks.harness.results import Better, Ratio, Target, Withheld
 
 BASELINES: Final = {"paths": "envoy-hbone", "paths/http": "envoy-waypoint", "architectures": "sidecar"}
 """Suite of a measure -> the subject that all others are compared to."""
@@ -64,7 +64,12 @@ TARGETS: Final = (
 )
 
 
-def judged(ratios: list[Ratio]) -> list[Target]:
-    """Every target with the ratio that decides on it; none for what this run did not measure."""
+def judged(ratios: list[Ratio], withheld: list[Withheld]) -> list[Target]:
+    """Every target with the ratio that decides on it; none for what this run did not measure, or withholds."""
     found = {(one.measure, one.subject, one.baseline, one.key): one for one in ratios}
-    return [replace(one, ratio=found.get((one.measure, one.subject, one.baseline, one.key))) for one in TARGETS]
+    reasons = {(one.measure, one.subject, one.baseline, one.key): one.reason for one in withheld}
+    judged = []
+    for one in TARGETS:
+        name = (one.measure, one.subject, one.baseline, one.key)
+        judged.append(replace(one, ratio=found.get(name), elsewhere=reasons.get(name, one.elsewhere)))
+    return judged

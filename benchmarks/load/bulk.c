@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 struct stream {
@@ -26,13 +27,24 @@ static void finish_stream(const struct stream *stream)
 	close(stream->fd);
 }
 
-struct bulk_result bulk(const struct address *sink, int count, struct window window)
+/* How much may be sent now, after a sleep until it is a piece. */
+static size_t await_due(double rate, uint64_t began, uint64_t sent)
+{
+	uint64_t then = began + (uint64_t)((double)(sent + PIECE) / rate * 1e9), due;
+	struct timespec until = { (time_t)(then / 1000000000ull), (long)(then % 1000000000ull) };
+
+	clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
+	due = (uint64_t)((double)(now_ns() - began) / 1e9 * rate) - sent;
+	return due < CHUNK ? due : CHUNK;
+}
+
+struct bulk_result bulk(const struct address *sink, int count, double rate, struct window window)
 {
 	static struct stream streams[MAX_STREAMS];
 	struct bulk_result result = { 0 };
 	struct epoll_event events[EVENTS];
 	int epoll = epoll_create1(EPOLL_CLOEXEC), started = 0;
-	uint64_t now = now_ns();
+	uint64_t now = now_ns(), began = now, sent = 0;
 
 	for (int i = 0; i < count; i++) {
 		streams[i] = (struct stream){ .fd = dial_and_wait(sink) };
@@ -45,7 +57,8 @@ struct bulk_result bulk(const struct address *sink, int count, struct window win
 			die("no bulk stream took anything for %llu s", STALL_NS / 1000000000ull);
 		for (int i = 0; i < ready && now < window.end; i++) {
 			struct stream *stream = &streams[events[i].data.u64];
-			ssize_t taken = send(stream->fd, pattern, CHUNK, MSG_NOSIGNAL | MSG_DONTWAIT);
+			size_t most = rate > 0 ? await_due(rate, began, sent) : CHUNK;
+			ssize_t taken = send(stream->fd, pattern, most, MSG_NOSIGNAL | MSG_DONTWAIT);
 
 			if (taken < 0 && errno != EAGAIN)
 				die("a bulk stream broke: %s", strerror(errno));
@@ -53,6 +66,7 @@ struct bulk_result bulk(const struct address *sink, int count, struct window win
 			if (taken < 0)
 				continue;
 			stream->sent += (uint64_t)taken;
+			sent += (uint64_t)taken;
 			if (now < window.start)
 				continue;
 			if (!started++)
@@ -68,7 +82,7 @@ struct bulk_result bulk(const struct address *sink, int count, struct window win
 	return result;
 }
 
-struct beside fork_bulk(const struct address *sink, int streams)
+struct beside fork_bulk(const struct address *sink, int streams, double rate)
 {
 	int start[2], done[2];
 	struct window window;
@@ -86,7 +100,7 @@ struct beside fork_bulk(const struct address *sink, int streams)
 		close(start[1]);
 		if (read(start[0], &window, sizeof(window)) != sizeof(window))
 			_exit(1);
-		result = bulk(sink, streams, window);
+		result = bulk(sink, streams, rate, window);
 		_exit(write(done[1], &result, sizeof(result)) != sizeof(result));
 	}
 	close(start[0]);

@@ -24,7 +24,9 @@ enum state { FREE, BUSY, RESTING };
 struct call {
 	uint64_t intended;     /* latency counts from here */
 	uint64_t begun;        /* when it was really sent, or its connection begun */
+	uint64_t late_ns;      /* of an open loop: how much earlier that was possible, for a generator that is never late */
 	uint64_t freed;        /* since when the connection is free, or rests */
+	uint64_t could_free;   /* since when it would be, with such a generator */
 	const char *question;
 	size_t to_send, sent;
 	size_t to_come;        /* of the answer; of an HTTP answer once its head is there */
@@ -85,6 +87,7 @@ static void release(struct call *call, uint64_t now)
 {
 	call->state = FREE;
 	call->freed = now;
+	call->could_free = now - call->late_ns;
 	busy--;
 	idle[idle_end++ % MAX_CONNECTIONS] = (int)(call - calls);
 }
@@ -151,6 +154,8 @@ static void finish(struct call *call)
 		findings->answered++;
 		if (counted(load->rate ? call->intended : now))
 			record(&findings->latency, now - call->intended);
+		if (load->rate && counted(call->intended))
+			record(&findings->punctual, now - call->intended - call->late_ns);
 	}
 	release(call, now);
 	if (!load->rate && now < window.end) {
@@ -342,6 +347,7 @@ static void send_what_is_due(uint64_t now)
 		struct call *call = &calls[idle[idle_first++ % MAX_CONNECTIONS]];
 		uint64_t intended = due, possible = intended > call->freed ? intended : call->freed;
 
+		call->late_ns = now - (intended > call->could_free ? intended : call->could_free);
 		if (counted(intended)) {
 			record(&findings->lateness, now - possible);
 			findings->waited += possible > intended;

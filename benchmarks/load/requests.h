@@ -37,6 +37,7 @@ struct reason {
 struct findings {
 	struct histogram latency;   /* of what was answered within the window (closed), or due within it (open) */
 	struct histogram lateness;  /* of sends, while a connection was free: the generator's own fault */
+	struct histogram punctual;  /* the latencies of an open loop less that: they would have been no shorter than this */
 	uint64_t scheduled, answered, failed;  /* of the whole run, warm-up included */
 	uint64_t waited;            /* of the window: no connection was free when they were due */
 	uint64_t behind_ns;         /* how long after its time the last request was sent */

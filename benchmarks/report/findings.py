@@ -52,6 +52,7 @@ class Findings:
         self._series = {(one.measure, one.subject): one for one in results.series}
         self._baselines = {(one.measure, one.baseline, one.key) for one in results.ratios}
         self._ratios = {(one.measure, one.subject, one.key): one for one in results.ratios}
+        self._withheld = {(one.measure, one.subject, one.key): one.reason for one in results.withheld}
 
     def series(self, measures: Iterable[Measure]) -> list[tuple[Measure, Series]]:
         """What was tried of these measures, subject by subject within each."""
@@ -64,6 +65,10 @@ class Findings:
 
     def ratio(self, measure: str, subject: str, key: str = "value") -> Ratio | None:
         return self._ratios.get((measure, subject, key))
+
+    def withheld(self, measure: str, subject: str, key: str = "value") -> str:
+        """Why there is no ratio, where it is not stated; else empty."""
+        return self._withheld.get((measure, subject, key), "")
 
     def is_baseline(self, measure: str, subject: str, key: str) -> bool:
         return (measure, subject, key) in self._baselines

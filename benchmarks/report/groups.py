@@ -242,6 +242,8 @@ def _cells(
 def _ratio(findings: Findings, measure: Measure, series: Series, name: str) -> Html:
     ratio = findings.ratio(measure.name, series.subject, name)
     if ratio is None:
+        if reason := findings.withheld(measure.name, series.subject, name):
+            return tag("td", f"no ratio: {reason}", class_="soft")
         words = "baseline" if findings.is_baseline(measure.name, series.subject, name) else ""
         return tag("td", words, class_="number soft")
     said = verdict(ratio, measure)

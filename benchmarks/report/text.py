@@ -63,7 +63,7 @@ def _ratio(findings: Findings, measure: Measure, subject: str) -> str:
     """`0.95 (0.87-1.15) better`, to the baseline of this measure."""
     ratio = findings.ratio(measure.name, subject)
     if ratio is None:
-        return ""
+        return "withheld" if findings.withheld(measure.name, subject) else ""
     said = verdict(ratio, measure)
     return wording.ratio(ratio) + ("" if said == "unclear" else f" {said}")
 
@@ -72,6 +72,7 @@ def _show_remarks(results: Results) -> None:
     """Why there is no number, or not a number to compare with."""
     found = [(one.measure, one.subject, one.refused or one.remark) for one in results.series]
     remarks = [one for one in found if one[-1]]
+    remarks += [(one.measure, one.subject, one.reason) for one in results.withheld if one.key == "value"]
     if remarks:
         print("\nRefused, or to be read with care")
         show_table(("MEASURE", "SUBJECT", "WHY"), remarks)

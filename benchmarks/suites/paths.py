@@ -45,6 +45,8 @@ _SMALL: Final = 64
 """Bytes of a small request."""
 _BESIDE: Final = (32, 500)
 """Connections and requests a second of the small requests beside something else."""
+_STREAM_GBIT_PER_S: Final = 1.0
+"""The bulk stream beside them: half of what the slowest subject was seen to carry there."""
 _DELAYS_MS: Final = (0.25, 1.0)
 _STALLED_US: Final = 10e6
 """What is shown for requests of which none is answered: as long as the load generator waits."""
@@ -179,14 +181,15 @@ _HTTP: Final = "HTTP requests through a waypoint"
 def probes(plan: Plan, fresh: Mapping[str, float]) -> list[Probe[Standing]]:
     """What is measured on the plain link, in order. `fresh`: the proxies' memory before any load, by subject."""
     connections, rate = _BESIDE
-    beside = load.beside_bulk(connections, _SMALL, rate, 1)
+    beside = load.beside_bulk(connections, _SMALL, rate, 1, _STREAM_GBIT_PER_S)
+    stream = f"beside 1 bulk stream of {_STREAM_GBIT_PER_S:g} Gbit/s, p99"
     return [
         *([_idle(plan.idle, fresh)] if plan.idle else []),
         *(_round_trip(connections, size) for connections, sizes in plan.sizes.items() for size in sizes),
         *(_opened(rate) for rate in plan.rates),
         *map(_bulk, plan.streams),
         _of_load("connect", _CONNECT, "16 in flight", "1/s", load.connects(16), better="more", connections=16),
-        _of_load("beside-bulk", _BESIDE_OTHERS, "beside 1 bulk stream, p99", "us", beside, APART, rate=rate),
+        _of_load("beside-bulk", _BESIDE_OTHERS, stream, "us", beside, APART, rate=rate),
     ]
 
 
@@ -388,7 +391,9 @@ def _say_conditions(bench: Bench) -> None:
     )
     bench.condition(
         _BESIDE_OTHERS,
-        f"{_BESIDE[0]} connections, {_BESIDE[1]} requests of {_SMALL} B a second; {_STALLED_US / 1e6:.0f} s stand for "
+        f"{_BESIDE[0]} connections, {_BESIDE[1]} requests of {_SMALL} B a second. The bulk stream is to carry "
+        f"{_STREAM_GBIT_PER_S:g} Gbit/s for everybody, in pieces of 64 KB; what it carried stands beside (Gbit/s), and "
+        f"a round with less than {load.CARRIED_SHARE:.0%} of it does not count. {_STALLED_US / 1e6:.0f} s stand for "
         "none that was answered",
     )
     bench.condition("capture", "uProxies by eBPF; Envoys and HAProxies are dialled on loopback")

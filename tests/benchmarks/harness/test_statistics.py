@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.harness import statistics
 from benchmarks.harness.results import Measure, Ratio, Results, Round, Series
-from benchmarks.harness.statistics import RESTARTED, Interval, agree, for_any_run, interval, ratios, stretch
+from benchmarks.harness.statistics import RESTARTED, Interval, agree, for_any_run, interval, stretch
 
 POSITIVE = st.floats(1e-3, 1e6)
 SCATTER = {
@@ -135,6 +136,40 @@ def rounds(*values: float, **details: float) -> list[Round]:
 
 
 BASELINES = {"paths": "theirs"}
+
+
+def ratios(results: Results, baselines: dict[str, str]) -> list[Ratio]:
+    return statistics.ratios(results, baselines)[0]
+
+
+def late(subject: str, value: float, punctual: float) -> Series:
+    """Of a generator whose lateness may have made `value` of something as small as `punctual`."""
+    each = [value * (1 + scatter) for scatter in (-0.02, 0, 0, 0, 0.02)]
+    return Series("m", subject, rounds(*each, **{"punctual/value": punctual}))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "stated"),
+    [
+        ((100, 100), (200, 200), True),
+        ((100, 99), (200, 198), True),
+        ((100, 80), (200, 200), False),  # with a generator that is in time it might be 0.4
+        ((100, 100), (200, 160), False),  # or 0.625
+    ],
+)
+def test_a_ratio_is_withheld_that_lateness_could_move_out_of_its_interval(ours, theirs, stated):
+    found, withheld = statistics.ratios(run(late("theirs", *theirs), late("ours", *ours)), BASELINES)
+    assert bool(found) is stated
+    assert bool(withheld) is not stated
+    if withheld:
+        assert (withheld[0].subject, withheld[0].baseline, withheld[0].key) == ("ours", "theirs", "value")
+        assert "0.40 to 0.50" in withheld[0].reason or "0.50 to 0.62" in withheld[0].reason
+
+
+def test_a_wide_interval_bears_more_lateness_than_a_narrow_one():
+    scattered = Series("m", "ours", rounds(60, 80, 100, 120, 160, **{"punctual/value": 80.0}))
+    theirs = Series("m", "theirs", rounds(*[200] * 5, **{"punctual/value": 180.0}))
+    assert len(ratios(run(theirs, scattered), BASELINES)) == 1
 
 
 def test_ratios_are_of_the_same_rounds():

@@ -53,8 +53,11 @@ def test_the_check_fails_a_generator_that_counts_from_when_it_really_sent(tmp_pa
     assert "p95" in check.text
 
 
-def outcome(latencies_ms: list[float], **generator: float) -> Outcome:
+def outcome(latencies_ms: list[float], late_ms: float = 0.0, **generator: float) -> Outcome:
+    """`late_ms`: of the slowest of them, which the generator was late with."""
     counted = load.histogram.histogram_of(round(ms * 1e6) for ms in latencies_ms)
+    slow = 0.95 * max(latencies_ms)
+    punctual = (ms - late_ms if ms >= slow else ms for ms in latencies_ms)
     return Outcome(
         kind="open",
         operations=len(latencies_ms),
@@ -67,7 +70,9 @@ def outcome(latencies_ms: list[float], **generator: float) -> Outcome:
         answered=len(latencies_ms),
         errors={},
         broken=0,
+        punctual=load.histogram.histogram_of(round(ms * 1e6) for ms in punctual),
         gbit_per_s=0.0,
+        asked_gbit_per_s=0.0,
         generator=replace(Generator(cpu_share=0.1), **generator),
         start_ns=0,
         end_ns=2_000_000_000,
@@ -116,10 +121,10 @@ def test_agreement_is_of_medians_within_five_percent(ours: list[tuple[float, flo
         (outcome(STALLED), ""),
         (outcome(STALLED, cpu_share=0.89), ""),
         (outcome(STALLED, cpu_share=0.91), "used 91% of its core"),
-        (outcome(STALLED, late_p99_us=40_000), ""),
-        (outcome(STALLED, late_p99_us=60_000), "sent late"),
-        (outcome([0.05] * 100, late_p99_us=90), ""),
-        (outcome([0.05] * 100, late_p99_us=110), "sent late"),
+        (outcome([0.1] * 1000, late_ms=0.04), ""),
+        (outcome([0.1] * 1000, late_ms=0.06), "sent late: of a p99 of 100 us, without that it might have been 40 us"),
+        (outcome([0.1] * 980 + [9.0] * 20, late_ms=4.0), ""),
+        (outcome([0.1] * 980 + [9.0] * 20, late_ms=5.0), "sent late"),
         (outcome(STALLED, behind_s=0.19), ""),
         (outcome(STALLED, behind_s=0.21), "the rate was too high"),
     ],
@@ -151,6 +156,17 @@ def test_a_generator_that_was_kept_from_sending_refuses(program: Path, served: S
     found = load.run(hindered, program, load.opened(8, 64, 200), LOOPBACK, port, 1.5)
     assert found.generator.late_p99_us > 30_000
     assert "sent late" in found.bottleneck
+    # Those that found no connection free, since others had been sent late, were late for the same reason.
+    assert found.percentile_us(0.9) > 20_000
+    assert found.punctual_us(0.9) < 5_000
+    assert load.histogram.count(found.punctual) == load.histogram.count(found.histogram)
+
+
+def test_a_server_that_stalls_is_no_lateness_of_the_generators(program: Path, served: Served):
+    found = load.run(spawn, program, load.opened(8, 64, 500), LOOPBACK, served(stall_ms=50, every_ms=100), 1.0)
+    assert found.percentile_us(0.9) > 20_000
+    assert found.punctual_us(0.9) == pytest.approx(found.percentile_us(0.9), rel=0.3)
+    assert not load.run(spawn, program, load.closed(2, 64), LOOPBACK, served(), 0.2).punctual
 
 
 def test_a_rate_that_the_subject_cannot_take_is_refused(program: Path):

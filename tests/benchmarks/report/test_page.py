@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from benchmarks.harness.results import Check, Measure, Results, Round, Series, Subject, read
+from benchmarks.harness.results import Check, Measure, Results, Round, Series, Subject, Withheld, read
 from benchmarks.report import write
 from benchmarks.report.page import page
 from benchmarks.report.plot import WIDTH
@@ -168,6 +168,18 @@ def test_a_round_that_does_not_count_is_hollow_and_in_no_median() -> None:
     # Of a reference, which says so, all rounds are shown and count.
     bound = Series("paths/rr", "a", rounds, remark="bound by the generator")
     assert [one.number for one in bound.counted] == [1, 2, 3, 4]
+
+
+def test_a_ratio_that_is_withheld_has_its_reason_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    results = realistic()
+    gone = next(one for one in results.ratios if (one.measure, one.subject) == ("paths/open/500", "uproxy"))
+    results.ratios.remove(gone)
+    results.withheld.append(Withheld(gone.measure, gone.subject, gone.baseline, gone.key, "the generator was late"))
+    assert "no ratio: the generator was late" in Document(page(results)).text
+    show(results)
+    out = capsys.readouterr().out
+    assert re.search(r"^latency at a rate, p99, 500 requests/s .* withheld$", out, re.MULTILINE)
+    assert re.search(r"^paths/open/500 +uproxy +the generator was late$", out, re.MULTILINE)
 
 
 def test_a_refused_series_has_its_reason_and_no_dot() -> None:
