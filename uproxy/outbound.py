@@ -24,6 +24,7 @@ from uproxy import plane
 from uproxy.connections import Connections, Live
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
+from uproxy.health import RetryBudget
 from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route, original_destination
@@ -79,7 +80,8 @@ class Outbound:
         self._telemetry = telemetry
         self._own = own
         self._demand = demand
-        self._resolver = Resolver(state, random.Random())
+        self._resolver = Resolver(state, random.Random(), pool.health)
+        self._budget = RetryBudget()
         self._once_bound: dict[str, None] = {}
         """What this process has seen bound to a waypoint, by key or address; the oldest comes first."""
         self._waiting: set[Waiter[None]] = set()  # for another configuration
@@ -205,7 +207,10 @@ class Outbound:
         deadline = time.monotonic() + OPEN_TIMEOUT_S
         failed: RefusedError | None = None
         last = plan.hops[0]
+        self._budget.tried()
         for hop in plan.hops:
+            if failed is not None and not self._budget.allows():
+                break
             last = hop
             record.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload)
             record.hbone_address = hop.authority.decode()

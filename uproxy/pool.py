@@ -8,7 +8,9 @@ keeps its callers' streams apart. A burst of connections to a new peer opens one
 from __future__ import annotations
 
 import logging
+import random
 import ssl
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 from control.api.address import HBONE_PORT, IpAddress
@@ -16,6 +18,7 @@ from control.api.identity import SpiffeId
 from uproxy import hbone, tunnel
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
+from uproxy.health import Health
 from uproxy.plane import Plane, Waiter
 from uproxy.relay import Relay
 from uproxy.resolve import Hop
@@ -25,8 +28,13 @@ from uproxy.tunnel import Tunnel
 # The peer itself waits up to 10 s for its application.
 ANSWER_TIMEOUT_S = 15.0
 IDLE_TIMEOUT_S = 300.0  # ztunnel's pool
+# A tunnel that is older takes no new streams: those who come find a new one, which sees the peer's present certificate,
+# policy and place behind a load balancer. The last of them are younger by a tenth, so that not all go at once.
+MAX_AGE_S = 3600.0
 # Tunnels on which one connection tries to open its stream: shared ones may be closing or full.
 MAX_ATTEMPTS = 3
+# Tunnels to one peer, as far as bulk asks for them: new streams avoid one that carries bulk.
+MAX_BESIDE_BULK = 4
 
 Key = tuple[str, SpiffeId, Hashable]
 
@@ -43,6 +51,7 @@ class Pool:
         self._sources = {":" in address: address for address in reversed(addresses)}
         self._tunnels: dict[Key, list[Tunnel]] = {}
         self._dialling: dict[Key, list[Waiter[None]]] = {}
+        self.health = Health()
 
     def tunnels(self) -> list[Tunnel]:
         return [t for group in self._tunnels.values() for t in group]
@@ -53,7 +62,11 @@ class Pool:
         Streams of different owners never share a tunnel.
         """
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            carrier, fresh = await self._tunnel((hop.address, hop.expected, owner))
+            try:
+                carrier, fresh = await self._tunnel((hop.address, hop.expected, owner))
+            except RefusedError:
+                self.health.failed(hop.address)
+                raise
             relay = carrier.open(headers)
             try:
                 answer = await self._plane.wait(relay.response, ANSWER_TIMEOUT_S)
@@ -70,17 +83,27 @@ class Pool:
                 continue
             fields = dict(answer)
             if fields[b":status"] == b"200":
+                if self.health:
+                    self.health.worked(hop.authority)
                 return relay
             relay.abandon()
+            if fields[b":status"] == b"503":
+                self.health.failed(hop.authority)
             raise _refusal(hop, fields)
         raise AssertionError("the last attempt returns or raises")
 
     async def _tunnel(self, key: Key) -> tuple[Tunnel, bool]:
         """A tunnel with room for a stream, and whether it was opened just now."""
         while True:
-            for carrier in self._tunnels.get(key, ()):
+            busy: Tunnel | None = None
+            group = self._tunnels.get(key, ())
+            for carrier in group:
                 if carrier.usable:
-                    return carrier, False
+                    if not carrier.carries_bulk:
+                        return carrier, False
+                    busy = carrier
+            if busy is not None and len(group) >= MAX_BESIDE_BULK:
+                return busy, False
             waiting = self._dialling.get(key)
             if waiting is None:
                 return await self._dial(key), True
@@ -108,9 +131,11 @@ class Pool:
             source = self._sources.get(":" in address)
             carrier = await tunnel.dial(self._plane, address, HBONE_PORT, self._context(), identify, source)
             carrier.on_close = lambda gone: self._forget(key, gone)
+            carrier.retire_at = time.monotonic() + MAX_AGE_S * random.uniform(0.9, 1.0)
             if carrier.closed:  # its first bytes were an alert: our certificate was refused
                 raise RefusedError("tls-failure", f"{address}: {carrier.error}", flag=Flag.TLS_FAILURE)
             self._tunnels.setdefault(key, []).append(carrier)
+            self.health.worked(address)
             for waiter in waiting:
                 waiter.set(None)
             return carrier
@@ -134,9 +159,12 @@ class Pool:
             self._tunnels.pop(key, None)
 
     def tick(self, now: float) -> None:
-        """Keepalive for all, and an end for those that nobody uses."""
+        """Keepalive for all, and an end for those that nobody uses or that are old."""
+        self.health.tick(now)
         for carrier in self.tunnels():
             carrier.tick(now)
+            if now > carrier.retire_at:
+                carrier.retire()
             unused = not carrier.connection.streams
             if unused and (now - carrier.idle_since > IDLE_TIMEOUT_S or not carrier.usable):
                 carrier.finish("idle")

@@ -14,6 +14,7 @@ from control.api.index import ResidentWorkload
 from control.api.workload import Service, Workload
 from control.client.state import State
 from uproxy.errors import Flag, RefusedError
+from uproxy.health import Health
 
 # One connection is tried on at most this many endpoints (docs/hbone.md 4: "at most two more").
 MAX_HOPS = 3
@@ -52,9 +53,11 @@ class _Group:
 class Resolver:
     """Plans connections from one state. What a service port resolves to is worked out once per generation."""
 
-    def __init__(self, state: State, rng: random.Random) -> None:
+    def __init__(self, state: State, rng: random.Random, health: Health | None = None) -> None:
+        """`health`: what is known of endpoints; those that failed a moment ago come last."""
         self._state = state
         self._rng = rng
+        self._health = health if health is not None else Health()
         self._generation = -1
         self._groups: dict[tuple[str, int], _Group] = {}
 
@@ -109,9 +112,12 @@ class Resolver:
         if gateway is None:
             return ()
         expected = gateway_identity(self._state.trust_domain, gateway_key)
+        instances = self._rng.sample(gateway.instances, len(gateway.instances))
+        if self._health:
+            instances.sort(key=lambda instance: self._health.is_bad(instance.address))
         return tuple(
             Hop(instance.address, expected, authority, self._state.workload_at(instance.address))
-            for instance in self._rng.sample(gateway.instances, min(len(gateway.instances), MAX_HOPS))
+            for instance in instances[:MAX_HOPS]
         )
 
     def _straight(self, direct: Plan) -> tuple[Hop, ...]:
@@ -126,7 +132,8 @@ class Resolver:
         """Ready endpoints of a service port in random order by weight, at most MAX_HOPS: straight to each, whatever the
         service is bound to. Raises RefusedError when there is none.
         """
-        return self._draw(self._group(service, port))
+        group = self._group(service, port)
+        return self._draw_healthy(group) if self._health else self._draw(group)
 
     def _group(self, service: Service, port: int) -> _Group:
         if self._generation != self._state.generation:
@@ -149,6 +156,19 @@ class Resolver:
         if not group.hops:
             raise RefusedError("no-endpoint", f"service {service.key} has no ready endpoint for port {port}")
         return group
+
+    def _draw_healthy(self, group: _Group) -> tuple[Hop, ...]:
+        """As `_draw`, with those that failed a moment ago behind the others."""
+        weights = [last - first for first, last in zip((0, *group.cumulative), group.cumulative, strict=False)]
+        parts: tuple[list[tuple[Hop, int]], list[tuple[Hop, int]]] = ([], [])
+        for hop, weight in zip(group.hops, weights, strict=True):
+            bad = self._health.is_bad(hop.authority) or self._health.is_bad(hop.address)
+            parts[bad].append((hop, weight))
+        drawn: tuple[Hop, ...] = ()
+        for part in parts:
+            if part:
+                drawn += self._draw(_Group(tuple(hop for hop, _ in part), tuple(accumulate(w for _, w in part))))
+        return drawn[:MAX_HOPS]
 
     def _draw(self, group: _Group) -> tuple[Hop, ...]:
         """Different endpoints, each drawn with its weight; when the draws keep meeting, the next ones in order."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import ssl
 import struct
@@ -28,6 +29,8 @@ HANDSHAKE_TIMEOUT_S = 10.0
 # Both ends ask after 10 s of silence and give up 20 s later (docs/hbone.md 2.2).
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 20.0
+# A tunnel that moved as much since the last tick (process.TICK_S) carries bulk: 13 Mbit/s over 5 s.
+BULK_BYTES = 8 << 20
 # After our close_notify and FIN a peer that reads at all closes within a round trip.
 LINGER_S = 30.0
 
@@ -71,6 +74,10 @@ class Tunnel:
         self.error = ""
         self.on_close: Callable[[Tunnel], None] = _ignore
         self.idle_since = time.monotonic()
+        self.retire_at = math.inf
+        """When it is to take no more streams, for its age (monotonic seconds)."""
+        self.carries_bulk = False
+        self._moved: dict[int, int] = {}  # stream id -> bytes so far, at the last tick
         address = sock.getpeername()
         # As the kernel writes it: canonical, and mapped addresses do not occur (IPV6_V6ONLY). Without a zone.
         self.peer_address = IpAddress(address[0].partition("%")[0])
@@ -267,6 +274,7 @@ class Tunnel:
                 self._fail("the peer did not close the tunnel")
             return
         self.connection.tick()
+        self._look_for_bulk()
         if self.connection.streams:
             self.idle_since = now
         if self._pinged_at is not None:
@@ -276,6 +284,16 @@ class Tunnel:
             self._pinged_at = now
             self.connection.ping(struct.pack(">d", now))
             self.touch()
+
+    def _look_for_bulk(self) -> None:
+        """Counted where bytes are counted anyway, and only now and then: nothing of it is on a message's path."""
+        before = self._moved
+        self._moved = {
+            stream.id: stream.owner.sent + stream.owner.received
+            for stream in self.connection.streams.values()
+            if isinstance(stream.owner, Relay)
+        }
+        self.carries_bulk = any(moved - before.get(number, 0) >= BULK_BYTES for number, moved in self._moved.items())
 
     def drain(self, *, final: bool) -> None:
         """Ask the peer to open no more streams here; the ones that are open go on."""

@@ -11,6 +11,7 @@ from control.api.gateway import Gateway
 from control.api.workload import Endpoint, Service
 from control.client.state import State
 from uproxy.errors import Flag, RefusedError
+from uproxy.health import Health
 from uproxy.listener import Asked
 from uproxy.resolve import Hop, Resolver, host_port
 
@@ -40,11 +41,11 @@ class Destination:
 class Destinations:
     """Those of one Gateway, by what callers ask for. Worked out once per configuration."""
 
-    def __init__(self, state: State, gateway: str) -> None:
-        """`gateway`: key of the Gateway."""
+    def __init__(self, state: State, gateway: str, health: Health | None = None) -> None:
+        """`gateway`: key of the Gateway. `health`: what is known of backends; those that failed come last."""
         self._state = state
         self._gateway = gateway
-        self._resolver = Resolver(state, random.Random())
+        self._resolver = Resolver(state, random.Random(), health)
         self._generation = -1
         # The services' workloads, by their own addresses; None until somebody dials one.
         self._behind: dict[tuple[IpAddress, int], Destination] | None = None

@@ -161,7 +161,7 @@ class Gateway:
         self._connections = connections
         self._telemetry = telemetry
         self._directory = directory
-        self._destinations = Destinations(state, gateway)
+        self._destinations = Destinations(state, gateway, upstream.health)
         self._random = random.Random()
         self._rules = RuleBook(state, gateway)
         self._idle: dict[Client, Asked] = {}

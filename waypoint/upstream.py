@@ -16,6 +16,7 @@ from typing import Final
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from uproxy.errors import RefusedError
+from uproxy.health import Health
 from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
 from uproxy.resolve import Hop, host_port
@@ -78,6 +79,11 @@ class Upstream:
         self._pool = pool
         self._idle: dict[Key, list[HttpConnection]] = {}
         self._count = 0
+
+    @property
+    def health(self) -> Health:
+        """What is known of backends that failed."""
+        return self._pool.health
 
     @property
     def idle(self) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from control.api.policy import Action, AuthorizationPolicy, Rule, Source
 from control.api.workload import Workload
 from control.server.ca import Authority
 from tests.support.pair import DB_ADDRESS, Pair, running_pair
-from uproxy import inbound, plane
+from tests.support.waiting import until
+from uproxy import inbound, plane, pool, tunnel
 from uproxy.errors import Flag
 
 Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -121,6 +123,62 @@ def test_many_connections_share_one_tunnel(tmp_path: Path, authority: Authority)
             for number in range(50):
                 group.create_task(one(number))
         assert len(pair.web.pool.tunnels()) == 1
+
+    run(tmp_path, authority, echo, client)
+
+
+def test_new_connections_avoid_a_tunnel_that_carries_bulk(tmp_path: Path, authority: Authority) -> None:
+    async def client(pair: Pair) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def echoed(app: socket.socket, size: int) -> None:
+            sending = asyncio.ensure_future(loop.sock_sendall(app, bytes(size)))  # noqa: TID251  # awaited below
+            left = size
+            while left:
+                left -= len(await loop.sock_recv(app, 1 << 20))
+            await sending
+
+        def tick() -> None:
+            pair.web.pool.tick(time.monotonic())
+
+        bulk = pair.dial()
+        await echoed(bulk, tunnel.BULK_BYTES)
+        pair.plane.run(tick)
+        small = pair.dial()
+        await echoed(small, 64)
+        first, second = pair.web.pool.tunnels()
+        assert first.carries_bulk
+        assert [len(one.connection.streams) for one in (first, second)] == [1, 1]
+        pair.plane.run(tick)  # nothing has moved since
+        assert not first.carries_bulk
+        for app in (bulk, small):
+            app.close()
+
+    run(tmp_path, authority, echo, client)
+
+
+def test_an_old_tunnel_takes_no_new_connections_and_ends_with_its_last(tmp_path: Path, authority: Authority) -> None:
+    async def client(pair: Pair) -> None:
+        loop = asyncio.get_running_loop()
+        early = pair.dial()
+        await loop.sock_sendall(early, b"early")
+        assert await loop.sock_recv(early, 100) == b"early"
+        (old,) = pair.web.pool.tunnels()
+        assert pool.MAX_AGE_S * 0.9 <= old.retire_at - time.monotonic() <= pool.MAX_AGE_S
+        old.retire_at = time.monotonic() - 1
+        pair.plane.run(lambda: pair.web.pool.tick(time.monotonic()))
+        late = pair.dial()
+        for app in (late, early):
+            await loop.sock_sendall(app, b"both")
+            assert await loop.sock_recv(app, 100) == b"both"
+        assert len(pair.web.pool.tunnels()) == 2
+        early.close()
+        await until(lambda: not old.connection.streams)
+        pair.plane.run(lambda: pair.web.pool.tick(time.monotonic()))
+        await until(lambda: old.closed)
+        await loop.sock_sendall(late, b"still")
+        assert await loop.sock_recv(late, 100) == b"still"
+        late.close()
 
     run(tmp_path, authority, echo, client)
 
