@@ -262,10 +262,11 @@ class Connection:
         The room is bounded by both windows, the frame size and the output buffer: nothing queues here.
         """
         used = self._used + 9
-        room = min(OUTPUT_SIZE - used, SINGLE_DATA if len(self.streams) == 1 else SHARED_DATA)
-        if self._spill or room < MIN_DATA:
+        left = OUTPUT_SIZE - used
+        if self._spill or left < MIN_DATA:
             return _EMPTY
-        room = min(room, self._peer_max_frame, stream.send_window, self.send_window)
+        limit = SINGLE_DATA if len(self.streams) == 1 else SHARED_DATA
+        room = min(left, limit, self._peer_max_frame, stream.send_window, self.send_window)
         return self._output[used : used + room] if room > 0 else _EMPTY
 
     def commit(self, stream: Stream, length: int) -> None:
@@ -379,11 +380,22 @@ class Connection:
                 continue
             high, low, kind, flags, stream_id = _HEADER.unpack_from(data, position)
             length = high << 8 | low
-            if kind == DATA and not flags & _PADDED and self._settings_seen and not self._block_stream:
-                position += 9
-                self._begin_data(stream_id & 0x7FFFFFFF, flags, length, length, 0, events)
-                continue
             after = position + 9 + length
+            if kind == DATA and not flags & _PADDED and self._settings_seen and not self._block_stream:
+                stream = self._count_data(stream_id & 0x7FFFFFFF, flags, length, length)
+                position += 9
+                if after > end:
+                    self._data_stream, self._data_ends, self._data_left = stream, bool(flags & _END_STREAM), length
+                    continue
+                # Whole, as nearly always.
+                if stream is not None:
+                    if length:
+                        events.append(DataReceived(stream, data[position:after]))
+                    if flags & _END_STREAM:
+                        self._remote_end(stream)
+                        events.append(StreamEnded(stream))
+                position = after
+                continue
             if DATA < kind <= CONTINUATION and after <= end:  # whole, as nearly always
                 stream_id &= 0x7FFFFFFF
                 self._check_frame(kind, flags, stream_id, length)
@@ -433,7 +445,11 @@ class Connection:
             overhead = 1 + padding if needed == 10 else 0
             if overhead > length:
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "padding longer than the DATA frame")
-            self._begin_data(stream_id, flags, length, length - overhead, padding, events)
+            self._data_stream = self._count_data(stream_id, flags, length, length - overhead)
+            self._data_ends = bool(flags & _END_STREAM)
+            self._data_left, self._data_padding = length - overhead, padding
+            if not self._data_left and not padding:
+                self._finish_data(events)
         elif kind > CONTINUATION:
             # Unknown type: ignored, unread (RFC 9113 section 4.1).
             self._spend(1)
@@ -470,9 +486,8 @@ class Connection:
 
     # -- DATA
 
-    def _begin_data(
-        self, stream_id: int, flags: int, length: int, payload: int, padding: int, events: list[Event]
-    ) -> None:
+    def _count_data(self, stream_id: int, flags: int, length: int, payload: int) -> Stream | None:
+        """Count a DATA frame of `length` bytes, of which `payload` are data, on both windows. None: nobody wants it."""
         if length > MAX_FRAME_SIZE:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes; at most {MAX_FRAME_SIZE}")
         self._recv_window -= length
@@ -484,7 +499,6 @@ class Connection:
             self._frame(WINDOW_UPDATE, 0, 0, _U32.pack(self._recv_unacknowledged))
             self._recv_unacknowledged = 0
         stream = self.streams.get(stream_id)
-        ends = bool(flags & _END_STREAM)
         if stream is None:
             self._check_gone(stream_id, "DATA")
         elif stream.remote_closed:
@@ -499,12 +513,9 @@ class Connection:
         if payload:
             if self._quota < CONTROL_QUOTA:
                 self._quota += 1
-        elif not ends:
+        elif not flags & _END_STREAM:
             self._spend(1)
-        self._data_stream, self._data_ends = stream, ends
-        self._data_left, self._data_padding = payload, padding
-        if not payload and not padding:
-            self._finish_data(events)
+        return stream
 
     def _take_data(self, data: memoryview, position: int, end: int, events: list[Event]) -> int:
         taken = min(self._data_left, end - position)

@@ -290,12 +290,12 @@ class Plane:
         """
         loop = self.loop
         loop.called = False
+        self._finish_turn()  # what control work asked for since the last turn
+        if loop.called:
+            return self._turn(0.0)
         now = monotonic()
         end = None if timeout is None else now + max(timeout, 0.0)
         while True:
-            self._finish_turn()  # what control work asked for since the last turn
-            if loop.called:
-                return self._turn(0.0)
             ready = self._turn(self._patience(now, end))
             now = monotonic()
             if self._due and self._due[0] <= now * TIMER_STEPS_PER_S:
@@ -307,8 +307,11 @@ class Plane:
         """Seconds that a poll may wait; -1 for ever."""
         if self._due:
             step = self._due[0] / TIMER_STEPS_PER_S
-            end = step if end is None else min(end, step)
-        return -1.0 if end is None else max(end - now, 0.0)
+            if end is None or step < end:
+                end = step
+        if end is None:
+            return -1.0
+        return end - now if end > now else 0.0
 
     def _expire(self, now: float) -> None:
         while self._due and self._due[0] <= now * TIMER_STEPS_PER_S:
@@ -338,7 +341,8 @@ class Plane:
                     writable = selectors.EVENT_WRITE if events & ~select.EPOLLIN else 0
                     readable = selectors.EVENT_READ if events & ~select.EPOLLOUT else 0
                     ready.append((key, (writable | readable) & key.events))
-        self._finish_turn()
+        if self._woken or self._dirty:
+            self._finish_turn()
         return ready
 
     def _call(self, callback: Callable[[], None]) -> None:

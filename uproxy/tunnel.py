@@ -217,7 +217,8 @@ class Tunnel:
         try:
             while incoming.pending or tls.pending():
                 # The stubs know neither the buffer's type nor that a count comes back.
-                taken: int = tls.read(len(_PLAINTEXT_VIEW) - length, _PLAINTEXT_VIEW[length:])  # type: ignore
+                rest = _PLAINTEXT_VIEW[length:] if length else _PLAINTEXT_VIEW
+                taken: int = tls.read(len(rest), rest)  # type: ignore
                 if not taken:
                     error = "the peer closed the tunnel"
                     break
