@@ -1,4 +1,4 @@
-"""Packets between the hosts: a tcpdump on the underlay, and what its file says.
+"""Packets between the hosts, or on every interface of one: a tcpdump, and what its file says.
 
 The search looks at each packet's bytes and at each TCP flow put together, so that a payload cannot hide in a
 segment boundary.
@@ -28,7 +28,9 @@ _SETTLE_S = 5.0
 _PCAP_MAGIC = 0xA1B2C3D4
 _FILE_HEADER = struct.Struct("=IHHiIII")
 _PACKET_HEADER = struct.Struct("=IIII")
-_LINKTYPE_ETHERNET = 1
+# Link types of pcap-linktype(7) -> where the EtherType is, and where the packet begins.
+_ETHERNET, _COOKED = 1, 276
+_LAYOUTS = {_ETHERNET: (12, 14), _COOKED: (0, 20)}
 
 # TLS record types that carry a handshake and data, with the record version of TLS 1.3 (RFC 8446 section 5.1).
 _TLS_RECORDS = (b"\x16\x03\x01", b"\x16\x03\x03", b"\x17\x03\x03")
@@ -52,20 +54,26 @@ class Segment:
 
 
 class Capture:
-    """A tcpdump on a host's port of the bridge while the block runs; afterwards its packets are at hand."""
+    """A tcpdump on a host's port of the bridge while the block runs; afterwards its packets are at hand.
 
-    def __init__(self, host: Host, path: Path) -> None:
+    `everywhere`: on every interface of the host instead, its workloads' among them, each packet once for each.
+    """
+
+    def __init__(self, host: Host, path: Path, *, everywhere: bool = False) -> None:
         self._host = host
         self._path = path
+        self._everywhere = everywhere
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Capture:
         # -U: each packet is in the file as soon as it is seen. -Z root: no other user could write there.
-        argv = ["tcpdump", "-i", self._host.name, "-U", "-n", "-s", "0", "--immediate-mode", "-B", "16384"]
+        interface = ["any", "-y", "LINUX_SLL2"] if self._everywhere else [self._host.name]
+        argv = ["tcpdump", "-i", *interface, "-U", "-n", "-s", "0", "--immediate-mode", "-B", "16384"]
         argv += ["-Z", "root", "-w", str(self._path)]
         lab = self._host.lab
         try:
-            self._process = lab.spawn(argv, sandbox.NETNS_DIR / lab.underlay, stderr=subprocess.PIPE)
+            where = self._host.netns if self._everywhere else lab.underlay
+            self._process = lab.spawn(argv, sandbox.NETNS_DIR / where, stderr=subprocess.PIPE)
         except FileNotFoundError:
             raise LabError("tcpdump is not installed: apt-get install tcpdump") from None
         self._await_listening()
@@ -169,31 +177,32 @@ def _segments(capture: bytes) -> Iterator[Segment]:
     if len(capture) < _FILE_HEADER.size:
         return
     magic, *_, link_type = _FILE_HEADER.unpack_from(capture)
-    if magic != _PCAP_MAGIC or link_type != _LINKTYPE_ETHERNET:
-        raise LabError("tcpdump wrote a file of another kind than pcap with Ethernet frames")
+    if magic != _PCAP_MAGIC or link_type not in _LAYOUTS:
+        raise LabError("tcpdump wrote a file of another kind than pcap with Ethernet or cooked frames")
+    type_at, begin = _LAYOUTS[link_type]
     at = _FILE_HEADER.size
     while at + _PACKET_HEADER.size <= len(capture):
         _, _, size, _ = _PACKET_HEADER.unpack_from(capture, at)
         at += _PACKET_HEADER.size
-        segment = _tcp_of(capture[at : at + size])
+        frame = capture[at : at + size]
+        segment = _tcp_of(frame[type_at : type_at + 2], frame[begin:])
         if segment is not None:
             yield segment
         at += size
 
 
-def _tcp_of(frame: bytes) -> Segment | None:
-    """The TCP packet in an Ethernet frame; IPv4 (RFC 791), IPv6 without extension headers (RFC 8200)."""
-    ether_type = frame[12:14]
-    if ether_type == b"\x08\x00" and frame[23] == socket.IPPROTO_TCP:
-        start = 14 + (frame[14] & 0x0F) * 4
-        end = 14 + int.from_bytes(frame[16:18], "big")
-        source, destination = frame[26:30], frame[30:34]
-    elif ether_type == b"\x86\xdd" and frame[20] == socket.IPPROTO_TCP:
-        start = 54
-        end = start + int.from_bytes(frame[18:20], "big")
-        source, destination = frame[22:38], frame[38:54]
+def _tcp_of(ether_type: bytes, packet: bytes) -> Segment | None:
+    """The TCP packet in a frame; IPv4 (RFC 791), IPv6 without extension headers (RFC 8200)."""
+    if ether_type == b"\x08\x00" and packet[9] == socket.IPPROTO_TCP:
+        start = (packet[0] & 0x0F) * 4
+        end = int.from_bytes(packet[2:4], "big")
+        source, destination = packet[12:16], packet[16:20]
+    elif ether_type == b"\x86\xdd" and packet[6] == socket.IPPROTO_TCP:
+        start = 40
+        end = start + int.from_bytes(packet[4:6], "big")
+        source, destination = packet[8:24], packet[24:40]
     else:
         return None
-    source_port, destination_port, sequence = struct.unpack_from(">HHI", frame, start)
-    payload = frame[start + (frame[start + 12] >> 4) * 4 : end]
-    return Segment((source, source_port, destination, destination_port), sequence, frame[start + 13], payload)
+    source_port, destination_port, sequence = struct.unpack_from(">HHI", packet, start)
+    payload = packet[start + (packet[start + 12] >> 4) * 4 : end]
+    return Segment((source, source_port, destination, destination_port), sequence, packet[start + 13], payload)
