@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 /* cgroup/connect4, connect6: decides what becomes of a connection that an app dials. */
-#include "sock.h"
+#include "dns.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -97,19 +97,42 @@ static __always_inline int remember(struct bpf_sock *sk, const struct destinatio
 	return 0;
 }
 
+/* A UDP socket, or one for ICMP. As decide(). */
+static __always_inline int decide_datagrams(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
+					    __u64 netns_cookie, const struct destination *to,
+					    __u16 *uproxy_port)
+{
+	char no_device[1] = "";
+
+	if (!is_name_query(netns_cookie, ctx->protocol, to->port))
+		return datagram_verdict(netns_cookie, to->addr, to->port);
+	*uproxy_port = port_of_nameserver(netns_cookie, to->addr);
+	if (!*uproxy_port)
+		return refuse(MESH_REFUSED_NAMESERVERS, EPERM);
+	if (remember(sk, to)) {
+		*uproxy_port = 0;
+		return refuse(MESH_REFUSED_NO_MEMORY, EPERM);
+	}
+	/* As for TCP: bound to a device, it would not reach 127.0.0.1. */
+	if (sk->bound_dev_if)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, no_device, sizeof(no_device));
+	count(MESH_DNS_CAPTURED);
+	return ALLOW;
+}
+
 /*
- * Returns ALLOW or REFUSE; sets *captured_now when the caller has to point the connection at the
+ * Returns ALLOW or REFUSE; sets *uproxy_port when the caller has to point the connection at the
  * uProxy.
  */
 static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination *to,
-				  int *captured_now)
+				  __u16 *uproxy_port)
 {
 	struct bpf_sock *sk = ctx->sk;
 	__u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	char no_device[1] = "";
 	__u32 range;
 
-	*captured_now = 0;
+	*uproxy_port = 0;
 	if (!sk)
 		return refuse(MESH_REFUSED_NO_MEMORY, ECONNREFUSED);
 	/*
@@ -118,7 +141,7 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination 
 	 */
 	bpf_sk_storage_delete(&captured, sk);
 	if (ctx->protocol != IPPROTO_TCP)
-		return datagram_verdict(netns_cookie, to->addr, to->port);
+		return decide_datagrams(ctx, sk, netns_cookie, to, uproxy_port);
 
 	if (is_probe(to)) {
 		to->route = MESH_ROUTE_PROBE;
@@ -141,7 +164,7 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination 
 	if (sk->bound_dev_if)
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, no_device, sizeof(no_device));
 	count(to->route == MESH_ROUTE_PROBE ? MESH_PROBED : MESH_CAPTURED);
-	*captured_now = 1;
+	*uproxy_port = MESH_PORT_OUTBOUND;
 	return ALLOW;
 }
 
@@ -161,13 +184,14 @@ SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .port = bpf_ntohs(ctx->user_port) };
-	int captured_now, verdict;
+	__u16 uproxy_port;
+	int verdict;
 
 	map_v4(to.addr, ctx->user_ip4);
-	verdict = decide(ctx, &to, &captured_now);
-	if (captured_now) {
+	verdict = decide(ctx, &to, &uproxy_port);
+	if (uproxy_port) {
 		ctx->user_ip4 = bpf_htonl(0x7f000001);
-		ctx->user_port = bpf_htons(MESH_PORT_OUTBOUND);
+		ctx->user_port = bpf_htons(uproxy_port);
 	}
 	return verdict;
 }
@@ -180,21 +204,22 @@ SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .port = bpf_ntohs(ctx->user_port) };
-	int captured_now, verdict;
+	__u16 uproxy_port;
+	int verdict;
 
 	to.addr[0] = ctx->user_ip6[0];
 	to.addr[1] = ctx->user_ip6[1];
 	to.addr[2] = ctx->user_ip6[2];
 	to.addr[3] = ctx->user_ip6[3];
-	verdict = decide(ctx, &to, &captured_now);
-	if (captured_now) {
+	verdict = decide(ctx, &to, &uproxy_port);
+	if (uproxy_port) {
 		int mapped = is_v4(to.addr);
 
 		ctx->user_ip6[0] = 0;
 		ctx->user_ip6[1] = 0;
 		ctx->user_ip6[2] = mapped ? bpf_htonl(0xffff) : 0;
 		ctx->user_ip6[3] = mapped ? bpf_htonl(0x7f000001) : bpf_htonl(1);
-		ctx->user_port = bpf_htons(MESH_PORT_OUTBOUND);
+		ctx->user_port = bpf_htons(uproxy_port);
 	}
 	return verdict;
 }

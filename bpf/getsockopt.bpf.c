@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-/* cgroup/getsockopt: tells the uProxy where a captured connection was dialled. */
-#include "sock.h"
+/* cgroup/getsockopt: tells the uProxy where a captured connection, or query, was headed. */
+#include "dns.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -17,6 +17,40 @@ static __always_inline int answer(struct bpf_sockopt *ctx, __s32 size)
 	barrier();
 	ctx->retval = 0;
 	return ALLOW;
+}
+
+/*
+ * Which nameserver is asked through a listening socket for name queries, in the same words. Returns
+ * 0 when it is none of these.
+ */
+static __always_inline int tell_nameserver(struct bpf_sockopt *ctx, struct bpf_sock *sk)
+{
+	struct mesh_orig_dst *dst = ctx->optval;
+	int is_ipv4 = sk->family == AF_INET;
+	struct mesh_nameserver *asked;
+	struct sockaddr_in6 *in6;
+	struct sockaddr_in *in;
+
+	if (sk->protocol != IPPROTO_UDP || (void *)(dst + 1) > ctx->optval_end)
+		return 0;
+	asked = nameserver_at(bpf_get_netns_cookie(ctx), sk->src_port, is_ipv4);
+	if (!asked)
+		return 0;
+	__builtin_memset(dst, 0, sizeof(*dst));
+	if (is_ipv4) {
+		in = (struct sockaddr_in *)dst->sockaddr;
+		in->sin_family = AF_INET;
+		in->sin_port = bpf_htons(PORT_53);
+		in->sin_addr.s_addr = asked->addr[3];
+	} else {
+		in6 = (struct sockaddr_in6 *)dst->sockaddr;
+		in6->sin6_family = AF_INET6;
+		in6->sin6_port = bpf_htons(PORT_53);
+		__builtin_memcpy(&in6->sin6_addr, asked->addr, sizeof(asked->addr));
+	}
+	dst->magic = MESH_ORIG_DST_MAGIC;
+	dst->version = MESH_ORIG_DST_VERSION;
+	return 1;
 }
 
 /*
@@ -41,6 +75,8 @@ int getsockopt(struct bpf_sockopt *ctx)
 		return ALLOW;
 	if (!ctx->sk)
 		return ALLOW;
+	if (tell_nameserver(ctx, ctx->sk))
+		return answer(ctx, sizeof(struct mesh_orig_dst));
 	dst = bpf_sk_storage_get(&captured, ctx->sk, NULL, 0);
 	if (!dst)
 		return ALLOW;

@@ -177,6 +177,30 @@ struct {
 	__type(value, struct mesh_plaintext);
 } plaintext SEC(".maps");
 
+/*
+ * Namespaces whose name queries go to their uProxy. Written by the agent when a workload registers,
+ * removed when it goes; read by connect and sendmsg.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, __u32);
+} dns_captured SEC(".maps");
+
+/*
+ * Whom the app asks through which port of its uProxy. Written by connect and sendmsg, read by
+ * recvmsg and getsockopt; removed by the agent with the workload. Full means refused.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_nameserver_key);
+	__type(value, struct mesh_nameserver);
+} nameservers SEC(".maps");
+
 /* Written by every program, read by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -22,6 +22,8 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "captured": ("int", "struct mesh_orig_dst"),
     "orig": ("struct mesh_orig_key", "struct mesh_orig_dst"),
     "admitted": ("struct mesh_admitted_key", "struct mesh_admitted"),
+    "dns_captured": ("__u64", "__u32"),
+    "nameservers": ("struct mesh_nameserver_key", "struct mesh_nameserver"),
     "grants": ("struct mesh_grant_key", "struct mesh_grant"),
     "direct_services": ("struct mesh_direct_key", "struct mesh_direct_service"),
     "backends": ("__u32", "struct mesh_backend"),
@@ -346,6 +348,47 @@ class Plaintext(_Map):
         return libbpf.delete(self.fd, netns_cookie.to_bytes(8, sys.byteorder))
 
 
+class DnsCaptured(_Map):
+    """Network namespaces whose name queries go to their uProxy."""
+
+    name = "dns_captured"
+
+    def put(self, netns_cookie: int) -> None:
+        libbpf.update(self.fd, self._key(netns_cookie), bytes(self.size.value))
+
+    def delete(self, netns_cookie: int) -> bool:
+        return libbpf.delete(self.fd, self._key(netns_cookie))
+
+    def items(self) -> set[int]:
+        return {int.from_bytes(raw, sys.byteorder) for raw in self.keys()}
+
+    @staticmethod
+    def _key(netns_cookie: int) -> bytes:
+        return netns_cookie.to_bytes(8, sys.byteorder)
+
+
+class Nameservers(_Map):
+    """Whom the apps ask, by the port of their uProxy."""
+
+    name = "nameservers"
+
+    def items(self) -> dict[tuple[int, int], bytes]:
+        """{(netns cookie, slot): 16-byte address}."""
+        found = {}
+        for raw in self.keys():
+            key = layout.unpack("mesh_nameserver_key", raw)
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                record = layout.unpack("mesh_nameserver", value)
+                found[int(key.netns_cookie), int(key.slot)] = bytes(layout.ffi.buffer(record.addr))
+        return found
+
+    def forget(self, netns_cookie: int) -> None:
+        """Removes those of a namespace."""
+        for slot in range(2 * layout.constant("MESH_NAMESERVERS")):
+            libbpf.delete(self.fd, layout.pack("mesh_nameserver_key", netns_cookie=netns_cookie, slot=slot))
+
+
 class Orig(_Map):
     """Connections between their SYN and their accept."""
 
@@ -521,6 +564,8 @@ class Maps:
         self.admitted = Admitted(fds)
         self.listeners = Listeners(fds)
         self.plaintext = Plaintext(fds)
+        self.dns_captured = DnsCaptured(fds)
+        self.nameservers = Nameservers(fds)
         self.grants = Grants(fds)
         self.direct_services = DirectServices(fds)
         self.flows = Flows(fds["flows"])

@@ -22,6 +22,14 @@ enum mesh_constant {
 
 	MESH_PORT_OUTBOUND = 15001,	/* the uProxy's, for what is captured: 127.0.0.1, ::1 */
 	MESH_PORT_PLAINTEXT = 15006,	/* the uProxy's, for plaintext to ports that take it: likewise */
+	/*
+	 * The uProxy's, for name queries: 127.0.0.1 and ::1, one port for each nameserver that the
+	 * app asks, so that one socket can ask several.
+	 */
+	MESH_PORT_DNS = 15053,
+	MESH_NAMESERVERS = 8,
+	MESH_NAMESERVER_IDLE_S = 30,	/* after which another may have its port */
+
 	MESH_PORT_HBONE = 15008,	/* the one port of a workload that is open to other hosts */
 	MESH_PORT_RESERVED_FIRST = 15000,	/* the app may bind none of 15000..15090 */
 	MESH_PORT_RESERVED_LAST = 15090,
@@ -162,6 +170,19 @@ struct mesh_admitted {
 	__u32 pad;
 };
 
+/* A port of the uProxy for name queries: of IPv4 first, then of IPv6. */
+struct mesh_nameserver_key {
+	__u64 netns_cookie;
+	__u16 slot;		/* 0..2*MESH_NAMESERVERS-1 */
+	__u16 pad[3];
+};
+
+/* Which nameserver the app asks through it, always at port 53. */
+struct mesh_nameserver {
+	__be32 addr[4];
+	__u64 used_ns;		/* bpf_ktime_get_ns() of the last datagram either way */
+};
+
 /*
  * The same-host direct path. Who calls is the cgroup that the socket was made in, together with the
  * socket's network namespace; an address alone grants nothing.
@@ -295,7 +316,9 @@ enum mesh_counter {
 	MESH_FLOWS_LOST = 15,		/* direct connections without a record: nobody drained `flows` */
 	MESH_PLAINTEXT_SYN = 16,	/* from outside, in plaintext, to a port that takes it */
 	MESH_LISTENERS_FULL = 17,	/* no room to know a uProxy's listener */
-	MESH_COUNTERS = 18,
+	MESH_DNS_CAPTURED = 18,
+	MESH_REFUSED_NAMESERVERS = 19,	/* more are in use than MESH_NAMESERVERS */
+	MESH_COUNTERS = 20,
 };
 
 #endif

@@ -66,6 +66,7 @@ _REGISTER_FIELDS: Final[Mapping[str, type]] = {
     "namespace": str,
     "service_account": str,
     "address": list,
+    "dns": bool,
 }
 
 
@@ -161,7 +162,7 @@ class Agent:
                 _log.warning("dead workloads cannot be swept: %s", error)
 
     def _register(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-        name, namespace, service_account, texts = (
+        name, namespace, service_account, texts, dns = (
             _field(request, field, kind) for field, kind in _REGISTER_FIELDS.items()
         )
         unknown = request.keys() - _REGISTER_FIELDS.keys() - {"op"}
@@ -185,6 +186,7 @@ class Agent:
                 Cgroup.of(app, "app cgroup"),
                 Cgroup.of(proxy, "proxy cgroup"),
                 NetworkNamespace.of(netns),
+                dns,
             )
         )
 
@@ -221,6 +223,7 @@ class Agent:
                     "address": list(one.addresses),
                     "app_cgroup": one.app_cgroup,
                     "netns": one.netns_ino,
+                    "dns": one.dns,
                 }
                 for one in captured[:_MAX_LISTED]
             ],

@@ -43,12 +43,14 @@ class NodeClient:
         app_cgroup: int,
         proxy_cgroup: int,
         netns: int,
+        dns: bool = False,
     ) -> None:
         """Puts capture on a workload: all of it, or NodeError and nothing.
 
-        `workload` is unique on the node. The last three are descriptors: of the two cgroup directories and of the
-        network namespace. To be called before the first process is in the app cgroup: sockets made earlier would not
-        be captured, and the agent refuses. Calling again with the same arguments does nothing.
+        `workload` is unique on the node. `app_cgroup`, `proxy_cgroup` and `netns` are descriptors: of the two cgroup
+        directories and of the network namespace. `dns`: its name queries go to its uProxy, which must answer them.
+        To be called before the first process is in the app cgroup: sockets made earlier would not be captured, and
+        the agent refuses. Calling again with the same arguments does nothing.
         """
         self._call(
             {
@@ -57,6 +59,7 @@ class NodeClient:
                 "namespace": namespace,
                 "service_account": service_account,
                 "address": list(addresses),
+                "dns": dns,
             },
             [app_cgroup, proxy_cgroup, netns],
         )

@@ -42,6 +42,8 @@ class Registration:
     app: Cgroup
     proxy: Cgroup
     netns: NetworkNamespace
+    dns: bool = False
+    """Whether its name queries go to its uProxy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Captured:
     proxy_cgroup: int
     netns_ino: int
     netns_cookie: int
+    dns: bool
 
 
 class Workloads:
@@ -63,6 +66,8 @@ class Workloads:
         self._loader = loader
         self._own = loader.maps.own
         self._plaintext = loader.maps.plaintext
+        self._dns_captured = loader.maps.dns_captured
+        self._nameservers = loader.maps.nameservers
         self._links = links
         self._earlier = tuple(earlier)
         self._captured: dict[str, Captured] = {}
@@ -135,13 +140,22 @@ class Workloads:
                 for address in wanted.addresses:
                     self._own.put(wanted.netns.cookie, packed16(address), wanted.netns.ino)
                     undo.callback(self._own.delete, wanted.netns.cookie, packed16(address))
+                if wanted.dns:
+                    self._dns_captured.put(wanted.netns.cookie)
+                    undo.callback(self._dns_captured.delete, wanted.netns.cookie)
                 self._attach(wanted, pending)
                 pending.rename(self._links / _pin_name(wanted.name))
             except (BpfError, LoadError, OSError) as error:
                 raise RegistrationError(f"workload {wanted.name}: {error}") from None
             undo.pop_all()
         self._captured[wanted.name] = Captured(
-            wanted.name, wanted.addresses, wanted.app.id, wanted.proxy.id, wanted.netns.ino, wanted.netns.cookie
+            wanted.name,
+            wanted.addresses,
+            wanted.app.id,
+            wanted.proxy.id,
+            wanted.netns.ino,
+            wanted.netns.cookie,
+            wanted.dns,
         )
         _log.info("workload %s: captured (%s)", wanted.name, ", ".join(wanted.addresses))
 
@@ -178,10 +192,11 @@ class Workloads:
 
     def _is_same(self, wanted: Registration) -> bool:
         held = self._captured.get(wanted.name)
-        return held is not None and (held.app_cgroup, held.netns_cookie, set(held.addresses)) == (
+        return held is not None and (held.app_cgroup, held.netns_cookie, set(held.addresses), held.dns) == (
             wanted.app.id,
             wanted.netns.cookie,
             set(wanted.addresses),
+            wanted.dns,
         )
 
     def _check(self, wanted: Registration) -> None:
@@ -236,13 +251,15 @@ class Workloads:
             for (cookie, packed), ino in self._own.items().items()
             if ino == pins.netns_ino
         ]
+        cookie = own[0][0] if own else 0
         return Captured(
             _name_of(directory),
             tuple(address for _, address in own),
             pins.app_cgroup,
             pins.proxy_cgroup,
             pins.netns_ino,
-            own[0][0] if own else 0,
+            cookie,
+            cookie in self._dns_captured.items(),
         )
 
     def _renew(self, captured: Captured, directory: Path) -> bool:
@@ -283,6 +300,7 @@ class Workloads:
         for address in captured.addresses:
             self._own.delete(captured.netns_cookie, packed16(address))
         self._plaintext.delete(captured.netns_cookie)
+        self._forget_dns(captured.netns_cookie)
         del self._captured[captured.name]
         self._left_behind.pop(captured.name, None)
 
@@ -295,6 +313,12 @@ class Workloads:
                 self._own.delete(cookie, address)
         for cookie in self._plaintext.items().keys() - {cookie for cookie, _ in self._own.items()}:
             self._plaintext.delete(cookie)
+        for cookie in self._dns_captured.items() - {cookie for cookie, _ in self._own.items()}:
+            self._forget_dns(cookie)
+
+    def _forget_dns(self, netns_cookie: int) -> None:
+        self._dns_captured.delete(netns_cookie)
+        self._nameservers.forget(netns_cookie)
 
     def _directory(self, captured: Captured) -> Path:
         return self._links / _pin_name(captured.name)

@@ -466,7 +466,14 @@ def test_the_initial_namespace_and_the_root_cgroup_are_refused(host, site):
 
 
 def test_a_request_with_too_few_descriptors_or_unknown_fields_is_refused(host):
-    request = {"op": "register", "workload": "w", "namespace": "n", "service_account": "s", "address": ["10.99.0.2"]}
+    request = {
+        "op": "register",
+        "workload": "w",
+        "namespace": "n",
+        "service_account": "s",
+        "address": ["10.99.0.2"],
+        "dns": False,
+    }
     with host.agent():
         with pytest.raises(NodeError, match="three descriptors: app cgroup, proxy cgroup, network namespace; 1 came"):
             host.client._call(request, [0])

@@ -117,6 +117,29 @@ def test_a_failure_half_way_leaves_nothing(workloads, registration, site, pins, 
     assert is_captured(site)
 
 
+def test_name_queries_are_captured_for_who_asks_for_it_and_as_long_as_it_is_there(
+    workloads, registration, pins, loader
+):
+    with_dns = dataclasses.replace(registration, dns=True)
+    workloads.register(with_dns)
+    assert loader.maps.dns_captured.items() == {registration.netns.cookie}
+    again = Workloads(loader, pins / "links")
+    again.adopt()
+    assert [one.dns for one in again.captured()] == [True]
+    workloads.register(registration)
+    assert loader.maps.dns_captured.items() == set()
+    workloads.register(with_dns)
+    workloads.unregister(with_dns.name)
+    assert loader.maps.dns_captured.items() == set()
+
+
+def test_a_failed_registration_captures_no_name_queries(workloads, registration, loader, monkeypatch):
+    monkeypatch.setattr(Link, "pin", lambda *_: (_ for _ in ()).throw(BpfError(28, "pin link")))
+    with pytest.raises(RegistrationError):
+        workloads.register(dataclasses.replace(registration, dns=True))
+    assert loader.maps.dns_captured.items() == set()
+
+
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "+web", "Web", "web.", "-web", "a" * 101, "web\n", "wéb"])
 def test_a_name_that_is_none_is_refused(workloads, registration, name, pins):
     with pytest.raises(RegistrationError, match="workload name"):
