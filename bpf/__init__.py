@@ -13,6 +13,6 @@ objects into pinned maps and programs; `maps` gives the maps types.
 The way of one connection: the app's connect() asks `connect` (left alone, refused, or sent to 127.0.0.1:15001);
 `sockops` files what was dialled under the source port before the SYN, and moves it to the socket that the uProxy
 accepts; `getsockopt` tells the uProxy; `getpeername` shows the app what it dialled. `bind`, `sendmsg` and `sock_create`
-close the ways around; `sendmsg` and `recvmsg` let name queries go to the uProxy; `sk_lookup` closes the way in, but for the uProxy, whose listeners make themselves known
-(`sockops_proxy`), and for what it lets in (`setsockopt`).
+close the ways around; `sendmsg` and `recvmsg` let name queries go to the uProxy; `sk_lookup` closes the way in, but for
+the uProxy, whose listeners make themselves known (`sockops_proxy`), and for what it lets in (`setsockopt`).
 """
