@@ -51,7 +51,7 @@ bench: setup  ## Measure the mesh against its peers, and the control plane; near
 guard: setup  ## Count what the data plane costs, and compare it with the baseline (a part of the tests)
 	$(BIN)/python -m benchmarks.guard
 
-soak: setup  ## Minutes of load: memory, descriptors and map entries must stay flat
+soak: setup  ## Minutes of load: memory, descriptors and map entries must stay flat, 10 GB arrive whole
 	$(BIN)/pytest -m soak --timeout 1800
 
 fuzz: setup  ## Property tests with many more examples

@@ -1,4 +1,6 @@
-"""Capture by nftables in the workload's network namespace, for kernels without the eBPF hooks.
+"""Capture by nftables in the workload's network namespace, for kernels without the eBPF hooks: its rules.
+
+`meshctl check` tries them; no launcher uses them yet.
 
 NAT brings what the application dials in the mesh to the uProxy, which asks conntrack where it was going
 (SO_ORIGINAL_DST). The rules live and die with the namespace: nothing that ends, or is killed, opens it. The uProxy is

@@ -46,7 +46,7 @@ class Verdict:
     """Which capture a host gets."""
 
     capture: str
-    """`ebpf`, `nft` or `none`."""
+    """`ebpf` or `none`."""
     reason: str
 
 
@@ -56,17 +56,16 @@ def probe() -> list[Feature]:
 
 
 def verdict(features: list[Feature]) -> Verdict:
-    """eBPF before nftables: it knows the uProxy by its cgroup, which no application can take, and not by its uid."""
+    """eBPF, or none: no launcher redirects by nftables yet, and what could be is only said."""
     lacking = {one.capture: one for one in reversed(features) if not one.ok}
     if "ebpf" not in lacking:
         return Verdict("ebpf", "every program passes the verifier and can be attached")
     why_not = f"no eBPF: {lacking['ebpf'].name}: {_first_line(lacking['ebpf'].detail)}"
-    if "nft" not in lacking:
-        return Verdict("nft", f"{why_not}; nftables can redirect, and knows the uProxy by its uid")
+    nftables = "nftables would do, and `uproxy exec` does not use it yet"
+    if "nft" in lacking:
+        nftables = f"nftables would not do: {lacking['nft'].name}: {_first_line(lacking['nft'].detail)}"
     return Verdict(
-        "none",
-        f"{why_not}; no nftables: {lacking['nft'].name}: {_first_line(lacking['nft'].detail)}; what an application "
-        "dials by --forward or --socks5 is in the mesh, and nothing else",
+        "none", f"{why_not}; {nftables}; what an application dials by --forward or --socks5 is in the mesh, no more"
     )
 
 
