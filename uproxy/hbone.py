@@ -53,7 +53,12 @@ MAX_REMEMBERED_RESETS: Final = 4096
 # Frames that cost us work and move no data (CVE-2019-9511..9518), beyond what DATA and time give back.
 CONTROL_QUOTA: Final = 10_000
 CONTROL_QUOTA_PER_TICK: Final = 1_000
+_COST_BY_H2: Final = (
+    10  # PING and SETTINGS, of which honest peers send one in seconds, take ten times as long as others
+)
 MAX_EARLY_RESETS: Final = 500  # Envoy's premature-reset guard (CVE-2023-44487)
+# A frame or a header block that was begun is whole after so many ticks, whatever trickles in meanwhile.
+MAX_TICKS_UNFINISHED: Final = 4
 
 OUTPUT_SIZE: Final = 128 << 10
 MAX_SPILL: Final = 256 << 10
@@ -227,6 +232,7 @@ class Connection:
         self._block_stream = 0
         self._block_ends = False
         self._continuations = 0
+        self._ticks_unfinished = 0
         self._preface_left = b"" if client else PREFACE
         self._settings_seen = False
         self._decoder = Decoder(max_header_list_size=MAX_HEADER_LIST)
@@ -353,8 +359,17 @@ class Connection:
         self._frame(GOAWAY, 0, 0, struct.pack(">LL", last, code) + text.encode()[:256])
 
     def tick(self) -> None:
-        """Called every few seconds: time gives back part of the control frames a peer may send."""
+        """Called every few seconds: time gives back part of the control frames a peer may send.
+
+        Raises ProtocolError when the peer takes too long over one frame or header block, or over its first one.
+        """
         self._quota = min(CONTROL_QUOTA, self._quota + CONTROL_QUOTA_PER_TICK)
+        if self._settings_seen and not self._partial and not self._block_stream:
+            self._ticks_unfinished = 0
+            return
+        self._ticks_unfinished += 1
+        if self._ticks_unfinished > MAX_TICKS_UNFINISHED:
+            raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, "a frame or a header block that does not end")
 
     # -- input
 
@@ -440,6 +455,8 @@ class Connection:
             return position
         frame = bytes(partial)
         partial.clear()
+        if not self._block_stream:
+            self._ticks_unfinished = 0
         if kind == DATA:
             padding = frame[9] if needed == 10 else 0
             overhead = 1 + padding if needed == 10 else 0
@@ -559,7 +576,7 @@ class Connection:
             self._handle_by_h2(kind, frame, events)
 
     def _handle_by_h2(self, kind: int, frame: bytes, events: list[Event]) -> None:
-        self._spend(1)
+        self._spend(_COST_BY_H2)
         try:
             h2_events = self._h2.receive_data(frame)
         except H2ProtocolError as error:
@@ -668,7 +685,7 @@ class Connection:
         stream_id, ends = self._block_stream, self._block_ends
         block = bytes(self._block)
         self._block.clear()
-        self._block_stream = 0
+        self._block_stream = self._ticks_unfinished = 0
         # A byte can stand for a whole header: a long block goes to the decoder that counts what comes out.
         headers = decode_literals(block) if len(block) <= MAX_QUICK_BLOCK else None
         if headers is None:

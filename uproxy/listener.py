@@ -32,6 +32,10 @@ HANDSHAKES_PER_TURN = 8
 # makes room for a newcomer: a peer that does answer is done within a round trip or two.
 MAX_HANDSHAKES = 512
 MAX_TUNNELS = 4096
+# Floods that an address may end tunnels with at once, and seconds until it may with another. Beyond, it is kept out:
+# each new tunnel costs a handshake and lets it begin again.
+MAX_FLOODS = 5
+CALM_S = 1.0
 
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:/@\s]{1,253})):([0-9]{1,5})", re.ASCII)
 _TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -121,6 +125,8 @@ class TunnelServer:
         self._on_refused = on_refused
         self._handshakes: dict[socket.socket, None] = {}  # oldest first
         self._tunnels: set[Tunnel] = set()
+        self._flooded: dict[str, float] = {}
+        """Address -> when all of its floods are forgotten (monotonic seconds)."""
 
     def tunnels(self) -> list[Tunnel]:
         return list(self._tunnels)
@@ -128,6 +134,10 @@ class TunnelServer:
     async def serve(self, sock: socket.socket) -> None:
         """One mTLS connection from a peer. Never raises."""
         started, source = time.monotonic(), _peer_address(sock)
+        if self._flooded and self._is_kept_out(sock, started):
+            sock.close()
+            self._on_refused(source, started, _overload("it has ended its last tunnels with floods"))
+            return
         if len(self._tunnels) >= MAX_TUNNELS:
             sock.close()
             self._on_refused(source, started, _overload(f"{len(self._tunnels)} tunnels are as many as are served"))
@@ -152,7 +162,20 @@ class TunnelServer:
             self._handshakes.pop(sock, None)
         if not accepted.closed:
             self._tunnels.add(accepted)
-            accepted.on_close = self._tunnels.discard
+            accepted.on_close = self._ended
+
+    def _ended(self, gone: Tunnel) -> None:
+        self._tunnels.discard(gone)
+        if gone.was_flooded:
+            now = time.monotonic()
+            self._flooded[gone.peer_address] = max(self._flooded.get(gone.peer_address, now), now) + CALM_S
+
+    def _is_kept_out(self, sock: socket.socket, now: float) -> bool:
+        try:
+            address = sock.getpeername()[0].partition("%")[0]
+        except OSError:  # it is gone already
+            return True
+        return self._flooded.get(address, now) - now > MAX_FLOODS * CALM_S
 
     def _give_up_handshake(self, sock: socket.socket) -> None:
         """Its coroutine waits for the peer; to it, the peer hangs up."""
@@ -163,6 +186,7 @@ class TunnelServer:
     def tick(self, now: float) -> None:
         for carrier in self.tunnels():
             carrier.tick(now)
+        self._flooded = {address: until for address, until in self._flooded.items() if until > now}
 
     def drain(self, *, final: bool) -> None:
         for carrier in self.tunnels():

@@ -77,6 +77,8 @@ class Tunnel:
         self.retire_at = math.inf
         """When it is to take no more streams, for its age (monotonic seconds)."""
         self.carries_bulk = False
+        self.was_flooded = False
+        """Whether it ended because its peer asked for too much."""
         self._moved: dict[int, int] = {}  # stream id -> bytes so far, at the last tick
         address = sock.getpeername()
         # As the kernel writes it: canonical, and mapped addresses do not occur (IPV6_V6ONLY). Without a zone.
@@ -274,7 +276,11 @@ class Tunnel:
             if now - self._finished_at > LINGER_S:
                 self._fail("the peer did not close the tunnel")
             return
-        self.connection.tick()
+        try:
+            self.connection.tick()
+        except hbone.ProtocolError as error:
+            self.shut_down(error.code, f"the peer is slow: {error}")
+            return
         self._look_for_bulk()
         if self.connection.streams:
             self.idle_since = now
@@ -319,6 +325,7 @@ class Tunnel:
         """Close now, whatever is open: GOAWAY and close_notify, as far as the socket takes them."""
         if self.closed:
             return
+        self.was_flooded = code is hbone.ErrorCode.ENHANCE_YOUR_CALM
         self.connection.goaway(code, text=text)
         self.flush()
         if not self.closed and not self.blocked:

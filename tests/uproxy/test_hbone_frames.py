@@ -539,6 +539,38 @@ def test_a_flood_ends_the_connection_with_enhance_your_calm(name):
     assert peak < 8 << 20
 
 
+TRICKLES = {
+    "no preface": b"PRI * HT",
+    "no SETTINGS": PREFACE,
+    "a frame header": raw.CLIENT_HELLO + frame(PING, 0, 0, bytes(8))[:5],
+    "a frame": raw.CLIENT_HELLO + frame(PING, 0, 0, bytes(8))[:-1],
+    "a header block": raw.CLIENT_HELLO + request(flags=0),
+}
+
+
+@pytest.mark.parametrize("name", TRICKLES)
+def test_what_is_begun_and_never_ended_ends_the_connection(name):
+    server = Connection(client=False)
+    feed(server, TRICKLES[name])
+    for number in range(hbone.MAX_TICKS_UNFINISHED):
+        server.tick()
+        if name == "a header block":
+            feed(server, frame(CONTINUATION, 0, 1, bytes([number])))
+    with pytest.raises(ProtocolError) as caught:
+        server.tick()
+    assert caught.value.code == E.ENHANCE_YOUR_CALM
+
+
+def test_a_busy_connection_that_is_cut_amid_a_frame_at_every_tick_is_not_slow():
+    server = connected(client=False)
+    ping = frame(PING, 0, 0, bytes(8))
+    feed(server, ping[:4])
+    for _ in range(3 * hbone.MAX_TICKS_UNFINISHED):
+        server.tick()
+        feed(server, ping[4:] + ping[:4])
+        drain(server)
+
+
 def test_a_server_cannot_flood_a_client_with_interim_answers():
     client = connected(client=True)
     client.open(raw.CONNECT)
