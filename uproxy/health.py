@@ -6,7 +6,6 @@ endpoint is given up for good: one that failed comes last until its time is over
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -26,7 +25,8 @@ BUDGET_WINDOW_S: Final = 10.0
 class Health:
     """Endpoints that failed a moment ago. A key is an endpoint's authority, or the address of a uProxy or waypoint."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock` gives monotonic seconds."""
         self._clock = clock
         self._failed: dict[object, tuple[float, float]] = {}
         """Key -> until when it comes last, and for how long that was."""
@@ -63,7 +63,8 @@ class Health:
 class RetryBudget:
     """Bounds how many connections are tried on a second endpoint, so that a failure of many is not made worse."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock` gives monotonic seconds."""
         self._clock = clock
         self._began = clock()
         self._tried = self._tried_before = 0

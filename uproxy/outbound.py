@@ -81,7 +81,7 @@ class Outbound:
         self._own = own
         self._demand = demand
         self._resolver = Resolver(state, random.Random(), pool.health)
-        self._budget = RetryBudget()
+        self._budget = RetryBudget(time.monotonic)
         self._once_bound: dict[str, None] = {}
         """What this process has seen bound to a waypoint, by key or address; the oldest comes first."""
         self._waiting: set[Waiter[None]] = set()  # for another configuration

@@ -51,7 +51,7 @@ class Pool:
         self._sources = {":" in address: address for address in reversed(addresses)}
         self._tunnels: dict[Key, list[Tunnel]] = {}
         self._dialling: dict[Key, list[Waiter[None]]] = {}
-        self.health = Health()
+        self.health = Health(time.monotonic)
 
     def tunnels(self) -> list[Tunnel]:
         return [t for group in self._tunnels.values() for t in group]

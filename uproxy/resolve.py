@@ -57,7 +57,7 @@ class Resolver:
         """`health`: what is known of endpoints; those that failed a moment ago come last."""
         self._state = state
         self._rng = rng
-        self._health = health if health is not None else Health()
+        self._health = health if health is not None else Health(lambda: 0.0)
         self._generation = -1
         self._groups: dict[tuple[str, int], _Group] = {}
 

@@ -611,7 +611,7 @@ def test_resetting_streams_that_were_answered_is_no_flood():
 def test_time_gives_the_control_frames_back():
     server = connected(client=False)
     for _ in range(15):
-        feed(server, frame(PING, 0, 0, bytes(8)) * 900)
+        feed(server, frame(PRIORITY, 0, 1, u32(0) + b"a") * 900 + frame(PING, 0, 0, bytes(8)) * 9)
         drain(server)
         server.tick()
 
