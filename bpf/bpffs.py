@@ -36,7 +36,7 @@ def mount(bpffs: Path = BPFFS) -> None:
 
 
 def node_directory(node: str, bpffs: Path = BPFFS, schema: int = layout.SCHEMA) -> Path:
-    """The node's directory, made if need be, with `maps` and `links` in it. Raises PinError: not root's alone.
+    """The node's directory, made if need be, with what belongs in it. Raises PinError: not root's alone.
 
     bpffs is often writable by everybody (mode 1777), so each level is checked and not only made.
     """
@@ -50,7 +50,8 @@ def node_directory(node: str, bpffs: Path = BPFFS, schema: int = layout.SCHEMA) 
 
 
 def _make(bpffs: Path, directory: Path) -> None:
-    for level in (bpffs / "uproxy", directory.parent, directory, directory / "maps", directory / "links"):
+    below = (directory / name for name in ("maps", "links", "probers"))
+    for level in (bpffs / "uproxy", directory.parent, directory, *below):
         with suppress(FileExistsError):
             level.mkdir(mode=0o700)
         _check_private(level)

@@ -49,12 +49,15 @@ HOOKS: Final[Mapping[str, Place]] = {
     "connect4": Place.APP,
     "connect6": Place.APP,
 }
-"""Every program and its place. Each workload has all of them."""
+"""Every program of a workload and its place. Each workload has all of them."""
+PROBE_HOOK: Final = "sockops_probe"
+"""The program for the cgroups of whoever probes workloads' health."""
 
 _OBJECT_FILES: Final = (
     "getsockopt",
     "setsockopt",
     "sockops_proxy",
+    "probe",
     "sock_create",
     "bind",
     "sendmsg",
@@ -92,7 +95,7 @@ class Loader:
             self._open = stack.pop_all()
 
     def program(self, hook: str) -> Program:
-        """A program for a cgroup, one of HOOKS."""
+        """A program for a cgroup, one of HOOKS or PROBE_HOOK."""
         return self._programs[hook]
 
     @contextmanager

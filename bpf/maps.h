@@ -201,6 +201,23 @@ struct {
 	__type(value, struct mesh_nameserver);
 } nameservers SEC(".maps");
 
+/* Written by the agent when a workload registers, removed when it goes; read by sockops_probe. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_probe_key);
+	__type(value, struct mesh_probe);
+} probe_ports SEC(".maps");
+
+/* What is admitted for a prober's socket. Written and read by sockops_probe; dies with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct mesh_admitted_key);
+} probing SEC(".maps");
+
 /* Written by every program, read by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -29,6 +29,8 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "backends": ("__u32", "struct mesh_backend"),
     "direct": ("int", "struct mesh_direct"),
     "flows": ("", ""),
+    "probe_ports": ("struct mesh_probe_key", "struct mesh_probe"),
+    "probing": ("int", "struct mesh_admitted_key"),
     "listeners": ("struct mesh_listener_key", "__u64"),
     "plaintext": ("__u64", "struct mesh_plaintext"),
     "counters": ("__u32", "__u64"),
@@ -313,6 +315,33 @@ class Admitted(_Map):
         return Tuple(int(key.netns_cookie), (source, int(key.source_port)), (destination, int(key.destination_port)))
 
 
+class ProbePorts(_Map):
+    """Ports of workloads that health probes may dial."""
+
+    name = "probe_ports"
+
+    def put(self, address: bytes, port: int, netns_cookie: int) -> None:
+        libbpf.update(self.fd, self._key(address, port), layout.pack("mesh_probe", netns_cookie=netns_cookie))
+
+    def delete(self, address: bytes, port: int) -> bool:
+        return libbpf.delete(self.fd, self._key(address, port))
+
+    def items(self) -> dict[tuple[bytes, int], int]:
+        """{(16-byte address, port): netns cookie}."""
+        found = {}
+        for raw in self.keys():
+            key = layout.unpack("mesh_probe_key", raw)
+            value = libbpf.lookup(self.fd, raw, self.size.value)
+            if value is not None:
+                address = bytes(layout.ffi.buffer(key.addr))
+                found[address, int(key.port)] = int(layout.unpack("mesh_probe", value).netns_cookie)
+        return found
+
+    @staticmethod
+    def _key(address: bytes, port: int) -> bytes:
+        return layout.pack("mesh_probe_key", addr=address, port=port)
+
+
 class Listeners(_Map):
     """The uProxies' listeners. The kernel's hooks keep it."""
 
@@ -562,6 +591,7 @@ class Maps:
         self.counters = Counters(fds)
         self.orig = Orig(fds)
         self.admitted = Admitted(fds)
+        self.probe_ports = ProbePorts(fds)
         self.listeners = Listeners(fds)
         self.plaintext = Plaintext(fds)
         self.dns_captured = DnsCaptured(fds)

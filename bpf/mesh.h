@@ -278,6 +278,17 @@ struct mesh_flow {
 	__u32 pad;
 };
 
+/* A port of a workload that health probes may dial. */
+struct mesh_probe_key {
+	__be32 addr[4];
+	__u16 port;
+	__u16 pad;
+};
+
+struct mesh_probe {
+	__u64 netns_cookie;	/* of the workload's namespace */
+};
+
 /* A listener of a uProxy: one of each port and family is in force. */
 struct mesh_listener_key {
 	__u64 netns_cookie;
@@ -318,7 +329,8 @@ enum mesh_counter {
 	MESH_LISTENERS_FULL = 17,	/* no room to know a uProxy's listener */
 	MESH_DNS_CAPTURED = 18,
 	MESH_REFUSED_NAMESERVERS = 19,	/* more are in use than MESH_NAMESERVERS */
-	MESH_COUNTERS = 20,
+	MESH_PROBE_UNADMITTED = 20,	/* a health probe for which there was no room */
+	MESH_COUNTERS = 21,
 };
 
 #endif

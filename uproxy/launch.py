@@ -120,6 +120,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default="ebpf",
         help="default: %(default)s. With none, only what COMMAND dials through --forward or --socks5 is in the mesh",
     )
+    capture.add_argument(
+        "--probe-port",
+        action="append",
+        type=int,
+        default=[],
+        metavar="PORT",
+        help="let health probes dial it without mTLS, those of the node agent's --probe-cgroup; may be repeated",
+    )
     capture.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
     capture.add_argument("--socks5", metavar="IP:PORT", help="as --forward: with --capture none")
     sidecar = parser.add_argument_group("the sidecar")
@@ -329,6 +337,7 @@ def _registered(options: argparse.Namespace, box: Sandbox, netns_fd: int) -> Ite
             app_cgroup=app,
             proxy_cgroup=proxy,
             netns=netns_fd,
+            probe_ports=options.probe_port,
         )
     try:
         yield

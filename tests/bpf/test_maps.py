@@ -73,6 +73,14 @@ def test_admitted(maps, entries):
     assert all(maps.admitted.delete(connection) for connection in entries)
 
 
+@given(entries=st.dictionaries(ends, st.integers(0, 2**64 - 1), max_size=20))
+def test_probe_ports(maps, entries):
+    for key, cookie in entries.items():
+        maps.probe_ports.put(*key, cookie)
+    assert maps.probe_ports.items() == entries
+    assert all(maps.probe_ports.delete(*key) for key in entries)
+
+
 @given(settings=st.builds(Settings, st.integers(0, 2**64 - 1), st.booleans()))
 def test_settings(maps, settings):
     maps.settings.write(settings)

@@ -33,12 +33,14 @@ from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import State
-from uproxy import joining
+from uproxy import cgroup, joining
+from uproxy.cgroup import SandboxError
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
 from uproxy.node import server
 from uproxy.node.client import DEFAULT_SOCKET
 from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
+from uproxy.node.probers import Probers
 from uproxy.node.server import ListenError, RequestError
 from uproxy.node.sync import MeshRanges, Sync, SyncError
 from uproxy.node.workloads import Registration, RegistrationError, Workloads, check_removable
@@ -84,17 +86,19 @@ class Options:
     ranges: MeshRanges
     egress: str
     run_dir: Path
+    probe_cgroups: tuple[Path, ...]
     remove: bool
 
 
 class Agent:
     """Answers requests and takes configuration, on maps and links that are open already."""
 
-    def __init__(self, options: Options, loader: Loader, sync: Sync, workloads: Workloads) -> None:
+    def __init__(self, options: Options, loader: Loader, sync: Sync, workloads: Workloads, probers: Probers) -> None:
         self._options = options
         self._maps: Maps = loader.maps
         self._sync = sync
         self._workloads = workloads
+        self._probers = probers
         self._state = State(options.trust_domain)
         self.configured = asyncio.Event()
         """Set once configuration is in the kernel."""
@@ -148,10 +152,11 @@ class Agent:
 
     def problems(self) -> list[str]:
         """What somebody should look at."""
-        return [*([self._config_error] if self._config_error else []), *self._workloads.problems()]
+        config = [self._config_error] if self._config_error else []
+        return [*config, *self._workloads.problems(), *self._probers.problems()]
 
     async def sweep(self) -> None:
-        """Looks now and then for workloads that ended without saying so, until cancelled."""
+        """Looks now and then for workloads that ended without saying so, and for probers, until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             try:
@@ -160,12 +165,17 @@ class Agent:
                     self._workloads.take_over()
             except OSError as error:
                 _log.warning("dead workloads cannot be swept: %s", error)
+            try:
+                self._probers.look()
+            except (OSError, PlaceError) as error:
+                _log.warning("the cgroups of probers cannot be looked at: %s", error)
 
     def _register(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         name, namespace, service_account, texts, dns = (
             _field(request, field, kind) for field, kind in _REGISTER_FIELDS.items()
         )
-        unknown = request.keys() - _REGISTER_FIELDS.keys() - {"op"}
+        probe_ports = _field(request, "probe_port", list) if "probe_port" in request else []
+        unknown = request.keys() - _REGISTER_FIELDS.keys() - {"op", "probe_port"}
         if unknown:
             raise RequestError(f"register: unknown field {min(unknown)!r}")
         if len(descriptors) != 3:
@@ -176,17 +186,22 @@ class Agent:
         addresses = tuple(parse_address(text) for text in texts if isinstance(text, str))
         if len(addresses) != len(texts):
             raise RequestError("register: address must be a list of text")
+        if not all(type(port) is int for port in probe_ports):
+            raise RequestError("register: probe_port must be a list of numbers")
         for address in addresses:
             self._check_address(address, namespace, service_account)
         app, proxy, netns = descriptors
+        app_cgroup = Cgroup.of(app, "app cgroup")
+        self._probers.check(app_cgroup)
         self._workloads.register(
             Registration(
                 name,
                 addresses,
-                Cgroup.of(app, "app cgroup"),
+                app_cgroup,
                 Cgroup.of(proxy, "proxy cgroup"),
                 NetworkNamespace.of(netns),
                 dns,
+                tuple(probe_ports),
             )
         )
 
@@ -282,6 +297,15 @@ def _parse(argv: Sequence[str]) -> Options:
         "--run-dir", type=Path, default=DEFAULT_SOCKET.parent, help="where the socket node.sock is made"
     )
     parser.add_argument(
+        "--probe-cgroup",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="a cgroup2 directory (below the hierarchy's root, or absolute) whose connections are let in to the ports "
+        "that workloads declare for health probes, such as the kubelet's; it may come and go",
+    )
+    parser.add_argument(
         "--remove",
         action="store_true",
         help="detach and unpin everything of this node, once no workload runs, and exit",
@@ -309,6 +333,7 @@ def _parse(argv: Sequence[str]) -> Options:
         ranges=ranges,
         egress=given.egress,
         run_dir=given.run_dir,
+        probe_cgroups=tuple(given.probe_cgroup),
         remove=given.remove,
     )
 
@@ -400,8 +425,10 @@ def main(argv: Sequence[str]) -> int:
             sync = Sync(loader.maps, options.ranges, registry_only=options.egress == REGISTRY_ONLY)
             workloads = Workloads(loader, pins / "links", [one / "links" for one in earlier])
             workloads.adopt()
+            mount = cgroup.mount_point()
+            probers = Probers(loader, pins / "probers", [mount / path for path in options.probe_cgroups])
             if options.config:
-                agent = Agent(options, loader, sync, workloads)
+                agent = Agent(options, loader, sync, workloads, probers)
                 source = FileSource(options.config, options.trust_domain)
                 agent.apply(source.load())
                 if source.warnings:
@@ -411,11 +438,13 @@ def main(argv: Sequence[str]) -> int:
                 membership = _membership(options)
                 credentials = CurrentCredentials(options.identity_dir, membership.identity)
                 options = replace(options, trust_domain=membership.identity.trust_domain)
-                agent = Agent(options, loader, sync, workloads)
+                agent = Agent(options, loader, sync, workloads, probers)
                 feed = _follow(agent, membership, credentials, options.identity_dir)
             asyncio.run(_run(agent, options, feed))
     except (
         PinError,
+        PlaceError,
+        SandboxError,
         LoadError,
         ListenError,
         ConfigError,

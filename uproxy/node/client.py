@@ -44,13 +44,15 @@ class NodeClient:
         proxy_cgroup: int,
         netns: int,
         dns: bool = False,
+        probe_ports: Sequence[int] = (),
     ) -> None:
         """Puts capture on a workload: all of it, or NodeError and nothing.
 
         `workload` is unique on the node. `app_cgroup`, `proxy_cgroup` and `netns` are descriptors: of the two cgroup
         directories and of the network namespace. `dns`: its name queries go to its uProxy, which must answer them.
-        To be called before the first process is in the app cgroup: sockets made earlier would not be captured, and
-        the agent refuses. Calling again with the same arguments does nothing.
+        `probe_ports`: those that health probes may dial. To be called before the first process is in the app cgroup:
+        sockets made earlier would not be captured, and the agent refuses. Calling again with the same arguments does
+        nothing.
         """
         self._call(
             {
@@ -60,6 +62,7 @@ class NodeClient:
                 "service_account": service_account,
                 "address": list(addresses),
                 "dns": dns,
+                "probe_port": list(probe_ports),
             },
             [app_cgroup, proxy_cgroup, netns],
         )

@@ -26,6 +26,9 @@ _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
 _PENDING: Final = "+"  # prefix of a directory that is not complete; no name begins with it
 _WITNESS: Final = "connect4"  # the link that tells the app cgroup
 MAX_ADDRESSES: Final = 8  # of one workload: one per family is usual
+MAX_PROBE_PORTS: Final = 16  # of one workload
+# The uProxy's, as in uproxy.inbound; 15020 and 15021, metrics and readiness, may be probed.
+PROXY_PORTS: Final = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
 
 
 class RegistrationError(Exception):
@@ -44,6 +47,8 @@ class Registration:
     netns: NetworkNamespace
     dns: bool = False
     """Whether its name queries go to its uProxy."""
+    probe_ports: tuple[int, ...] = ()
+    """Those that health probes may dial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Captured:
     netns_ino: int
     netns_cookie: int
     dns: bool
+    probe_ports: tuple[int, ...] = ()
 
 
 class Workloads:
@@ -68,6 +74,7 @@ class Workloads:
         self._plaintext = loader.maps.plaintext
         self._dns_captured = loader.maps.dns_captured
         self._nameservers = loader.maps.nameservers
+        self._probe_ports = loader.maps.probe_ports
         self._links = links
         self._earlier = tuple(earlier)
         self._captured: dict[str, Captured] = {}
@@ -140,6 +147,9 @@ class Workloads:
                 for address in wanted.addresses:
                     self._own.put(wanted.netns.cookie, packed16(address), wanted.netns.ino)
                     undo.callback(self._own.delete, wanted.netns.cookie, packed16(address))
+                    for port in wanted.probe_ports:
+                        self._probe_ports.put(packed16(address), port, wanted.netns.cookie)
+                        undo.callback(self._probe_ports.delete, packed16(address), port)
                 if wanted.dns:
                     self._dns_captured.put(wanted.netns.cookie)
                     undo.callback(self._dns_captured.delete, wanted.netns.cookie)
@@ -156,6 +166,7 @@ class Workloads:
             wanted.netns.ino,
             wanted.netns.cookie,
             wanted.dns,
+            wanted.probe_ports,
         )
         _log.info("workload %s: captured (%s)", wanted.name, ", ".join(wanted.addresses))
 
@@ -192,12 +203,13 @@ class Workloads:
 
     def _is_same(self, wanted: Registration) -> bool:
         held = self._captured.get(wanted.name)
-        return held is not None and (held.app_cgroup, held.netns_cookie, set(held.addresses), held.dns) == (
-            wanted.app.id,
-            wanted.netns.cookie,
-            set(wanted.addresses),
-            wanted.dns,
-        )
+        return held is not None and (
+            held.app_cgroup,
+            held.netns_cookie,
+            set(held.addresses),
+            held.dns,
+            set(held.probe_ports),
+        ) == (wanted.app.id, wanted.netns.cookie, set(wanted.addresses), wanted.dns, set(wanted.probe_ports))
 
     def _check(self, wanted: Registration) -> None:
         if not _NAME.fullmatch(wanted.name):
@@ -207,6 +219,13 @@ class Workloads:
             )
         if not 1 <= len(wanted.addresses) <= MAX_ADDRESSES:
             raise RegistrationError(f"workload {wanted.name}: has {len(wanted.addresses)} addresses, and must have 1-8")
+        for port in wanted.probe_ports:
+            if not 1 <= port <= 65535 or port in PROXY_PORTS:
+                raise RegistrationError(f"workload {wanted.name}: port {port} cannot be probed: it is none of an app's")
+        if len(wanted.probe_ports) > MAX_PROBE_PORTS:
+            raise RegistrationError(
+                f"workload {wanted.name}: has {len(wanted.probe_ports)} ports to be probed; at most {MAX_PROBE_PORTS}"
+            )
         check_siblings(wanted.app, wanted.proxy)
         if wanted.app.is_populated():
             raise RegistrationError(
@@ -260,6 +279,7 @@ class Workloads:
             pins.netns_ino,
             cookie,
             cookie in self._dns_captured.items(),
+            tuple(sorted({port for (_, port), netns in self._probe_ports.items().items() if netns == cookie})),
         )
 
     def _renew(self, captured: Captured, directory: Path) -> bool:
@@ -299,6 +319,8 @@ class Workloads:
         _unpin(self._directory(captured))
         for address in captured.addresses:
             self._own.delete(captured.netns_cookie, packed16(address))
+            for port in captured.probe_ports:
+                self._probe_ports.delete(packed16(address), port)
         self._plaintext.delete(captured.netns_cookie)
         self._forget_dns(captured.netns_cookie)
         del self._captured[captured.name]
@@ -311,9 +333,13 @@ class Workloads:
         for (cookie, address), ino in self._own.items().items():
             if ino not in known:
                 self._own.delete(cookie, address)
-        for cookie in self._plaintext.items().keys() - {cookie for cookie, _ in self._own.items()}:
+        cookies = {cookie for cookie, _ in self._own.items()}
+        for cookie in self._plaintext.items().keys() - cookies:
             self._plaintext.delete(cookie)
-        for cookie in self._dns_captured.items() - {cookie for cookie, _ in self._own.items()}:
+        for target, cookie in self._probe_ports.items().items():
+            if cookie not in cookies:
+                self._probe_ports.delete(*target)
+        for cookie in self._dns_captured.items() - cookies:
             self._forget_dns(cookie)
 
     def _forget_dns(self, netns_cookie: int) -> None:

@@ -27,6 +27,7 @@ from tests.support.capture import KNOWN_V4, OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORK
 from tests.support.member_site import Control, controlled
 from uproxy.node import agent
 from uproxy.node.client import NodeClient, NodeError
+from uproxy.node.probers import Probers
 from uproxy.node.sync import MeshRanges, Sync
 from uproxy.node.workloads import Workloads
 
@@ -237,7 +238,7 @@ def test_a_dead_agent_opens_nothing_and_the_next_one_goes_on(host, site, end):
         assert [one["workload"] for one in status["workloads"]] == ["web"]
         assert_enforced(site)
         host.client.unregister("web")
-    assert {path.name for path in host.pins.iterdir()} == {"maps", "links"}
+    assert {path.name for path in host.pins.iterdir()} == {"maps", "links", "probers"}
     assert list((host.pins / "links").iterdir()) == []
 
 
@@ -407,10 +408,12 @@ def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loade
         ranges=MeshRanges.parse(MESH),
         egress=agent.ALLOW_ANY,
         run_dir=host.directory,
+        probe_cgroups=(),
         remove=False,
     )
     sync = Sync(loader.maps, options.ranges)
-    running = agent.Agent(options, loader, sync, Workloads(loader, pins / "links"))
+    probers = Probers(loader, pins / "probers", ())
+    running = agent.Agent(options, loader, sync, Workloads(loader, pins / "links"), probers)
     running.apply([])
     source = FileSource([host.config], "cluster.local")
     with monkeypatch.context() as patched:
@@ -442,6 +445,10 @@ def test_a_first_start_with_a_wrong_configuration_leaves_the_maps_not_whole(host
         ({"workload": "../web"}, "workload name"),
         ({"namespace": 7}, "field 'namespace' must be a str"),
         ({"netns": 0}, "is no network namespace"),
+        ({"probe_ports": [15008]}, "port 15008 cannot be probed"),
+        ({"probe_ports": [0]}, "port 0 cannot be probed"),
+        ({"probe_ports": ["http"]}, "probe_port must be a list of numbers"),
+        ({"probe_ports": range(1, 18)}, "has 17 ports to be probed; at most 16"),
     ],
 )
 def test_a_wrong_registration_is_refused_with_its_reason(host, site, changes, complaint):
@@ -450,6 +457,84 @@ def test_a_wrong_registration_is_refused_with_its_reason(host, site, changes, co
             register(host, site, **changes)
         assert host.client.status()["workloads"] == []
     assert list((host.pins / "links").iterdir()) == []
+
+
+@pytest.fixture
+def prober(site) -> Path:
+    path = site.directory / "prober"
+    path.mkdir()
+    return path
+
+
+def probes(site: capture.Site, prober: Path, port: int = 8080) -> bool:
+    """Whether a probe is let in."""
+    try:
+        return capture.run_inside(site.peer, prober, lambda: dial(WORKLOAD_V4, port)) == b"healthy"
+    except ConnectionRefusedError:
+        return False
+
+
+def app_of(site: capture.Site) -> contextlib.AbstractContextManager[int]:
+    ends = [(WORKLOAD_V4, 8080), (WORKLOAD_V4, 8081)]
+    return capture.listening(site.netns, site.app, ends, lambda _: b"healthy")
+
+
+def test_health_probes_are_let_in_whatever_becomes_of_the_agent(host, site, prober):
+    options = ("--probe-cgroup", str(prober))
+    with host.agent(*options) as process:
+        register(host, site, probe_ports=[8080])
+        with app_of(site):
+            assert probes(site, prober)
+            assert not probes(site, prober, 8081)
+            with pytest.raises(ConnectionRefusedError):
+                site.at_peer(lambda: dial(WORKLOAD_V4, 8080))
+            process.kill()
+            process.wait(20)
+            assert probes(site, prober)
+            with host.agent(*options):
+                assert probes(site, prober)
+                register(host, site, probe_ports=[8080])  # as it was: nothing to do
+            with host.agent():
+                assert not probes(site, prober), "the new agent was told of no prober"
+    with host.agent(*options):
+        host.client.unregister("web")
+        maps = Loader(host.pins / "maps")
+        assert maps.maps.probe_ports.items() == {}
+        maps.close()
+    host.remove()
+    assert not host.pins.exists()
+
+
+def test_a_prober_may_come_and_go(host, site, prober, monkeypatch, loader, pins):
+    relative = prober.relative_to(capture.cgroup.mount_point())
+    prober.rmdir()
+    with host.agent("--probe-cgroup", str(relative)):
+        register(host, site, probe_ports=[8080])
+        assert f"--probe-cgroup {prober}: is not there" in host.client.status()["error"]
+    watching = Probers(loader, pins / "probers", [prober])
+    assert len(watching.problems()) == 1
+    held = []
+    for _ in range(2):  # each time it is another cgroup
+        prober.mkdir()
+        watching.look()
+        assert watching.problems() == []
+        held.append([pin.name for pin in (pins / "probers").iterdir()])
+        prober.rmdir()
+    assert held[0] != held[1]
+    assert [len(names) for names in held] == [1, 1]
+    watching.look()
+    assert list((pins / "probers").iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["", "/", "/proc"])
+def test_what_cannot_be_a_probers_cgroup_is_refused(host, path):
+    complaint = host.fails(*host.arguments("--probe-cgroup", path or str(capture.cgroup.mount_point())))
+    assert f"--probe-cgroup {path or capture.cgroup.mount_point()}: " in complaint
+
+
+def test_a_workload_in_a_probers_cgroup_is_refused(host, site, prober):
+    with host.agent("--probe-cgroup", str(site.directory)), pytest.raises(NodeError, match="contain one another"):
+        register(host, site)
 
 
 def test_the_initial_namespace_and_the_root_cgroup_are_refused(host, site):
