@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 /* cgroup/connect4, connect6: decides what becomes of a connection that an app dials. */
+#include "direct.h"
 #include "dns.h"
 
 char LICENSE[] SEC("license") = "GPL";
@@ -18,8 +19,10 @@ struct destination {
 	__be32 addr[4];
 	__u16 port;
 	__u16 route;
+	__u16 is_direct;	/* addr and port are the backend's, and no longer what was dialled */
 	__u32 service_id;
 	__u32 workload_id;
+	__u32 drawn;		/* id of the backend that was drawn, and is not dialled directly */
 	__u64 generation;
 };
 
@@ -93,6 +96,7 @@ static __always_inline int remember(struct bpf_sock *sk, const struct destinatio
 	dst->route = to->route;
 	dst->service_id = to->service_id;
 	dst->backend = to->workload_id;
+	dst->drawn = to->drawn;
 	dst->generation = to->generation;
 	return 0;
 }
@@ -120,6 +124,79 @@ static __always_inline int decide_datagrams(struct bpf_sock_addr *ctx, struct bp
 	return ALLOW;
 }
 
+/* One of the backends of a service that this caller dials directly, by weight; NULL if it does not. */
+static __always_inline struct mesh_backend *draw(const struct destination *to)
+{
+	struct mesh_direct_key key = { .source_cgroup = caller.cgroup, .port = to->port };
+	struct mesh_direct_service *service;
+	struct mesh_backend *slot;
+	__u32 at, base;
+
+	__builtin_memcpy(key.addr, to->addr, sizeof(key.addr));
+	service = bpf_map_lookup_elem(&direct_services, &key);
+	if (!service)
+		return NULL;
+	base = service->base;
+	at = base + ((__u64)bpf_get_prandom_u32() * service->count >> 32);
+	slot = bpf_map_lookup_elem(&backends, &at);
+	if (slot && bpf_get_prandom_u32() >= slot->keep) {
+		at = base + slot->alias;
+		slot = bpf_map_lookup_elem(&backends, &at);
+	}
+	return slot;
+}
+
+/*
+ * Whether the connection goes to a backend on this host without a proxy; then `to` is the backend.
+ * What is drawn, local and granted does; all else is tunnelled. sock_ops asks for the grant again.
+ */
+static __always_inline int go_direct(struct bpf_sock *sk, __u64 netns_cookie,
+				     struct destination *to)
+{
+	struct mesh_backend *backend = NULL;
+	struct mesh_direct *connection;
+	struct mesh_grant *grant;
+	__be32 target[4];
+	__u16 port = to->port;
+
+	/* A process may have left its workload's namespace; what is granted is granted in there. */
+	if (!caller.cgroup || netns_cookie != caller.netns_cookie)
+		return 0;
+	__builtin_memcpy(target, to->addr, sizeof(target));
+	if (to->service_id) {
+		backend = draw(to);
+		if (!backend)
+			return 0;
+		to->drawn = backend->id;
+		if (!backend->netns_cookie)
+			return 0;
+		__builtin_memcpy(target, backend->addr, sizeof(target));
+		port = backend->port;
+		/* A socket speaks the family that it has dialled. */
+		if (is_v4(target) != is_v4(to->addr))
+			return 0;
+	}
+	grant = grant_of(caller.cgroup, target, port);
+	if (!holds(grant) || (backend && grant->target_netns != backend->netns_cookie))
+		return 0;
+	connection = bpf_sk_storage_get(&direct, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!connection)
+		return 0;
+	connection->source_cgroup = caller.cgroup;
+	connection->target_netns = grant->target_netns;
+	connection->source_id = grant->source_id;
+	connection->target_id = grant->target_id;
+	connection->service_id = to->service_id;
+	connection->dialled_port = to->port;
+	connection->target_port = port;
+	__builtin_memcpy(connection->dialled, to->addr, sizeof(to->addr));
+	__builtin_memcpy(connection->target, target, sizeof(target));
+	__builtin_memcpy(to->addr, target, sizeof(target));
+	to->port = port;
+	to->is_direct = 1;
+	return 1;
+}
+
 /*
  * Returns ALLOW or REFUSE; sets *uproxy_port when the caller has to point the connection at the
  * uProxy.
@@ -140,6 +217,7 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination 
 	 * leaves must not outlive it.
 	 */
 	bpf_sk_storage_delete(&captured, sk);
+	bpf_sk_storage_delete(&direct, sk);
 	if (ctx->protocol != IPPROTO_TCP)
 		return decide_datagrams(ctx, sk, netns_cookie, to, uproxy_port);
 
@@ -157,6 +235,10 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct destination 
 			return is_registry_only() ? refuse(MESH_REFUSED_EGRESS, ECONNREFUSED) : ALLOW;
 		if (!find(to))
 			return refuse(MESH_REFUSED_NO_CONFIG, ECONNREFUSED);
+		if (to->route == MESH_ROUTE_TUNNEL && go_direct(sk, netns_cookie, to)) {
+			count(MESH_DIRECT);
+			return ALLOW;
+		}
 	}
 	if (remember(sk, to))
 		return refuse(MESH_REFUSED_NO_MEMORY, ECONNREFUSED);
@@ -193,6 +275,10 @@ int connect4(struct bpf_sock_addr *ctx)
 		ctx->user_ip4 = bpf_htonl(0x7f000001);
 		ctx->user_port = bpf_htons(uproxy_port);
 	}
+	if (to.is_direct) {
+		ctx->user_ip4 = to.addr[3];
+		ctx->user_port = bpf_htons(to.port);
+	}
 	return verdict;
 }
 
@@ -220,6 +306,13 @@ int connect6(struct bpf_sock_addr *ctx)
 		ctx->user_ip6[2] = mapped ? bpf_htonl(0xffff) : 0;
 		ctx->user_ip6[3] = mapped ? bpf_htonl(0x7f000001) : bpf_htonl(1);
 		ctx->user_port = bpf_htons(uproxy_port);
+	}
+	if (to.is_direct) {
+		ctx->user_ip6[0] = to.addr[0];
+		ctx->user_ip6[1] = to.addr[1];
+		ctx->user_ip6[2] = to.addr[2];
+		ctx->user_ip6[3] = to.addr[3];
+		ctx->user_port = bpf_htons(to.port);
 	}
 	return verdict;
 }

@@ -583,6 +583,7 @@ class Maps:
     """All maps of a node that the agent reads or writes."""
 
     def __init__(self, fds: Mapping[str, int]) -> None:
+        self.fds = fds
         self.ranges = Ranges(fds)
         self.services = Services(fds)
         self.workloads = Workloads(fds)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support import capture
+from tests.support import capture, neighbours
 from tests.support.capture import Rig
+from tests.support.neighbours import Host
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +25,28 @@ def rig(shared_rig: Rig) -> Rig:
     return shared_rig
 
 
+@pytest.fixture(scope="session")
+def shared_host() -> Iterator[Host]:
+    capture.sweep()
+    with neighbours.host() as made:
+        yield made
+
+
 @pytest.fixture
-def counted(rig: Rig):
-    """How much each counter has risen since the test began."""
-    before = rig.maps.counters.read()
+def host(shared_host: Host) -> Host:
+    """With nothing granted."""
+    shared_host.reset()
+    return shared_host
+
+
+@pytest.fixture
+def counted(request):
+    """How much each counter has risen since the test began; of the host, if the test has one."""
+    maps = request.getfixturevalue("host" if "host" in request.fixturenames else "rig").maps
+    before = maps.counters.read()
 
     def risen() -> dict[str, int]:
-        after = rig.maps.counters.read()
+        after = maps.counters.read()
         return {name: after[name] - before[name] for name in after if after[name] != before[name]}
 
     return risen

@@ -17,7 +17,7 @@ from cffi import FFI
 from bpf.libbpf import LIBRARY, Object
 from tests.bpf.dialling import connected, dial
 from tests.bpf.test_connect import read
-from tests.support.capture import KNOWN_V4, OUTSIDE_V4, PEER_V4, PORT, UNKNOWN_V4, VIP_V4
+from tests.support.capture import KNOWN_V4, OUTSIDE_V4, PEER_V4, PORT, UNKNOWN_V4, VIP_V4, Site
 
 pytestmark = pytest.mark.root
 
@@ -40,28 +40,30 @@ def balancer(tmp_path_factory) -> Path:
 @pytest.fixture
 def beside(rig, balancer) -> Beside:
     """Runs the balancer above the workload's cgroups while the block runs."""
+    return lambda *arguments: running_above(rig.site, balancer, *arguments)
 
-    @contextmanager
-    def run(from_address: str, to_address: str, flags: int = ALLOW_MULTI) -> Iterator[None]:
-        library = ctypes.CDLL(LIBRARY, use_errno=True)
-        directory = os.open(rig.site.directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with Object(balancer) as loaded:
-                loaded.set_constants(socket.inet_aton(from_address) + socket.inet_aton(to_address))
-                loaded.load()
-                program = library.bpf_program__fd(ctypes.c_void_p(pointer_of(loaded)))
-                if library.bpf_prog_attach(program, directory, CGROUP_INET4_CONNECT, flags):
-                    if flags & PREORDER:
-                        pytest.skip("this kernel knows no BPF_F_PREORDER (Linux 6.15)")
-                    raise OSError(ctypes.get_errno(), "bpf_prog_attach")
-                try:
-                    yield
-                finally:
-                    library.bpf_prog_detach2(program, directory, CGROUP_INET4_CONNECT)
-        finally:
-            os.close(directory)
 
-    return run
+@contextmanager
+def running_above(
+    site: Site, program: Path, from_address: str, to_address: str, flags: int = ALLOW_MULTI
+) -> Iterator[None]:
+    library = ctypes.CDLL(LIBRARY, use_errno=True)
+    directory = os.open(site.directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with Object(program) as loaded:
+            loaded.set_constants(socket.inet_aton(from_address) + socket.inet_aton(to_address))
+            loaded.load()
+            fd = library.bpf_program__fd(ctypes.c_void_p(pointer_of(loaded)))
+            if library.bpf_prog_attach(fd, directory, CGROUP_INET4_CONNECT, flags):
+                if flags & PREORDER:
+                    pytest.skip("this kernel knows no BPF_F_PREORDER (Linux 6.15)")
+                raise OSError(ctypes.get_errno(), "bpf_prog_attach")
+            try:
+                yield
+            finally:
+                library.bpf_prog_detach2(fd, directory, CGROUP_INET4_CONNECT)
+    finally:
+        os.close(directory)
 
 
 def pointer_of(loaded: Object) -> int:

@@ -181,12 +181,13 @@ def listening(
                 for event, _ in selector.select():
                     sock = event.fileobj
                     assert isinstance(sock, socket.socket)
-                    with contextlib.suppress(OSError):
-                        if sock in listeners:
-                            connection, _ = sock.accept()
+                    if sock in listeners:
+                        connection, _ = sock.accept()
+                        with contextlib.suppress(OSError):
                             connection.sendall(answer(connection))
-                            selector.register(connection, selectors.EVENT_READ)
-                            continue
+                        selector.register(connection, selectors.EVENT_READ)
+                        continue
+                    with contextlib.suppress(OSError):
                         if sock.recv(65536):
                             continue
                     selector.unregister(sock)
@@ -273,7 +274,7 @@ def site() -> Iterator[Site]:
     name = unique_name()
     directory = cgroup.mount_point() / name
     with contextlib.ExitStack() as stack:
-        netns, peer = (stack.enter_context(_namespace()) for _ in range(2))
+        netns, peer = (stack.enter_context(namespace()) for _ in range(2))
         stack.callback(cgroup.remove, directory)
         for child in ("app", "proxy"):
             (directory / child).mkdir(parents=True)
@@ -282,13 +283,13 @@ def site() -> Iterator[Site]:
 
 
 @dataclass(frozen=True)
-class _Namespace:
+class Namespace:
     pid: int
     fd: int
 
 
 @contextlib.contextmanager
-def _namespace() -> Iterator[_Namespace]:
+def namespace() -> Iterator[Namespace]:
     """A network namespace that lives as long as a child which does nothing else."""
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
 
@@ -300,14 +301,14 @@ def _namespace() -> Iterator[_Namespace]:
         with background(home, None, wait, lambda: linux.unshare(linux.CLONE_NEWNET)) as pid:
             fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
             try:
-                yield _Namespace(pid, fd)
+                yield Namespace(pid, fd)
             finally:
                 os.close(fd)
     finally:
         os.close(home)
 
 
-def _wire(netns: _Namespace, peer: _Namespace) -> None:
+def _wire(netns: Namespace, peer: Namespace) -> None:
     ours = f"""
         link set lo up
         link add w0 type veth peer name p0 netns {peer.pid}
@@ -326,11 +327,11 @@ def _wire(netns: _Namespace, peer: _Namespace) -> None:
         address add {EXCLUDED_V4}/32 dev lo
     """
     for namespace, commands in ((netns, ours), (peer, theirs)):
-        run_inside(namespace.fd, None, lambda commands=commands: _ip(commands))
-    run_inside(netns.fd, None, lambda: _ip(f"-6 route add default via {PEER_V6}"))
+        run_inside(namespace.fd, None, lambda commands=commands: ip(commands))
+    run_inside(netns.fd, None, lambda: ip(f"-6 route add default via {PEER_V6}"))
 
 
-def _ip(commands: str) -> None:
+def ip(commands: str) -> None:
     for line in filter(None, map(str.strip, commands.splitlines())):
         subprocess.run(["ip", *line.split()], check=True, capture_output=True)
 
