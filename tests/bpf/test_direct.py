@@ -313,6 +313,7 @@ def test_syn_cookies(host: Host, bob_serves):
     assert len(host.maps.admitted) == 0
 
 
+@pytest.mark.soak  # thousands of connections
 def test_two_thousand_connections_leave_nothing_behind(host: Host, counted, bob_serves):
     host.grant(host.alice, host.bob, APP_PORT)
     declare_bob(host, VIP_V4)
