@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import os
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -23,16 +26,18 @@ from benchmarks.load import LoadError
 
 SUITES: Final = {"paths": "benchmarks.suites.paths", "architectures": "benchmarks.suites.architectures"}
 """Name -> module, whose SUITE it is."""
-PEERS: Final = ("ztunnel",)
+PEERS: Final = ("ztunnel", "linkerd")
 """What no package brings: measured when a program is named."""
-NOT_MEASURED: Final = {
-    "linkerd": "a linkerd2-proxy takes its certificate, destinations and policy from Linkerd's control plane over gRPC "
-    "only, which is not emulated here"
-}
-"""What is asked for and cannot be measured, and why."""
+LOCK: Final = Path("/run/uproxy-bench.lock")
+"""Held by whoever measures on this machine; its pid is in it."""
 ROWS: Final = "results.csv"
+_COLUMNS: Final = ("suite", "measure", "subject", "round", "value", "unit", "better", "bottleneck", "refused", "failed")
 INTERRUPTED: Final = "interrupted"
 """The condition of a run that was."""
+
+
+class BusyError(Exception):
+    """Another run measures on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,37 @@ def run(
     """Check the instrument, run the suites one after the other, and write what they found to `directory`.
 
     A suite that fails ends there, with the reason; what it found stays, and the next one goes on. KeyboardInterrupt
-    ends all of them, and what was found until then is written. Raises OSError.
+    ends all of them, and what was found until then is written. Raises BusyError before anything is done, and OSError.
     """
+    with _alone():
+        return _run(suites, directory, quick=quick, peers=peers, tell=tell)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Two runs at once would measure each other. The kernel frees the lock of whoever ends, however it ends."""
+    with os.fdopen(os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"process {file.read().strip() or 'unknown'} runs benchmarks on this machine, and two runs would "
+                "measure each other: wait until it is done, or end it with SIGINT"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _run(
+    suites: Sequence[Suite],
+    directory: Path,
+    *,
+    quick: bool,
+    peers: Mapping[str, Path],
+    tell: Callable[[str], None],
+) -> Run:
     directory.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     results = Results(datetime.now(UTC).isoformat(timespec="seconds"), quick=quick, machine=machine.describe())
@@ -121,29 +155,34 @@ def write(results: Results, directory: Path) -> list[Path]:
 
 
 def write_rows(results: Results, path: Path) -> None:
-    """CSV: every round of every series, refused ones too, with all details but histograms. Raises OSError."""
+    """CSV: every round of every series, refused ones too, with all details but histograms. Raises OSError.
+
+    A series without a round has a row without a number: it says why.
+    """
     measures = {one.name: one for one in results.measures}
     details = sorted({key for series in results.series for one in series.rounds for key in one.details})
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(
-            ["suite", "measure", "subject", "round", "value", "unit", "better", "bottleneck", "refused", *details]
-        )
+        rows.writerow([*_COLUMNS, *details])
         for series in results.series:
             measure = measures[series.measure]
-            for one in series.rounds:
+            # Nobody has a number for what was never taken.
+            taken: list[tuple[float | str, float | str, str, Mapping[str, float]]]
+            taken = [(one.number, one.value, one.bottleneck, one.details) for one in series.rounds]
+            for number, value, bottleneck, found in taken or [("", "", "", {})]:
                 rows.writerow(
                     [
                         measure.suite,
                         measure.name,
                         series.subject,
-                        one.number,
-                        one.value,
+                        number,
+                        value,
                         measure.unit,
                         measure.better,
-                        one.bottleneck,
+                        bottleneck,
                         series.refused,
-                        *(one.details.get(key, "") for key in details),
+                        "yes" if series.failed else "",
+                        *(found.get(key, "") for key in details),
                     ]
                 )
 

@@ -21,6 +21,10 @@ class BenchError(Exception):
     """A run that cannot go on: a subject that failed under load, a program that is missing."""
 
 
+class EndedError(BenchError):
+    """A subject that will not take load again: one of its processes has ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What the load generator found in one round. `details` and `histogram` as in `results.Round`.
@@ -49,9 +53,16 @@ class Live(Protocol):
     def processes(self) -> Mapping[str, Sequence[int]]:
         """Role ("client proxy") -> process ids: whose processor time and memory are the subject's, children included.
 
-        The roles "application" and "generator" are shown beside, and are not counted to the subject.
+        The roles "application" and "generator" are shown beside, and are not counted to the subject. Raises EndedError.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A subject that could not be started: shown with the reason, which `Bench.lose` was told, and never measured."""
+
+    subject: Subject
 
 
 L = TypeVar("L", bound=Live)
@@ -100,6 +111,7 @@ class Bench:
         """Name -> program, for what no package brings: "ztunnel"."""
         self.failures: list[str] = []
         """Which subject failed at which measure, and why."""
+        self._lost: dict[str, str] = {}
         self._tell = tell
 
     def progress(self, text: str) -> None:
@@ -119,21 +131,36 @@ class Bench:
         """What it was measured on or with: "wrk" -> its version."""
         self.results.machine[name] = text
 
-    def interleave(self, probes: Sequence[Probe[L]], lives: Sequence[L], *, rounds: int, seconds: float) -> None:
+    def lose(self, subject: Subject, reason: str) -> Absent:
+        """A subject did not start, or has ended: it has failed at all that is measured from now on."""
+        self._lost[subject.name] = reason
+        self._fail(f"{subject.name} failed: {reason}")
+        return Absent(subject)
+
+    def _fail(self, text: str) -> None:
+        self.failures.append(text)
+        self.progress(text)
+
+    def interleave(
+        self, probes: Sequence[Probe[L]], everybody: Sequence[L | Absent], *, rounds: int, seconds: float
+    ) -> None:
         """Take all probes on all subjects. One that fails is out of that measure, with the reason; the others go on.
 
         Each measure begins with a round for each subject that is shorter, and not counted.
         """
-        for live in lives:
-            if live.subject not in self.results.subjects:
-                self.results.subjects.append(live.subject)
+        for one in everybody:
+            if one.subject not in self.results.subjects:
+                self.results.subjects.append(one.subject)
+        lives = [one for one in everybody if not isinstance(one, Absent)]
         warm_up = min(seconds, WARM_UP_S)
         estimate = Estimate(len(probes) * len(lives) * (warm_up + rounds * seconds))
         for probe in probes:
             self.results.measures.append(probe.measure)
-            standing = {live.subject.name: live for live in lives}
-            found = {name: Series(probe.measure.name, name) for name in standing}
+            found = {one.subject.name: Series(probe.measure.name, one.subject.name) for one in everybody}
             self.results.series += found.values()
+            standing = found.keys() - self._lost.keys()
+            for name in found.keys() - standing:
+                found[name].refused, found[name].failed = self._lost[name], True
             try:
                 for number in range(rounds + 1):
                     length = seconds if number else warm_up
@@ -146,16 +173,18 @@ class Bench:
                             try:
                                 taken = self._take(probe, live, number, length)
                             except BenchError as error:
-                                found[name].refused = str(error)
-                                self.failures.append(f"{probe.measure.name}: {name} failed: {error}")
-                                self.progress(self.failures[-1])
-                                del standing[name]
+                                found[name].refused, found[name].failed = str(error), True
+                                standing.remove(name)
+                                if isinstance(error, EndedError):
+                                    self.lose(live.subject, str(error))
+                                else:
+                                    self._fail(f"{probe.measure.name}: {name} failed: {error}")
                             else:
                                 found[name].rounds += [taken] if number else []
                         estimate.taken(length)
             finally:
-                for live in lives:
-                    judge(found[live.subject.name], reference=live.subject.reference)
+                for one in everybody:
+                    judge(found[one.subject.name], reference=one.subject.reference)
 
     def _take(self, probe: Probe[L], live: L, number: int, seconds: float) -> Round:
         try:
@@ -175,5 +204,6 @@ class Bench:
             details["pss_mb"] = sum(mb for role, mb in memory.items() if role not in ASIDE)
             details |= {f"pss_mb/{role}": mb for role, mb in memory.items()}
         except GoneError as error:
+            live.processes()  # whoever knows more of its end says so
             raise BenchError(f"{live.subject.name}: {error}") from error
         return Round(number, sample.value, details | dict(sample.details), sample.histogram, sample.bottleneck)

@@ -75,6 +75,8 @@ class Series:
     subject: str
     rounds: list[Round] = field(default_factory=list)
     refused: str = ""
+    failed: bool = False
+    """`refused` says how the subject failed: it is not the harness that refuses."""
     remark: str = ""
     """What has to stand beside the numbers: "bound by the generator"."""
 
@@ -216,4 +218,6 @@ def _series(found: dict[str, Any]) -> Series:
         Round(**(one | {"histogram": {int(bound): count for bound, count in one["histogram"].items()}}))
         for one in found["rounds"]
     ]
-    return Series(found["measure"], found["subject"], rounds, found["refused"], found["remark"])
+    # Older runs do not say who failed.
+    failed = found.get("failed", False)
+    return Series(found["measure"], found["subject"], rounds, found["refused"], failed, found["remark"])

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from benchmarks.harness.results import Subject
-from benchmarks.lab.sources import TRUST_DOMAIN, LabError
+from benchmarks.lab.sources import TRUST_DOMAIN
 from benchmarks.load import PORTS
-from benchmarks.peers import envoy, haproxy, ztunnel
+from benchmarks.peers import control, envoy, haproxy, linkerd, ztunnel
+from benchmarks.peers.control import Control
 from benchmarks.peers.place import Address, Place
 from control.api.address import HBONE_PORT
 
 APP_PORT = 8080
+_PORTS = range(APP_PORT, APP_PORT + PORTS)
 ENTRY_PORT = 9000
 TLS_PORT = 15440
 
@@ -33,6 +36,8 @@ class Started:
     """Stands for the application's first port, as dialled in the client's namespace."""
     proxies: Mapping[str, Sequence[int]]
     """Role -> process ids."""
+    version: str = ""
+    """Of the program, as it says itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +49,14 @@ class Peer:
 
 
 def peers(named: Mapping[str, Path]) -> list[Peer]:
-    """All that can be had here, and what `named` gives the program of. Raises LabError for a name that is not taken."""
+    """All that can be had here, and what `named` gives the program of, by the names in NAMED."""
     made = [
         Peer(_TCP, _start_tcp),
-        Peer(replace(_HBONE, version=envoy.version()), _start_hbone),
-        Peer(replace(_TLS, version=envoy.version()), _start_envoy_tls),
-        Peer(replace(_HAPROXY, version=haproxy.version()), _start_haproxy),
+        Peer(_HBONE, _start_hbone),
+        Peer(_TLS, _start_envoy_tls),
+        Peer(_HAPROXY, _start_haproxy),
     ]
-    for name, program in named.items():
-        if name != "ztunnel":
-            raise LabError(f"--peer {name}: no such peer; there is ztunnel")
-        subject = replace(_ZTUNNEL, version=ztunnel.version(program))
-        made.append(Peer(subject, partial(_start_ztunnel, program)))
-    return made
+    return made + [Peer(NAMED[name][0], partial(NAMED[name][1], program)) for name, program in named.items()]
 
 
 _TCP = Subject(
@@ -83,8 +83,14 @@ _HAPROXY = Subject(
 _ZTUNNEL = Subject(
     "ztunnel",
     "ztunnel pair",
-    "A ztunnel beside each end, in dedicated mode with one worker thread, configured by a file and certified by its "
-    "own test CA; captured by a redirect in the client's namespace. HBONE between them.",
+    "A ztunnel beside each end, in dedicated mode with one worker thread, configured by a file and certified by the "
+    "lab's CA; captured by a redirect in the client's namespace. HBONE between them.",
+)
+_LINKERD = Subject(
+    "linkerd",
+    "linkerd2-proxy pair",
+    "A linkerd2-proxy beside each end, with one core, certified with a name of Linkerd's by the lab's CA; captured by "
+    "a redirect at both ends. The ports are declared opaque: each connection is a TLS 1.3 connection of its own.",
 )
 
 
@@ -115,6 +121,7 @@ def _start_hbone(client: Place, server: Place) -> Started:
                 _envoy(client, envoy.client_config(client.identity_dir, TRUST_DOMAIN, hbone, entries), list(entries))
             ],
         },
+        envoy.version(),
     )
 
 
@@ -130,6 +137,7 @@ def _start_envoy_tls(client: Place, server: Place) -> Started:
                 _envoy(client, envoy.tls_client_config(client.identity_dir, TRUST_DOMAIN, entries), list(entries))
             ],
         },
+        envoy.version(),
     )
 
 
@@ -140,6 +148,7 @@ def _envoy(place: Place, config: Mapping[str, object], listens: Sequence[Address
 
 
 def _start_haproxy(client: Place, server: Place) -> Started:
+    version = haproxy.version()
     ports, entries = _applications(server.address, TLS_PORT), _entries(server.address, TLS_PORT)
     return Started(
         ("127.0.0.1", ENTRY_PORT),
@@ -147,6 +156,7 @@ def _start_haproxy(client: Place, server: Place) -> Started:
             "server proxy": [_haproxy(server, haproxy.server_config(server, ports), list(ports))],
             "client proxy": [_haproxy(client, haproxy.client_config(client, entries), list(entries))],
         },
+        version,
     )
 
 
@@ -157,7 +167,40 @@ def _haproxy(place: Place, config: str, listens: Sequence[Address]) -> int:
 
 
 def _start_ztunnel(program: Path, client: Place, server: Place) -> Started:
+    version = ztunnel.version(program)
+    _start_control("istio", client, server)
     behind = ztunnel.start(program, server, client, server).pid
     before = ztunnel.start(program, client, client, server).pid
-    ztunnel.capture(client, server.address, range(APP_PORT, APP_PORT + PORTS))
-    return Started((server.address, APP_PORT), {"server proxy": [behind], "client proxy": [before]})
+    ztunnel.capture(client, server.address, _PORTS)
+    return Started((server.address, APP_PORT), {"server proxy": [behind], "client proxy": [before]}, version)
+
+
+def _start_linkerd(program: Path, client: Place, server: Place) -> Started:
+    _start_control("linkerd", client, server)
+    behind = linkerd.start(program, server, _PORTS).pid
+    before = linkerd.start(program, client, _PORTS).pid
+    linkerd.capture(client, server, _PORTS)
+    proxies = {"server proxy": [behind], "client proxy": [before]}
+    return Started((server.address, APP_PORT), proxies, linkerd.version(server))
+
+
+def _start_control(whose: str, client: Place, server: Place) -> None:
+    """What stands for the control plane of `whose` proxies, beside both. Raises LabError."""
+    for place in (client, server):
+        told = Control(
+            directory=str(place.directory),
+            # Of a lab whose identities are files.
+            ca_directory=str(place.lab.directory / "ca"),
+            identity=str(place.identity),
+            server=server.address,
+            ports=list(_PORTS),
+            server_identity=str(server.identity),
+            client_identity=str(client.identity),
+        )
+        file = place.directory / "control.json"
+        told.write(file)
+        place.start(control.argv(whose, file), [("127.0.0.1", control.PORT)], log=place.control_log)
+
+
+NAMED: Final = {"ztunnel": (_ZTUNNEL, _start_ztunnel), "linkerd": (_LINKERD, _start_linkerd)}
+"""What no package brings: the subject, and how it is started with a program."""

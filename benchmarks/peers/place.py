@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.lab.sources import TRUST_DOMAIN, LabError
-from benchmarks.lab.topology import Host, Lab, entered, tail
+from benchmarks.lab.topology import PATH, Host, Lab, entered, tail
 from control.api.identity import SpiffeId
 from uproxy.sandbox import Sandbox
 
@@ -54,22 +54,36 @@ class Place:
     def log(self) -> Path:
         return self.directory / "log"
 
+    @property
+    def control_log(self) -> Path:
+        """Of what stands for the peer's control plane."""
+        return self.directory / "control.log"
+
     def start(
-        self, argv: Sequence[str], listens: Sequence[Address], environment: Mapping[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        listens: Sequence[Address],
+        environment: Mapping[str, str] | None = None,
+        *,
+        log: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """The peer's process, once it accepts connections at these addresses. Raises LabError with its log."""
+        """The peer's process, once it accepts connections at these addresses. Raises LabError with its log.
+
+        `log`: of another process than the proxy, beside it.
+        """
+        written = log or self.log
         given = [f"{name}={value}" for name, value in (environment or {}).items()]
         # In a session of its own, as a uProxy is: where the kernel shares processors out by session (sched_autogroup),
         # a proxy among the generator's processes would be scheduled otherwise. `env` becomes what is named.
         command = ["setsid", "env", *given, *argv]
-        with self.log.open("wb") as log:
+        with written.open("wb") as output:
             process = self.lab.spawn(
                 command,
                 self.box.netns_path,
                 str(self.box.proxy_cgroup.relative_to(self.lab.names.cgroup)),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
             )
         deadline = time.monotonic() + _START_S
         for address in listens:
@@ -77,10 +91,39 @@ class Place:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise LabError(
                         f"{Path(argv[0]).name} does not listen at {address[0]}:{address[1]} "
-                        f"(exit status {process.poll()}):\n{tail(self.log)}"
+                        f"(exit status {process.poll()}):\n{tail(written)}"
                     )
                 time.sleep(_POLL_S)
         return process
+
+    def redirect(self, hook: str, matching: str, port: int) -> None:
+        """Send connections to a port here instead; who accepts them learns where to by SO_ORIGINAL_DST.
+
+        `hook`: "output", of what is dialled in this namespace, or "prerouting", of what arrives. Raises LabError.
+        """
+        rules = f"""\
+table ip {hook} {{
+    chain {hook} {{
+        type nat hook {hook} priority -100;
+        {matching} redirect to :{port}
+    }}
+}}
+"""
+        try:
+            with entered(self.box.netns_path):
+                subprocess.run(
+                    ["nft", "-f", "-"],
+                    env={"PATH": PATH},
+                    input=rules,
+                    text=True,
+                    check=True,
+                    capture_output=True,
+                    timeout=10,
+                )
+        except FileNotFoundError:
+            raise LabError("capturing by a redirect needs nftables: apt-get install nftables") from None
+        except subprocess.CalledProcessError as error:
+            raise LabError(f"nft cannot redirect here: {error.stderr.strip()}") from error
 
     def accepts(self, address: Address) -> bool:
         with suppress(OSError), entered(self.box.netns_path), socket.create_connection(address, 1.0):

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import load
-from benchmarks.harness.bench import BenchError
+from benchmarks.harness.bench import BenchError, EndedError
 from benchmarks.harness.results import Subject
 from benchmarks.lab import cores
 from benchmarks.lab.apps import commands
+from benchmarks.lab.remains import Owner
 from benchmarks.lab.sources import LabError
-from benchmarks.lab.topology import App, Host, Lab, Workload, entered
+from benchmarks.lab.topology import App, Host, Lab, Workload, entered, tail
 from benchmarks.load import Load, LoadError, Outcome
 from benchmarks.peers.pairs import APP_PORT, Peer
 from benchmarks.peers.place import Address, Place
 from uproxy.sandbox import Sandbox, write_sysctls
 
+_DYING_S = 0.1
+"""A process's sockets are closed a moment before it is gone."""
 UPROXY = Subject(
     "uproxy",
     "uProxy pair",
@@ -74,9 +78,19 @@ class Standing:
     application: Sequence[int]
     program: Path
     """The load generator."""
+    logs: Sequence[Path] = ()
+    """Of the proxies: shown when one has ended."""
 
     def processes(self) -> Mapping[str, Sequence[int]]:
-        return {**self.proxies, "application": self.application}
+        everybody = {**self.proxies, "application": self.application}
+        for role, pids in everybody.items():
+            for pid in pids:
+                try:
+                    Owner.of(pid)
+                except ProcessLookupError as error:
+                    logs = "".join(map(tail, self.logs))
+                    raise EndedError(f"the {role}, process {pid}, has ended\n{logs}".strip()) from error
+        return everybody
 
     def spawn(self, pinning: Pinning, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """A program as the client's application: in its namespace and cgroup, with pipes for its output."""
@@ -99,14 +113,21 @@ class Standing:
         try:
             outcome = load.run(partial(self.spawn, pinning), self.program, asked, *self.entry, seconds)
         except LoadError as error:
+            self._look_for_the_dead()
             raise BenchError(f"{self.subject.name}: {error}") from error
         for pids, core in placed:
             if cores.strays(pids, core):
                 raise BenchError(f"{self.subject.name}: a thread has left core {core}")
         if outcome.failed:
+            self._look_for_the_dead()
             reasons = ", ".join(f"{count} times {reason}" for reason, count in outcome.errors.items())
             raise BenchError(f"{self.subject.name}: {outcome.failed} of {outcome.scheduled} requests failed: {reasons}")
         return outcome
+
+    def _look_for_the_dead(self) -> None:
+        """Raise EndedError if it was the end of a process that requests failed by."""
+        time.sleep(_DYING_S)
+        self.processes()
 
 
 def application(program: Path) -> App:
@@ -132,7 +153,17 @@ def stand_uproxy(client: Workload, server: Workload, program: Path) -> Standing:
     _settle(client.box, server.box)
     proxies = {"client proxy": [client.proxy_pid()], "server proxy": [server.proxy_pid()]}
     found = _members(server.box)
-    return Standing(UPROXY, client.host.lab, client.box, server.box, (SERVICE, APP_PORT), proxies, found, program)
+    return Standing(
+        UPROXY,
+        client.host.lab,
+        client.box,
+        server.box,
+        (SERVICE, APP_PORT),
+        proxies,
+        found,
+        program,
+        (client.log, server.log),
+    )
 
 
 def stand_peer(peer: Peer, a: Host, b: Host, program: Path) -> Standing:
@@ -151,7 +182,17 @@ def stand_peer(peer: Peer, a: Host, b: Host, program: Path) -> Standing:
     if serving.poll() is not None:
         raise LabError(f"the application of {name} ended with {serving.returncode}")
     started = peer.start(client, server)
-    return Standing(peer.subject, lab, client.box, server.box, started.entry, started.proxies, [serving.pid], program)
+    return Standing(
+        replace(peer.subject, version=started.version),
+        lab,
+        client.box,
+        server.box,
+        started.entry,
+        started.proxies,
+        [serving.pid],
+        program,
+        (client.log, server.log),
+    )
 
 
 def _settle(*boxes: Sandbox) -> None:

@@ -68,31 +68,38 @@ spec:
     )
 
 
-def stand(lab: Lab, host: Host, uproxy: Standing, server: Workload) -> list[Standing]:
-    """Start both; `uproxy` is the pair that they stand between. Raises LabError."""
-    ours, theirs = (_place(host, subject.name) for subject in (OURS, ENVOYS))
+def stand_ours(lab: Lab, host: Host, uproxy: Standing) -> Standing:
+    """Start our waypoint; `uproxy` is the pair that it stands between. Raises LabError."""
+    place = _place(host, OURS.name)
     argv = [
         *(sys.executable, "-I", "-m", "waypoint", "run", "--workload", f"default/{OURS.name}-1"),
         *("--trust-domain", TRUST_DOMAIN, "--config", str(lab.directory / "mesh.yaml")),
-        *("--identity-dir", str(ours.identity_dir), "--access-log", "off"),
+        *("--identity-dir", str(place.identity_dir), "--access-log", "off"),
     ]
-    pids = {OURS.name: ours.start(argv, [(ours.address, HBONE_PORT)]).pid}
+    return _between(uproxy, OURS, place, place.start(argv, [(place.address, HBONE_PORT)]).pid)
+
+
+def stand_envoy(host: Host, uproxy: Standing, server: Workload) -> Standing:
+    """Start the Envoy; `uproxy` is the pair that it stands between. Raises LabError."""
+    place = _place(host, ENVOYS.name)
     tunnel = (server.address, HBONE_PORT)
     config = envoy.waypoint_config(
-        theirs.identity_dir, TRUST_DOMAIN, (theirs.address, HBONE_PORT), tunnel, f"{server.address}:{_HTTP_PORT}"
+        place.identity_dir, TRUST_DOMAIN, (place.address, HBONE_PORT), tunnel, f"{server.address}:{_HTTP_PORT}"
     )
-    written = theirs.directory / "envoy.json"
+    written = place.directory / "envoy.json"
     written.write_text(json.dumps(config, indent=1))
-    pids[ENVOYS.name] = theirs.start(envoy.argv(written), [(theirs.address, HBONE_PORT)]).pid
-    return [
-        replace(
-            uproxy,
-            subject=subject,
-            entry=(_PLACES[subject.name][1], SERVICE_PORT),
-            proxies={**uproxy.proxies, "waypoint": [pids[subject.name]]},
-        )
-        for subject in (OURS, replace(ENVOYS, version=envoy.version()))
-    ]
+    pid = place.start(envoy.argv(written), [(place.address, HBONE_PORT)]).pid
+    return _between(uproxy, replace(ENVOYS, version=envoy.version()), place, pid)
+
+
+def _between(uproxy: Standing, subject: Subject, place: Place, pid: int) -> Standing:
+    return replace(
+        uproxy,
+        subject=subject,
+        entry=(_PLACES[subject.name][1], SERVICE_PORT),
+        proxies={**uproxy.proxies, "waypoint": [pid]},
+        logs=(*uproxy.logs, place.log),
+    )
 
 
 def _place(host: Host, gateway: str) -> Place:

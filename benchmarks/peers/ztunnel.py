@@ -1,9 +1,9 @@
 """A pair of Istio's ztunnels, one for each workload, without Kubernetes and without Istio's control plane.
 
-Written from ztunnel's source (src/config.rs, src/state/workload.rs, src/app.rs, examples/localhost.yaml): no ztunnel
-has been run with it. Workloads come from a file (LOCAL_XDS_PATH), certificates from ztunnel's own test CA (FAKE_CA), so
-the binary has to be built with `cargo build --release --features testing`; a released one ends with a message that says
-so. Connections are captured as Istio does, by a redirect in the client's namespace.
+Written from ztunnel's source (src/config.rs, src/app.rs, src/xds.rs, src/state/workload.rs, src/identity/caclient.rs,
+src/tls/{control,certificate}.rs, examples/localhost.yaml): no ztunnel has been run with it. Workloads come from a file
+(LOCAL_XDS_PATH), certificates from control.py beside it, in the place of istiod, with the lab's CA. Connections are
+captured as Istio does, by a redirect in the client's namespace.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.lab.sources import TRUST_DOMAIN, LabError
-from benchmarks.lab.topology import PATH, entered
+from benchmarks.peers import control
 from benchmarks.peers.place import Place
 from control.api.address import HBONE_PORT
 
@@ -30,12 +30,12 @@ def environment(place: Place, config: Path) -> dict[str, str]:
         "PROXY_MODE": "dedicated",
         "PROXY_WORKLOAD_INFO": f"{identity.namespace}/{name}/{name}",
         "LOCAL_XDS_PATH": str(config),
-        # Empty: neither Istio's configuration server nor its CA is there.
+        # Empty: there is no configuration server.
         "XDS_ADDRESS": "",
-        "CA_ADDRESS": "",
-        "FAKE_CA": "true",
+        # It takes nothing but HTTPS; the name is the one in the certificate.
+        "CA_ADDRESS": f"https://localhost:{control.PORT}",
+        "CA_ROOT_CA": str(place.identity_dir / "bundle.pem"),
         "NODE_NAME": _NODE,
-        "TRUST_DOMAIN": TRUST_DOMAIN,
         "ISTIO_META_DNS_CAPTURE": "false",
         "IPV6_ENABLED": "false",
         # The client's address as the application's peer would need routes for the answers.
@@ -75,38 +75,14 @@ def start(program: Path, place: Place, *everybody: Place) -> subprocess.Popen[by
 
 
 def capture(place: Place, target: str, ports: range) -> None:
-    """Send what this namespace dials at the target to its ztunnel; it finds where to by SO_ORIGINAL_DST."""
-    rules = f"""\
-table ip ztunnel {{
-    chain output {{
-        type nat hook output priority -100;
-        ip daddr {target} tcp dport {ports.start}-{ports.stop - 1} redirect to :{OUTBOUND_PORT}
-    }}
-}}
-"""
-    try:
-        with entered(place.box.netns_path):
-            subprocess.run(
-                ["nft", "-f", "-"],
-                env={"PATH": PATH},
-                input=rules,
-                text=True,
-                check=True,
-                capture_output=True,
-                timeout=10,
-            )
-    except FileNotFoundError:
-        raise LabError("ztunnel's capture needs nftables: apt-get install nftables") from None
-    except subprocess.CalledProcessError as error:
-        raise LabError(f"nft cannot redirect to ztunnel here: {error.stderr.strip()}") from error
+    """Send what this namespace dials at the target to its ztunnel. Raises LabError."""
+    place.redirect("output", f"ip daddr {target} tcp dport {ports.start}-{ports.stop - 1}", OUTBOUND_PORT)
 
 
 def version(program: Path) -> str:
     """As it says itself, in one line. Raises LabError when it cannot be run."""
     try:
         done = subprocess.run([str(program), "version"], capture_output=True, text=True, check=False, timeout=10)
-    except OSError as error:
-        raise LabError(f"{program} cannot be run: {error.strerror}; give the path of a ztunnel binary") from error
-    return (
-        f"ztunnel {(done.stdout or done.stderr).strip().splitlines()[0] if done.stdout or done.stderr else ''}".strip()
-    )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LabError(f"{program} cannot be asked for its version: {error}; give the path of a ztunnel") from error
+    return f"ztunnel {next(iter((done.stdout or done.stderr).strip().splitlines()), '')}".strip()

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from benchmarks.harness.histogram import Histogram, count, merge, percentile, width
 from benchmarks.harness.results import Better, Measure, Ratio, Results, Series, Subject, Target
-from benchmarks.report.wording import NAMES, UNITS, percent
+from benchmarks.report.wording import NAMES, UNITS, percent, question
 
 ASIDE: Final = frozenset({"taken_s", "operations"})
 """Details that say how a round was taken, not what it found."""
@@ -29,6 +29,22 @@ class Loss:
     measure: Measure
     factor: float
     """How many times worse than the baseline, by the median."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A subject that failed in one way, at one measure or many."""
+
+    subject: str
+    reason: str
+    """May end with the last lines of a log."""
+    measures: Sequence[Measure]
+
+    @property
+    def where(self) -> str:
+        """`at 12 measures, first at Round trip, 1 connection`."""
+        first = question(self.measures[0])
+        return f"at {first}" if len(self.measures) == 1 else f"at {len(self.measures)} measures, first at {first}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +119,14 @@ class Findings:
             and ratio.measure in self.measures
             and (ratio.key == "value" or (ratio.measure, ratio.key) in aimed)
         ]
+
+    def failures(self) -> list[Failure]:
+        """Who failed, in the order in which it was found."""
+        found: dict[tuple[str, str], list[Measure]] = {}
+        for one in self.results.series:
+            if one.failed:
+                found.setdefault((one.subject, one.refused), []).append(self.measures[one.measure])
+        return [Failure(subject, reason, measures) for (subject, reason), measures in found.items()]
 
     def losses(self) -> list[Loss]:
         """The worst first."""

@@ -225,7 +225,9 @@ def _cells(
     if series.refused or not series.counted:
         width = 2 + len(keys) + (0 if compared is None else 1 + len(compared))
         reason = series.refused or "no round was taken"
-        return [tag("td", f"no number: {reason}", colspan=width, class_="soft")]
+        # A log stands with the failures.
+        words = f"failed: {reason.partition(chr(10))[0]}" if series.failed else f"no number: {reason}"
+        return [tag("td", words, colspan=width, class_="soft")]
     values = _all(series)
     cells = [
         tag("td", tag("b", wording.number(median(values))), class_="number"),

@@ -41,6 +41,7 @@ def page(results: Results) -> str:
         "main",
         tag("h1", "uProxy benchmarks"),
         verdicts.banner(results.checks),
+        verdicts.failures(findings),
         tag("p", _what(results)),
         verdicts.summary(findings),
         _contents(findings),

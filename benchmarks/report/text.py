@@ -31,6 +31,9 @@ def show(results: Results) -> None:
                 for measure in measures
             ],
         )
+    for failure in findings.failures():
+        first, *more = map(printable, failure.reason.splitlines() or [""])
+        print(f"\nFAILED: {printable(failure.subject)} {printable(failure.where)}: {first}", *more, sep="\n  ")
     _show_remarks(results)
     if results.targets:
         print("\nTargets")
@@ -55,7 +58,7 @@ def _median(findings: Findings, measure: Measure, subject: str) -> str:
     if found is None or not (found.counted or found.refused):
         return ""
     if found.refused:
-        return "refused"
+        return "failed" if found.failed else "refused"
     return wording.number(median(one.value for one in found.counted))
 
 
@@ -70,7 +73,7 @@ def _ratio(findings: Findings, measure: Measure, subject: str) -> str:
 
 def _show_remarks(results: Results) -> None:
     """Why there is no number, or not a number to compare with."""
-    found = [(one.measure, one.subject, one.refused or one.remark) for one in results.series]
+    found = [(one.measure, one.subject, one.refused or one.remark) for one in results.series if not one.failed]
     remarks = [one for one in found if one[-1]]
     remarks += [(one.measure, one.subject, one.reason) for one in results.withheld if one.key == "value"]
     if remarks:

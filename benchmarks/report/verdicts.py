@@ -31,6 +31,20 @@ def banner(checks: Sequence[Check]) -> Html:
     return Html()
 
 
+def failures(findings: Findings) -> Html:
+    """Who failed, with all that is known of why."""
+    failed = findings.failures()
+    if not failed:
+        return Html()
+    said = []
+    for one in failed:
+        first, *log = one.reason.splitlines() or [""]
+        said.append(tag("p", tag("b", f"{one.subject} failed"), Html(" "), f"{one.where}: {first}"))
+        # Line by line: text that is escaped as a whole becomes one line.
+        said += [tag("div", tag("pre", Html("\n".join(map(text, log)))), class_="scroll")] if log else []
+    return tag("div", *said, class_="banner")
+
+
 def summary(findings: Findings) -> Html:
     """One sentence on ratios, one on targets."""
     said = [verdict(ratio, measure) for ratio, measure in findings.ours()]

@@ -10,15 +10,16 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from benchmarks import load
-from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
-from benchmarks.harness.results import Better, Check, Measure
+from benchmarks.harness.bench import Absent, Bench, BenchError, Probe, Sample
+from benchmarks.harness.results import Better, Check, Measure, Subject
 from benchmarks.harness.usage import ASIDE, GoneError, pss_mb
 from benchmarks.lab import cores, link
 from benchmarks.lab.congestion import ALGORITHM
@@ -129,13 +130,17 @@ class Paths:
         asked = peers(bench.peers)
         lab.configure(RESOURCES + waypoints.resources(server))
         lab.start(bench.progress)
-        lives = [stand_peer(peer, a, b, program) for peer in asked]
+        lives = [_stood(bench, peer.subject, partial(stand_peer, peer, a, b, program)) for peer in asked]
         # Plain TCP first, uProxy second.
-        lives.insert(1, stand_uproxy(client, server, program))
-        routed = waypoints.stand(lab, c, lives[1], server)
-        bench.progress(f"standing: {', '.join(live.subject.name for live in (*lives, *routed))}")
-        fresh = {live.subject.name: _held_mb(live) for live in lives}
-        _check_congestion(bench, lives)
+        ours = stand_uproxy(client, server, program)
+        lives.insert(1, ours)
+        routed = [
+            _stood(bench, waypoints.OURS, partial(waypoints.stand_ours, lab, c, ours)),
+            _stood(bench, waypoints.ENVOYS, partial(waypoints.stand_envoy, c, ours, server)),
+        ]
+        standing = [one for one in (*lives, *routed) if isinstance(one, Standing)]
+        bench.progress(f"standing: {', '.join(one.subject.name for one in standing)}")
+        fresh = _first_look(bench, [one for one in lives if isinstance(one, Standing)])
         _say_conditions(bench)
         bench.interleave(probes(plan, fresh), lives, rounds=plan.rounds, seconds=plan.seconds)
         bench.interleave(through_waypoints(plan), routed, rounds=plan.rounds, seconds=plan.seconds)
@@ -146,9 +151,18 @@ class Paths:
             bench.interleave([_slow_readers(plan.slow)], lives, rounds=plan.rounds, seconds=plan.seconds)
 
     def _delayed(
-        self, bench: Bench, plan: Plan, lab: Lab, host: Host, line: Path, lives: Sequence[Standing], delay_ms: float
+        self,
+        bench: Bench,
+        plan: Plan,
+        lab: Lab,
+        host: Host,
+        line: Path,
+        lives: Sequence[Standing | Absent],
+        delay_ms: float,
     ) -> None:
-        plain = next(live for live in lives if live.subject.reference)
+        plain = next((live for live in lives if isinstance(live, Standing) and live.subject.reference), None)
+        if plain is None:
+            raise BenchError("plain TCP does not stand, by which the delay of a link is found")
         before = _round_trip_us(plain)
         with link.delayed(lab, host, line, delay_ms, core=cores.LAST) as carried:
             added = _round_trip_us(plain) - before
@@ -339,30 +353,51 @@ def _round_trip_us(plain: Standing) -> float:
         return plain.run(load.closed(1, _SMALL), _PROOF_S, TOGETHER).percentile_us(0.5)
 
 
-def _check_congestion(bench: Bench, lives: Sequence[Standing]) -> None:
-    """Look at the sockets of everybody, at both ends, while they hold connections. Raises BenchError."""
-    known = set(Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split())
+def _stood(bench: Bench, subject: Subject, stand: Callable[[], Standing]) -> Standing | Absent:
+    """Started, or else lost to the run, with the reason."""
+    try:
+        return stand()
+    except (LabError, BenchError, OSError, subprocess.SubprocessError) as error:
+        return bench.lose(subject, str(error))
+
+
+def _first_look(bench: Bench, lives: Sequence[Standing]) -> dict[str, float]:
+    """The proxies' memory before any load, by subject; everybody's congestion control. Who fails at it is lost."""
+    fresh: dict[str, float] = {}
     used: dict[str, set[str]] = {}
     for live in lives:
-        holding = live.spawn(TOGETHER, load.argv(live.program, load.idle(4), *live.entry, _PROOF_S))
-        time.sleep(_PROOF_S / 2)
-        seen = "".join(
-            subprocess.run(
-                ["ip", "netns", "exec", box.netns, "ss", "-tniH", "state", "established"],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10,
-            ).stdout
-            for box in (live.client, live.server)
-        )
-        _, told = holding.communicate(timeout=30)
-        if holding.returncode:
-            raise BenchError(f"{live.subject.name}: {told.decode().strip()}")
-        used[live.subject.name] = set(seen.split()) & known
+        name = live.subject.name
+        try:
+            fresh[name] = _held_mb(live)
+            used[name] = _congestion(live)
+        except BenchError as error:
+            bench.lose(live.subject, str(error))
     text = "; ".join(f"{name}: {', '.join(sorted(one)) or 'none'}" for name, one in used.items())
     bench.check(Check(f"TCP {ALGORITHM}", all(one == {ALGORITHM} for one in used.values()), text))
     bench.condition("congestion control", f"{ALGORITHM}, named by every route; seen by ss at both ends of each subject")
+    return fresh
+
+
+def _congestion(live: Standing) -> set[str]:
+    """What the sockets at both ends use while they hold connections. Raises BenchError."""
+    holding = live.spawn(TOGETHER, load.argv(live.program, load.idle(4), *live.entry, _PROOF_S))
+    time.sleep(_PROOF_S / 2)
+    seen = "".join(
+        subprocess.run(
+            ["ip", "netns", "exec", box.netns, "ss", "-tniH", "state", "established"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout
+        for box in (live.client, live.server)
+    )
+    _, told = holding.communicate(timeout=30)
+    if holding.returncode:
+        live.processes()  # whoever has ended says so
+        raise BenchError(f"{live.subject.name}: {told.decode().strip()}")
+    known = set(Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split())
+    return set(seen.split()) & known
 
 
 def _say_conditions(bench: Bench) -> None:
@@ -396,7 +431,10 @@ def _say_conditions(bench: Bench) -> None:
         f"a round with less than {load.CARRIED_SHARE:.0%} of it does not count. {_STALLED_US / 1e6:.0f} s stand for "
         "none that was answered",
     )
-    bench.condition("capture", "uProxies by eBPF; Envoys and HAProxies are dialled on loopback")
+    bench.condition(
+        "capture",
+        "uProxies by eBPF, ztunnels and linkerd2-proxies by redirects; Envoys and HAProxies are dialled on loopback",
+    )
 
 
 def _count(number: int, what: str) -> str:

@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from control.cli.output import CommandError, add_output_option, counted, printable, show_json, show_table
@@ -25,7 +26,8 @@ examples:
 
 Needs root; --quick takes under five minutes, all of it under an hour. Progress goes to stderr, a summary to stdout, and
 into DIR: results.json (everything), results.csv (a row for each round), report.html (for people). Exit status 1 if
-something failed; what the harness refuses to report is no failure. Interrupted, it writes what it has: 130.
+something failed; what the harness refuses to report is no failure. Interrupted, it writes what it has: 130. One run at
+a time measures on a machine.
 """
 _COMPARE_EXAMPLES: Final = """\
 examples:
@@ -39,6 +41,7 @@ or B lacks a ratio that A has, 2 a file is not understood.
 _NOT_UNDERSTOOD: Final = 2
 _DIFFERS: Final = 1
 _INTERRUPTED: Final = 130
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,7 +68,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default=[],
         type=_peer,
         metavar="NAME=PATH",
-        help="measure a program that no package brings, too: ztunnel",
+        help="measure a program that no package brings, too: ztunnel or linkerd (a linkerd2-proxy)",
     )
     run.set_defaults(run=_run)
     compare = actions.add_parser(
@@ -91,45 +94,66 @@ def _peer(text: str) -> tuple[str, Path]:
 def _run(arguments: argparse.Namespace) -> int:
     from benchmarks import run as benchmarks
     from benchmarks.harness.results import FILE
-    from benchmarks.report import text
 
     names = _known(arguments.suite or benchmarks.SUITES, benchmarks.SUITES, "suite")
-    for name, _ in arguments.peer:
-        if name in benchmarks.NOT_MEASURED:
-            raise CommandError(f"--peer {name}: {benchmarks.NOT_MEASURED[name]}", _NOT_UNDERSTOOD)
     _known([name for name, _ in arguments.peer], benchmarks.PEERS, "peer")
     directory = arguments.output or Path(f"bench-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if (directory / FILE).exists():
         raise CommandError(f"{directory} holds the results of a run, which are never overwritten: name another one")
     if os.geteuid() != 0:
         raise CommandError("measuring needs root: it builds network namespaces and loads eBPF programs")
+    before = {number: signal.signal(number, _end_once) for number in _ENDING}
+    try:
+        return _measured(names, directory, arguments)
+    except benchmarks.BusyError as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"{error.filename or directory}: {error.strerror}") from error
+    except KeyboardInterrupt:
+        print("error: interrupted: not everything was written", file=sys.stderr)
+        return _INTERRUPTED
+    finally:
+        for number, handler in before.items():
+            # Ended once, it ignores them until the process is gone: a late one would take its status away.
+            if signal.getsignal(number) is _end_once:
+                signal.signal(number, handler)
+
+
+def _measured(names: Sequence[str], directory: Path, arguments: argparse.Namespace) -> int:
+    from benchmarks import run as benchmarks
+    from benchmarks.report import text
+
     began = time.monotonic()
 
     def tell(line: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        done = benchmarks.run(
-            [benchmarks.find(name) for name in names],
-            directory,
-            quick=arguments.quick,
-            peers=dict(arguments.peer),
-            tell=tell,
-        )
-    except OSError as error:
-        raise CommandError(f"{error.filename or directory}: {error.strerror}") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    done = benchmarks.run(
+        [benchmarks.find(name) for name in names],
+        directory,
+        quick=arguments.quick,
+        peers=dict(arguments.peer),
+        tell=tell,
+    )
     text.show(done.results)
     for file in done.files:
         print(file)
     for failure in done.failures:
-        print(f"error: {printable(failure)}", file=sys.stderr)
+        first, *more = map(printable, failure.splitlines())
+        print(f"error: {first}", *more, sep="\n  ", file=sys.stderr)
     if done.interrupted:
         print("error: interrupted: what was found before is in these files", file=sys.stderr)
         return _INTERRUPTED
     return 1 if done.failures else 0
+
+
+def _end_once(number: int, frame: FrameType | None) -> None:
+    """End the run. What follows takes seconds and is not ended again: removing what was made, and writing."""
+    for one in _ENDING:
+        # Ignored by what is started meanwhile, too (`ip netns delete`), since a terminal tells all of its processes.
+        signal.signal(one, signal.SIG_IGN)
+    print("ending: what was made is being removed, and what was found is being written", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
 
 
 def _known(names: Collection[str], known: Collection[str], what: str) -> list[str]:

@@ -1,5 +1,6 @@
 """A whole run with suites that are made up: what is written, what is told, and the exit status."""
 
+import contextlib
 import csv
 import os
 import shutil
@@ -14,9 +15,11 @@ import pytest
 
 from benchmarks import run
 from benchmarks.harness import selfcheck
-from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
+from benchmarks.harness.bench import Bench, BenchError, EndedError, Probe, Sample
 from benchmarks.harness.results import Check, Measure, Subject, read
+from benchmarks.lab.remains import left_of
 from benchmarks.load import LoadError
+from benchmarks.peers import pairs
 from control.cli.__main__ import main
 
 
@@ -57,7 +60,7 @@ def measured(bench: Bench) -> None:
 
 
 @pytest.fixture
-def suites(monkeypatch):
+def suites(monkeypatch, tmp_path_factory):
     """Put suites in the place of the real ones: name -> what runs."""
 
     def put(**runs: Callable[[Bench], None]) -> None:
@@ -69,6 +72,8 @@ def suites(monkeypatch):
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(run, "check_instrument", lambda bench: None)
+    # Whoever measures on this machine meanwhile is not in the way.
+    monkeypatch.setattr(run, "LOCK", tmp_path_factory.mktemp("lock") / "lock")
     return put
 
 
@@ -162,6 +167,87 @@ def test_a_subject_that_fails_is_a_failure_and_a_refusal_is_none(suites, tmp_pat
     assert "error: paths/rr/1/64: uproxy failed: it hung up" in capsys.readouterr().err
 
 
+def test_who_did_not_start_or_has_ended_is_in_everything_that_is_written(suites, tmp_path, capsys):
+    log = "--- log\nno <configuration> at /etc"
+
+    def ending(live: Standing, seconds: float, number: int) -> Sample:
+        if (live.subject.name, number) == ("uproxy", 2):
+            raise EndedError(f"the server proxy, process 7, has ended\n{log}")
+        return Sample(1.0, 1)
+
+    def measure(bench: Bench) -> None:
+        absent = bench.lose(Subject("ztunnel", "ztunnel", "made up"), f"ztunnel does not listen\n{log}")
+        both = [Measure(f"paths/{name}", "paths", "Round trip", name, "us") for name in ("first", "second")]
+        bench.interleave([Probe(one, ending) for one in both], [*LIVES, absent], rounds=3, seconds=0.0)
+
+    suites(paths=measure)
+    assert main(["bench", "run", "--suite", "paths", "--output", str(tmp_path)]) == 1
+    found = read(tmp_path / "results.json")
+    rounds = {(one.measure, one.subject): (len(one.rounds), one.failed) for one in found.series}
+    assert rounds == {
+        ("paths/first", "tcp"): (3, False),
+        ("paths/first", "uproxy"): (1, True),
+        ("paths/first", "envoy-hbone"): (3, False),
+        ("paths/first", "ztunnel"): (0, True),
+        ("paths/second", "tcp"): (3, False),
+        ("paths/second", "uproxy"): (0, True),
+        ("paths/second", "envoy-hbone"): (3, False),
+        ("paths/second", "ztunnel"): (0, True),
+    }
+    assert not [one for one in found.ratios if one.subject in ("uproxy", "ztunnel")]
+    assert [one.name for one in found.subjects] == ["tcp", "uproxy", "envoy-hbone", "ztunnel"]
+
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines(keepends=True)))
+    failed = [row for row in rows if row["failed"] == "yes"]
+    assert [(row["measure"], row["subject"], row["round"], row["value"]) for row in failed] == [
+        ("paths/first", "uproxy", "1", "1.0"),
+        ("paths/first", "ztunnel", "", ""),
+        ("paths/second", "uproxy", "", ""),
+        ("paths/second", "ztunnel", "", ""),
+    ]
+    assert all(log in row["refused"] for row in failed)
+
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>ztunnel failed</b> at 2 measures, first at Round trip, first: ztunnel does not listen" in page
+    assert page.count("--- log\nno &lt;configuration&gt; at /etc") == 2
+    assert page.count("failed: the server proxy, process 7, has ended") == 2
+
+    out, err = capsys.readouterr()
+    assert (
+        "FAILED: ztunnel at 2 measures, first at Round trip, first: ztunnel does not listen\n  --- log\n  no <" in out
+    )
+    (line,) = (line for line in out.splitlines() if line.startswith("Round trip, second"))
+    assert line.split().count("failed") == 2
+    # Once each, however much is measured without them.
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: ztunnel failed: ztunnel does not listen",
+        "error: uproxy failed: the server proxy, process 7, has ended",
+    ]
+
+
+def test_two_runs_at_once_are_refused_until_the_first_has_ended(suites, tmp_path, capsys):
+    suites(paths=measured)
+    code = f"""if True:
+        import pathlib, time
+        from benchmarks import run
+        run.LOCK = pathlib.Path({str(run.LOCK)!r})
+        with run._alone():
+            print("holds it", flush=True)
+            time.sleep(60)"""
+    words = ["bench", "run", "--suite", "paths", "--output", str(tmp_path / "out")]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            assert main(words) == 1
+            err = capsys.readouterr().err
+            assert f"error: process {other.pid} runs benchmarks on this machine" in err
+            assert not (tmp_path / "out").exists()
+        finally:
+            other.kill()
+    assert main(words) == 0
+
+
 def test_a_check_that_did_not_pass_is_a_failure(suites, tmp_path, capsys):
     suites(paths=lambda bench: bench.check(Check("stalls are seen", False, "p99 was 3 ms")))
     assert main(["bench", "run", "--suite", "paths", "--output", str(tmp_path)]) == 1
@@ -199,17 +285,17 @@ def test_packaged_generators_that_are_missing_are_said_to_be(checked, monkeypatc
 def test_peers_reach_the_suite(suites, tmp_path):
     seen = {}
     suites(paths=lambda bench: seen.update(bench.peers))
-    words = ["--peer", f"ztunnel={sys.executable}", "--output", str(tmp_path)]
-    assert main(["bench", "run", "--suite", "paths", *words]) == 0
-    assert seen["ztunnel"].samefile(sys.executable)
+    words = [word for name in run.PEERS for word in ("--peer", f"{name}={sys.executable}")]
+    assert main(["bench", "run", "--suite", "paths", *words, "--output", str(tmp_path)]) == 0
+    assert seen.keys() == set(run.PEERS) == pairs.NAMED.keys()
+    assert all(path.samefile(sys.executable) for path in seen.values())
 
 
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [
         (["--suite", "nothing"], 2, "no suite is called nothing: known is paths, architectures"),
-        (["--peer", f"envoy={sys.executable}"], 2, "no peer is called envoy: known is ztunnel"),
-        (["--peer", f"linkerd={sys.executable}"], 2, "control plane over gRPC only, which is not emulated here"),
+        (["--peer", f"envoy={sys.executable}"], 2, "no peer is called envoy: known is ztunnel, linkerd"),
         (["--peer", "ztunnel=/no/such/program"], 2, "is not NAME=PATH with the path of a program"),
         (["--peer", "ztunnel"], 2, "is not NAME=PATH with the path of a program"),
         ([], 1, "never overwritten"),
@@ -240,6 +326,16 @@ def test_other_commands_do_not_wait_for_the_benchmarks():
     assert shown.stdout == "[]\n"
 
 
+@pytest.fixture
+def still_heard():
+    """A run that was ended leaves its process deaf to being ended: not this one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("still_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_ended_removes_what_its_suites_made_and_writes_what_it_found(suites, tmp_path, capsys, number):
     removed = []
@@ -269,3 +365,45 @@ def test_a_run_that_is_ended_removes_what_its_suites_made_and_writes_what_it_fou
     assert "error: interrupted: " in err
     assert "Traceback" not in err
     assert not removed[0].exists()
+
+
+@pytest.mark.root
+@pytest.mark.mesh
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_again_and_again_to_end_leaves_nothing_and_no_traceback(tmp_path, number):
+    code = f"""if True:
+        import pathlib, sys
+        from benchmarks import run
+        run.LOCK = pathlib.Path({str(tmp_path / "lock")!r})
+        run.check_instrument = lambda bench: None
+        from control.cli.__main__ import main
+        sys.exit(main(["bench", "run", "--quick", "--suite", "paths", "--output", {str(tmp_path / "out")!r}]))"""
+    before = set(left_of())
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        assert running.stderr is not None
+        told = []
+        try:
+            for line in running.stderr:
+                told.append(line)
+                # As a terminal does: everybody that it started, and again while it removes what it made.
+                if "round 1 of 5, haproxy-tls" in line or "ending: " in line:
+                    os.killpg(running.pid, number)
+                if "ending: " in line:
+                    for _ in range(20):
+                        time.sleep(0.02)
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(running.pid, number)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+        status = running.wait(30)
+    assert status == 130, told
+    assert not [line for line in told if "Traceback" in line or "Exception" in line]
+    found = read(tmp_path / "out" / "results.json")
+    assert found.conditions["interrupted"]
+    # The second of the first round: the order turns from round to round.
+    assert found.find(found.measures[0].name, "uproxy").rounds
+    assert (tmp_path / "out" / "report.html").exists()
+    assert set(left_of()) <= before

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from benchmarks import load
 from benchmarks.harness.bench import Bench
@@ -24,6 +28,7 @@ from benchmarks.harness.targets import TARGETS
 from benchmarks.lab import cores, sources
 from benchmarks.lab.sources import TRUST_DOMAIN, LabError
 from benchmarks.lab.topology import Lab, entered
+from benchmarks.peers import ztunnel
 from benchmarks.peers.pairs import APP_PORT, HBONE_PORT, TLS_PORT, Peer, Started, peers
 from benchmarks.peers.place import Place
 from benchmarks.peers.standing import TOGETHER, stand_peer
@@ -33,6 +38,7 @@ from control.api.identity import SpiffeId
 from control.server.ca import Authority
 
 PAIRS = ("envoy-hbone", "envoy-tls", "haproxy-tls")
+WAYPOINTS = ("waypoint", "envoy-waypoint")
 TINY = Plan(
     sizes={2: (64,)},
     streams=(1,),
@@ -74,8 +80,8 @@ def measured(plan: Plan) -> set[str]:
 
 
 def test_a_ztunnel_that_cannot_be_run_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="give the path of a ztunnel binary"):
-        peers({"ztunnel": tmp_path / "nothing"})
+    with pytest.raises(LabError, match="give the path of a ztunnel"):
+        ztunnel.version(tmp_path / "nothing")
 
 
 def test_a_process_is_pinned_with_its_threads_and_children() -> None:
@@ -119,7 +125,7 @@ def test_every_subject_is_measured(tmp_path: Path) -> None:
     bench = Bench(Results("now", quick=True), tmp_path, quick=True)
     Paths(TINY).run(bench)
     results = bench.results
-    assert [one.name for one in results.subjects] == ["tcp", "uproxy", *PAIRS, "waypoint", "envoy-waypoint"]
+    assert [one.name for one in results.subjects] == ["tcp", "uproxy", *PAIRS, *WAYPOINTS]
     names = [measure.name for measure in results.measures]
     assert names == [
         *("paths/idle", "paths/rr/2/64", "paths/open/200", "paths/bulk/1", "paths/connect"),
@@ -199,45 +205,15 @@ def test_a_pair_whose_client_is_of_another_ca_carries_nothing(name: str, lab: La
             assert end.recv(1) == b""
 
 
-# What ztunnel does with what it is told, but for the tunnel: it writes down what it found, and relays.
-STAND_IN = """\
-    import json, os, socket, struct, sys, threading
-
-    if sys.argv[1:] == ["version"]:
-        print("stand-in 1.0")
-        sys.exit()
-    told = {name: os.environ.get(name) for name in
-            ("PROXY_MODE", "PROXY_WORKLOAD_INFO", "XDS_ADDRESS", "CA_ADDRESS", "FAKE_CA", "LOCAL_XDS_PATH")}
-    config = open(told["LOCAL_XDS_PATH"]).read()
-    with open(told["LOCAL_XDS_PATH"] + ".seen", "w") as seen:
-        json.dump([sys.argv[1:], told, config], seen)
-
-    def copy(source, target):
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-    def serve(listener):
-        while True:
-            near, _ = listener.accept()
-            try:
-                _, port, address = struct.unpack("!HH4s", near.getsockopt(socket.SOL_IP, 80, 16)[:8])
-                # Not the port that is redirected: past it, as ztunnel's tunnel goes.
-                far = socket.create_connection((socket.inet_ntoa(address), port + 100))
-            except OSError:
-                near.close()
-                continue
-            threading.Thread(target=copy, args=(near, far), daemon=True).start()
-            threading.Thread(target=copy, args=(far, near), daemon=True).start()
-
-    for port in (15008, 15001):
-        last = threading.Thread(target=serve, args=(socket.create_server(("0.0.0.0", port)),))
-        last.start()
-    last.join()
-"""
+def stand_in(name: str, directory: Path) -> Path:
+    """A program that runs standin_NAME.py."""
+    script = directory / name
+    here = Path(__file__).parent
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(here)!r})\nfrom standin_{name} import main\nmain()\n"
+    )
+    script.chmod(0o755)
+    return script
 
 
 @pytest.mark.root
@@ -245,12 +221,9 @@ STAND_IN = """\
 def test_a_ztunnel_is_told_who_it_is_by_files_and_gets_what_the_client_dials(
     lab: Lab, program: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / "ztunnel"
-    script.write_text(f"#!{sys.executable}\n{textwrap.dedent(STAND_IN)}")
-    script.chmod(0o755)
-    peer = peers({"ztunnel": script})[-1]
-    assert peer.subject.version == "ztunnel stand-in 1.0"
+    peer = peers({"ztunnel": stand_in("ztunnel", tmp_path)})[-1]
     standing = stand_peer(peer, lab.host("a"), lab.host("b"), program)
+    assert standing.subject.version == "ztunnel stand-in 1.0"
     with entered(standing.server.netns_path):
         listener = socket.create_server((standing.server.addresses[0], APP_PORT + 100))
     with listener, entered(standing.client.netns_path), socket.create_connection(standing.entry, 5) as near:
@@ -260,10 +233,134 @@ def test_a_ztunnel_is_told_who_it_is_by_files_and_gets_what_the_client_dials(
             near.send(b"hello")
             assert far.recv(5) == b"hello"
     for name, side in (("web", standing.client), ("db", standing.server)):
-        seen = lab.directory / "peers" / side.workload / "workloads.yaml.seen"
+        seen = lab.directory / "peers" / side.workload / "workloads.seen"
         argv, told, config = json.loads(seen.read_text())
         assert argv == ["proxy", "ztunnel"]
         assert told["PROXY_MODE"] == "dedicated"
         assert told["PROXY_WORKLOAD_INFO"] == f"default/{name}/{name}"
-        assert (told["XDS_ADDRESS"], told["CA_ADDRESS"], told["FAKE_CA"]) == ("", "", "true")
+        assert (told["XDS_ADDRESS"], told["FAKE_CA"]) == ("", "unset")
         assert all(address in config for address in (standing.client.addresses[0], standing.server.addresses[0]))
+
+
+@pytest.mark.root
+@pytest.mark.mesh
+def test_a_ztunnel_is_certified_by_the_same_ca_as_everybody(lab: Lab, program: Path, tmp_path: Path) -> None:
+    standing = stand_peer(peers({"ztunnel": stand_in("ztunnel", tmp_path)})[-1], lab.host("a"), lab.host("b"), program)
+    address = (standing.server.addresses[0], HBONE_PORT)
+    ours = lab.directory / "identities" / "peer-ztunnel-client"
+    stranger = lab.directory / "identities" / "stranger"
+    other = Authority.create(lab.directory / "other", TRUST_DOMAIN)
+    sources.issue(other, SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/default/sa/web"), stranger)
+    with entered(standing.client.netns_path):
+        assert handshake(address, ours, trusted=ours)
+        assert not handshake(address, None, trusted=ours)
+        assert not handshake(address, stranger, trusted=ours)
+        with pytest.raises(AssertionError, match="not of this CA"):
+            assert handshake(address, ours, trusted=stranger), "not of this CA"
+    certified = lab.directory / "peers" / standing.server.workload / "certified.pem"
+    leaf = x509.load_pem_x509_certificates(certified.read_bytes())[0]
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == [f"spiffe://{TRUST_DOMAIN}/ns/default/sa/db"]
+    assert isinstance(leaf.public_key(), ec.EllipticCurvePublicKey)
+
+
+def said(log: Path, key: str) -> list[dict[str, object]]:
+    """What a stand-in for linkerd2-proxy said of this."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if key in line]
+
+
+@pytest.mark.root
+@pytest.mark.mesh
+def test_a_pair_of_linkerd_proxies_is_certified_told_where_and_who_and_captured(
+    lab: Lab, program: Path, tmp_path: Path
+) -> None:
+    peer = peers({"linkerd": stand_in("linkerd", tmp_path)})[-1]
+    standing = stand_peer(peer, lab.host("a"), lab.host("b"), program)
+    assert standing.subject.version == "linkerd2-proxy stand-in 1"
+    assert standing.run(load.closed(2, 1000), 0.1, TOGETHER).operations > 1
+    web, db = (f"{name}.default.serviceaccount.identity.linkerd.{TRUST_DOMAIN}" for name in ("web", "db"))
+    before, behind = standing.logs
+    server = standing.server.addresses[0]
+    assert said(before, "dialled")[0] == {"dialled": [server, APP_PORT]}
+    assert said(before, "endpoint")[0] == {"endpoint": [server, APP_PORT], "identity": db, "inbound_port": 4143}
+    assert said(behind, "caller")[0] == {"caller": [web], "allowed": [web], "target": APP_PORT}
+    assert not said(before, "error") + said(behind, "error")
+
+
+@pytest.mark.root
+@pytest.mark.mesh
+def test_who_dials_past_a_linkerd_proxy_meets_the_one_at_the_other_end(lab: Lab, program: Path, tmp_path: Path) -> None:
+    standing = stand_peer(peers({"linkerd": stand_in("linkerd", tmp_path)})[-1], lab.host("a"), lab.host("b"), program)
+    server = standing.server.addresses[0]
+    with lab.hosts[0].entered(), socket.create_connection((server, APP_PORT), 5) as plain:
+        plain.settimeout(5)
+        plain.send(b"in plaintext")
+        with contextlib.suppress(ConnectionError):
+            assert plain.recv(1) == b""
+    assert {"arrived": [server, APP_PORT]} in said(standing.logs[1], "arrived")
+    # The lab's own CA, and another name than the one that is allowed.
+    ours = lab.directory / "identities" / "peer-linkerd-client"
+    stranger = lab.directory / "identities" / "stranger"
+    other = Authority.create(lab.directory / "other", TRUST_DOMAIN)
+    sources.issue(other, SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/default/sa/web"), stranger)
+    with lab.hosts[0].entered():
+        assert not handshake((server, 4143), stranger, trusted=ours)
+
+
+BAD = """\
+    import sys
+    if "version" in sys.argv:
+        print("bad 1.0")
+        sys.exit()
+    print("cannot open the stable door", file=sys.stderr)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.mesh
+@pytest.mark.timeout(300)
+def test_peers_that_do_not_start_or_die_are_reported_and_the_others_are_measured(tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.write_text(f"#!{sys.executable}\n{textwrap.dedent(BAD)}")
+    bad.chmod(0o755)
+    first, second = "paths/rr/2/64", "paths/bulk/1"
+    killed = []
+
+    def tell(line: str) -> None:
+        # While it is under load, in the one round that counts.
+        if line.startswith(f"{second}: round 1 of 1, haproxy-tls") and not killed:
+            killed.append(child("/haproxy-tls-server/"))
+            threading.Timer(0.1, os.kill, (killed[0], signal.SIGKILL)).start()
+
+    plan = replace(TINY, rates=(), idle=0, slow=0, http=(), delays_ms=(), seconds=0.5)
+    bench = Bench(Results("now", quick=True), tmp_path, quick=True, peers={"ztunnel": bad, "linkerd": bad}, tell=tell)
+    Paths(plan).run(bench)
+    results = bench.results
+    assert [one.name for one in results.subjects] == [*("tcp", "uproxy"), *PAIRS, "ztunnel", "linkerd", *WAYPOINTS]
+    for name in ("ztunnel", "linkerd"):
+        for measure in results.measures:
+            found = results.find(measure.name, name)
+            assert found is not None
+            assert (found.rounds, found.failed) == ([], True)
+            assert "exit status 3" in found.refused
+            assert "cannot open the stable door" in found.refused
+    assert results.find(first, "haproxy-tls").rounds
+    for measure in results.measures[[one.name for one in results.measures].index(second) :]:
+        died = results.find(measure.name, "haproxy-tls")
+        assert (died.rounds, died.failed) == ([], True)
+        assert f"the server proxy, process {killed[0]}, has ended" in died.refused
+    # Each is told once, however much is measured afterwards.
+    assert [text.partition(" ")[0] for text in bench.failures] == ["ztunnel", "linkerd", "haproxy-tls"]
+    for name in ("tcp", "uproxy", "envoy-hbone", "envoy-tls"):
+        assert results.find(second, name).rounds, name
+
+
+def child(name: str) -> int:
+    """The child of this process that has a name in its command."""
+    for thread in Path("/proc/self/task").iterdir():
+        for pid in (thread / "children").read_text().split():
+            if name in Path(f"/proc/{pid}/cmdline").read_text():
+                return int(pid)
+    raise AssertionError(f"nobody's command has {name}")
