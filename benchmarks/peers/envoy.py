@@ -23,6 +23,11 @@ from benchmarks.netns import Namespace, stop
 _TYPE = "type.googleapis.com/envoy.extensions"
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 START_TIMEOUT_S = 20.0
+_LOGGED = (
+    "%START_TIME% src=%DOWNSTREAM_REMOTE_ADDRESS% src.identity=%DOWNSTREAM_PEER_URI_SAN% "
+    "dst=%UPSTREAM_HOST% dst.service=%REQ(:AUTHORITY)% bytes_sent=%BYTES_SENT% bytes_recv=%BYTES_RECEIVED% "
+    "duration_ms=%DURATION% flags=%RESPONSE_FLAGS%\n"
+)
 
 
 Address = tuple[str, int]
@@ -35,14 +40,18 @@ def server_config(
     applications: Mapping[str, Address],
     *,
     stream_window: int | None = None,
+    log: Path | None = None,
 ) -> dict[str, Any]:
-    """Terminate HBONE on `listen`: CONNECT for an authority goes to its application, any other gets 404."""
+    """Terminate HBONE on `listen`: CONNECT for an authority goes to its application, any other gets 404.
+
+    Here and below: `log` is the file of the access log, a line for each connection of an application.
+    """
     hosts = [
         {"name": f"application-{i}", "domains": [authority], "routes": [_connect_route(f"application-{i}")]}
         for i, authority in enumerate(applications)
     ]
     clusters = [_cluster(f"application-{i}", address) for i, address in enumerate(applications.values())]
-    return _bootstrap([_hbone_listener(identity, trust_domain, listen, hosts, stream_window)], clusters)
+    return _bootstrap([_hbone_listener(identity, trust_domain, listen, hosts, stream_window, log)], clusters)
 
 
 def client_config(
@@ -52,16 +61,23 @@ def client_config(
     entries: Mapping[Address, str],
     *,
     stream_window: int | None = None,
+    log: Path | None = None,
 ) -> dict[str, Any]:
     """Listen for TCP on each entry: a connection is a CONNECT for the entry's authority, sent to `upstream`."""
     listeners = [
-        {"name": f"entry-{listen[1]}", "address": _address(listen), "filter_chains": [_tunnelling_chain(authority)]}
+        {
+            "name": f"entry-{listen[1]}",
+            "address": _address(listen),
+            "filter_chains": [_tunnelling_chain(authority, log)],
+        }
         for listen, authority in entries.items()
     ]
     return _bootstrap(listeners, [_tunnel_cluster(identity, trust_domain, upstream, stream_window)])
 
 
-def tls_server_config(identity: Path, trust_domain: str, ports: Mapping[Address, Address]) -> dict[str, Any]:
+def tls_server_config(
+    identity: Path, trust_domain: str, ports: Mapping[Address, Address], *, log: Path
+) -> dict[str, Any]:
     """End mTLS at each listening address, and go on as TCP to its application."""
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
@@ -72,14 +88,16 @@ def tls_server_config(identity: Path, trust_domain: str, ports: Mapping[Address,
     for listen, application in ports.items():
         chain = {
             "transport_socket": {"name": "tls", "typed_config": tls},
-            "filters": [_tcp_proxy(f"application-{listen[1]}")],
+            "filters": [_tcp_proxy(f"application-{listen[1]}", access_log=access_log(log))],
         }
         listeners.append({"name": f"tls-{listen[1]}", "address": _address(listen), "filter_chains": [chain]})
         clusters.append(_cluster(f"application-{listen[1]}", application))
     return _bootstrap(listeners, clusters)
 
 
-def tls_client_config(identity: Path, trust_domain: str, entries: Mapping[Address, Address]) -> dict[str, Any]:
+def tls_client_config(
+    identity: Path, trust_domain: str, entries: Mapping[Address, Address], *, log: Path
+) -> dict[str, Any]:
     """Listen for TCP on each entry; a connection goes on in mTLS to the entry's server."""
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
@@ -92,7 +110,7 @@ def tls_client_config(identity: Path, trust_domain: str, entries: Mapping[Addres
             {
                 "name": f"entry-{listen[1]}",
                 "address": _address(listen),
-                "filter_chains": [{"filters": [_tcp_proxy(name)]}],
+                "filter_chains": [{"filters": [_tcp_proxy(name, access_log=access_log(log))]}],
             }
         )
         clusters.append(_cluster(name, server) | {"transport_socket": {"name": "tls", "typed_config": tls}})
@@ -102,21 +120,16 @@ def tls_client_config(identity: Path, trust_domain: str, entries: Mapping[Addres
 def waypoint_config(
     identity: Path, trust_domain: str, listen: Address, upstream: Address, authority: str
 ) -> dict[str, Any]:
-    """An Istio waypoint's shape: CONNECT ended, HTTP in the middle (`/deny` is 403), CONNECT again to `upstream`."""
-    routes = [
-        {
-            "match": {"prefix": "/deny"},
-            "direct_response": {"status": 403, "body": {"inline_string": "RBAC: access denied"}},
-        },
-        {"match": {"prefix": "/"}, "route": {"cluster": "encap"}},
-    ]
-    middle = _http_manager("main", [{"name": "main", "domains": ["*"], "routes": routes}])
+    """An Istio waypoint's shape: CONNECT ended, HTTP inside (RBAC denies `/deny*`), CONNECT to `upstream`."""
+    routes = [{"match": {"prefix": "/"}, "route": {"cluster": "encap"}}]
+    middle = _http_manager("main", [{"name": "main", "domains": ["*"], "routes": routes}], normalize_path=True)
+    middle["typed_config"]["http_filters"].insert(0, _deny("/deny"))
     everything = [{"name": "any", "domains": ["*"], "routes": [_connect_route("main")]}]
     bootstrap = _bootstrap(
         [
-            _hbone_listener(identity, trust_domain, listen, everything, None),
+            _hbone_listener(identity, trust_domain, listen, everything, None, None),
             {"name": "main", "internal_listener": {}, "filter_chains": [{"filters": [middle]}]},
-            {"name": "encap", "internal_listener": {}, "filter_chains": [_tunnelling_chain(authority)]},
+            {"name": "encap", "internal_listener": {}, "filter_chains": [_tunnelling_chain(authority, None)]},
         ],
         [
             _internal_cluster("main"),
@@ -157,12 +170,49 @@ def _http_manager(name: str, hosts: list[dict[str, Any]], **options: Any) -> dic
     }
 
 
+def _deny(prefix: str) -> dict[str, Any]:
+    """A filter as Istio makes one of an AuthorizationPolicy: nobody gets a path that begins so."""
+    permission = {"url_path": {"path": {"prefix": prefix}}}
+    return {
+        "name": "rbac",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.http.rbac.v3.RBAC",
+            "rules": {
+                "action": "DENY",
+                "policies": {"denied": {"permissions": [permission], "principals": [{"any": True}]}},
+            },
+        },
+    }
+
+
+def access_log(path: Path | None) -> list[dict[str, Any]]:
+    """What listeners, TCP proxies and HTTP managers take: a line at the end of each, with what a uProxy's says."""
+    if path is None:
+        return []
+    return [
+        {
+            "name": "file",
+            "typed_config": {
+                "@type": f"{_TYPE}.access_loggers.file.v3.FileAccessLog",
+                "path": str(path),
+                "log_format": {"text_format_source": {"inline_string": _LOGGED}},
+            },
+        }
+    ]
+
+
 def _hbone_listener(
-    identity: Path, trust_domain: str, listen: Address, hosts: list[dict[str, Any]], stream_window: int | None
+    identity: Path,
+    trust_domain: str,
+    listen: Address,
+    hosts: list[dict[str, Any]],
+    stream_window: int | None,
+    log: Path | None,
 ) -> dict[str, Any]:
     manager = _http_manager(
         "hbone",
         hosts,
+        access_log=access_log(log),
         stream_idle_timeout="0s",
         upgrade_configs=[{"upgrade_type": "CONNECT"}],
         http2_protocol_options={
@@ -181,8 +231,9 @@ def _hbone_listener(
     return {"name": "hbone", "address": _address(listen), "filter_chains": [chain]}
 
 
-def _tunnelling_chain(authority: str) -> dict[str, Any]:
-    return {"filters": [_tcp_proxy("tunnel", tunneling_config={"hostname": authority})]}
+def _tunnelling_chain(authority: str, log: Path | None) -> dict[str, Any]:
+    tunnel = {"hostname": authority}
+    return {"filters": [_tcp_proxy("tunnel", tunneling_config=tunnel, access_log=access_log(log))]}
 
 
 def _tcp_proxy(cluster: str, **options: Any) -> dict[str, Any]:

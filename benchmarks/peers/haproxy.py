@@ -19,10 +19,12 @@ _HEAD = """\
 global
     maxconn 8000
     nbthread 1
-    log stderr format raw local0 warning
+    log stderr format raw local0 info
 
 defaults
     mode tcp
+    log global
+    option tcplog
     timeout connect 5s
     timeout client 1h
     timeout server 1h

@@ -66,19 +66,19 @@ _HBONE = Subject(
     "envoy-hbone",
     "Envoy pair, HBONE",
     "An Envoy beside each end, with one worker: TCP into an HTTP/2 CONNECT in mTLS (TLS 1.3), and back; connections "
-    "share tunnels. Dialled on loopback, HTTP/2 windows as Envoy has them by itself.",
+    "share tunnels. Access logs on. Dialled on loopback, HTTP/2 windows as Envoy has them by itself.",
 )
 _TLS = Subject(
     "envoy-tls",
     "Envoy pair, TCP in mTLS",
     "An Envoy beside each end, with one worker: each connection is a TLS 1.3 connection of its own, with certificates "
-    "of both sides. Dialled on loopback.",
+    "of both sides. Access logs on. Dialled on loopback.",
 )
 _HAPROXY = Subject(
     "haproxy-tls",
     "HAProxy pair, TCP in mTLS",
     "A HAProxy beside each end, with one thread: each connection is a TLS 1.3 connection of its own, with certificates "
-    "of both sides, of which only the CA is checked. Dialled on loopback.",
+    "of both sides, of which only the CA is checked. Access logs on. Dialled on loopback.",
 )
 _ZTUNNEL = Subject(
     "ztunnel",
@@ -115,10 +115,18 @@ def _start_hbone(client: Place, server: Place) -> Started:
         ("127.0.0.1", ENTRY_PORT),
         {
             "server proxy": [
-                _envoy(server, envoy.server_config(server.identity_dir, TRUST_DOMAIN, hbone, authorities), [hbone])
+                _envoy(
+                    server,
+                    envoy.server_config(server.identity_dir, TRUST_DOMAIN, hbone, authorities, log=server.access_log),
+                    [hbone],
+                )
             ],
             "client proxy": [
-                _envoy(client, envoy.client_config(client.identity_dir, TRUST_DOMAIN, hbone, entries), list(entries))
+                _envoy(
+                    client,
+                    envoy.client_config(client.identity_dir, TRUST_DOMAIN, hbone, entries, log=client.access_log),
+                    list(entries),
+                )
             ],
         },
         envoy.version(),
@@ -131,10 +139,18 @@ def _start_envoy_tls(client: Place, server: Place) -> Started:
         ("127.0.0.1", ENTRY_PORT),
         {
             "server proxy": [
-                _envoy(server, envoy.tls_server_config(server.identity_dir, TRUST_DOMAIN, ports), list(ports))
+                _envoy(
+                    server,
+                    envoy.tls_server_config(server.identity_dir, TRUST_DOMAIN, ports, log=server.access_log),
+                    list(ports),
+                )
             ],
             "client proxy": [
-                _envoy(client, envoy.tls_client_config(client.identity_dir, TRUST_DOMAIN, entries), list(entries))
+                _envoy(
+                    client,
+                    envoy.tls_client_config(client.identity_dir, TRUST_DOMAIN, entries, log=client.access_log),
+                    list(entries),
+                )
             ],
         },
         envoy.version(),

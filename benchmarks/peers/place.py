@@ -59,6 +59,11 @@ class Place:
         """Of what stands for the peer's control plane."""
         return self.directory / "control.log"
 
+    @property
+    def access_log(self) -> Path:
+        """A line for each connection, of a peer that writes them to a file of its own."""
+        return self.directory / "access.log"
+
     def start(
         self,
         argv: Sequence[str],

@@ -1,7 +1,7 @@
 """Two waypoints between the same two uProxies, ours and an Envoy's: HTTP is read, judged and routed by either.
 
 Each is the waypoint of a service of its own, whose endpoint is the application of the subject `uproxy`. Both are one
-process with one worker, refuse what begins with /deny, and keep no access log.
+process with one worker, deny by policy what begins with /deny, and keep no access log.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from control.api.identity import SpiffeId
 OURS = Subject(
     "waypoint",
     "our waypoint",
-    "`waypoint run`, one process on a third host, between the two uProxies: HTTP/1.1, HBONE before and behind it.",
+    "`waypoint run`, one process on a third host, between the two uProxies: HTTP/1.1, HBONE before and behind it; a "
+    "policy that denies a path, no access log.",
     f"uProxy {version('uproxy-mesh')}",
 )
 ENVOYS = Subject(
     "envoy-waypoint",
     "Envoy as the waypoint",
     "An Envoy with one worker on a third host between the same two uProxies, of the shape of Istio's waypoint (CONNECT "
-    "ended, HTTP in between, CONNECT again), without RBAC, telemetry filters or the caller's identity. Values include "
-    "both uProxies.",
+    "ended, HTTP in between, CONNECT again), with an RBAC filter that denies the same path as ours, without telemetry "
+    "filters or the caller's identity. No access log. Values include both uProxies.",
 )
 SERVICE_PORT = 80
 _HTTP_PORT = APP_PORT + load.HTTP

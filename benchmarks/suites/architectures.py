@@ -280,8 +280,8 @@ def _say_conditions(bench: Bench) -> None:
         ),
         (
             "sameness",
-            "the same nginx, routes by path, a DENY of a path and an ALLOW of a caller, counters, no access log of "
-            "requests (a uProxy writes a line per connection), SPIFFE identities on P-256, mutual TLS 1.3, "
+            "the same nginx, routes by path, a DENY of a path and an ALLOW of a caller, counters, access logs (a "
+            "line per connection at every proxy, none per request), SPIFFE identities on P-256, mutual TLS 1.3, "
             "configuration of its own callers and callees only, Envoy's default windows, one worker (--concurrency 1)",
         ),
         (

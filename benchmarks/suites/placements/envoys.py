@@ -1,7 +1,7 @@
 """Envoy's configurations: one kind for every placement on the callers' and callees' machines, one for the waypoint.
 
-All have the same route table, the same two RBAC filters and the same TLS; Envoy's counters are on and access logs off.
-Each knows only what its own workloads need, as with Istio's Sidecar resource.
+All have the same route table, the same two RBAC filters and the same TLS; Envoy's counters are on, and so are
+access logs, a line for each connection. Each knows only what its own workloads need, as with Istio's Sidecar resource.
 
 A proxy beside workloads reads requests on the way out (routes) and on the way in (policy, and who calls, for the
 application). Between proxies it is HTTP/1.1 in mTLS, as between Istio's sidecars. The waypoint ends HBONE, does all
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lab.sources import TRUST_DOMAIN
-from benchmarks.peers.envoy import tls_context
+from benchmarks.peers.envoy import access_log, tls_context
 from benchmarks.suites.placements.application import (
     DENIED,
     HTTP_PORT,
@@ -66,7 +66,8 @@ Keys = Mapping[str, Path]
 def beside(entry: str, address: str, members: Iterable[Member], endpoints: Endpoints, keys: Keys, admin: Path) -> Json:
     """An Envoy for some workloads: callers reach it at `entry`, other proxies at `address`.
 
-    A caller is known by the address that it comes from; on loopback there is just one. `admin` becomes a socket.
+    A caller is known by the address that it comes from; on loopback there is just one. `admin` becomes a socket,
+    and the access log lies beside it.
     """
     callers = [member for member in members if any(one.caller == member.account for one in SERVICES)]
     callees = [member for member in members if member not in callers]
@@ -81,7 +82,7 @@ def beside(entry: str, address: str, members: Iterable[Member], endpoints: Endpo
             ranges = [{"address_prefix": address, "prefix_len": 32} for address in known]
             chain["filter_chain_match"] = {"source_prefix_ranges": ranges}
         chains.append(chain)
-    listeners = [_listener("outbound", (entry, OUTBOUND_PORT), chains)] if chains else []
+    listeners = [_logged("outbound", (entry, OUTBOUND_PORT), chains, admin)] if chains else []
     clusters = [
         _tls_cluster(
             _cluster_name(account, service, chosen),
@@ -94,7 +95,7 @@ def beside(entry: str, address: str, members: Iterable[Member], endpoints: Endpo
         for chosen in _VERSIONS
     ]
     for number, member in enumerate(callees):
-        listeners.append(_inbound(member, (address, INBOUND_PORT + number), keys))
+        listeners.append(_inbound(member, (address, INBOUND_PORT + number), keys, admin))
         clusters.append(_cluster(member.name, [_socket_address((member.address, HTTP_PORT))]))
     return _bootstrap(listeners, clusters, admin)
 
@@ -136,6 +137,8 @@ def waypoint(address: str, endpoints: Endpoints, key: Path, admin: Path) -> Json
         "hbone",
         hosts,
         [remember],
+        # A line for each CONNECT, which is a connection of a caller.
+        access_log=access_log(_access_log(admin)),
         stream_idle_timeout="0s",
         upgrade_configs=[{"upgrade_type": "CONNECT"}],
         http2_protocol_options={
@@ -198,7 +201,7 @@ def _tunnel(endpoint: Endpoint, key: Path) -> Json:
     return made | {"typed_extension_protocol_options": {_HTTP_OPTIONS: options}}
 
 
-def _inbound(member: Member, listen: Address, keys: Keys) -> Json:
+def _inbound(member: Member, listen: Address, keys: Keys, admin: Path) -> Json:
     """On the way in to one workload: mTLS with its key, policy, and the caller's name for the application."""
     service = next(one for one in SERVICES if one.name == member.account)
     everything = {"match": {"prefix": "/"}, "route": {"cluster": member.name, "timeout": "0s"}}
@@ -207,7 +210,7 @@ def _inbound(member: Member, listen: Address, keys: Keys) -> Json:
     told: Json = {"forward_client_cert_details": "SANITIZE_SET", "set_current_client_cert_details": {"uri": True}}
     manager = _manager("inbound", hosts, _policy(caller), **told)
     chain = {"filters": [manager], "transport_socket": _server_tls(keys[member.account], "http/1.1")}
-    return _listener(f"inbound-{member.name}", listen, [chain])
+    return _logged(f"inbound-{member.name}", listen, [chain], admin)
 
 
 def _host(account: str, service: Service, domains: list[str]) -> Json:
@@ -264,6 +267,15 @@ def _manager(name: str, hosts: list[Json], filters: Sequence[Json] = (), **optio
 
 def _listener(name: str, listen: Address, chains: list[Json]) -> Json:
     return {"name": name, "address": _socket_address(listen), "filter_chains": chains}
+
+
+def _logged(name: str, listen: Address, chains: list[Json], admin: Path) -> Json:
+    """A listener that writes a line for each connection that ends, as a uProxy does."""
+    return _listener(name, listen, chains) | {"access_log": access_log(_access_log(admin))}
+
+
+def _access_log(admin: Path) -> Path:
+    return admin.with_suffix(".access.log")
 
 
 def _bootstrap(listeners: list[Json], clusters: list[Json], admin: Path) -> Json:

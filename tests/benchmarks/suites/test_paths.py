@@ -154,6 +154,10 @@ def test_every_subject_is_measured(tmp_path: Path) -> None:
 def test_a_pair_carries_bytes_between_processes_that_prove_who_they_are(name: str, lab: Lab, program: Path) -> None:
     standing = stand_peer(named(name), lab.host("a"), lab.host("b"), program)
     assert standing.run(load.closed(2, 1000), 0.1, TOGETHER).operations > 1
+    logs = [lab.directory / "peers" / f"{name}-{side}" for side in ("client", "server")]
+    written = "log" if name == "haproxy-tls" else "access.log"
+    # Envoy writes its log every ten seconds.
+    lab.wait([lambda: all(len((one / written).read_text().splitlines()) >= 2 for one in logs)], 15.0, "the access logs")
     other = Authority.create(lab.directory / "other", TRUST_DOMAIN)
     port = HBONE_PORT if name == "envoy-hbone" else TLS_PORT
     address = (standing.server.addresses[0], port)
