@@ -23,6 +23,11 @@ Better or worse is said only when the whole interval is. Absolute times belong t
 ratios.
 """
 
+QUICK: Final = (
+    "A quick run: few and short rounds, wide intervals. Left out are 16 connections, 1 KB, 8 streams, links of 1 ms, "
+    "idle connections, slow readers, and the other rates."
+)
+
 
 def write(results: Results, directory: Path) -> Path:
     """Make report.html, to lie beside results.json and results.csv. Raises OSError."""
@@ -70,7 +75,7 @@ def page(results: Results) -> str:
 
 def _what(results: Results) -> str:
     """When, how long, of which commit, on which machine."""
-    kind = "A quick run: few and short rounds, wide intervals." if results.quick else "A full run."
+    kind = QUICK if results.quick else "A full run."
     machine = results.machine
     facts = [f"Begun {wording.moment(results.created)}"]
     facts += [f"took {wording.lasted(results.seconds)}"] if results.seconds else []
