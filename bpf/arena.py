@@ -76,6 +76,7 @@ class Arena:
 
     def __init__(self, fd: int, capacity: int, slot_size: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`slot_size`: bytes of a value, a multiple of 8 as the kernel lays them out."""
+        self.capacity = capacity
         self._slot_size = slot_size
         self._clock = clock
         self._memory = mmap.mmap(fd, -(-capacity * slot_size // mmap.PAGESIZE) * mmap.PAGESIZE)
@@ -83,6 +84,11 @@ class Arena:
         """(base, count), sorted, with none beside another."""
         self._quarantine: deque[tuple[float, int, int]] = deque()
         """(when it may be used again, base, count), sorted."""
+
+    @property
+    def used(self) -> int:
+        """Slots that cannot be written now."""
+        return self.capacity - sum(count for _, count in self._free)
 
     def claim(self, base: int, count: int) -> None:
         """Takes a range that is in use already, as an earlier agent left it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,8 @@ from cffi import FFI
 LIBRARY: Final = "libbpf.so.1"
 _LOG_LINES: Final = 30  # of the verifier's log: the refused instruction, its registers, and the reason in the last line
 _LOG_BUFFER: Final = 2 << 20  # bytes: libbpf passes a whole verifier log as one message
+_BATCH: Final = 4096  # entries of one call: enough that what a call costs by itself is nothing
+_ENOTSUPP: Final = 524  # <linux/errno.h>; a map of a type that has no batches
 _WARN, _INFO, _DEBUG = range(3)  # enum libbpf_print_level
 
 _ffi: Final = FFI()
@@ -63,6 +65,10 @@ _ffi.cdef(
     int bpf_map_lookup_elem(int fd, const char *key, char *value);
     int bpf_map_update_elem(int fd, const char *key, const char *value, uint64_t flags);
     int bpf_map_delete_elem(int fd, const char *key);
+    int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values, uint32_t *count,
+                             const void *opts);
+    int bpf_map_update_batch(int fd, const void *keys, const void *values, uint32_t *count, const void *opts);
+    int bpf_map_delete_batch(int fd, const void *keys, uint32_t *count, const void *opts);
     int bpf_map_get_next_key(int fd, const char *key, char *next);
 
     int vsnprintf(char *buffer, size_t size, const char *format, void *arguments);
@@ -116,6 +122,21 @@ class _LibBpf(Protocol):
     def bpf_map_lookup_elem(self, fd: int, key: bytes, value: Pointer, /) -> int: ...
     def bpf_map_update_elem(self, fd: int, key: bytes, value: bytes, flags: int, /) -> int: ...
     def bpf_map_delete_elem(self, fd: int, key: bytes, /) -> int: ...
+    def bpf_map_lookup_batch(
+        self,
+        fd: int,
+        in_batch: Pointer,
+        out_batch: Pointer,
+        keys: Pointer,
+        values: Pointer,
+        count: Pointer,
+        opts: Pointer,
+        /,
+    ) -> int: ...
+    def bpf_map_update_batch(
+        self, fd: int, keys: Pointer, values: Pointer, count: Pointer, opts: Pointer, /
+    ) -> int: ...
+    def bpf_map_delete_batch(self, fd: int, keys: Pointer, count: Pointer, opts: Pointer, /) -> int: ...
     def bpf_map_get_next_key(self, fd: int, key: Pointer, next_key: Pointer, /) -> int: ...
 
 
@@ -408,6 +429,58 @@ def delete(fd: int, key: bytes) -> bool:
         return False
     _checked(result, "delete from a map")
     return True
+
+
+def update_all(fd: int, size: MapSize, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+    """Inserts or replaces many, each as a whole. Raises BpfError: E2BIG when the map is full, and some are in."""
+    for at in range(0, len(keys), _BATCH):
+        some = b"".join(keys[at : at + _BATCH]), b"".join(values[at : at + _BATCH])
+        count: Any = _ffi.new("uint32_t *", len(some[0]) // size.key)
+        result = _lib.bpf_map_update_batch(fd, _ffi.from_buffer(some[0]), _ffi.from_buffer(some[1]), count, _ffi.NULL)
+        _checked(result, f"write {len(keys)} entries to a map")
+
+
+def delete_all(fd: int, size: MapSize, keys: Sequence[bytes]) -> None:
+    """Deletes many, which are all there. Raises BpfError: ENOENT when one is not, and some are deleted."""
+    for at in range(0, len(keys), _BATCH):
+        some = b"".join(keys[at : at + _BATCH])
+        count: Any = _ffi.new("uint32_t *", len(some) // size.key)
+        result = _lib.bpf_map_delete_batch(fd, _ffi.from_buffer(some), count, _ffi.NULL)
+        _checked(result, f"delete {len(keys)} entries from a map")
+
+
+def entries(fd: int, size: MapSize) -> Iterator[tuple[bytes, bytes]]:
+    """All keys with their values, of a hash or LPM map that nobody else changes meanwhile."""
+    for keys, values in _batches(fd, size):
+        for at in range(len(keys) // size.key):
+            yield keys[at * size.key : (at + 1) * size.key], values[at * size.value : (at + 1) * size.value]
+
+
+def count(fd: int, size: MapSize) -> int:
+    """How many entries a map has: about, while others change it."""
+    try:
+        return sum(len(some) // size.key for some, _ in _batches(fd, size))
+    except BpfError as error:
+        if error.errno != _ENOTSUPP:
+            raise
+        return sum(1 for _ in keys(fd, size.key))
+
+
+def _batches(fd: int, size: MapSize) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values, some at a time."""
+    position = _ffi.new("char[]", max(size.key, 4))
+    start: Pointer = _ffi.NULL
+    key_buffer, value_buffer = _ffi.new("char[]", _BATCH * size.key), _ffi.new("char[]", _BATCH * size.value)
+    while True:
+        found: Any = _ffi.new("uint32_t *", _BATCH)
+        result = _lib.bpf_map_lookup_batch(fd, start, position, key_buffer, value_buffer, found, _ffi.NULL)
+        if result != -errno.ENOENT:  # the end, which may come with the last ones
+            _checked(result, "read a map")
+        number = int(found[0])
+        yield bytes(_ffi.buffer(key_buffer, number * size.key)), bytes(_ffi.buffer(value_buffer, number * size.value))
+        if result:
+            return
+        start = position
 
 
 def keys(fd: int, key_size: int) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Final
@@ -41,6 +41,7 @@ CHANGED: Final[Mapping[str, int]] = {}
 """Map → the schema that gave its entries another meaning and left their size. What an earlier version pinned is carried
 over to this one unless its shape differs, or it is older than it may be here."""
 
+_NEVER_FULL: Final = ("settings", "counters")  # arrays, with all their entries from the beginning
 _ONLY_KEY: Final = bytes(4)
 _ROUTES: Final = layout.members("mesh_route")
 _RANGE_KINDS: Final = layout.members("mesh_range_kind")
@@ -102,6 +103,14 @@ def size_of(name: str) -> libbpf.MapSize:
     return libbpf.MapSize(key, value)
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How full a map is."""
+
+    entries: int
+    capacity: int
+
+
 class _Map:
     """A pinned map by its descriptor, which the caller keeps open."""
 
@@ -115,7 +124,10 @@ class _Map:
         return libbpf.keys(self.fd, self.size.key)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.keys())
+        return libbpf.count(self.fd, self.size)
+
+    def capacity(self) -> int:
+        return libbpf.map_capacity(self.fd)
 
 
 class Ranges(_Map):
@@ -153,25 +165,35 @@ class Targets(_Map, ABC):
 
     def items(self) -> dict[tuple[bytes, int], Target]:
         found = {}
-        for raw in self.keys():
-            value = libbpf.lookup(self.fd, raw, self.size.value)
-            if value is not None:
-                record = layout.unpack(self._value_struct, value)
-                found[self._unpack_key(raw)] = Target(int(record.id), Route(record.route))
+        for raw, value in libbpf.entries(self.fd, self.size):
+            record = layout.unpack(self._value_struct, value)
+            found[self._unpack_key(raw)] = Target(int(record.id), Route(record.route))
         return found
 
     def put(self, key: tuple[bytes, int], target: Target, generation: int) -> None:
         """Readers see the old entry or the new one, never a mixture."""
-        value = layout.pack(self._value_struct, generation=generation, id=target.id, route=target.route)
-        libbpf.update(self.fd, self._pack_key(key), value)
+        libbpf.update(self.fd, self._pack_key(key), self._pack_value(target, generation))
+
+    def put_all(self, targets: Mapping[tuple[bytes, int], Target], generation: int) -> None:
+        """As `put`, for each. When the map is full, some are in."""
+        keys = [self._pack_key(key) for key in targets]
+        values = [self._pack_value(target, generation) for target in targets.values()]
+        libbpf.update_all(self.fd, self.size, keys, values)
 
     def delete(self, key: tuple[bytes, int]) -> bool:
         return libbpf.delete(self.fd, self._pack_key(key))
+
+    def delete_all(self, keys: Collection[tuple[bytes, int]]) -> None:
+        """Those are all there."""
+        libbpf.delete_all(self.fd, self.size, [self._pack_key(key) for key in keys])
 
     def generation_of(self, key: tuple[bytes, int]) -> int | None:
         """Of the maps, when this entry was last written."""
         value = libbpf.lookup(self.fd, self._pack_key(key), self.size.value)
         return None if value is None else int(layout.unpack(self._value_struct, value).generation)
+
+    def _pack_value(self, target: Target, generation: int) -> bytes:
+        return layout.pack(self._value_struct, generation=generation, id=target.id, route=target.route)
 
     @abstractmethod
     def _pack_key(self, key: tuple[bytes, int]) -> bytes: ...
@@ -565,6 +587,10 @@ class DirectServices(_Map):
         )
         return [int(layout.unpack("mesh_backend", slot).id) for slot in slots if slot is not None]
 
+    def backends_level(self) -> Level:
+        """Of the map `backends`: slots that are in use, or rest before they are used again."""
+        return Level(self._arena.used, self._arena.capacity)
+
     def close(self) -> None:
         self._arena.close()
 
@@ -600,6 +626,16 @@ class Maps:
         self.grants = Grants(fds)
         self.direct_services = DirectServices(fds)
         self.flows = Flows(fds["flows"])
+
+    def levels(self) -> dict[str, Level]:
+        """Of each map that can become full."""
+        found = {
+            one.name: Level(len(one), one.capacity())
+            for one in vars(self).values()
+            if isinstance(one, _Map) and one.name not in _NEVER_FULL
+        }
+        found["backends"] = self.direct_services.backends_level()
+        return found
 
     def close(self) -> None:
         """Lets go of the memory that is mapped; the maps stay."""

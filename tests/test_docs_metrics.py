@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from control.server.metrics import Durations, Values, render
 from uproxy.access_log import AccessLog, Style
 from uproxy.errors import Flag
+from uproxy.node import metrics as node_metrics
 from uproxy.telemetry import Connection, Peer, Telemetry
 from waypoint import telemetry as waypoint_telemetry
 from waypoint.telemetry import Exchange, WaypointTelemetry
@@ -144,3 +145,10 @@ def test_the_histogram_is_istios():
     counts = {m[1]: int(m[2]) for line in lines if (m := re.search(r'_bucket\{.*le="(\S+)"\} (\d+)$', line))}
     assert (counts["0.5"], counts["250"], counts["500"], counts["3600000"], counts["+Inf"]) == (1, 2, 3, 3, 4)
     assert any(line.endswith("} 4") and line.startswith("istio_request_duration_milliseconds_count{") for line in lines)
+
+
+def test_the_node_agents_metrics_are_documented():
+    values = node_metrics.Values(0, False, 0, 0, {}, {})
+    code = dict(re.findall(r"^# TYPE (\S+) (\S+)$", node_metrics.render(values).decode(), re.MULTILINE))
+    rows = table(METRICS, "## The node agent")
+    assert {name: kind for name, kind, _ in rows} == code

@@ -24,7 +24,7 @@ from bpf import bpffs, layout
 from bpf.bpffs import PinError
 from bpf.libbpf import BpfError
 from bpf.loader import Loader, LoadError
-from bpf.maps import Maps
+from bpf.maps import Level, Maps
 from control.api.address import AddressError, IpAddress, parse_address
 from control.api.identity import make_id, parse_trust_domain
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
@@ -33,12 +33,13 @@ from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import State
-from uproxy import cgroup, joining
+from uproxy import admin, cgroup, joining
 from uproxy.cgroup import SandboxError
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
-from uproxy.node import server
+from uproxy.node import metrics, server
 from uproxy.node.client import DEFAULT_SOCKET
+from uproxy.node.metrics import METRICS_PORT
 from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
 from uproxy.node.probers import Probers
 from uproxy.node.server import ListenError, RequestError
@@ -87,6 +88,8 @@ class Options:
     egress: str
     run_dir: Path
     probe_cgroups: tuple[Path, ...]
+    metrics: tuple[str, int] | None
+    """Address and port; None: no metrics."""
     remove: bool
 
 
@@ -103,6 +106,7 @@ class Agent:
         self.configured = asyncio.Event()
         """Set once configuration is in the kernel."""
         self._config_error = ""
+        self._levels: Mapping[str, Level] = {}
         self._lagging = True
         """Whether the maps may differ from the state: at first, as an earlier agent left them, and after a failure."""
 
@@ -144,6 +148,7 @@ class Agent:
                     self._workloads.unregister(_field(request, "workload", str))
                     return {}
                 case "status":
+                    self.measure()
                     return self._status()
                 case other:
                     raise RequestError(f"unknown op {other!r}; there are register, unregister and status")
@@ -153,13 +158,41 @@ class Agent:
     def problems(self) -> list[str]:
         """What somebody should look at."""
         config = [self._config_error] if self._config_error else []
-        return [*config, *self._workloads.problems(), *self._probers.problems()]
+        full = metrics.alarms(self._levels).values()
+        return [*config, *full, *self._workloads.problems(), *self._probers.problems()]
+
+    def measure(self) -> None:
+        """Looks how full the maps are. The log names each map once when it is nearly full."""
+        before = metrics.alarms(self._levels)
+        self._levels = self._maps.levels()
+        for name, alarm in metrics.alarms(self._levels).items():
+            if name not in before:
+                _log.error("%s", alarm)
+
+    def metrics(self) -> bytes:
+        self.measure()
+        settings = self._maps.settings.read()
+        return metrics.render(
+            metrics.Values(
+                workloads=len(self._workloads.captured()),
+                whole=settings.whole,
+                generation=settings.generation,
+                problems=len(self.problems()),
+                verdicts=self._maps.counters.read(),
+                levels=self._levels,
+            )
+        )
+
+    def pending(self) -> list[str]:
+        """What it is not ready for yet."""
+        return [] if self.configured.is_set() else ["config"]
 
     async def sweep(self) -> None:
         """Looks now and then for workloads that ended without saying so, and for probers, until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             try:
+                self.measure()
                 self._workloads.sweep()
                 if self.configured.is_set():
                     self._workloads.take_over()
@@ -306,6 +339,12 @@ def _parse(argv: Sequence[str]) -> Options:
         "that workloads declare for health probes, such as the kubelet's; it may come and go",
     )
     parser.add_argument(
+        "--metrics",
+        default=f"127.0.0.1:{METRICS_PORT}",
+        metavar="ADDRESS:PORT",
+        help="where metrics and readiness are served; `off`: nowhere (default: %(default)s)",
+    )
+    parser.add_argument(
         "--remove",
         action="store_true",
         help="detach and unpin everything of this node, once no workload runs, and exit",
@@ -322,6 +361,7 @@ def _parse(argv: Sequence[str]) -> Options:
     try:
         trust_domain = parse_trust_domain(given.trust_domain or "cluster.local")
         ranges = MeshRanges.parse(given.mesh_cidr, given.exclude_cidr)
+        operators = _metrics_address(given.metrics)
     except ValueError as error:
         parser.error(str(error))
     return Options(
@@ -334,8 +374,19 @@ def _parse(argv: Sequence[str]) -> Options:
         egress=given.egress,
         run_dir=given.run_dir,
         probe_cgroups=tuple(given.probe_cgroup),
+        metrics=operators,
         remove=given.remove,
     )
+
+
+def _metrics_address(text: str) -> tuple[str, int] | None:
+    """Raises ValueError."""
+    if text == "off":
+        return None
+    address, _, port = text.rpartition(":")
+    if not address or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"--metrics {text!r}: use ADDRESS:PORT, as in 127.0.0.1:{METRICS_PORT}, or off")
+    return parse_address(address.removeprefix("[").removesuffix("]")), int(port)
 
 
 def _missing_privileges() -> str:
@@ -359,6 +410,8 @@ async def _run(agent: Agent, options: Options, feed: Coroutine[Any, Any, None]) 
                 stopped = group.create_task(stop.wait())
                 configured = group.create_task(agent.configured.wait())
                 tasks = [configured, group.create_task(feed), group.create_task(agent.sweep())]
+                if options.metrics:
+                    tasks.append(group.create_task(_listen_to_operators(agent, *options.metrics)))
                 await asyncio.wait((stopped, configured), return_when=asyncio.FIRST_COMPLETED)
                 if not stop.is_set():
                     agent.take_over()
@@ -373,6 +426,18 @@ async def _run(agent: Agent, options: Options, feed: Coroutine[Any, Any, None]) 
             failed = refused.exceptions[0]
     if failed is not None:
         raise failed
+
+
+async def _listen_to_operators(agent: Agent, address: str, port: int) -> None:
+    """Serves metrics and readiness until cancelled. Capture goes on without, should the port be taken."""
+    routes = {**admin.metrics_routes(agent.metrics), **admin.ready_routes(agent.pending)}
+    try:
+        listening = await admin.serve(address, port, routes)
+    except OSError as error:
+        _log.error("no metrics: cannot listen on %s:%d: %s; see --metrics", address, port, error.strerror or error)
+        return
+    async with listening:
+        await listening.serve_forever()
 
 
 async def _follow(agent: Agent, membership: Membership, credentials: CurrentCredentials, directory: Path) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import ipaddress
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -140,9 +141,15 @@ class _Mirror:
     """A kernel map and what it holds, read once: from then on this process is its one writer."""
 
     def __init__(self, kernel: Targets) -> None:
-        self.entries = kernel.items()
         self._kernel = kernel
+        self._capacity = kernel.capacity()
+        self.entries: dict[Key, Target] = {}
         self._ports: dict[bytes, tuple[int, ...]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        self.entries = self._kernel.items()
+        self._ports = {}
         for address, port in self.entries:
             self._ports[address] = (*self._ports.get(address, ()), port)
 
@@ -151,22 +158,59 @@ class _Mirror:
         keys = [(address, port) for address in addresses for port in self._ports.get(address, ())]
         return {key: self.entries[key] for key in keys}
 
+    def check_room(self, difference: Difference) -> None:
+        """Raises SyncError when not everything would fit."""
+        wanted = self._union(difference) - len(difference.delete)
+        if wanted > self._capacity:
+            raise SyncError(
+                f"the configuration needs {wanted:,} entries in the kernel's map `{self._kernel.name}`, which has room "
+                f"for {self._capacity:,}. What is not there is refused, never open. Give this node fewer services, "
+                "ports or workloads"
+            )
+
+    def make_room(self, difference: Difference) -> None:
+        """Deletes what goes anyway when old and new do not fit together: then an address may be unknown for a moment,
+        and is refused.
+        """
+        if self._union(difference) > self._capacity:
+            self.delete(difference)
+
+    def _union(self, difference: Difference) -> int:
+        """How many entries old and new are together."""
+        return len(self.entries) + sum(key not in self.entries for key in difference.put)
+
     def put(self, difference: Difference, generation: int) -> None:
-        for key, target in difference.put.items():
-            self._kernel.put(key, target, generation)
-            if key not in self.entries:
-                address, port = key
-                self._ports[address] = (*self._ports.get(address, ()), port)
-            self.entries[key] = target
+        if not difference.put:
+            return
+        with self._in_step():
+            self._kernel.put_all(difference.put, generation)
+        for key in difference.put.keys() - self.entries.keys():
+            address, port = key
+            self._ports[address] = (*self._ports.get(address, ()), port)
+        self.entries.update(difference.put)
 
     def delete(self, difference: Difference) -> None:
-        for key in difference.delete:
-            self._kernel.delete(key)
+        """Nothing to do for what `make_room` has deleted."""
+        gone = [key for key in difference.delete if key in self.entries]
+        if not gone:
+            return
+        with self._in_step():
+            self._kernel.delete_all(gone)
+        for key in gone:
             del self.entries[key]
             address, port = key
             left = tuple(other for other in self._ports.pop(address) if other != port)
             if left:
                 self._ports[address] = left
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """After a failure, which may have come half way, the kernel is asked what it holds."""
+        try:
+            yield
+        except OSError:
+            self._read()
+            raise
 
 
 class Sync:
@@ -200,8 +244,12 @@ class Sync:
             (self._services, Difference.between(services, wanted.services)),
             (self._workloads, Difference.between(workloads, wanted.workloads)),
         )
+        for mirror, difference in changes:
+            mirror.check_room(difference)
         settings = self._maps.settings.read()
         generation = settings.generation + any(difference for _, difference in changes)
+        for mirror, difference in changes:
+            mirror.make_room(difference)
         for mirror, difference in changes:
             mirror.put(difference, generation)
         for mirror, difference in changes:

@@ -409,6 +409,7 @@ def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loade
         egress=agent.ALLOW_ANY,
         run_dir=host.directory,
         probe_cgroups=(),
+        metrics=None,
         remove=False,
     )
     sync = Sync(loader.maps, options.ranges)
@@ -417,7 +418,7 @@ def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loade
     running.apply([])
     source = FileSource([host.config], "cluster.local")
     with monkeypatch.context() as patched:
-        patched.setattr(loader.maps.services, "put", lambda *_: (_ for _ in ()).throw(BpfError(7, "map full")))
+        patched.setattr(loader.maps.services, "put_all", lambda *_: (_ for _ in ()).throw(BpfError(7, "map full")))
         running.on_batch(source.load())
     assert "map full" in running.handle({"op": "status"}, ())["error"]
     assert loader.maps.services.items() == {}, "neither what failed nor what the maps held before"

@@ -191,11 +191,11 @@ class TestOnKernelMaps:
         mesh, done = Mesh(), []
         sync = Sync(maps, RANGES)
         for kernel, name in ((maps.services, "service"), (maps.workloads, "workload"), (maps.settings, "settings")):
-            for verb in ("put", "delete", "write"):
+            for verb in ("put_all", "delete_all", "write"):
                 if hasattr(kernel, verb):
-                    original = getattr(kernel, verb)
+                    original, did = getattr(kernel, verb), f"{verb.removesuffix('_all')} {name}"
 
-                    def recorded(*args, original=original, what=f"{verb} {name}"):
+                    def recorded(*args, original=original, what=did):
                         done.append(what)
                         return original(*args)
 
@@ -218,13 +218,49 @@ class TestOnKernelMaps:
             raise OSError(7, "Argument list too long")
 
         with monkeypatch.context() as patched:
-            patched.setattr(maps.workloads, "put", full)
+            patched.setattr(maps.workloads, "put_all", full)
             with pytest.raises(OSError, match="too long"):
                 sync.apply(state)
         assert not maps.settings.read().whole
         sync.apply(state)
         assert maps.settings.read().whole
         assert maps.services.items() == desired(state.residents()).services
+        assert maps.workloads.items() == desired(state.residents()).workloads
+
+    def test_a_configuration_that_does_not_fit_is_refused_and_nothing_written(self, maps, monkeypatch):
+        self.empty(maps)
+        monkeypatch.setattr(maps.workloads, "capacity", lambda: 2)
+        sync, mesh = Sync(maps, RANGES), Mesh()
+        sync.apply(mesh.become(workload("a", "10.0.0.1")))
+        before = maps.workloads.items(), maps.settings.read()
+        state = mesh.become(service("s", "240.240.0.1"), *(workload(name, f"10.0.0.{ord(name)}") for name in "bcd"))
+        with pytest.raises(SyncError, match=r"needs 3 entries in the kernel's map `workloads`, which has room for 2\."):
+            sync.apply(state)
+        assert (maps.workloads.items(), maps.settings.read()) == before
+        assert maps.services.items() == {}
+        state = mesh.become(service("s", "240.240.0.1"), workload("b", "10.0.0.2"), workload("c", "10.0.0.3"))
+        sync.apply(state)
+        assert maps.workloads.items() == desired(state.residents()).workloads
+
+    def test_old_goes_out_before_new_goes_in_only_when_both_do_not_fit(self, maps, monkeypatch):
+        self.empty(maps)
+        monkeypatch.setattr(maps.workloads, "capacity", lambda: 2)
+        sync, mesh, done = Sync(maps, RANGES), Mesh(), []
+        for verb in ("put_all", "delete_all"):
+            original = getattr(maps.workloads, verb)
+
+            def recorded(*args, original=original, did=verb):
+                done.append(did)
+                return original(*args)
+
+            monkeypatch.setattr(maps.workloads, verb, recorded)
+        sync.apply(mesh.become(workload("a", "10.0.0.1")))
+        sync.apply(mesh.become(workload("b", "10.0.0.2")))
+        assert done == ["put_all", "put_all", "delete_all"]
+        done.clear()
+        state = mesh.become(workload("c", "10.0.0.3"), workload("d", "10.0.0.4"))
+        sync.apply(state)
+        assert done == ["delete_all", "put_all"]
         assert maps.workloads.items() == desired(state.residents()).workloads
 
     def test_an_address_outside_the_ranges_is_refused_and_nothing_written(self, maps):
