@@ -145,12 +145,13 @@ def test_a_delay_line_ends_even_when_the_signal_comes_before_it_waits(tmp_path: 
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with joined("10.77.0.1/24", "10.77.0.2/24") as (left, _), left.entered():
-        argv = [str(program), "wire", "lo", "1000"]
-        line = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, preexec_fn=already_told)
-    with line:
-        try:
-            out, _ = line.communicate(timeout=5)
-        finally:
-            line.kill()
+    with joined("10.77.0.1/24", "10.77.0.2/24") as (left, _):
+        with left.entered():
+            argv = [str(program), "wire", "lo", "1000"]
+            line = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, preexec_fn=already_told)
+        with line:
+            try:
+                out, _ = line.communicate(timeout=30)
+            finally:
+                line.kill()
     assert out.startswith('ready\n{"carried": ')
