@@ -36,6 +36,7 @@ from uproxy.demand import Demand
 from uproxy.errors import RefusedError
 from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
+from uproxy.pool import Pool
 from uproxy.resolve import Plan, Resolver
 
 SERVICES = 12
@@ -218,7 +219,8 @@ def test_a_burst_of_first_dials_is_one_subscription(published: tuple[dict[str, b
 def test_a_connection_asks_only_for_what_it_lacks(published: tuple[dict[str, bytes], bytes], patience: None) -> None:
     async def test(proxy: Proxy) -> None:
         own = Self("shop/web", str(WEB), proxy.state.trust_domain, ())
-        pool, connections, telemetry = (None,) * 3
+        pool = Pool(proxy.plane, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ())
+        connections, telemetry = None, None
         outbound = Outbound(proxy.plane, proxy.state, pool, connections, telemetry, own, proxy.demand)  # type: ignore
         proxy.deliver()
         for asks in (True, False):
@@ -442,7 +444,8 @@ def test_a_connection_waits_for_the_waypoint_of_what_it_dials(
 ) -> None:
     async def test(proxy: Proxy) -> None:
         own = Self("shop/web", str(WEB), proxy.state.trust_domain, ())
-        pool, connections, telemetry = (None,) * 3
+        pool = Pool(proxy.plane, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ())
+        connections, telemetry = None, None
         outbound = Outbound(proxy.plane, proxy.state, pool, connections, telemetry, own, proxy.demand)  # type: ignore
         proxy.deliver()
         for address, port in ((vip(1), 80), (backend(2), 8080)):
