@@ -149,7 +149,8 @@ def test_uproxies_that_are_killed_end_connections_with_errors_and_come_back(mesh
                 inside.eventually(lambda load=load, before=before: load.outcomes["ok"] > before + 10, 30)
         for load in loads:
             errors = load.outcomes.keys() - {"ok"}
-            assert errors <= {"ConnectionRefusedError", "ConnectionResetError", "BrokenPipeError"}, (
+            # OSError: ENOTCONN, of a connection that was reset just before it was shut down.
+            assert errors <= {"ConnectionRefusedError", "ConnectionResetError", "BrokenPipeError", "OSError"}, (
                 f"seed {seed}: {load}"
             )
             assert not [one for one in load.broken if "EOFError" in one], f"seed {seed}: {load.broken}"
