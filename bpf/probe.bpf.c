@@ -1,36 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 /* sockops, of whoever probes workloads' health: admits what it dials, at ports declared for it. */
-#include "sock.h"
+#include "sockops.h"
 
 char LICENSE[] SEC("license") = "GPL";
-
-/* Both ends, as sk_lookup sees them in the namespace of the destination, which comes later. */
-static __always_inline struct mesh_admitted_key both_ends(struct bpf_sock_ops *ctx)
-{
-	struct mesh_admitted_key key = {};
-
-	if (ctx->family == AF_INET) {
-		map_v4(key.source, CTX_WORD(ctx, bpf_sock_ops, local_ip4));
-		map_v4(key.destination, CTX_WORD(ctx, bpf_sock_ops, remote_ip4));
-	} else {
-		key.source[0] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[0]);
-		key.source[1] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[1]);
-		key.source[2] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[2]);
-		key.source[3] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[3]);
-		key.destination[0] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[0]);
-		key.destination[1] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[1]);
-		key.destination[2] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[2]);
-		key.destination[3] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[3]);
-	}
-	key.source_port = CTX_WORD(ctx, bpf_sock_ops, local_port);
-	key.destination_port = bpf_ntohl(CTX_WORD(ctx, bpf_sock_ops, remote_port));
-	return key;
-}
 
 static __always_inline void admit(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
 	struct mesh_admitted value = { .kind = MESH_ADMISSION_PROBE };
-	struct mesh_admitted_key key = both_ends(ctx);
+	struct mesh_admitted_key key = dialled_tuple(ctx, 0); /* whose is told by the map */
 	struct mesh_probe_key target = { .port = key.destination_port };
 	struct mesh_probe *probe;
 

@@ -5,60 +5,24 @@
  * close.
  */
 #include "direct.h"
+#include "sockops.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
 /* A ring's records are in no map's type: this brings theirs into the BTF. */
 const struct mesh_flow *unused_flow __attribute__((unused));
 
-/*
- * The app's own end, as the key of `orig`. An AF_INET6 socket that speaks IPv4 has v4-mapped
- * addresses already.
- */
+/* The app's own end, as the key of `orig`. */
 static __always_inline struct mesh_orig_key local_end(struct bpf_sock_ops *ctx)
 {
 	struct mesh_orig_key key = { .netns_cookie = bpf_get_netns_cookie(ctx) };
 
-	if (ctx->family == AF_INET) {
-		map_v4(key.addr, CTX_WORD(ctx, bpf_sock_ops, local_ip4));
-	} else {
-		key.addr[0] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[0]);
-		key.addr[1] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[1]);
-		key.addr[2] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[2]);
-		key.addr[3] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[3]);
-	}
+	local_address(ctx, key.addr);
 	key.port = CTX_WORD(ctx, bpf_sock_ops, local_port);
 	return key;
 }
 
-/*
- * The connection as it is on the wire, from the client's side, as the key of `admitted`. remote_port
- * is in network order, local_port is not.
- */
-static __always_inline struct mesh_admitted_key dialled_tuple(struct bpf_sock_ops *ctx,
-							      __u64 target_netns)
-{
-	struct mesh_admitted_key key = { .netns_cookie = target_netns };
-
-	if (ctx->family == AF_INET) {
-		map_v4(key.source, CTX_WORD(ctx, bpf_sock_ops, local_ip4));
-		map_v4(key.destination, CTX_WORD(ctx, bpf_sock_ops, remote_ip4));
-	} else {
-		key.source[0] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[0]);
-		key.source[1] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[1]);
-		key.source[2] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[2]);
-		key.source[3] = CTX_WORD(ctx, bpf_sock_ops, local_ip6[3]);
-		key.destination[0] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[0]);
-		key.destination[1] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[1]);
-		key.destination[2] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[2]);
-		key.destination[3] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[3]);
-	}
-	key.source_port = CTX_WORD(ctx, bpf_sock_ops, local_port);
-	key.destination_port = bpf_ntohl(CTX_WORD(ctx, bpf_sock_ops, remote_port));
-	return key;
-}
-
-/* The same, from the server's side. */
+/* An accepted connection, as its client dialled it. */
 static __always_inline struct mesh_admitted_key accepted_tuple(struct bpf_sock_ops *ctx)
 {
 	struct mesh_admitted_key seen = dialled_tuple(ctx, bpf_get_netns_cookie(ctx));

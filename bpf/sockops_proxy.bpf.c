@@ -3,27 +3,17 @@
  * sockops, of the uProxy's sockets: its listeners make themselves known, and what it accepts is
  * given its original destination.
  */
-#include "sock.h"
+#include "sockops.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
-/*
- * The app's end of a captured connection, as the uProxy sees it. remote_port is in network order,
- * local_port is not.
- */
+/* The app's end of a captured connection, as the uProxy sees it. */
 static __always_inline struct mesh_orig_key remote_end(struct bpf_sock_ops *ctx)
 {
 	struct mesh_orig_key key = { .netns_cookie = bpf_get_netns_cookie(ctx) };
 
-	if (ctx->family == AF_INET) {
-		map_v4(key.addr, CTX_WORD(ctx, bpf_sock_ops, remote_ip4));
-	} else {
-		key.addr[0] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[0]);
-		key.addr[1] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[1]);
-		key.addr[2] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[2]);
-		key.addr[3] = CTX_WORD(ctx, bpf_sock_ops, remote_ip6[3]);
-	}
-	key.port = bpf_ntohl(CTX_WORD(ctx, bpf_sock_ops, remote_port));
+	remote_address(ctx, key.addr);
+	key.port = remote_port(ctx);
 	return key;
 }
 
