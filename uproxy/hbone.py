@@ -53,9 +53,8 @@ MAX_REMEMBERED_RESETS: Final = 4096
 # Frames that cost us work and move no data (CVE-2019-9511..9518), beyond what DATA and time give back.
 CONTROL_QUOTA: Final = 10_000
 CONTROL_QUOTA_PER_TICK: Final = 1_000
-_COST_BY_H2: Final = (
-    10  # PING and SETTINGS, of which honest peers send one in seconds, take ten times as long as others
-)
+# PING and SETTINGS, of which honest peers send one in seconds, take ten times as long as others.
+_COST_BY_H2: Final = 10
 MAX_EARLY_RESETS: Final = 500  # Envoy's premature-reset guard (CVE-2023-44487)
 # A frame or a header block that was begun is whole after so many ticks, whatever trickles in meanwhile.
 MAX_TICKS_UNFINISHED: Final = 4

@@ -112,7 +112,8 @@ class Resolver:
         if gateway is None:
             return ()
         expected = gateway_identity(self._state.trust_domain, gateway_key)
-        instances = self._rng.sample(gateway.instances, len(gateway.instances))
+        wanted = len(gateway.instances) if self._health else min(len(gateway.instances), MAX_HOPS)
+        instances = self._rng.sample(gateway.instances, wanted)
         if self._health:
             instances.sort(key=lambda instance: self._health.is_bad(instance.address))
         return tuple(
