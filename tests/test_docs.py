@@ -14,10 +14,10 @@ import pytest
 
 from bpf import layout
 from control.api import mesh, resources
-from control.api.address import HBONE_PORT
+from control.api.address import FORBIDDEN_PORTS, HBONE_PORT
 from control.server.enrolment import CERTIFICATES_PORT
 from control.server.metrics import METRICS_PORT as CONTROL_METRICS_PORT
-from uproxy import admin, admission, config, inbound, process, run, tls
+from uproxy import admin, admission, config, process, run, tls
 from uproxy.node.metrics import METRICS_PORT as NODE_METRICS_PORT
 
 ROOT = Path(__file__).parent.parent
@@ -184,8 +184,8 @@ def test_ports_are_documented_and_every_documented_one_is_in_the_code():
         process.READY_PORT,
     }
     documented = {int(port) for port in re.findall(r"\b15\d{3}\b", text)}
-    assert documented >= inbound.FORBIDDEN_PORTS
-    in_code = inbound.FORBIDDEN_PORTS | listed | {layout.constant("MESH_PORT_RESERVED_LAST")}
+    assert documented >= FORBIDDEN_PORTS
+    in_code = FORBIDDEN_PORTS | listed | {layout.constant("MESH_PORT_RESERVED_LAST")}
     in_code |= {CERTIFICATES_PORT, CONTROL_METRICS_PORT, NODE_METRICS_PORT}
     everywhere = {int(port) for page in PAGES for port in re.findall(r"\b15[01]\d{2}\b(?!\.\d)", page.read_text())}
     assert everywhere <= in_code

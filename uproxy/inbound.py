@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from control.api.address import HBONE_PORT, AddressError, IpAddress, parse_address
+from control.api.address import FORBIDDEN_PORTS, HBONE_PORT, AddressError, IpAddress, parse_address
 from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
 from uproxy import listener, plane
@@ -40,9 +40,6 @@ APP_CONNECT_TIMEOUT_S = 10.0
 MAX_REMEMBERED_HOSTS = 1024
 # What has begun may end when the configuration lets go of this workload: some callers learn of that later than we do.
 LEAVING_S = 30.0
-# The proxy's own ports: a peer must not reach the admin port, or make the proxy dial itself. 15020 (metrics) and 15021
-# (readiness) are meant to be read, by whom policy allows.
-FORBIDDEN_PORTS = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
 
 _FORWARDED_HOST = re.compile(rb"(?:^|;)host=([a-z0-9.-]{1,253})(?:;|$)")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
-from control.api.address import AddressError, IpAddress, parse_address
+from control.api.address import FORBIDDEN_PORTS, AddressError, IpAddress, parse_address
 from control.api.bindings import Subject
 from control.api.gateway import Via, gateway_identity
 from control.api.identity import SpiffeId
@@ -22,7 +22,6 @@ from control.client.state import State
 from uproxy.admission import CALLER, Admission
 from uproxy.errors import RefusedError
 from uproxy.header_block import Headers
-from uproxy.inbound import FORBIDDEN_PORTS
 from uproxy.listener import Asked
 from uproxy.resolve import Plan, Resolver, host_port
 from waypoint import http1_head

@@ -18,6 +18,9 @@ IpBlock = NewType("IpBlock", str)
 
 HBONE_PORT: Final = 15008
 """Where every mesh address takes tunnels (Istio: "Ports used by Istio")."""
+FORBIDDEN_PORTS: Final = frozenset({15000, 15001, 15006, HBONE_PORT, 15053, 15080, 15090})
+"""A uProxy's own: no peer and no health probe may reach the admin port, or make the proxy dial itself. 15020 (metrics)
+and 15021 (readiness) are meant to be read, by whom policy allows."""
 
 # Canonical IPv4, which most of a mesh's addresses are: `ipaddress` takes ten times as long to say the same.
 _IPV4: Final = re.compile(r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?!$)|$)){4}")

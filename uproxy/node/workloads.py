@@ -17,7 +17,7 @@ from typing import Final
 from bpf import bpffs
 from bpf.libbpf import BpfError, Link, Program
 from bpf.loader import HOOKS, Loader, LoadError, Place
-from control.api.address import IpAddress, from_packed, packed16
+from control.api.address import FORBIDDEN_PORTS, IpAddress, from_packed, packed16
 from uproxy.node.places import Cgroup, NetworkNamespace, cgroup_by_id, check_siblings, is_populated_id
 
 _log: Final = logging.getLogger(__name__)
@@ -27,8 +27,6 @@ _PENDING: Final = "+"  # prefix of a directory that is not complete; no name beg
 _WITNESS: Final = "connect4"  # the link that tells the app cgroup
 MAX_ADDRESSES: Final = 8  # of one workload: one per family is usual
 MAX_PROBE_PORTS: Final = 16  # of one workload
-# The uProxy's, as in uproxy.inbound; 15020 and 15021, metrics and readiness, may be probed.
-PROXY_PORTS: Final = frozenset({15000, 15001, 15006, 15008, 15053, 15080, 15090})
 
 
 class RegistrationError(Exception):
@@ -220,7 +218,7 @@ class Workloads:
         if not 1 <= len(wanted.addresses) <= MAX_ADDRESSES:
             raise RegistrationError(f"workload {wanted.name}: has {len(wanted.addresses)} addresses, and must have 1-8")
         for port in wanted.probe_ports:
-            if not 1 <= port <= 65535 or port in PROXY_PORTS:
+            if not 1 <= port <= 65535 or port in FORBIDDEN_PORTS:
                 raise RegistrationError(f"workload {wanted.name}: port {port} cannot be probed: it is none of an app's")
         if len(wanted.probe_ports) > MAX_PROBE_PORTS:
             raise RegistrationError(
