@@ -78,6 +78,8 @@ class Standing:
     application: Sequence[int]
     program: Path
     """The load generator."""
+    tls_address: str
+    """To which the client's proxy opens its connections; the application's where there is no proxy."""
     logs: Sequence[Path] = ()
     """Of the proxies: shown when one has ended."""
 
@@ -162,6 +164,7 @@ def stand_uproxy(client: Workload, server: Workload, program: Path) -> Standing:
         proxies,
         found,
         program,
+        server.box.addresses[0],
         (client.log, server.log),
     )
 
@@ -191,6 +194,7 @@ def stand_peer(peer: Peer, a: Host, b: Host, program: Path) -> Standing:
         started.proxies,
         [serving.pid],
         program,
+        server.address,
         (client.log, server.log),
     )
 

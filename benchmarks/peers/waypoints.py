@@ -99,6 +99,7 @@ def _between(uproxy: Standing, subject: Subject, place: Place, pid: int) -> Stan
         subject=subject,
         entry=(_PLACES[subject.name][1], SERVICE_PORT),
         proxies={**uproxy.proxies, "waypoint": [pid]},
+        tls_address=place.address,
         logs=(*uproxy.logs, place.log),
     )
 

@@ -6,6 +6,7 @@ between (benchmarks/peers). All subjects stand at once; the links are what veth 
 
 from __future__ import annotations
 
+import socket
 import statistics
 import subprocess
 import threading
@@ -22,7 +23,9 @@ from benchmarks.harness.bench import Absent, Bench, BenchError, Probe, Sample
 from benchmarks.harness.results import Better, Check, Measure, Subject
 from benchmarks.harness.usage import ASIDE, GoneError, pss_mb
 from benchmarks.lab import cores, link
+from benchmarks.lab.capture import Capture, streams
 from benchmarks.lab.congestion import ALGORITHM
+from benchmarks.lab.handshakes import agreed
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Host, Lab
 from benchmarks.load import Load, LoadError, Outcome
@@ -130,17 +133,21 @@ class Paths:
         asked = peers(bench.peers)
         lab.configure(RESOURCES + waypoints.resources(server))
         lab.start(bench.progress)
-        lives = [_stood(bench, peer.subject, partial(stand_peer, peer, a, b, program)) for peer in asked]
-        # Plain TCP first, uProxy second.
-        ours = stand_uproxy(client, server, program)
-        lives.insert(1, ours)
-        routed = [
-            _stood(bench, waypoints.OURS, partial(waypoints.stand_ours, lab, c, ours)),
-            _stood(bench, waypoints.ENVOYS, partial(waypoints.stand_envoy, c, ours, server)),
-        ]
-        standing = [one for one in (*lives, *routed) if isinstance(one, Standing)]
-        bench.progress(f"standing: {', '.join(one.subject.name for one in standing)}")
-        fresh = _first_look(bench, [one for one in lives if isinstance(one, Standing)])
+        with Capture(a, bench.directory / "handshakes.pcap") as capture:
+            lives = [_stood(bench, peer.subject, partial(stand_peer, peer, a, b, program)) for peer in asked]
+            # Plain TCP first, uProxy second.
+            ours = stand_uproxy(client, server, program)
+            lives.insert(1, ours)
+            routed = [
+                _stood(bench, waypoints.OURS, partial(waypoints.stand_ours, lab, c, ours)),
+                _stood(bench, waypoints.ENVOYS, partial(waypoints.stand_envoy, c, ours, server)),
+            ]
+            pairs, through = _standing(lives), _standing(routed)
+            bench.progress(f"standing: {', '.join(one.subject.name for one in pairs + through)}")
+            fresh = _first_look(bench, pairs)
+            for live in through:
+                live.run(load.http_closed(1, f"/bytes/{_SMALL}", "application"), _PROOF_S, TOGETHER)
+        _say_handshakes(bench, capture, pairs + through)
         _say_conditions(bench)
         bench.interleave(probes(plan, fresh), lives, rounds=plan.rounds, seconds=plan.seconds)
         bench.interleave(through_waypoints(plan), routed, rounds=plan.rounds, seconds=plan.seconds)
@@ -361,6 +368,10 @@ def _stood(bench: Bench, subject: Subject, stand: Callable[[], Standing]) -> Sta
         return bench.lose(subject, str(error))
 
 
+def _standing(lives: Sequence[Standing | Absent]) -> list[Standing]:
+    return [one for one in lives if isinstance(one, Standing)]
+
+
 def _first_look(bench: Bench, lives: Sequence[Standing]) -> dict[str, float]:
     """The proxies' memory before any load, by subject; everybody's congestion control. Who fails at it is lost."""
     fresh: dict[str, float] = {}
@@ -398,6 +409,24 @@ def _congestion(live: Standing) -> set[str]:
         raise BenchError(f"{live.subject.name}: {told.decode().strip()}")
     known = set(Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split())
     return set(seen.split()) & known
+
+
+def _say_handshakes(bench: Bench, capture: Capture, lives: Sequence[Standing]) -> None:
+    """What each client's proxy agreed upon with the other end, as the wire shows it."""
+    seen = streams(capture.segments())
+    found = {live.subject.name: agreed(seen, socket.inet_pton(socket.AF_INET, live.tls_address)) for live in lives}
+    text = "; ".join(f"{name}: {' and '.join(map(str, sorted(one))) or 'no TLS'}" for name, one in found.items())
+    wrong = [
+        live.subject.name
+        for live in lives
+        if {one.version for one in found[live.subject.name]} != (set() if live.subject.reference else {"TLS 1.3"})
+    ]
+    bench.check(Check("TLS 1.3 between proxies", not wrong, text))
+    bench.condition(
+        "encryption",
+        f"as seen in the handshakes on the wire: {text}. Programs choose as they do by themselves; certificates of all "
+        "have keys on P-256",
+    )
 
 
 def _say_conditions(bench: Bench) -> None:

@@ -137,6 +137,8 @@ def test_every_subject_is_measured(tmp_path: Path) -> None:
     assert missing.keys() == slow, missing
     checked = {check.name: check for check in results.checks}
     assert checked["TCP cubic"].passed, checked
+    assert checked["TLS 1.3 between proxies"].passed, checked
+    assert "tcp: no TLS; uproxy: TLS 1.3, AES-" in results.conditions["encryption"]
     assert checked["a link delayed by 1 ms"].details["added_us"] > 1900
     assert checked["a link delayed by 1 ms"].details["lost"] == 0
     for subject in ("uproxy", *PAIRS):
