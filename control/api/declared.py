@@ -56,6 +56,8 @@ class DeclaredNamespace:
     labels: Labels
     position: Position = field(compare=False, repr=False)
     waypoint: WaypointChoice = NO_CHOICE
+    direct: bool | None = None
+    """What its workloads may do that say nothing of it: `metadata.SAME_HOST`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ class DeclaredWorkload:
     weight: int
     position: Position = field(compare=False, repr=False)
     waypoint: WaypointChoice = NO_CHOICE
+    direct: bool | None = None
+    """None: what its namespace says."""
 
     @property
     def key(self) -> str:

@@ -5,7 +5,7 @@ What cannot be meant is an error, and the mesh is not built. What is allowed and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
@@ -127,7 +127,8 @@ class Mesh:
         domain = parse_trust_domain(trust_domain)
         declared_services = sorted(_of(DeclaredService, declared), key=lambda service: service.key)
         addresses = Addresses(declared_services, elsewhere.addresses, elsewhere.vips)
-        workloads = _workloads(_of(DeclaredWorkload, declared), domain, addresses, findings)
+        direct = {one.name for one in _of(DeclaredNamespace, declared) if one.direct}
+        workloads = _workloads(_of(DeclaredWorkload, declared), direct, domain, addresses, findings)
         policies = sorted(_of(DeclaredPolicy, declared), key=lambda item: item.policy.key)
         peer_authentications = _of(DeclaredPeerAuthentication, declared)
         _check_selectors(policies, peer_authentications, workloads, root_namespace, elsewhere.selects, findings)
@@ -244,8 +245,13 @@ def _check_namespaces(
 
 
 def _workloads(
-    declared: Iterable[DeclaredWorkload], trust_domain: TrustDomain, addresses: Addresses, findings: Findings
+    declared: Iterable[DeclaredWorkload],
+    direct: Collection[str],
+    trust_domain: TrustDomain,
+    addresses: Addresses,
+    findings: Findings,
 ) -> tuple[Workload, ...]:
+    """`direct`: the namespaces whose workloads may go direct, unless they say otherwise."""
     workloads: list[Workload] = []
     for entry in sorted(declared, key=lambda item: item.key):
         workload = Workload(
@@ -258,6 +264,7 @@ def _workloads(
             ports=entry.ports,
             node=entry.node,
             weight=entry.weight,
+            direct=entry.namespace in direct if entry.direct is None else entry.direct,
         )
         for address in entry.addresses:
             other = addresses.claim(address, f"WorkloadEntry {entry.key}")

@@ -16,6 +16,10 @@ DEFAULT_NAMESPACE: Final = "default"
 MORE_ADDRESSES: Final = "mesh.uproxy.dev/addresses"
 """On a WorkloadEntry: further addresses, separated by commas, for a workload with IPv4 and IPv6."""
 
+SAME_HOST: Final = "mesh.uproxy.dev/same-host"
+"""On a WorkloadEntry or Namespace: `direct` lets connections between workloads of one host go without a tunnel once
+both ends agree; else they are `encrypted`."""
+
 _OWN_PREFIX: Final = "mesh.uproxy.dev/"
 _MAX_ANNOTATIONS: Final = 256
 
@@ -60,7 +64,7 @@ _LABELS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
 
 _ANNOTATIONS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "istio.io/dry-run": (("false",), "every policy here is enforced; remove the policy instead"),
-    "mesh.uproxy.dev/same-host": (("encrypted",), "the direct path is not there yet; write encrypted or remove it"),
+    SAME_HOST: (("encrypted",), "it is said of a WorkloadEntry or a Namespace; remove it"),
     "mesh.uproxy.dev/udp": ((), "UDP is not carried yet, and refused; remove it"),
     WAYPOINT_BINDING: ((), _BINDS),
     WAYPOINT_EXEMPT: ((), _BINDS),
@@ -174,6 +178,14 @@ def _exempt(reader: Reader, annotations: dict[str, str]) -> tuple[SpiffeId, ...]
     if len(found) > _MAX_EXEMPT:
         reader.child("annotations").error(WAYPOINT_EXEMPT, f"has more than {_MAX_EXEMPT} identities")
     return tuple(sorted(found))
+
+
+def read_same_host(document: Reader, metadata: Metadata) -> bool | None:
+    """Whether the workload, or the workloads of the namespace, may go direct; None where nothing is said."""
+    text = metadata.annotations.get(SAME_HOST)
+    if text not in (None, "direct", "encrypted"):
+        document.error_at(f"metadata.annotations[{SAME_HOST!r}]", f"{shown(text or '')} must be direct or encrypted")
+    return None if text is None else text == "direct"
 
 
 def _refuse(

@@ -2,7 +2,7 @@
 
 What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
 every field must be there, none may be added, and every value must be in its canonical form. What waypoints ask for
-(`binding`, `bounds`, `targets`) is absent where there is none, so that a mesh without them is as it was.
+(`binding`, `bounds`, `targets`), and `direct`, is absent where there is none, so that a mesh without them is as it was.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def write(record: Record) -> Body:
                 "node": record.node,
                 "weight": record.weight,
                 **({"bounds": [_write_bound(bound) for bound in record.bounds]} if record.bounds else {}),
+                **({"direct": True} if record.direct else {}),
             }
         case AuthorizationPolicy():
             return {
@@ -266,7 +267,16 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         node=fields.take("node", str),
         weight=fields.number("weight", 1, MAX_WEIGHT),
         bounds=_read_bounds(fields, trust_domain),
+        direct=_read_direct(fields),
     )
+
+
+def _read_direct(fields: Fields) -> bool:
+    if not fields.has("direct"):
+        return False
+    if not fields.take("direct", bool):
+        raise RecordError("direct is false; it must then be absent")
+    return True
 
 
 def _write_bound(bound: Bound) -> list[Value]:

@@ -19,7 +19,7 @@ from control.api.declared import (
 from control.api.declared import place_of as place_of  # beside `parse`, since whoever parses goes on to ask it
 from control.api.document import Map, Reader, position_of, read_documents
 from control.api.gateway_api import read_gateway, read_http_route
-from control.api.metadata import MORE_ADDRESSES, read_bindable_metadata, read_metadata
+from control.api.metadata import MORE_ADDRESSES, SAME_HOST, read_bindable_metadata, read_metadata, read_same_host
 from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_name, wrong_subdomain
 from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
@@ -68,10 +68,13 @@ def read_resource(document: Map, file: str, report: Report) -> Resource | None:
 
 
 def _read_namespace(document: Reader) -> DeclaredNamespace:
-    metadata, waypoint = read_bindable_metadata(document, wrong_dns_label, namespaced=False)
+    metadata, waypoint = read_bindable_metadata(
+        document, wrong_dns_label, namespaced=False, own_annotations=(SAME_HOST,)
+    )
     if document.has("spec"):
         document.error("spec", "is refused: only a Kubernetes API server uses it; remove it")
-    return DeclaredNamespace(metadata.name, metadata.labels, document.position, waypoint)
+    direct = read_same_host(document, metadata)
+    return DeclaredNamespace(metadata.name, metadata.labels, document.position, waypoint, direct)
 
 
 def _read_service(document: Reader) -> DeclaredService:
@@ -223,7 +226,7 @@ def _family(text: str) -> Family:
 
 
 def _read_workload_entry(document: Reader) -> DeclaredWorkload:
-    metadata, waypoint = read_bindable_metadata(document, wrong_subdomain, own_annotations=(MORE_ADDRESSES,))
+    metadata, waypoint = read_bindable_metadata(document, wrong_subdomain, own_annotations=(MORE_ADDRESSES, SAME_HOST))
     spec = document.child("spec", required="a mapping with address and serviceAccount")
     spec.refuse(
         {
@@ -252,6 +255,7 @@ def _read_workload_entry(document: Reader) -> DeclaredWorkload:
         weight=spec.integer("weight", 1, MAX_WEIGHT, default=1),
         position=document.position,
         waypoint=waypoint,
+        direct=read_same_host(document, metadata),
     )
     spec.finish()
     return workload

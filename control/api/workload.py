@@ -94,6 +94,8 @@ class Workload:
     """Share of traffic relative to the service's other endpoints, at least 1."""
     bounds: tuple[Bound, ...] = ()
     """Ports that waypoints stand before, in the order of their numbers, each once."""
+    direct: bool = False
+    """Whether it may be a caller or a destination on the direct path of one host (`mesh.uproxy.dev/same-host`)."""
 
     @property
     def key(self) -> str:

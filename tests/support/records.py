@@ -114,6 +114,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         node=draw(st.sampled_from(["", "a"])),
         weight=draw(weights),
         bounds=draw(st.lists(bounds(), max_size=2, unique_by=lambda bound: bound.port).map(_by_port)),
+        direct=draw(st.booleans()),
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from control.api.declared import NO_CHOICE, WaypointChoice
 from control.api.identity import SpiffeId
+from control.api.mesh import Mesh
 from control.api.problems import ResourceErrors
 from control.api.resources import parse
 
@@ -63,7 +64,7 @@ def test_annotations_that_ask_for_what_is_done_anyway_are_taken(annotations):
     "annotations",
     [
         "{istio.io/dry-run: 'true'}",
-        "{mesh.uproxy.dev/same-host: direct}",
+        "{mesh.uproxy.dev/same-host: direct}",  # of a Service
         "{mesh.uproxy.dev/udp: plaintext}",
         "{traffic.sidecar.istio.io/excludeInboundPorts: '80'}",
         "{ambient.istio.io/bypass-inbound-capture: 'true'}",
@@ -165,4 +166,42 @@ metadata: {name: a}
 spec: {address: 10.0.0.1, labels: {istio.io/use-waypoint: wp}}
 """
     with pytest.raises(ResourceErrors, match=r"spec\.labels.*belongs in metadata\.labels"):
+        parse(text, "f")
+
+
+@pytest.mark.parametrize(
+    ("of_namespace", "of_workload", "direct"),
+    [
+        ("", "", False),
+        ("direct", "", True),
+        ("direct", "encrypted", False),
+        ("encrypted", "direct", True),
+        ("", "direct", True),
+    ],
+)
+def test_a_workload_goes_direct_where_it_or_its_namespace_says_so(of_namespace, of_workload, direct):
+    def said(mode):
+        return f"{{mesh.uproxy.dev/same-host: {mode}}}" if mode else "{}"
+
+    text = f"""\
+apiVersion: v1
+kind: Namespace
+metadata: {{name: shop, annotations: {said(of_namespace)}}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {{name: a, namespace: shop, annotations: {said(of_workload)}}}
+spec: {{address: 10.0.0.1}}
+"""
+    (workload,) = Mesh.build(parse(text, "f"), "td").workloads
+    assert workload.direct is direct
+
+
+def test_any_other_mode_of_one_host_is_refused():
+    text = """\
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, annotations: {mesh.uproxy.dev/same-host: plain}}
+"""
+    with pytest.raises(ResourceErrors, match=r"same-host.*must be direct or encrypted"):
         parse(text, "f")
