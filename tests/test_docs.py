@@ -97,7 +97,7 @@ def test_every_option_is_documented_and_every_documented_one_exists(command):
     text = section((ROOT / "docs" / "commands.md").read_text(), f"## {command}")
     in_tables = options_in("\n".join(row[0] for row in rows(text)))
     known = options_of(parser_of(command))
-    hidden = {"--probe-fd"} if command == "uproxy run" else set()
+    hidden = {"--direct-socket", "--probe-fd"} if command == "uproxy run" else set()
     assert in_tables >= known - UNIVERSAL - hidden
     assert options_in(text) - UNIVERSAL <= known
 
@@ -380,7 +380,7 @@ def test_limits_in_the_architecture_exist_and_have_these_values():
             if "/" in mark:
                 continue
             module = owner if dot else module
-            packages = ("uproxy", "waypoint", "control.api", "control.client", "control.server")
+            packages = ("uproxy", "waypoint", "control.api", "control.client", "control.server", "uproxy.node")
             owners = [p for p in packages if importlib.util.find_spec(f"{p}.{module}") is not None]
             values = [getattr(importlib.import_module(f"{p}.{module}"), name, None) for p in owners]
             value = next((value for value in values if value is not None), None)

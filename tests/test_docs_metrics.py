@@ -10,7 +10,7 @@ from control.server.metrics import Durations, Values, render
 from uproxy.access_log import AccessLog, Style
 from uproxy.errors import Flag
 from uproxy.node import metrics as node_metrics
-from uproxy.telemetry import Connection, Peer, Telemetry
+from uproxy.telemetry import Connection, Native, Peer, Telemetry
 from waypoint import telemetry as waypoint_telemetry
 from waypoint.telemetry import Exchange, WaypointTelemetry
 
@@ -43,6 +43,7 @@ def full_connection() -> Connection:
         error="policy: no",
         policy="n/p[0]",
         caller="spiffe://td/ns/n/sa/c",
+        native=Native(1, 2),
     )
 
 

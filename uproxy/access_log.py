@@ -239,6 +239,10 @@ def _fields(connection: Connection, now: float, field: Field) -> list[str]:
         fields.append(field("policy", connection.policy))
     if connection.caller:
         fields.append(field("caller", connection.caller))
+    if connection.native is not None:
+        fields.append(field("path", "direct"))
+        fields.append(field("srtt_us", connection.native.srtt_us))
+        fields.append(field("retransmits", connection.native.retransmits))
     if connection.request_id:
         fields.append(field("request_id", connection.request_id))
     return fields

@@ -61,6 +61,8 @@ class Settings:
     captured: bool
     probe_fds: tuple[int, ...]
     ready_fd: int | None
+    direct_socket: Path | None
+    """Where the node agent may be asked for the direct path; None: nowhere."""
     forwards: tuple[Forward, ...]
     socks5: tuple[str, int] | None
     admin_port: int
@@ -97,6 +99,7 @@ def parse(argv: Sequence[str]) -> Settings:
     capture.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
     capture.add_argument("--socks5", metavar="IP:PORT")
     capture.add_argument("--probe-fd", action="append", type=int, default=[], help=argparse.SUPPRESS)
+    capture.add_argument("--direct-socket", type=Path, help=argparse.SUPPRESS)
     capture.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
     capture.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
     add_log_options(parser)
@@ -127,6 +130,7 @@ def parse(argv: Sequence[str]) -> Settings:
         captured=captured,
         probe_fds=tuple(options.probe_fd),
         ready_fd=options.ready_fd,
+        direct_socket=options.direct_socket,
         forwards=forwards,
         socks5=socks5,
         admin_port=options.admin_port,

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from control.api.address import FORBIDDEN_PORTS, HBONE_PORT, AddressError, IpAddress, parse_address
+from control.api.identity import SpiffeId
 from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
 from uproxy import listener, plane
@@ -35,6 +36,7 @@ from uproxy.tunnel import Tunnel
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand
+    from uproxy.direct import DirectPath
 
 APP_CONNECT_TIMEOUT_S = 10.0
 MAX_REMEMBERED_HOSTS = 1024
@@ -58,8 +60,11 @@ class Inbound:
         telemetry: Telemetry,
         own: Self,
         demand: Demand | None = None,
+        direct_path: DirectPath | None = None,
     ) -> None:
-        """`demand`: where what is not known is asked for; None when there is nobody to ask."""
+        """`demand`: where what is not known is asked for; None when there is nobody to ask. `direct_path`: likewise,
+        who is told of callers that may come without a tunnel.
+        """
         self.server = TunnelServer(data_plane, context, own.trust_domain, self._on_request, self._on_tunnel_refused)
         self._plane = data_plane
         self._state = state
@@ -73,6 +78,9 @@ class Inbound:
         self._services_here: dict[str, str | None] = {}
         self._overtaken = Overtaken()
         self._ending = False  # some of them are being ended
+        self._direct_path = direct_path
+        if direct_path is not None:
+            direct_path.may_enter = self._may_enter
 
     # -- the connection
 
@@ -110,6 +118,8 @@ class Inbound:
             fail(record, error, self._telemetry)
             return
         carrier.respond(relay, ((b":status", b"200"),))
+        if self._direct_path is not None and passage is None and _is_connected_to(app, address):
+            self._direct_path.let_in(carrier, address, port)
 
         def permitted() -> str:
             again = self._admission.decide(carrier.peer, carrier.peer_address, passage, address, port)
@@ -215,6 +225,14 @@ class Inbound:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
         return passage
 
+    def _may_enter(self, peer: SpiffeId, peer_address: IpAddress, address: IpAddress, port: int) -> bool:
+        """Whether a caller may come to a port for itself, as if it asked now."""
+        try:
+            passage = self._admission.enter(peer, port, ())
+        except RefusedError:
+            return False
+        return passage is None and self._admission.decide(peer, peer_address, None, address, port).allowed
+
     async def _connect(self, address: IpAddress, port: int) -> socket.socket:
         """Dial the application: at the address that was asked for, then at loopback, where many listen only."""
         failed: OSError | None = None
@@ -287,3 +305,11 @@ class Inbound:
         """The caller's workload, for telemetry: only if address and proven identity agree."""
         workload = self._state.workload_at(carrier.peer_address)
         return workload if workload is not None and workload.identity == carrier.peer else None
+
+
+def _is_connected_to(app: socket.socket, address: IpAddress) -> bool:
+    """Whether the application listens at this address, and not at loopback only."""
+    try:
+        return bool(app.getpeername()[0] == address)
+    except OSError:
+        return False  # it is gone already

@@ -28,6 +28,7 @@ from uproxy import cgroup, linux, sandbox
 from uproxy.cgroup import SandboxError
 from uproxy.claims import FIRST_UID, LOCK_DIR, ClaimError, claimed_name, claimed_uid
 from uproxy.entrance import Account, Entrance, exposures, sockets_inside
+from uproxy.node.channel import SOCKET_NAME
 from uproxy.node.client import DEFAULT_SOCKET, NodeClient, NodeError
 from uproxy.sandbox import Sandbox
 from uproxy.sidecar import IDENTITY_FILES, Identity, IdentityCopy, JoinedIdentity, Sidecar
@@ -380,6 +381,8 @@ def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
             arguments += ["--config", str(path)]
     arguments += ["--capture", options.capture, "--access-log", "-", "--log-format", options.log_format]
     arguments += ["--drain-timeout-s", str(options.drain_timeout_s)]
+    if options.capture == "ebpf":
+        arguments += ["--direct-socket", str(options.node_socket.absolute().with_name(SOCKET_NAME))]
     for forward in options.forward:
         arguments += ["--forward", forward]
     if options.socks5:

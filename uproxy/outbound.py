@@ -34,6 +34,7 @@ from uproxy.telemetry import Connection, Peer, Telemetry
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand
+    from uproxy.direct import DirectPath
 
 # One deadline over all endpoints that are tried for a connection.
 OPEN_TIMEOUT_S = 20.0
@@ -70,8 +71,11 @@ class Outbound:
         telemetry: Telemetry,
         own: Self,
         demand: Demand | None = None,
+        direct_path: DirectPath | None = None,
     ) -> None:
-        """`demand`: where what is not known is asked for; None when there is nobody to ask."""
+        """`demand`: where what is not known is asked for; None when there is nobody to ask. `direct_path`: likewise,
+        who is told of what tunnels have reached.
+        """
         self.pool = pool
         self.probed: Callable[[tuple[str, int]], None] | None = None
         self._plane = data_plane
@@ -80,6 +84,7 @@ class Outbound:
         self._telemetry = telemetry
         self._own = own
         self._demand = demand
+        self._direct_path = direct_path
         self._resolver = Resolver(state, random.Random(), pool.health)
         self._budget = RetryBudget(time.monotonic)
         self._once_bound: dict[str, None] = {}
@@ -114,7 +119,7 @@ class Outbound:
 
     async def _plan(self, destination: OriginalDestination) -> Plan:
         """The kernel's word and our configuration: the stricter wins. Raises RefusedError."""
-        plan = await self._configured(destination.address, destination.port)
+        plan = await self._configured(destination.address, destination.port, destination.drawn)
         if plan.gateway:
             self._note_bound(plan.service.key if plan.service is not None else plan.address)
         elif destination.route is Route.WAYPOINT and not self._is_unbound(plan):
@@ -129,19 +134,19 @@ class Outbound:
             return through
         return plan
 
-    async def _configured(self, address: IpAddress, port: int) -> Plan:
+    async def _configured(self, address: IpAddress, port: int, drawn: int = 0) -> Plan:
         """Raises RefusedError when the mesh does not know the destination, or has no endpoint for it."""
         if self._demand is None:
-            return self._resolver.plan(address, port)
+            return self._resolver.plan(address, port, drawn)
         try:
-            plan: Plan | None = self._resolver.plan(address, port)
+            plan: Plan | None = self._resolver.plan(address, port, drawn)
         except RefusedError:
             plan = None
         if plan is None or (plan.gateway and self._state.gateway(plan.gateway) is None):
             found = self._state.service_at(address, port)
             # A known service may lack endpoints, or its waypoint, because they have not come yet.
             await (self._demand.service(found[0].key) if found is not None else self._demand.destination(address))
-            plan = self._resolver.plan(address, port)
+            plan = self._resolver.plan(address, port, drawn)
         if plan.service is not None:
             self._demand.used.add(plan.service.key)
         return plan
@@ -216,7 +221,10 @@ class Outbound:
             record.hbone_address = hop.authority.decode()
             try:
                 request = ((b":method", b"CONNECT"), (b":authority", hop.authority), *headers)
-                return await self.pool.connect(hop, request), hop
+                relay = await self.pool.connect(hop, request)
+                if self._direct_path is not None and not plan.gateway:
+                    self._direct_path.reached(plan, hop.address)
+                return relay, hop
             except RefusedError as error:
                 failed = error
                 log.info("%s: %s", record.request_id, error)

@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from control.client.files import ConfigError
@@ -105,19 +105,19 @@ def open_log(target: str, as_json: bool, loop: asyncio.AbstractEventLoop) -> Acc
 
 
 async def listen_to_operators(
-    host: str,
+    hosts: Sequence[str],
     admin_port: int,
     admin_routes: Mapping[str, admin.Handler],
     metrics: Callable[[], bytes | asyncio.Future[bytes]],
     pending: Callable[[], list[str]],
 ) -> list[asyncio.Server]:
-    """Metrics and readiness at `host`; admin on loopback, there when it is one. Raises StartError."""
-    operator = host if ipaddress.ip_address(host).is_loopback else "127.0.0.1"
+    """Metrics and readiness at each of `hosts`; admin on loopback, at the first when it is one. Raises StartError."""
+    operator = hosts[0] if ipaddress.ip_address(hosts[0]).is_loopback else "127.0.0.1"
     servers: list[asyncio.Server] = []
     for address, port, routes in (
         (operator, admin_port, admin_routes),
-        (host, METRICS_PORT, admin.metrics_routes(metrics)),
-        (host, READY_PORT, admin.ready_routes(pending)),
+        *((host, METRICS_PORT, admin.metrics_routes(metrics)) for host in hosts),
+        *((host, READY_PORT, admin.ready_routes(pending)) for host in hosts),
     ):
         try:
             servers.append(await admin.serve(address, port, routes))

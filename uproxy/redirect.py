@@ -37,6 +37,8 @@ class OriginalDestination:
     address: IpAddress
     port: int
     route: Route
+    drawn: int = 0
+    """`resolve.backend_id` of the service's endpoint that the kernel drew by weight; 0: it drew none."""
 
 
 def original_destination(sock: socket.socket) -> OriginalDestination:
@@ -64,11 +66,11 @@ def parse_original_destination(answer: bytes) -> OriginalDestination:
         packed = answer[8:24]
     else:
         raise ValueError(f"address family {family} in {len(answer)} bytes")
-    route = Route.UNKNOWN
+    route, drawn = Route.UNKNOWN, 0
     if len(answer) == ORIG_DST.size:
-        _, magic, version, number, *_ = ORIG_DST.unpack(answer)
+        _, magic, version, number, _, _, drawn_id, *_ = ORIG_DST.unpack(answer)
         if magic == ORIG_DST_MAGIC:
             if version != ORIG_DST_VERSION:
                 raise ValueError(f"mesh_orig_dst version {version}; this uProxy reads {ORIG_DST_VERSION}")
-            route = Route(number)
-    return OriginalDestination(from_packed(packed), port, route)
+            route, drawn = Route(number), drawn_id
+    return OriginalDestination(from_packed(packed), port, route, drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from bisect import bisect_right
 from dataclasses import dataclass, replace
@@ -60,9 +61,13 @@ class Resolver:
         self._health = health if health is not None else Health(lambda: 0.0)
         self._generation = -1
         self._groups: dict[tuple[str, int], _Group] = {}
+        self._by_id: dict[tuple[str, int], dict[int, Hop]] = {}
 
-    def plan(self, address: IpAddress, port: int) -> Plan:
-        """Decide for one destination. Raises RefusedError when the mesh does not know it or has no endpoint for it."""
+    def plan(self, address: IpAddress, port: int, drawn: int = 0) -> Plan:
+        """Decide for one destination. Raises RefusedError when the mesh does not know it or has no endpoint for it.
+
+        `drawn`: the endpoint that the kernel has drawn (`backend_id`), 0 if none.
+        """
         state = self._state
         if not state.whole:
             raise RefusedError("no-config", "this uProxy has no configuration yet", flag=Flag.NO_CONFIG)
@@ -71,7 +76,8 @@ class Resolver:
             service, _ = found
             if service.binding is not None:
                 return self._through(service.binding, Plan(address, port, service, ()))
-            return Plan(address, port, service, self.backends(service, port))
+            hops = self.backends(service, port)
+            return Plan(address, port, service, self._first(drawn, service, port, hops) if drawn else hops)
         workload = state.workload_at(address)
         if workload is None:
             raise RefusedError(
@@ -136,10 +142,29 @@ class Resolver:
         group = self._group(service, port)
         return self._draw_healthy(group) if self._health else self._draw(group)
 
+    def _first(self, drawn: int, service: Service, port: int, hops: tuple[Hop, ...]) -> tuple[Hop, ...]:
+        """With the kernel's draw before the others, unless it failed a moment ago or is none of ours.
+
+        What the kernel draws here it takes itself. Without this, this host would have the other draws' share too.
+        """
+        by_id = self._by_id.get((service.key, port))
+        if by_id is None:
+            group = self._group(service, port)
+            by_id = {backend_id(hop.address, int(hop.authority.rpartition(b":")[2])): hop for hop in group.hops}
+            self._by_id[service.key, port] = by_id
+        hop = by_id.get(drawn)
+        if hop is None or self._is_bad(hop):
+            return hops
+        return (hop, *(other for other in hops if other is not hop))[:MAX_HOPS]
+
+    def _is_bad(self, hop: Hop) -> bool:
+        return self._health.is_bad(hop.authority) or self._health.is_bad(hop.address)
+
     def _group(self, service: Service, port: int) -> _Group:
         if self._generation != self._state.generation:
             self._generation = self._state.generation
             self._groups.clear()
+            self._by_id.clear()
         group = self._groups.get((service.key, port))
         if group is None:
             ready = [e for e in self._state.endpoints(service.key) if e.ready and e.weight > 0 and port in e.ports]
@@ -163,8 +188,7 @@ class Resolver:
         weights = [last - first for first, last in zip((0, *group.cumulative), group.cumulative, strict=False)]
         parts: tuple[list[tuple[Hop, int]], list[tuple[Hop, int]]] = ([], [])
         for hop, weight in zip(group.hops, weights, strict=True):
-            bad = self._health.is_bad(hop.authority) or self._health.is_bad(hop.address)
-            parts[bad].append((hop, weight))
+            parts[self._is_bad(hop)].append((hop, weight))
         drawn: tuple[Hop, ...] = ()
         for part in parts:
             if part:
@@ -187,6 +211,11 @@ class Resolver:
                 break
             drawn[(first + step) % len(hops)] = None
         return tuple(hops[index] for index in drawn)
+
+
+def backend_id(address: IpAddress, port: int) -> int:
+    """What the kernel calls an endpoint: 32 bits, not 0."""
+    return int.from_bytes(hashlib.sha256(f"{address} {port}".encode()).digest()[:4], "big") or 1
 
 
 def _authority(address: IpAddress, port: int) -> bytes:

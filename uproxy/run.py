@@ -41,6 +41,7 @@ from uproxy.tls import CredentialsError, client_context, server_context
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand
+    from uproxy.direct import DirectPath
     from uproxy.member import Member
 
 OUTBOUND_PORT = 15001
@@ -98,9 +99,21 @@ class _Proxy:
         if membership is not None:
             self._become_member(membership)
         own = Self(who.key, str(who.identity), who.identity.trust_domain, who.addresses)
+        self._direct_path: DirectPath | None = None
+        if settings.direct_socket is not None:
+            from uproxy.direct import DirectPath
+
+            self._direct_path = DirectPath(settings.direct_socket, self._state, self._telemetry, own)
         self._pool = Pool(self._plane, lambda: self._client_context, who.addresses)
         self._outbound = Outbound(
-            self._plane, self._state, self._pool, self._connections, self._telemetry, own, self._demand
+            self._plane,
+            self._state,
+            self._pool,
+            self._connections,
+            self._telemetry,
+            own,
+            self._demand,
+            self._direct_path,
         )
         self._inbound = Inbound(
             self._plane,
@@ -110,6 +123,7 @@ class _Proxy:
             self._telemetry,
             own,
             self._demand,
+            self._direct_path,
         )
         self._listeners = Listeners(self._plane)
         self._servers: list[asyncio.Server] = []
@@ -163,6 +177,8 @@ class _Proxy:
         self.pending.discard("listeners")
         if self.settings.captured:
             await self._prove_capture()
+        if self._direct_path is not None:
+            group.create_task(self._direct_path.run())
         process.report_ready(self._who, self.settings.ready_fd, log)
         self._tick()
 
@@ -201,9 +217,12 @@ class _Proxy:
     async def _listen_to_operators(self) -> None:
         # Captured, the namespace and its ports are this workload's; else others may share the host, so metrics and
         # readiness are at its own address.
-        host = "0.0.0.0" if self.settings.captured else self._who.addresses[0]
+        if self.settings.captured:
+            hosts = ["0.0.0.0", *(address for address in self._who.addresses if ":" in address)]
+        else:
+            hosts = [self._who.addresses[0]]
         self._servers = await process.listen_to_operators(
-            host,
+            hosts,
             self.settings.admin_port,
             admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
             self._telemetry.render,
@@ -252,6 +271,8 @@ class _Proxy:
     def _config_changed(self, changes: Changes) -> None:
         self._inbound.config_changed(changes)
         self._outbound.config_changed(changes)
+        if self._direct_path is not None:
+            self._direct_path.changed()
 
     def _progressed(self) -> None:
         """The control plane has told more: what waits for it may go on."""
@@ -265,6 +286,8 @@ class _Proxy:
         self._use_credentials()
         # Streams that are open stay on their tunnels; new ones use the new certificate.
         self._plane.run(self._pool.retire)
+        if self._direct_path is not None:
+            self._direct_path.renewed()
         if self._member is not None:
             self._member.renewed()
 
@@ -299,6 +322,13 @@ class _Proxy:
         gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: len(self._inbound.server.tunnels()))
         gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
         process.register_gauges(self._telemetry, self._credentials, self._state)
+        direct_path = self._direct_path
+        if direct_path is not None:
+            self._telemetry.counter(
+                "uproxy_direct_lost_total",
+                "Connections on the direct path that are in no metric and no log, because this process was busy",
+                lambda: direct_path.lost,
+            )
         if self._member is not None and self._demand is not None:
             self._register_member_gauges(self._member, self._demand)
 

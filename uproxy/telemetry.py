@@ -52,6 +52,15 @@ class Peer:
     """The SPIFFE ID that a certificate proved in this connection; not one that was only expected."""
 
 
+@dataclass(frozen=True, slots=True)
+class Native:
+    """What the kernel says of a connection that went direct (`direct`), without a tunnel."""
+
+    srtt_us: int
+    """Smoothed round trip, at the end."""
+    retransmits: int
+
+
 @dataclass(slots=True, eq=False)
 class Connection:
     """One connection from its first byte, or its refusal, to its end. Compared by being the same one."""
@@ -78,6 +87,8 @@ class Connection:
     """The SPIFFE ID that a waypoint says it connects for, when this proxy believes it."""
     meter: Meter | None = None
     """Where the two counts come from while the connection lives."""
+    native: Native | None = None
+    """Set when it went direct: its ends are proven, and its bytes are not encrypted."""
 
     @property
     def destination_hostname(self) -> str:
@@ -200,6 +211,7 @@ class Telemetry:
             destination.identity,
             connection.destination_service,
             flag,
+            connection.native is None,
         )
         known = self._known.get(key)
         if known is not None:
@@ -248,7 +260,7 @@ class _Series:
 
 _REPORTERS: Final = {"outbound": "source", "inbound": "destination", "waypoint": "waypoint"}
 
-_Key = tuple[str, int, str, int, str, str, Flag]
+_Key = tuple[str, int, str, int, str, str, Flag, bool]
 
 _METRICS: Final[tuple[tuple[str, str, Callable[[_Series, tuple[int, int]], int]], ...]] = (
     (OPENED, "The total number of TCP connections opened", lambda series, live: series.opened),
@@ -288,9 +300,15 @@ def _labels(connection: Connection, flag: Flag) -> str:
         *peer_labels("destination", connection.destination),
         ("request_protocol", "tcp"),
         ("response_flags", flag.value),
-        ("connection_security_policy", "mutual_tls" if proven else UNKNOWN),
+        ("connection_security_policy", _security_policy(connection, proven)),
     ]
     return ",".join(f'{label}="{escaped(value or UNKNOWN)}"' for label, value in values)
+
+
+def _security_policy(connection: Connection, proven: str) -> str:
+    if connection.native is not None:
+        return "none"
+    return "mutual_tls" if proven else UNKNOWN
 
 
 def peer_labels(side: str, peer: Peer) -> list[tuple[str, str]]:

@@ -205,13 +205,18 @@ def peer_identity(tls: ssl.SSLObject | ssl.SSLSocket, trust_domain: str) -> Spif
             "tls-version" if tls.version() != "TLSv1.3" else "alpn",
             f"it negotiated {tls.version()} and ALPN {tls.selected_alpn_protocol()}, not TLSv1.3 and h2",
         )
+    try:
+        return check_svid(leaf_of(tls), trust_domain)
+    except X509Error as error:
+        raise _identity_refusal(error.reason, error.detail) from None
+
+
+def leaf_of(tls: ssl.SSLObject | ssl.SSLSocket) -> Leaf:
+    """The peer's certificate. Raises RefusedError when there is none, X509Error for what cannot be read."""
     der = tls.getpeercert(binary_form=True)
     if der is None:
         raise _identity_refusal("no-certificate", "the peer presented no certificate")
-    try:
-        return check_svid(read_leaf(der), trust_domain)
-    except X509Error as error:
-        raise _identity_refusal(error.reason, error.detail) from None
+    return read_leaf(der)
 
 
 def handshake_refusal(error: ssl.SSLError) -> RefusedError:

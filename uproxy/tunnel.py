@@ -22,7 +22,7 @@ from uproxy import hbone, plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
 from uproxy.relay import Relay, StreamOwner
-from uproxy.tls import handshake_refusal
+from uproxy.tls import handshake_refusal, leaf_of
 
 CONNECT_TIMEOUT_S = 10.0  # ztunnel's
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -100,6 +100,11 @@ class Tunnel:
         # The peer may have sent frames right behind its last handshake message.
         if self._incoming.pending or tls.pending():
             self._decrypt()
+
+    @property
+    def peer_expires_at(self) -> int:
+        """When the peer's certificate expires, Unix time."""
+        return leaf_of(self._tls).not_after
 
     # -- streams
 

@@ -197,7 +197,7 @@ class _Process:
 
     async def _listen_to_operators(self) -> None:
         self._servers = await process.listen_to_operators(
-            self._who.addresses[0],
+            self._who.addresses[:1],
             self.settings.admin_port,
             admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
             self.serving.render,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.lab.topology import Workload
+from benchmarks.lab.topology import Host, Workload
 
 _TIMEOUT_S = 20.0
 
@@ -84,6 +84,27 @@ def read_all(connection: socket.socket) -> bytes:
     while received := connection.recv(65536):
         whole += received
     return bytes(whole)
+
+
+def exchange(workload: Workload, to: tuple[str, int]) -> None:
+    """One connection to an echo that works, and shows the address that was dialled."""
+    with dial(workload, to) as made:
+        assert made.getpeername()[:2] == to
+        made.sendall(b"x" * 1000)
+        made.shutdown(socket.SHUT_WR)
+        assert read_all(made) == b"x" * 1000
+
+
+def dialled_direct(host: Host) -> int:
+    """How many connections of a host went to a backend without a proxy."""
+    return int(host.node().status()["counters"]["direct"])
+
+
+def goes_direct(host: Host, workload: Workload, to: tuple[str, int]) -> bool:
+    """Whether an exchange went without a proxy."""
+    before = dialled_direct(host)
+    exchange(workload, to)
+    return dialled_direct(host) > before
 
 
 def http_get(workload: Workload, port: int, path: str) -> str:

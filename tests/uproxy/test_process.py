@@ -76,7 +76,7 @@ def test_a_port_that_is_taken_leaves_no_other_one_open(monkeypatch, taken):
         monkeypatch.setattr(process, "METRICS_PORT", ports["metrics"])
 
         async def listen() -> None:
-            await process.listen_to_operators("127.0.0.1", ports["admin"], {}, bytes, list)
+            await process.listen_to_operators(["127.0.0.1"], ports["admin"], {}, bytes, list)
 
         with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1:{ports[taken]}: ") as refused:
             asyncio.run(listen())

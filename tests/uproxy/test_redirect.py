@@ -24,7 +24,7 @@ def sockaddr(address: str, port: int) -> bytes:
 
 
 def answer(address: str, port: int, route: int, magic: int = ORIG_DST_MAGIC, version: int = ORIG_DST_VERSION) -> bytes:
-    return ORIG_DST.pack(sockaddr(address, port).ljust(28, b"\0"), magic, version, route, 7, 8, 0, 9, 0)
+    return ORIG_DST.pack(sockaddr(address, port).ljust(28, b"\0"), magic, version, route, 7, 8, 5, 9, 0)
 
 
 def test_the_layout_is_that_of_the_header() -> None:
@@ -37,7 +37,7 @@ def test_the_layout_is_that_of_the_header() -> None:
         Route.WAYPOINT,
         7,
         8,
-        0,
+        5,
         9,
         0,
     ]
@@ -61,7 +61,7 @@ def test_constants_are_those_of_the_header() -> None:
 def test_every_answer_reads_as_it_was_written(ip: ipaddress.IPv4Address, port: int, route: Route) -> None:
     read = parse_original_destination(answer(str(ip), port, route))
     mapped = getattr(ip, "ipv4_mapped", None)
-    assert (read.address, read.port, read.route) == (str(mapped or ip), port, route)
+    assert (read.address, read.port, read.route, read.drawn) == (str(mapped or ip), port, route, 5)
 
 
 @given(st.binary(max_size=80))
@@ -75,6 +75,7 @@ def test_any_other_answer_is_refused_or_read(data: bytes) -> None:
 
 def test_a_bare_sockaddr_has_no_route() -> None:
     assert parse_original_destination(sockaddr("10.1.2.3", 80)).route is Route.UNKNOWN
+    assert parse_original_destination(sockaddr("10.1.2.3", 80)).drawn == 0
     assert parse_original_destination(sockaddr("fd00::1", 80)).route is Route.UNKNOWN
 
 

@@ -19,7 +19,8 @@ from control.client.state import State
 from tests.support.certificates import DB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, published, published_addresses, workload
 from uproxy.errors import Flag, RefusedError
-from uproxy.resolve import MAX_HOPS, Resolver
+from uproxy.health import Health
+from uproxy.resolve import MAX_HOPS, Resolver, backend_id
 
 
 def endpoint(number: int, *, weight: int = 1, ready: bool = True, port: int = SERVICE_PORT) -> Endpoint:
@@ -92,6 +93,22 @@ def test_the_first_hop_is_drawn_by_weight() -> None:
     rng = random.Random(7)
     first = Counter(Resolver(state, rng).plan(VIP, SERVICE_PORT).hops[0].address for _ in range(4000))
     assert abs(first[parse_address("10.0.0.2")] / 4000 - 0.75) < 0.03
+
+
+def test_what_the_kernel_has_drawn_comes_first_unless_it_failed_or_is_unknown() -> None:
+    state = state_of(*(endpoint(n) for n in range(1, 6)))
+    health = Health(lambda: 0.0)
+    resolver = Resolver(state, random.Random(7), health)
+    third = parse_address("10.0.0.3")
+    for _ in range(20):
+        hops = resolver.plan(VIP, SERVICE_PORT, backend_id(third, 7000)).hops
+        assert hops[0].address == third
+        assert len(set(hops)) == MAX_HOPS
+    unknown = [resolver.plan(VIP, SERVICE_PORT, 1).hops[0].address for _ in range(200)]
+    assert len(set(unknown)) == 5
+    health.failed(third)
+    failed = [resolver.plan(VIP, SERVICE_PORT, backend_id(third, 7000)).hops[0].address for _ in range(200)]
+    assert set(failed) == set(unknown) - {third}
 
 
 WAYPOINTS = ("10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4")

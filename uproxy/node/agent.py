@@ -26,7 +26,7 @@ from bpf.libbpf import BpfError
 from bpf.loader import Loader, LoadError
 from bpf.maps import Level, Maps
 from control.api.address import AddressError, IpAddress, parse_address
-from control.api.identity import make_id, parse_trust_domain
+from control.api.identity import SpiffeId, make_id, parse_trust_domain
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.records import RecordError
 from control.api.status import Kind
@@ -37,14 +37,16 @@ from uproxy import admin, cgroup, joining
 from uproxy.cgroup import SandboxError
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
-from uproxy.node import metrics, server
+from uproxy.node import metrics, peers, server
+from uproxy.node.channel import SOCKET_NAME
 from uproxy.node.client import DEFAULT_SOCKET
+from uproxy.node.grants import Grants
 from uproxy.node.metrics import METRICS_PORT
 from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
 from uproxy.node.probers import Probers
 from uproxy.node.server import ListenError, RequestError
 from uproxy.node.sync import MeshRanges, Sync, SyncError
-from uproxy.node.workloads import Registration, RegistrationError, Workloads, check_removable
+from uproxy.node.workloads import Captured, Registration, RegistrationError, Workloads, check_removable
 from uproxy.tls import CredentialsError
 
 _log: Final = logging.getLogger("uproxy.node")
@@ -103,6 +105,7 @@ class Agent:
         self._workloads = workloads
         self._probers = probers
         self._state = State(options.trust_domain)
+        self.grants = Grants(loader.maps, workloads.captured, self._identity_at)
         self.configured = asyncio.Event()
         """Set once configuration is in the kernel."""
         self._config_error = ""
@@ -121,6 +124,7 @@ class Agent:
             _log.info("configuration in force: %d map entries changed, %s", written, self._sync.sizes())
         self._config_error = ""
         self.configured.set()
+        self.grants.changed()
 
     def take_over(self) -> None:
         """Once configured: the workloads of an agent of another schema."""
@@ -143,9 +147,11 @@ class Agent:
             match request.get("op"):
                 case "register":
                     self._register(request, descriptors)
+                    self.grants.changed()
                     return {}
                 case "unregister":
                     self._workloads.unregister(_field(request, "workload", str))
+                    self.grants.changed()
                     return {}
                 case "status":
                     self.measure()
@@ -196,6 +202,7 @@ class Agent:
                 self._workloads.sweep()
                 if self.configured.is_set():
                     self._workloads.take_over()
+                self.grants.changed()
             except OSError as error:
                 _log.warning("dead workloads cannot be swept: %s", error)
             try:
@@ -238,6 +245,14 @@ class Agent:
             )
         )
 
+    def _identity_at(self, address: IpAddress) -> SpiffeId | None:
+        workload = self._state.workload_at(address)
+        return workload.identity if workload is not None else None
+
+    def captured(self) -> Sequence[Captured]:
+        """The workloads of the moment."""
+        return self._workloads.captured()
+
     def _check_address(self, address: IpAddress, namespace: str, service_account: str) -> None:
         if not self._options.ranges.captures(address):
             raise RequestError(
@@ -275,6 +290,7 @@ class Agent:
                 }
                 for one in captured[:_MAX_LISTED]
             ],
+            **self.grants.status(),
             "error": "; ".join(self.problems()),
         }
 
@@ -418,6 +434,11 @@ async def _run(agent: Agent, options: Options, feed: Coroutine[Any, Any, None]) 
                     listener = stack.enter_context(server.listen(path))
                     stack.callback(path.unlink, missing_ok=True)
                     tasks.append(group.create_task(server.serve(listener, agent.handle)))
+                    channels = options.run_dir / SOCKET_NAME
+                    for_uproxies = stack.enter_context(server.listen(channels, for_all=True))
+                    stack.callback(channels.unlink, missing_ok=True)
+                    tasks.append(group.create_task(peers.serve(for_uproxies, agent.captured, agent.grants)))
+                    tasks.append(group.create_task(agent.grants.run()))
                     _log.info("node %s: ready at %s", options.name, path)
                     await stopped
                 for task in tasks:

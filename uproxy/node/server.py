@@ -37,8 +37,8 @@ class ListenError(Exception):
     """The socket cannot be opened; the text says why."""
 
 
-def listen(path: Path) -> socket.socket:
-    """The listening socket, for root only. Raises ListenError. A dead agent's is replaced."""
+def listen(path: Path, *, for_all: bool = False) -> socket.socket:
+    """The listening socket, for root only unless `for_all`. Raises ListenError. A dead agent's is replaced."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if path.exists() and not path.is_socket():
         raise ListenError(f"{path}: is no socket; remove it, or use another --run-dir")
@@ -52,7 +52,7 @@ def listen(path: Path) -> socket.socket:
         else:
             raise ListenError(f"{path}: another node agent listens there; stop it, or use another --run-dir")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    before = os.umask(0o177)  # bind() makes the file; a chmod afterwards would come too late
+    before = os.umask(0o111 if for_all else 0o177)  # bind() makes the file; a chmod afterwards would come too late
     try:
         listener.bind(str(path))
     except OSError as error:
