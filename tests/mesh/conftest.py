@@ -15,6 +15,7 @@ from benchmarks.lab.topology import Lab, Workload
 
 PEER = ("240.240.0.30", 9000)
 PEER_V6 = ("fd96:0:0:ffff::30", 9000)
+NEAR_PEER = ("240.240.0.31", 9000)
 JOB = "10.96.1.100"
 
 # A namespace of their own, where the shop's policy does not reach.
@@ -37,6 +38,22 @@ spec:
   selector: {{app: peer6}}
   ports: [{{name: tcp, port: {PEER_V6[1]}, targetPort: tcp}}]
 ---
+apiVersion: v1
+kind: Namespace
+metadata: {{name: load}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {{name: near, annotations: {{mesh.uproxy.dev/same-host: direct}}}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: peer, namespace: near}}
+spec:
+  clusterIP: {NEAR_PEER[0]}
+  selector: {{app: near-peer}}
+  ports: [{{name: tcp, port: {NEAR_PEER[1]}, targetPort: tcp}}]
+---
 apiVersion: networking.istio.io/v1
 kind: WorkloadEntry
 metadata: {{name: job, namespace: load}}
@@ -46,7 +63,9 @@ spec: {{address: {JOB}, serviceAccount: job}}
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """`caller` on host a and `peer` on host b are idle: tests make sockets in their app cgroups."""
+    """`caller` on host a and `peer` on host b are idle: tests make sockets in their app cgroups. The near ones are on a
+    both, and may go direct.
+    """
 
     lab: Lab
     shop: Shop
@@ -54,6 +73,8 @@ class Mesh:
     peer: Workload
     caller6: Workload
     peer6: Workload
+    near_caller: Workload
+    near_peer: Workload
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,6 +96,8 @@ def mesh() -> Iterator[Mesh]:
             b.workload("peer", commands.idle(), namespace="load", ports={"tcp": PEER[1]}),
             a.workload("caller6", commands.idle(), namespace="load", ipv6=True),
             b.workload("peer6", commands.idle(), namespace="load", ports={"tcp": PEER[1]}, ipv6=True),
+            a.workload("near-caller", commands.idle(), namespace="near"),
+            a.workload("near-peer", commands.idle(), namespace="near", ports={"tcp": NEAR_PEER[1]}),
         )
         lab.configure(shop.RESOURCES + LOAD)
         lab.start()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.lab.topology import entered
-from tests.mesh.conftest import PEER, PEER_V6, Mesh
+from tests.mesh.conftest import NEAR_PEER, PEER, PEER_V6, Mesh
 from tests.support import inside, torture
 from tests.support.torture import SCENARIOS, Scenario, Seen, Way
 
@@ -65,7 +65,25 @@ def _tunnel_v6(mesh: Mesh) -> Way:
     )
 
 
-WAYS = {"tunnel": _tunnel, "tunnel-v6": _tunnel_v6}
+def _direct(mesh: Mesh) -> Way:
+    with inside.serving(mesh.near_peer, NEAR_PEER[1], inside.echo):
+        inside.eventually(lambda: inside.goes_direct(mesh.shop.a, mesh.near_caller, NEAR_PEER), 40)
+    return Way(
+        "direct",
+        lambda: inside.listen(mesh.near_peer, NEAR_PEER[1]),
+        lambda: (mesh.near_caller.sockets(1, socket.AF_INET)[0], NEAR_PEER),
+    )
+
+
+WAYS = {"tunnel": _tunnel, "tunnel-v6": _tunnel_v6, "direct": _direct}
+
+
+def play(scenario: Scenario, way: Way, volume: int, mesh: Mesh) -> Seen:
+    """What the programs saw, over this way and no other."""
+    before = inside.dialled_direct(mesh.shop.a)
+    seen = torture.play(scenario, way, volume)
+    assert inside.dialled_direct(mesh.shop.a) - before == (way.name == "direct")
+    return seen
 
 
 @pytest.fixture(params=WAYS)
@@ -76,9 +94,9 @@ def way(request: pytest.FixtureRequest, mesh: Mesh) -> Way:
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_applications_see_what_they_see_over_plain_tcp(
-    scenario: Scenario, way: Way, plainly: Callable[[Scenario, int], Seen]
+    scenario: Scenario, way: Way, plainly: Callable[[Scenario, int], Seen], mesh: Mesh
 ) -> None:
-    assert torture.play(scenario, way, _VOLUME) == plainly(scenario, _VOLUME)
+    assert play(scenario, way, _VOLUME, mesh) == plainly(scenario, _VOLUME)
 
 
 def test_the_programs_send_and_receive_the_same_bytes(plainly: Callable[[Scenario, int], Seen]) -> None:
@@ -96,12 +114,12 @@ def test_ten_gigabytes_arrive_as_they_were_sent(mesh: Mesh, plainly: Callable[[S
     while moved < _SOAK_BYTES:
         for make in WAYS.values():
             for scenario in SCENARIOS.values():
-                seen = torture.play(scenario, make(mesh), _SOAK_VOLUME)
+                seen = play(scenario, make(mesh), _SOAK_VOLUME, mesh)
                 assert seen == plainly(scenario, _SOAK_VOLUME), scenario.name
                 moved += torture.bytes_of(seen)
     print(f"{moved / 1e9:.1f} GB received and digested")
 
 
 def test_nothing_stays_behind(mesh: Mesh) -> None:
-    for workload in (mesh.caller, mesh.peer, mesh.caller6, mesh.peer6):
+    for workload in (mesh.caller, mesh.peer, mesh.caller6, mesh.peer6, mesh.near_caller, mesh.near_peer):
         inside.eventually(lambda workload=workload: inside.metric(workload, "uproxy_tasks") == 0, 30)
