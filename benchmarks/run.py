@@ -24,7 +24,11 @@ from benchmarks.harness.results import FILE, Check, Results
 from benchmarks.harness.rounds import duration
 from benchmarks.load import LoadError
 
-SUITES: Final = {"paths": "benchmarks.suites.paths", "architectures": "benchmarks.suites.architectures"}
+SUITES: Final = {
+    "paths": "benchmarks.suites.paths",
+    "kernel": "benchmarks.suites.kernel",
+    "architectures": "benchmarks.suites.architectures",
+}
 """Name -> module, whose SUITE it is."""
 PEERS: Final = ("ztunnel", "linkerd")
 """What no package brings: measured when a program is named."""

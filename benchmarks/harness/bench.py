@@ -201,7 +201,8 @@ class Bench:
                 details |= {f"cpu_us/{role}": us for role, us in each.items()}
                 details["softirq_us"] = used.softirq_ns / 1000 / sample.operations
             memory = {role: pss_mb(pids) for role, pids in processes.items()}
-            details["pss_mb"] = sum(mb for role, mb in memory.items() if role not in ASIDE)
+            if not memory.keys() <= set(ASIDE):  # else none of it is the subject's
+                details["pss_mb"] = sum(mb for role, mb in memory.items() if role not in ASIDE)
             details |= {f"pss_mb/{role}": mb for role, mb in memory.items()}
         except GoneError as error:
             live.processes()  # whoever knows more of its end says so

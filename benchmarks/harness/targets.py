@@ -7,7 +7,16 @@ from typing import Final
 
 from benchmarks.harness.results import Better, Ratio, Target, Withheld
 
-BASELINES: Final = {"paths": "envoy-hbone", "paths/http": "envoy-waypoint", "architectures": "sidecar"}
+BASELINES: Final = {
+    "paths": "envoy-hbone",
+    "paths/http": "envoy-waypoint",
+    "kernel/connect": "bare",
+    "kernel/programs": "captured",
+    "kernel/direct": "bare",
+    "kernel/maps": "captured",
+    "kernel/filling": "single",
+    "architectures": "sidecar",
+}
 """Suite of a measure -> the subject that all others are compared to."""
 
 _OURS: Final = "uproxy"
@@ -20,6 +29,11 @@ def _target(text: str, measure: str, bound: float, better: Better = "less", key:
 def _elsewhere(text: str, measure: str, bound: float, where: str, subject: str = _OURS, baseline: str = "") -> Target:
     """One that no suite measures. Without a baseline the bound is no ratio; `text` says of what it is."""
     return Target(text, measure, subject, baseline, "value", bound, "less", elsewhere=where)
+
+
+def _direct(text: str, measure: str, bound: float, better: Better) -> Target:
+    text = f"same-host direct path against plain TCP, {text}"
+    return Target(text, f"kernel/direct/{measure}", "direct", BASELINES["kernel/direct"], "value", bound, better)
 
 
 _NOT_BUILT: Final = "no measurement is built yet"
@@ -54,7 +68,9 @@ TARGETS: Final = (
         )
         for what, key, bound in (("CPU per request", "cpu", 0.5), ("p99", "p99", 0.7))
     ),
-    _elsewhere("same-host direct path against plain TCP, round trip", "direct/rr", 1.0, _NOT_BUILT, baseline="tcp"),
+    _direct("round trip of 64 B", "rr/1/64", 1.03, "less"),
+    _direct("bulk throughput, 1 stream", "bulk/1", 0.97, "more"),
+    _direct("new connections per second", "connect", 0.9, "more"),
     _elsewhere("memory of a sidecar of its own, MB of PSS", "memory/alone", 20, _BY_HAND),
     _elsewhere("memory of a further sidecar, MB of PSS", "memory/marginal", 8, _NOT_BUILT),
     _elsewhere("a label until it is enforced on one host, p99 in ms", "control/label", 100, _CONTROL),

@@ -6,6 +6,7 @@ Underlay   a namespace with the bridge that joins the hosts; what crosses it is 
 Workload   a command started by `uproxy exec` on a host: its own namespace, address, cgroups and sidecar.
 Twin       a namespace plumbed as a workload's is, without capture or sidecar: the path to compare with.
 Capture    a tcpdump on the underlay, and the search for what must not be in it.
+Node       the kernel's half of a host without an agent: programs and maps that a benchmark fills itself.
 Remains    what is left of a lab whose owner is dead; the reaper, and every later lab, removes it.
 
 Direction: topology starts the product's own commands (`uproxy node`, `uproxy exec`) and never reaches into them.

@@ -88,6 +88,11 @@ def connects(in_flight: int) -> Load:
     return _load("connects", connections=in_flight)
 
 
+def dials(spread: int = 1, *, seed: int = 1) -> Load:
+    """`connects` one by one, each to one of `spread` addresses from the host on. Value: connect(2)'s median in us."""
+    return _load("dials", spread=spread, seed=seed)
+
+
 def bulk(streams: int) -> Load:
     """Streams to the sink, as fast as they go. Value: Gbit/s; an operation is a MiB."""
     return _load("bulk", streams=streams)
@@ -282,6 +287,8 @@ def _outcome(found: Mapping[str, Any]) -> Outcome:
         value = timed / seconds
     elif kind in ("closed", "http-closed"):
         value = seconds * 1e6 / timed
+    elif kind == "dials":
+        value = histogram.percentile(counts, 0.5) / 1000
     else:
         value = histogram.percentile(counts, 0.99) / 1000
     return Outcome(

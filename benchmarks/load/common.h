@@ -33,6 +33,9 @@ void fill_pattern(void);
 uint64_t now_ns(void);
 uint64_t cpu_ns(void);
 
+/* The next of a row of random numbers, which the first value of `state` decides: SplitMix64 (Steele, Lea, Flood 2014). */
+uint64_t draw(uint64_t *state);
+
 /* IPv4 or IPv6. */
 struct address address_of(const char *text, int port);
 

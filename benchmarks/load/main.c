@@ -8,6 +8,7 @@
  *   load http-closed HOST PORT SECONDS --connections N --path PATH --host NAME
  *   load http-open HOST PORT SECONDS --connections N --path PATH --host NAME --rate N --poisson 0|1 --seed N
  *   load connects HOST PORT SECONDS --connections N         connect, a byte there and back, close; N at once
+ *   load dials HOST PORT SECONDS --spread N --seed N        the same one by one, each to one of N addresses from HOST on
  *   load bulk HOST PORT SECONDS --streams N                 to the sink
  *   load beside-bulk ... as open, and --streams N --bulk-rate BYTES   a second; they are a process of their own
  *   load idle HOST PORT SECONDS --connections N             held for so long, a byte there and back before and after
@@ -41,6 +42,7 @@
 #define _GNU_SOURCE
 #include "bulk.h"
 #include "common.h"
+#include "dials.h"
 #include "requests.h"
 #include "server.h"
 
@@ -61,6 +63,7 @@ struct options {
 	size_t size;
 	double seconds, rate, bulk_rate;
 	uint64_t seed;
+	uint32_t spread;
 	struct stall stall;
 };
 
@@ -98,6 +101,8 @@ static struct options read_options(int argc, char **argv)
 			made.poisson = (int)number(value, 0, 1);
 		else if (strcmp(name, "--seed") == 0)
 			made.seed = (uint64_t)number(value, 0, 4294967295.0);
+		else if (strcmp(name, "--spread") == 0)
+			made.spread = (uint32_t)number(value, 1, 16777216);
 		else if (strcmp(name, "--streams") == 0)
 			made.streams = (int)number(value, 1, MAX_STREAMS);
 		else if (strcmp(name, "--bulk-rate") == 0)
@@ -280,6 +285,29 @@ static void load_bulk(const struct options *options)
 	puts("}");
 }
 
+static void load_dials(const struct options *options)
+{
+	static struct dialled dialled;
+	struct dials dials = {
+		.target = address_of(options->address, options->port),
+		.spread = options->spread,
+		.seed = options->seed,
+	};
+	struct window window;
+
+	want((int)options->spread, "--spread");
+	say_ready();
+	window = window_of(options->seconds);
+	run_dials(&dials, window, &dialled);
+	if (!dialled.latency.count)
+		die("no connection was made in the time that counts");
+	begin_report(options, window, dialled.cpu_ns);
+	report_count("scheduled", dialled.scheduled);
+	report_count("answered", dialled.scheduled);
+	report_histogram("latency", &dialled.latency);
+	puts("}");
+}
+
 static void hold_idle(const struct options *options)
 {
 	struct requests requests = {
@@ -329,6 +357,8 @@ int main(int argc, char **argv)
 		serve(options.address, options.port, options.stall);
 	else if (strcmp(options.kind, "bulk") == 0)
 		load_bulk(&options);
+	else if (strcmp(options.kind, "dials") == 0)
+		load_dials(&options);
 	else if (strcmp(options.kind, "idle") == 0)
 		hold_idle(&options);
 	else if (is_requests(options.kind))

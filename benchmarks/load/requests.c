@@ -57,20 +57,10 @@ static double exact;
 
 /* ---- the schedule */
 
-/* SplitMix64 (Steele, Lea, Flood 2014). */
-static uint64_t draw(void)
-{
-	uint64_t z = drawn += 0x9e3779b97f4a7c15ull;
-
-	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-	z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-	return z ^ z >> 31;
-}
-
 /* The next time, whatever became of the requests before. */
 static void advance(void)
 {
-	double uniform = (double)((draw() >> 11) + 1) / 9007199254740992.0;  /* in (0, 1] */
+	double uniform = (double)((draw(&drawn) >> 11) + 1) / 9007199254740992.0;  /* in (0, 1] */
 
 	exact += 1e9 / load->rate * (load->poisson ? -log(uniform) : 1.0);
 	due = (uint64_t)exact;

@@ -25,7 +25,7 @@ ratios.
 
 QUICK: Final = (
     "A quick run: few and short rounds, wide intervals. Left out are 16 connections, 1 KB, 8 streams, links of 1 ms, "
-    "idle connections, slow readers, and the other rates."
+    "idle connections, slow readers, dials of workloads by their own addresses, and the other rates."
 )
 
 

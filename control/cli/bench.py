@@ -56,7 +56,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument(
-        "--suite", action="append", metavar="NAME", help="paths or architectures; may be repeated (default: all)"
+        "--suite",
+        action="append",
+        metavar="NAME",
+        help="paths, kernel or architectures; may be repeated (default: all)",
     )
     run.add_argument("--quick", action="store_true", help="fewer, shorter rounds and measures, for a first look")
     run.add_argument(

@@ -69,6 +69,7 @@ def suites(monkeypatch, tmp_path_factory):
             module.SUITE = Suite(taken)
             module.SUITE.name = name
             monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(run, "SUITES", {name: f"benchmarks.suites.{name}" for name in runs})
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(run, "check_instrument", lambda bench: None)

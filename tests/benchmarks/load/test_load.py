@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,9 +32,9 @@ Ran = Callable[..., Outcome]
 
 
 @contextmanager
-def answering(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+def answering(answer: Callable[[socket.socket], None], address: str = LOOPBACK) -> Iterator[int]:
     """A server whose every connection is given to `answer`, in a thread of its own. Its port."""
-    with socket.create_server((LOOPBACK, 0)) as listener:
+    with socket.create_server((address, 0), backlog=512) as listener:
 
         def serve(made: socket.socket) -> None:
             with made, suppress(OSError):
@@ -76,6 +77,7 @@ LOADS = [
     (load.http_closed(2, "/bytes/1000000", "db"), load.HTTP, "long answers"),
     (load.http_open(8, "/bytes/0", "db", 1000), load.HTTP, "HTTP open"),
     (load.connects(4), 0, "connects"),
+    (load.dials(), 0, "dials"),
     (load.beside_bulk(4, 64, 500, 2, 0.2), 0, "beside bulk"),
     (load.slow_readers(20, 4, 64, 500), 0, "slow readers"),
 ]
@@ -103,6 +105,21 @@ def test_a_closed_loop_is_worth_its_time_per_operation(ran: Ran, served: Served)
     assert found.value == pytest.approx(found.seconds * 1e6 / found.operations)
     # So many are on their way at any time (Little's law).
     assert found.mean_us / found.value == pytest.approx(4, rel=0.1)
+
+
+def test_dials_go_to_all_of_the_addresses_and_to_no_other(ran: Ran):
+    seen: Counter[str] = Counter()
+
+    def count(made: socket.socket) -> None:
+        seen[made.getsockname()[0]] += 1
+        made.sendall(made.recv(1))
+
+    with answering(count, "0.0.0.0") as port:
+        found = ran(load.dials(4), port, host="127.0.3.254")
+    assert found.scheduled == found.answered == sum(seen.values())
+    assert seen.keys() == {"127.0.3.254", "127.0.3.255", "127.0.4.0", "127.0.4.1"}
+    assert min(seen.values()) > 0.5 * max(seen.values())
+    assert found.value == found.percentile_us(0.5)
 
 
 @pytest.mark.parametrize("streams", [1, 5])
@@ -309,6 +326,7 @@ def test_one_connection_that_falls_silent_is_an_error_even_if_all_others_go_on(r
         ["open", LOOPBACK, "80", "1", "--connections", "1", "--size", "1"],
         ["closed", LOOPBACK, "80", "nan", "--connections", "1", "--size", "1"],
         ["closed", LOOPBACK, "80", "1", "--connections", "1", "--size", "1", "--colour", "red"],
+        ["dials", LOOPBACK, "80", "1", "--seed", "1"],
         ["nothing", LOOPBACK, "80", "1"],
     ],
 )

@@ -69,9 +69,8 @@ def lab() -> Iterator[Lab]:
 
 
 def test_what_a_quick_run_measures_decides_on_every_target() -> None:
-    assert (
-        {target.measure for target in TARGETS if not target.elsewhere} <= measured(paths.QUICK) <= measured(paths.FULL)
-    )
+    aimed = {target.measure for target in TARGETS if not target.elsewhere and target.measure.startswith("paths/")}
+    assert aimed <= measured(paths.QUICK) <= measured(paths.FULL)
 
 
 def measured(plan: Plan) -> set[str]:
