@@ -19,6 +19,7 @@ from control.server.enrolment import CERTIFICATES_PORT
 from control.server.metrics import METRICS_PORT as CONTROL_METRICS_PORT
 from uproxy import admin, admission, config, process, run, tls
 from uproxy.node.metrics import METRICS_PORT as NODE_METRICS_PORT
+from uproxy.tap import Taps
 
 ROOT = Path(__file__).parent.parent
 TRACKED = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -194,7 +195,7 @@ def test_ports_are_documented_and_every_documented_one_is_in_the_code():
 def test_admin_pages_are_documented():
     text = section((ROOT / "ARCHITECTURE.md").read_text(), "## Ports")
     routes = {
-        *admin.admin_routes(dict, lambda: None, None),
+        *admin.admin_routes(dict, lambda: None, bytes, Taps()),
         *admin.metrics_routes(bytes),
         *admin.ready_routes(list),
     } - {"/"}

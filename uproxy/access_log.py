@@ -36,11 +36,15 @@ MAX_VALUE: Final = 2048
 
 _CHUNK: Final = 4096  # PIPE_BUF: what a pipe that polls writable takes whole, without blocking (pipe(7))
 _STDOUT: Final = 1
-_MESSAGE: Final = "connection complete"
+OPENED: Final = "connection opened"
+LIVES: Final = "connection"
+COMPLETE: Final = "connection complete"
 _ADDRESS: Final = re.compile(r"[0-9A-Za-z.:\[\]-]+")
 
 Field = Callable[[str, "str | int"], str]
 """Name and value -> the text of a field."""
+Fields = Callable[[Field], "list[str]"]
+"""The fields of a line, each made by the function that it is called with."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,8 +85,8 @@ class AccessLog:
         """Adds the line of a connection that ended at `now` (monotonic seconds)."""
         self._add(self._format(connection, now, _timestamp(self._wall_clock())))
 
-    def note(self, message: str, level: str, fields: Callable[[Field], list[str]]) -> None:
-        """Adds another line. `fields` gives its fields, each made by the function that it is called with."""
+    def note(self, message: str, level: str, fields: Fields) -> None:
+        """Adds another line."""
         self._add(self._shape(message, level, fields, _timestamp(self._wall_clock())))
 
     def _add(self, line: str) -> None:
@@ -198,25 +202,49 @@ def _timestamp(wall: float) -> str:
     return f"{_second(seconds)}.{micros:06d}Z"
 
 
+def json_line(message: str, level: str, fields: Fields, wall: float) -> str:
+    """A line in JSON, for whoever else shows what the log has. `wall`: Unix time, in seconds."""
+    return _json(message, level, fields, _timestamp(wall))
+
+
 def _json_line(connection: Connection, now: float, timestamp: str) -> str:
-    return _json(_MESSAGE, _level(connection), lambda field: _fields(connection, now, field), timestamp)
+    return _json(COMPLETE, level_of(connection), lambda field: fields_so_far(connection, now, field), timestamp)
 
 
 def _text_line(connection: Connection, now: float, timestamp: str) -> str:
-    return _text(_MESSAGE, _level(connection), lambda field: _fields(connection, now, field), timestamp)
+    return _text(COMPLETE, level_of(connection), lambda field: fields_so_far(connection, now, field), timestamp)
 
 
-def _json(message: str, level: str, fields: Callable[[Field], list[str]], timestamp: str) -> str:
+def _json(message: str, level: str, fields: Fields, timestamp: str) -> str:
     head = f'{{"level":"{level}","time":"{timestamp}","scope":"access","message":"{message}"'
     return f"{head},{','.join(fields(_json_field))}}}\n"
 
 
-def _text(message: str, level: str, fields: Callable[[Field], list[str]], timestamp: str) -> str:
+def _text(message: str, level: str, fields: Fields, timestamp: str) -> str:
     return f"{timestamp}\t{level}\taccess\t{message}\t{' '.join(fields(_text_field))}\n"
 
 
-def _fields(connection: Connection, now: float, field: Field) -> list[str]:
-    """What is known, in ztunnel's order; the fields that ztunnel has not follow."""
+def fields_so_far(connection: Connection, now: float, field: Field) -> list[str]:
+    """What is known, in ztunnel's order; the fields that ztunnel has not follow. `now`: monotonic seconds."""
+    fields = _ends(connection, field)
+    fields.append(field("bytes_sent", connection.bytes_sent))
+    fields.append(field("bytes_recv", connection.bytes_received))
+    fields.append(field("duration", f"{max(0, int((now - connection.started) * 1000))}ms"))
+    if connection.error:
+        fields.append(field("error", connection.error))
+    if connection.flag is not Flag.NONE:
+        fields.append(field("response_flags", connection.flag.value))
+    if connection.policy:
+        fields.append(field("policy", connection.policy))
+    return fields + _names(connection, field)
+
+
+def fields_when_opened(connection: Connection, field: Field) -> list[str]:
+    """The same, without what is counted and how it ends."""
+    return _ends(connection, field) + _names(connection, field)
+
+
+def _ends(connection: Connection, field: Field) -> list[str]:
     fields = [
         field("src.addr", connection.source.address),
         *_peer(field, "src", connection.source),
@@ -228,15 +256,11 @@ def _fields(connection: Connection, now: float, field: Field) -> list[str]:
         fields.append(field("dst.service", connection.destination_hostname))
     fields += _peer(field, "dst", connection.destination)
     fields.append(field("direction", connection.direction))
-    fields.append(field("bytes_sent", connection.bytes_sent))
-    fields.append(field("bytes_recv", connection.bytes_received))
-    fields.append(field("duration", f"{max(0, int((now - connection.started) * 1000))}ms"))
-    if connection.error:
-        fields.append(field("error", connection.error))
-    if connection.flag is not Flag.NONE:
-        fields.append(field("response_flags", connection.flag.value))
-    if connection.policy:
-        fields.append(field("policy", connection.policy))
+    return fields
+
+
+def _names(connection: Connection, field: Field) -> list[str]:
+    fields = []
     if connection.caller:
         fields.append(field("caller", connection.caller))
     if connection.native is not None:
@@ -261,7 +285,8 @@ def _peer_fields(field: Field, side: str, workload: str, namespace: str, identit
     return tuple(field(f"{side}.{name}", value) for name, value in parts if value)
 
 
-def _level(connection: Connection) -> str:
+def level_of(connection: Connection) -> str:
+    """Of the line at its end."""
     return "info" if connection.flag is Flag.NONE and not connection.error else "error"
 
 

@@ -2,8 +2,8 @@
 
 One request per connection, then `connection: close`: a scrape or a probe needs no more, and nothing that
 follows a request can be read as a second one. Everything is bounded: the head (8 KiB), the time (5 s for the
-request to come, 5 s for the answer to be taken), the connections (32 per listener). A request with a body is
-refused: no route takes one.
+request to come, 5 s for the answer to be taken; only `/tap` goes on until its reader leaves), the connections (32
+per listener). A request with a body is refused: no route takes one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from http import HTTPStatus
 from typing import cast
 from urllib.parse import parse_qsl
 
+from uproxy import log_levels
+from uproxy.tap import MAX_TAPS, Outlet, Taps
+
 MAX_HEAD = 8 * 1024
 """Bytes of request line and headers; nginx and Apache take 8 KiB too, probes and scrapers send under 1."""
 MAX_CONNECTIONS = 32
@@ -27,9 +30,9 @@ TIMEOUT_S = 5.0
 
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
+JSON_LINES = "application/x-ndjson"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
-_LEVELS = ("debug", "info", "warning", "error", "critical")
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") (/[!-~]*) HTTP/1\.([01])")  # origin-form only: RFC 9112 3.2.1
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*)")  # no line folding: RFC 9112 5.2
@@ -56,7 +59,15 @@ class Response:
     allow: str = ""
 
 
-Handler = Callable[[Request], "Response | asyncio.Future[Response]"]
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An answer that goes on: `begin` is told where to write, and returns what to call when the reader has left."""
+
+    begin: Callable[[Outlet], Callable[[], None]]
+    content_type: str
+
+
+Handler = Callable[[Request], "Response | Stream | asyncio.Future[Response]"]
 """Answers at once, or when others have: it runs on the control loop and must not block."""
 
 
@@ -77,9 +88,14 @@ async def serve(address: str, port: int, routes: Mapping[str, Handler]) -> async
 
 
 def admin_routes(
-    config_dump: Callable[[], object], quit_process: Callable[[], None], logger: logging.Logger
+    config_dump: Callable[[], object],
+    quit_process: Callable[[], None],
+    connections: Callable[[], bytes | asyncio.Future[bytes]],
+    taps: Taps,
 ) -> dict[str, Handler]:
-    """Port 15000: `/config_dump` (JSON), `/logging?level=` (POST sets), `/quitquitquit` (POST drains)."""
+    """Port 15000: `/config_dump` and `/connections` (JSON), `/tap` (a line of JSON for each event),
+    `/logging?level=` (POST sets), `/quitquitquit` (POST drains).
+    """
 
     def dump(request: Request) -> Response:
         if refusal := _only("GET", request):
@@ -87,16 +103,27 @@ def admin_routes(
         body = json.dumps(config_dump(), indent=2, sort_keys=True, default=str)
         return Response(body.encode() + b"\n", content_type=JSON)
 
+    def live(request: Request) -> Response | asyncio.Future[Response]:
+        return _only("GET", request) or _when_there(connections(), JSON)
+
+    def tap(request: Request) -> Response | Stream:
+        if refusal := _only("GET", request):
+            return refusal
+        if taps.full:
+            return _text(f"{MAX_TAPS} watch already", HTTPStatus.SERVICE_UNAVAILABLE)
+        return Stream(taps.add, JSON_LINES)
+
     def level(request: Request) -> Response:
         wanted = request.query.get("level")
         if wanted is None:
-            return _text(f"level {logging.getLevelName(logger.getEffectiveLevel()).lower()}")
+            return _only("GET", request) or _text(f"level {log_levels.levels()}")
         if refusal := _only("POST", request):
             return refusal
-        if wanted not in _LEVELS:
-            return _text(f"level is one of {', '.join(_LEVELS)}", HTTPStatus.BAD_REQUEST)
-        logger.setLevel(wanted.upper())
-        return _text(f"level {wanted}")
+        try:
+            log_levels.set_levels(wanted)
+        except ValueError as error:
+            return _text(str(error), HTTPStatus.BAD_REQUEST)
+        return _text(f"level {log_levels.levels()}")
 
     def quit_now(request: Request) -> Response:
         if refusal := _only("POST", request):
@@ -104,7 +131,13 @@ def admin_routes(
         quit_process()
         return _text("draining")
 
-    routes: dict[str, Handler] = {"/config_dump": dump, "/logging": level, "/quitquitquit": quit_now}
+    routes: dict[str, Handler] = {
+        "/config_dump": dump,
+        "/connections": live,
+        "/tap": tap,
+        "/logging": level,
+        "/quitquitquit": quit_now,
+    }
     index = "\n".join([*routes, ""])
     return {"/": lambda request: _only("GET", request) or _text(index.rstrip()), **routes}
 
@@ -113,14 +146,7 @@ def metrics_routes(render: Callable[[], bytes | asyncio.Future[bytes]]) -> dict[
     """Port 15020: the metrics, under Prometheus' own path and Istio's."""
 
     def metrics(request: Request) -> Response | asyncio.Future[Response]:
-        if refusal := _only("GET", request):
-            return refusal
-        rendered = render()
-        if isinstance(rendered, bytes):
-            return Response(rendered, content_type=PROMETHEUS)
-        answer = rendered.get_loop().create_future()
-        rendered.add_done_callback(lambda done: answer.set_result(Response(done.result(), content_type=PROMETHEUS)))
-        return answer
+        return _only("GET", request) or _when_there(render(), PROMETHEUS)
 
     return {"/metrics": metrics, "/stats/prometheus": metrics}
 
@@ -170,22 +196,35 @@ def _only(method: str, request: Request) -> Response | None:
     return Response(f"use {method}\n".encode(), HTTPStatus.METHOD_NOT_ALLOWED, allow=method)
 
 
+def _when_there(body: bytes | asyncio.Future[bytes], content_type: str) -> Response | asyncio.Future[Response]:
+    if isinstance(body, bytes):
+        return Response(body, content_type=content_type)
+    answer: asyncio.Future[Response] = body.get_loop().create_future()
+    body.add_done_callback(lambda done: answer.set_result(Response(done.result(), content_type=content_type)))
+    return answer
+
+
 def _text(text: str, status: HTTPStatus = HTTPStatus.OK) -> Response:
     return Response(text.encode("utf-8", "backslashreplace") + b"\n", status)
 
 
 def _encode(response: Response) -> bytes:
-    head = [
-        f"HTTP/1.1 {response.status.value} {response.status.phrase}",
-        f"content-type: {response.content_type}",
-        f"content-length: {len(response.body)}",
+    more = [f"content-length: {len(response.body)}"]
+    if response.allow:
+        more.append(f"allow: {response.allow}")
+    return _head(response.status, response.content_type, *more) + response.body
+
+
+def _head(status: HTTPStatus, content_type: str, *more: str) -> bytes:
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"content-type: {content_type}",
         "cache-control: no-store",
         "x-content-type-options: nosniff",
         "connection: close",
+        *more,
     ]
-    if response.allow:
-        head.append(f"allow: {response.allow}")
-    return "\r\n".join([*head, "", ""]).encode("ascii") + response.body
+    return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 class _Connection(asyncio.Protocol):
@@ -202,6 +241,8 @@ class _Connection(asyncio.Protocol):
         self._open = open_connections
         self._received = bytearray()
         self._answered = False
+        self._left: Callable[[], None] | None = None
+        """What a stream wants called when its reader has left."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # a stream's, since create_server made it
@@ -214,6 +255,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         self._open.discard(self)
+        if self._left is not None:
+            self._left()
 
     def data_received(self, data: bytes) -> None:
         if self._answered:
@@ -224,13 +267,15 @@ class _Connection(asyncio.Protocol):
             response = self._respond(bytes(self._received[:end]))
             if isinstance(response, Response):
                 self._answer(response)
+            elif isinstance(response, Stream):
+                self._begin(response)
             else:
                 self._answered = True
                 response.add_done_callback(lambda done: self._answer(done.result()))
         elif len(self._received) >= MAX_HEAD:
             self._answer(_text(f"the head is over {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
 
-    def _respond(self, head: bytes) -> Response | asyncio.Future[Response]:
+    def _respond(self, head: bytes) -> Response | Stream | asyncio.Future[Response]:
         try:
             request = parse_request(head)
         except BadRequestError as error:
@@ -244,6 +289,24 @@ class _Connection(asyncio.Protocol):
         except Exception:
             _log.exception("%s %s failed", request.method, request.path)
             return _text("the handler failed; see the log", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    # -- a stream's outlet
+
+    @property
+    def waiting(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    # -- the answer
+
+    def _begin(self, stream: Stream) -> None:
+        self._answered = True
+        self._received.clear()
+        self._timer.cancel()
+        self._transport.write(_head(HTTPStatus.OK, stream.content_type))
+        self._left = stream.begin(self)
 
     def _answer(self, response: Response) -> None:
         self._answered = True

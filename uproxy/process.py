@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import os
 import resource
@@ -20,7 +21,7 @@ from uproxy.access_log import AccessLog, Style
 from uproxy.config import Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
-from uproxy.telemetry import Telemetry
+from uproxy.telemetry import Listing, Telemetry
 from uproxy.tls import CredentialsError
 
 if TYPE_CHECKING:
@@ -133,6 +134,13 @@ def pending_of(pending: set[str], member: Member | None) -> list[str]:
     """What a proxy is not ready for yet; of a member's configuration, what has not come."""
     missing = member.replica.waiting() if member is not None and "config" in pending else ()
     return [*pending, *(f"config: {text}" for text in missing)]
+
+
+def listed(who: Who, live: Listing) -> bytes:
+    """The connections of a proxy for `/connections`, as JSON."""
+    whose = f'"workload":{json.dumps(who.key)},"identity":{json.dumps(str(who.identity))}'
+    lines = ",".join(live.lines)  # each ends its line
+    return f'{{{whose},"total":{live.total},"connections":[\n{lines}]}}\n'.encode("ascii")
 
 
 def report_ready(who: Who, ready_fd: int | None, log: logging.Logger) -> None:

@@ -23,7 +23,7 @@ from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import Changes, State
-from uproxy import admin, config, explicit, joining, plane, process
+from uproxy import admin, config, config_dump, explicit, joining, log_levels, plane, process
 from uproxy.config import Settings, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
@@ -224,7 +224,7 @@ class _Proxy:
         self._servers = await process.listen_to_operators(
             hosts,
             self.settings.admin_port,
-            admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
+            admin.admin_routes(self._config_dump, self._stop, self._live, self._telemetry.taps),
             self._telemetry.render,
             lambda: process.pending_of(self.pending, self._member),
         )
@@ -344,39 +344,24 @@ class _Proxy:
         )
 
     def _config_dump(self) -> object:
-        certificate = self._credentials.value
         return {
+            "version": uproxy.__version__,
             "workload": self._who.key,
             "identity": str(self._who.identity),
+            "addresses": self._who.addresses,
             "pending": sorted(self.pending),
-            "whole": self._state.whole,
-            "generation": self._state.generation,
-            "services": [service.key for service in self._state.services()],
-            "workloads": [workload.key for workload in self._state.workloads()],
+            "logging": log_levels.levels(),
+            **config_dump.of_state(self._state),
+            "policies": config_dump.of_policies(self._state, self._state.workload(self._who.key)),
             "control": self._member.dump() if self._member is not None else None,
-            "certificate": {"serial": f"{certificate.serial:x}", "not_after": certificate.not_after},
-            "tunnels": [
-                {
-                    "peer": str(t.peer),
-                    "address": t.peer_address,
-                    "streams": len(t.connection.streams),
-                    "send_window": t.connection.send_window,
-                    "waiting_for_room": len(t.starved),
-                }
-                for t in self._pool.tunnels()
-            ],
-            "connections": [
-                {
-                    "direction": record.direction,
-                    "source": record.source.address,
-                    "source_identity": record.source.identity,
-                    "destination": record.hbone_address,
-                    "destination_identity": record.destination.identity,
-                    "request_id": record.request_id,
-                }
-                for record in self._connections.records()
-            ],
+            "certificate": config_dump.of_certificate(self._credentials),
+            "tunnels": config_dump.of_tunnels(self._pool.tunnels()),
+            "tunnels_inbound": config_dump.of_tunnels(self._inbound.server.tunnels()),
+            "connections": len(self._connections),
         }
+
+    def _live(self) -> bytes:
+        return process.listed(self._who, self._telemetry.live(time.monotonic(), time.time()))
 
     # -- the end
 

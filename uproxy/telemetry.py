@@ -6,18 +6,24 @@ and flag, and kept in a bounded table. Bytes are not counted here: a scrape read
 
 from __future__ import annotations
 
+import heapq
 import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal, Protocol
 
 from control.api.workload import CLUSTER_DOMAIN, Workload
+from uproxy import access_log
 from uproxy.access_log import AccessLog
 from uproxy.errors import Flag
+from uproxy.tap import Taps
 
 MAX_SERIES: Final = 500
 """Label sets kept; each costs about 1 KiB here and up to 5 KiB of a scrape. Further ones are counted as "unknown"."""
+MAX_LISTED: Final = 1000
+"""Connections shown at once, which takes some 10 ms."""
 IDLE_S: Final = 600.0
 """A label set unused for so long gives up its place when the table is full (Linkerd drops idle series so, too)."""
 
@@ -32,6 +38,7 @@ UNKNOWN: Final = "unknown"
 _NAME: Final = re.compile(r"uproxy_[a-z0-9]+(_[a-z0-9]+)*")
 
 _log = logging.getLogger(__name__)
+_access = logging.getLogger("access")  # at debug, connections are logged when they open, too, as ztunnel does
 
 
 class Meter(Protocol):
@@ -102,10 +109,19 @@ class Connection:
             self.bytes_received = self.meter.received
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The connections that live, as lines of the access log in JSON: the youngest of them, and how many there are."""
+
+    total: int
+    lines: list[str]
+
+
 class Telemetry:
     """The counters of one proxy. One thread; no call does I/O (the log buffers)."""
 
     def __init__(self, version: str, log: AccessLog | None = None) -> None:
+        self.taps = Taps()
         self._log = log
         self._version = version
         self._live: dict[Connection, _Series] = {}
@@ -143,6 +159,8 @@ class Telemetry:
         series.opened += 1
         series.live += 1
         self._live[connection] = series
+        if self.taps or _access.isEnabledFor(logging.DEBUG):
+            self._tell_opened(connection)
 
     def closed(self, connection: Connection, now: float) -> None:
         """The connection ended at `now` (monotonic seconds), or, when it was never opened, was refused or failed."""
@@ -161,6 +179,31 @@ class Telemetry:
             series.closed += 1
         if self._log is not None:
             self._log.record(connection, now)
+        if self.taps:
+            self.taps.note(
+                access_log.COMPLETE,
+                access_log.level_of(connection),
+                lambda field: access_log.fields_so_far(connection, now, field),
+            )
+
+    def _tell_opened(self, connection: Connection) -> None:
+        def fields(field: access_log.Field) -> list[str]:
+            return access_log.fields_when_opened(connection, field)
+
+        if self._log is not None and _access.isEnabledFor(logging.DEBUG):
+            self._log.note(access_log.OPENED, "debug", fields)
+        if self.taps:
+            self.taps.note(access_log.OPENED, "debug", fields)
+
+    def live(self, now: float, wall: float) -> Listing:
+        """What lives at `now` (monotonic seconds; `wall`: Unix time)."""
+        youngest = heapq.nlargest(MAX_LISTED, self._live, key=lambda connection: connection.started)
+        lines = []
+        for connection in youngest:
+            connection.read_meter()
+            fields = partial(access_log.fields_so_far, connection, now)
+            lines.append(access_log.json_line(access_log.LIVES, "info", fields, wall))
+        return Listing(len(self._live), lines)
 
     def render(self) -> bytes:
         """Everything, in Prometheus' text format 0.0.4."""

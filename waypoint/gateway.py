@@ -235,8 +235,10 @@ class Gateway:
         except MessageError as error:
             exchange = self._begin(caller, None)
             refusal = RefusalError(error.status, "bad-request", str(error), flag=flags.MALFORMED)
-            await self._refuse(client, _NOBODYS_REQUEST, exchange, refusal)
-            self._telemetry.answered(exchange, time.monotonic())
+            try:
+                await self._refuse(client, _NOBODYS_REQUEST, exchange, refusal)
+            finally:
+                self._telemetry.answered(exchange, time.monotonic())
             return False
         finally:
             del self._idle[client]
@@ -717,7 +719,7 @@ class Gateway:
             next((value for name, value in head.fields if name == b"x-request-id"), b"") if head is not None else b""
         )
         agent = next((value for name, value in head.fields if name == b"user-agent"), b"") if head is not None else b""
-        return Exchange(
+        exchange = Exchange(
             source=self._peer(caller),
             destination=Peer(""),
             started=time.monotonic(),
@@ -727,6 +729,8 @@ class Gateway:
             protocol=f"HTTP/1.{head.minor}" if head is not None else "",
             user_agent=agent.decode("latin-1"),
         )
+        self._telemetry.began(exchange)
+        return exchange
 
     def _record(self, caller: Caller, name: str) -> Connection:
         return Connection(

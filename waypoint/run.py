@@ -20,12 +20,13 @@ from control.api.workload import Workload
 from control.client.files import Batch, ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import Changes, State
-from uproxy import admin, joining, plane, process
+from uproxy import admin, config_dump, joining, log_levels, plane, process
 from uproxy.config import Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
 from uproxy.plane import Plane
 from uproxy.process import TICK_S, WATCH_S, StartError
+from uproxy.telemetry import Listing
 from uproxy.tls import CredentialsError
 from waypoint import config
 from waypoint.config import Settings
@@ -199,7 +200,7 @@ class _Process:
         self._servers = await process.listen_to_operators(
             self._who.addresses[:1],
             self.settings.admin_port,
-            admin.admin_routes(self._config_dump, self._stop, logging.getLogger()),
+            admin.admin_routes(self._config_dump, self._stop, self._live, self._telemetry.taps),
             self.serving.render,
             lambda: [*process.pending_of(self.pending, self._member), *self.serving.waiting()],
         )
@@ -256,21 +257,31 @@ class _Process:
             process.register_member_gauges(self._telemetry, member, lambda: self.serving.in_force(member.known()).whole)
 
     def _config_dump(self) -> object:
-        certificate = self._credentials.value
         gateway = self._state.gateway(self._gateway_key)
         return {
+            "version": uproxy.__version__,
             "workload": self._who.key,
             "identity": str(self._who.identity),
+            "addresses": self._who.addresses,
             "gateway": self._gateway_key,
             "pending": sorted(self.pending),
+            "logging": log_levels.levels(),
             "whole": self._state.whole,
             "generation": self._state.generation,
             "services": gateway.services if gateway is not None else (),
             "workloads": gateway.workloads if gateway is not None else (),
             "control": self._member.dump() if self._member is not None else None,
-            "certificate": {"serial": f"{certificate.serial:x}", "not_after": certificate.not_after},
+            "certificate": config_dump.of_certificate(self._credentials),
             **self.serving.dump(),
         }
+
+    def _live(self) -> bytes | asyncio.Future[bytes]:
+        live = self.serving.live()
+        if isinstance(live, Listing):
+            return process.listed(self._who, live)
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+        live.add_done_callback(lambda done: answer.set_result(process.listed(self._who, done.result())))
+        return answer
 
     # -- the end
 

@@ -12,6 +12,7 @@ from control.api.address import HBONE_PORT
 from control.api.names import key
 from control.api.status import Knowledge
 from control.client.state import Changes, State
+from uproxy import config_dump
 from uproxy.access_log import AccessLog
 from uproxy.config import Who
 from uproxy.connections import Connections
@@ -21,7 +22,7 @@ from uproxy.listener import HANDSHAKES_PER_TURN, Listeners, TunnelServer
 from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, StartError
-from uproxy.telemetry import Connection, Peer
+from uproxy.telemetry import Connection, Listing, Peer
 from uproxy.tls import client_context, server_context
 from waypoint.gateway import Directory, Gateway
 from waypoint.telemetry import WaypointTelemetry
@@ -118,13 +119,15 @@ class Serving:
         """All metrics of this process."""
         return self._telemetry.render()
 
+    def live(self) -> Listing:
+        """Connections of opaque TCP, and requests that are under way."""
+        return self._telemetry.live(time.monotonic(), time.time())
+
     def dump(self) -> dict[str, object]:
         """For operators."""
         return {
-            "tunnels": [
-                {"peer": str(t.peer), "address": t.peer_address, "streams": len(t.connection.streams)}
-                for t in (*self._server.tunnels(), *self._pool.tunnels())
-            ],
+            "tunnels": config_dump.of_tunnels(self._pool.tunnels()),
+            "tunnels_inbound": config_dump.of_tunnels(self._server.tunnels()),
             "idle_connections": self._upstream.idle,
         }
 

@@ -5,14 +5,18 @@ Connections of opaque TCP are counted and logged as in a uProxy (`uproxy.telemet
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from control.api.workload import CLUSTER_DOMAIN, Workload
-from uproxy.access_log import AccessLog, Field
-from uproxy.telemetry import MAX_SERIES, UNKNOWN, Peer, Telemetry, escaped, peer_labels
+from uproxy.access_log import AccessLog, Field, json_line
+from uproxy.telemetry import MAX_LISTED, MAX_SERIES, UNKNOWN, Listing, Peer, Telemetry, escaped, peer_labels
+
+_COMPLETE: Final = "request complete"
 
 REQUESTS: Final = "istio_requests_total"
 DURATION: Final = "istio_request_duration_milliseconds"
@@ -78,9 +82,24 @@ class WaypointTelemetry(Telemetry):
     def __init__(self, version: str, log: AccessLog | None = None) -> None:
         super().__init__(version, log)
         self._requests_log = log
+        self._under_way: set[Exchange] = set()
         self._requests: dict[str, _Series] = {}
         # The key holds id()s of workloads, so the value holds the workloads: an id stays theirs.
         self._known_requests: dict[_Key, tuple[_Series, Workload | None, Workload | None]] = {}
+
+    def began(self, exchange: Exchange) -> None:
+        """A request has come; `answered` ends it."""
+        self._under_way.add(exchange)
+
+    def live(self, now: float, wall: float) -> Listing:
+        """Requests too."""
+        connections = super().live(now, wall)
+        youngest = heapq.nlargest(MAX_LISTED, self._under_way, key=lambda exchange: exchange.started)
+        lines = [
+            json_line("request", "info", partial(_fields, exchange, (now - exchange.started) * 1000), wall)
+            for exchange in youngest
+        ]
+        return Listing(connections.total + len(self._under_way), connections.lines + lines)
 
     def answered(self, exchange: Exchange, now: float) -> None:
         """A request is over, at `now` (monotonic seconds)."""
@@ -88,9 +107,14 @@ class WaypointTelemetry(Telemetry):
         series = self._series_of(exchange)
         series.buckets[bisect_left(BUCKETS_MS, took_ms)] += 1
         series.sum_ms += took_ms
-        if self._requests_log is not None:
+        self._under_way.discard(exchange)
+        if self._requests_log is not None or self.taps:
             level = "info" if exchange.flag == NO_FLAG and not exchange.details else "error"
-            self._requests_log.note("request complete", level, lambda field: _fields(exchange, took_ms, field))
+            fields = partial(_fields, exchange, took_ms)
+            if self._requests_log is not None:
+                self._requests_log.note(_COMPLETE, level, fields)
+            if self.taps:
+                self.taps.note(_COMPLETE, level, fields)
 
     def istio_lines(self) -> Iterator[str]:
         yield f"# HELP {REQUESTS} The total number of requests"

@@ -2,8 +2,9 @@
 
 `python -m waypoint.worker FD PARENT` is started by `workers`, never by people. FD is this end of the socket pair,
 PARENT the first process, with whose life this one ends. In come, by `channel`: `start` (once, what this waypoint is),
-`apply` (a batch), `listen`, `metrics`, `answer` (to `destination` and `followed`), `level`; out go `applied`,
-`listening`, `metrics`, `destination`, `followed` and `introduce`.
+`apply` (a batch), `listen`, `metrics`, `live`, `tap` (whether anybody watches), `answer` (to `destination` and
+`followed`), `level`; out go `applied`, `listening`, `metrics`, `live`, `tapped`, `destination`, `followed` and
+`introduce`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -20,12 +22,13 @@ import uproxy
 from control.api.address import IpAddress, parse_address
 from control.api.identity import SpiffeId
 from control.client.state import State
-from uproxy import linux, plane, process
+from uproxy import linux, log_levels, plane, process
 from uproxy.config import Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import Flag, RefusedError
 from uproxy.plane import Plane, Waiter
 from uproxy.process import StartError
+from uproxy.tap import Taps
 from uproxy.tls import CredentialsError
 from waypoint.channel import Channel, Message
 from waypoint.serving import Serving
@@ -63,6 +66,22 @@ class _Stopped(Exception):
     """Ends the task group."""
 
 
+class _Upwards:
+    """Where the first process, which is always quick, watches for all who watch there."""
+
+    waiting = 0
+
+    def __init__(self, send: Callable[[str, bytes], None]) -> None:
+        self._send = send
+
+    def write(self, data: bytes) -> None:
+        self._send("tapped", data)
+
+
+def _nothing() -> None:
+    pass
+
+
 class _Worker:
     """The worker, and where its data plane asks what it does not know."""
 
@@ -80,6 +99,7 @@ class _Worker:
         self._asked: dict[int, Waiter[None]] = {}
         self._questions = 0
         self._strangers: set[IpAddress] = set()
+        self._untap: Callable[[], None] = _nothing
 
     def stop(self) -> None:
         self._stopping.set()
@@ -132,10 +152,15 @@ class _Worker:
                 self._listen()
             case ["metrics", int(question)] if self._telemetry is not None:
                 self._send("metrics", question, self._telemetry.render())
+            case ["live", int(question)] if self._serving is not None:
+                live = self._serving.live()
+                self._send("live", question, live.total, live.lines)
+            case ["tap", bool(watched)] if self._telemetry is not None:
+                self._tap(self._telemetry.taps, watched)
             case ["answer", int(question), str(reason), str(detail)]:
                 self._answered(question, reason, detail)
             case ["level", str(level)]:
-                logging.getLogger().setLevel(level)
+                log_levels.set_levels(level)
             case _:
                 raise ValueError(f"{message[0]!r} is nothing that a worker is told now")
 
@@ -143,10 +168,10 @@ class _Worker:
         """Raises CredentialsError or OSError."""
         name = f"worker {settings['number']}"
         logging.basicConfig(
-            level=str(settings["level"]),
             format=f"%(asctime)s %(levelname)s %(name)s: {name}: %(message)s",
             stream=sys.stderr,
         )
+        log_levels.set_levels(str(settings["level"]))
         addresses = settings["addresses"]
         assert isinstance(addresses, list)
         who = Who(
@@ -178,6 +203,10 @@ class _Worker:
             self._fail(error)
         else:
             self._send("listening")
+
+    def _tap(self, taps: Taps, watched: bool) -> None:
+        self._untap()
+        self._untap = taps.add(_Upwards(self._send)) if watched else _nothing
 
     def _on_lost(self) -> None:
         # Without the first process nobody brings this one up to date: it does not even drain.

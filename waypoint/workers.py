@@ -18,16 +18,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from control.api import messages
 from control.api.address import IpAddress, parse_address
 from control.api.status import Knowledge
 from control.client.state import Changes
+from uproxy import log_levels
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane
 from uproxy.process import FAREWELL_S, StartError
+from uproxy.telemetry import Listing
 from waypoint.channel import Channel, Message, encode
 from waypoint.gateway import Directory
 from waypoint.metrics import counters, summed
@@ -43,6 +45,9 @@ _WATCH_S: Final = 1.0
 _END_S: Final = 1.0  # for a process to end after its socket did
 
 log = logging.getLogger("waypoint")
+
+
+_NOTHING: Final = Listing(0, [])
 
 
 @dataclass(slots=True, eq=False)
@@ -62,14 +67,17 @@ class _Worker:
     restart_delay_s: float = FIRST_RESTART_S
     metrics: bytes = b""
     """As it last told them."""
+    live: Listing = _NOTHING
+    """As it last told it."""
 
 
 @dataclass(slots=True)
-class _Scrape:
-    """One answer to a scrape that is being made."""
+class _Question:
+    """What all workers are asked, and an operator waits for."""
 
-    result: asyncio.Future[bytes]
-    missing: set[_Worker] = field(default_factory=set)
+    answer: Callable[[], None]
+    """Gives the operator what there is."""
+    missing: set[_Worker]
 
 
 class Workers:
@@ -101,17 +109,18 @@ class Workers:
         self._marks: deque[tuple[int, Knowledge]] = deque()
         """What was known when a batch was the newest one, of those that not every worker has applied."""
         self._confirmed = Knowledge(False, (), {})
-        self._scrapes: dict[int, _Scrape] = {}
-        self._scraped = 0
+        self._questions: dict[int, _Question] = {}
+        self._asked = 0
         self._remains = b""
         """What workers had counted that are gone, as of the last scrape: counters never go back."""
         self._restarts = 0
         self._ending = False
         self._group: asyncio.TaskGroup
-        self._level = _level()
+        self._level = log_levels.levels()
         self._ready = asyncio.Event()
         self._failure = ""
         self._timers: set[asyncio.TimerHandle] = set()
+        telemetry.taps.on_change = self._tap
         telemetry.counter(
             "uproxy_waypoint_worker_restarts_total", "Workers that died and were replaced", lambda: self._restarts
         )
@@ -195,6 +204,7 @@ class Workers:
         channel.send("start", {**self._settings, "number": worker.number, "level": self._level})
         channel.send("apply", self._sent, list(self._held.items()))
         channel.send("listen")
+        channel.send("tap", bool(self._telemetry.taps))
 
     def _on_message(self, worker: _Worker, message: Message) -> None:
         match message:
@@ -210,7 +220,12 @@ class Workers:
                 self._on_change()
             case ["metrics", int(question), bytes(text)]:
                 worker.metrics = text
-                self._scraped_one(question, worker)
+                self._told(question, worker)
+            case ["live", int(question), int(total), list(lines)]:
+                worker.live = Listing(total, lines)
+                self._told(question, worker)
+            case ["tapped", bytes(lines)]:
+                self._telemetry.taps.pass_on(lines)
             case ["destination", int(question), str(address)]:
                 dialled = parse_address(address)
                 self._plane.spawn(self._look_up(worker.channel, question, lambda known: known.destination(dialled)))
@@ -240,8 +255,9 @@ class Workers:
         if worker.metrics:
             self._remains = counters(summed([self._remains, worker.metrics]))
             worker.metrics = b""
-        for question in list(self._scrapes):
-            self._scraped_one(question, worker)
+        worker.live = _NOTHING
+        for question in list(self._questions):
+            self._told(question, worker)
         self._ended(worker)
 
     def _ended(self, worker: _Worker) -> None:
@@ -262,7 +278,7 @@ class Workers:
 
     def _watch(self) -> None:
         """Kill what hangs: its successor will do better, and a change waits for it. Pass on an operator's log level."""
-        level, self._level = self._level, _level()
+        level, self._level = self._level, log_levels.levels()
         if level != self._level:
             for worker in self._workers:
                 if worker.channel is not None:
@@ -310,30 +326,55 @@ class Workers:
 
     def render(self) -> asyncio.Future[bytes]:
         """The sum of all metrics, as soon as all workers have told theirs, or have not within 2 s."""
-        self._scraped += 1
-        question = self._scraped
+        result: asyncio.Future[bytes] = self._loop.create_future()
+
+        def answer() -> None:
+            told = [worker.metrics for worker in self._workers]
+            result.set_result(summed([self._telemetry.render(), self._remains, *told]))
+
+        self._ask("metrics", answer)
+        return result
+
+    def live(self) -> asyncio.Future[Listing]:
+        """Connections of opaque TCP, and requests that are under way, of all workers; likewise."""
+        result: asyncio.Future[Listing] = self._loop.create_future()
+
+        def answer() -> None:
+            told = [worker.live for worker in self._workers]
+            result.set_result(Listing(sum(live.total for live in told), [line for live in told for line in live.lines]))
+
+        self._ask("live", answer)
+        return result
+
+    def _ask(self, what: str, answer: Callable[[], None]) -> None:
+        self._asked += 1
+        number = self._asked
         asked = {worker for worker in self._workers if worker.listening}
-        scrape = self._scrapes[question] = _Scrape(self._loop.create_future(), asked)
+        self._questions[number] = _Question(answer, asked)
         for worker in self._workers:
             if worker in asked and worker.channel is not None:
-                worker.channel.send("metrics", question)
-        self._later(METRICS_TIMEOUT_S, lambda: self._finish_scrape(question))
+                worker.channel.send(what, number)
+        self._later(METRICS_TIMEOUT_S, lambda: self._answer(number))
         if not asked:
-            self._finish_scrape(question)
-        return scrape.result
+            self._answer(number)
 
-    def _scraped_one(self, question: int, worker: _Worker) -> None:
-        scrape = self._scrapes.get(question)
-        if scrape is not None:
-            scrape.missing.discard(worker)
-            if not scrape.missing:
-                self._finish_scrape(question)
+    def _told(self, number: int, worker: _Worker) -> None:
+        question = self._questions.get(number)
+        if question is not None:
+            question.missing.discard(worker)
+            if not question.missing:
+                self._answer(number)
 
-    def _finish_scrape(self, question: int) -> None:
-        scrape = self._scrapes.pop(question, None)
-        if scrape is not None:
-            told = [worker.metrics for worker in self._workers]
-            scrape.result.set_result(summed([self._telemetry.render(), self._remains, *told]))
+    def _answer(self, number: int) -> None:
+        question = self._questions.pop(number, None)
+        if question is not None:
+            question.answer()
+
+    def _tap(self) -> None:
+        """Somebody watches now, or nobody does any more."""
+        for worker in self._workers:
+            if worker.channel is not None:
+                worker.channel.send("tap", bool(self._telemetry.taps))
 
     def reopen_log(self) -> None:
         """The access log's file was moved away."""
@@ -393,9 +434,3 @@ def _process(fd: int) -> subprocess.Popen[bytes]:
     # -P: a module in the working directory must not stand in for one of ours.
     command = [sys.executable, "-P", "-m", "waypoint.worker", str(fd), str(os.getpid())]
     return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
-
-
-def _level() -> str:
-    """The name of the level at which this process logs."""
-    name: str = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-    return name

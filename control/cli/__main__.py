@@ -9,7 +9,23 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from control.api.problems import ResourceErrors
-from control.cli import apply, bench, ca, check, demo, get, label, status, token, up, validate, waypoint, why
+from control.cli import (
+    apply,
+    bench,
+    ca,
+    check,
+    connections,
+    demo,
+    get,
+    label,
+    status,
+    tap,
+    token,
+    up,
+    validate,
+    waypoint,
+    why,
+)
 from control.cli.arguments import CommandParser
 from control.cli.output import CommandError, show_refusal
 
@@ -52,7 +68,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"meshctl {version('uproxy-mesh')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
-    for command in (up, apply, get, label, token, status, waypoint, why, check, validate, ca, demo, bench):
+    for command in (
+        up,
+        apply,
+        get,
+        label,
+        token,
+        status,
+        waypoint,
+        why,
+        connections,
+        tap,
+        check,
+        validate,
+        ca,
+        demo,
+        bench,
+    ):
         command.add(commands)
     return parser
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uproxy import admin, plane
+from uproxy import admin, log_levels, plane
+from uproxy.tap import INTERVAL_S, MAX_LINES, MAX_TAPS, MAX_WAITING, Taps
 
 OK = "GET {} HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -212,28 +213,148 @@ class TestRoutes:
         assert self.ask(routes, "/metrics") == self.ask(routes, "/stats/prometheus") == (200, "m 1\n")
         assert b"text/plain; version=0.0.4" in converse(routes, OK.format("/metrics").encode())
 
-    def test_admin(self):
-        logger = logging.getLogger("test_admin")
-        logger.setLevel("INFO")
+    def test_admin(self, levels):
         quits = []
-        routes = admin.admin_routes(lambda: {"b": [1], "a": HTTPStatus.OK}, lambda: quits.append(1), logger)
+        routes = admin.admin_routes(
+            lambda: {"b": [1], "a": HTTPStatus.OK}, lambda: quits.append(1), lambda: b"[]\n", Taps()
+        )
         code, dump = self.ask(routes, "/config_dump")
         assert (code, json.loads(dump)) == (200, {"a": 200, "b": [1]})
+        assert self.ask(routes, "/connections") == (200, "[]\n")
         assert self.ask(routes, "/logging") == (200, "level info\n")
         assert self.ask(routes, "/logging?level=debug", "POST") == (200, "level debug\n")
-        assert logger.level == logging.DEBUG
+        assert logging.getLogger().level == logging.DEBUG
         assert self.ask(routes, "/logging?level=loud", "POST")[0] == 400
-        assert logger.level == logging.DEBUG
+        assert logging.getLogger().level == logging.DEBUG
         assert self.ask(routes, "/quitquitquit", "POST") == (200, "draining\n")
         assert quits == [1]
-        assert self.ask(routes, "/") == (200, "/config_dump\n/logging\n/quitquitquit\n")
+        assert self.ask(routes, "/") == (200, "/config_dump\n/connections\n/tap\n/logging\n/quitquitquit\n")
+
+    def test_a_part_may_log_at_a_level_of_its_own(self, levels):
+        logging.getLogger("access")
+        routes = admin.admin_routes(dict, lambda: None, lambda: b"", Taps())
+        assert self.ask(routes, "/logging?level=warning,access:debug", "POST") == (200, "level warning,access:debug\n")
+        assert logging.getLogger("access").isEnabledFor(logging.DEBUG)
+        assert not logging.getLogger("uproxy.admin").isEnabledFor(logging.INFO)
+        assert self.ask(routes, "/logging?level=uproxy.admin:error", "POST") == (
+            200,
+            "level warning,uproxy.admin:error\n",
+        )
+        assert not logging.getLogger("access").isEnabledFor(logging.DEBUG)
+        assert self.ask(routes, "/logging?level=info", "POST") == (200, "level info\n")
+        for wrong in ("no.such:debug", "info,debug", "access:", "", "asyncio:debug", "info,access:debug,x"):
+            assert self.ask(routes, f"/logging?level={wrong}", "POST")[0] == 400
+            assert self.ask(routes, "/logging") == (200, "level info\n")
 
     @pytest.mark.parametrize("path", ["/quitquitquit", "/logging?level=debug"])
-    def test_a_get_changes_nothing(self, path):
+    def test_a_get_changes_nothing(self, path, levels):
         """A link that somebody is made to follow must not stop a proxy."""
-        logger = logging.getLogger("test_admin_get")
-        logger.setLevel("INFO")
         quits = []
-        routes = admin.admin_routes(dict, lambda: quits.append(1), logger)
+        routes = admin.admin_routes(dict, lambda: quits.append(1), lambda: b"", Taps())
         assert self.ask(routes, path)[0] == 405
-        assert (quits, logger.level) == ([], logging.INFO)
+        assert (quits, logging.getLogger().level) == ([], logging.INFO)
+
+
+@pytest.fixture
+def levels():
+    """The levels of a process as it starts; what was changed is undone."""
+    log_levels.set_levels("info")
+    yield
+    log_levels.set_levels("warning")
+
+
+class TestTap:
+    """`/tap` on a real socket: lines as they come, what is left out, and who leaves."""
+
+    def converse(self, conversation) -> None:
+        async def run() -> None:
+            taps = Taps()
+            routes = admin.admin_routes(dict, lambda: None, lambda: b"", taps)
+            async with await admin.serve("127.0.0.1", 0, routes) as server:
+                await asyncio.wait_for(conversation(taps, server.sockets[0].getsockname()), 20)
+
+        plane.run(run())
+
+    async def watch(self, address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*address, limit=1 << 22)
+        writer.write(OK.format("/tap").encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert status(head) == 200
+        assert b"application/x-ndjson" in head
+        return reader, writer
+
+    def note(self, taps: Taps, number: int) -> None:
+        taps.note("event", "info", lambda field: [field("number", number)])
+
+    def test_every_watcher_gets_every_line_in_order_from_when_it_came(self):
+        async def conversation(taps, address):
+            assert not taps
+            first, one = await self.watch(address)
+            self.note(taps, 1)
+            second, two = await self.watch(address)
+            self.note(taps, 2)
+            assert [json.loads(await first.readline())["number"] for _ in range(2)] == [1, 2]
+            line = json.loads(await second.readline())
+            assert {key: line[key] for key in ("message", "level", "number")} == {
+                "message": "event", "level": "info", "number": 2
+            }  # fmt: skip
+            await close(one)
+            self.note(taps, 3)
+            assert json.loads(await second.readline())["number"] == 3
+            await close(two)
+            while taps:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+        self.converse(conversation)
+
+    def test_what_is_too_much_is_left_out_and_counted(self):
+        async def conversation(taps, address):
+            reader, writer = await self.watch(address)
+            for number in range(MAX_LINES + 50):
+                self.note(taps, number)
+            lines = [json.loads(await reader.readline()) for _ in range(MAX_LINES + 1)]
+            assert [line["number"] for line in lines[:-1]] == list(range(MAX_LINES))
+            assert (lines[-1]["message"], lines[-1]["lines"]) == ("left out", 50)
+            self.note(taps, 7)
+            assert json.loads(await reader.readline())["number"] == 7
+            await close(writer)
+
+        self.converse(conversation)
+
+    def test_one_who_does_not_read_costs_bounded_memory_and_is_told_later(self):
+        async def conversation(taps, address):
+            reader, writer = await self.watch(address)
+            tap = next(iter(taps._taps))
+            reader._transport.pause_reading()
+            long = "x" * 2000
+            noted = 0
+            while not tap._left_out:
+                for _ in range(MAX_LINES):
+                    taps.note("event", "info", lambda field: [field("text", long)])
+                    noted += 1
+                await asyncio.sleep(INTERVAL_S)
+                assert tap._outlet.waiting < MAX_WAITING + MAX_LINES * 2200
+            reader._transport.resume_reading()
+            came = told = 0
+            while came + told < noted:
+                line = json.loads(await reader.readline())
+                came += line["message"] == "event"
+                told += line.get("lines", 0)
+            assert (came + told, told > 0) == (noted, True)
+            await close(writer)
+
+        self.converse(conversation)
+
+    def test_only_so_many_watch(self):
+        async def conversation(taps, address):
+            writers = [(await self.watch(address))[1] for _ in range(MAX_TAPS)]
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(OK.format("/tap").encode())
+            assert status(await reader.read()) == 503
+            for one in (*writers, writer):
+                await close(one)
+            while taps.full:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await close((await self.watch(address))[1])
+
+        self.converse(conversation)

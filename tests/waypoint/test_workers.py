@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -98,6 +99,37 @@ def none_can_start(site: Site) -> Iterator[None]:
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     return bound_site(tmp_path, NETWORK)
+
+
+def test_requests_are_seen_by_who_watches_the_first_process(site: Site) -> None:
+    def live() -> list[dict[str, object]]:
+        found: list[dict[str, object]] = json.loads(get(ADDRESS, 15000, "/connections")[1])["connections"]
+        return found
+
+    with ExitStack() as stack:
+        stack.enter_context(site.running("db"))
+        stack.enter_context(site.running("web"))
+        options = ("--config", str(site.mesh), "--workload", "shop/wp-1", f"--workers={WORKERS}")
+        stack.enter_context(waypoint(site, *options))
+        watching = http.client.HTTPConnection(ADDRESS, 15000, timeout=20)
+        stack.callback(watching.close)
+        watching.request("GET", "/tap")
+        tap = stack.enter_context(watching.getresponse())
+        assert live() == []
+        with socket.create_server(site.application), socket.create_connection(site.forward, timeout=8) as app:
+            app.sendall(b"GET /slow HTTP/1.1\r\nhost: db.shop\r\n\r\n")
+            eventually(live)
+            (request,) = live()
+            assert (request["message"], request["method"], request["path"]) == ("request", "GET", "/slow")
+            assert request["source_principal"] == str(WEB)
+        eventually(lambda: not live())
+        stack.enter_context(telling(site.application))
+        seen = json.loads(tap.readline())
+        assert (seen["message"], seen["path"]) == ("request complete", "/slow")
+        for method in ("GET", "DELETE"):
+            asked(method, site)
+            seen = json.loads(tap.readline())
+            assert (seen["method"], seen["response_code"]) == (method, {"GET": 200, "DELETE": 403}[method])
 
 
 def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Site) -> None:
