@@ -248,7 +248,7 @@ class _Yard:
         far = self._serve(server, server.app_cgroup, address)
         local = self._serve(client, client.proxy_cgroup, (_LOOPBACK, _UPROXY_PORT))
         everywhere = dict.fromkeys((_SERVICE, _WORKLOAD), ((_LOOPBACK, _UPROXY_PORT), 1))
-        standing = Standing(subject, self._lab, client, server, address, {}, [far, local], self._program)
+        standing = Standing(subject, self._lab, client, server, address, {}, [far, local], self._program, address[0])
         return Pair(standing, {_OUTSIDE: (address, 1)} | everywhere | dict(places))
 
     def _serve(self, box: Sandbox, cgroup: Path, address: Address) -> int:
