@@ -22,8 +22,8 @@ A workload that has joined a mesh (--join, once) needs no more than its --identi
 configuration comes from the control plane. Without a control plane, --config names files, and the options of the
 workload say who it is.
 
-With --capture ebpf (the default) connections come from eBPF; `uproxy exec` starts it that way. With --capture none it
-needs no privileges: the application dials the --forward ports or the SOCKS5 port."""
+With --capture ebpf (the default) connections come from eBPF, with nft from nftables; `uproxy exec` starts it that way.
+With --capture none it needs no privileges: the application dials the --forward ports or the SOCKS5 port."""
 
 _EPILOG = """\
 examples, without privileges:
@@ -58,7 +58,8 @@ class Settings:
     identity_dir: Path
     join: Path | None
     """The token file to join with, should the identity directory hold no usable identity."""
-    captured: bool
+    capture: str
+    """`ebpf`, `nft` or `none`."""
     probe_fds: tuple[int, ...]
     ready_fd: int | None
     direct_socket: Path | None
@@ -69,6 +70,10 @@ class Settings:
     access_log: str
     log_json: bool
     drain_timeout_s: float
+
+    @property
+    def captured(self) -> bool:
+        return self.capture != "none"
 
 
 def parse(argv: Sequence[str]) -> Settings:
@@ -95,7 +100,7 @@ def parse(argv: Sequence[str]) -> Settings:
     alone.add_argument("--trust-domain", metavar="NAME", help=f"default: {DEFAULT_TRUST_DOMAIN}")
     alone.add_argument("--address", action="append", metavar="IP", help="its mesh address; may be repeated")
     capture = parser.add_argument_group("the application's connections")
-    capture.add_argument("--capture", choices=("ebpf", "none"), default="ebpf")
+    capture.add_argument("--capture", choices=("ebpf", "nft", "none"), default="ebpf")
     capture.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
     capture.add_argument("--socks5", metavar="IP:PORT")
     capture.add_argument("--probe-fd", action="append", type=int, default=[], help=argparse.SUPPRESS)
@@ -118,8 +123,7 @@ def parse(argv: Sequence[str]) -> Settings:
                 )
     except (AddressError, IdentityError, ValueError) as error:
         parser.error(str(error))
-    captured = options.capture == "ebpf"
-    if captured and (forwards or socks5):
+    if options.capture != "none" and (forwards or socks5):
         parser.error("--forward and --socks5 belong to --capture none")
     check_ranges(parser, options)
     return Settings(
@@ -127,7 +131,7 @@ def parse(argv: Sequence[str]) -> Settings:
         config=tuple(options.config),
         identity_dir=options.identity_dir,
         join=options.join,
-        captured=captured,
+        capture=options.capture,
         probe_fds=tuple(options.probe_fd),
         ready_fd=options.ready_fd,
         direct_socket=options.direct_socket,

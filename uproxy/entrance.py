@@ -34,7 +34,9 @@ class Entrance:
     netns_fd: int
     account: Account | None = None
     restricted: bool = False
-    """No core dumps, no new privileges: for the proxy, which holds a key."""
+    """No core dumps, and as `unprivileged`: for the proxy, which holds a key."""
+    unprivileged: bool = False
+    """No new privileges: neither sudo nor any other set-uid program gives it more than its account has."""
     exposures: tuple[Exposure, ...] = ()
     parent: int = 0
     """When not 0: die with this process."""
@@ -58,6 +60,7 @@ class Entrance:
                 exposure.mount()
         if self.restricted:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if self.restricted or self.unprivileged:
             linux.forbid_new_privileges()
         if self.account is not None:
             os.setgroups(self.account.groups)

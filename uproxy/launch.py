@@ -1,6 +1,6 @@
 """`uproxy exec`: run a command as a workload of the mesh, with a sidecar, on a host without an orchestrator.
 
-The order keeps it closed: the sandbox is made and registered with the node agent, which attaches capture, before
+The order keeps it closed: the sandbox is made, and captured by the node agent's eBPF or by nftables, before
 the first process is in it; the command starts when the sidecar has proved that capture works. From then on a dead
 sidecar means refused connections until it is back, never plaintext.
 """
@@ -25,6 +25,9 @@ from control.api.address import AddressError, parse_address
 from control.api.names import wrong_dns_label, wrong_subdomain
 from control.client.membership import Membership, MembershipError
 from uproxy import cgroup, linux, sandbox
+from uproxy.capture import nft
+from uproxy.capture.nft import NftError
+from uproxy.capture.ranges import MeshRanges
 from uproxy.cgroup import SandboxError
 from uproxy.claims import FIRST_UID, LOCK_DIR, ClaimError, claimed_name, claimed_uid
 from uproxy.entrance import Account, Entrance, exposures, sockets_inside
@@ -78,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     except LaunchError as error:
         say(options.name, str(error))
         status = error.status
-    except (ClaimError, SandboxError, NodeError, OSError, subprocess.SubprocessError) as error:
+    except (ClaimError, SandboxError, NodeError, NftError, OSError, subprocess.SubprocessError) as error:
         # After the command's end it is the cleaning up that failed, which must not hide how the command ended.
         say(options.name, str(error) if status is None else f"not everything could be removed: {error}")
         status = FAILED if status is None else status
@@ -117,9 +120,22 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     capture.add_argument(
         "--capture",
-        choices=("ebpf", "none"),
+        choices=("ebpf", "nft", "auto", "none"),
         default="ebpf",
-        help="default: %(default)s. With none, only what COMMAND dials through --forward or --socks5 is in the mesh",
+        help="default: %(default)s, by the node agent. nft: by nftables, where the kernel lacks eBPF's hooks. auto: "
+        "the first of the two that this host can. With none, only what COMMAND dials through --forward or --socks5 is "
+        "in the mesh",
+    )
+    capture.add_argument(
+        "--mesh-cidr",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="CIDR",
+        help="ranges of VIPs and workloads; with --capture nft or auto. With ebpf, those of the node agent hold",
+    )
+    capture.add_argument(
+        "--exclude-cidr", nargs="+", action="extend", default=[], metavar="CIDR", help="ranges that are left alone"
     )
     capture.add_argument(
         "--probe-port",
@@ -144,7 +160,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(before)
     if not separator or not command:
         parser.error("no command: put it behind --, as in `uproxy exec … -- python3 app.py`")
-    wrong = _wrong_mode(options) or wrong_subdomain(options.name)
+    wrong = _wrong_mode(options) or wrong_subdomain(options.name) or _read_ranges(options)
     if wrong:
         parser.error(wrong)
     if options.join is None:
@@ -169,6 +185,21 @@ def _wrong_mode(options: argparse.Namespace) -> str:
     }
     given = [option for option, value in declared.items() if value is not None]
     return f"{', '.join(given)}: with --join, the control plane says this" if given else ""
+
+
+def _read_ranges(options: argparse.Namespace) -> str:
+    """Puts the ranges that nftables needs into `ranges`; returns what is wrong with them, or an empty string."""
+    options.ranges = None
+    if options.capture not in ("nft", "auto"):
+        given = options.mesh_cidr or options.exclude_cidr
+        return "--mesh-cidr and --exclude-cidr belong to --capture nft; the node agent has its own" if given else ""
+    if not options.mesh_cidr:
+        return f"--capture {options.capture} needs --mesh-cidr: without a range of its own nothing belongs to the mesh"
+    try:
+        options.ranges = MeshRanges.parse(options.mesh_cidr, options.exclude_cidr)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _complete(options: argparse.Namespace) -> str:
@@ -217,6 +248,9 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
     probes: list[socket.socket] = []
     if options.capture == "ebpf":
         undo.enter_context(_registered(options, box, netns))
+    elif options.capture == "nft":
+        _redirect(options, uid, netns)
+    if options.capture != "none":
         families = sorted({socket.AF_INET6 if ":" in address else socket.AF_INET for address in box.addresses})
         probes = sockets_inside(box.app_cgroup, netns, families)
         for probe in probes:
@@ -251,6 +285,7 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
         box.app_cgroup,
         netns,
         account=_account_of(options.user) if options.user else None,
+        unprivileged=options.capture == "nft",  # whoever is root could take the rules away
         parent=os.getpid(),
         signal_mask=signals.previous,
     )
@@ -275,8 +310,38 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
         _account_of(options.user)
     if options.join is None:
         _check_files(options)
+    if options.capture == "auto":
+        _choose_capture(options)
     if options.capture == "ebpf" and not options.node_socket.is_socket():
         raise LaunchError(f"no node agent at {options.node_socket}: start `uproxy node` on this host first")
+    if options.capture == "nft":
+        _check_nft(options)
+
+
+def _choose_capture(options: argparse.Namespace) -> None:
+    """What `auto` is here. A node agent that is down does not make it less: that is a host with eBPF."""
+    if options.node_socket.is_socket():
+        options.capture = "ebpf"
+        return
+    command = [sys.executable, "-I", "-m", "uproxy.node.features"]
+    child = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode != 0:
+        raise LaunchError(f"which capture this host can is not to be found out: {child.stdout.strip()}")
+    capture, _, reason = child.stdout.strip().partition("\n")
+    if capture == "none":
+        raise LaunchError(f"this host can capture nothing: {reason}. `meshctl check` says more")
+    options.capture = capture
+    say(options.name, f"capture: {capture}: {reason}")
+
+
+def _check_nft(options: argparse.Namespace) -> None:
+    """The rules know the sidecar by its uid, and no cgroup."""
+    if options.user is None or _account_of(options.user).uid == 0:
+        raise LaunchError(
+            "--capture nft needs a --user other than root: root could take the sidecar's uid, or the rules away"
+        )
+    if options.probe_port:
+        raise LaunchError("--probe-port needs --capture ebpf: nftables cannot tell a prober from anybody else")
 
 
 def _check_files(options: argparse.Namespace) -> None:
@@ -347,6 +412,22 @@ def _registered(options: argparse.Namespace, box: Sandbox, netns_fd: int) -> Ite
             client.unregister(options.name)
         except (NodeError, OSError) as error:
             say(options.name, f"the node agent was not told of its end and will find out by itself: {error}")
+
+
+def _redirect(options: argparse.Namespace, uid: int, netns_fd: int) -> None:
+    """Put nftables' rules in force: they end with the namespace, and with nothing else."""
+    for address in options.address:
+        if not options.ranges.captures(address):
+            raise LaunchError(
+                f"address {address} is outside the mesh's ranges ({', '.join(options.ranges.mesh)}): others would "
+                "reach it in plaintext; choose one inside, or a --mesh-cidr that has it"
+            )
+    if _account_of(options.user).uid == uid:
+        raise LaunchError(
+            f"--user {options.user} has the sidecar's uid {uid}, which is not captured: use another --uid"
+        )
+    with linux.inside(netns_fd):
+        nft.load(nft.rules(uid, options.ranges))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from uproxy.header_block import Headers
 from uproxy.health import RetryBudget
 from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
-from uproxy.redirect import OriginalDestination, Route, original_destination
+from uproxy.redirect import OriginalDestination, Route
 from uproxy.relay import CLEAN, Relay
 from uproxy.resolve import Hop, Plan, Resolver, host_port
 from uproxy.telemetry import Connection, Peer, Telemetry
@@ -91,10 +91,12 @@ class Outbound:
         """What this process has seen bound to a waypoint, by key or address; the oldest comes first."""
         self._waiting: set[Waiter[None]] = set()  # for another configuration
 
-    async def serve_captured(self, app: socket.socket) -> None:
-        """A connection that eBPF brought here: the kernel knows where it was going."""
+    async def serve_captured(
+        self, ask_kernel: Callable[[socket.socket], OriginalDestination], app: socket.socket
+    ) -> None:
+        """A connection that capture brought here: the kernel knows where it was going."""
         try:
-            destination = original_destination(app)
+            destination = ask_kernel(app)
         except RefusedError as error:
             self._refuse(app, self._record(app, "-"), error)
             return

@@ -36,6 +36,7 @@ from uproxy.outbound import Outbound, Self
 from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, WATCH_S, StartError
+from uproxy.redirect import OUTBOUND_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, original_destination, redirected_destination
 from uproxy.telemetry import Telemetry
 from uproxy.tls import CredentialsError, client_context, server_context
 
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
     from uproxy.direct import DirectPath
     from uproxy.member import Member
 
-OUTBOUND_PORT = 15001
-# Dialling these from the workload's cgroup is captured always, with route "probe" (bpf/mesh.h).
-PROBE_ADDRESSES = {socket.AF_INET: "240.240.255.255", socket.AF_INET6: "fd75:5072:6f78::ffff"}
-PROBE_PORT = 15021
 PROBE_TIMEOUT_S = 5.0
+
+_MEND_CAPTURE = {
+    "ebpf": "is the node agent running, and is this workload registered? See `uproxy node --help`",
+    "nft": "are the rules in force? `nft list table inet uproxy` in the workload's namespace shows them",
+}
 
 log = logging.getLogger("uproxy")
 
@@ -157,7 +159,8 @@ class _Proxy:
         self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         if self.settings.captured and not self.settings.probe_fds:
             raise StartError(
-                "--capture ebpf needs --probe-fd, a socket made in the workload's cgroup: use `uproxy exec`"
+                f"--capture {self.settings.capture} needs --probe-fd, a socket made in the workload's cgroup: use "
+                "`uproxy exec`"
             )
         self.pending.discard("certificate")
         group.create_task(self._credentials.watch(self._renewed))
@@ -200,8 +203,9 @@ class _Proxy:
 
     def _listen_to_the_application(self) -> None:
         if self.settings.captured:
+            asked = original_destination if self.settings.capture == "ebpf" else redirected_destination
             for address in ("127.0.0.1", "::1"):
-                self._listen_on(address, OUTBOUND_PORT, self._outbound.serve_captured)
+                self._listen_on(address, OUTBOUND_PORT, partial(self._outbound.serve_captured, asked))
         directory = Directory(self._state, self._demand)
         for forward in self.settings.forwards:
             self._listen_on(
@@ -239,13 +243,13 @@ class _Proxy:
 
     async def _prove_capture(self) -> None:
         """Dial ourselves through capture, with sockets made in the application's cgroup: programs, maps and getsockopt
-        hook all have to work for the connection to arrive. Not ready otherwise."""
+        hook, or nftables' rules and conntrack, have to work for the connection to arrive. Not ready otherwise."""
         arrived: dict[tuple[str, int], asyncio.Event] = {}
         self._outbound.probed = lambda peer: arrived.setdefault(peer, asyncio.Event()).set()
         for fd in self.settings.probe_fds:
             with socket.socket(fileno=fd) as probe:
                 probe.setblocking(False)
-                address = PROBE_ADDRESSES[socket.AddressFamily(probe.family)]
+                address = PROBE_V6 if probe.family == socket.AF_INET6 else PROBE_V4
                 try:
                     async with asyncio.timeout(PROBE_TIMEOUT_S):
                         await self._loop.sock_connect(probe, (address, PROBE_PORT))
@@ -253,7 +257,7 @@ class _Proxy:
                 except OSError as error:  # TimeoutError too
                     raise StartError(
                         f"a connection from the workload's cgroup to {address} was not captured: {error}: "
-                        "is the node agent running, and is this workload registered? See `uproxy node --help`"
+                        f"{_MEND_CAPTURE[self.settings.capture]}"
                     ) from error
         self._outbound.probed = None
         self.pending.discard("capture")

@@ -101,6 +101,7 @@ class Workload:
             *[sys.executable, "-I", "-m", "uproxy", "exec", "--name", self.name],
             *self.host.lab.source.workload_arguments(self),
             *["--node-socket", str(self.host.node_socket), "--cgroup-root", str(self.host.cgroup_root)],
+            *self.options.launch,
             *["--state-dir", str(self.host.lab.directory / "state"), "--user", APP_USER],
             *["--log", str(self.log), "--log-format", "json"],
             *["--", *self.app.argv(self.address, self.data)],
@@ -212,6 +213,8 @@ class WorkloadOptions:
     """Default: the application's."""
     ipv6: bool = False
     """Its one address is an IPv6 one, then."""
+    launch: Sequence[str] = ()
+    """More options of `uproxy exec`."""
 
 
 class Host:

@@ -20,9 +20,9 @@ examples:
   meshctl check -o json
 
 Tries, as root, what each capture needs: loads and attaches the eBPF programs in a cgroup made for that, and redirects
-connections in a network namespace made for that. Then it looks, with the node agent's help, for sockets that the
-applications on this host were given from outside, which no eBPF program sees. Exit status: 0 a capture works and sees
-everything, 3 not so.
+connections in a network namespace made for that. `uproxy exec --capture auto` takes the capture that it names. Then it
+looks, with the node agent's help, for sockets that the applications on this host were given from outside, which no eBPF
+program sees. Exit status: 0 a capture works and sees everything, 3 not so.
 """
 
 

@@ -9,23 +9,21 @@ import os
 import random
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
-from benchmarks.lab.capture import Capture, describe, occurs
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Host, Workload
 from bpf import bpffs, layout
 from tests.mesh.conftest import PEER, PEER_V6, Mesh
 from tests.support import inside, open_loop
 from tests.support.open_loop import Load
+from tests.support.secrecy import nothing_in_the_clear
 
 _RATE = 25.0  # connections a second of each pair: the machine is shared, and what is tested are moments
 _HELD = 3
 _MOST_S = 45.0
-_HBONE = 15008
 
 
 @contextmanager
@@ -36,45 +34,6 @@ def _loads(mesh: Mesh, mark: bytes) -> Iterator[list[Load]]:
     with open_loop.running(pairs, payload, rate=_RATE, held=_HELD, most_s=_MOST_S) as loads:
         open_loop.wait_for(loads, 5)
         yield loads
-
-
-@contextmanager
-def _nothing_in_the_clear(mesh: Mesh, mark: bytes) -> Iterator[None]:
-    """No packet of the block has the mark, nor is any TCP between hosts and workloads but tunnels."""
-    open_mark = secrets.token_bytes(16)
-    hosts = (mesh.shop.a, mesh.shop.b)
-    paths = [mesh.lab.directory / f"killed-{host.name}.pcap" for host in hosts]
-    with ExitStack() as stack:
-        captures = [
-            stack.enter_context(Capture(host, path, everywhere=True)) for host, path in zip(hosts, paths, strict=True)
-        ]
-        yield
-        _say_openly(*hosts, open_mark)
-        for capture in captures:
-            capture.await_segment(_OPEN_PORT)
-    for capture in captures:
-        found = capture.file_bytes()
-        assert occurs(open_mark, found), "what is sent openly is found"
-        assert not occurs(mark, found)
-        others = [one for one in capture.segments() if not {_HBONE, _OPEN_PORT} & set(one.ports)]
-        assert not others, describe(others)
-    for path in paths:
-        path.unlink()
-
-
-_OPEN_PORT = 7007
-
-
-def _say_openly(source: Host, destination: Host, mark: bytes) -> None:
-    """What a leak would look like: from one host to the other, without a tunnel."""
-    with destination.entered():
-        listener = socket.create_server((destination.underlay_address, _OPEN_PORT))
-    with listener:
-        with source.entered():
-            made = socket.create_connection((destination.underlay_address, _OPEN_PORT), timeout=5)
-        with made, listener.accept()[0] as accepted:
-            made.sendall(mark)
-            assert accepted.recv(64) == mark
 
 
 @contextmanager
@@ -108,7 +67,7 @@ def test_agents_that_die_start_and_are_upgraded_lose_no_connection(mesh: Mesh) -
     mark = secrets.token_bytes(16)
     hosts = (mesh.shop.a, mesh.shop.b)
     killed = 0
-    with _nothing_in_the_clear(mesh, mark), _loads(mesh, mark) as loads:
+    with nothing_in_the_clear(hosts, mark), _loads(mesh, mark) as loads:
         with _agents_back(*hosts):
             deadline = time.monotonic() + 12
             while time.monotonic() < deadline:
@@ -139,7 +98,7 @@ def test_uproxies_that_are_killed_end_connections_with_errors_and_come_back(mesh
     chance = random.Random(seed)
     mark = secrets.token_bytes(16)
     workloads = (mesh.caller, mesh.peer, mesh.caller6, mesh.peer6)
-    with _nothing_in_the_clear(mesh, mark):
+    with nothing_in_the_clear((mesh.shop.a, mesh.shop.b), mark):
         with _loads(mesh, mark) as loads:
             for _ in range(8):
                 _kill_proxy(chance.choice(workloads))

@@ -39,6 +39,11 @@ def _usage(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ([*_NEEDED, "--join", "t", "--", "true"], "--address, --config, --identity-dir: with --join"),
         (["--name", "web", "--join", "t", "--namespace", "shop", "--", "true"], "--namespace: with --join"),
         ([*_NEEDED, "--capture", "iptables", "--", "true"], "--capture"),
+        ([*_NEEDED, "--capture", "nft", "--", "true"], "--capture nft needs --mesh-cidr"),
+        ([*_NEEDED, "--capture", "auto", "--", "true"], "--capture auto needs --mesh-cidr"),
+        ([*_NEEDED, "--mesh-cidr", "10.0.0.0/8", "--", "true"], "belong to --capture nft; the node agent has its own"),
+        ([*_NEEDED, "--exclude-cidr", "10.0.0.0/8", "--", "true"], "belong to --capture nft"),
+        ([*_NEEDED, "--capture", "nft", "--mesh-cidr", "10.0.0.1/8", "--", "true"], "bits set beyond its prefix"),
     ],
 )
 def test_wrong_usage_is_told(capsys: pytest.CaptureFixture[str], argv: list[str], told: str) -> None:
@@ -85,6 +90,20 @@ class TestRefusals:
 
     def test_unknown_user(self, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "--user no-such-user" in self._refused(capsys, [*argv, "--user", "no-such-user", "--", "true"])
+
+    @pytest.mark.parametrize(
+        ("more", "told"),
+        [
+            ([], "--capture nft needs a --user other than root"),
+            (["--user", "root"], "--capture nft needs a --user other than root"),
+            (["--user", "nobody", "--probe-port", "80"], "--probe-port needs --capture ebpf"),
+        ],
+    )
+    def test_what_nftables_cannot_tell_apart(
+        self, argv: list[str], more: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        argv += ["--capture", "nft", "--mesh-cidr", "10.0.0.0/8", *more]
+        assert told in self._refused(capsys, [*argv, "--", "true"])
 
     def test_missing_configuration(self, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "mesh.yaml").unlink()

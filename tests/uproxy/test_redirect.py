@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bpf import layout
-from uproxy import redirect, run
+from control.api.address import HBONE_PORT
+from uproxy import redirect
 from uproxy.redirect import ORIG_DST, ORIG_DST_MAGIC, ORIG_DST_VERSION, Route, parse_original_destination
 
 FIELDS = ("sockaddr", "magic", "version", "route", "service_id", "backend", "drawn", "generation", "reserved")
@@ -48,13 +50,13 @@ def test_constants_are_those_of_the_header() -> None:
     assert constant("MESH_ORIG_DST_MAGIC") == ORIG_DST_MAGIC
     assert constant("MESH_ORIG_DST_VERSION") == ORIG_DST_VERSION
     assert {f"MESH_ROUTE_{r.name}": r.value for r in Route if r is not Route.UNKNOWN} == layout.members("mesh_route")
-    assert constant("MESH_PORT_OUTBOUND") == run.OUTBOUND_PORT
-    assert constant("MESH_PORT_HBONE") == run.HBONE_PORT
-    assert constant("MESH_PORT_PROBE") == run.PROBE_PORT
-    assert int(ipaddress.ip_address(run.PROBE_ADDRESSES[socket.AF_INET])) == constant("MESH_PROBE_V4")
+    assert constant("MESH_PORT_OUTBOUND") == redirect.OUTBOUND_PORT
+    assert constant("MESH_PORT_HBONE") == HBONE_PORT
+    assert constant("MESH_PORT_PROBE") == redirect.PROBE_PORT
+    assert int(ipaddress.ip_address(redirect.PROBE_V4)) == constant("MESH_PROBE_V4")
     words = [constant(f"MESH_PROBE_V6_{word}") for word in range(4)]
     packed = b"".join((word & 0xFFFFFFFF).to_bytes(4, "big") for word in words)
-    assert ipaddress.ip_address(run.PROBE_ADDRESSES[socket.AF_INET6]).packed == packed
+    assert ipaddress.ip_address(redirect.PROBE_V6).packed == packed
 
 
 @given(st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)), st.integers(0, 65535), st.sampled_from(Route))
@@ -84,9 +86,12 @@ def test_another_version_is_refused() -> None:
         parse_original_destination(answer("10.1.2.3", 80, 1, version=2))
 
 
-def test_a_connection_that_was_not_captured_is_refused() -> None:
+@pytest.mark.parametrize("ask", [redirect.original_destination, redirect.redirected_destination])
+def test_a_connection_that_was_not_captured_is_refused(
+    ask: Callable[[socket.socket], redirect.OriginalDestination],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted, pytest.raises(redirect.RefusedError) as refused:
-            redirect.original_destination(accepted)
+            ask(accepted)
     assert refused.value.reason == "not-captured"

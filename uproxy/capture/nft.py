@@ -1,7 +1,5 @@
 """Capture by nftables in the workload's network namespace, for kernels without the eBPF hooks: its rules.
 
-`meshctl check` tries them; no launcher uses them yet.
-
 NAT brings what the application dials in the mesh to the uProxy, which asks conntrack where it was going
 (SO_ORIGINAL_DST). The rules live and die with the namespace: nothing that ends, or is killed, opens it. The uProxy is
 known by its uid, for want of better: so the application must not be root, who could take the rules away.
@@ -9,17 +7,15 @@ known by its uid, for want of better: so the application must not be root, who c
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from control.api.address import HBONE_PORT, IpBlock
+from control.api.address import HBONE_PORT
+from uproxy.capture.ranges import MeshRanges, Network
+from uproxy.redirect import OUTBOUND_PORT, PROBE_PORT, PROBE_V4, PROBE_V6
 
-OUTBOUND_PORT: Final = 15001
-PROBE_PORT: Final = 15021
-PROBE_V4, PROBE_V6 = "240.240.255.255", "fd75:5072:6f78::ffff"
 RESERVED_PORTS: Final = "15000-15090"
 """The uProxy's own: nobody else's answers leave them (bpf/bind.bpf.c keeps applications from binding them at all)."""
 
@@ -60,11 +56,12 @@ table inet uproxy {{
 	chain enter {{
 		type filter hook input priority 0; policy accept;
 		iif lo accept
-		meta l4proto != tcp accept
+		meta l4proto {{ udp, icmp, ipv6-icmp, igmp }} accept
 		tcp dport {hbone} ct state new ct mark set {mark:#x}
 		tcp dport {hbone} accept
 		tcp flags & (syn | ack) != syn ct direction reply accept
-		counter reject with tcp reset
+		meta l4proto tcp counter reject with tcp reset
+		counter drop
 	}}
 }}
 """
@@ -74,14 +71,9 @@ class NftError(Exception):
     """The rules cannot be put in force; the text says what is missing and how to mend it."""
 
 
-def rules(uid: int, mesh: Iterable[IpBlock], excluded: Iterable[IpBlock] = ()) -> str:
-    """For one workload, whose uProxy has this uid. `mesh`: ranges of VIPs and workloads, but for what is excluded.
-
-    The longest prefix decides, as in the kernel's map of the other capture.
-    """
-    blocks = [(ipaddress.ip_network(block), True) for block in mesh]
-    blocks += [(ipaddress.ip_network(block), False) for block in excluded]
-    blocks.sort(key=lambda block: (-block[0].prefixlen, str(block[0])))
+def rules(uid: int, ranges: MeshRanges) -> str:
+    """For one workload, whose uProxy has this uid. The longest prefix decides, as in the other capture."""
+    blocks = sorted(ranges.networks().items(), key=lambda block: (-block[0].prefixlen, str(block[0])))
     return _RULES.format(
         uid=uid,
         mark=_MARK,
@@ -96,7 +88,7 @@ def rules(uid: int, mesh: Iterable[IpBlock], excluded: Iterable[IpBlock] = ()) -
     )
 
 
-def _by_block(blocks: Sequence[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, bool]], verdict: str) -> str:
+def _by_block(blocks: Sequence[tuple[Network, bool]], verdict: str) -> str:
     return "\n".join(
         f"\t\t{'ip' if block.version == 4 else 'ip6'} daddr {block} {verdict if of_mesh else 'return'}"
         for block, of_mesh in blocks

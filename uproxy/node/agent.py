@@ -34,6 +34,7 @@ from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import State
 from uproxy import admin, cgroup, joining
+from uproxy.capture.ranges import MeshRanges
 from uproxy.cgroup import SandboxError
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
@@ -45,7 +46,7 @@ from uproxy.node.metrics import METRICS_PORT
 from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
 from uproxy.node.probers import Probers
 from uproxy.node.server import ListenError, RequestError
-from uproxy.node.sync import MeshRanges, Sync, SyncError
+from uproxy.node.sync import Sync, SyncError
 from uproxy.node.workloads import Captured, Registration, RegistrationError, Workloads, check_removable
 from uproxy.tls import CredentialsError
 

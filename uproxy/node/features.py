@@ -1,4 +1,8 @@
-"""What this host's kernel can do for capture: found out by doing it, in a cgroup and a namespace made for that."""
+"""What this host's kernel can do for capture: found out by doing it, in a cgroup and a namespace made for that.
+
+`python -m uproxy.node.features` does it for a launcher, which lives long and should not hold what this takes: the
+capture that this host gets on the first line of standard output, and why on the second.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,14 +22,14 @@ from control.api.address import IpAddress, IpBlock
 from uproxy import cgroup, linux
 from uproxy.capture import nft
 from uproxy.capture.nft import NftError
+from uproxy.capture.ranges import MeshRanges
 from uproxy.cgroup import SandboxError
 from uproxy.errors import RefusedError
-from uproxy.node.client import PROBE_V4, PROBE_V6
-from uproxy.redirect import original_destination
+from uproxy.redirect import OUTBOUND_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, redirected_destination
 
 _BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _TIMEOUT_S: Final = 2.0
-_RANGE: Final = IpBlock("192.0.2.0/24")  # RFC 5737: nobody's
+_RANGES: Final = MeshRanges((IpBlock("192.0.2.0/24"),))  # RFC 5737: nobody's
 _OUTSIDE: Final = "192.0.2.1"
 _NOBODY: Final = 65534  # whom the tried rules exempt
 
@@ -46,7 +51,7 @@ class Verdict:
     """Which capture a host gets."""
 
     capture: str
-    """`ebpf` or `none`."""
+    """`ebpf`, `nft` or `none`: what `uproxy exec --capture auto` takes."""
     reason: str
 
 
@@ -56,17 +61,22 @@ def probe() -> list[Feature]:
 
 
 def verdict(features: list[Feature]) -> Verdict:
-    """eBPF, or none: no launcher redirects by nftables yet, and what could be is only said."""
+    """eBPF where all of it works, else nftables, else none."""
     lacking = {one.capture: one for one in reversed(features) if not one.ok}
     if "ebpf" not in lacking:
         return Verdict("ebpf", "every program passes the verifier and can be attached")
-    why_not = f"no eBPF: {lacking['ebpf'].name}: {_first_line(lacking['ebpf'].detail)}"
-    nftables = "nftables would do, and `uproxy exec` does not use it yet"
-    if "nft" in lacking:
-        nftables = f"nftables would not do: {lacking['nft'].name}: {_first_line(lacking['nft'].detail)}"
+    why_not = f"no eBPF: {_why_not(lacking['ebpf'])}"
+    if "nft" not in lacking:
+        return Verdict("nft", f"{why_not}; nftables redirects what is the mesh's, and refuses the rest of it")
     return Verdict(
-        "none", f"{why_not}; {nftables}; what an application dials by --forward or --socks5 is in the mesh, no more"
+        "none",
+        f"{why_not}; no nftables: {_why_not(lacking['nft'])}; what an application dials by --forward or --socks5 is in "
+        "the mesh, no more",
     )
+
+
+def _why_not(one: Feature) -> str:
+    return f"{one.name}: {_first_line(one.detail)}"
 
 
 def _first_line(text: str) -> str:
@@ -147,14 +157,14 @@ def _nft() -> Iterator[Feature]:
         try:
             netns = stack.enter_context(_namespace())
             with linux.inside(netns):
-                nft.load(nft.rules(_NOBODY, [_RANGE]))
+                nft.load(nft.rules(_NOBODY, _RANGES))
         except (NftError, OSError) as error:
             yield Feature("nft", "rules", False, str(error))
             return
         yield Feature("nft", "rules", True, "they load")
-        tries: list[tuple[str, Callable[[], str]]] = [("redirect", lambda: _redirected(*PROBE_V4))]
+        tries: list[tuple[str, Callable[[], str]]] = [("redirect", lambda: _redirected(PROBE_V4))]
         if Path("/proc/sys/net/ipv6").exists():
-            tries.append(("redirect, IPv6", lambda: _redirected(*PROBE_V6)))
+            tries.append(("redirect, IPv6", lambda: _redirected(PROBE_V6)))
         tries.append(("refusal", _refused))
         for name, attempt in tries:
             with linux.inside(netns):
@@ -165,19 +175,19 @@ def _nft() -> Iterator[Feature]:
             yield Feature("nft", name, ok, detail)
 
 
-def _redirected(address: str, port: int) -> str:
+def _redirected(address: IpAddress) -> str:
     """Dial what is always captured, take it where a uProxy would, and ask where it was going."""
     family, loopback = (socket.AF_INET6, "::1") if ":" in address else (socket.AF_INET, "127.0.0.1")
     with linux.files_of(_NOBODY):
-        listener = socket.create_server((loopback, nft.OUTBOUND_PORT), family=family)
+        listener = socket.create_server((loopback, OUTBOUND_PORT), family=family)
     with listener:
         listener.settimeout(_TIMEOUT_S)
-        with socket.create_connection((address, port), _TIMEOUT_S):
+        with socket.create_connection((address, PROBE_PORT), _TIMEOUT_S):
             accepted, _ = listener.accept()
             with accepted:
-                found = original_destination(accepted)
-    if (found.address, found.port) != (IpAddress(address), port):
-        raise OSError(f"SO_ORIGINAL_DST says {found.address}:{found.port}, not {address}:{port}")
+                found = redirected_destination(accepted)
+    if (found.address, found.port) != (address, PROBE_PORT):
+        raise OSError(f"SO_ORIGINAL_DST says {found.address}:{found.port}, not {address}:{PROBE_PORT}")
     return "a connection is redirected, and conntrack knows where it was going"
 
 
@@ -230,3 +240,18 @@ def _namespace() -> Iterator[int]:
         yield made
     finally:
         os.close(made)
+
+
+def main() -> int:
+    """The exit status; 1 and the reason alone when it cannot be found out."""
+    try:
+        found = verdict(probe())
+    except OSError as error:
+        print(error)
+        return 1
+    print(f"{found.capture}\n{found.reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,25 +7,23 @@ after everything is in.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import ipaddress
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
 from bpf.maps import Maps, RangeKind, Route, Target, Targets
-from control.api.address import IpAddress, IpBlock, packed16, parse_block
+from control.api.address import IpAddress, packed16
 from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.client.state import State
+from uproxy.capture.ranges import MeshRanges, Network
 
 Key = tuple[bytes, int]
 """16 packed bytes of address and a port; port 0 for a workload, which has them all."""
 Range = tuple[bytes, int]
 """16 packed bytes of address and prefix bits of 128."""
 
-MAX_RANGES: Final = 1024  # max_entries of the map `ranges`
 _ANY_PORT: Final = 0
 
 
@@ -33,53 +31,15 @@ class SyncError(Exception):
     """The configuration cannot be put into the kernel. Nothing was written; the text says what to change."""
 
 
-@dataclass(frozen=True, slots=True)
-class MeshRanges:
-    """The mesh's address ranges, and those that are left alone. Fixed while the agent runs."""
-
-    mesh: tuple[IpBlock, ...]
-    excluded: tuple[IpBlock, ...] = ()
-
-    @classmethod
-    def parse(cls, mesh: Iterable[str], excluded: Iterable[str] = ()) -> MeshRanges:
-        """Raises ValueError (AddressError) for text that is no CIDR block, and for a block given as both."""
-        ranges = cls(tuple(map(parse_block, mesh)), tuple(map(parse_block, excluded)))
-        for block in ranges.mesh:
-            if block in ranges.excluded:
-                raise ValueError(f"{block} is both a mesh range and excluded; drop one of the two")
-        if len(ranges.entries()) > MAX_RANGES:
-            raise ValueError(f"more than {MAX_RANGES} ranges; use larger blocks")
-        return ranges
-
-    def entries(self) -> dict[Range, RangeKind]:
-        """As the map `ranges` holds them."""
-        return {_range(block): RangeKind.MESH for block in self.mesh} | {
-            _range(block): RangeKind.EXCLUDED for block in self.excluded
-        }
-
-    def captures(self, address: IpAddress) -> bool:
-        """Whether connections to an address are the mesh's business: the longest prefix decides, as in the kernel."""
-        ip = ipaddress.ip_address(address)
-        best = max(
-            ((network.prefixlen, kind) for network, kind in self._networks() if ip in network),
-            default=(0, RangeKind.EXCLUDED),
-        )
-        return best[1] is RangeKind.MESH
-
-    def _networks(self) -> Iterable[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, RangeKind]]:
-        for block in self.mesh:
-            yield _network(block), RangeKind.MESH
-        for block in self.excluded:
-            yield _network(block), RangeKind.EXCLUDED
+def range_entries(ranges: MeshRanges) -> dict[Range, RangeKind]:
+    """As the map `ranges` holds them."""
+    return {
+        _range(network): RangeKind.MESH if of_mesh else RangeKind.EXCLUDED
+        for network, of_mesh in ranges.networks().items()
+    }
 
 
-@functools.lru_cache(MAX_RANGES)  # asked for each address, and parsing is most of the work
-def _network(block: IpBlock) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    return ipaddress.ip_network(block)
-
-
-def _range(block: IpBlock) -> Range:
-    network = _network(block)
+def _range(network: Network) -> Range:
     return packed16(IpAddress(str(network.network_address))), network.prefixlen + (96 if network.version == 4 else 0)
 
 
@@ -277,7 +237,7 @@ class Sync:
             )
 
     def _write_ranges(self) -> None:
-        wanted = self._ranges.entries()
+        wanted = range_entries(self._ranges)
         current = self._maps.ranges.items()
         for (address, bits), kind in wanted.items():
             if current.get((address, bits)) is not kind:

@@ -25,10 +25,11 @@ from tests.support import capture
 from tests.support.brokers import Broker
 from tests.support.capture import KNOWN_V4, OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORKLOAD_V4, WORKLOAD_V6
 from tests.support.member_site import Control, controlled
+from uproxy.capture.ranges import MeshRanges
 from uproxy.node import agent
 from uproxy.node.client import NodeClient, NodeError
 from uproxy.node.probers import Probers
-from uproxy.node.sync import MeshRanges, Sync
+from uproxy.node.sync import Sync
 from uproxy.node.workloads import Workloads
 
 pytestmark = pytest.mark.root

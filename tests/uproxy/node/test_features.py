@@ -28,7 +28,7 @@ def test_everything_works_here_and_nothing_is_left():
     assert not (cgroup.mount_point() / f"uproxy-check-{os.getpid()}").exists()
 
 
-def test_a_program_that_does_not_load_is_named_and_the_host_gets_no_capture(tmp_path, monkeypatch):
+def test_a_program_that_does_not_load_is_named_and_the_host_gets_nftables(tmp_path, monkeypatch):
     for path in loader.OBJECTS.glob("*.bpf.o"):
         shutil.copy(path, tmp_path)
     whole = (tmp_path / "connect.bpf.o").read_bytes()
@@ -36,13 +36,16 @@ def test_a_program_that_does_not_load_is_named_and_the_host_gets_no_capture(tmp_
     monkeypatch.setattr(loader, "OBJECTS", tmp_path)
     found = features.probe()
     assert [one.name for one in found if not one.ok] == ["program connect"]
-    assert verdict(found).capture == "none"
+    assert verdict(found).capture == "nft"
     assert "no eBPF: program connect: does not load" in verdict(found).reason
 
 
-def test_programs_that_were_not_compiled_are_no_capture(tmp_path, monkeypatch):
+def test_programs_that_were_not_compiled_are_no_capture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loader, "OBJECTS", tmp_path)
-    assert "run `make bpf`" in verdict(features.probe()).reason
+    assert features.main() == 0
+    capture, reason = capsys.readouterr().out.splitlines()
+    assert capture == "nft"
+    assert "run `make bpf`" in reason
 
 
 def test_without_nft_the_rules_say_what_to_install(tmp_path, monkeypatch):
@@ -80,12 +83,8 @@ NFT, NO_NFT = Feature("nft", "rules", True, "they load"), Feature("nft", "rules"
     [
         ([EBPF, NFT], "ebpf", "every program passes"),
         ([EBPF, NO_NFT], "ebpf", "every program passes"),
-        (
-            [EBPF, NO_EBPF, NFT],
-            "none",
-            "no eBPF: program x: not; nftables would do, and `uproxy exec` does not use it yet",
-        ),
-        ([NO_EBPF, NO_NFT], "none", "nftables would not do: rules: no nft"),
+        ([EBPF, NO_EBPF, NFT], "nft", "no eBPF: program x: not; nftables redirects"),
+        ([NO_EBPF, NO_NFT], "none", "no eBPF: program x: not; no nftables: rules: no nft; "),
     ],
 )
 def test_what_is_lacking_is_said(found, capture, said):

@@ -13,10 +13,11 @@ import pytest
 from bpf import layout, libbpf
 from bpf.maps import Level
 from tests.uproxy.node.test_agent import Host, make_host
+from uproxy.capture.ranges import MeshRanges
 from uproxy.node import agent, metrics
 from uproxy.node.agent import Agent, Options
 from uproxy.node.probers import Probers
-from uproxy.node.sync import MeshRanges, Sync
+from uproxy.node.sync import Sync
 from uproxy.node.workloads import Workloads
 
 __all__ = ["make_host"]  # a fixture

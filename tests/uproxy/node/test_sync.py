@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from bpf.loader import Loader
 from bpf.maps import RangeKind, Route, Settings, Target
 from control.api import index, messages, topics
-from control.api.address import AddressError, IpAddress, packed16, parse_address
+from control.api.address import IpAddress, packed16, parse_address
 from control.api.gateway import Binding, Via
 from control.api.identity import parse_trust_domain
 from control.api.index import Resident, ResidentService, ResidentWorkload
@@ -19,7 +17,8 @@ from control.api.messages import Envelope
 from control.api.topics import AddressesTopic
 from control.client.state import State
 from tests.support import capture
-from uproxy.node.sync import Difference, MeshRanges, Sync, SyncError, desired, stable_id
+from uproxy.capture.ranges import MeshRanges
+from uproxy.node.sync import Difference, Sync, SyncError, desired, stable_id
 
 TRUST_DOMAIN = parse_trust_domain("cluster.local")
 RANGES = MeshRanges.parse(["240.240.0.0/16", "10.0.0.0/8", "fd00::/8"], ["10.9.0.0/16"])
@@ -307,33 +306,3 @@ class TestOnKernelMaps:
             (packed16(IpAddress("11.0.0.0")), 104): RangeKind.MESH,
             (packed16(IpAddress("10.0.0.0")), 104): RangeKind.EXCLUDED,
         }
-
-
-blocks = st.builds(
-    lambda number, bits: str(ipaddress.ip_network((number >> (32 - bits) << (32 - bits), bits))),
-    st.integers(0x0A000000, 0x0A0000FF),
-    st.integers(20, 32),
-)
-
-
-@given(mesh=st.sets(blocks, max_size=4), excluded=st.sets(blocks, max_size=4), last=st.integers(0, 255))
-def test_the_longest_prefix_decides(mesh, excluded, last):
-    excluded -= mesh
-    address = ipaddress.ip_address(f"10.0.0.{last}")
-    ranges = MeshRanges.parse(mesh, excluded)
-    matching = [
-        (ipaddress.ip_network(block).prefixlen, block)
-        for block in mesh | excluded
-        if address in ipaddress.ip_network(block)
-    ]
-    expected = bool(matching) and max(matching)[1] in mesh
-    assert ranges.captures(parse_address(str(address))) == expected
-
-
-def test_ranges_that_contradict_are_refused():
-    with pytest.raises(ValueError, match=r"10\.0\.0\.0/8 is both a mesh range and excluded"):
-        MeshRanges.parse(["10.0.0.0/8"], ["10.0.0.0/8"])
-    with pytest.raises(AddressError, match="is not a CIDR block"):
-        MeshRanges.parse(["mesh"])
-    with pytest.raises(ValueError, match="more than 1024 ranges"):
-        MeshRanges.parse(f"10.{n // 256}.{n % 256}.0/24" for n in range(1025))
