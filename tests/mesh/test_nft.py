@@ -121,11 +121,14 @@ def _error(caller: Workload, address: tuple[str, int], send: bytes = b"x", sourc
 
 
 def _ports_to(workload: Workload, port: int) -> list[int]:
-    """Ports that a workload's connections to a port of others have."""
+    """Ports that a workload's established connections to a port of others have."""
     with workload.entered():
         tables = [Path(f"/proc/thread-self/net/tcp{version}").read_text() for version in ("", "6")]
-    ends = [line.split()[1:3] for table in tables for line in table.splitlines()[1:]]
-    return [int(ours.rpartition(":")[2], 16) for ours, theirs in ends if theirs.endswith(f":{port:04X}")]
+    rows = [line.split()[1:4] for table in tables for line in table.splitlines()[1:]]
+    wanted = f":{port:04X}"
+    return [
+        int(ours.rpartition(":")[2], 16) for ours, theirs, state in rows if theirs.endswith(wanted) and state == "01"
+    ]
 
 
 def _has_broken(made: socket.socket, send: bytes) -> bool:
@@ -280,20 +283,38 @@ class TestDeath:
             held = inside.dial(caller, address)
             held.sendall(mark)
             assert held.recv(64) == mark
-            tunnels = _ports_to(caller, 15008)
-            assert tunnels
             caller.launcher.send_signal(signal.SIGSTOP)
             try:
                 os.kill(caller.proxy_pid(), signal.SIGKILL)
                 with held:
                     inside.eventually(lambda: _has_broken(held, mark))
-                for port in tunnels:  # conntrack still knows these connections as the uProxy's
-                    assert _error(caller, (peer.address, 15008), mark, port) in ("ECONNREFUSED", "TimeoutError")
                 for target in (address, (peer.address, PORT), (peer.address, 15008)) * 5:
                     assert _error(caller, target, mark) == "ECONNREFUSED"
             finally:
                 caller.launcher.send_signal(signal.SIGCONT)
             inside.eventually(lambda: _exchanges(caller, address), 15)
+
+    @both
+    def test_connection_of_the_uproxy_that_conntrack_still_knows_is_no_way_out(self, mesh: Mesh, version: str) -> None:
+        """Its mark lets out what the kernel sends for a closed socket; another socket with its two ends is not that."""
+        caller, peer = mesh.callers["nft" + version], mesh.peers["nft" + version]
+        mark = secrets.token_bytes(16)
+        with inside.serving(peer, PORT, inside.echo), nothing_in_the_clear((mesh.a, mesh.b), mark):
+            assert _exchanges(caller, mesh.vip("nft" + version))
+            tunnels = _ports_to(caller, 15008)
+            assert tunnels
+            stopped = caller.proxy_pid()
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                with caller.entered():
+                    kill = ["ss", "--kill", "--tcp", "dport", "=", "15008"]
+                    subprocess.run(kill, check=True, stdout=subprocess.DEVNULL)
+                assert not _ports_to(caller, 15008)
+                for port in tunnels:  # it is brought to the uProxy, which accepts nothing now
+                    assert _error(caller, (peer.address, 15008), mark, port) == "TimeoutError"
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+            inside.eventually(lambda: _exchanges(caller, mesh.vip("nft" + version)))
 
     def test_uproxies_killed_at_random_moments_open_nothing(self, mesh: Mesh) -> None:
         seed = secrets.randbits(32)
