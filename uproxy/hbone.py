@@ -56,6 +56,12 @@ CONTROL_QUOTA_PER_TICK: Final = 1_000
 # PING and SETTINGS, of which honest peers send one in seconds, take ten times as long as others.
 _COST_BY_H2: Final = 10
 MAX_EARLY_RESETS: Final = 500  # Envoy's premature-reset guard (CVE-2023-44487)
+# What one peer may have done in one turn, in steps of some 4 µs: half a millisecond. All others wait for it.
+WORK_AT_ONCE: Final = 128
+# Steps that a frame takes: a request until it is answered, a stream until it is put away, an answer by h2.
+_WORK_OF_HEADERS: Final = 32
+_WORK_OF_END: Final = 16
+_WORK_BY_H2: Final = 10
 # A frame or a header block that was begun is whole after so many ticks, whatever trickles in meanwhile.
 MAX_TICKS_UNFINISHED: Final = 4
 
@@ -81,6 +87,7 @@ _EMPTY: Final = memoryview(b"")
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 _END_STREAM, _END_HEADERS, _PADDED, _PRIORITY_FLAG = 0x1, 0x4, 0x8, 0x20
+_WORK: Final = {HEADERS: _WORK_OF_HEADERS, RST_STREAM: _WORK_OF_END, SETTINGS: _WORK_BY_H2, PING: _WORK_BY_H2}
 _FIXED_LENGTH: Final = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
 
 
@@ -104,11 +111,12 @@ class ErrorCode(IntEnum):
 
 
 class ProtocolError(Exception):
-    """The peer broke HTTP/2: send GOAWAY with `code`, then close."""
+    """The peer broke HTTP/2: send GOAWAY with `code`, then close. `events` came before, and still count."""
 
     def __init__(self, code: ErrorCode, text: str) -> None:
         super().__init__(text)
         self.code = code
+        self.events: list[Event] = []
 
 
 class Stream:
@@ -208,6 +216,7 @@ class Connection:
         self.goaway_sent = False
         self.goaway_received = False
         self.overflowed = False  # frames were lost, because the peer reads none: the connection is over
+        self.unread = 0  # bytes at the end of what arrived last that are work for later
         self.send_window = _DEFAULT_WINDOW
         self._peer_initial_window = _DEFAULT_WINDOW
         self._withheld = 0  # of each stream's window
@@ -373,12 +382,28 @@ class Connection:
     # -- input
 
     def receive(self, data: memoryview) -> list[Event]:
-        """Parse what arrived. Raises ProtocolError when the peer broke the protocol; the connection is over then."""
+        """Parse what arrived. Raises ProtocolError when the peer broke the protocol; the connection is over then.
+
+        What is too much work for one turn is left: the last `unread` bytes are to be given again, before any others.
+        """
         events: list[Event] = []
+        try:
+            self.unread = len(data) - self._parse(data, events)
+            if self.overflowed:
+                raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, OVERFLOW)
+        except ProtocolError as error:
+            error.events = events
+            raise
+        return events
+
+    def _parse(self, data: memoryview, events: list[Event]) -> int:
+        """Append what happened to `events`. Returns how far it got."""
         position, end = 0, len(data)
+        work = WORK_AT_ONCE
         if self._preface_left:
             position = self._take_preface(data)
-        while position < end:
+        while position < end and work > 0:
+            work -= 1
             if self._data_left:
                 position = self._take_data(data, position, end, events)
                 continue
@@ -406,6 +431,7 @@ class Connection:
                     if length:
                         events.append(DataReceived(stream, data[position:after]))
                     if flags & _END_STREAM:
+                        work -= _WORK_OF_END
                         self._remote_end(stream)
                         events.append(StreamEnded(stream))
                 position = after
@@ -414,12 +440,11 @@ class Connection:
                 stream_id &= 0x7FFFFFFF
                 self._check_frame(kind, flags, stream_id, length)
                 self._handle(kind, flags, stream_id, bytes(data[position:after]), events)
+                work -= _WORK.get(kind, 0)
                 position = after
                 continue
             position = self._take_partial(data, position, end, events)
-        if self.overflowed:
-            raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, OVERFLOW)
-        return events
+        return position
 
     def _take_preface(self, data: memoryview) -> int:
         taken = min(len(self._preface_left), len(data))
@@ -640,10 +665,10 @@ class Connection:
         if stream is None:
             self._check_not_idle(stream_id, "RST_STREAM")
             return
-        if not self.client and not stream.answered:
-            self._count_early_reset()
         stream.local_closed = stream.remote_closed = True
         events.append(StreamReset(stream, code))
+        if not self.client and not stream.answered:
+            self._count_early_reset()
 
     def _count_early_reset(self) -> None:
         self._early_resets += 1
@@ -756,8 +781,8 @@ class Connection:
             self._remote_end(stream)
             events.append(StreamEnded(stream))
         else:
-            self._malformed(stream)
             events.append(StreamReset(stream, ErrorCode.PROTOCOL_ERROR))
+            self._malformed(stream)
 
     # -- small things
 

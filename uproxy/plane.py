@@ -180,6 +180,7 @@ class Plane:
         self._callbacks: dict[int, EventCallback] = {}
         self._woken: deque[Task] = deque()
         self._dirty: list[Flushable] = []
+        self._postponed: deque[Callable[[], None]] = deque()
         self._timers: dict[int, set[Timer]] = {}
         self._due: list[int] = []  # the steps that have timers: a heap
         self._selector.plane = self
@@ -218,6 +219,13 @@ class Plane:
 
     def wake(self, task: Task) -> None:
         self._woken.append(task)
+
+    def postpone(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in a later turn, of which each has one such call, behind what is ready then.
+
+        So a peer that asks for much delays others by one of its pieces, and many such peers by one piece, too.
+        """
+        self._postponed.append(callback)
 
     def mark_dirty(self, item: Flushable) -> None:
         """Flush `item` at the end of this turn. The caller keeps track of being marked already."""
@@ -305,6 +313,8 @@ class Plane:
 
     def _patience(self, now: float, end: float | None) -> float:
         """Seconds that a poll may wait; -1 for ever."""
+        if self._postponed:
+            return 0.0
         if self._due:
             step = self._due[0] / TIMER_STEPS_PER_S
             if end is None or step < end:
@@ -341,6 +351,8 @@ class Plane:
                     writable = selectors.EVENT_WRITE if events & ~select.EPOLLIN else 0
                     readable = selectors.EVENT_READ if events & ~select.EPOLLOUT else 0
                     ready.append((key, (writable | readable) & key.events))
+        if self._postponed:
+            self._call(self._postponed.popleft())
         if self._woken or self._dirty:
             self._finish_turn()
         return ready
@@ -349,7 +361,7 @@ class Plane:
         try:
             callback()
         except Exception:
-            log.exception("a timer of the data plane failed")  # our bug; the other timers still come
+            log.exception("a call of the data plane failed")  # our bug; the others still come
 
     def _finish_turn(self) -> None:
         woken, dirty = self._woken, self._dirty

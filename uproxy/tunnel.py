@@ -88,6 +88,8 @@ class Tunnel:
         self._tls = tls
         self._incoming, self._outgoing = bios
         self._unsent = memoryview(b"")
+        self._unread = memoryview(b"")  # plaintext that is work for later turns; the socket waits meanwhile
+        self._lost = ""  # why nothing comes behind that
         self._dirty = False
         self._retired = False
         self._finishing = False
@@ -174,13 +176,18 @@ class Tunnel:
             self._unsent = memoryview(data)[sent:]
             if not self.blocked:
                 self.blocked = True
-                self.plane.rearm(self._sock.fileno(), plane.READ | plane.WRITE)
+                self._watch()
         elif self.blocked:
             self.blocked = False
             self._unsent = memoryview(b"")
-            self.plane.rearm(self._sock.fileno(), plane.READ)
+            self._watch()
             self._feed()
             self.touch()
+
+    def _watch(self) -> None:
+        self.plane.rearm(
+            self._sock.fileno(), (0 if self._unread else plane.READ) | (plane.WRITE if self.blocked else 0)
+        )
 
     def _feed(self) -> None:
         """Let the streams that waited for room read their applications again, but for those without a window."""
@@ -195,7 +202,7 @@ class Tunnel:
         try:
             if events & plane.WRITE and self.blocked:
                 self._send(self._unsent)
-            if events & plane.READ_READY and not self.closed:
+            if events & plane.READ_READY and not self.closed and not self._unread:
                 self._receive()
         except Exception:
             log.exception("a tunnel failed")
@@ -237,15 +244,43 @@ class Tunnel:
         except ssl.SSLError as tls_error:
             # With TLS 1.3 this is also how a client learns that its certificate was refused.
             error = f"TLS: {tls_error.reason or tls_error}"
+        self._lost = error
+        self._read(_PLAINTEXT_VIEW[:length])
+
+    def _read(self, plaintext: memoryview) -> None:
         try:
-            self._dispatch(self.connection.receive(_PLAINTEXT_VIEW[:length]))
-        except hbone.ProtocolError as protocol_error:
-            self.shut_down(protocol_error.code, f"the peer broke HTTP/2: {protocol_error}")
+            self._dispatch(self.connection.receive(plaintext))
+        except hbone.ProtocolError as error:
+            # A stream that ended just before is the connection's no longer: only here its owner learns of it.
+            self._dispatch(error.events)
+            self.shut_down(error.code, f"the peer broke HTTP/2: {error}")
             return
-        if error:
-            self._fail(error)
+        if self.closed:
+            return
+        if self.connection.unread or self._unread:
+            self._keep(plaintext[len(plaintext) - self.connection.unread :])
+        if self._lost and not self._unread:
+            self._fail(self._lost)
         elif self.connection.has_output:
             self.touch()
+
+    def _keep(self, unread: memoryview) -> None:
+        """Leave this for a later turn; what is behind it waits in the socket, and slows the peer."""
+        waited = bool(self._unread)
+        self._unread = unread if waited else memoryview(bytes(unread))
+        if bool(self._unread) is not waited:
+            self._watch()
+        if self._unread:
+            self.plane.postpone(self._go_on)
+
+    def _go_on(self) -> None:
+        if self.closed:
+            return
+        try:
+            self._read(self._unread)
+        except Exception:
+            log.exception("a tunnel failed")
+            self._fail("a bug of this proxy; its log has the traceback")
 
     def _dispatch(self, events: list[hbone.Event]) -> None:
         for event in events:

@@ -54,13 +54,16 @@ def feed(connection: Connection, data: bytes, step: int | None = None) -> list[E
     events: list[Event] = []
     step = step or len(data) or 1
     for start in range(0, len(data), step):
-        buffer = bytearray(data[start : start + step])
-        for event in connection.receive(memoryview(buffer)):
-            if isinstance(event, DataReceived):
-                event = DataReceived(event.stream, memoryview(bytes(event.data)))
-            events.append(event)
-        # A view that outlives the call would show zeros now, as in the tunnel's shared buffer.
-        buffer[:] = bytes(len(buffer))
+        part = data[start : start + step]
+        while part:
+            buffer = bytearray(part)
+            for event in connection.receive(memoryview(buffer)):
+                if isinstance(event, DataReceived):
+                    event = DataReceived(event.stream, memoryview(bytes(event.data)))
+                events.append(event)
+            part = part[len(part) - connection.unread :]
+            # A view that outlives the call would show zeros now, as in the tunnel's shared buffer.
+            buffer[:] = bytes(len(buffer))
     return events
 
 

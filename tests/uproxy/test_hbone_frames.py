@@ -539,6 +539,77 @@ def test_a_flood_ends_the_connection_with_enhance_your_calm(name):
     assert peak < 8 << 20
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        frame(HEADERS, END, 1, literal_block([(b"a", b"b")])) + frame(DATA, 0, 0),
+        frame(RST_STREAM, 0, 1, u32(8)) + frame(DATA, 0, 0),
+        frame(DATA, END_STREAM, 1, b"the last") + frame(PING, 0, 1, bytes(8)),
+    ],
+    ids=["trailers without an end", "a reset", "an end"],
+)
+def test_a_stream_that_ended_just_before_a_broken_frame_is_told_of(last):
+    """The connection no longer has it, so nobody else would end what hangs on it."""
+    server = connected(client=False)
+    (received,) = feed(server, request())
+    server.respond(received.stream, OK)
+    server.end(received.stream)
+    with pytest.raises(ProtocolError) as caught:
+        feed(server, last)
+    assert server.streams == {}
+    assert isinstance(caught.value.events[-1], StreamReset | StreamEnded)
+    assert caught.value.events[-1].stream is received.stream
+
+
+def test_the_reset_that_is_one_too_many_is_told_of():
+    server = connected(client=False)
+    opened = {e.stream.id for e in feed(server, b"".join(request(i) for i in range(1, 1201, 2)))}
+    resets = b"".join(frame(RST_STREAM, 0, i, u32(8)) for i in range(1, 1201, 2))
+    ended = set()
+    code = None
+    while code is None:
+        try:
+            events = server.receive(memoryview(resets))
+        except ProtocolError as error:
+            events, code = error.events, error.code
+        ended |= {e.stream.id for e in events}
+        resets = resets[len(resets) - server.unread :]
+    assert code == E.ENHANCE_YOUR_CALM
+    assert opened == ended | set(server.streams)
+    assert not ended & set(server.streams)
+
+
+@pytest.mark.parametrize(
+    ("one", "at_most"),
+    [
+        (lambda i: request(i), hbone.WORK_AT_ONCE // 32),
+        (lambda i: frame(PING, 0, 0, bytes(8)), hbone.WORK_AT_ONCE // 10),
+        (lambda i: frame(PRIORITY, 0, i, u32(0) + b"a"), hbone.WORK_AT_ONCE),
+        (lambda i: frame(0x42, PADDED, i, b"unknown"), hbone.WORK_AT_ONCE),
+    ],
+    ids=["requests", "PING", "PRIORITY", "unknown frames"],
+)
+def test_one_call_does_a_turns_work_and_leaves_the_rest(one, at_most):
+    server = connected(client=False)
+    frames = [one(i) for i in range(1, 401, 2)]
+    left = b"".join(frames)
+    calls = 0
+    while left:
+        server.receive(memoryview(left))
+        done = len(left) - server.unread
+        assert 0 < done <= (at_most + 1) * len(frames[0])
+        left = left[done:]
+        calls += 1
+    assert calls >= len(frames) / (at_most + 1)
+
+
+def test_bulk_is_one_calls_work():
+    server = connected(client=False)
+    feed(server, request())
+    server.receive(memoryview(frame(DATA, 0, 1, bytes(16_375)) * 8))
+    assert server.unread == 0
+
+
 TRICKLES = {
     "no preface": b"PRI * HT",
     "no SETTINGS": PREFACE,

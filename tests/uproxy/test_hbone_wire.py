@@ -212,6 +212,25 @@ def test_a_refused_request_leaves_no_stream_behind(server: Server):
             assert {(peer.answers[i].status, peer.answers[i].reset) for i in ids} == {(b"401", ErrorCode.NO_ERROR)}
 
 
+def test_many_requests_in_one_write_are_all_answered_also_when_their_sender_closes_behind_them(server: Server):
+    before = descriptors(server.pid)
+    block = literal_block(request())
+    ids = range(1, 1001, 2)
+    crowd = b"".join(frame(HEADERS, END_HEADERS, i, block) for i in ids)
+    with server.peer("mallory") as peer:
+        peer.send(crowd)
+        peer.until(lambda: all(peer.answers.get(i, Answer()).status for i in ids))
+        assert {peer.answers[i].status for i in ids} == {b"401"}
+    with server.peer("mallory") as peer:
+        peer.send(crowd)
+        peer.end.shutdown(socket.SHUT_WR)
+        peer.until(lambda: False)
+    deadline = time.monotonic() + PATIENCE_S
+    while descriptors(server.pid) > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert descriptors(server.pid) <= before
+
+
 def test_a_request_that_is_reset_while_the_application_is_dialled_leaves_nothing(server: Server):
     before = descriptors(server.pid)
     with server.peer() as peer:
