@@ -30,7 +30,8 @@ class Sample:
     """What the load generator found in one round. `details` and `histogram` as in `results.Round`.
 
     Of `details`, "cpu_us", "softirq_us" and "pss_mb" (the processors' time per operation, and memory when the round is
-    over) are added; a probe that knows them better, as memory under load, gives its own.
+    over) are added, the first and the last where the subject has processes of its own; a probe that knows them better,
+    as memory under load, gives its own.
     """
 
     value: float
@@ -189,6 +190,7 @@ class Bench:
     def _take(self, probe: Probe[L], live: L, number: int, seconds: float) -> Round:
         try:
             processes = live.processes()
+            has_own = not processes.keys() <= set(ASIDE)
             began = time.monotonic_ns()
             with Meter(processes) as meter:
                 sample = probe.take(live, seconds, number)
@@ -197,11 +199,12 @@ class Bench:
             if sample.operations > 0:
                 each = {role: ns / 1000 / sample.operations for role, ns in used.processor_ns.items()}
                 details["operations"] = sample.operations
-                details["cpu_us"] = sum(us for role, us in each.items() if role not in ASIDE)
+                if has_own:
+                    details["cpu_us"] = sum(us for role, us in each.items() if role not in ASIDE)
                 details |= {f"cpu_us/{role}": us for role, us in each.items()}
                 details["softirq_us"] = used.softirq_ns / 1000 / sample.operations
             memory = {role: pss_mb(pids) for role, pids in processes.items()}
-            if not memory.keys() <= set(ASIDE):  # else none of it is the subject's
+            if has_own:
                 details["pss_mb"] = sum(mb for role, mb in memory.items() if role not in ASIDE)
             details |= {f"pss_mb/{role}": mb for role, mb in memory.items()}
         except GoneError as error:

@@ -138,14 +138,20 @@ class Pair:
     def processes(self) -> Mapping[str, Sequence[int]]:
         return self.standing.processes()
 
-    def run(self, place: str, asked: Callable[[int], Load], seconds: float, number: int) -> Sample:
+    def run(self, place: str, asked: Callable[[int], Load], seconds: float, number: int) -> Outcome:
         """A load on one place, all on one core. `asked` is told how many addresses the place has. Raises BenchError."""
         address, spread = self.places[place]
+        return replace(self.standing, entry=address).run(asked(spread).seeded(number), seconds, TOGETHER)
+
+    def sample(self, place: str, asked: Callable[[int], Load], seconds: float, number: int) -> Sample:
+        """The same, with the processor time of both ends. Raises BenchError."""
         with Meter({"application": self.standing.application}) as meter:
-            outcome = replace(self.standing, entry=address).run(asked(spread).seeded(number), seconds, TOGETHER)
+            outcome = self.run(place, asked, seconds, number)
             counted = (outcome.start_ns, outcome.end_ns)
-            served_ns = meter.used(counted).processor_ns["application"]
-        return _sample(outcome, served_ns)
+            used_ns = meter.used(counted).processor_ns["application"]
+        used_ns += round(outcome.generator.cpu_share * outcome.seconds * 1e9)
+        details = outcome.details() | {"cpu_us": used_ns / 1000 / outcome.operations}
+        return Sample(outcome.value, outcome.operations, details, outcome.histogram, outcome.bottleneck, counted)
 
 
 class Kernel:
@@ -298,7 +304,7 @@ def _near(
     name: str, group: str, label: str, unit: str, asked: Load, better: Better = "less", **parameters: float
 ) -> Probe[Pair]:
     measure = Measure(f"{DIRECT}/{name}", DIRECT, group, label, unit, better, parameters)
-    return Probe(measure, lambda pair, seconds, number: pair.run(pair.destination, lambda _: asked, seconds, number))
+    return Probe(measure, lambda pair, seconds, number: pair.sample(pair.destination, lambda _: asked, seconds, number))
 
 
 _CONNECTING: Final = "time in connect(2)"
@@ -314,7 +320,7 @@ def _dials(to: str) -> Probe[Pair]:
     measure = Measure(f"{CONNECT}/{to}", CONNECT, _CONNECTING, f"{label}, median", "us")
 
     def take(pair: Pair, seconds: float, number: int) -> Sample:
-        sample = pair.run(to, load.dials, seconds, number)
+        sample = pair.sample(to, load.dials, seconds, number)
         return replace(sample, details={**sample.details, "connection_us": 1e6 / sample.details["per_second"]})
 
     return Probe(measure, take)
@@ -327,24 +333,14 @@ def _run_time() -> Probe[Pair]:
     def take(pair: Pair, seconds: float, number: int) -> Sample:
         with clocked(pair.pins) as programs:
             before = programs.run_ns()
-            sample = pair.run(_SERVICE, load.dials, seconds, number)
+            outcome = pair.run(_SERVICE, load.dials, seconds, number)
             after = programs.run_ns()
-        made = sample.details["scheduled"]
+        # All that were made: the clock ran from the first one on.
+        made = outcome.scheduled
         each = {f"{hook}_us": (ns - before[hook]) / 1000 / made for hook, ns in after.items() if ns > before[hook]}
-        return Sample(sum(each.values()), made, {**each, "cpu_us": sample.details["cpu_us"]})
+        return Sample(sum(each.values()), made, each)
 
     return Probe(measure, take)
-
-
-def _sample(outcome: Outcome, served_ns: int) -> Sample:
-    """With the processor time of both ends, which are no proxies: no subject has any."""
-    ours_ns = outcome.generator.cpu_share * outcome.seconds * 1e9
-    details = outcome.details() | {
-        "cpu_us": (ours_ns + served_ns) / 1000 / outcome.operations,
-        "scheduled": float(outcome.scheduled),
-    }
-    counted = (outcome.start_ns, outcome.end_ns)
-    return Sample(outcome.value, outcome.operations, details, outcome.histogram, outcome.bottleneck, counted)
 
 
 @contextmanager

@@ -121,6 +121,17 @@ def test_processor_time_and_memory_are_by_role_and_the_application_is_not_the_su
     assert details["softirq_us"] >= 0
 
 
+def test_a_subject_without_processes_of_its_own_has_no_processor_time_and_no_memory(
+    bench: Bench, results: Results
+) -> None:
+    wire = Standing(subject("a"), {"application": [os.getpid()]})
+    probe = Probe(measure(), lambda live, seconds, number: Sample(1.0, operations=100))
+    bench.interleave([probe], [wire], rounds=1, seconds=0.0)
+    details = results.series[0].rounds[0].details
+    assert {"cpu_us", "pss_mb"}.isdisjoint(details)
+    assert details["pss_mb/application"] > 5
+
+
 def test_what_the_probe_says_of_its_memory_stands(bench: Bench, results: Results) -> None:
     probe = Probe(measure(), lambda live, seconds, number: Sample(1.0, 0, {"pss_mb": 3.0}))
     bench.interleave([probe], [Standing(subject("a"))], rounds=1, seconds=0.0)
