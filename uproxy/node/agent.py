@@ -171,7 +171,7 @@ class Agent:
     def measure(self) -> None:
         """Looks how full the maps are. The log names each map once when it is nearly full."""
         before = metrics.alarms(self._levels)
-        self._levels = self._maps.levels()
+        self._levels = self._maps.levels(self._sync.sizes())
         for name, alarm in metrics.alarms(self._levels).items():
             if name not in before:
                 _log.error("%s", alarm)
@@ -270,12 +270,14 @@ class Agent:
     def _status(self) -> dict[str, Any]:
         settings = self._maps.settings.read()
         captured = self._workloads.captured()
+        sizes = self._sync.sizes()
         return {
             "node": self._options.name,
             "schema": layout.SCHEMA,
             "whole": settings.whole,
             "generation": settings.generation,
-            **self._sync.sizes(),
+            "services": sizes["services"],
+            "addresses": sizes["workloads"],
             "ranges": {"mesh": list(self._options.ranges.mesh), "excluded": list(self._options.ranges.excluded)},
             "egress": self._options.egress,
             "counters": self._maps.counters.read(),

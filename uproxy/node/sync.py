@@ -220,8 +220,8 @@ class Sync:
         return sum(len(difference.put) + len(difference.delete) for _, difference in changes)
 
     def sizes(self) -> dict[str, int]:
-        """How many entries the maps have."""
-        return {"services": len(self._services.entries), "addresses": len(self._workloads.entries)}
+        """How many entries the maps have that nobody else writes: {map: entries}."""
+        return {"services": len(self._services.entries), "workloads": len(self._workloads.entries)}
 
     def _check(self, residents: Mapping[IpAddress, Resident]) -> None:
         """An address outside the ranges would be dialled in plaintext: the kernel asks the ranges first."""

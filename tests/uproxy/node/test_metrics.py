@@ -135,6 +135,12 @@ def test_every_map_that_can_become_full_is_measured(running, loader):
 
 
 @pytest.mark.root
+def test_a_large_map_is_not_counted_again_by_its_one_writer(running, loader):
+    assert loader.maps.levels({"services": 5})["services"].entries == 5
+    assert loader.maps.levels(running._sync.sizes()) == loader.maps.levels()
+
+
+@pytest.mark.root
 def test_a_map_that_is_nearly_full_is_in_the_status_and_once_in_the_log(running, loader, caplog):
     ports = loader.maps.probe_ports
     limit = ports.capacity() * 8 // 10

@@ -160,7 +160,7 @@ class TestOnKernelMaps:
             for key, target in maps.services.items().items():
                 unchanged = before[0].get(key) == target
                 assert maps.services.generation_of(key) == (stamps[key] if unchanged else after.generation)
-            assert sync.sizes() == {"services": len(maps.services), "addresses": len(maps.workloads)}
+            assert sync.sizes() == {"services": len(maps.services), "workloads": len(maps.workloads)}
 
     @given(first=meshes, second=meshes)
     def test_another_agent_goes_on_where_the_first_stopped(self, maps, first, second):
