@@ -8,7 +8,7 @@ PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 # Test files in the order of their names, one after the other on each core.
 SIDE_BY_SIDE := -n auto --no-loadscope-reorder
 
-.PHONY: help setup packages bpf demo test check fix bench guard soak fuzz clean
+.PHONY: help setup packages bpf demo test kernels check fix bench guard soak fuzz clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ demo: setup  ## Build a mesh of two hosts on this machine and show what it does
 
 test: setup  ## All tests, as root with namespaces and eBPF; minutes
 	$(BIN)/pytest -m 'not soak' $(SIDE_BY_SIDE)
+
+kernels: setup  ## The eBPF programs and their tests on Debian's Linux 6.1 in an emulator (or KERNELS="6.1 6.12"); minutes
+	@scripts/install-packages kernels
+	$(BIN)/python -m tests.kernels $(KERNELS)
 
 check: setup  ## Format, lint, types, imports and the fast tests
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ _LOG_LINES: Final = 30  # of the verifier's log: the refused instruction, its re
 _LOG_BUFFER: Final = 2 << 20  # bytes: libbpf passes a whole verifier log as one message
 _BATCH: Final = 4096  # entries of one call: enough that what a call costs by itself is nothing
 _ENOTSUPP: Final = 524  # <linux/errno.h>; a map of a type that has no batches
+_INSTRUCTION: Final = struct.Struct("=BBhi")  # struct bpf_insn
+_CALL: Final = 0x85  # BPF_JMP | BPF_CALL; with both registers 0 it is a call of a helper
 _WARN, _INFO, _DEBUG = range(3)  # enum libbpf_print_level
 
 _ffi: Final = FFI()
@@ -50,6 +53,9 @@ _ffi.cdef(
     void *bpf_map__initial_value(void *map, size_t *size);
 
     const char *bpf_program__name(const void *program);
+    const char *bpf_program__section_name(const void *program);
+    const uint64_t *bpf_program__insns(const void *program);
+    size_t bpf_program__insn_cnt(const void *program);
     void *bpf_program__attach_cgroup(const void *program, int cgroup_fd);
     void *bpf_program__attach_netns(const void *program, int netns_fd);
 
@@ -109,6 +115,9 @@ class _LibBpf(Protocol):
     def bpf_map__set_pin_path(self, bpf_map: Pointer, path: bytes, /) -> int: ...
     def bpf_map__initial_value(self, bpf_map: Pointer, size: Pointer, /) -> Pointer: ...
     def bpf_program__name(self, program: Pointer, /) -> Pointer: ...
+    def bpf_program__section_name(self, program: Pointer, /) -> Pointer: ...
+    def bpf_program__insns(self, program: Pointer, /) -> Pointer: ...
+    def bpf_program__insn_cnt(self, program: Pointer, /) -> int: ...
     def bpf_program__attach_cgroup(self, program: Pointer, cgroup_fd: int, /) -> Pointer: ...
     def bpf_program__attach_netns(self, program: Pointer, netns_fd: int, /) -> Pointer: ...
     def bpf_link__open(self, path: bytes, /) -> Pointer: ...
@@ -307,6 +316,17 @@ class Program:
 
     name: str
     pointer: Pointer
+
+    def section(self) -> str:
+        """Its ELF section, which names the kernel's hook, such as `cgroup/connect4`."""
+        return _text(_lib.bpf_program__section_name(self.pointer))
+
+    def helpers(self) -> set[int]:
+        """Numbers of the kernel's helper functions that it calls (enum bpf_func_id of <linux/bpf.h>)."""
+        code = _lib.bpf_program__insns(self.pointer)
+        size = _lib.bpf_program__insn_cnt(self.pointer) * _INSTRUCTION.size
+        instructions = _INSTRUCTION.iter_unpack(bytes(_ffi.buffer(code, size)))
+        return {number for opcode, registers, _, number in instructions if opcode == _CALL and registers == 0}
 
     def attach_cgroup(self, cgroup_fd: int) -> Link:
         """Runs it for the cgroup and all below it, beside whatever else is attached there."""

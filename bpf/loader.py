@@ -17,7 +17,10 @@ from bpf import layout, libbpf, maps
 from bpf.libbpf import BpfError, Object, Program
 
 OBJECTS: Final = Path(__file__).with_name("build")
-_OLDEST_KERNEL: Final = (5, 18)  # bpf_set_retval, with which a refused connect() says ECONNREFUSED
+_OLDEST_KERNEL: Final = (
+    6,
+    1,
+)  # of those without backports: bpf_set_retval in every hook that refuses (docs/kernels.md)
 _INBOUND_OBJECT: Final = "sk_lookup"
 _DIALLING_OBJECT: Final = "connect"
 
@@ -52,6 +55,7 @@ HOOKS: Final[Mapping[str, Place]] = {
 """Every program of a workload and its place. Each workload has all of them."""
 PROBE_HOOK: Final = "sockops_probe"
 """The program for the cgroups of whoever probes workloads' health."""
+PROBER: Final = "prober's cgroup"
 
 _OBJECT_FILES: Final = (
     "getsockopt",
@@ -82,7 +86,7 @@ class Loader:
         self._pins = pins
         self._objects = objects
         self._earlier = tuple(earlier)
-        self._check_host()
+        self._check_compiled()
         with ExitStack() as stack:
             self._programs: dict[str, Program] = {}
             fds: dict[str, int] = {}
@@ -131,8 +135,7 @@ class Loader:
                 stack.pop_all()
                 return opened
         except BpfError as error:
-            hint = "; needs root, or CAP_BPF and CAP_NET_ADMIN" if error.errno == errno.EPERM else ""
-            raise LoadError(f"{error.strerror or error}{hint}") from None
+            raise LoadError(f"{error.strerror or error}{_hint(error)}") from None
 
     def _check_shape(self, path: Path, shared: libbpf.ObjectMap) -> None:
         """Programs and Python must mean the same bytes, and so must the programs of an earlier agent."""
@@ -170,11 +173,7 @@ class Loader:
         with _pinned(earlier / name) as theirs, _pinned(self._pins / name) as ours:
             return theirs is None or (ours is not None and libbpf.map_id(ours) == libbpf.map_id(theirs))
 
-    def _check_host(self) -> None:
-        release = platform.release()
-        numbers = tuple(int(part) for part in release.split(".")[:2] if part.isdigit())
-        if numbers < _OLDEST_KERNEL:
-            raise LoadError(f"kernel {release}: capture needs Linux {'.'.join(map(str, _OLDEST_KERNEL))} or newer")
+    def _check_compiled(self) -> None:
         if not self._objects.is_dir():
             raise LoadError(f"{self._objects} is missing: run `make bpf` (needs clang and libbpf-dev)")
 
@@ -185,6 +184,17 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _hint(error: BpfError) -> str:
+    """What to do about a refused program. A kernel's number alone refuses nothing: distributions backport."""
+    if error.errno == errno.EPERM:
+        return "\n  needs root, or CAP_BPF and CAP_NET_ADMIN"
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split(".")[:2] if part.isdigit())
+    if numbers < _OLDEST_KERNEL:
+        return f"\n  this is Linux {release}; capture needs {'.'.join(map(str, _OLDEST_KERNEL))} or newer"
+    return ""
 
 
 @contextmanager

@@ -95,7 +95,8 @@ static __always_inline int is_registry_only(void)
 }
 
 /*
- * The hook's return value that makes the system call fail with `error`. bpf_set_retval: Linux 5.18.
+ * The hook's return value that makes the system call fail with `error`. bpf_set_retval: Linux 6.1 in
+ * connect, sendmsg, bind and sock_create.
  */
 static __always_inline int refuse(__u32 counter, int error)
 {

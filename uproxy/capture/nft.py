@@ -50,7 +50,7 @@ table inet uproxy {{
 		goto in_the_open
 	}}
 	chain in_the_open {{
-		meta l4proto {{ icmp, ipv6-icmp }} accept
+		meta l4proto {{ icmp, icmpv6 }} accept
 {refusals}
 	}}
 	chain enter {{

@@ -115,7 +115,7 @@ def _ebpf() -> Iterator[Feature]:
 def _object(path: Path, cgroup_fd: int, netns: int) -> Iterator[Feature]:
     """Its programs: through the verifier, with maps of their own, and attached where they belong."""
     from bpf.libbpf import BpfError, Object
-    from bpf.loader import HOOKS, Place
+    from bpf.loader import HOOKS, PROBE_HOOK, PROBER, Place
 
     name = path.name.removesuffix(".bpf.o")
     try:
@@ -124,15 +124,20 @@ def _object(path: Path, cgroup_fd: int, netns: int) -> Iterator[Feature]:
             opened.load()
             for program in programs:
                 place = HOOKS.get(program.name)
-                if place is None:
-                    continue  # of another version, or not attached by the agent
+                if place is None and program.name != PROBE_HOOK:
+                    continue  # of another version
                 try:
                     attached = program.attach_netns(netns) if place is Place.NETNS else program.attach_cgroup(cgroup_fd)
                     attached.close()
                 except BpfError as error:
                     yield Feature("ebpf", f"program {program.name}", False, f"cannot be attached: {error.strerror}")
                 else:
-                    yield Feature("ebpf", f"program {program.name}", True, f"{place.value}: loads and attaches")
+                    yield Feature(
+                        "ebpf",
+                        f"program {program.name}",
+                        True,
+                        f"{place.value if place else PROBER}: loads and attaches",
+                    )
     except BpfError as error:
         yield Feature("ebpf", f"program {name}", False, f"does not load: {error.strerror or error}")
 
