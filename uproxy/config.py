@@ -10,10 +10,13 @@ from pathlib import Path
 
 from control.api.address import AddressError, IpAddress, parse_address
 from control.api.identity import IdentityError, SpiffeId, make_id, parse_trust_domain
-from control.api.workload import key
+from control.api.workload import key, key_of_host
 from uproxy.explicit import Forward, split_host_port
+from uproxy.resolve import host_port
 
 DEFAULT_TRUST_DOMAIN = "cluster.local"
+DEFAULT_SHARE = 0.01
+"""Istio's."""
 
 _DESCRIPTION = """\
 Run the micro proxy of one workload: mTLS to and from the mesh over HBONE, and nothing else.
@@ -48,6 +51,28 @@ class Who:
 
 
 @dataclass(frozen=True, slots=True)
+class Collector:
+    """Where spans go: a service of the mesh, or an address on loopback."""
+
+    host: str
+    port: int
+    share: float
+    """Of the connections that begin here, how many are recorded."""
+
+    @property
+    def authority(self) -> str:
+        return host_port(self.host, self.port)
+
+    @property
+    def is_nearby(self) -> bool:
+        """Whether it is on loopback."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """How one uProxy runs."""
 
@@ -70,6 +95,7 @@ class Settings:
     access_log: str
     log_json: bool
     drain_timeout_s: float
+    otlp: Collector | None
 
     @property
     def captured(self) -> bool:
@@ -108,6 +134,7 @@ def parse(argv: Sequence[str]) -> Settings:
     capture.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
     capture.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
     add_log_options(parser)
+    add_span_options(parser, "a service of the mesh, or an address on loopback")
     options = parser.parse_args(argv)
     wrong = _wrong_mode(options)
     if wrong:
@@ -141,6 +168,7 @@ def parse(argv: Sequence[str]) -> Settings:
         access_log=options.access_log,
         log_json=options.log_format == "json",
         drain_timeout_s=options.drain_timeout_s,
+        otlp=collector(parser, options),
     )
 
 
@@ -150,6 +178,35 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
     logs.add_argument("--access-log", default="-", metavar="FILE", help="- for standard output (default), or off")
     logs.add_argument("--log-format", choices=("json", "text"), default="text")
     logs.add_argument("--drain-timeout-s", type=float, default=5.0, metavar="S", help="default: %(default)s")
+
+
+def add_span_options(parser: argparse.ArgumentParser, where: str) -> None:
+    """Those that every proxy has. `where`: what --otlp may name."""
+    spans = parser.add_argument_group("spans")
+    spans.add_argument("--otlp", metavar="HOST:PORT", help=f"post spans to this OpenTelemetry collector: {where}")
+    spans.add_argument(
+        "--otlp-share",
+        type=float,
+        default=DEFAULT_SHARE,
+        metavar="SHARE",
+        help="of the traces that begin here, how many are recorded, from 0 to 1; default: %(default)s",
+    )
+
+
+def collector(parser: argparse.ArgumentParser, options: argparse.Namespace, *, mesh: bool = True) -> Collector | None:
+    """What --otlp names. Exits with status 2 when it is neither on loopback nor, with `mesh`, a service."""
+    if not 0 <= options.otlp_share <= 1:
+        parser.error("--otlp-share is between 0 and 1")
+    if not options.otlp:
+        return None
+    try:
+        found = Collector(*split_host_port(options.otlp), options.otlp_share)
+    except ValueError as error:
+        parser.error(f"--otlp: {error}")
+    if not found.is_nearby and not (mesh and key_of_host(found.host) is not None):
+        service = ", or a service of the mesh, as in collector.observability:4318" if mesh else ""
+        parser.error(f"--otlp {options.otlp}: name an address on loopback{service}: spans would leave in the clear")
+    return found
 
 
 def check_ranges(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

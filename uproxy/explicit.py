@@ -105,13 +105,21 @@ class Directory:
 
 async def serve_forward(outbound: Outbound, directory: Directory, forward: Forward, app: socket.socket) -> None:
     """A connection to a static local port."""
+    await serve_named(outbound, directory, (forward.host, forward.port), app)
+
+
+async def serve_named(
+    outbound: Outbound, directory: Directory, dialled: tuple[str, int], app: socket.socket, *, traced: bool = True
+) -> None:
+    """A connection to a host and port of the mesh. `traced`: as in `Outbound.serve`."""
+    host, port = dialled
     try:
-        destination = await directory.destination_of(forward.host, forward.port)
+        destination = await directory.destination_of(host, port)
     except RefusedError as error:
-        log.warning("forward to %s:%d: %s", forward.host, forward.port, error)
+        log.warning("forward to %s:%d: %s", host, port, error)
         plane.reset(app)
         return
-    await outbound.serve(app, destination)
+    await outbound.serve(app, destination, traced=traced)
 
 
 async def serve_socks(data_plane: Plane, outbound: Outbound, directory: Directory, app: socket.socket) -> None:

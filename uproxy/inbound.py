@@ -98,6 +98,9 @@ class Inbound:
         request_id = listener.request_id(fields)
         record = self._record(host_port(carrier.peer_address, carrier.peer_port), request_id, time.monotonic())
         record.source.identity = str(carrier.peer)
+        record.parent_span = listener.caller_span(fields)
+        if record.parent_span and self._telemetry.spans is not None:
+            record.span = os.urandom(8).hex()
         try:
             if self._demand is not None:
                 await self._introduce(self._demand, carrier, fields)

@@ -153,6 +153,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     sidecar.add_argument(
         "--drain-timeout-s", type=float, default=_DRAIN_TIMEOUT_S, metavar="S", help="default: %(default)s"
     )
+    sidecar.add_argument("--otlp", metavar="HOST:PORT", help="post spans to this collector, a service of the mesh")
+    sidecar.add_argument("--otlp-share", metavar="SHARE", help="of the traces that begin here, how many are recorded")
     sidecar.add_argument("--uid", type=int, help=f"default: a free one from {FIRST_UID} up")
     sidecar.add_argument("--state-dir", type=Path, default=Path("/var/lib/uproxy"), help="default: %(default)s")
     sidecar.add_argument("--cgroup-root", type=Path, metavar="DIR", help="default: uproxy/ in the cgroup2 hierarchy")
@@ -464,6 +466,10 @@ def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
     arguments += ["--drain-timeout-s", str(options.drain_timeout_s)]
     if options.capture == "ebpf":
         arguments += ["--direct-socket", str(options.node_socket.absolute().with_name(SOCKET_NAME))]
+    if options.otlp:
+        arguments += ["--otlp", options.otlp]
+    if options.otlp_share:
+        arguments += ["--otlp-share", options.otlp_share]
     for forward in options.forward:
         arguments += ["--forward", forward]
     if options.socks5:

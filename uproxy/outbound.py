@@ -105,10 +105,15 @@ class Outbound:
             return
         await self.serve(app, destination)
 
-    async def serve(self, app: socket.socket, destination: OriginalDestination) -> None:
-        """A connection whose destination is known, from here to its end. Never raises."""
+    async def serve(self, app: socket.socket, destination: OriginalDestination, *, traced: bool = True) -> None:
+        """A connection whose destination is known, from here to its end. Never raises.
+
+        `traced`: it may be recorded as a span, which what carries spans is not.
+        """
         plane.reset_on_close(app)
         record = self._record(app, host_port(destination.address, destination.port))
+        if traced and self._telemetry.spans is not None and self._telemetry.spans.draws():
+            record.span = record.request_id[:16]
         try:
             plan = await self._plan(destination)
             record.destination_service = plan.service.key if plan.service is not None else ""
@@ -308,5 +313,5 @@ def _headers(plan: Plan, record: Connection) -> Headers:
         forwarded += f";host={plan.service.hostname}"
     return (
         (b"forwarded", forwarded.encode()),
-        (b"traceparent", f"00-{record.request_id}-{record.request_id[:16]}-00".encode()),
+        (b"traceparent", record.traceparent),
     )

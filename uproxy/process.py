@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
+import uproxy
 from control.client.files import ConfigError
 from control.client.membership import Membership
 from control.client.state import State
 from uproxy import admin, linux
 from uproxy.access_log import AccessLog, Style
-from uproxy.config import Who
+from uproxy.config import Collector, Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
 from uproxy.telemetry import Listing, Telemetry
@@ -26,6 +27,7 @@ from uproxy.tls import CredentialsError
 
 if TYPE_CHECKING:
     from uproxy.member import Member
+    from uproxy.otlp import Dial, Exporter
 
 METRICS_PORT: Final = 15020
 READY_PORT: Final = 15021
@@ -103,6 +105,20 @@ def who_joined(membership: Membership) -> Who:
 def open_log(target: str, as_json: bool, loop: asyncio.AbstractEventLoop) -> AccessLog | None:
     """The access log that the command line asks for; None when it is off."""
     return None if target == "off" else AccessLog(target, Style.JSON if as_json else Style.TEXT, loop)
+
+
+def record_spans(collector: Collector, dial: Dial, telemetry: Telemetry, service: Callable[[], str]) -> Exporter:
+    """Have connections recorded for a collector; somebody runs what is returned. `service`: its `service.name`."""
+    # Imported here: most proxies record nothing.
+    from uproxy.otlp import Exporter
+
+    exporter = Exporter(dial, collector.authority, collector.share, service, uproxy.__version__)
+    telemetry.spans = exporter
+    telemetry.counter("uproxy_spans_sent_total", "Spans that the collector took", lambda: exporter.sent)
+    telemetry.counter(
+        "uproxy_spans_dropped_total", "Spans lost because the collector was slow or refused", lambda: exporter.dropped
+    )
+    return exporter
 
 
 async def listen_to_operators(

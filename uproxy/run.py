@@ -24,7 +24,7 @@ from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import Changes, State
 from uproxy import admin, config, config_dump, explicit, joining, log_levels, plane, process
-from uproxy.config import Settings, Who
+from uproxy.config import Collector, Settings, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import RefusedError
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from uproxy.demand import Demand
     from uproxy.direct import DirectPath
     from uproxy.member import Member
+    from uproxy.otlp import Exporter
 
 PROBE_TIMEOUT_S = 5.0
 
@@ -127,6 +128,8 @@ class _Proxy:
             self._demand,
             self._direct_path,
         )
+        self._directory = Directory(self._state, self._demand)
+        self._exporter = self._record_spans(settings.otlp) if settings.otlp is not None else None
         self._listeners = Listeners(self._plane)
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -165,6 +168,8 @@ class _Proxy:
         self.pending.discard("certificate")
         group.create_task(self._credentials.watch(self._renewed))
         self._register_gauges()
+        if self._exporter is not None:
+            group.create_task(self._exporter.run())
         await self._listen_to_operators()
         if self._member is not None and self._demand is not None:
             self._listen_to_the_application()  # its connections wait for the configuration
@@ -206,7 +211,7 @@ class _Proxy:
             asked = original_destination if self.settings.capture == "ebpf" else redirected_destination
             for address in ("127.0.0.1", "::1"):
                 self._listen_on(address, OUTBOUND_PORT, partial(self._outbound.serve_captured, asked))
-        directory = Directory(self._state, self._demand)
+        directory = self._directory
         for forward in self.settings.forwards:
             self._listen_on(
                 forward.local_host,
@@ -217,6 +222,27 @@ class _Proxy:
             self._listen_on(
                 *self.settings.socks5, lambda app: explicit.serve_socks(self._plane, self._outbound, directory, app)
             )
+
+    def _record_spans(self, collector: Collector) -> Exporter:
+        from uproxy.otlp import nearby, tunnelled
+
+        dialled = collector.host, collector.port
+
+        def serve(app: socket.socket) -> None:
+            app.setblocking(False)
+            self._plane.run(
+                lambda: self._plane.spawn(
+                    explicit.serve_named(self._outbound, self._directory, dialled, app, traced=False)
+                )
+            )
+
+        def service() -> str:
+            own = self._state.workload(self._who.key)
+            name = own.canonical_service if own is not None else self._who.workload
+            return f"{name}.{self._who.identity.namespace}"
+
+        dial = nearby(*dialled) if collector.is_nearby else tunnelled(serve)
+        return process.record_spans(collector, dial, self._telemetry, service)
 
     async def _listen_to_operators(self) -> None:
         # Captured, the namespace and its ports are this workload's; else others may share the host, so metrics and
@@ -383,6 +409,8 @@ class _Proxy:
             await asyncio.sleep(0.02)
         left = len(self._connections)
         self._plane.run(lambda: self._connections.cut_all("the drain time of this proxy is over"))
+        if self._exporter is not None:
+            await self._exporter.finish(FAREWELL_S)
         # Those that were not relayed yet: an application whose connection was being made gets a reset.
         self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this proxy is shutting down")))
         self._plane.run(self._pool.finish)

@@ -18,7 +18,7 @@ MAX_TAPS: Final = 4
 INTERVAL_S: Final = 0.1
 """Between two writes to a watcher: soon enough for people, and one system call for many lines."""
 MAX_LINES: Final = 100
-"""In such an interval and for one watcher; formatting them takes 2 % of it."""
+"""In such an interval and for one watcher; formatting them takes less than 1 % of it."""
 MAX_WAITING: Final = 256 * 1024
 """Bytes that wait in a watcher's connection; while there are more, it gets nothing."""
 

@@ -94,6 +94,10 @@ class Connection:
     """The SPIFFE ID that a waypoint says it connects for, when this proxy believes it."""
     meter: Meter | None = None
     """Where the two counts come from while the connection lives."""
+    span: str = ""
+    """Its id (16 hex digits) in the trace `request_id`, if this proxy records it."""
+    parent_span: str = ""
+    """The caller's span, if that is recorded."""
     native: Native | None = None
     """Set when it went direct: its ends are proven, and its bytes are not encrypted."""
 
@@ -101,6 +105,12 @@ class Connection:
     def destination_hostname(self) -> str:
         namespace, _, name = self.destination_service.partition("/")
         return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}"
+
+    @property
+    def traceparent(self) -> bytes:
+        """What whoever is called next is told (W3C Trace Context), so that its span follows the last one recorded."""
+        follows = self.span or self.parent_span
+        return f"00-{self.request_id}-{follows or self.request_id[:16]}-{'01' if follows else '00'}".encode()
 
     def read_meter(self) -> None:
         """Brings the byte counts up to date."""
@@ -117,11 +127,23 @@ class Listing:
     lines: list[str]
 
 
+class Spans(Protocol):
+    """Where the connections go that are recorded as spans of a trace."""
+
+    def draws(self) -> bool:
+        """Whether a trace begins with a connection that begins here."""
+
+    def ended(self, connection: Connection, now: float) -> None:
+        """A connection with a span is over."""
+
+
 class Telemetry:
     """The counters of one proxy. One thread; no call does I/O (the log buffers)."""
 
     def __init__(self, version: str, log: AccessLog | None = None) -> None:
         self.taps = Taps()
+        self.spans: Spans | None = None
+        """None: nothing is recorded."""
         self._log = log
         self._version = version
         self._live: dict[Connection, _Series] = {}
@@ -179,6 +201,8 @@ class Telemetry:
             series.closed += 1
         if self._log is not None:
             self._log.record(connection, now)
+        if connection.span and self.spans is not None:
+            self.spans.ended(connection, now)
         if self.taps:
             self.taps.note(
                 access_log.COMPLETE,
