@@ -32,11 +32,13 @@ from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.api.labels import Labels, telemetry
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
+from control.api.plaintext import MAX_PORTS, plaintext_of
 from control.api.policy import (
     DEFAULT_ROOT_NAMESPACE,
     Action,
     AuthorizationPolicy,
     ConditionKey,
+    MtlsMode,
     PeerAuthentication,
     Target,
     pattern_matches,
@@ -78,6 +80,8 @@ class Elsewhere:
     """Keys of the Gateways that policies of other namespaces target."""
     selects: Callable[[Labels], bool] = _nowhere
     """Whether a workload of another namespace has these labels. Asked for policies of the root namespace only."""
+    peer_authentications: Sequence[PeerAuthentication] = ()
+    """Those of the root namespace, unless that is built too."""
     last: Callable[[DeclaredService], Sequence[Endpoint]] = _none
     """The ready endpoints that a service had. One that would have none keeps them."""
 
@@ -97,7 +101,7 @@ class Mesh:
     gateways: tuple[Gateway, ...]
     routes: tuple[HTTPRoute, ...]
     peer_authentications: tuple[PeerAuthentication, ...]
-    """Checked, and no records: all they can ask for is what every proxy does anyway."""
+    """No records: what they say of a workload stands in its own."""
     vips: Vips
     """Of the services that ask for no address. Who keeps them gives them back as `Elsewhere.vips`."""
     wishes: Mapping[Subject, Wish]
@@ -132,6 +136,8 @@ class Mesh:
         policies = sorted(_of(DeclaredPolicy, declared), key=lambda item: item.policy.key)
         peer_authentications = _of(DeclaredPeerAuthentication, declared)
         _check_selectors(policies, peer_authentications, workloads, root_namespace, elsewhere.selects, findings)
+        _check_scopes(peer_authentications, root_namespace, findings)
+        workloads = _with_plaintext(workloads, peer_authentications, elsewhere, root_namespace, findings)
         _check_callers(policies, workloads, elsewhere.principals, domain, findings)
         endpoints = endpoints_of(
             declared_services, _of(DeclaredEndpoints, declared), workloads, elsewhere.last, findings
@@ -344,6 +350,56 @@ def _check_selectors(
         if item.policy.action is Action.DENY and not item.policy.rules:
             problem = "a DENY policy without rules denies nothing; write `rules: [{}]` to deny everybody"
             findings.warn(item.position, "spec.rules", problem)
+
+
+def _check_scopes(
+    peer_authentications: Iterable[DeclaredPeerAuthentication], root_namespace: str, findings: Findings
+) -> None:
+    """Refuses a PeerAuthentication whose scope is none, and warns of two for one namespace."""
+    first: dict[str, str] = {}
+    for item in sorted(peer_authentications, key=lambda item: item.peer_authentication.name):
+        declared = item.peer_authentication
+        if declared.selector is None:
+            other = first.setdefault(declared.namespace, declared.name)
+            if other != declared.name:
+                problem = f"PeerAuthentication {other} says it of the same workloads; where they differ STRICT holds"
+                findings.warn(item.position, "spec.mtls", problem)
+        elif declared.namespace == root_namespace:
+            problem = (
+                f"a PeerAuthentication of {root_namespace} is one for the whole mesh; remove selector, or move it to "
+                "the namespace of the workloads"
+            )
+            findings.error(item.position, "spec.selector", problem)
+
+
+def _with_plaintext(
+    workloads: tuple[Workload, ...],
+    peer_authentications: Sequence[DeclaredPeerAuthentication],
+    elsewhere: Elsewhere,
+    root_namespace: str,
+    findings: Findings,
+) -> tuple[Workload, ...]:
+    """The workloads, with what PeerAuthentications say of each."""
+    said = (*elsewhere.peer_authentications, *(item.peer_authentication for item in peer_authentications))
+    if not any(one.mode is MtlsMode.PERMISSIVE or MtlsMode.PERMISSIVE in one.port_modes.values() for one in said):
+        return workloads
+    found: list[Workload] = []
+    for workload in workloads:
+        plaintext = plaintext_of(workload.namespace, workload.labels, said, root_namespace)
+        if plaintext is not None and len(plaintext.ports) > MAX_PORTS:
+            position = next(
+                item.position
+                for item in peer_authentications
+                if item.peer_authentication.namespace == workload.namespace and item.peer_authentication.port_modes
+            )
+            problem = (
+                f"WorkloadEntry {workload.key} has {len(plaintext.ports)} ports unlike the others, by all that select "
+                f"it; at most {MAX_PORTS} are taken"
+            )
+            findings.error(position, "spec.portLevelMtls", problem)
+            plaintext = None
+        found.append(workload if plaintext is None else replace(workload, plaintext=plaintext))
+    return tuple(found)
 
 
 def _check_callers(

@@ -55,9 +55,12 @@ class ConditionKey(Enum):
 
 
 class MtlsMode(Enum):
-    """What a PeerAuthentication asks for. Only what the mesh enforces anyway can be asked for."""
+    """What a PeerAuthentication asks for."""
 
     STRICT = "STRICT"
+    """mTLS only."""
+    PERMISSIVE = "PERMISSIVE"
+    """mTLS, and plaintext too."""
     UNSET = "UNSET"
 
 
@@ -165,7 +168,7 @@ class AuthorizationPolicy:
 
 @dataclass(frozen=True, slots=True)
 class PeerAuthentication:
-    """Says how workloads are to be reached. Every mode it can hold means mTLS only."""
+    """Says how workloads are to be reached; `control.api.plaintext` puts several together."""
 
     namespace: str
     name: str

@@ -2,7 +2,8 @@
 
 What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
 every field must be there, none may be added, and every value must be in its canonical form. What waypoints ask for
-(`binding`, `bounds`, `targets`), and `direct`, is absent where there is none, so that a mesh without them is as it was.
+(`binding`, `bounds`, `targets`), and `direct` and `plaintext`, are absent where there is none, so that a mesh without
+them is as it was.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from control.api.http_text import wrong_header_name
 from control.api.identity import SpiffeId, TrustDomain, make_id, proxy_hash
 from control.api.messages import Body, Value
 from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
+from control.api.plaintext import MAX_PORTS, Plaintext
 from control.api.policy import (
     Action,
     AuthorizationPolicy,
@@ -117,6 +119,7 @@ def write(record: Record) -> Body:
                 "weight": record.weight,
                 **({"bounds": [_write_bound(bound) for bound in record.bounds]} if record.bounds else {}),
                 **({"direct": True} if record.direct else {}),
+                **({} if record.plaintext is None else {"plaintext": _write_plaintext(record.plaintext)}),
             }
         case AuthorizationPolicy():
             return {
@@ -268,6 +271,7 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         weight=fields.number("weight", 1, MAX_WEIGHT),
         bounds=_read_bounds(fields, trust_domain),
         direct=_read_direct(fields),
+        plaintext=_read_plaintext(fields),
     )
 
 
@@ -310,6 +314,23 @@ def _read_bounds(fields: Fields, trust_domain: TrustDomain) -> tuple[Bound, ...]
     bounds = fields.optional_list("bounds", read_bound)
     check_ordered([bound.port for bound in bounds], "bounds")
     return bounds
+
+
+def _write_plaintext(plaintext: Plaintext) -> list[Value]:
+    return [plaintext.others, list(plaintext.ports)]
+
+
+def _read_plaintext(fields: Fields) -> Plaintext | None:
+    if not fields.has("plaintext"):
+        return None
+    match fields.take("plaintext", list):
+        case [bool(others), list(ports)] if others or ports:
+            found = Plaintext(others, tuple(read_port(port, "plaintext") for port in ports))
+            check_ordered(found.ports, "plaintext")
+            if len(found.ports) > MAX_PORTS:
+                raise RecordError(f"plaintext has {len(found.ports)} ports; at most {MAX_PORTS}")
+            return found
+    raise RecordError("plaintext must be [true, [ports that take none]] or [false, [ports that take it]]")
 
 
 def _name_in(of_namespace: str) -> str:

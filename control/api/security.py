@@ -16,6 +16,7 @@ from control.api.http_text import wrong_header_name
 from control.api.labels import Labels
 from control.api.metadata import read_metadata
 from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
+from control.api.plaintext import MAX_PORTS, PROXY_PORTS
 from control.api.policy import (
     Action,
     AuthorizationPolicy,
@@ -59,9 +60,11 @@ _CONDITIONS: Final = (
     *(attribute.value for attribute in ConditionKey if attribute is not ConditionKey.REQUEST_HEADERS),
     "request.headers[...]",
 )
+_PROXY_PORTS: Final = f"{PROXY_PORTS[0]} to {PROXY_PORTS[-1]}"
 _GROUPS: Final = {"Gateway": ("gateway.networking.k8s.io",), "Service": ("", "core")}
-_PLAINTEXT: Final = "it would let plaintext in, and this mesh takes mTLS only; write STRICT"
-_MODES: Final = {"PERMISSIVE": _PLAINTEXT, "DISABLE": _PLAINTEXT}
+_MODES: Final = {
+    "DISABLE": "a workload of this mesh always takes mTLS; write PERMISSIVE to let plaintext in too, or STRICT"
+}
 
 
 def read_authorization_policy(document: Reader) -> DeclaredPolicy:
@@ -87,7 +90,7 @@ def read_authorization_policy(document: Reader) -> DeclaredPolicy:
 
 
 def read_peer_authentication(document: Reader) -> DeclaredPeerAuthentication:
-    """Reads a PeerAuthentication. Only modes that mean mTLS are taken."""
+    """Reads a PeerAuthentication."""
     metadata = read_metadata(document, wrong_subdomain)
     spec = document.child("spec", required="a mapping, as {mtls: {mode: STRICT}}")
     selector = _selector(spec)
@@ -99,6 +102,11 @@ def read_peer_authentication(document: Reader) -> DeclaredPeerAuthentication:
             port_modes[parse_port(name)] = mode
         except ValueError as error:
             by_port.error(name, str(error))
+        else:
+            if mode is MtlsMode.PERMISSIVE and int(name) in PROXY_PORTS:
+                by_port.error(name, f"is the uProxy's own, as all of {_PROXY_PORTS}, and takes no plaintext; remove it")
+    if len(port_modes) > MAX_PORTS:
+        spec.error("portLevelMtls", f"has {len(port_modes)} ports; at most {MAX_PORTS} are taken")
     if port_modes and selector is None:
         spec.error("portLevelMtls", "needs a selector: ports are those of certain workloads")
     resource = PeerAuthentication(metadata.namespace, metadata.name, selector, _mode(spec.child("mtls")), port_modes)

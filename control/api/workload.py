@@ -17,6 +17,7 @@ from control.api.identity import SpiffeId
 from control.api.labels import Labels
 from control.api.names import key as key  # beside what has one
 from control.api.names import wrong_dns_label, wrong_service_name
+from control.api.plaintext import Plaintext
 
 CLUSTER_DOMAIN: Final = "cluster.local"
 """The DNS suffix of service host names. It is not the trust domain, though both are often the same text."""
@@ -96,6 +97,8 @@ class Workload:
     """Ports that waypoints stand before, in the order of their numbers, each once."""
     direct: bool = False
     """Whether it may be a caller or a destination on the direct path of one host (`mesh.uproxy.dev/same-host`)."""
+    plaintext: Plaintext | None = None
+    """Ports that take plaintext too; None: none does."""
 
     @property
     def key(self) -> str:

@@ -21,6 +21,7 @@ from control.api.address import IpAddress
 from control.api.bindings import Standings, Subject, Wish
 from control.api.declared import (
     DeclaredGateway,
+    DeclaredPeerAuthentication,
     DeclaredPolicy,
     DeclaredService,
     DeclaredWorkload,
@@ -34,7 +35,7 @@ from control.api.index import Resident
 from control.api.labels import USE_WAYPOINT, Labels, selects
 from control.api.mesh import Elsewhere, Mesh
 from control.api.messages import Body, Stamp
-from control.api.policy import AuthorizationPolicy
+from control.api.policy import AuthorizationPolicy, PeerAuthentication
 from control.api.problems import Position, ResourceError, ResourceErrors
 from control.api.records import Record
 from control.api.route import HTTPRoute
@@ -219,6 +220,8 @@ class Registry:
                 for subject, standing in standings.items()
                 if any(_namespace_of(gateway) in touched for gateway in standing.gateways)
             }
+        if any(kind == "PeerAuthentication" and name == self._root_namespace for kind, name, _ in texts):
+            touched |= self._store.namespaces()  # it may let plaintext in everywhere
         if release:
             # What was kept back goes now, though no document says anything new.
             touched |= {_group(document.place) for document in given}
@@ -353,6 +356,7 @@ class Registry:
                 claims.setdefault(address, (name, holder))
         principals = self._principals(resources)
         gateways, guarded = self._gateways(resources)
+        of_mesh = self._peer_authentications(resources)
         trust_domain = parse_trust_domain(self._trust_domain)
         built: dict[str, Built] = {}
         errors: list[ResourceError] = []
@@ -367,6 +371,7 @@ class Registry:
                 guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
                 last=partial(_ready_endpoints, trust_domain, {} if release else old),
+                peer_authentications=() if name == self._root_namespace else of_mesh,
             )
             try:
                 built[name] = self._build_one(name, resources[name], elsewhere, standings, old)
@@ -434,6 +439,12 @@ class Registry:
                     case DeclaredPolicy():
                         guarded |= {target.key for target in resource.policy.targets if target.kind == "Gateway"}
         return gateways, frozenset(guarded)
+
+    def _peer_authentications(self, resources: Mapping[str, Mapping[Place, Resource]]) -> list[PeerAuthentication]:
+        """Those of the root namespace, which hold in all others too, when some namespaces are as given."""
+        root = self._root_namespace
+        found = resources[root] if root in resources else self._resources_of(root)
+        return [one.peer_authentication for one in found.values() if isinstance(one, DeclaredPeerAuthentication)]
 
     def _selected_elsewhere(
         self, name: str, resources: Mapping[str, Mapping[Place, Resource]], selector: Labels

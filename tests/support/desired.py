@@ -47,6 +47,13 @@ def policy(name: str, namespace: str = "shop", app: str = "", action: str = "ALL
     )
 
 
+def peer_authentication(name: str, namespace: str = "shop", mode: str = "PERMISSIVE") -> str:
+    return (
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
+    )
+
+
 def gateway(name: str, namespace: str = "shop", labels: str = "") -> str:
     """A waypoint that every namespace may use."""
     return (

@@ -10,6 +10,7 @@ from control.api.address import IpAddress, IpBlock, parse_address, parse_block
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.index import AddressShard, ResidentService, ResidentWorkload
+from control.api.plaintext import Plaintext
 from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
 from control.api.records import Record
 from control.api.route import (
@@ -96,6 +97,11 @@ def bounds(draw: st.DrawFn) -> Bound:
     )
 
 
+plaintexts = st.builds(Plaintext, st.booleans(), st.sets(ports, max_size=2).map(sorted).map(tuple)).filter(
+    lambda plaintext: plaintext.others or plaintext.ports
+)
+
+
 def _by_port(items: list[Bound]) -> tuple[Bound, ...]:
     return tuple(sorted(items, key=lambda bound: bound.port))
 
@@ -115,6 +121,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         weight=draw(weights),
         bounds=draw(st.lists(bounds(), max_size=2, unique_by=lambda bound: bound.port).map(_by_port)),
         direct=draw(st.booleans()),
+        plaintext=draw(st.none() | plaintexts),
     )
 
 

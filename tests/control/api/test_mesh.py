@@ -473,6 +473,60 @@ def test_a_pattern_that_can_match_gives_no_warning(source):
     assert warnings_of(WORKLOAD, text) == []
 
 
+def permissive(name, scope="", namespace="shop", mode="PERMISSIVE"):
+    return (
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\nspec: {{{scope}mtls: {{mode: {mode}}}}}\n"
+    )
+
+
+OF_WEB = "selector: {matchLabels: {app: web}}, "
+
+
+def test_what_peer_authentications_say_stands_in_the_workloads_own_record():
+    db = WORKLOAD.replace("web-1", "db-1").replace("app: web", "app: db").replace("10.0.0.1", "10.0.0.3")
+    bank = db.replace("shop", "bank").replace("10.0.0.3", "10.0.0.4")
+    ports = OF_WEB + "portLevelMtls: {8080: {mode: STRICT}}, "
+    mesh = build(WORKLOAD, db, bank, permissive("all", namespace="mesh-system"), permissive("web", ports))
+    bodies = {topic.rpartition("/")[2]: body.get("plaintext") for topic, body in mesh.records().items()}
+    assert bodies == {"web-1": [True, [8080]], "db-1": [True, []]}
+    assert_same(state_of(mesh), mesh)
+    strict = build(WORKLOAD, db, permissive("all", namespace="mesh-system"), permissive("all", mode="STRICT"))
+    assert [body.get("plaintext") for body in strict.records().values()] == [None, None]
+
+
+def test_the_root_namespaces_peer_authentications_hold_where_they_are_not_built():
+    root = build(permissive("all", namespace="mesh-system")).peer_authentications
+    alone = build(WORKLOAD, elsewhere=Elsewhere(peer_authentications=root))
+    assert alone.workloads == build(WORKLOAD, permissive("all", namespace="mesh-system")).workloads
+    assert alone.workloads[0].plaintext is not None
+
+
+def test_two_peer_authentications_of_one_scope_are_a_warning():
+    assert warnings_of(WORKLOAD, permissive("a"), permissive("b", mode="STRICT")) == [
+        "14: spec.mtls: PeerAuthentication a says it of the same workloads; where they differ STRICT holds"
+    ]
+    assert warnings_of(WORKLOAD, permissive("a", OF_WEB), permissive("b", OF_WEB), permissive("c")) == []
+
+
+def test_a_selector_in_the_root_namespace_is_refused():
+    assert errors_of(WORKLOAD, permissive("a", OF_WEB, "mesh-system", "STRICT")) == [
+        "9: spec.selector: a PeerAuthentication of mesh-system is one for the whole mesh; remove selector, or move it "
+        "to the namespace of the workloads"
+    ]
+
+
+def test_more_ports_than_the_kernel_holds_are_refused():
+    parts = []
+    for part in (1, 101):
+        ports = ", ".join(f"{port}: {{mode: PERMISSIVE}}" for port in range(part, part + 40))
+        parts.append(permissive(f"p{part}", f"{OF_WEB}portLevelMtls: {{{ports}}}, ", mode="UNSET"))
+    assert [one.partition("spec.")[2] for one in errors_of(WORKLOAD, *parts)] == [
+        "portLevelMtls: WorkloadEntry shop/web-1 has 80 ports unlike the others, by all that select it; at most 64 are "
+        "taken"
+    ]
+
+
 def test_the_root_namespace_can_be_another():
     root = POLICY.replace("namespace: shop", "namespace: istio-system")
     assert build(WORKLOAD, root, root_namespace="istio-system").warnings == ()

@@ -313,9 +313,15 @@ def test_each_bad_policy_is_refused_with_its_place_and_its_mend(spec, expected):
     assert [error for error in found if expected in error], found
 
 
+MANY_PORTS = ", ".join(f"{port}: {{mode: STRICT}}" for port in range(1, 66))
+
+
 def test_every_field_of_a_peer_authentication():
     spec = "spec: {selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: UNSET}}}"
     expected = PeerAuthentication("shop", "p", {"app": "web"}, MtlsMode.STRICT, {8080: MtlsMode.UNSET})
+    assert peer(spec) == expected
+    spec = spec.replace("STRICT", "PERMISSIVE").replace("UNSET", "STRICT")
+    expected = PeerAuthentication("shop", "p", {"app": "web"}, MtlsMode.PERMISSIVE, {8080: MtlsMode.STRICT})
     assert peer(spec) == expected
     assert peer("spec: {}") == PeerAuthentication("shop", "p", None, MtlsMode.UNSET, {})
 
@@ -323,12 +329,11 @@ def test_every_field_of_a_peer_authentication():
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("spec: {mtls: {mode: PERMISSIVE}}", "4: spec.mtls.mode: PERMISSIVE is refused: it would let plaintext in"),
         (
             "spec: {mtls: {mode: DISABLE}}",
-            "4: spec.mtls.mode: DISABLE is refused: it would let plaintext in, and this mes",
+            "4: spec.mtls.mode: DISABLE is refused: a workload of this mesh always takes mTLS; write PERMISSIVE",
         ),
-        ("spec: {mtls: {mode: strict}}", "4: spec.mtls.mode: 'strict' must be STRICT or UNSET"),
+        ("spec: {mtls: {mode: strict}}", "4: spec.mtls.mode: 'strict' must be STRICT or PERMISSIVE or UNSET"),
         ("spec: {mtls: {mdoe: STRICT}}", "4: spec.mtls.mdoe: unknown field; known here: mode (did you mean 'mode'?)"),
         ("spec: {mtls: STRICT}", "4: spec.mtls: must be a mapping, not the text 'STRICT'"),
         ("spec: {portLevelMtls: {8080: {mode: STRICT}}}", "4: spec.portLevelMtls: needs a selector"),
@@ -339,6 +344,14 @@ def test_every_field_of_a_peer_authentication():
         (
             "spec: {selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: DISABLE}}}",
             "4: spec.portLevelMtls.80.mode: DISABLE is refused",
+        ),
+        (
+            "spec: {selector: {matchLabels: {a: b}}, portLevelMtls: {15021: {mode: PERMISSIVE}}}",
+            "4: spec.portLevelMtls.15021: is the uProxy's own, as all of 15000 to 15090, and takes no plaintext",
+        ),
+        (
+            f"spec: {{selector: {{matchLabels: {{a: b}}}}, portLevelMtls: {{{MANY_PORTS}}}}}",
+            "4: spec.portLevelMtls: has 65 ports; at most 64 are taken",
         ),
         ("", "1: spec: is missing"),
     ],

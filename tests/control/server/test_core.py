@@ -20,7 +20,15 @@ from control.server.registry import Action, NotFound
 from control.server.registry import Held as HeldBack
 from control.server.signing import ConfigKey
 from control.server.store import Store
-from tests.support.desired import endpoints, namespace, policy, service, together, workload
+from tests.support.desired import (
+    endpoints,
+    namespace,
+    peer_authentication,
+    policy,
+    service,
+    together,
+    workload,
+)
 from tests.support.published import PREFIX, Shelf, retained, sha256
 
 SHOP = together(
@@ -376,6 +384,25 @@ def test_policies_know_the_workloads_of_other_namespaces(plane):
         ("spec.selector", "selects no WorkloadEntry of any namespace; it does nothing"),
         ("spec.rules[0].from[0].source", "'zoo' matches no workload of trust domain cluster.local"),
     ]
+
+
+def test_the_root_namespaces_peer_authentication_holds_in_every_namespace(plane):
+    def open_ones(found):
+        return {name.rpartition("/")[2] for name, body in found.records.items() if "plaintext" in body}
+
+    root, shop = peer_authentication("mesh", "mesh-system"), peer_authentication("shop", mode="STRICT")
+    plane.apply(SHOP)
+    plane.apply(workload("ape", "10.0.0.9", namespace="zoo"))
+    assert open_ones(plane.settle()) == set()
+    plane.restart()
+    plane.apply(root)
+    assert open_ones(plane.settle()) == {"web-1", "web-2", "db-1", "ape"}
+    plane.restart()
+    plane.apply(shop)  # only this namespace is built, and the root's word is still heard
+    plane.apply(workload("bee", "10.0.0.8", namespace="zoo"))
+    assert open_ones(plane.settle()) == {"ape", "bee"}
+    plane.core.delete([("PeerAuthentication", "mesh-system", "mesh")])
+    assert open_ones(plane.settle()) == set()
 
 
 def test_old_warnings_are_not_told_again(plane):
