@@ -53,21 +53,22 @@ class _Gate:
 class Admission:
     """What one configuration says of who may come to a workload."""
 
-    __slots__ = ("_gates", "_known", "_policies", "_relayed", "_selecting", "_trust_domain")
+    __slots__ = ("_gates", "_known", "_plaintext", "_policies", "_relayed", "_selecting", "_trust_domain")
 
     def __init__(
         self, workload: Workload | None, policies: Iterable[AuthorizationPolicy], trust_domain: TrustDomain
     ) -> None:
         """`workload`: None when the configuration has it no longer: then nobody may. `policies`: that select it."""
         self._known = workload is not None
+        self._plaintext = workload.plaintext if workload is not None else None
         self._trust_domain = trust_domain
         self._gates = {bound.port: self._gate(bound) for bound in (workload.bounds if workload is not None else ())}
         self._selecting = tuple(policies)
         self._policies = compile_policies(self._selecting)
         self._relayed: Relayed | None = None
 
-    def enter(self, peer: SpiffeId, port: int, headers: Headers) -> Passage | None:
-        """How a stream comes to a port: None when its peer asks for itself.
+    def enter(self, peer: SpiffeId | None, port: int, headers: Headers) -> Passage | None:
+        """How a stream comes to a port: None when its peer asks for itself. `peer`: None for who came in plaintext.
 
         Raises RefusedError: `waypoint-required`, or `bad-request` when a waypoint says who calls in no form we know.
         """
@@ -79,15 +80,16 @@ class Admission:
         if peer in gate.waypoints:
             return Passage(self._caller(headers))
         if gate.bound.enforced and peer not in gate.exempt:
+            who = peer or "a caller in plaintext"
             raise RefusedError(
                 "waypoint-required",
-                f"{peer} connects directly to port {port}, which is reached through {_named(gate.bound)}",
+                f"{who} connects directly to port {port}, which is reached through {_named(gate.bound)}",
                 status=401,
                 flag=Flag.WAYPOINT,
             )
         return None
 
-    def overtaken(self, peer: SpiffeId, port: int) -> str:
+    def overtaken(self, peer: SpiffeId | None, port: int) -> str:
         """Why a stream that its peer has for itself must end by and by, although it was let in; empty: it may stay.
 
         It came before the waypoint was demanded, and is past a policy that only the waypoint can hold to.
@@ -114,6 +116,14 @@ class Admission:
         if caller is None:
             return self._relayed.decide(None, None, peer, peer_address, address, port)
         return self._relayed.decide(caller.identity, caller.address, peer, peer_address, address, port)
+
+    def decide_plaintext(self, source: IpAddress, address: IpAddress, port: int) -> Decision:
+        """L4 authorization of who comes in plaintext, and so is nobody: positive fields of identity do not match."""
+        if not self._known:
+            return Decision(False, "", "the configuration no longer has this workload")
+        if self._plaintext is None or not self._plaintext.takes(port):
+            return Decision(False, "", f"port {port} takes mTLS only")
+        return self._policies.decide(None, source, address, port)
 
     def _gate(self, bound: Bound) -> _Gate:
         waypoints = frozenset(gateway_identity(self._trust_domain, key) for key in bound.gateways)

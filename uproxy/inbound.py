@@ -2,6 +2,8 @@
 
 accept -> TLS -> who is the peer? (`listener.TunnelServer`) -> for each CONNECT stream: what does it ask for? -> may it?
 -> connect to the application -> 200 -> relay both ways -> one access-log record. Statuses: docs/hbone.md 2.4.
+
+What comes in plaintext, where that is taken: accept -> where was it going? -> may nobody come there? -> and likewise.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from uproxy.header_block import Headers
 from uproxy.listener import TunnelServer, asked_for, bad_request
 from uproxy.outbound import Self, fail, relay_and_record
 from uproxy.overtaken import STEP_S, Direct, Overtaken
+from uproxy.plain_relay import PlainRelay
 from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
@@ -42,6 +45,15 @@ APP_CONNECT_TIMEOUT_S = 10.0
 MAX_REMEMBERED_HOSTS = 1024
 # What has begun may end when the configuration lets go of this workload: some callers learn of that later than we do.
 LEAVING_S = 30.0
+# Connections in plaintext, which cost their peers nothing; as many as there may be tunnels.
+MAX_PLAINTEXT = 4096
+# A peer in plaintext that is silent for half of it is asked four times, with TCP's keepalive, whether it is there.
+PLAINTEXT_GONE_S = 120
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, PLAINTEXT_GONE_S // 2),
+    (socket.TCP_KEEPINTVL, PLAINTEXT_GONE_S // 8),
+    (socket.TCP_KEEPCNT, 4),
+)
 
 _FORWARDED_HOST = re.compile(rb"(?:^|;)host=([a-z0-9.-]{1,253})(?:;|$)")
 
@@ -81,6 +93,7 @@ class Inbound:
         self._direct_path = direct_path
         if direct_path is not None:
             direct_path.may_enter = self._may_enter
+        self._in_plaintext = 0
 
     # -- the connection
 
@@ -136,7 +149,67 @@ class Inbound:
         finally:
             self._overtaken.remove(direct)
 
+    async def serve_plaintext(self, peer: socket.socket) -> None:
+        """A connection that the kernel gave us instead of the application: nobody proved who that is. Never raises."""
+        plane.reset_on_close(peer)
+        record = self._record("-", os.urandom(16).hex(), time.monotonic())
+        self._in_plaintext += 1
+        try:
+            await self._serve_plaintext(peer, record)
+        except RefusedError as error:
+            plane.reset(peer)
+            fail(record, error, self._telemetry)
+        finally:
+            self._in_plaintext -= 1
+
+    async def _serve_plaintext(self, peer: socket.socket, record: Connection) -> None:
+        """Raises RefusedError when it is not let in."""
+        source, address, port = self._plaintext_ends(peer, record)
+        admission = self._admission
+        self._admit_plaintext(source, address, port)
+        app = await self._connect(address, port)
+        if admission is not self._admission:  # it changed while we waited for the application
+            try:
+                self._admit_plaintext(source, address, port)
+            except RefusedError:
+                plane.reset(app)
+                raise
+
+        def permitted() -> str:
+            again = self._admission.decide_plaintext(source, address, port)
+            if not again.allowed:
+                return f"policy: no longer allowed: {again.reason}"
+            return self._admission.overtaken(None, port)
+
+        relay = PlainRelay(self._plane, peer)
+        await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
+
     # -- its stages
+
+    def _plaintext_ends(self, peer: socket.socket, record: Connection) -> tuple[IpAddress, IpAddress, int]:
+        """Who says it is where, and the workload's address and port that it dialled: ours, by what sk_lookup did."""
+        try:
+            source, address = peer.getpeername(), peer.getsockname()
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                peer.setsockopt(socket.IPPROTO_TCP, option, value)
+        except OSError as error:  # it is gone already
+            raise RefusedError("bad-request", f"the peer went away: {error.strerror}", flag=Flag.RESET) from error
+        record.source.address = host_port(*source[:2])
+        record.destination = Peer(host_port(*address[:2]), self._state.workload(self._own.key))
+        if self._in_plaintext > MAX_PLAINTEXT:
+            raise RefusedError("overload", f"{MAX_PLAINTEXT} connections in plaintext are open", flag=Flag.DENY)
+        if address[0] not in self._own.addresses:
+            raise RefusedError("wrong-destination", f"{address[0]} is no address of {self._own.key}", flag=Flag.DENY)
+        return IpAddress(source[0].partition("%")[0]), IpAddress(address[0]), address[1]
+
+    def _admit_plaintext(self, source: IpAddress, address: IpAddress, port: int) -> None:
+        """Raises RefusedError when the port takes no plaintext, or a waypoint stands before it, or policy says no."""
+        self._configured()
+        self._admission.enter(None, port, ())
+        decision = self._admission.decide_plaintext(source, address, port)
+        if not decision.allowed:
+            raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
 
     async def _introduce(self, demand: Demand, carrier: Tunnel, fields: dict[bytes, bytes]) -> None:
         """The first time that we hear of a caller, or of a service of ours, give the control plane a moment to name it.

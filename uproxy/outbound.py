@@ -25,6 +25,7 @@ from uproxy.connections import Connections, Live
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
 from uproxy.health import RetryBudget
+from uproxy.plain_relay import PlainRelay
 from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route
@@ -286,7 +287,7 @@ def fail(record: Connection, error: RefusedError, telemetry: Telemetry) -> None:
 
 async def relay_and_record(
     app: socket.socket,
-    relay: Relay,
+    relay: Relay | PlainRelay,
     record: Connection,
     connections: Connections,
     telemetry: Telemetry,

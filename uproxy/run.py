@@ -14,6 +14,7 @@ import ssl
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from uproxy import admin, config, config_dump, explicit, joining, log_levels, pl
 from uproxy.config import Collector, Settings, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
+from uproxy.door import Door
 from uproxy.errors import RefusedError
 from uproxy.explicit import Directory
 from uproxy.inbound import Inbound
@@ -131,6 +133,7 @@ class _Proxy:
         self._directory = Directory(self._state, self._demand)
         self._exporter = self._record_spans(settings.otlp) if settings.otlp is not None else None
         self._listeners = Listeners(self._plane)
+        self._door = Door(self._plane, self._inbound.serve_plaintext)
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._configured = asyncio.Event()
@@ -183,6 +186,7 @@ class _Proxy:
         for own in self._who.addresses:
             self._listen_on(own, HBONE_PORT, self._inbound.server.serve, HANDSHAKES_PER_TURN)
         self.pending.discard("listeners")
+        self._open_to_plaintext()
         if self.settings.captured:
             await self._prove_capture()
         if self._direct_path is not None:
@@ -290,6 +294,12 @@ class _Proxy:
 
     # -- changes
 
+    def _open_to_plaintext(self) -> None:
+        """As the configuration says, while there is capture, which keeps everything else out, and we take anything."""
+        if self.settings.captured and not self.pending & {"listeners", "draining"}:
+            workload = self._state.workload(self._who.key)
+            self._door.set(workload.plaintext if workload is not None else None)
+
     def _reconfigure(self, batch: Sequence[tuple[str, bytes]]) -> None:
         """Take configuration, whole or not at all. Raises RecordError."""
         changes = self._state.apply(batch)
@@ -303,6 +313,7 @@ class _Proxy:
         self._outbound.config_changed(changes)
         if self._direct_path is not None:
             self._direct_path.changed()
+        self._open_to_plaintext()
 
     def _progressed(self) -> None:
         """The control plane has told more: what waits for it may go on."""
@@ -345,6 +356,7 @@ class _Proxy:
 
         self._timer = self._loop.call_later(TICK_S, self._tick)
         self._plane.run(tick)
+        self._open_to_plaintext()
 
     def _register_gauges(self) -> None:
         gauge = self._telemetry.gauge
@@ -384,6 +396,7 @@ class _Proxy:
             **config_dump.of_state(self._state),
             "policies": config_dump.of_policies(self._state, self._state.workload(self._who.key)),
             "control": self._member.dump() if self._member is not None else None,
+            "plaintext": None if self._door.is_open is None else asdict(self._door.is_open),
             "certificate": config_dump.of_certificate(self._credentials),
             "tunnels": config_dump.of_tunnels(self._pool.tunnels()),
             "tunnels_inbound": config_dump.of_tunnels(self._inbound.server.tunnels()),
@@ -401,6 +414,7 @@ class _Proxy:
         self.pending.add("draining")
         deadline = time.monotonic() + self.settings.drain_timeout_s
         self._listeners.close()
+        self._door.close()
         self._plane.run(lambda: self._inbound.server.drain(final=False))
         # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
         await asyncio.sleep(min(0.1, self.settings.drain_timeout_s))
@@ -428,6 +442,7 @@ class _Proxy:
         for server in self._servers:
             server.close()
         self._listeners.close()
+        self._door.close()
         if self._log is not None:
             self._log.close()
         self._plane.close()

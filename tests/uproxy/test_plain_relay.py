@@ -1,0 +1,170 @@
+"""Two sockets with a relay between them are like one TCP connection, over random histories of what both ends do."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.uproxy.test_relay_model import PATIENCE_S, End, check, descriptors, sizes, to_the_end
+from uproxy import plane
+from uproxy.errors import Flag
+from uproxy.plain_relay import READ_BYTES, PlainRelay
+from uproxy.plane import Plane
+from uproxy.relay import Outcome
+
+Step = tuple[str, int, int]
+steps: st.SearchStrategy[Step] = st.tuples(
+    st.sampled_from(["write"] * 6 + ["read"] * 4 + ["wait"] * 3 + ["end"] * 2 + ["close", "reset", "cut"]),
+    st.integers(0, 1),
+    sizes,
+)
+
+
+class Relayed:
+    """A relay between two ends that the test holds."""
+
+    def __init__(self, data_plane: Plane, *, narrow: bool) -> None:
+        self.outcome: Outcome | None = None
+        caller, peer = _connected(narrow)
+        app, served = _connected(narrow)
+        self.ends = End(caller, 0), End(served, 500_000)
+        self.relay = PlainRelay(data_plane, peer)
+        for sock in (peer, app):
+            plane.reset_on_close(sock)
+        data_plane.run(lambda: self.relay.attach(app))
+        data_plane.spawn(self._wait())
+
+    async def _wait(self) -> None:
+        self.outcome = await self.relay.done
+
+
+def _connected(narrow: bool) -> tuple[socket.socket, socket.socket]:
+    """The two ends of a TCP connection. `narrow`: little fits into the kernel's buffers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        first = socket.create_connection(listener.getsockname())
+        second, _ = listener.accept()
+    for sock in (first, second):
+        sock.setblocking(False)
+        if narrow:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
+    return first, second
+
+
+@given(st.booleans(), st.lists(steps, max_size=40))
+@settings(print_blob=True)
+def test_it_is_like_plain_tcp(narrow: bool, history: list[Step]) -> None:
+    plane.run(live_through(narrow, history))
+
+
+async def live_through(narrow: bool, history: list[Step]) -> None:
+    data_plane = Plane(asyncio.get_running_loop())
+    before = descriptors()
+    relayed = Relayed(data_plane, narrow=narrow)
+    was_cut = False
+    for what, side, size in history:
+        end = relayed.ends[side]
+        match what:
+            case "write":
+                end.write(size)
+            case "read":
+                end.read(size)
+            case "end":
+                end.say_end()
+            case "close":
+                end.close()
+            case "reset":
+                end.reset()
+            case "cut":
+                was_cut = was_cut or relayed.relay.outcome is None
+                data_plane.run(lambda: relayed.relay.cut("the test says so"))
+            case _:
+                await asyncio.sleep(0.001 * (size % 4))
+    await to_the_end([relayed.ends])
+    check(relayed.ends, was_cut)
+    if not was_cut and not any(end.gone for end in relayed.ends):
+        await until(lambda: relayed.outcome is not None)
+        assert relayed.outcome is not None
+        assert relayed.outcome.flag is Flag.NONE
+        assert (relayed.relay.received, relayed.relay.sent) == tuple(end.sent for end in relayed.ends)
+    for end in relayed.ends:
+        end.sock.close()
+    await until(lambda: not data_plane.tasks and descriptors() <= before)
+    data_plane.close()
+
+
+async def until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+async def in_plane(test) -> None:
+    data_plane = Plane(asyncio.get_running_loop())
+    relayed = Relayed(data_plane, narrow=True)
+    try:
+        await test(data_plane, relayed)
+    finally:
+        for end in relayed.ends:
+            end.sock.close()
+        await until(lambda: not data_plane.tasks)
+        data_plane.close()
+
+
+def test_a_reader_that_does_not_read_stops_its_writer():
+    async def test(data_plane: Plane, relayed: Relayed) -> None:
+        caller, _ = relayed.ends
+        stuck_since = time.monotonic()
+        while time.monotonic() - stuck_since < 0.2:
+            before = caller.sent
+            caller.write(1 << 20)
+            if caller.sent > before:
+                stuck_since = time.monotonic()
+            await asyncio.sleep(0.001)
+        assert len(relayed.relay._in.pending) <= READ_BYTES
+        assert caller.sent < 1 << 20  # the kernel's four buffers, and one read
+
+    plane.run(in_plane(test))
+
+
+def test_an_end_that_hangs_up_both_ways_costs_no_turns_while_its_last_bytes_wait():
+    """The peer has had the application's FIN and sent its own, and the application does not read: EPOLLHUP stays."""
+
+    async def test(data_plane: Plane, relayed: Relayed) -> None:
+        caller, served = relayed.ends
+        served.say_end()
+        await until(lambda: relayed.relay.half_closed)
+        for _ in range(200):
+            caller.write(1 << 16)
+            await asyncio.sleep(0.001)
+        caller.say_end()
+        await asyncio.sleep(0.05)
+        began = time.process_time()
+        await asyncio.sleep(0.3)
+        assert time.process_time() - began < 0.1
+        await to_the_end([relayed.ends])
+        check(relayed.ends, was_cut=False)
+
+    plane.run(in_plane(test))
+
+
+def test_a_reset_reaches_an_end_that_only_listens():
+    async def test(data_plane: Plane, relayed: Relayed) -> None:
+        caller, served = relayed.ends
+        caller.say_end()
+        await until(lambda: relayed.relay.half_closed)
+        caller.reset()
+        await until(lambda: relayed.outcome is not None)
+        assert relayed.outcome is not None
+        assert relayed.outcome.flag is Flag.RESET
+        assert "peer's connection broke" in relayed.outcome.text
+        with pytest.raises(BrokenPipeError):  # what Linux makes of an RST after a FIN
+            served.sock.send(b"x")
+
+    plane.run(in_plane(test))
