@@ -97,5 +97,6 @@ def tell(plaintext: Plaintext) -> None:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"the kernel does not take the ports ({error.strerror}); is the node agent of this version?",
+                f"the kernel does not take the ports ({error.strerror}): that needs --capture ebpf and a "
+                "node agent of this version",
             ) from error

@@ -47,4 +47,4 @@ def test_where_the_kernel_does_not_take_it_nobody_listens_and_it_is_said_once(ca
     with caplog.at_level(logging.INFO):
         plane.run(open_it())
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "does not take the ports (Protocol not available); is the node agent of this version?" in caplog.text
+    assert "does not take the ports (Protocol not available): that needs --capture ebpf and a node agent" in caplog.text
