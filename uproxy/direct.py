@@ -194,6 +194,7 @@ class DirectPath:
                 Allowed(caller.identity, (caller.address, proof.port), caller.to, caller.port)
                 for caller, proof in self._allowed.items()
             ),
+            self._enabled,
         )
 
     def _choice(self, address: IpAddress, port: int) -> Choice | None:

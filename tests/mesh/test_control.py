@@ -29,6 +29,7 @@ from tests.support import inside
 _PORT = 9000
 _PEER = ("240.240.0.30", _PORT)
 _UNUSED = ("240.240.0.31", _PORT)
+_SAME_HOST = "mesh.uproxy.dev/same-host"
 
 _RESOURCES = f"""\
 apiVersion: v1
@@ -193,6 +194,20 @@ class TestChanges:
             _await(mesh, "echo")
         finally:
             mesh.control.meshctl("delete", "policy", "nobody", "-n", "load")
+
+    def test_annotations_let_workloads_of_one_host_go_direct(self, mesh: Controlled) -> None:
+        (host, *_) = mesh.lab.hosts
+        to = mesh.caller.address, _PORT
+        mesh.control.meshctl("annotate", "workload", "caller", f"{_SAME_HOST}=direct", "-n", "load")
+        mesh.control.meshctl("annotate", "workload", "other", f"{_SAME_HOST}=direct", "-n", "load")
+        with inside.serving(mesh.caller, _PORT, inside.echo):
+            inside.eventually(lambda: inside.goes_direct(host, mesh.other, to), 40)
+            with inside.dial(mesh.other, to) as made:
+                mesh.control.meshctl("annotate", "workload", "other", f"{_SAME_HOST}-", "-n", "load", "--overwrite")
+                with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
+                    made.recv(1)
+            assert not inside.goes_direct(host, mesh.other, to)
+        mesh.control.meshctl("annotate", "workload", "caller", f"{_SAME_HOST}-", "-n", "load", "--overwrite")
 
     def test_refused_change_changes_nothing(self, mesh: Controlled) -> None:
         before = mesh.control.status()["version"]

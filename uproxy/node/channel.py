@@ -70,6 +70,8 @@ class Said:
 
     choices: tuple[Choice, ...] = ()
     allowed: tuple[Allowed, ...] = ()
+    direct: bool = True
+    """False, as its last word: its workload may go direct no more, neither as a caller nor as a destination."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ def pack_said(said: Said) -> bytes:
                 for one in said.choices
             ],
             "allowed": [[str(one.identity), *one.tunnel, one.address, one.port] for one in said.allowed],
+            "direct": said.direct,
         }
     )
     return packed
@@ -109,13 +112,13 @@ def read_said(raw: bytes) -> Said:
     """Raises ChannelError: the sender is trusted with no more than its own workload."""
     try:
         match msgpack.unpackb(raw):
-            case {"choices": list(choices), "allowed": list(allowed), **more} if not more:
+            case {"choices": list(choices), "allowed": list(allowed), "direct": bool(direct), **more} if not more:
                 _at_most(choices, MAX_SERVICES)
                 _at_most(allowed, MAX_ALLOWED)
-                return Said(tuple(map(_choice, choices)), tuple(map(_allowed, allowed)))
+                return Said(tuple(map(_choice, choices)), tuple(map(_allowed, allowed)), direct)
     except (ValueError, TypeError, msgpack.UnpackException, AddressError, IdentityError) as error:
         raise ChannelError(str(error)) from None
-    raise ChannelError("the message is no {choices, allowed}")
+    raise ChannelError("the message is no {choices, allowed, direct}")
 
 
 def _choice(value: Any) -> Choice:

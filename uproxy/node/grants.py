@@ -2,7 +2,7 @@
 
 A grant is to an instance: one app cgroup may dial one port of one namespace. The destination's uProxy names the tunnel
 in which the caller proved who it is, and the kernel is asked whose socket that tunnel's other end is. Then the way
-between the two is looked at, and tried, once. Whatever is unclear is no grant, and goes by the tunnel.
+between the two is tried once, and looked at now and then. Whatever is unclear is no grant, and goes by the tunnel.
 
 A grant lives for `LIFETIME_S` and is renewed while both uProxies go on saying so. Its end, however it comes, is the end
 of its connections. An agent that dies grants nothing more: what it granted runs out.
@@ -23,19 +23,21 @@ from bpf.libbpf import BpfError
 from bpf.maps import Grant, Maps, Pair
 from control.api.address import HBONE_PORT, IpAddress, from_packed, packed16
 from control.api.identity import SpiffeId
-from uproxy.node import channel
+from uproxy.node import channel, routes
 from uproxy.node.channel import LIFETIME_S, Allowed, Choice
 from uproxy.node.destroy import Found, Sockets
 from uproxy.node.flows import FlowTeller
 from uproxy.node.peers import Peer
 from uproxy.node.sync import stable_id
-from uproxy.node.ways import RETRY_S, Ways
+from uproxy.node.ways import RETRY_S, Ways, sources_of
 from uproxy.node.workloads import Captured
 from uproxy.resolve import backend_id
 
 _log: Final = logging.getLogger(__name__)
 
 TICK_S: Final = 0.25
+LOOK_S: Final = 10.0
+"""Between two looks at the ways in use."""
 _SETTLE_S: Final = 3.0  # after a start: until uProxies are told who is here, so that a restart looks like no change
 _RESERVED: Final = range(15000, 15091)  # the uProxy's own ports
 _NS: Final = 1_000_000_000
@@ -86,11 +88,13 @@ class Grants:
         self._ending: list[_Ending] = []
         self._ways = Ways(maps)
         self._flows = FlowTeller(identity_at)
-        self._started = time.monotonic()
+        self._started = self._look_at = time.monotonic()
         self._local: frozenset[IpAddress] = frozenset()  # what uProxies were told
+        self._at: dict[IpAddress, Captured] = {}
         self._adopted = maps.grants.items()
         for dialled in maps.direct_services.items():
             maps.direct_services.delete(*dialled)
+        self._look()
 
     def status(self) -> dict[str, int]:
         """For people."""
@@ -113,6 +117,10 @@ class Grants:
     def heard(self, peer: Peer) -> None:
         if self._peers.get(peer.workload.name) is not peer:
             return
+        self._look()
+        if peer.said is not None and not peer.said.direct:
+            self._take_back(peer.workload)
+            return
         self._here[peer.workload] = time.monotonic()
         new = self._write_choices(peer)
         # What others allow this one may have waited for its consent.
@@ -123,8 +131,20 @@ class Grants:
         if self._peers.get(peer.workload.name) is peer:
             del self._peers[peer.workload.name]
 
+    def _take_back(self, workload: Captured) -> None:
+        """It goes direct no more: what was granted to it, and by it, ends."""
+        self._here.pop(workload, None)
+        self._forget_choices(dialled for dialled in self._choices if dialled[0] == workload.app_cgroup)
+        for pair, granted in list(self._granted.items()):
+            if workload in (granted.source, granted.target):
+                self._revoke(pair)
+        for pair, grant in list(self._adopted.items()):
+            if pair.source_cgroup == workload.app_cgroup or grant.target_netns == workload.netns_cookie:
+                self._drop_adopted(pair)
+
     def changed(self) -> None:
         """The configuration, or the workloads of this host, are others now: whoever is not who they were ends."""
+        self._look()
         captured = self._captured()
         for pair, granted in list(self._granted.items()):
             if granted.source not in captured or granted.target not in captured:
@@ -175,12 +195,13 @@ class Grants:
 
     def _cookie_at(self, address: IpAddress, expected: SpiffeId) -> int:
         """Of the namespace of a workload here that goes direct and is whom its caller expects; else 0."""
-        workload = self._workload_at(address)
+        workload = self._at.get(address)
         known = workload is not None and workload in self._here and self._identity_at(address) == expected
         return workload.netns_cookie if workload is not None and known else 0
 
-    def _workload_at(self, address: IpAddress) -> Captured | None:
-        return next((one for one in self._captured() if address in one.addresses), None)
+    def _look(self) -> None:
+        """Who is at which address of this host now."""
+        self._at = {address: one for one in self._captured() for address in one.addresses}
 
     # -- of destinations
 
@@ -190,7 +211,7 @@ class Grants:
             return
         named: set[Pair] = set()
         for allowed in target.said.allowed:
-            source = self._workload_at(allowed.tunnel[0])
+            source = self._at.get(allowed.tunnel[0])
             if (
                 source is not None
                 and source != target.workload
@@ -211,7 +232,9 @@ class Grants:
     def _grant(self, pair: Pair, source: Captured, target: Peer, allowed: Allowed) -> None:
         """Grants or renews, if everything is so that has to be."""
         caller = self._peers.get(source.name)
-        if caller is None or caller.workload != source or time.monotonic() - caller.heard_at > LIFETIME_S:
+        if caller is None or caller.workload != source or source not in self._here:
+            return
+        if caller.said is None or not caller.said.direct or time.monotonic() - caller.heard_at > LIFETIME_S:
             return
         held = self._granted.get(pair)
         if held is None and not self._was_granted(pair, target.workload):
@@ -274,7 +297,7 @@ class Grants:
         self._maps.grants.delete(pair)
         del self._adopted[pair]
         source = next((one for one in self._captured() if one.app_cgroup == pair.source_cgroup), None)
-        target = self._workload_at(from_packed(pair.address))
+        target = self._at.get(from_packed(pair.address))
         if source is not None and target is not None:
             self._ending.append(_Ending(pair, source, target))
             self._end_connections()
@@ -326,15 +349,42 @@ class Grants:
 
     def tick(self) -> None:
         """Ends what has run out, tells who is here and what connections have ended."""
+        self._look()
         now_ns = time.monotonic_ns()
         for pair in [pair for pair, granted in self._granted.items() if granted.expiry_ns <= now_ns]:
             self._revoke(pair)
         for pair in [pair for pair, grant in self._adopted.items() if grant.expiry_ns <= now_ns]:
             self._drop_adopted(pair)
         self._end_connections()
+        self._look_at_ways()
         self._forget_the_gone()
         self._tell_who_is_here()
         self._flows.tell(self._maps.flows.drain(), self._peers)
+
+    def _look_at_ways(self) -> None:
+        """Whether somebody has come in between since a way was tried."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_S
+        used: set[tuple[Captured, IpAddress]] = set()
+        for pair, granted in self._granted.items():
+            address = from_packed(pair.address)
+            used.add((granted.target, address))
+            used |= {(granted.source, one) for one in sources_of(granted.source.addresses, address)}
+        for workload, address in used:
+            peer = self._peers.get(workload.name)
+            if peer is None or peer.workload != workload:
+                continue  # nobody renews what it has
+            try:
+                problem = routes.shared(address, peer.netns_fd)
+            except OSError as error:
+                problem = str(error)
+            if problem:
+                _log.warning("workload %s goes by tunnels only: %s", workload.name, problem)
+                self._ways.suspend(workload.app_cgroup)
+                for pair, granted in list(self._granted.items()):
+                    if workload in (granted.source, granted.target):
+                        self._revoke(pair)
 
     def _forget_the_gone(self) -> None:
         captured = self._captured()

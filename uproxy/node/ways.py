@@ -1,4 +1,4 @@
-"""Whether native TCP from one workload to another is safe on this host: looked at, and tried once.
+"""Whether native TCP from one workload to another is safe on this host: looked at, tried once, and looked at again.
 
 Nobody else may be on the way (`routes`), a connection must arrive at its workload, and what was let through must be
 possible to end.
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from bpf.libbpf import BpfError
@@ -55,6 +55,11 @@ class Ways:
             task.add_done_callback(self._trying.discard)
         return False
 
+    def suspend(self, cgroup: int) -> None:
+        """Of a workload whose ways hold no more: they are tried again later."""
+        later = time.monotonic() + RETRY_S
+        self._known |= {way: later for way, after in self._known.items() if cgroup in way[:2] and after is None}
+
     def forget(self, cgroup: int) -> None:
         """Of a workload that is gone, or whose uProxy is."""
         self._known = {way: after for way, after in self._known.items() if cgroup not in way[:2]}
@@ -76,10 +81,11 @@ class Ways:
 
     async def _problem(self, caller: Peer, target: Peer, address: IpAddress) -> str:
         """Empty when there is none. Raises OSError (TimeoutError) or BpfError."""
-        own = next((one for one in caller.workload.addresses if (":" in one) == (":" in address)), None)
-        if own is None:
+        sources = sources_of(caller.workload.addresses, address)
+        if not sources:
             return f"it has no address of the family of {address}"
-        for one, peer in ((own, caller), (address, target)):
+        own = sources[0]
+        for one, peer in (*((source, caller) for source in sources), (address, target)):
             shared = routes.shared(one, peer.netns_fd)
             if shared:
                 return shared
@@ -110,6 +116,11 @@ class Ways:
                 await asyncio.sleep(_POLL_S)
         finally:
             self._maps.admitted.delete(connection)
+
+
+def sources_of(addresses: Sequence[IpAddress], destination: IpAddress) -> list[IpAddress]:
+    """From which of a caller's addresses it may dial this one."""
+    return [one for one in addresses if (":" in one) == (":" in destination)]
 
 
 def _socket_inside(netns_fd: int, address: IpAddress) -> socket.socket:

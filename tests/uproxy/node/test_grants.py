@@ -200,7 +200,9 @@ async def granted(agreed: Agreed) -> None:
     assert await becomes(lambda: agreed.granted)
 
 
-@pytest.mark.parametrize("how", ["said no more", "identity", "workload gone", "expired"])
+@pytest.mark.parametrize(
+    "how", ["said no more", "caller may not", "destination may not", "identity", "workload gone", "bridge", "expired"]
+)
 @in_a_loop
 async def test_its_end_is_the_end_of_its_connections(agreed, how, monkeypatch):
     if how == "expired":
@@ -210,12 +212,23 @@ async def test_its_end_is_the_end_of_its_connections(agreed, how, monkeypatch):
         match how:
             case "said no more":
                 agreed.say(allowed=())
+            case "caller may not":
+                agreed.web.said = Said(direct=False)
+                agreed.grants.heard(agreed.web)
+            case "destination may not":
+                agreed.db.said = Said(direct=False)
+                agreed.grants.heard(agreed.db)
             case "identity":
                 agreed.grants._identity_at = lambda address: NOBODY
                 agreed.grants.changed()
             case "workload gone":
                 agreed.grants._captured = lambda: [agreed.pair.db.captured]
                 agreed.grants.changed()
+            case "bridge":
+                link = agreed.pair.web.box.host_link
+                sandbox.run_ip(["link add br9 type bridge", f"link set {link} master br9"])
+                monkeypatch.setattr(agreed.grants, "_look_at", 0.0)
+                agreed.grants.tick()
             case "expired":
                 await asyncio.sleep(0.4)
                 agreed.grants.tick()
