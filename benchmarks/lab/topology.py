@@ -232,6 +232,8 @@ class Host:
         self.workloads: list[Workload] = []
         self.twins: list[Sandbox] = []
         self.agent: subprocess.Popen[bytes] | None = None
+        self.agent_options: list[str] = []
+        """More options of `uproxy node`."""
         self._agent_log = lab.directory / f"{name}.node.log"
 
     def workload(self, name: str, app: App, **options: Any) -> Workload:
@@ -277,7 +279,7 @@ class Host:
         """Start `uproxy node`; return at once."""
         self.run_dir.mkdir(exist_ok=True)
         arguments = ["--name", self.lab.names.node(self.name), *self.lab.source.node_arguments(self)]
-        arguments += ["--run-dir", str(self.run_dir), "--mesh-cidr", *MESH_RANGES]
+        arguments += ["--run-dir", str(self.run_dir), "--mesh-cidr", *MESH_RANGES, *self.agent_options]
         with open(self._agent_log, "ab") as log:
             argv = [sys.executable, "-I", "-m", "uproxy", "node", *arguments]
             self.agent = self.spawn(argv, stdout=log, stderr=log)

@@ -232,14 +232,15 @@ class Agent:
         for address in addresses:
             self._check_address(address, namespace, service_account)
         app, proxy, netns = descriptors
-        app_cgroup = Cgroup.of(app, "app cgroup")
+        app_cgroup, proxy_cgroup = Cgroup.of(app, "app cgroup"), Cgroup.of(proxy, "proxy cgroup")
         self._probers.check(app_cgroup)
+        self._probers.check(proxy_cgroup)
         self._workloads.register(
             Registration(
                 name,
                 addresses,
                 app_cgroup,
-                Cgroup.of(proxy, "proxy cgroup"),
+                proxy_cgroup,
                 NetworkNamespace.of(netns),
                 dns,
                 tuple(probe_ports),
@@ -515,7 +516,8 @@ def main(argv: Sequence[str]) -> int:
             workloads = Workloads(loader, pins / "links", [one / "links" for one in earlier])
             workloads.adopt()
             mount = cgroup.mount_point()
-            probers = Probers(loader, pins / "probers", [mount / path for path in options.probe_cgroups])
+            probe_cgroups = [mount / path for path in options.probe_cgroups]
+            probers = Probers(loader, pins / "probers", probe_cgroups, workloads.captured)
             if options.config:
                 agent = Agent(options, loader, sync, workloads, probers)
                 source = FileSource(options.config, options.trust_domain)

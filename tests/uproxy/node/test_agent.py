@@ -414,7 +414,7 @@ def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loade
         remove=False,
     )
     sync = Sync(loader.maps, options.ranges)
-    probers = Probers(loader, pins / "probers", ())
+    probers = Probers(loader, pins / "probers", (), tuple)
     running = agent.Agent(options, loader, sync, Workloads(loader, pins / "links"), probers)
     running.apply([])
     source = FileSource([host.config], "cluster.local")
@@ -513,7 +513,7 @@ def test_a_prober_may_come_and_go(host, site, prober, monkeypatch, loader, pins)
     with host.agent("--probe-cgroup", str(relative)):
         register(host, site, probe_ports=[8080])
         assert f"--probe-cgroup {prober}: is not there" in host.client.status()["error"]
-    watching = Probers(loader, pins / "probers", [prober])
+    watching = Probers(loader, pins / "probers", [prober], tuple)
     assert len(watching.problems()) == 1
     held = []
     for _ in range(2):  # each time it is another cgroup
@@ -537,6 +537,26 @@ def test_what_cannot_be_a_probers_cgroup_is_refused(host, path):
 def test_a_workload_in_a_probers_cgroup_is_refused(host, site, prober):
     with host.agent("--probe-cgroup", str(site.directory)), pytest.raises(NodeError, match="contain one another"):
         register(host, site)
+
+
+@pytest.mark.parametrize("cgroup", ["directory", "app", "proxy"])
+def test_a_probers_cgroup_around_a_workload_that_is_there_already_is_left_alone(host, site, cgroup):
+    option = ("--probe-cgroup", str(getattr(site, cgroup)))
+    complaint = f"{option[1]}: workload web is in it, or around it"
+    with host.agent():
+        register(host, site, probe_ports=[8080])
+    with host.agent(*option):
+        assert complaint in host.client.status()["error"]
+        assert list((host.pins / "probers").iterdir()) == []
+        with app_of(site):
+            assert not probes(site, getattr(site, cgroup))
+        host.client.unregister("web")
+        deadline = time.monotonic() + 20
+        while host.client.status()["error"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert host.client.status()["error"] == "", "it is nobody's now"
+        with pytest.raises(NodeError, match="contain one another"):
+            register(host, site, probe_ports=[8080])
 
 
 def test_the_initial_namespace_and_the_root_cgroup_are_refused(host, site):

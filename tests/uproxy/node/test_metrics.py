@@ -73,7 +73,7 @@ def running(host, loader, pins) -> Iterator[Agent]:
         remove=False,
     )
     sync = Sync(loader.maps, options.ranges)
-    made = Agent(options, loader, sync, Workloads(loader, pins / "links"), Probers(loader, pins / "probers", ()))
+    made = Agent(options, loader, sync, Workloads(loader, pins / "links"), Probers(loader, pins / "probers", (), tuple))
     made.apply([])
     return made
 
