@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import random
+import re
 import secrets
 import signal
 import socket
@@ -28,6 +30,7 @@ from benchmarks.lab.topology import MESH_RANGES, App, Host, Lab, Workload, Workl
 from bpf import loader
 from tests.support import inside, open_loop
 from tests.support.secrecy import nothing_in_the_clear
+from uproxy import linux
 from uproxy.entrance import sockets_inside
 
 PORT = 9000
@@ -210,6 +213,23 @@ class TestWhatIsDialled:
             assert receiver.recv(64) == b"a datagram"
 
     @both
+    def test_datagram_of_the_uproxys_flow_is_refused_all_the_same(self, mesh: Mesh, version: str) -> None:
+        """Conntrack's mark says that it is the uProxy's; whoever owns the socket now decides."""
+        caller, address = mesh.callers["nft" + version], mesh.vip("nft" + version)
+        family = inside.family_of(address)
+        uid = int(re.findall(r"^Uid:\t(\d+)", Path(f"/proc/{caller.proxy_pid()}/status").read_text(), re.MULTILINE)[0])
+        with open(caller.box.netns_path) as netns:
+            (theirs,) = sockets_inside(caller.box.app_cgroup, netns.fileno(), [family], socket.SOCK_DGRAM)
+        with theirs:
+            with caller.entered(), linux.files_of(uid), socket.socket(family, socket.SOCK_DGRAM) as ours:
+                ours.bind((caller.address, 0))
+                ours.sendto(b"x", address)
+                theirs_end = ours.getsockname()[:2]
+            theirs.bind(theirs_end)
+            with pytest.raises(PermissionError):
+                theirs.sendto(b"x", address)
+
+    @both
     def test_connection_outside_of_the_mesh_is_left_alone(self, mesh: Mesh, version: str) -> None:
         address = f"fd95::{mesh.b.index}" if version == "6" else mesh.b.underlay_address
         family = socket.AF_INET6 if version == "6" else socket.AF_INET
@@ -315,6 +335,38 @@ class TestDeath:
             finally:
                 os.kill(stopped, signal.SIGCONT)
             inside.eventually(lambda: _exchanges(caller, mesh.vip("nft" + version)))
+
+    @both
+    def test_end_of_a_killed_uproxy_is_not_held_back(self, mesh: Mesh, version: str) -> None:
+        """The kernel goes on sending for nobody: held back, the peer would wait for its keepalive."""
+        caller, peer = mesh.callers["nft" + version], mesh.peers["nft" + version]
+        ends: queue.Queue[str] = queue.Queue()
+
+        def read_to_the_end(connection: socket.socket) -> None:
+            ends.put(connection.recv(1).decode())
+            try:
+                inside.read_all(connection)
+                ends.put("FIN")
+            except OSError as error:
+                ends.put(type(error).__name__)
+
+        stopped = peer.proxy_pid()
+        with inside.serving(peer, PORT, read_to_the_end):
+            with inside.dial(caller, mesh.vip("nft" + version)) as made:
+                made.sendall(b"x")
+                assert ends.get(timeout=8) == "x"
+                os.kill(stopped, signal.SIGSTOP)
+                try:
+                    made.settimeout(0.5)
+                    with pytest.raises(TimeoutError):
+                        made.sendall(bytes(16_000_000))
+                    os.kill(caller.proxy_pid(), signal.SIGKILL)
+                    inside.eventually(lambda: not _ports_to(caller, 15008))
+                finally:
+                    os.kill(stopped, signal.SIGCONT)
+            assert ends.get(timeout=8) == "ConnectionResetError"
+        with inside.serving(peer, PORT, inside.echo):
+            inside.eventually(lambda: _exchanges(caller, mesh.vip("nft" + version)), 15)
 
     def test_uproxies_killed_at_random_moments_open_nothing(self, mesh: Mesh) -> None:
         seed = secrets.randbits(32)
