@@ -57,6 +57,15 @@ spec: {address: 10.96.1.100, serviceAccount: job}
 """
 
 
+_PERMISSIVE = """\
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: open, namespace: load}
+spec: {mtls: {mode: PERMISSIVE}}
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """Callers on host a, peers on host b; by capture and IP version, as `nft4`."""
@@ -66,37 +75,46 @@ class Mesh:
     b: Host
     callers: dict[str, Workload]
     peers: dict[str, Workload]
+    resources: str
 
     def vip(self, peer: str) -> tuple[str, int]:
-        number = 30 + sorted(self.peers).index(peer)
-        return (f"fd96:0:0:ffff::{number}" if peer.endswith("6") else f"240.240.0.{number}", PORT)
+        return _vip(peer), PORT
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     with Lab() as lab:
-        made = Mesh(lab, lab.host("a"), lab.host("b"), {}, {})
+        a, b = lab.host("a"), lab.host("b")
+        callers: dict[str, Workload] = {}
+        peers: dict[str, Workload] = {}
         for capture, options in (("nft", NFT), ("ebpf", ())):
             for version in "46":
                 kind = {"namespace": "load", "ipv6": version == "6", "launch": options}
                 name = f"{capture}{version}"
-                made.callers[name] = made.a.workload(f"caller-{name}", commands.idle(), **kind)
-                made.peers[name] = made.b.workload(f"peer-{name}", commands.idle(), ports={"tcp": PORT}, **kind)
+                callers[name] = a.workload(f"caller-{name}", commands.idle(), **kind)
+                peers[name] = b.workload(f"peer-{name}", commands.idle(), ports={"tcp": PORT}, **kind)
         for version, loopback in (("4", "127.0.0.1"), ("6", "[::1]")):
             forward = f"{loopback}:{_FORWARDED}=peer-nft{version}.load:{PORT}"
-            options = ("--capture", "none", "--forward", forward)
-            made.callers[f"none{version}"] = made.a.workload(
-                f"caller-none{version}", commands.idle(), namespace="load", ipv6=version == "6", launch=options
+            callers[f"none{version}"] = a.workload(
+                f"caller-none{version}",
+                commands.idle(),
+                namespace="load",
+                ipv6=version == "6",
+                launch=("--capture", "none", "--forward", forward),
             )
         services = [
-            _SERVICE.format(
-                name=made.peers[peer].name, vip=made.vip(peer)[0], family="IPv6" if peer.endswith("6") else "IPv4"
-            )
-            for peer in sorted(made.peers)
+            _SERVICE.format(name=peer.name, vip=_vip(name), family="IPv6" if name.endswith("6") else "IPv4")
+            for name, peer in peers.items()
         ]
-        lab.configure("".join(services) + _JOBS)
+        made = Mesh(lab, a, b, callers, peers, "".join(services) + _JOBS)
+        lab.configure(made.resources)
         lab.start()
         yield made
+
+
+def _vip(peer: str) -> str:
+    number = 30 + ("nft4", "nft6", "ebpf4", "ebpf6").index(peer)
+    return f"fd96:0:0:ffff::{number}" if peer.endswith("6") else f"240.240.0.{number}"
 
 
 def _exchanges(caller: Workload, address: tuple[str, int]) -> bool:
@@ -259,6 +277,19 @@ class TestTheWayIn:
             with mesh.a.entered(), socket.create_connection((peer.address, 15008), timeout=3):
                 pass
             assert _exchanges(peer, (peer.address, PORT)), "its own address is its own business"
+
+    def test_permissive_port_stays_closed(self, mesh: Mesh) -> None:
+        """Its uProxy would have to tell eBPF, and says so."""
+        peer = mesh.peers["nft4"]
+        mesh.lab.configure(mesh.resources + _PERMISSIVE)
+        try:
+            with inside.serving(peer, PORT, inside.echo):
+                inside.eventually(lambda: "no port takes plaintext" in peer.log.read_text())
+                with mesh.a.entered(), pytest.raises(ConnectionRefusedError):
+                    socket.create_connection((peer.address, PORT), timeout=3)
+                assert _exchanges(mesh.callers["nft4"], mesh.vip("nft4"))
+        finally:
+            mesh.lab.configure(mesh.resources)
 
     def test_what_is_no_tcp_udp_or_icmp_does_not_come_in(self, mesh: Mesh) -> None:
         """UDP-Lite stands for all that the other capture refuses to make sockets of."""

@@ -56,7 +56,7 @@ table inet uproxy {{
 	chain enter {{
 		type filter hook input priority 0; policy accept;
 		iif lo accept
-		meta l4proto {{ udp, icmp, ipv6-icmp, igmp }} accept
+		meta l4proto {{ udp, icmp, icmpv6 }} accept
 		tcp dport {hbone} ct state new ct mark set {mark:#x}
 		tcp dport {hbone} accept
 		tcp flags & (syn | ack) != syn ct direction reply accept
