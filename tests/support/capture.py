@@ -92,16 +92,19 @@ def run_inside(netns: int | None, directory: Path | None, function: Callable[[],
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the runner's handler would go on with its tests in this child
         signal.alarm(_CHILD_TIMEOUT_S)
         try:
-            _enter(netns, directory)
-            outcome: tuple[bool, Any] = (True, function())
-        except BaseException as error:
-            error.add_note(traceback.format_exc())
-            outcome = (False, error)
-        with os.fdopen(write, "wb") as out:
-            pickle.dump(outcome, out)
-        os._exit(0)
+            try:
+                _enter(netns, directory)
+                outcome: tuple[bool, Any] = (True, function())
+            except BaseException as error:
+                error.add_note(traceback.format_exc())
+                outcome = (False, error)
+            with os.fdopen(write, "wb") as out:
+                pickle.dump(outcome, out)
+        finally:
+            os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as source:
         raw = source.read()

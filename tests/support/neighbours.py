@@ -150,6 +150,11 @@ def _forward() -> None:
         Path("/proc/sys/net", path).write_text("1")
 
 
+def _use_ports_again() -> None:
+    """Thousands of connections to one port would leave it to the kernel to look for one that is not in TIME_WAIT."""
+    Path("/proc/sys/net/ipv4/tcp_tw_reuse").write_text("1")
+
+
 def _wire(router: Namespace, netns: Namespace, name: str, v4: str, v6: str) -> None:
     ours = f"""
         link set lo up
@@ -169,4 +174,5 @@ def _wire(router: Namespace, netns: Namespace, name: str, v4: str, v6: str) -> N
         -6 route add {v6}/128 dev {name}
     """
     run_inside(netns.fd, None, lambda: ip(ours))
+    run_inside(netns.fd, None, _use_ports_again)
     run_inside(router.fd, None, lambda: ip(theirs))
