@@ -47,7 +47,9 @@ def _parts() -> dict[str, logging.Logger]:
     return {
         name: logger
         for name, logger in logging.getLogger().manager.loggerDict.items()
-        if isinstance(logger, logging.Logger) and name.partition(".")[0] in _PACKAGES
+        if isinstance(logger, logging.Logger)
+        and name.partition(".")[0] in _PACKAGES
+        and logger.level <= logging.CRITICAL  # what is silenced in the code stays silent
     }
 
 

@@ -246,6 +246,16 @@ class TestRoutes:
             assert self.ask(routes, f"/logging?level={wrong}", "POST")[0] == 400
             assert self.ask(routes, "/logging") == (200, "level info\n")
 
+    def test_what_the_code_silences_is_neither_shown_nor_woken(self, levels):
+        silenced = logging.getLogger("control.silenced")
+        silenced.setLevel(logging.CRITICAL + 1)
+        assert log_levels.levels() == "info"
+        log_levels.set_levels("debug")
+        log_levels.set_levels(log_levels.levels())
+        assert silenced.level == logging.CRITICAL + 1
+        with pytest.raises(ValueError, match="is no part"):
+            log_levels.set_levels("control.silenced:debug")
+
     @pytest.mark.parametrize("path", ["/quitquitquit", "/logging?level=debug"])
     def test_a_get_changes_nothing(self, path, levels):
         """A link that somebody is made to follow must not stop a proxy."""
