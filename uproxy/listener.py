@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
-from uproxy import hbone, plane, tunnel
+from uproxy import hbone, plane, trace, tunnel
 from uproxy.errors import Flag, RefusedError
 from uproxy.plane import Plane
 from uproxy.relay import Relay
@@ -38,8 +38,6 @@ MAX_FLOODS = 5
 CALM_S = 1.0
 
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:/@\s]{1,253})):([0-9]{1,5})", re.ASCII)
-# W3C Trace Context: a trace, a span (neither is all zeros), and flags, of which 1 says that the span is recorded.
-_TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 
 Serve = Callable[[socket.socket], Coroutine[Any, Any, None]]
 Refused = Callable[[str, float, RefusedError], None]
@@ -225,14 +223,14 @@ def asked_for(fields: dict[bytes, bytes]) -> Asked:
 
 def request_id(fields: dict[bytes, bytes]) -> str:
     """The id under which the caller logs this connection, or a new one: 32 hex digits."""
-    traced = _TRACEPARENT.fullmatch(fields.get(b"traceparent", b""))
-    return traced[1].decode() if traced is not None else os.urandom(16).hex()
+    traced = trace.read(fields.get(b"traceparent", b""))
+    return traced.trace if traced is not None else os.urandom(16).hex()
 
 
 def caller_span(fields: dict[bytes, bytes]) -> str:
     """The span that the caller records for this connection (16 hex digits); empty when it records none."""
-    traced = _TRACEPARENT.fullmatch(fields.get(b"traceparent", b""))
-    return traced[2].decode() if traced is not None and int(traced[3], 16) & 1 else ""
+    traced = trace.read(fields.get(b"traceparent", b""))
+    return traced.span if traced is not None else ""
 
 
 def refuse(carrier: Tunnel, relay: Relay, error: RefusedError, request_id: str) -> None:

@@ -1,7 +1,7 @@
-"""Spans of connections, to an OpenTelemetry collector: OTLP 1.x over HTTP, in JSON. Loaded only where --otlp names one.
+"""Spans of connections and requests, to an OpenTelemetry collector: OTLP 1.x over HTTP, in JSON.
 
-What a connection's record holds when it ends becomes a span, at once; spans wait in a bounded queue and are posted each
-second. A collector that is away costs the spans that do not fit, and nothing else.
+Loaded only where --otlp names one. A span is encoded as soon as what it is about has ended; spans wait in a bounded
+queue and are posted each second. A collector that is away costs the spans that do not fit, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from collections.abc import Awaitable, Callable
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Final
 
-from uproxy.access_log import MAX_VALUE, fields_so_far
-from uproxy.errors import Flag
-from uproxy.telemetry import Connection
+from uproxy.access_log import MAX_VALUE
+from uproxy.telemetry import Span
 
 MAX_QUEUED: Final = 2048
 """Spans that wait; the default of OpenTelemetry's SDKs. Beyond, new ones are dropped."""
@@ -35,7 +34,7 @@ MAX_ANSWER: Final = 64 * 1024
 
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})[ \r]")
 _RETRIABLE: Final = (429, 502, 503, 504)  # OTLP specification, "Failures"
-_KINDS: Final = {"inbound": 2, "outbound": 3, "waypoint": 2}  # SERVER, CLIENT: opentelemetry/proto/trace/v1/trace.proto
+_KINDS: Final = {"server": 2, "client": 3}  # opentelemetry/proto/trace/v1/trace.proto
 _STATUS_ERROR: Final = 2
 
 Dial = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -62,15 +61,15 @@ class Exporter:
         self._failing = False
 
     def draws(self) -> bool:
-        """Whether a connection that begins here is recorded."""
+        """Whether what begins here is recorded."""
         return random.random() < self._share
 
-    def ended(self, connection: Connection, now: float) -> None:
-        """A connection that is recorded ended, or was refused, at `now` (monotonic seconds)."""
+    def add(self, span: Span) -> None:
+        """Something that is recorded is over, just now."""
         if len(self._spans) + self._in_flight >= MAX_QUEUED:
             self.dropped += 1
         else:
-            self._spans.append(_span(connection, now, time.time()))
+            self._spans.append(_encoded(span, time.monotonic(), time.time()))
 
     async def run(self) -> None:
         """Post what waits, until cancelled."""
@@ -181,17 +180,17 @@ def tunnelled(serve: Callable[[socket.socket], None]) -> Dial:
     return dial
 
 
-def _span(connection: Connection, now: float, wall: float) -> str:
-    began = int((wall - (now - connection.started)) * 1e9)
-    name = connection.destination_hostname if connection.destination_service else connection.direction
-    parent = f'"parentSpanId":"{connection.parent_span}",' if connection.parent_span else ""
+def _encoded(span: Span, now: float, wall: float) -> str:
+    """`now`: monotonic seconds; `wall`: the same moment in Unix time."""
+    began, ended = (int((wall - (now - moment)) * 1e9) for moment in (span.started, span.ended))
+    parent = f'"parentSpanId":"{span.parent}",' if span.parent else ""
     status = ""
-    if connection.flag is not Flag.NONE:
-        status = f',"status":{{"code":{_STATUS_ERROR},"message":{quoted(connection.error[:MAX_VALUE])}}}'
+    if span.error is not None:
+        status = f',"status":{{"code":{_STATUS_ERROR},"message":{quoted(span.error[:MAX_VALUE])}}}'
     return (
-        f'{{"traceId":"{connection.request_id}","spanId":"{connection.span}",{parent}"name":{quoted(name)},'
-        f'"kind":{_KINDS[connection.direction]},"startTimeUnixNano":"{began}","endTimeUnixNano":"{int(wall * 1e9)}",'
-        f'"attributes":[{",".join(fields_so_far(connection, now, _attribute))}]{status}}}'
+        f'{{"traceId":"{span.trace}","spanId":"{span.id}",{parent}"name":{quoted(span.name)},'
+        f'"kind":{_KINDS[span.kind]},"startTimeUnixNano":"{began}","endTimeUnixNano":"{ended}",'
+        f'"attributes":[{",".join(span.fields(_attribute))}]{status}}}'
     )
 
 

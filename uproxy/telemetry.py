@@ -15,7 +15,7 @@ from functools import partial
 from typing import Final, Literal, Protocol
 
 from control.api.workload import CLUSTER_DOMAIN, Workload
-from uproxy import access_log
+from uproxy import access_log, trace
 from uproxy.access_log import AccessLog
 from uproxy.errors import Flag
 from uproxy.tap import Taps
@@ -109,8 +109,7 @@ class Connection:
     @property
     def traceparent(self) -> bytes:
         """What whoever is called next is told (W3C Trace Context), so that its span follows the last one recorded."""
-        follows = self.span or self.parent_span
-        return f"00-{self.request_id}-{follows or self.request_id[:16]}-{'01' if follows else '00'}".encode()
+        return trace.write(self.request_id, self.span, self.parent_span)
 
     def read_meter(self) -> None:
         """Brings the byte counts up to date."""
@@ -127,14 +126,31 @@ class Listing:
     lines: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A connection or request that is over, as a part of a trace."""
+
+    trace: str
+    id: str
+    parent: str
+    """The caller's span; empty where the trace begins."""
+    name: str
+    kind: Literal["client", "server"]
+    started: float
+    ended: float
+    """Monotonic seconds, both."""
+    fields: access_log.Fields
+    error: str | None
+    """Why it went wrong; None when it did not."""
+
+
 class Spans(Protocol):
-    """Where the connections go that are recorded as spans of a trace."""
+    """Where spans go."""
 
     def draws(self) -> bool:
-        """Whether a trace begins with a connection that begins here."""
+        """Whether a trace begins with what begins here."""
 
-    def ended(self, connection: Connection, now: float) -> None:
-        """A connection with a span is over."""
+    def add(self, span: Span) -> None: ...
 
 
 class Telemetry:
@@ -202,7 +218,7 @@ class Telemetry:
         if self._log is not None:
             self._log.record(connection, now)
         if connection.span and self.spans is not None:
-            self.spans.ended(connection, now)
+            self.spans.add(_span(connection, now))
         if self.taps:
             self.taps.note(
                 access_log.COMPLETE,
@@ -323,6 +339,20 @@ class _Series:
         self.opened = self.closed = self.failed = self.received = self.sent = 0
         self.live = 0
         self.used = 0.0
+
+
+def _span(connection: Connection, now: float) -> Span:
+    return Span(
+        trace=connection.request_id,
+        id=connection.span,
+        parent=connection.parent_span,
+        name=connection.destination_hostname if connection.destination_service else connection.direction,
+        kind="client" if connection.direction == "outbound" else "server",
+        started=connection.started,
+        ended=now,
+        fields=partial(access_log.fields_so_far, connection, now),
+        error=connection.error if connection.flag is not Flag.NONE else None,
+    )
 
 
 _REPORTERS: Final = {"outbound": "source", "inbound": "destination", "waypoint": "waypoint"}

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from control.api.identity import IdentityError, TrustDomain, parse_trust_domain
 from control.api.names import wrong_dns_label, wrong_subdomain
-from uproxy.config import DEFAULT_TRUST_DOMAIN, add_log_options, check_ranges
+from uproxy.config import (
+    DEFAULT_TRUST_DOMAIN,
+    Collector,
+    add_log_options,
+    add_span_options,
+    check_ranges,
+    collector,
+)
 
 MAX_WORKERS = 64
 
@@ -49,6 +56,7 @@ class Settings:
     access_log: str
     log_json: bool
     drain_timeout_s: float
+    otlp: Collector | None
 
 
 def parse(argv: Sequence[str]) -> Settings:
@@ -83,6 +91,7 @@ def parse(argv: Sequence[str]) -> Settings:
         help="processes that share port 15008, up to one a core; default: %(default)s, which is this process",
     )
     add_log_options(parser)
+    add_span_options(parser, "an address on loopback")
     options = parser.parse_args(argv)
     wrong = _wrong_mode(options)
     if wrong:
@@ -106,6 +115,7 @@ def parse(argv: Sequence[str]) -> Settings:
         access_log=options.access_log,
         log_json=options.log_format == "json",
         drain_timeout_s=options.drain_timeout_s,
+        otlp=collector(parser, options, mesh=False),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import re
 import time
@@ -20,10 +21,11 @@ from control.api.address import HBONE_PORT, IpAddress
 from control.api.route import Backend, RouteRule
 from control.api.workload import Workload
 from control.client.state import Changes, State
+from uproxy import trace
 from uproxy.connections import Connections, Live
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
-from uproxy.listener import Asked, asked_for, refuse, request_id
+from uproxy.listener import Asked, asked_for, caller_span, refuse, request_id
 from uproxy.plane import Plane, Timer, Waiter
 from uproxy.relay import CLEAN, Relay
 from uproxy.resolve import Hop, host_port
@@ -47,6 +49,7 @@ _IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELET
 _CALLERS: Final = frozenset({b"x-forwarded-for", b"x-forwarded-client-cert", b"x-request-id"})
 _OURS: Final = b"x-uproxy-"
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_TRACE: Final = re.compile(r"(?!0{32})[0-9a-f]{32}")
 _OK: Final[Headers] = ((b":status", b"200"),)
 _REASONS: Final = {
     400: b"Bad Request",
@@ -177,6 +180,7 @@ class Gateway:
         fields = dict(headers)
         caller = Caller(carrier.peer, carrier.peer_address, carrier.peer_port)
         record = self._record(caller, request_id(fields))
+        record.parent_span = caller_span(fields)
         try:
             asked = asked_for(fields)
             record.hbone_address = asked.authority
@@ -184,6 +188,8 @@ class Gateway:
             destination = self._destinations.find(asked)
             record.destination_service = destination.service_key
             if not destination.http:
+                if record.parent_span and self._telemetry.spans is not None:
+                    record.span = os.urandom(8).hex()
                 await self._serve_tcp(carrier, relay, caller, asked, destination, record)
                 return
         except RefusedError as error:
@@ -265,7 +271,7 @@ class Gateway:
                 before, rule = rule, self._route(rules, destination, request)
                 if rule == before:
                     break
-            onward = _onward(head, request, rule, backend, caller, exchange.request_id)
+            onward = _onward(head, request, rule, backend, caller, exchange)
             response = await self._forward(client, onward, caller, hops, course, exchange)
             return await self._relay(client, head, rule, backend, destination, response, course, exchange)
         except RefusalError as refusal:
@@ -437,7 +443,7 @@ class Gateway:
         """Raises RefusalError."""
         claim: Waiter[HttpConnection] = Waiter(self._plane)
         course.claim = claim
-        self._plane.spawn(self._upstream.connection(caller, hops, exchange.request_id, claim, fresh=fresh))
+        self._plane.spawn(self._upstream.connection(caller, hops, exchange, claim, fresh=fresh))
         try:
             return await claim
         except ConnectionResetError as error:
@@ -662,7 +668,7 @@ class Gateway:
         for hop in hops:
             record.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload)
             try:
-                stream = await self._upstream.stream(caller, hop, record.request_id)
+                stream = await self._upstream.stream(caller, hop, record)
                 record.destination.identity = str(hop.expected)  # the pool proved it
                 return stream
             except RefusedError as error:
@@ -715,10 +721,9 @@ class Gateway:
     # -- records
 
     def _begin(self, caller: Caller, head: RequestHead | None) -> Exchange:
-        given = (
-            next((value for name, value in head.fields if name == b"x-request-id"), b"") if head is not None else b""
-        )
-        agent = next((value for name, value in head.fields if name == b"user-agent"), b"") if head is not None else b""
+        fields = head.fields if head is not None else ()
+        given = next((value for name, value in fields if name == b"x-request-id"), b"")
+        agent = next((value for name, value in fields if name == b"user-agent"), b"")
         exchange = Exchange(
             source=self._peer(caller),
             destination=Peer(""),
@@ -729,8 +734,23 @@ class Gateway:
             protocol=f"HTTP/1.{head.minor}" if head is not None else "",
             user_agent=agent.decode("latin-1"),
         )
+        self._place_in_trace(exchange, [value for name, value in fields if name == b"traceparent"])
         self._telemetry.began(exchange)
         return exchange
+
+    def _place_in_trace(self, exchange: Exchange, given: list[bytes]) -> None:
+        """A request that its caller records goes on in that trace; of others, a share begins one here."""
+        traced = trace.read(given[0]) if len(given) == 1 else None
+        spans = self._telemetry.spans
+        if traced is not None and traced.span:
+            exchange.trace, exchange.parent_span = traced.trace, traced.span
+            recorded = spans is not None
+        else:
+            named = exchange.request_id.replace("-", "").lower()  # mostly a UUID, where the caller has chosen it
+            exchange.trace = named if _TRACE.fullmatch(named) else os.urandom(16).hex()
+            recorded = traced is None and spans is not None and spans.draws()
+        if recorded:
+            exchange.span = os.urandom(8).hex()
 
     def _record(self, caller: Caller, name: str) -> Connection:
         return Connection(
@@ -777,9 +797,9 @@ def _onward(
     rule: RouteRule | None,
     backend: Backend | None,
     caller: Caller,
-    name: str,
+    exchange: Exchange,
 ) -> RequestHead:
-    """The head that the backend gets: the path as it was judged, and who calls said by nobody but us."""
+    """The head that the backend gets: the path as it was judged, who calls said by nobody but us, and our span."""
     fields: Fields = head.fields
     if rule is not None and backend is not None:
         fields = modified(fields, rule.request, backend.request)
@@ -787,8 +807,11 @@ def _onward(
     kept += (
         (b"x-forwarded-for", caller.address.encode()),
         (b"x-forwarded-client-cert", f"URI={caller.identity}".encode()),
-        (b"x-request-id", name.encode()),
+        (b"x-request-id", exchange.request_id.encode()),
     )
+    if exchange.span:
+        kept = [(name, value) for name, value in kept if name != b"traceparent"]
+        kept.append((b"traceparent", exchange.traceparent))
     return RequestHead(head.method, request.target, kept, head.framing, expects_continue=head.expects_continue)
 
 

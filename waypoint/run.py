@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import uproxy
@@ -118,6 +119,7 @@ class _Process:
             access_log,
             self.settings.drain_timeout_s,
             self._demand,
+            self.settings.otlp,
         )
 
     def _serve_in_workers(self) -> Serving | Workers:
@@ -130,6 +132,7 @@ class _Process:
             "access_log": self.settings.access_log,
             "log_json": self.settings.log_json,
             "drain_timeout_s": self.settings.drain_timeout_s,
+            "otlp": astuple(self.settings.otlp) if self.settings.otlp is not None else (),
         }
         return Workers(
             self.settings.workers, settings, self._plane, self._telemetry, self._demand, self._in_force_changed

@@ -7,14 +7,15 @@ import logging
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from control.api.address import HBONE_PORT
 from control.api.names import key
 from control.api.status import Knowledge
 from control.client.state import Changes, State
-from uproxy import config_dump
+from uproxy import config_dump, process
 from uproxy.access_log import AccessLog
-from uproxy.config import Who
+from uproxy.config import Collector, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import RefusedError
@@ -27,6 +28,9 @@ from uproxy.tls import client_context, server_context
 from waypoint.gateway import Directory, Gateway
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
+
+if TYPE_CHECKING:
+    from uproxy.otlp import Exporter
 
 log = logging.getLogger("waypoint")
 
@@ -44,8 +48,9 @@ class Serving:
         access_log: AccessLog | None,
         drain_timeout_s: float,
         directory: Directory | None = None,
+        collector: Collector | None = None,
     ) -> None:
-        """`directory`: where what is not known is asked for, if anywhere."""
+        """`directory`: where what is not known is asked for, if anywhere. `collector`: of spans, if there are any."""
         self._plane = data_plane
         self._who = who
         self._credentials = credentials
@@ -53,6 +58,10 @@ class Serving:
         self._log = access_log
         self._drain_timeout_s = drain_timeout_s
         self._loop = asyncio.get_running_loop()
+        self.exporter: Exporter | None = None
+        """Somebody runs it."""
+        if collector is not None:
+            self._record_spans(collector)
         self._use_credentials()
         self._connections = Connections()
         self._pool = Pool(data_plane, lambda: self._client_context, who.addresses)
@@ -74,6 +83,8 @@ class Serving:
 
     async def start(self, group: asyncio.TaskGroup) -> None:
         """Take callers. Raises StartError."""
+        if self.exporter is not None:
+            group.create_task(self.exporter.run())
         self.listen(shared=False)
 
     def listen(self, *, shared: bool) -> None:
@@ -146,6 +157,8 @@ class Serving:
             await asyncio.sleep(0.02)
         self._plane.run(lambda: self._connections.cut_all("the drain time of this waypoint is over"))
         self._plane.run(self._gateway.close_idle)
+        if self.exporter is not None:
+            await self.exporter.finish(FAREWELL_S)
         self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this waypoint is shutting down")))
         self._plane.run(self._upstream.close)
         self._plane.run(self._pool.finish)
@@ -163,6 +176,13 @@ class Serving:
         self._listeners.close()
         if self._log is not None:
             self._log.close()
+
+    def _record_spans(self, collector: Collector) -> None:
+        from uproxy.otlp import nearby
+
+        service = f"{self._who.identity.service_account}.{self._who.identity.namespace}"
+        dial = nearby(collector.host, collector.port)
+        self.exporter = process.record_spans(collector, dial, self._telemetry, lambda: service)
 
     def _not_a_tunnel(self, source: str, started: float, error: RefusedError) -> None:
         record = Connection("waypoint", Peer(source), Peer("-"), started)

@@ -13,8 +13,9 @@ from functools import partial
 from typing import Final
 
 from control.api.workload import CLUSTER_DOMAIN, Workload
+from uproxy import trace
 from uproxy.access_log import AccessLog, Field, json_line
-from uproxy.telemetry import MAX_LISTED, MAX_SERIES, UNKNOWN, Listing, Peer, Telemetry, escaped, peer_labels
+from uproxy.telemetry import MAX_LISTED, MAX_SERIES, UNKNOWN, Listing, Peer, Span, Telemetry, escaped, peer_labels
 
 _COMPLETE: Final = "request complete"
 
@@ -74,6 +75,17 @@ class Exchange:
     sent: int = 0
     """Bytes of the response's body."""
     attempts: int = 0
+    trace: str = ""
+    """32 hex digits: the caller's, if that records it, else made of `request_id` where this can be."""
+    span: str = ""
+    """Its id (16 hex digits) in the trace, if this proxy records it."""
+    parent_span: str = ""
+    """The caller's span, if that is recorded."""
+
+    @property
+    def traceparent(self) -> bytes:
+        """What the backend is told (W3C Trace Context)."""
+        return trace.write(self.trace, self.span, self.parent_span)
 
 
 class WaypointTelemetry(Telemetry):
@@ -108,6 +120,8 @@ class WaypointTelemetry(Telemetry):
         series.buckets[bisect_left(BUCKETS_MS, took_ms)] += 1
         series.sum_ms += took_ms
         self._under_way.discard(exchange)
+        if exchange.span and self.spans is not None:
+            self.spans.add(_span(exchange, now))
         if self._requests_log is not None or self.taps:
             level = "info" if exchange.flag == NO_FLAG and not exchange.details else "error"
             fields = partial(_fields, exchange, took_ms)
@@ -158,6 +172,21 @@ class WaypointTelemetry(Telemetry):
         return series
 
 
+def _span(exchange: Exchange, now: float) -> Span:
+    failed = exchange.flag != NO_FLAG or exchange.status >= 500
+    return Span(
+        trace=exchange.trace,
+        id=exchange.span,
+        parent=exchange.parent_span,
+        name=_hostname(exchange.destination_service) or exchange.authority,
+        kind="server",
+        started=exchange.started,
+        ended=now,
+        fields=partial(_fields, exchange, (now - exchange.started) * 1000),
+        error=(exchange.details or str(exchange.status)) if failed else None,
+    )
+
+
 class _Series:
     """The counts under one label set."""
 
@@ -172,13 +201,18 @@ class _Series:
 _Key = tuple[int, str, int, str, str, int, str]
 
 
+def _hostname(service: str) -> str:
+    namespace, _, name = service.partition("/")
+    return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}" if name else ""
+
+
 def _labels(exchange: Exchange) -> str:
     """Istio's labels in Istio's order."""
     namespace, _, name = exchange.destination_service.partition("/")
     values = [
         ("reporter", "waypoint"),
         *peer_labels("source", exchange.source),
-        ("destination_service", f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}" if name else ""),
+        ("destination_service", _hostname(exchange.destination_service)),
         ("destination_service_namespace", namespace),
         ("destination_service_name", name),
         *peer_labels("destination", exchange.destination),

@@ -7,11 +7,10 @@ same address, and for nobody else, because the backend's uProxy judged both when
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
@@ -30,7 +29,6 @@ MAX_IDLE_EACH: Final = 64
 """Idle connections of one caller to one backend; more are closed when they are done."""
 MAX_IDLE: Final = 4096
 
-_TRACE: Final = re.compile(r"[0-9a-f]{32}")
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +69,15 @@ class HttpConnection:
                 return found
 
 
+class Cause(Protocol):
+    """The request, or connection of opaque TCP, that a stream is opened for."""
+
+    request_id: str
+
+    @property
+    def traceparent(self) -> bytes: ...
+
+
 class Upstream:
     """Opens streams to backends, and keeps idle connections, the one used last on top."""
 
@@ -90,7 +97,7 @@ class Upstream:
         """Connections that wait for a request."""
         return self._count
 
-    async def stream(self, caller: Caller, hop: Hop, request_id: str) -> ByteStream:
+    async def stream(self, caller: Caller, hop: Hop, cause: Cause) -> ByteStream:
         """A CONNECT stream of its own. Raises RefusedError with what the backend's uProxy said."""
         address = host_port(caller.address, caller.port)
         request = [
@@ -98,10 +105,8 @@ class Upstream:
             (b":authority", hop.authority),
             (b"x-uproxy-caller", f"{caller.identity};{address}".encode()),
             (b"forwarded", f'for="{address}"'.encode()),
+            (b"traceparent", cause.traceparent),
         ]
-        trace = request_id.replace("-", "").lower()  # mostly a UUID, where the caller has chosen it
-        if _TRACE.fullmatch(trace):
-            request.append((b"traceparent", f"00-{trace}-{trace[:16]}-00".encode()))
         relay = await self._pool.connect(hop, request)
         try:
             return ByteStream(relay)
@@ -109,7 +114,7 @@ class Upstream:
             raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
 
     async def connection(
-        self, caller: Caller, hops: Sequence[Hop], request_id: str, claim: Waiter[HttpConnection], *, fresh: bool
+        self, caller: Caller, hops: Sequence[Hop], cause: Cause, claim: Waiter[HttpConnection], *, fresh: bool
     ) -> None:
         """Settle `claim` with a connection to the first of the hops that answers, or fail it with RefusedError.
 
@@ -121,9 +126,9 @@ class Upstream:
             for hop in hops:
                 try:
                     found = None if fresh else self.kept(caller, hop)
-                    found = found or HttpConnection(_key(caller, hop), hop, await self.stream(caller, hop, request_id))
+                    found = found or HttpConnection(_key(caller, hop), hop, await self.stream(caller, hop, cause))
                 except RefusedError as error:
-                    log.info("%s: %s", request_id, error)
+                    log.info("%s: %s", cause.request_id, error)
                     failed = error
                     if not error.retriable or claim.settled:
                         break

@@ -23,7 +23,7 @@ from control.api.address import IpAddress, parse_address
 from control.api.identity import SpiffeId
 from control.client.state import State
 from uproxy import linux, log_levels, plane, process
-from uproxy.config import Who
+from uproxy.config import Collector, Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import Flag, RefusedError
 from uproxy.plane import Plane, Waiter
@@ -78,6 +78,10 @@ class _Upwards:
         self._send("tapped", data)
 
 
+def _collector(host: str, port: str, share: str) -> Collector:
+    return Collector(host, int(port), float(share))
+
+
 def _nothing() -> None:
     pass
 
@@ -128,6 +132,8 @@ class _Worker:
             async with asyncio.TaskGroup() as group:
                 group.create_task(credentials.watch(serving.renewed))
                 group.create_task(self._forget_strangers())
+                if serving.exporter is not None:
+                    group.create_task(serving.exporter.run())
                 await self._stopping.wait()
                 if self._failed is None:
                     await serving.drain()
@@ -182,8 +188,17 @@ class _Worker:
         access_log = process.open_log(str(settings["access_log"]), bool(settings["log_json"]), self._loop)
         self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
         drain_timeout_s = float(str(settings["drain_timeout_s"]))
+        otlp = settings["otlp"]
         self._serving = Serving(
-            self._plane, who, self._state, self._credentials, self._telemetry, access_log, drain_timeout_s, self
+            self._plane,
+            who,
+            self._state,
+            self._credentials,
+            self._telemetry,
+            access_log,
+            drain_timeout_s,
+            self,
+            _collector(*otlp) if isinstance(otlp, list) and otlp else None,
         )
         self._started.set()
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,11 +17,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.collector import collecting, values
 from tests.support.site import APP_PORT, Site, dial, echo_server, eventually, get
 from uproxy import plane
-from uproxy.errors import Flag
 from uproxy.otlp import MAX_QUEUED, Exporter, nearby, tunnelled
-from uproxy.telemetry import Connection, Peer
+from uproxy.telemetry import Span
 
 NETWORK = "127.0.86"
 COLLECTOR_PORT = 4318
@@ -48,64 +46,6 @@ spec:
   - from: [{{source: {{principals: [cluster.local/ns/shop/sa/web]}}}}]
     to: [{{operation: {{ports: ["{APP_PORT}"]}}}}]
 """
-
-
-class Collector:
-    """Takes what is posted to it. `status` is what it answers."""
-
-    def __init__(self) -> None:
-        self.status = 200
-        self.posts: list[dict[str, Any]] = []
-
-    def spans(self) -> list[dict[str, Any]]:
-        """Everything that it took, with attributes and `service.name` as plain values."""
-        found = []
-        for post in self.posts:
-            for resource in post["resourceSpans"]:
-                name = _values(resource["resource"])["service.name"]
-                for scope in resource["scopeSpans"]:
-                    assert scope["scope"]["name"] == "uproxy"
-                    found += [{**span, "service": name, "attributes": _values(span)} for span in scope["spans"]]
-        return found
-
-
-def _values(holder: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for attribute in holder["attributes"]:
-        ((kind, value),) = attribute["value"].items()
-        assert (kind, type(value)) in (("stringValue", str), ("intValue", str))  # 64 bits are text in JSON
-        found[attribute["key"]] = int(value) if kind == "intValue" else value
-    return found
-
-
-@contextmanager
-def collecting(address: tuple[str, int]) -> Iterator[Collector]:
-    collector = Collector()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == "/v1/traces"
-            assert self.headers["content-type"] == "application/json"
-            body = self.rfile.read(int(self.headers["content-length"]))
-            if collector.status == 200:
-                collector.posts.append(json.loads(body))
-            self.send_response(collector.status)
-            self.send_header("content-length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(address, Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield collector
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @contextmanager
@@ -238,8 +178,11 @@ def test_a_proxy_that_records_nothing_does_not_load_it() -> None:
 # -- the exporter by itself
 
 
-def ended(span: str = "ab" * 8) -> Connection:
-    return Connection("outbound", Peer("10.0.0.1:1"), Peer("10.0.0.2:2"), 1.0, request_id="cd" * 16, span=span)
+def span(number: int = 1, *, error: str | None = None, value: str = "10.0.0.1:1") -> Span:
+    now = time.monotonic()
+    return Span(
+        "cd" * 16, f"{number:016x}", "", "outbound", "client", now - 1, now, lambda field: [field("src", value)], error
+    )
 
 
 def exporting(dial: Any) -> Exporter:
@@ -254,12 +197,12 @@ def on_loop(conversation: Callable[[], Any]) -> Any:
 def test_what_is_refused_for_good_is_dropped_and_what_is_refused_for_now_is_kept(status: int, kept: bool) -> None:
     async def conversation() -> None:
         exporter = exporting(nearby(*LOCAL))
-        exporter.ended(ended(), 2.0)
+        exporter.add(span())
         collector.status = status
         await exporter.finish(5)
         assert (exporter.sent, exporter.dropped) == (0, 1)  # it ended, so what is kept is lost in the end, too
         exporter = exporting(nearby(*LOCAL))
-        exporter.ended(ended(), 2.0)
+        exporter.add(span())
         assert await exporter._post() is not kept
         collector.status = 200
         await exporter.finish(5)
@@ -276,16 +219,16 @@ def test_the_queue_is_bounded_and_order_is_kept() -> None:
     async def conversation() -> None:
         exporter = exporting(nobody)
         for number in range(MAX_QUEUED + 10):
-            exporter.ended(ended(f"{number:016x}"), 2.0)
+            exporter.add(span(number))
         assert exporter.dropped == 10
         await exporter._post()
-        exporter.ended(ended(), 2.0)
+        exporter.add(span())
         assert exporter.dropped == 11
-        assert [json.loads(span)["spanId"] for span in exporter._spans] == [f"{n:016x}" for n in range(MAX_QUEUED)]
+        assert [json.loads(one)["spanId"] for one in exporter._spans] == [f"{n:016x}" for n in range(MAX_QUEUED)]
         exporter._dial = nearby(*LOCAL)
         await exporter.finish(10)
         assert (exporter.sent, exporter.dropped) == (MAX_QUEUED, 11)
-        assert [span["spanId"] for span in collector.spans()] == [f"{n:016x}" for n in range(MAX_QUEUED)]
+        assert [one["spanId"] for one in collector.spans()] == [f"{n:016x}" for n in range(MAX_QUEUED)]
 
     with collecting(LOCAL) as collector:
         on_loop(conversation)
@@ -300,7 +243,7 @@ def test_what_is_no_collector_costs_no_span(answer: bytes) -> None:
     async def conversation() -> None:
         async with await asyncio.start_server(serve, *LOCAL):
             exporter = exporting(nearby(*LOCAL))
-            exporter.ended(ended(), 2.0)
+            exporter.add(span())
             assert not await exporter._post()
         assert (len(exporter._spans), exporter.sent, exporter.dropped) == (1, 0, 0)
 
@@ -313,7 +256,7 @@ def test_a_collector_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPa
     async def conversation() -> None:
         with socket.create_server(LOCAL):
             exporter = exporting(nearby(*LOCAL))
-            exporter.ended(ended(), 2.0)
+            exporter.add(span())
             assert not await exporter._post()
             assert len(exporter._spans) == 1
 
@@ -337,13 +280,9 @@ def test_the_other_end_of_a_tunnelled_connection_is_given_to_nobody_else() -> No
 
 def test_no_value_breaks_out_of_its_attribute() -> None:
     nasty = 'a"b\\\n\u2028\x00' + "x" * 5000
-    connection = Connection(
-        "inbound", Peer(nasty, None, nasty), Peer(nasty), 1.0, request_id="cd" * 16, span="ab" * 8, error=nasty
-    )
-    connection.flag = Flag.DENY
     exporter = exporting(None)
-    exporter.ended(connection, 2.0)
-    span = json.loads(exporter._spans[0])
-    assert _values(span)["src.identity"] == nasty[:2048]
-    assert span["status"]["message"] == nasty[:2048]
+    exporter.add(span(error=nasty, value=nasty))
+    encoded = json.loads(exporter._spans[0])
+    assert values(encoded) == {"src": nasty[:2048]}
+    assert encoded["status"]["message"] == nasty[:2048]
     assert json.loads(exporter._body(list(exporter._spans)))["resourceSpans"]

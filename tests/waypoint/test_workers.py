@@ -260,6 +260,7 @@ def test_what_a_worker_does_not_know_it_asks_the_first_process(site: Site) -> No
         "access_log": "off",
         "log_json": False,
         "drain_timeout_s": 1.0,
+        "otlp": (),
     }
     address = parse_address(ADDRESS)
     process_of_it = Workload("shop", "wp-1", "wp", WP, (address,), {}, {}, "", 1)
