@@ -85,6 +85,8 @@ class Settings:
     """The token file to join with, should the identity directory hold no usable identity."""
     capture: str
     """`ebpf`, `nft` or `none`."""
+    dns: bool
+    """Whether it answers the application's name queries, which capture then brings."""
     probe_fds: tuple[int, ...]
     ready_fd: int | None
     direct_socket: Path | None
@@ -129,6 +131,7 @@ def parse(argv: Sequence[str]) -> Settings:
     capture.add_argument("--capture", choices=("ebpf", "nft", "none"), default="ebpf")
     capture.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
     capture.add_argument("--socks5", metavar="IP:PORT")
+    capture.add_argument("--dns", action="store_true", help="answer the application's name queries")
     capture.add_argument("--probe-fd", action="append", type=int, default=[], help=argparse.SUPPRESS)
     capture.add_argument("--direct-socket", type=Path, help=argparse.SUPPRESS)
     capture.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
@@ -152,6 +155,8 @@ def parse(argv: Sequence[str]) -> Settings:
         parser.error(str(error))
     if options.capture != "none" and (forwards or socks5):
         parser.error("--forward and --socks5 belong to --capture none")
+    if options.dns and options.capture != "ebpf":
+        parser.error("--dns belongs to --capture ebpf: nothing else brings name queries here")
     check_ranges(parser, options)
     return Settings(
         who=who,
@@ -159,6 +164,7 @@ def parse(argv: Sequence[str]) -> Settings:
         identity_dir=options.identity_dir,
         join=options.join,
         capture=options.capture,
+        dns=options.dns,
         probe_fds=tuple(options.probe_fd),
         ready_fd=options.ready_fd,
         direct_socket=options.direct_socket,

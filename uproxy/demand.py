@@ -33,6 +33,8 @@ MAX_SERVED: Final = 32
 """Services subscribed to because callers say that this workload serves them; the oldest makes room."""
 MAX_CALLER_BYTES: Final = 1024 * 1024
 """Of addresses, beyond which no more are subscribed to for a caller's name: all of 10,000, a tenth of 100,000."""
+NAME_PATIENCE_S: Final = 3.0
+"""How long a name query waits: less than the 5 s after which glibc and musl ask again."""
 COURTESY_S: Final = 0.1
 """How long a caller waits to be known by name, the first time that anybody comes from its shard of addresses."""
 SWEEP_S: Final = 60.0
@@ -60,7 +62,12 @@ class _Gateway:
     key: str
 
 
-_Need = _Base | _Address | _Service | _Gateway
+@dataclass(frozen=True, slots=True)
+class _Namespaces:
+    """Which namespaces have services."""
+
+
+_Need = _Base | _Address | _Service | _Gateway | _Namespaces
 
 
 class Demand:
@@ -119,6 +126,24 @@ class Demand:
         await self._until(_Base(), deadline)
         self._want_service(service_key, self._dialled, MAX_SERVICES)
         await self._until(_Service(service_key), deadline)
+
+    async def name(self, namespace: str, service_key: str) -> None:
+        """Return when it is known whether there is such a namespace, and such a service of it: what a name query needs.
+
+        Either may be empty. Raises RefusedError, after less time than `service`.
+        """
+        if service_key and self._is_known(service_key):
+            return
+        deadline = monotonic() + NAME_PATIENCE_S
+        await self._until(_Base(), deadline)
+        await self._until(_Namespaces(), deadline)
+        if service_key and self.has_namespace(namespace):
+            self._want_service(service_key, self._dialled, MAX_SERVICES)
+            await self._until(_Service(service_key), deadline)
+
+    def has_namespace(self, namespace: str) -> bool:
+        """Whether a namespace has services, as far as it is known."""
+        return self._replica.namespace_status(namespace) is Status.KNOWN
 
     async def followed(self, service_key: str) -> None:
         """Return when a service is known, or known not to be there, to which what is known leads: nothing is asked for.
@@ -180,7 +205,7 @@ class Demand:
             self.timeouts += 1
             raise RefusedError(
                 "no-config",
-                f"{_described(need)} did not come from the control plane within {PATIENCE_S:g} s",
+                f"{_described(need)} did not come from the control plane in time",
                 flag=Flag.NO_CONFIG,
             ) from None
 
@@ -222,6 +247,8 @@ class Demand:
                 return self._replica.service_status(service_key) is not Status.WAITING
             case _Gateway(gateway_key):
                 return self._replica.gateway_status(gateway_key) is not Status.WAITING
+            case _Namespaces():
+                return self._replica.namespace_status("") is not Status.WAITING
 
     def _is_known(self, service_key: str) -> bool:
         return self._replica.service_status(service_key) is Status.KNOWN
@@ -267,3 +294,5 @@ def _described(need: _Need) -> str:
             return f"the configuration of service {service_key}"
         case _Gateway(gateway_key):
             return f"the Gateway {gateway_key}"
+        case _Namespaces():
+            return "the list of namespaces"

@@ -145,6 +145,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="PORT",
         help="let health probes dial it without mTLS, those of the node agent's --probe-cgroup; may be repeated",
     )
+    capture.add_argument(
+        "--dns",
+        action="store_true",
+        help="answer COMMAND's name queries for services of the mesh; all others go to the nameserver that was asked",
+    )
     capture.add_argument("--forward", action="append", default=[], metavar="LOCALIP:PORT=SERVICE.NS:PORT")
     capture.add_argument("--socks5", metavar="IP:PORT", help="as --forward: with --capture none")
     sidecar = parser.add_argument_group("the sidecar")
@@ -162,7 +167,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(before)
     if not separator or not command:
         parser.error("no command: put it behind --, as in `uproxy exec … -- python3 app.py`")
-    wrong = _wrong_mode(options) or wrong_subdomain(options.name) or _read_ranges(options)
+    wrong = _wrong_mode(options) or _wrong_capture(options) or wrong_subdomain(options.name) or _read_ranges(options)
     if wrong:
         parser.error(wrong)
     if options.join is None:
@@ -201,6 +206,13 @@ def _read_ranges(options: argparse.Namespace) -> str:
         options.ranges = MeshRanges.parse(options.mesh_cidr, options.exclude_cidr)
     except ValueError as error:
         return str(error)
+    return ""
+
+
+def _wrong_capture(options: argparse.Namespace) -> str:
+    """What does not fit the capture; empty when all does."""
+    if options.dns and options.capture != "ebpf":
+        return "--dns needs --capture ebpf, which brings the name queries to the sidecar"
     return ""
 
 
@@ -405,6 +417,7 @@ def _registered(options: argparse.Namespace, box: Sandbox, netns_fd: int) -> Ite
             app_cgroup=app,
             proxy_cgroup=proxy,
             netns=netns_fd,
+            dns=options.dns,
             probe_ports=options.probe_port,
         )
     try:
@@ -470,6 +483,8 @@ def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
         arguments += ["--otlp", options.otlp]
     if options.otlp_share:
         arguments += ["--otlp-share", options.otlp_share]
+    if options.dns:
+        arguments.append("--dns")
     for forward in options.forward:
         arguments += ["--forward", forward]
     if options.socks5:

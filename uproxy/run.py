@@ -45,6 +45,7 @@ from uproxy.tls import CredentialsError, client_context, server_context
 if TYPE_CHECKING:
     from uproxy.demand import Demand
     from uproxy.direct import DirectPath
+    from uproxy.dns import Responder
     from uproxy.member import Member
     from uproxy.otlp import Exporter
 
@@ -134,6 +135,7 @@ class _Proxy:
         self._exporter = self._record_spans(settings.otlp) if settings.otlp is not None else None
         self._listeners = Listeners(self._plane)
         self._door = Door(self._plane, self._inbound.serve_plaintext)
+        self._responder: Responder | None = None
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._configured = asyncio.Event()
@@ -154,6 +156,8 @@ class _Proxy:
             on_progress=self._progressed,
         )
         self._member.replica.want_workload(membership.identity, membership.workload)
+        if self.settings.dns:
+            self._member.replica.want_namespaces()
         self._demand = Demand(self._plane, self._state, self._member.replica, self._member.interests_changed)
 
     # -- start
@@ -215,6 +219,8 @@ class _Proxy:
             asked = original_destination if self.settings.capture == "ebpf" else redirected_destination
             for address in ("127.0.0.1", "::1"):
                 self._listen_on(address, OUTBOUND_PORT, partial(self._outbound.serve_captured, asked))
+        if self.settings.dns:
+            self._answer_name_queries()
         directory = self._directory
         for forward in self.settings.forwards:
             self._listen_on(
@@ -247,6 +253,16 @@ class _Proxy:
 
         dial = nearby(*dialled) if collector.is_nearby else tunnelled(serve)
         return process.record_spans(collector, dial, self._telemetry, service)
+
+    def _answer_name_queries(self) -> None:
+        # Imported here: it takes megabytes, and most workloads ask their nameservers themselves.
+        from uproxy.dns import Responder
+
+        self._responder = Responder(self._plane, self._state, self._telemetry, self._demand)
+        try:
+            self._responder.listen()
+        except OSError as error:
+            raise StartError(f"cannot listen for name queries: {error.strerror}") from error
 
     async def _listen_to_operators(self) -> None:
         # Captured, the namespace and its ports are this workload's; else others may share the host, so metrics and
@@ -443,6 +459,8 @@ class _Proxy:
             server.close()
         self._listeners.close()
         self._door.close()
+        if self._responder is not None:
+            self._responder.close()
         if self._log is not None:
             self._log.close()
         self._plane.close()

@@ -104,6 +104,7 @@ class Workload:
             *self.options.launch,
             *["--state-dir", str(self.host.lab.directory / "state"), "--user", APP_USER],
             *["--log", str(self.log), "--log-format", "json"],
+            *(["--dns"] if self.options.dns else []),
             *["--", *self.app.argv(self.address, self.data)],
         ]
 
@@ -149,10 +150,12 @@ class Workload:
         with entered(self.box.netns_path):
             yield
 
-    def sockets(self, count: int = 1, family: int = socket.AF_INET) -> list[socket.socket]:
+    def sockets(
+        self, count: int = 1, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM
+    ) -> list[socket.socket]:
         """Sockets as the application makes them: captured, in its namespace."""
         with _opened(self.box.netns_path) as netns:
-            return sockets_inside(self.box.app_cgroup, netns, [family] * count)
+            return sockets_inside(self.box.app_cgroup, netns, [family] * count, kind)
 
     def job(self, **job: Any) -> dict[str, Any]:
         """Have the client application do a job (apps/client.py)."""
@@ -211,6 +214,8 @@ class WorkloadOptions:
     labels: Mapping[str, str] = field(default_factory=dict)
     ports: Mapping[str, int] = field(default_factory=dict)
     """Default: the application's."""
+    dns: bool = False
+    """Its name queries go to its uProxy."""
     ipv6: bool = False
     """Its one address is an IPv6 one, then."""
     launch: Sequence[str] = ()

@@ -150,6 +150,15 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Namespaces:
+    """All namespaces that have services, so that a proxy knows of a name that nobody has it."""
+
+    names: frozenset[str]
+    signature: bytes = b""
+    """As of a root."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trust:
     """Proves itself: its certificates lead to the CA's root, which every proxy has pinned."""
 
@@ -157,7 +166,7 @@ class Trust:
     """DER: the config key's, then the intermediate's."""
 
 
-Content = IndexShard | Root | AddressShard | Manifest | Trust
+Content = IndexShard | Root | Namespaces | AddressShard | Manifest | Trust
 
 
 def write(content: Content) -> Body:
@@ -168,6 +177,8 @@ def write(content: Content) -> Body:
         case Root():
             shards: Body = {format_shard(shard): content.shards[shard] for shard in sorted(content.shards)}
             return {"shards": shards, SIGNATURE: content.signature}
+        case Namespaces():
+            return {"namespaces": list[Value](sorted(content.names)), SIGNATURE: content.signature}
         case AddressShard():
             addresses: Body = {ip: write_resident(resident) for ip, resident in content.residents.items()}
             return {"addresses": addresses, SIGNATURE: content.signature}
@@ -196,6 +207,19 @@ def read_root(topic: RootTopic | AddressesRootTopic, body: Body) -> Root:
     root = Root(shards, _signature(fields))
     fields.finish()
     return root
+
+
+def read_namespaces(body: Body) -> Namespaces:
+    """Raises RecordError."""
+    fields = Fields(body)
+    names = [
+        checked(typed(item, str, "namespaces"), wrong_dns_label, "namespaces")
+        for item in fields.take("namespaces", list)
+    ]
+    check_ordered(names, "namespaces")
+    namespaces = Namespaces(frozenset(names), _signature(fields))
+    fields.finish()
+    return namespaces
 
 
 def read_address_shard(topic: AddressesTopic, body: Body) -> AddressShard:

@@ -4,6 +4,7 @@ svc/<ns>/<name>, ep/<ns>/<service>/<workload>, wl/<proxy hash>/<instance>, polic
 route/<ns>/<name>               one record each
 ep/<ns>/<service>               manifest: how many endpoints a service has, and which
 index/<ns>/<00..3f>, root/<ns>  the records that decide security, by SHA-256, and the signed root above them
+root                            which namespaces have services, signed
 addr/<00..ff>, addr             who lives at which address, and the signed root above that
 trust                           the certificates of the key that signs
 status/<proxy hash>/<instance>  what a proxy has applied; a proxy's only publication
@@ -105,6 +106,11 @@ class RootTopic:
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class NamespacesTopic:
+    """Which namespaces have services."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class AddressesTopic:
     """One shard of the addresses."""
 
@@ -137,6 +143,7 @@ Topic = (
     | ManifestTopic
     | IndexTopic
     | RootTopic
+    | NamespacesTopic
     | AddressesTopic
     | AddressesRootTopic
     | TrustTopic
@@ -245,6 +252,8 @@ def _levels_of(topic: Topic) -> str:
             return f"index/{namespace}/{format_shard(shard)}"
         case RootTopic(namespace):
             return f"root/{namespace}"
+        case NamespacesTopic():
+            return "root"
         case AddressesTopic(shard):
             return f"addr/{format_shard(shard)}"
         case AddressesRootTopic():
@@ -275,6 +284,8 @@ def _topic_of(levels: list[str], text: str) -> Topic:
             return IndexTopic(namespace, parse_shard(shard, INDEX_SHARDS))
         case ["root", namespace]:
             return RootTopic(namespace)
+        case ["root"]:
+            return NamespacesTopic()
         case ["addr", shard]:
             return AddressesTopic(parse_shard(shard, ADDRESS_SHARDS))
         case ["addr"]:
@@ -299,5 +310,5 @@ def _wrong_level(topic: Topic) -> str:
             return wrong_dns_label(namespace) or wrong_subdomain(name)
         case IndexTopic(namespace) | RootTopic(namespace):
             return wrong_dns_label(namespace)
-        case AddressesTopic() | AddressesRootTopic() | TrustTopic():
+        case NamespacesTopic() | AddressesTopic() | AddressesRootTopic() | TrustTopic():
             return ""

@@ -36,6 +36,7 @@ from control.api.topics import (
     IndexedTopic,
     IndexTopic,
     ManifestTopic,
+    NamespacesTopic,
     PolicyTopic,
     RootTopic,
     RouteTopic,
@@ -75,7 +76,7 @@ _NO_ENDPOINTS: Final = Manifest(0, manifest_digest({}))
 _LEVELS: Final[dict[type[IndexedTopic], str]] = {PolicyTopic: "policy", RouteTopic: "route"}
 """Kinds that are wanted as a whole -> level of their topics."""
 
-_Signed = RootTopic | AddressesRootTopic | AddressesTopic
+_Signed = RootTopic | AddressesRootTopic | AddressesTopic | NamespacesTopic
 
 
 class Status(Enum):
@@ -135,6 +136,15 @@ class _HeldShard:
     payload: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _HeldNamespaces:
+    """Which namespaces have services: likewise."""
+
+    stamp: Stamp
+    payload: bytes
+    names: frozenset[str]
+
+
 class Replica:
     """One proxy's copy. Ask for things (`want_...`), subscribe to `filters`, pass on what arrives."""
 
@@ -163,6 +173,8 @@ class Replica:
         self.asks_anew = False
         """Whether `filters` says something else than when it was last called, because of what has come since."""
         self._address_shards: dict[int, _HeldShard | None] = {}
+        self._wants_namespaces = False
+        self._having: _HeldNamespaces | None = None
         self._floors: dict[str, Stamp] = {}
         """Of roots that were applied and are not of interest now: they must not come back older."""
         self._unverified: dict[str, tuple[_Signed, Envelope, bytes]] = {}
@@ -241,6 +253,10 @@ class Replica:
         """Asks who lives at an address. The answer has all addresses of its shard."""
         self._address_shards.setdefault(address_shard(ip), None)
 
+    def want_namespaces(self) -> None:
+        """Asks which namespaces have services."""
+        self._wants_namespaces = True
+
     def filters(self) -> frozenset[str]:
         """MQTT topic filters for all that is wanted now.
 
@@ -250,6 +266,8 @@ class Replica:
         self._forget_dropped()
         self.asks_anew = False
         found: set[Topic] = {TrustTopic()}
+        if self._wants_namespaces:
+            found.add(NamespacesTopic())
         trees: set[tuple[str, ...]] = set()
         for namespace in self._namespaces.values():
             found.add(RootTopic(namespace.owner))
@@ -357,6 +375,12 @@ class Replica:
             return Status.WAITING
         return Status.KNOWN if self._namespaces[topic.namespace].record(topic) is not None else Status.ABSENT
 
+    def namespace_status(self, namespace: str) -> Status:
+        """KNOWN when it has services."""
+        if self._having is None:
+            return Status.WAITING
+        return Status.KNOWN if namespace in self._having.names else Status.ABSENT
+
     def address_status(self, ip: IpAddress) -> Status:
         """KNOWN when the state knows who lives at an address. Takes 1 ms in a mesh of 100,000 addresses."""
         if not self._started:
@@ -409,6 +433,8 @@ class Replica:
                 found.append((self._name(ManifestTopic(namespace, name)), wanted.endpoints.manifest_payload))
         shards = {number: held for number, held in self._address_shards.items() if held is not None}
         found += [(self._name(AddressesTopic(number)), held.payload) for number, held in shards.items()]
+        if self._having is not None:
+            found.append((self._name(NamespacesTopic()), self._having.payload))
         keys = tuple(wanted.key for wanted in services)
         return snapshot.pack(Snapshot(self._trust_domain, keys, tuple(shards), floors, tuple(found)))
 
@@ -434,6 +460,8 @@ class Replica:
                         self._accept(topic, parsed, envelope, payload)
                     case AddressesTopic() if self._addresses is None:
                         self._accept(topic, parsed, envelope, payload)
+                    case NamespacesTopic() if self._wants_namespaces:
+                        self._accept(topic, parsed, envelope, payload)
                     case _:
                         self._take(topic, parsed, envelope, payload, 0)
             except (TopicError, MessageError, RecordError, VerifyError) as error:
@@ -447,7 +475,7 @@ class Replica:
     def _take(self, topic: str, parsed: Topic, envelope: Envelope, payload: bytes, now: float) -> None:
         """Raises RecordError and VerifyError."""
         match parsed:
-            case RootTopic() | AddressesRootTopic():
+            case RootTopic() | AddressesRootTopic() | NamespacesTopic():
                 self._take_signed(topic, parsed, envelope, payload)
             case AddressesTopic() if self._addresses is None:
                 self._take_signed(topic, parsed, envelope, payload)
@@ -474,7 +502,9 @@ class Replica:
                     self._take_version(wanted, workload, stamp, payload)
                     self._settle_soon(wanted)
                 return held == payload
-            case RootTopic() | AddressesRootTopic() | ManifestTopic() | TrustTopic() | StatusTopic():
+            case (
+                RootTopic() | AddressesRootTopic() | NamespacesTopic() | ManifestTopic() | TrustTopic() | StatusTopic()
+            ):
                 return False
             case _:
                 listed = self._listed_for(parsed)
@@ -503,12 +533,12 @@ class Replica:
             if parsed.shard not in self._address_shards:
                 return False
             index.read_address_shard(parsed, _signed_body(envelope))
-            held = self._address_shards[parsed.shard]
-            if held is None:
-                return True
-            if envelope.stamp < held.stamp:
-                raise VerifyError(f"replayed: version {envelope.stamp} is older than {held.stamp}, which was applied")
-            return payload != held.payload  # signed again, by another key
+            return _is_newer(envelope, payload, self._address_shards[parsed.shard])
+        if isinstance(parsed, NamespacesTopic):
+            if not self._wants_namespaces:
+                return False
+            index.read_namespaces(_signed_body(envelope))
+            return _is_newer(envelope, payload, self._having)
         listed = self._listed_at(parsed)
         if listed is None:
             return False
@@ -536,6 +566,10 @@ class Replica:
             self._address_shards[parsed.shard] = _HeldShard(envelope.stamp, payload)
             if self._started:
                 self._emit([(topic, payload)])
+            return
+        if isinstance(parsed, NamespacesTopic):
+            names = index.read_namespaces(_signed_body(envelope)).names
+            self._having = _HeldNamespaces(envelope.stamp, payload, names)
             return
         listed = self._listed_at(parsed)
         if listed is not None:
@@ -878,6 +912,8 @@ class Replica:
         for gateway_key in self.gateways():
             if not self._gateways[gateway_key].settled:
                 yield f"gw/{gateway_key}"
+        if self._wants_namespaces and self._having is None:
+            yield "root"
         for number, held in self._address_shards.items():
             if held is None and self._addresses is None:
                 yield self._short(self._name(AddressesTopic(number)))
@@ -905,6 +941,15 @@ def _gateway_topic(gateway_key: str) -> GatewayTopic | None:
     """None for what can be no Gateway's key."""
     namespace, _, name = gateway_key.partition("/")
     return GatewayTopic(namespace, name) if not wrong_dns_label(namespace) and not wrong_subdomain(name) else None
+
+
+def _is_newer(envelope: Envelope, payload: bytes, held: _HeldShard | _HeldNamespaces | None) -> bool:
+    """Whether something that is signed by itself is to take the place of what is held. Raises VerifyError."""
+    if held is None:
+        return True
+    if envelope.stamp < held.stamp:
+        raise VerifyError(f"replayed: version {envelope.stamp} is older than {held.stamp}, which was applied")
+    return payload != held.payload  # or signed again, by another key
 
 
 def _signed_body(envelope: Envelope) -> messages.Body:

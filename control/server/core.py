@@ -32,7 +32,9 @@ from control.api.status import ADDRESSES, ProxyStatus, RootStamp
 from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
+    NamespacesTopic,
     RootTopic,
+    ServiceTopic,
     StatusTopic,
     Topic,
     TopicError,
@@ -508,9 +510,17 @@ class Core:
                     pen, namespace, built.old, built.bodies, unchanged=built.unchanged
                 )
             ]
-            return changed + self._address_messages(pen, plan)
+            return [*changed, *self._namespaces_messages(pen, plan), *self._address_messages(pen, plan)]
         except MessageError as error:
             raise ResourceErrors([ResourceError("what would be published", 0, "", str(error))]) from None
+
+    def _namespaces_messages(self, pen: Pen, plan: Plan) -> list[Message]:
+        having: dict[str, bool] = {}
+        for namespace, built in plan.namespaces.items():
+            services = format_topic(self._trust_domain, ServiceTopic(namespace, ""))
+            having[namespace] = any(topic.startswith(services) for topic in built.bodies)
+        published = self._store.message(format_topic(self._trust_domain, NamespacesTopic()))
+        return publication.namespaces_messages(pen, published, having)
 
     def _address_messages(self, pen: Pen, plan: Plan) -> list[Message]:
         changed = {namespace: built.residents for namespace, built in plan.namespaces.items()}

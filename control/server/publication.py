@@ -21,7 +21,7 @@ import msgpack
 from control.api import index, messages
 from control.api.address import IpAddress
 from control.api.identity import TrustDomain
-from control.api.index import AddressShard, IndexShard, Manifest, Resident, Root, Trust
+from control.api.index import AddressShard, IndexShard, Manifest, Namespaces, Resident, Root, Trust
 from control.api.messages import Body, Envelope, MessageError, Stamp
 from control.api.signing import SIGNATURE, signed_bytes
 from control.api.topics import (
@@ -33,6 +33,7 @@ from control.api.topics import (
     IndexedTopic,
     IndexTopic,
     ManifestTopic,
+    NamespacesTopic,
     PolicyTopic,
     RootTopic,
     RouteTopic,
@@ -67,7 +68,7 @@ class Message:
 
     topic: str
     namespace: str
-    """Whose index or manifest it belongs to; empty for addresses and trust."""
+    """Whose index or manifest it belongs to; empty for addresses, trust and the list of namespaces."""
     stamp: Stamp
     rank: Rank
     payload: bytes
@@ -169,6 +170,16 @@ def address_messages(
     return changed + _root(pen, AddressesRootTopic(), "", old, changed, frozenset())
 
 
+def namespaces_messages(pen: Pen, old: Message | None, having: Mapping[str, bool]) -> list[Message]:
+    """The list of namespaces that have services, when it changes; `having`: whether some of them have any, now."""
+    body = messages.decode(old.payload).body if old is not None else None
+    before = index.read_namespaces(body).names if body is not None else frozenset()
+    after = before.union(name for name in having if having[name]).difference(
+        name for name in having if not having[name]
+    )
+    return [_namespaces(pen, after)] if after != before or body is None else []
+
+
 def trust_message(pen: Pen, certificates: tuple[bytes, ...]) -> Message:
     """The certificates (DER) of the key that signs: its own, then the intermediate's."""
     return pen.live(format_topic(pen.trust_domain, TrustTopic()), "", index.write(Trust(certificates)))
@@ -178,18 +189,27 @@ def reissued(pen: Pen, old: Iterable[Message]) -> list[Message]:
     """Issues again what proxies take by its stamp: manifests, roots, address shards. Other messages are left out.
 
     The root of the addresses and shards that there are not yet are made: a proxy that asks for one address must be
-    told, by a signature, that nobody lives there.
+    told, by a signature, that nobody lives there. So is the list of namespaces, from the manifests.
     """
     changed: list[Message] = []
     addresses: list[Message] = []
     absent = set(range(ADDRESS_SHARDS))
+    having: set[str] = set()
+    has_list = False
     for message in old:
         topic = _parsed(pen.trust_domain, message.topic)
         if isinstance(topic, AddressesTopic):
             addresses.append(pen.again(message))
             absent.remove(topic.shard)
+        elif isinstance(topic, NamespacesTopic):
+            changed.append(pen.again(message))
+            has_list = True
         elif isinstance(topic, ManifestTopic | RootTopic) and not message.deleted_at:
             changed.append(pen.again(message))
+            if isinstance(topic, ManifestTopic):
+                having.add(topic.namespace)
+    if not has_list:
+        changed.append(_namespaces(pen, having))
     nobody = index.write(AddressShard({}))
     addresses += [
         pen.signed(format_topic(pen.trust_domain, AddressesTopic(shard)), "", nobody) for shard in sorted(absent)
@@ -212,7 +232,7 @@ def rank(topic: Topic) -> Rank:
             return Rank.RECORD
         case ManifestTopic():
             return Rank.MANIFEST
-        case IndexTopic() | AddressesTopic():
+        case IndexTopic() | AddressesTopic() | NamespacesTopic():
             return Rank.SHARD
         case RootTopic() | AddressesRootTopic():
             return Rank.ROOT
@@ -299,6 +319,11 @@ def _index_shards(
 def _listed(topic: IndexTopic, message: Message | None) -> dict[str, bytes]:
     body = messages.decode(message.payload).body if message is not None else None
     return dict(index.read_index_shard(topic, body).records) if body is not None else {}
+
+
+def _namespaces(pen: Pen, names: Collection[str]) -> Message:
+    topic = format_topic(pen.trust_domain, NamespacesTopic())
+    return pen.signed(topic, "", index.write(Namespaces(frozenset(names))))
 
 
 def _address_shard(

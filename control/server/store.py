@@ -239,7 +239,7 @@ class Store:
         return found[0] if found else None
 
     def messages_of(self, namespace: str) -> list[Message]:
-        """All of a namespace (empty: addresses and trust), tombstones too."""
+        """All of a namespace (empty: addresses, trust and the list of namespaces), tombstones too."""
         return self._messages("namespace = ?", (namespace,))
 
     def messages_above_records(self, *ranks: Rank) -> list[Message]:

@@ -25,8 +25,10 @@ from control.api.records import Record
 from control.api.signing import CONFIG_KEY_OID
 from control.api.topics import (
     AddressesTopic,
+    NamespacesTopic,
     RecordTopic,
     RootTopic,
+    ServiceTopic,
     StatusTopic,
     Topic,
     address_shard,
@@ -137,6 +139,12 @@ class ControlPlane:
         for ip, resident in truth.residents.items():
             shards[address_shard(ip)][ip] = resident
         changed += publication.address_messages(pen, self._held(""), shards)
+        having = {
+            namespace: any(topic.namespace == namespace for topic in truth.records if isinstance(topic, ServiceTopic))
+            for namespace in before.namespaces() | truth.namespaces()
+        }
+        published = self.store.get(self._topic(NamespacesTopic()))
+        changed += publication.namespaces_messages(pen, published, having)
         return self._commit(changed)
 
     def refresh(self) -> list[Publication]:

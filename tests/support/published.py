@@ -77,11 +77,13 @@ class Shelf:
         key = self._key()
         for topic in self.retained:
             levels = topic.removeprefix(PREFIX).split("/")
-            if levels[0] == "root":
+            if levels[0] == "root" and len(levels) == 2:
                 found.namespaces.add(levels[1])
                 self._read_namespace(levels[1], key, found)
         self._read_endpoints(found)
         self._read_addresses(key, found)
+        having = {name.split("/")[1] for name in found.records if name.startswith("svc/")}
+        assert self._signed("root", key)["namespaces"] == sorted(having)
         return found
 
     def _key(self) -> Ed25519PublicKey:

@@ -295,6 +295,51 @@ def test_whatever_does_not_come_is_waited_for_and_then_refused(
     run(published, test)
 
 
+class TestNames:
+    def test_what_is_there_and_what_is_not_is_known_at_once(self, published: tuple[dict[str, bytes], bytes]) -> None:
+        async def test(proxy: Proxy) -> None:
+            proxy.replica.want_namespaces()
+            proxy.deliver()
+            proxy.subscriptions.clear()
+            began = time.monotonic()
+            assert await proxy.one(proxy.demand.name("com", "com/example")) is None
+            assert not proxy.demand.has_namespace("com")
+            assert proxy.subscriptions == [], "nothing is asked for in a namespace that is none"
+            assert await proxy.one(proxy.demand.name("shop", "shop/nobody")) is None
+            assert proxy.state.service("shop/nobody") is None
+            assert await proxy.one(proxy.demand.name("shop", "")) is None
+            assert proxy.demand.has_namespace("shop")
+            assert await proxy.one(proxy.demand.name("shop", "shop/db-1")) is None
+            found = proxy.state.service("shop/db-1")
+            assert found is not None
+            assert found.vips == (vip(1),)
+            assert time.monotonic() - began < 1
+
+        run(published, test)
+
+    @pytest.mark.parametrize("late", ["root", "root/", "svc/"])
+    def test_what_does_not_come_is_refused_before_a_resolver_asks_again(
+        self, published: tuple[dict[str, bytes], bytes], late: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(demand, "NAME_PATIENCE_S", 0.3)
+
+        async def test(proxy: Proxy) -> None:
+            proxy.held_back = lambda topic: (
+                topic == PREFIX + late or (late.endswith("/") and topic.startswith(PREFIX + late))
+            )
+            proxy.replica.want_namespaces()
+            proxy.deliver()
+            refused = await proxy.one(proxy.demand.name("shop", "shop/db-1"))
+            assert isinstance(refused, RefusedError)
+            assert refused.reason == "no-config"
+            proxy.held_back = lambda topic: False
+            proxy.interests_changed()
+            assert await proxy.one(proxy.demand.name("shop", "shop/db-1")) is None
+            assert proxy.state.service("shop/db-1") is not None
+
+        run(published, test)
+
+
 def test_a_proxy_that_ends_ends_what_waits(published: tuple[dict[str, bytes], bytes]) -> None:
     async def test(proxy: Proxy) -> None:
         proxy.plane.loop.call_later(

@@ -16,6 +16,7 @@ from control.api.fields import RecordError
 from control.api.index import (
     IndexShard,
     Manifest,
+    Namespaces,
     ResidentWorkload,
     Root,
     Trust,
@@ -29,13 +30,22 @@ from control.api.topics import (
     EndpointTopic,
     IndexTopic,
     ManifestTopic,
+    NamespacesTopic,
     RootTopic,
     TrustTopic,
     address_shard,
     index_entry,
     index_shard,
 )
-from tests.support.records import TRUST_DOMAIN, address_shards, addresses, records, residents, workload_names
+from tests.support.records import (
+    TRUST_DOMAIN,
+    address_shards,
+    addresses,
+    namespaces,
+    records,
+    residents,
+    workload_names,
+)
 
 digests = st.binary(min_size=32, max_size=32)
 signatures = st.just(b"") | st.binary(min_size=64, max_size=64)
@@ -60,6 +70,10 @@ contents = st.one_of(
     st.tuples(st.just(AddressesRootTopic()), roots(256)),
     st.tuples(st.just(ManifestTopic("shop", "web")), st.builds(Manifest, st.integers(0, 1_000_000), digests)),
     st.tuples(
+        st.just(NamespacesTopic()),
+        st.builds(Namespaces, st.frozensets(namespaces), signatures),
+    ),
+    st.tuples(
         st.just(TrustTopic()),
         st.builds(Trust, st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=4).map(tuple)),
     ),
@@ -78,6 +92,8 @@ def read(topic, body):
             return index.read_manifest(body)
         case TrustTopic():
             return index.read_trust(body)
+        case NamespacesTopic():
+            return index.read_namespaces(body)
 
 
 @given(contents)
@@ -149,6 +165,10 @@ _ADDRESSES = AddressesTopic(address_shard(IpAddress(_IP)))
         (ManifestTopic("a", "b"), {"count": -1, "digest": _DIGEST}, "from 0 to"),
         (ManifestTopic("a", "b"), {"count": True, "digest": _DIGEST}, "must be int"),
         (ManifestTopic("a", "b"), {"count": 1, "digest": b""}, "digest has 0 bytes"),
+        (NamespacesTopic(), {"namespaces": ["b", "a"], "signature": b""}, "must be in order"),
+        (NamespacesTopic(), {"namespaces": ["a", "a"], "signature": b""}, "must be in order"),
+        (NamespacesTopic(), {"namespaces": ["A"], "signature": b""}, "must be 1-63"),
+        (NamespacesTopic(), {"namespaces": [1], "signature": b""}, "must be str"),
         (TrustTopic(), {"certificates": []}, "from 1 to 4"),
         (TrustTopic(), {"certificates": [b"x"] * 5}, "from 1 to 4"),
         (TrustTopic(), {"certificates": [b""]}, "from 1 to 8192 bytes"),

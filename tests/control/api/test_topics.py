@@ -18,6 +18,7 @@ from control.api.topics import (
     EndpointTopic,
     IndexTopic,
     ManifestTopic,
+    NamespacesTopic,
     PolicyTopic,
     RootTopic,
     ServiceTopic,
@@ -44,6 +45,7 @@ others = st.one_of(
     st.builds(AddressesTopic, st.integers(0, ADDRESS_SHARDS - 1)),
     st.just(AddressesRootTopic()),
     st.just(TrustTopic()),
+    st.just(NamespacesTopic()),
     st.builds(StatusTopic, hashes, workload_names),
 )
 
@@ -72,6 +74,7 @@ def test_any_text_is_a_topic_with_that_very_text_or_refused(text):
         (PolicyTopic("shop", "web"), "policy/shop/web"),
         (IndexTopic("shop", 10), "index/shop/0a"),
         (RootTopic("shop"), "root/shop"),
+        (NamespacesTopic(), "root"),
         (AddressesTopic(255), "addr/ff"),
         (AddressesRootTopic(), "addr"),
         (TrustTopic(), "trust"),
@@ -110,7 +113,7 @@ def test_each_kind_has_its_place(topic, text):
         "mesh/v1/cluster.local/index/shop/0A",
         "mesh/v1/cluster.local/index/shop/0",
         "mesh/v1/cluster.local/index/Shop/00",
-        "mesh/v1/cluster.local/root",
+        "mesh/v1/cluster.local/root/shop/web",
         "mesh/v1/cluster.local/root/Shop",
         "mesh/v1/cluster.local/addr/",
         "mesh/v1/cluster.local/addr/100",

@@ -22,6 +22,7 @@ from control.api.topics import (
     EndpointTopic,
     IndexTopic,
     ManifestTopic,
+    NamespacesTopic,
     PolicyTopic,
     RootTopic,
     ServiceTopic,
@@ -779,6 +780,51 @@ def test_an_address_shard_vouches_for_itself(mesh):
     mesh.settle()
     assert mesh.replica.address_status(VIP) is Status.ABSENT
     assert mesh.proxy.state.resident_at(VIP) is None
+
+
+def test_the_list_of_namespaces_vouches_for_itself(mesh):
+    topic = name(NamespacesTopic())
+    assert topic not in mesh.replica.filters()
+    mesh.put(service())
+    old = mesh.payload(NamespacesTopic())
+    mesh.put(service("bank/db"))
+    payload = mesh.payload(NamespacesTopic())
+    mesh.up()
+    assert mesh.replica.whole
+    mesh.replica.want_namespaces()
+    assert topic in mesh.replica.filters()
+    assert mesh.replica.waiting() == ("root",)
+    assert mesh.replica.namespace_status("shop") is Status.WAITING
+    assert "unsigned" in mesh.inject(topic, altered(payload, body=None))[0]
+    assert "altered" in mesh.inject(topic, altered(payload, issued_at=1))[0]
+    mesh.proxy.subscribe(mesh.broker.retained)
+    mesh.settle()
+    statuses = {one: mesh.replica.namespace_status(one) for one in ("shop", "bank", "com", ROOT_NAMESPACE)}
+    assert statuses == dict(zip(statuses, [Status.KNOWN] * 2 + [Status.ABSENT] * 2, strict=True))
+    assert "replayed" in mesh.inject(topic, old)[0]
+    assert mesh.inject(topic, payload) == []
+    mesh.remove(ServiceTopic("bank", "db"))
+    mesh.settle()
+    assert mesh.replica.namespace_status("bank") is Status.ABSENT
+    mesh.broker.publish(mesh.plane.change_key(1))
+    mesh.settle()
+    assert mesh.replica.whole
+    assert mesh.replica.namespace_status("shop") is Status.KNOWN
+
+
+def test_the_list_of_namespaces_is_kept_over_a_restart(mesh):
+    mesh.put(service())
+    mesh.replica.want_namespaces()
+    mesh.up()
+    dumped = mesh.replica.dump()
+    again = plane.uproxy(WEB, "web-1").replica
+    again.want_namespaces()
+    again.restore(dumped)
+    assert again.namespace_status("shop") is Status.KNOWN
+    other = plane.uproxy(WEB, "web-1").replica
+    other.restore(dumped)
+    assert other.namespace_status("shop") is Status.WAITING, "it is not wanted any more"
+    assert other.problems() == ()
 
 
 def test_a_node_agent_takes_all_addresses_or_none():

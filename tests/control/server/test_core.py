@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 from control import durable
-from control.api import messages, status, vips
+from control.api import index, messages, status, vips
 from control.api.declared import Family
 from control.api.identity import SpiffeId, proxy_hash
 from control.api.problems import ResourceErrors
@@ -19,7 +19,7 @@ from control.server.core import MAX_EPOCH_AHEAD_S, Core, Retained
 from control.server.registry import Action, NotFound
 from control.server.registry import Held as HeldBack
 from control.server.signing import ConfigKey
-from control.server.store import Store
+from control.server.store import Batch, Store
 from tests.support.desired import (
     endpoints,
     namespace,
@@ -88,7 +88,8 @@ def test_an_empty_control_plane_publishes_trust_the_root_namespace_and_no_addres
     assert plane.settle().namespaces == {"mesh-system"}
     # An empty shard says, by its signature, that nobody lives at an address that a proxy asks for.
     shards = [f"addr/{shard:02x}" for shard in range(256)]
-    assert plane.shelf.retained.keys() == {PREFIX + name for name in ("trust", "addr", "root/mesh-system", *shards)}
+    names = ("trust", "addr", "root", "root/mesh-system", *shards)
+    assert plane.shelf.retained.keys() == {PREFIX + name for name in names}
 
 
 def test_what_is_applied_is_published(plane):
@@ -101,6 +102,28 @@ def test_what_is_applied_is_published(plane):
     assert found.addresses["10.0.0.3"] == ["w", "shop", "db-1", "db", {"app": "db", "version": "v1"}]
     assert len(found.records) == 2 + 3 + 3 + 1
     assert found.namespaces == {"mesh-system", "shop"}
+
+
+def test_the_namespaces_that_have_services_are_listed(plane):
+    def listed():
+        plane.settle()
+        body = messages.decode(plane.shelf.retained[PREFIX + "root"]).body
+        return index.read_namespaces(body).names
+
+    assert listed() == set()
+    plane.apply(SHOP, service("far", namespace="zoo"), workload("alone", "10.0.0.60", namespace="yard"))
+    assert listed() == {"shop", "zoo"}
+    before = plane.shelf.retained[PREFIX + "root"]
+    plane.apply(service("farther", namespace="zoo"))
+    assert listed() == {"shop", "zoo"}
+    assert plane.shelf.retained[PREFIX + "root"] == before, "nothing has changed"
+    plane.core.delete([("Service", "zoo", "far"), ("Service", "zoo", "farther")])
+    assert listed() == {"shop"}
+    plane.apply(service("far", namespace="zoo"))
+    # A store of an earlier release has no list.
+    plane.store.commit(Batch(plane.core._stamp, collected=[PREFIX + "root"]))
+    plane.restart()
+    assert listed() == {"shop", "zoo"}
 
 
 def test_records_that_do_not_change_keep_their_bytes(plane):
