@@ -17,7 +17,7 @@ from control.api import mesh, resources
 from control.api.address import FORBIDDEN_PORTS, HBONE_PORT
 from control.server.enrolment import CERTIFICATES_PORT
 from control.server.metrics import METRICS_PORT as CONTROL_METRICS_PORT
-from uproxy import admin, admission, config, door, process, run, tls
+from uproxy import admin, admission, config, dns, door, process, run, tls
 from uproxy.node.metrics import METRICS_PORT as NODE_METRICS_PORT
 from uproxy.tap import Taps
 
@@ -184,6 +184,7 @@ def test_ports_are_documented_and_every_documented_one_is_in_the_code():
         HBONE_PORT,
         process.METRICS_PORT,
         process.READY_PORT,
+        dns.FIRST_PORT,
     }
     documented = {int(port) for port in re.findall(r"\b15\d{3}\b", text)}
     assert documented >= FORBIDDEN_PORTS

@@ -43,6 +43,7 @@ def _usage(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ([*_NEEDED, "--capture", "auto", "--", "true"], "--capture auto needs --mesh-cidr"),
         ([*_NEEDED, "--mesh-cidr", "10.0.0.0/8", "--", "true"], "belong to --capture nft; the node agent has its own"),
         ([*_NEEDED, "--exclude-cidr", "10.0.0.0/8", "--", "true"], "belong to --capture nft"),
+        ([*_NEEDED, "--dns", "--capture", "none", "--", "true"], "--dns needs --capture ebpf"),
         ([*_NEEDED, "--capture", "nft", "--mesh-cidr", "10.0.0.1/8", "--", "true"], "bits set beyond its prefix"),
     ],
 )

@@ -228,6 +228,7 @@ def test_capture_without_a_probe_does_not_start(site: Site) -> None:
         ["--trust-domain", "Bad"],
         ["--drain-timeout-s", "-1"],
         ["--capture", "ebpf"],
+        ["--dns"],
         ["--join", "token"],
     ],
 )
