@@ -1,4 +1,4 @@
-"""The `uproxy` command: `run` (the proxy), `exec` (a workload with a sidecar) and `node` (the node agent)."""
+"""The `uproxy` command: `run` (the proxy), `exec` (a workload with a sidecar), `fork-server`, `node` (the agent)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import uproxy
 _COMMANDS = {
     "run": ("uproxy.run", "run the micro proxy of one workload"),
     "exec": ("uproxy.launch", "run a command as a workload of the mesh, with a sidecar and capture"),
+    "fork-server": ("uproxy.fork_server", "start this host's micro proxies from one process, which saves memory"),
     "node": ("uproxy.node.agent", "run the node agent: eBPF programs and maps of this host"),
 }
 

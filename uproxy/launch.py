@@ -31,10 +31,12 @@ from uproxy.capture.ranges import MeshRanges
 from uproxy.cgroup import SandboxError
 from uproxy.claims import FIRST_UID, LOCK_DIR, ClaimError, claimed_name, claimed_uid
 from uproxy.entrance import Account, Entrance, exposures, sockets_inside
+from uproxy.fork_client import DEFAULT_SOCKET as FORK_SOCKET
+from uproxy.fork_client import ForkedBy
 from uproxy.node.channel import SOCKET_NAME
 from uproxy.node.client import DEFAULT_SOCKET, NodeClient, NodeError
 from uproxy.sandbox import Sandbox
-from uproxy.sidecar import IDENTITY_FILES, Identity, IdentityCopy, JoinedIdentity, Sidecar
+from uproxy.sidecar import IDENTITY_FILES, Identity, IdentityCopy, JoinedIdentity, OwnProcess, Sidecar, Spawn
 from uproxy.supervision import (
     FAILED,
     NOT_EXECUTABLE,
@@ -160,6 +162,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     sidecar.add_argument("--otlp", metavar="HOST:PORT", help="post spans to this collector, a service of the mesh")
     sidecar.add_argument("--otlp-share", metavar="SHARE", help="of the traces that begin here, how many are recorded")
+    sidecar.add_argument(
+        "--fork-server",
+        type=Path,
+        metavar="PATH",
+        help=f"let `uproxy fork-server` start it, to save memory; its socket is {FORK_SOCKET} by default",
+    )
     sidecar.add_argument("--uid", type=int, help=f"default: a free one from {FIRST_UID} up")
     sidecar.add_argument("--state-dir", type=Path, default=Path("/var/lib/uproxy"), help="default: %(default)s")
     sidecar.add_argument("--cgroup-root", type=Path, metavar="DIR", help="default: uproxy/ in the cgroup2 hierarchy")
@@ -278,16 +286,8 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
         identity = IdentityCopy(options.identity_dir, state, account)
         undo.callback(shutil.rmtree, state, ignore_errors=True)
     sidecar = Sidecar(
-        _sidecar_arguments(options, state),
-        Entrance(
-            box.proxy_cgroup,
-            netns,
-            account=account,
-            restricted=True,
-            exposures=exposures(_directories_of_sidecar(options)),
-            parent=os.getpid(),
-            signal_mask=signals.previous,
-        ),
+        _spawn(options, state, box, netns, account, signals),
+        netns,
         probes,
         log=undo.enter_context(_log(options.log)),
         identity=identity,
@@ -328,6 +328,8 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
         _choose_capture(options)
     if options.capture == "ebpf" and not options.node_socket.is_socket():
         raise LaunchError(f"no node agent at {options.node_socket}: start `uproxy node` on this host first")
+    if options.fork_server is not None and not options.fork_server.is_socket():
+        raise LaunchError(f"no fork server at {options.fork_server}: start `uproxy fork-server` on this host first")
     if options.capture == "nft":
         _check_nft(options)
 
@@ -464,9 +466,28 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
+def _spawn(
+    options: argparse.Namespace, state: Path, box: Sandbox, netns_fd: int, account: Account, signals: linux.SignalFd
+) -> Spawn:
+    """How sidecars are started."""
+    entrance = Entrance(
+        box.proxy_cgroup,
+        netns_fd,
+        account=account,
+        restricted=True,
+        exposures=exposures(_directories_of_sidecar(options)),
+        parent=os.getpid(),
+        signal_mask=signals.previous,
+    )
+    arguments = _sidecar_arguments(options, state)
+    if options.fork_server is not None:
+        return ForkedBy(options.fork_server, tuple(arguments), entrance)
     # -I: neither the working directory nor the environment adds to what is imported.
-    arguments = [sys.executable, "-I", "-m", "uproxy", "run", "--identity-dir", str(state)]
+    return OwnProcess((sys.executable, "-I", "-m", "uproxy", "run", *arguments), entrance)
+
+
+def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
+    arguments = ["--identity-dir", str(state)]
     if options.join is None:
         arguments += ["--workload", options.name]
         arguments += ["--namespace", options.namespace, "--service-account", options.service_account]

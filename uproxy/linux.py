@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import select
 import signal
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,16 @@ CLONE_NEWNET = 0x40000000
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 
 _MS_BIND = 0x1000
 _MS_REC = 0x4000
 _MS_PRIVATE = 0x40000
+
+_ARG_START = 45
+"""In /proc/PID/stat, of the fields behind the name; the next one is where the arguments end (proc(5))."""
 
 _SFD_NONBLOCK = os.O_NONBLOCK
 _SFD_CLOEXEC = os.O_CLOEXEC
@@ -89,6 +95,30 @@ def die_with_parent(parent: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "PR_SET_PDEATHSIG")
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_writer(fd: int) -> None:
+    """SIGKILL for the caller when the last writer of this pipe is gone; one that is gone already is noticed too.
+
+    For a process whose parent is not the one to die with. The kernel sends it (fcntl(2), O_ASYNC and F_SETSIG) in the
+    name of the user that calls: after a change of uid, call it again.
+    """
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(fd, 0)  # a hang-up is told unasked
+    if poll.poll(0):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def name_process(arguments: Sequence[str]) -> None:
+    """What ps(1) shows of a process that was forked: these in place of its parent's arguments, cut to their length."""
+    _checked(_libc.prctl(_PR_SET_NAME, " ".join(arguments[:2]).encode(), 0, 0, 0), "prctl(PR_SET_NAME)")
+    fields = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
+    start, end = int(fields[_ARG_START]), int(fields[_ARG_START + 1])
+    shown = "\0".join(arguments).encode()[: max(end - start - 1, 0)]
+    ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
 
 
 def forbid_new_privileges() -> None:

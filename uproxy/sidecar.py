@@ -12,6 +12,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -108,24 +109,97 @@ class JoinedIdentity:
             os.close(file)
 
 
+class Process(Protocol):
+    """A `uproxy run` that was started."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def end_fd(self) -> int:
+        """Readable when it has ended; -1 for a child, of which SIGCHLD tells."""
+
+    def terminate(self) -> None: ...
+
+    def status(self) -> int | None:
+        """How it ended (negative: the signal), once `end_fd` is readable; None when nobody knows."""
+
+    def ended(self, status: int | None) -> None:
+        """It was seen to end: let go of what is held for it."""
+
+
+class Spawn(Protocol):
+    """Starts a `uproxy run`, with these descriptors of ours and this output."""
+
+    def __call__(self, ready: int, probes: Sequence[int], log: IO[bytes]) -> Process:
+        """Raises OSError or subprocess.SubprocessError."""
+
+
+class Child:
+    """A child of the launcher."""
+
+    end_fd = -1
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def status(self) -> int | None:
+        return None
+
+    def ended(self, status: int | None) -> None:
+        self._process.returncode = status
+
+
+@dataclass(frozen=True, slots=True)
+class OwnProcess:
+    """Starts an interpreter for each sidecar. `arguments`: the argv but for the descriptors."""
+
+    arguments: tuple[str, ...]
+    entrance: Entrance
+
+    def __call__(self, ready: int, probes: Sequence[int], log: IO[bytes]) -> Child:
+        arguments = [*self.arguments, "--ready-fd", str(ready)]
+        for probe in probes:
+            arguments += ["--probe-fd", str(probe)]
+        return Child(
+            subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[ready, *probes],
+                cwd="/",
+                # Nothing of the caller's environment steers a process that holds a key.
+                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+                # A session of its own: a terminal's Ctrl-C is for the command, and ends the sidecar last.
+                start_new_session=True,
+                preexec_fn=self.entrance,
+            )
+        )
+
+
 class Sidecar:
     """One `uproxy run` at a time. Times are `time.monotonic()`."""
 
     def __init__(
         self,
-        arguments: Sequence[str],
-        entrance: Entrance,
+        spawn: Spawn,
+        netns_fd: int,
         probes: Sequence[socket.socket],
         log: IO[bytes],
         identity: Identity,
     ) -> None:
-        """`arguments`: the argv but for the descriptors."""
-        self._arguments = arguments
-        self._entrance = entrance
+        """`netns_fd`: where its ports are."""
+        self._spawn = spawn
+        self._netns_fd = netns_fd
         self._probes = probes
         self._log = log
         self.identity = identity
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._started_at = 0.0
         self._backoff_s = _BACKOFF_FIRST_S
         self.ready = False
@@ -143,26 +217,11 @@ class Sidecar:
         self.identity.install()
         self.restart_at = None
         self.ready_fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        handed = [theirs, *(probe.fileno() for probe in self._probes)]
-        arguments = [*self._arguments, "--ready-fd", str(theirs)]
         for probe in self._probes:
             # The one before may have left it connected.
             linux.disconnect(probe.fileno())
-            arguments += ["--probe-fd", str(probe.fileno())]
         try:
-            self._process = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=handed,
-                cwd="/",
-                # Nothing of the caller's environment steers a process that holds a key.
-                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
-                # A session of its own: a terminal's Ctrl-C is for the command, and ends the sidecar last.
-                start_new_session=True,
-                preexec_fn=self._entrance,
-            )
+            self._process = self._spawn(theirs, [probe.fileno() for probe in self._probes], self._log)
         except BaseException:
             self._close_ready_fd()
             raise
@@ -175,10 +234,19 @@ class Sidecar:
         self.ready = os.read(self.ready_fd, 64) != b""
         self._close_ready_fd()
 
-    def ended(self, status: int, now: float) -> None:
-        """The process was reaped; `status` is its returncode (negative: the signal). Schedules the restart."""
+    @property
+    def end_fd(self) -> int:
+        """Readable when it has ended; -1 when SIGCHLD tells, or nothing runs."""
+        return self._process.end_fd if self._process is not None else -1
+
+    def status(self) -> int | None:
+        """How it ended, once `end_fd` is readable; None when nobody knows."""
+        return self._process.status() if self._process is not None else None
+
+    def ended(self, status: int | None, now: float) -> None:
+        """The process has ended, with this returncode (negative: the signal). Schedules the restart."""
         assert self._process is not None
-        self._process.returncode = status
+        self._process.ended(status)
         self._process = None
         self.ready = False
         self._close_ready_fd()
@@ -195,7 +263,7 @@ class Sidecar:
     def terminate(self) -> None:
         """Ask it to drain and exit."""
         if self._process is not None:
-            os.kill(self._process.pid, signal.SIGTERM)
+            self._process.terminate()
 
     def pending(self) -> str:
         """What its readiness endpoint says is missing; "" when it does not answer."""
@@ -204,7 +272,7 @@ class Sidecar:
 
         connection = http.client.HTTPConnection("127.0.0.1", _READY_PORT, timeout=_STATUS_TIMEOUT_S)
         try:
-            with linux.inside(self._entrance.netns_fd):
+            with linux.inside(self._netns_fd):
                 connection.connect()
             connection.request("GET", "/healthz/ready")
             answer = connection.getresponse().read(4096).decode("utf-8", "replace")

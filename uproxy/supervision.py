@@ -113,12 +113,17 @@ class Supervision:
         poll.register(self._signals, select.POLLIN)
         if self._sidecar.ready_fd >= 0:
             poll.register(self._sidecar.ready_fd, select.POLLIN)
+        end_fd = self._sidecar.end_fd
+        if end_fd >= 0:
+            poll.register(end_fd, select.POLLIN)
         # Rounded up, or the last millisecond would be spent spinning.
         for fd, _ in poll.poll(max(0.0, wakeup - time.monotonic()) * 1000 + 1):
             if fd == self._signals.fileno():
                 self._on_signals()
             elif fd == self._sidecar.ready_fd:
                 self._on_ready_fd()
+            elif fd == end_fd:
+                self._on_sidecar_end(self._sidecar.status())
         if restart_at is not None and time.monotonic() >= restart_at:
             self._restart()
 
@@ -159,15 +164,18 @@ class Supervision:
             code = os.waitstatus_to_exitcode(status)
             if pid == self._command_pid:
                 self._command_status = code
-            elif pid == self._sidecar.pid:
+            elif pid == self._sidecar.pid and self._sidecar.end_fd < 0:
                 self._on_sidecar_end(code)
 
-    def _on_sidecar_end(self, code: int) -> None:
+    def _on_sidecar_end(self, code: int | None) -> None:
         served = self._sidecar.ready or bool(self._command_pid)
         self._sidecar.ended(code, time.monotonic())
         if self._ending:
             return
-        how = f"status {code}" if code >= 0 else signal.Signals(-code).name
-        if code >= 0 and not served:
+        if code is None:
+            how = "as its fork server has, so that nobody knows how"
+        else:
+            how = f"status {code}" if code >= 0 else signal.Signals(-code).name
+        if code is not None and code >= 0 and not served:
             raise LaunchError(f"the sidecar ended with {how} before it was ready; its messages say why")
         say(self._name, f"the sidecar ended ({how}); connections are refused until it is back")

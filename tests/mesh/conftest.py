@@ -11,7 +11,7 @@ import pytest
 from benchmarks.lab import shop
 from benchmarks.lab.apps import commands
 from benchmarks.lab.shop import Shop
-from benchmarks.lab.topology import Lab, Workload
+from benchmarks.lab.topology import App, Lab, Workload, WorkloadOptions
 
 PEER = ("240.240.0.30", 9000)
 PEER_V6 = ("fd96:0:0:ffff::30", 9000)
@@ -102,3 +102,11 @@ def mesh() -> Iterator[Mesh]:
         lab.configure(shop.RESOURCES + LOAD)
         lab.start()
         yield made
+
+
+@pytest.fixture
+def job(mesh: Mesh) -> Workload:
+    """A workload of the configuration that the lab does not start: each test runs a command as it."""
+    made = Workload(mesh.shop.a, "job", App(lambda address, data: [], "sh"), JOB, WorkloadOptions(namespace="load"))
+    mesh.lab.issue(made.identity, made.identity_dir)
+    return made

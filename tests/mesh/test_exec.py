@@ -4,98 +4,46 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from benchmarks.lab import remains
-from benchmarks.lab.topology import App, Workload, WorkloadOptions
-from tests.mesh.conftest import JOB, PEER, Mesh
+from benchmarks.lab.topology import Workload
+from tests.mesh.conftest import PEER, Mesh
 from tests.support import inside
-
-
-@pytest.fixture
-def job(mesh: Mesh) -> Workload:
-    """A workload of the configuration that the lab does not start: each test runs a command as it."""
-    made = Workload(mesh.shop.a, "job", App(lambda address, data: [], "sh"), JOB, WorkloadOptions(namespace="load"))
-    mesh.lab.issue(made.identity, made.identity_dir)
-    return made
-
-
-def _argv(job: Workload, *command: str, user: str = "nobody", **options: str) -> list[str]:
-    argv = [*job.arguments()[:-1]]
-    argv += ["--drain-timeout-s", "1"]
-    argv[argv.index("--user") + 1] = user
-    for name, value in options.items():
-        argv[argv.index(f"--{name.replace('_', '-')}") + 1] = value
-    return [*argv, "--", *command]
-
-
-def _start(job: Workload, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-    return job.host.spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+from tests.support.job import FOREVER, argv_of, gone, is_ready, pid_or_0, running, started
 
 
 def _run(job: Workload, *command: str, **options: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error; and nothing of it is left."""
-    with _start(job, _argv(job, *command, **options)) as process:
+    with started(job, argv_of(job, *command, **options)) as process:
         output, errors = process.communicate(timeout=40)
-    _gone(job)
+    gone(job)
     return process.returncode, output.decode(), errors.decode()
-
-
-@contextmanager
-def _running(job: Workload, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The launcher, once its command has printed a line; ended with the block if it still runs."""
-    with _start(job, _argv(job, *command)) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline(), process.stderr.read().decode()
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
-def _gone(job: Workload) -> None:
-    left = [entry for entry in remains.left_of(job.netns) if Path(entry).name.startswith(job.netns)]
-    assert not left
-    assert not job.box.cgroup.exists()
-    assert not (job.host.lab.directory / "state" / job.name).exists()
-    with job.host.entered():
-        links = subprocess.run(["ip", "-o", "link", "show"], capture_output=True, text=True, check=True).stdout
-        assert job.box.host_link not in links
-    known = [one["workload"] for one in job.host.node().status()["workloads"]]
-    assert job.name not in known
-
-
-_FOREVER = "echo up; while :; do sleep 0.05; done"
 
 
 class TestTheCommand:
     def test_status_output_input_and_user_are_kept(self, job: Workload) -> None:
-        with _start(job, _argv(job, "sh", "-c", "cat; id -un; echo $HOME; echo oops >&2; exit 7")) as process:
+        with started(job, argv_of(job, "sh", "-c", "cat; id -un; echo $HOME; echo oops >&2; exit 7")) as process:
             output, errors = process.communicate(b"typed\n", timeout=40)
         assert process.returncode == 7
         assert output.decode().split() == ["typed", "nobody", "/nonexistent"]
         assert "oops" in errors.decode()
-        _gone(job)
+        gone(job)
 
     def test_death_by_signal_is_told_as_a_shell_does(self, job: Workload) -> None:
         assert _run(job, "sh", "-c", "kill -9 $$")[0] == 128 + 9
 
     def test_signals_reach_it(self, job: Workload) -> None:
-        with _running(job, "sh", "-c", f"trap 'exit 3' TERM; trap 'echo usr1' USR1; {_FOREVER}") as process:
+        with running(job, "sh", "-c", f"trap 'exit 3' TERM; trap 'echo usr1' USR1; {FOREVER}") as process:
             assert process.stdout is not None
             process.send_signal(signal.SIGUSR1)
             assert process.stdout.readline() == b"usr1\n"
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 3
-        _gone(job)
+        gone(job)
 
     def test_what_it_leaves_running_ends_with_it(self, job: Workload) -> None:
         status, output, _ = _run(job, "sh", "-c", "setsid sleep 300 >/dev/null 2>&1 & echo $!")
@@ -103,7 +51,7 @@ class TestTheCommand:
         assert not Path(f"/proc/{output.strip()}").exists()
 
     def test_orphans_are_reaped(self, job: Workload) -> None:
-        with _running(job, "sh", "-c", f"(sleep 1 &) ; (sleep 1 &) ; {_FOREVER}") as process:
+        with running(job, "sh", "-c", f"(sleep 1 &) ; (sleep 1 &) ; {FOREVER}") as process:
             inside.eventually(lambda: "sleep" in _comm_of_children(process.pid))
             inside.eventually(lambda: "sleep" not in _comm_of_children(process.pid))
             assert "Z" not in _states_of_children(process.pid)
@@ -117,18 +65,18 @@ class TestTheCommand:
     def test_without_capture_it_dials_a_forwarded_port(self, mesh: Mesh, job: Workload) -> None:
         """No node agent takes part, so that none has to run."""
         dial = "import socket; s = socket.create_connection(('127.0.0.1', 7000)); s.sendall(b'x'); print(s.recv(1))"
-        argv = _argv(job, "python3", "-c", dial, node_socket="/nowhere")
+        argv = argv_of(job, "python3", "-c", dial, node_socket="/nowhere")
         at = argv.index("--")
         argv[at:at] = ["--capture", "none", "--forward", "127.0.0.1:7000=peer.load:9000"]
-        with inside.serving(mesh.peer, PEER[1], inside.echo), _start(job, argv) as process:
+        with inside.serving(mesh.peer, PEER[1], inside.echo), started(job, argv) as process:
             output, errors = process.communicate(timeout=40)
         assert (process.returncode, output) == (0, b"b'x'\n"), errors
-        _gone(job)
+        gone(job)
 
 
 class TestTheSidecar:
     def test_runs_confined(self, job: Workload) -> None:
-        with _running(job, "sh", "-c", _FOREVER):
+        with running(job, "sh", "-c", FOREVER):
             pid = job.proxy_pid()
             status = dict(
                 line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
@@ -150,30 +98,30 @@ class TestTheSidecar:
             assert (key.stat().st_mode & 0o777, key.stat().st_uid) == (0o600, uid)
 
     def test_killed_is_restarted_and_the_command_goes_on(self, job: Workload) -> None:
-        with _running(job, "sh", "-c", _FOREVER) as process:
+        with running(job, "sh", "-c", FOREVER) as process:
             for _ in range(2):
                 old = job.proxy_pid()
                 os.kill(old, signal.SIGKILL)
-                inside.eventually(lambda old=old: _pid_or_0(job) not in (0, old), 15)
-                inside.eventually(lambda: _is_ready(job), 15)
+                inside.eventually(lambda old=old: pid_or_0(job) not in (0, old), 15)
+                inside.eventually(lambda: is_ready(job), 15)
             assert process.poll() is None
 
     def test_renewed_certificate_is_handed_to_it(self, mesh: Mesh, job: Workload) -> None:
-        with _running(job, "sh", "-c", _FOREVER):
+        with running(job, "sh", "-c", FOREVER):
             before = inside.metric(job, "uproxy_certificate_expiry_timestamp_seconds")
             mesh.lab.issue(job.identity, job.identity_dir, ttl_s=7200)
             inside.eventually(lambda: 0 < inside.metric(job, "uproxy_certificate_expiry_timestamp_seconds") < before)
 
     def test_restarts_when_its_identity_is_back(self, job: Workload) -> None:
         """A start that fails while the command runs is no reason to end the command."""
-        with _running(job, "sh", "-c", _FOREVER) as process:
+        with running(job, "sh", "-c", FOREVER) as process:
             chain = job.identity_dir / "chain.pem"
             away = chain.rename(chain.with_suffix(".away"))
             os.kill(job.proxy_pid(), signal.SIGKILL)
             time.sleep(0.5)
-            assert _pid_or_0(job) == 0
+            assert pid_or_0(job) == 0
             away.rename(chain)
-            inside.eventually(lambda: _is_ready(job), 15)
+            inside.eventually(lambda: is_ready(job), 15)
             assert process.poll() is None
 
     def test_certificate_of_somebody_else_is_named(self, mesh: Mesh, job: Workload) -> None:
@@ -205,18 +153,18 @@ class TestTheSidecar:
 
 class TestTheLauncher:
     def test_name_in_use_is_refused_by_name(self, job: Workload) -> None:
-        with _running(job, "sh", "-c", _FOREVER) as first:
-            with _start(job, _argv(job, "true")) as second:
+        with running(job, "sh", "-c", FOREVER) as first:
+            with started(job, argv_of(job, "true")) as second:
                 _, errors = second.communicate(timeout=20)
             assert second.returncode == 125
             assert (
                 f"job: a workload of this name is running already (`uproxy exec`, pid {first.pid})" in errors.decode()
             )
             assert first.poll() is None
-            assert _is_ready(job), "the refused one has disturbed the first"
+            assert is_ready(job), "the refused one has disturbed the first"
 
     def test_killed_takes_its_children_along_and_the_next_one_cleans_up(self, job: Workload) -> None:
-        with _running(job, "sh", "-c", "echo up; exec sleep 300") as process:
+        with running(job, "sh", "-c", "echo up; exec sleep 300") as process:
             children = _children(process.pid)
             assert len(children) == 2
             process.kill()
@@ -241,12 +189,12 @@ class TestTheLauncher:
         assert "nobody-knows" in job.log.read_text() + errors
 
     def test_ended_while_it_waits_it_cleans_up(self, job: Workload) -> None:
-        with _start(job, _argv(job, "sh", "-c", _FOREVER)) as process:
-            inside.eventually(lambda: _pid_or_0(job) != 0)
+        with started(job, argv_of(job, "sh", "-c", FOREVER)) as process:
+            inside.eventually(lambda: pid_or_0(job) != 0)
             os.kill(job.proxy_pid(), signal.SIGSTOP)
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) in (128 + signal.SIGTERM, 0)
-        _gone(job)
+        gone(job)
 
 
 def _children(pid: int) -> list[int]:
@@ -267,15 +215,3 @@ def _comm_of_children(pid: int) -> set[str]:
         with suppress(OSError):
             names.add(Path(f"/proc/{child}/comm").read_text().strip())
     return names
-
-
-def _pid_or_0(job: Workload) -> int:
-    with suppress(Exception):
-        return job.proxy_pid()
-    return 0
-
-
-def _is_ready(job: Workload) -> bool:
-    with suppress(OSError):
-        return "pending" not in inside.http_get(job, 15021, "/healthz/ready")
-    return False

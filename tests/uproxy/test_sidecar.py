@@ -12,7 +12,7 @@ import pytest
 from tests.support.capture import run_inside
 from uproxy import linux
 from uproxy.entrance import Account, Entrance
-from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, JoinedIdentity, Sidecar
+from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, JoinedIdentity, OwnProcess, Sidecar
 from uproxy.supervision import SIGNALS, LaunchError, Supervision
 
 _ACCOUNT = Account(os.getuid(), os.getgid())
@@ -47,7 +47,7 @@ def make(copy: IdentityCopy) -> Callable[[str], Sidecar]:
 
     def made(script: str) -> Sidecar:
         entrance: Entrance = _Free()  # type: ignore[assignment]
-        return Sidecar(["sh", "-c", script, "sh"], entrance, [], sys.__stderr__.buffer, copy)
+        return Sidecar(OwnProcess(("sh", "-c", script, "sh"), entrance), -1, [], sys.__stderr__.buffer, copy)
 
     return made
 
