@@ -27,6 +27,7 @@ PAGES = [*TRACKED, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "deplo
 COMMANDS = {
     "uproxy run": "uproxy.run",
     "uproxy exec": "uproxy.launch",
+    "uproxy fork-server": "uproxy.fork_server",
     "uproxy node": "uproxy.node.agent",
     "waypoint run": "waypoint.run",
     "meshctl": "control.cli.__main__",

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         print("uproxy fork-server: needs root, to start each uProxy as a user of its own", file=sys.stderr)
         return 1
     try:
-        listener = listen(options.socket)
+        listener = listen(options.socket, who="fork server", option="--socket")
     except ListenError as error:
         print(f"uproxy fork-server: {error}", file=sys.stderr)
         return 1

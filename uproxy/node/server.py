@@ -37,20 +37,23 @@ class ListenError(Exception):
     """The socket cannot be opened; the text says why."""
 
 
-def listen(path: Path, *, for_all: bool = False) -> socket.socket:
-    """The listening socket, for root only unless `for_all`. Raises ListenError. A dead agent's is replaced."""
+def listen(path: Path, *, for_all: bool = False, who: str = "node agent", option: str = "--run-dir") -> socket.socket:
+    """The listening socket, for root only unless `for_all`. Raises ListenError. A dead process's is replaced.
+
+    `who` listens there, and `option` says where else it could.
+    """
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if path.exists() and not path.is_socket():
-        raise ListenError(f"{path}: is no socket; remove it, or use another --run-dir")
+        raise ListenError(f"{path}: is no socket; remove it, or use another {option}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
             probe.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise ListenError(f"{path}: {error.strerror}; remove it, or use another --run-dir") from None
+            raise ListenError(f"{path}: {error.strerror}; remove it, or use another {option}") from None
         else:
-            raise ListenError(f"{path}: another node agent listens there; stop it, or use another --run-dir")
+            raise ListenError(f"{path}: another {who} listens there; stop it, or use another {option}")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     before = os.umask(0o111 if for_all else 0o177)  # bind() makes the file; a chmod afterwards would come too late
     try:
