@@ -89,7 +89,11 @@ def connects(in_flight: int) -> Load:
 
 
 def dials(spread: int = 1, *, seed: int = 1) -> Load:
-    """`connects` one by one, each to one of `spread` addresses from the host on. Value: connect(2)'s median in us."""
+    """`connects` one by one, each to one of `spread` addresses from the host on. Value: lower quartile of connect(2), us.
+
+    Not the median: about half of the calls take some 10 us more, whatever is dialled, and it lies now on one side of
+    the gap and now on the other. Probably the server's waking up falls into them.
+    """
     return _load("dials", spread=spread, seed=seed)
 
 
@@ -288,7 +292,7 @@ def _outcome(found: Mapping[str, Any]) -> Outcome:
     elif kind in ("closed", "http-closed"):
         value = seconds * 1e6 / timed
     elif kind == "dials":
-        value = histogram.percentile(counts, 0.5) / 1000
+        value = histogram.percentile(counts, 0.25) / 1000
     else:
         value = histogram.percentile(counts, 0.99) / 1000
     return Outcome(
