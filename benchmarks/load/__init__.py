@@ -89,7 +89,7 @@ def connects(in_flight: int) -> Load:
 
 
 def dials(spread: int = 1, *, seed: int = 1) -> Load:
-    """`connects` one by one, each to one of `spread` addresses from the host on. Value: lower quartile of connect(2), us.
+    """`connects` one by one, to any of `spread` addresses from the host on. Value: lower quartile of connect(2), us.
 
     Not the median: about half of the calls take some 10 us more, whatever is dialled, and it lies now on one side of
     the gap and now on the other. Probably the server's waking up falls into them.
