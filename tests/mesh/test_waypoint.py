@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.lab import shop
+from benchmarks.lab.apps import commands
 from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.evidence import HBONE_PORT
 from benchmarks.lab.shop import REVIEWS, Shop
-from benchmarks.lab.topology import Lab
+from benchmarks.lab.topology import MESH_RANGES, Lab, Workload
 from benchmarks.lab.waypoints import Waypoint
 from control.api.identity import SpiffeId
 from tests.support import inside
@@ -69,6 +70,8 @@ class Bound:
     control: ControlPlane
     shop: Shop
     waypoint: Waypoint
+    redirected: Workload
+    """A caller that nftables captures."""
 
     def flip(self, *, bound: bool) -> None:
         """Returns when `meshctl label --wait` does."""
@@ -81,39 +84,50 @@ def mesh() -> Iterator[Bound]:
     with Lab(control=True) as lab:
         assert lab.control is not None
         the_shop = shop.declare(lab)
+        launch = ("--capture", "nft", "--mesh-cidr", *MESH_RANGES)
+        redirected = the_shop.a.workload("redirected", commands.client(), launch=launch)
         lab.configure(_OPEN)
         lab.start()
         waypoint = Waypoint(lab.control, the_shop.b, "wp")
         waypoint.apply()
         waypoint.start()
-        yield Bound(lab, lab.control, the_shop, waypoint)
+        yield Bound(lab, lab.control, the_shop, waypoint, redirected)
 
 
 def test_flips_under_load_fail_no_request_and_leave_none_on_the_wrong_way(
     mesh: Bound, record_property: Callable[[str, object], None]
 ) -> None:
-    web = mesh.shop.web
-    through = f"URI={web.identity}"
+    took = _flipped_under_load(mesh, mesh.shop.web, _FLIPS)
+    record_property("label_to_settled_s", {"p50": statistics.median(took), "longest": took[-1]})
+
+
+def test_flips_under_load_are_the_same_for_a_caller_whose_kernel_knows_no_route(mesh: Bound) -> None:
+    """Captured by nftables: the uProxy alone decides between direct and through the waypoint."""
+    _flipped_under_load(mesh, mesh.redirected, _FLIPS // 3)
+
+
+def _flipped_under_load(mesh: Bound, caller: Workload, flips: int) -> list[float]:
+    """How long each flip took, in order. No request fails meanwhile, and each goes the way of its time."""
+    through = f"URI={caller.identity}"
     phases: list[tuple[float, float, str]] = []  # since when, how long the flip took, and what the application is told
-    web.job(job="open-loop", host=REVIEWS[0], port=REVIEWS[1], per_s=_PER_S)
-    for flip in range(_FLIPS):
+    caller.job(job="open-loop", host=REVIEWS[0], port=REVIEWS[1], per_s=_PER_S)
+    for flip in range(flips):
         began = time.monotonic()
         mesh.flip(bound=flip % 2 == 0)
         since = time.monotonic()
         phases.append((since, since - began, through if flip % 2 == 0 else ""))
         time.sleep(0.3)
         phases.append((time.monotonic(), 0, "either"))
-    requests = web.job(job="open-loop-end")["requests"]
+    requests = caller.job(job="open-loop-end")["requests"]
     assert not [failure for *_, failure in requests if failure]
-    assert len(requests) > _FLIPS * 0.3 * _PER_S
+    assert len(requests) > flips * 0.3 * _PER_S
     looked_at = 0
-    for (since, _, caller), (until, _, _) in zip(phases[::2], phases[1::2], strict=True):
+    for (since, _, expected), (until, _, _) in zip(phases[::2], phases[1::2], strict=True):
         told = {said for began, ended, said, _ in requests if since < began and ended < until}
-        assert told <= {caller}
+        assert told <= {expected}
         looked_at += bool(told)
-    assert looked_at > _FLIPS / 2
-    took = sorted(seconds for _, seconds, _ in phases[::2])
-    record_property("label_to_settled_s", {"p50": statistics.median(took), "longest": took[-1]})
+    assert looked_at > flips / 2
+    return sorted(seconds for _, seconds, _ in phases[::2])
 
 
 def test_flips_fail_no_request_on_kept_connections_and_new_ones_go_the_right_way(mesh: Bound) -> None:
