@@ -19,8 +19,11 @@ def levels() -> str:
     return ",".join([_name(logging.getLogger().level), *own])
 
 
-def set_levels(text: str) -> None:
-    """Puts levels in force; parts that are not named follow the whole again. ValueError, and then nothing changes."""
+def set_levels(text: str, *, of_others: bool = False) -> None:
+    """Puts levels in force; parts that are not named follow the whole again. ValueError, and then nothing changes.
+
+    `of_others`: another process said so, which may have parts that this one has not.
+    """
     whole = None
     wanted: dict[str, str] = {}
     for word in text.lower().split(","):
@@ -35,7 +38,7 @@ def set_levels(text: str) -> None:
             raise ValueError("two levels for everything: name a part, as in info,access:debug")
     parts = _parts()
     unknown = [part for part in wanted if part not in parts]
-    if unknown:
+    if unknown and not of_others:
         raise ValueError(f"{unknown[0][:100]!r} is no part of this process; there are {', '.join(sorted(parts))}")
     if whole is not None:
         logging.getLogger().setLevel(whole.upper())

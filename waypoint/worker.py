@@ -166,7 +166,7 @@ class _Worker:
             case ["answer", int(question), str(reason), str(detail)]:
                 self._answered(question, reason, detail)
             case ["level", str(level)]:
-                log_levels.set_levels(level)
+                log_levels.set_levels(level, of_others=True)
             case _:
                 raise ValueError(f"{message[0]!r} is nothing that a worker is told now")
 
@@ -177,7 +177,7 @@ class _Worker:
             format=f"%(asctime)s %(levelname)s %(name)s: {name}: %(message)s",
             stream=sys.stderr,
         )
-        log_levels.set_levels(str(settings["level"]))
+        log_levels.set_levels(str(settings["level"]), of_others=True)
         addresses = settings["addresses"]
         assert isinstance(addresses, list)
         who = Who(

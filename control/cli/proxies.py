@@ -32,7 +32,7 @@ class Proxy:
 
 def add_proxy_options(parser: argparse.ArgumentParser) -> None:
     """Which proxies a command asks."""
-    parser.add_argument("workload", nargs="*", help="of this host, as the node agent knows it; default: all")
+    parser.add_argument("workload", nargs="*", help="of this host; default: all")
     parser.add_argument(
         "--admin",
         action="append",
@@ -41,7 +41,7 @@ def add_proxy_options(parser: argparse.ArgumentParser) -> None:
         help="ask the proxy whose admin port this is, instead of workloads; may be repeated",
     )
     parser.add_argument(
-        "--node-socket", type=Path, metavar="PATH", help="of this host's node agent; default: /run/uproxy/node.sock"
+        "--node-socket", type=Path, metavar="PATH", help="ask those that this node agent knows, and no others"
     )
 
 
@@ -71,25 +71,34 @@ def get(proxy: Proxy, path: str) -> bytes:
 
 
 def _of_this_host(names: list[str], node_socket: Path | None) -> list[Proxy]:
-    # Imported here: most commands need nothing of a proxy's.
-    from uproxy.node.client import DEFAULT_SOCKET, NodeClient, NodeError
-
     if os.geteuid() != 0:
         raise CommandError(
             "needs root, to enter the workloads' network namespaces; or name a proxy with --admin IP:PORT"
         )
-    try:
-        known = {
-            one["workload"]: one["netns"] for one in NodeClient(node_socket or DEFAULT_SOCKET).status()["workloads"]
-        }
-    except NodeError as error:
-        raise CommandError(f"{error} Without an agent, name proxies with --admin IP:PORT") from None
+    known = _workloads(node_socket)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise CommandError(f"no workload {unknown[0]!r} is under capture on this host; there are: {', '.join(known)}")
+        raise CommandError(f"no workload {unknown[0]!r} runs on this host; there are: {', '.join(sorted(known))}")
     if not known:
-        raise CommandError("no workload is under capture on this host")
+        raise CommandError("no workload runs on this host, as far as a node agent and `uproxy exec` tell")
     return [Proxy(name, _inside(known[name])) for name in names or sorted(known)]
+
+
+def _workloads(node_socket: Path | None) -> dict[str, int]:
+    """Inodes of the network namespaces. With `node_socket`, of what that agent knows; else of all that run here."""
+    # Imported here: most commands need nothing of a proxy's.
+    from uproxy.node.client import DEFAULT_SOCKET, NodeClient, NodeError
+    from uproxy.node.inside import launched
+
+    found = {} if node_socket is not None else launched()
+    if node_socket is None and not DEFAULT_SOCKET.exists():
+        return found
+    try:
+        registered = NodeClient(node_socket or DEFAULT_SOCKET).status()["workloads"]
+    except NodeError as error:
+        raise CommandError(str(error)) from None
+    seen = set(found.values())
+    return found | {one["workload"]: one["netns"] for one in registered if one["netns"] not in seen}
 
 
 def _inside(netns: int) -> Callable[[], socket.socket]:

@@ -55,7 +55,16 @@ def test_a_captured_connection_is_seen_while_it_lives_and_when_it_ends(mesh: Mes
     inside.eventually(lambda: not _connections(mesh, "caller")[0]["connections"])
 
 
+def test_what_uproxy_exec_runs_is_found_without_the_agent(mesh: Mesh) -> None:
+    name = mesh.caller.box.netns.removeprefix("uproxy-")
+    argv = [sys.executable, "-m", "control.cli", "connections", name, "-o", "json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    (answer,) = json.loads(done.stdout)
+    assert (answer["proxy"], answer["workload"].partition("/")[2]) == (name, "caller")
+
+
 def test_a_workload_that_is_not_there_is_named(mesh: Mesh) -> None:
     done = subprocess.run(_argv(mesh, "connections", "nobody"), capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
-    assert "no workload 'nobody' is under capture on this host; there are: " in done.stderr
+    assert "no workload 'nobody' runs on this host; there are: " in done.stderr

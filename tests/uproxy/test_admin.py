@@ -246,6 +246,10 @@ class TestRoutes:
             assert self.ask(routes, f"/logging?level={wrong}", "POST")[0] == 400
             assert self.ask(routes, "/logging") == (200, "level info\n")
 
+    def test_levels_of_another_process_are_taken_as_far_as_its_parts_are_here(self, levels):
+        log_levels.set_levels("debug,uproxy.admin:error,waypoint.elsewhere:info", of_others=True)
+        assert log_levels.levels() == "debug,uproxy.admin:error"
+
     def test_what_the_code_silences_is_neither_shown_nor_woken(self, levels):
         silenced = logging.getLogger("control.silenced")
         silenced.setLevel(logging.CRITICAL + 1)

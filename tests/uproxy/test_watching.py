@@ -270,7 +270,7 @@ def test_a_proxy_that_does_not_answer_is_named_and_the_others_are_shown(site: Si
     [
         (("--admin", "nowhere"), "is no IP:PORT, as in 127.0.0.1:15000"),
         (("web", "--admin", WEB), "name one or the other"),
-        (("--node-socket", "/nonexistent.sock"), "Without an agent, name proxies with --admin IP:PORT"),
+        (("--node-socket", "/nonexistent.sock"), "is `uproxy node` running?"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(arguments: tuple[str, ...], said: str) -> None:

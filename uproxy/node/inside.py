@@ -1,4 +1,4 @@
-"""A connection to something that listens within a workload's network namespace, for operators on its host."""
+"""The way into workloads' network namespaces, for operators on their host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ import socket
 from contextlib import suppress
 
 from uproxy import linux
+from uproxy.claims import LOCK_DIR
+from uproxy.sandbox import NETNS_DIR
+
+
+def launched() -> dict[str, int]:
+    """What `uproxy exec` runs here, with or without capture: the inode of the namespace, by the namespace's name.
+
+    That is the workload's, but where --cgroup-root put it elsewhere.
+    """
+    found = {}
+    for lock in LOCK_DIR.glob("*.lock"):
+        with suppress(OSError):  # the launcher was killed, and the namespace is gone
+            found[lock.stem.removeprefix("uproxy-")] = (NETNS_DIR / lock.stem).stat().st_ino
+    return found
 
 
 def connect(netns: int, address: tuple[str, int], timeout_s: float) -> socket.socket:
