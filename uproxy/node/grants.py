@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -84,6 +84,8 @@ class Grants:
         """Workloads that go direct, and when their uProxy was last heard of: it may be restarting."""
         self._sockets: dict[Captured, Sockets] = {}
         self._choices: dict[Dialled, tuple[Backend, ...]] = {}
+        self._consents: dict[Captured, frozenset[tuple[IpAddress, int]]] = {}
+        """Which backends a caller would dial directly."""
         self._granted: dict[Pair, _Granted] = {}
         self._ending: list[_Ending] = []
         self._ways = Ways(maps)
@@ -123,6 +125,10 @@ class Grants:
             return
         self._here[peer.workload] = time.monotonic()
         new = self._write_choices(peer)
+        choices = peer.said.choices if peer.said is not None else ()
+        consents = frozenset((backend.address, backend.port) for choice in choices for backend in choice.backends)
+        new |= self._consents.get(peer.workload, frozenset()) != consents
+        self._consents[peer.workload] = consents
         # What others allow this one may have waited for its consent.
         for one in list(self._peers.values()) if new else [peer]:
             self._write_grants(one)
@@ -134,6 +140,7 @@ class Grants:
     def _take_back(self, workload: Captured) -> None:
         """It goes direct no more: what was granted to it, and by it, ends."""
         self._here.pop(workload, None)
+        self._consents.pop(workload, None)
         self._forget_choices(dialled for dialled in self._choices if dialled[0] == workload.app_cgroup)
         for pair, granted in list(self._granted.items()):
             if workload in (granted.source, granted.target):
@@ -237,6 +244,9 @@ class Grants:
         if caller.said is None or not caller.said.direct or time.monotonic() - caller.heard_at > LIFETIME_S:
             return
         held = self._granted.get(pair)
+        consents = (allowed.address, allowed.port) in self._consents.get(source, ())
+        if held is None and not consents:
+            return
         if held is None and not self._was_granted(pair, target.workload):
             if not self._owns(caller, target, allowed):
                 return
@@ -250,6 +260,9 @@ class Grants:
         )
         known = self._maps.grants.get(pair)
         suspended = known is not None and 0 < time.monotonic_ns() - RETRY_S * _NS < known.suspended_ns
+        if not suspended and not consents:
+            # It wants to come by a tunnel once more, with its new certificate. What is open stays so.
+            grant = replace(grant, suspended_ns=time.monotonic_ns())
         try:
             if not suspended or not self._maps.grants.renew(pair, grant.expiry_ns):
                 self._maps.grants.put(pair, grant)
@@ -394,6 +407,7 @@ class Grants:
             one for one in self._here if one not in captured
         ]:
             self._here.pop(workload, None)
+            self._consents.pop(workload, None)
             self._ways.forget(workload.app_cgroup)
             self._forget_choices(dialled for dialled in self._choices if dialled[0] == workload.app_cgroup)
         for workload in [one for one in self._sockets if one not in captured]:

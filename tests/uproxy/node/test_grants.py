@@ -292,6 +292,25 @@ async def test_a_suspension_of_the_kernels_stays_for_a_while(agreed, loader, mon
 
 
 @in_a_loop
+async def test_a_caller_that_would_rather_dial_by_a_tunnel_does_and_what_is_open_stays(agreed, loader):
+    """As after each renewal of its certificate, also for a workload's own address, which is no service."""
+    await granted(agreed)
+    with connected(agreed.pair) as (client, server):
+        agreed.say(choices=())
+        assert loader.maps.grants.items()[agreed.key()].suspended_ns
+        server.sendall(b"x")
+        assert client.recv(1) == b"x"
+
+
+@in_a_loop
+async def test_what_the_caller_would_not_dial_is_not_granted(agreed):
+    agreed.say(choices=())
+    assert not await becomes(lambda: agreed.granted, 0.4)
+    agreed.say()
+    assert await becomes(lambda: agreed.granted)
+
+
+@in_a_loop
 async def test_uproxies_are_told_who_else_is_here(pair, loader, monkeypatch):
     monkeypatch.setattr(grants, "_SETTLE_S", 0.0)
     captured = [pair.web.captured, pair.db.captured]
