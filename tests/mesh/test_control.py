@@ -50,6 +50,14 @@ spec: {selector: {matchLabels: {closed: "yes"}}, action: DENY, rules: [{}]}
 """
 
 
+_PERMISSIVE = """\
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {{name: default, namespace: {namespace}}}
+spec: {{mtls: {{mode: {mode}}}}}
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Controlled:
     """`caller` and `other` on host a, `peer` on host b; all idle, and something answers for `peer`."""
@@ -208,6 +216,29 @@ class TestChanges:
                     made.recv(1)
             assert not inside.goes_direct(host, mesh.other, to)
         mesh.control.meshctl("annotate", "workload", "caller", f"{_SAME_HOST}-", "-n", "load", "--overwrite")
+
+    def test_peer_authentication_of_the_root_namespace_opens_and_closes_the_mesh(self, mesh: Controlled) -> None:
+        def takes_plaintext() -> bool:
+            with mesh.caller.host.entered(), closing(socket.socket()) as made:
+                made.settimeout(10)
+                if made.connect_ex((mesh.peer.address, _PORT)):
+                    return False
+                made.sendall(b"x")
+                return made.recv(1) == b"x"
+
+        assert not takes_plaintext()
+        mesh.control.apply(_PERMISSIVE.format(namespace="mesh-system", mode="PERMISSIVE"))
+        try:
+            inside.eventually(takes_plaintext)
+            mesh.control.apply(_PERMISSIVE.format(namespace="load", mode="STRICT"))
+            inside.eventually(lambda: not takes_plaintext())
+            mesh.control.meshctl("delete", "pa", "default", "-n", "load")
+            inside.eventually(takes_plaintext)
+            assert "PERMISSIVE" in mesh.control.meshctl("get", "pa", "-n", "mesh-system")
+        finally:
+            mesh.control.meshctl("delete", "pa", "default", "-n", "mesh-system")
+        inside.eventually(lambda: not takes_plaintext())
+        assert _ends(mesh) == "echo"
 
     def test_refused_change_changes_nothing(self, mesh: Controlled) -> None:
         before = mesh.control.status()["version"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -261,6 +262,57 @@ def test_a_dead_uproxy_means_refused_and_its_successor_takes_plaintext_again(
         # A reset in the moment of its death, when its listener goes with connections that it has not accepted.
         assert seen - {ConnectionResetError} == {ConnectionRefusedError, b"x"}
         assert peer.proxy_pid() != pid
+
+
+@FAMILIES
+def test_a_dead_node_agent_changes_nothing_nor_does_its_successor(
+    mesh: Mesh, name: str, caller: str, vip: tuple[str, int]
+) -> None:
+    """The uProxy tells the kernel itself: what it opens and closes needs no agent."""
+    peer: Workload = getattr(mesh, name)
+    host = peer.host
+    assert host.agent is not None
+    with inside.serving(peer, 9000, inside.echo):
+        host.agent.kill()
+        host.agent.wait()
+        try:
+            assert _refused(mesh, peer)
+            mesh.lab.configure(shop.RESOURCES + LOAD + _PERMISSIVE)
+            inside.eventually(lambda: not _refused(mesh, peer))
+            with _dial(mesh, peer) as plain:
+                assert _exchange(plain) == b"x"
+                host.node_socket.unlink(missing_ok=True)
+                host.start_agent()
+                inside.eventually(host.agent_running, 20)
+                assert _exchange(plain) == b"x"
+            assert not _refused(mesh, peer)
+        finally:
+            mesh.lab.configure(shop.RESOURCES + LOAD)
+            inside.eventually(host.agent_running, 20)
+        for one in (mesh.peer, mesh.peer6):
+            inside.eventually(lambda one=one: not _takes(mesh, one))
+        assert _refused(mesh, peer)
+
+
+@FAMILIES
+def test_connections_in_plaintext_are_shown_while_they_live(
+    mesh: Mesh, name: str, caller: str, vip: tuple[str, int]
+) -> None:
+    with (
+        configured(mesh, _PERMISSIVE, name) as peer,
+        inside.serving(peer, 9000, inside.echo),
+        _dial(mesh, peer) as plain,
+    ):
+        plain.sendall(b"x" * 1000)
+        received = 0
+        while received < 1000:
+            received += len(plain.recv(1000))
+        ours = host_port(*plain.getsockname()[:2])
+        shown = json.loads(inside.http_get(peer, 15000, "/connections"))["connections"]
+        (one,) = [one for one in shown if one["src.addr"] == ours]
+        assert (one["bytes_recv"], one["bytes_sent"], one["dst.workload"]) == (1000, 1000, name)
+        assert "src.identity" not in one
+        assert json.loads(inside.http_get(peer, 15000, "/config_dump"))["plaintext"] == {"others": True, "ports": []}
 
 
 def test_nobody_dials_the_plaintext_port_itself(mesh: Mesh) -> None:

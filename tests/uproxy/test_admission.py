@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from control.api.address import parse_address
 from control.api.gateway import Bound
 from control.api.identity import SpiffeId
+from control.api.plaintext import Plaintext
 from control.api.policy import Action, AuthorizationPolicy, Rule, Source
 from control.api.workload import Workload
 from tests.support.certificates import DB, WEB
@@ -46,6 +47,43 @@ def test_an_enforced_port_takes_its_waypoint_and_who_is_exempt_and_nobody_else()
         assert (refused.reason, refused.status, refused.flag) == ("waypoint-required", 401, Flag.WAYPOINT)
         assert not refused.retriable
         assert not refused.policy, "it is no policy that refuses"
+
+
+def test_nobody_gets_past_a_waypoint_in_plaintext() -> None:
+    everybody = dataclasses.replace(BOUND, exempt=(), gateways=(), guarded=True)
+    for one in (admission(BOUND), admission(everybody)):
+        with pytest.raises(RefusedError, match="waypoint-required: a caller in plaintext connects directly") as refused:
+            one.enter(None, 80, ())
+        assert refused.value.flag is Flag.WAYPOINT
+        assert one.enter(None, 81, ()) is None
+    assert "waypoint-required" in admission(everybody).overtaken(None, 80)
+    assert admission(BOUND).overtaken(None, 80) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "action", "allowed"),
+    [
+        (Source(principals=("*",)), Action.ALLOW, False),
+        (Source(not_principals=(WEB.principal,)), Action.ALLOW, True),
+        (Source(namespaces=("*",)), Action.ALLOW, False),
+        (Source(ip_blocks=("10.0.0.1/32",)), Action.ALLOW, True),
+        (Source(ip_blocks=("10.0.0.3/32",)), Action.ALLOW, False),
+        (Source(principals=("*",)), Action.DENY, True),
+        (Source(not_namespaces=("shop",)), Action.DENY, False),
+        (Source(not_principals=("*",)), Action.DENY, False),
+    ],
+)
+def test_plaintext_is_nobodys_and_only_for_ports_that_take_it(source: Source, action: Action, allowed: bool) -> None:
+    policy = AuthorizationPolicy("shop", "p", action, None, (Rule(sources=(source,)),))
+    one = Admission(
+        dataclasses.replace(WORKLOAD, plaintext=Plaintext(True, (90,))), (policy,), WORKLOAD.identity.trust_domain
+    )
+    assert one.decide_plaintext(A, B, 80).allowed is allowed
+    assert one.decide_plaintext(A, B, 90).reason == "port 90 takes mTLS only"
+    strict = Admission(WORKLOAD, (), WORKLOAD.identity.trust_domain)
+    assert strict.decide_plaintext(A, B, 80).reason == "port 80 takes mTLS only"
+    gone = Admission(None, (), WORKLOAD.identity.trust_domain)
+    assert not gone.decide_plaintext(A, B, 80).allowed
 
 
 def test_other_ports_are_no_business_of_a_bound() -> None:
