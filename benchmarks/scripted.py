@@ -44,7 +44,7 @@ from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route
 from uproxy.telemetry import Telemetry
-from uproxy.tls import Credentials, client_context, server_context
+from uproxy.tls import Context, Credentials, client_context, server_context
 from waypoint import authz as request_authz
 from waypoint import gateway, request, routing
 from waypoint.telemetry import WaypointTelemetry
@@ -93,7 +93,7 @@ class World:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._contexts: dict[str, tuple[ssl.SSLContext, ssl.SSLContext]] = {}
+        self._contexts: dict[str, tuple[Context, Context]] = {}
         self.plane = Plane(asyncio.get_running_loop())
         self.state = State(TRUST_DOMAIN)
         self.log = AccessLog(os.devnull, Style.JSON)  # flushed between scenarios: a timer would come at any time
@@ -118,7 +118,7 @@ class World:
         self._waypoint = TunnelServer(self.plane, lambda: contexts[1], TRUST_DOMAIN, found.on_request, _not_a_tunnel)
         self._listeners.listen(_WP_ADDRESS, HBONE_PORT, self._waypoint.serve)
 
-    def contexts(self, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    def contexts(self, name: str) -> tuple[Context, Context]:
         """A client's and a server's. Made once: that takes as long as a thousand round trips."""
         if name not in self._contexts:
             credentials = Credentials.load(self._directory / name)
@@ -434,7 +434,7 @@ async def _decisions(world: World) -> Run:
 class _Bare:
     """TLS between two ends in memory, and nothing else."""
 
-    def __init__(self, client: ssl.SSLContext, server: ssl.SSLContext) -> None:
+    def __init__(self, client: Context, server: Context) -> None:
         up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.client, self.server = client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)
         ends, done = [self.client, self.server], 0

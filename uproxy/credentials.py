@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from control.api.identity import SpiffeId
-from uproxy.tls import BUNDLE_FILE, CHAIN_FILE, Credentials, CredentialsError
+from uproxy.tls import BUNDLE_FILE, CHAIN_FILE, REVOCATIONS_FILE, Credentials, CredentialsError
 
 _WATCH_S: Final = 1.0
 
@@ -28,7 +28,9 @@ class CurrentCredentials:
         self.value = Credentials.load(directory, identity)
 
     async def watch(self, on_renewed: Callable[[], None]) -> None:
-        """Take up each renewed certificate and bundle. A bad one is reported, and tried again until it is mended."""
+        """Take up each renewed certificate, bundle and revocation list. A bad one is reported, and tried again until it
+        is mended.
+        """
         refused = ""
         while True:
             await asyncio.sleep(_WATCH_S)
@@ -45,10 +47,14 @@ class CurrentCredentials:
                 refused = str(error)
                 continue
             refused = ""
-            log.info("a new certificate is in use, serial %x", self.value.serial)
+            revoked = sum(len(one.serials) for one in self.value.revocations.lists)
+            log.info("a new certificate or list is in use: serial %x, others revoked: %d", self.value.serial, revoked)
 
     def _stamp(self) -> tuple[int, ...]:
-        """Changes whenever the certificate or the trust bundle is replaced; empty while one is missing."""
+        """Changes whenever one of the files is replaced; empty while the certificate or the bundle is missing."""
         with contextlib.suppress(OSError):
-            return tuple((self._directory / name).stat().st_mtime_ns for name in (CHAIN_FILE, BUNDLE_FILE))
+            stamps = [(self._directory / name).stat().st_mtime_ns for name in (CHAIN_FILE, BUNDLE_FILE)]
+            with contextlib.suppress(FileNotFoundError):
+                stamps.append((self._directory / REVOCATIONS_FILE).stat().st_mtime_ns)
+            return tuple(stamps)
         return ()

@@ -24,12 +24,14 @@ from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from control.api.index import ResidentWorkload
 from control.client.state import State
+from control.client.x509 import CertificateId
 from uproxy.errors import Flag
 from uproxy.node import channel
 from uproxy.node.channel import MAX_ALLOWED, MAX_BACKENDS, MAX_SERVICES, Allowed, Backend, Choice, Flow, Said
 from uproxy.outbound import Self
 from uproxy.resolve import Plan, host_port
 from uproxy.telemetry import Connection, Native, Peer, Telemetry
+from uproxy.tls import Revocations
 from uproxy.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ class _Proof:
 
     port: int
     until: float
+    certificates: tuple[CertificateId, ...]
+    """By which it proved that."""
 
 
 class DirectPath:
@@ -84,7 +88,7 @@ class DirectPath:
         if not self._enabled or carrier.peer_address not in self._local:
             return
         caller = _Caller(carrier.peer, carrier.peer_address, to, port)
-        proof = _Proof(carrier.peer_port, carrier.peer_expires_at)
+        proof = _Proof(carrier.peer_port, carrier.peer_expires_at, carrier.certificates)
         known = self._allowed.get(caller)
         if known != proof and (known is not None or len(self._allowed) < MAX_ALLOWED):
             self._allowed[caller] = proof
@@ -112,9 +116,12 @@ class DirectPath:
         self._forget_callers()
         self._news.set()
 
-    def renewed(self) -> None:
+    def renewed(self, revocations: Revocations) -> None:
         """Our certificate is another: callees are to see it, so what is dialled goes by a tunnel once more."""
         self._dialled.clear()
+        self._allowed = {
+            caller: proof for caller, proof in self._allowed.items() if revocations.revoked(proof.certificates) is None
+        }
         self._news.set()
 
     def _forget_callers(self) -> None:

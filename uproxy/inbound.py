@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -35,6 +34,7 @@ from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
 from uproxy.telemetry import Connection, Peer, Telemetry
+from uproxy.tls import Context
 from uproxy.tunnel import Tunnel
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Inbound:
         self,
         data_plane: Plane,
         state: State,
-        context: Callable[[], ssl.SSLContext],
+        context: Callable[[], Context],
         connections: Connections,
         telemetry: Telemetry,
         own: Self,

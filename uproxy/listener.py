@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import socket
-import ssl
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from uproxy.errors import Flag, RefusedError
 from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
-from uproxy.tls import peer_identity
+from uproxy.tls import Context, peer_identity
 from uproxy.tunnel import RequestCallback, Tunnel
 
 BACKLOG = 4096
@@ -107,7 +106,7 @@ class TunnelServer:
     def __init__(
         self,
         data_plane: Plane,
-        context: Callable[[], ssl.SSLContext],
+        context: Callable[[], Context],
         trust_domain: str,
         on_request: RequestCallback,
         on_refused: Refused,
@@ -147,6 +146,7 @@ class TunnelServer:
         try:
             tls, bios = await tunnel.handshake(self._plane, sock, self._context(), server_side=True)
             peer = peer_identity(tls, self._trust_domain)
+            self._context().revocations.refuse(tls)
             accepted = Tunnel(self._plane, sock, tls, bios, peer, client=False, on_request=self._on_request)
         except RefusedError as error:
             sock.close()
@@ -186,6 +186,11 @@ class TunnelServer:
         for carrier in self.tunnels():
             carrier.tick(now)
         self._flooded = {address: until for address, until in self._flooded.items() if until > now}
+
+    def end_revoked(self) -> None:
+        """There may be other revocation lists."""
+        for carrier in self.tunnels():
+            carrier.end_if_revoked(self._context().revocations)
 
     def drain(self, *, final: bool) -> None:
         for carrier in self.tunnels():

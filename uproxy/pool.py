@@ -22,7 +22,7 @@ from uproxy.health import Health
 from uproxy.plane import Plane, Waiter
 from uproxy.relay import Relay
 from uproxy.resolve import Hop
-from uproxy.tls import peer_identity
+from uproxy.tls import Context, peer_identity
 from uproxy.tunnel import Tunnel
 
 # The peer itself waits up to 10 s for its application.
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Pool:
     """Open tunnels, by peer. `context` gives the TLS context of the moment, so that a rotation applies to new ones."""
 
-    def __init__(self, plane: Plane, context: Callable[[], ssl.SSLContext], addresses: Sequence[IpAddress]) -> None:
+    def __init__(self, plane: Plane, context: Callable[[], Context], addresses: Sequence[IpAddress]) -> None:
         self._plane = plane
         self._context = context
         # The workload's own address, by family, so that peers see it, whatever else this host has.
@@ -117,6 +117,7 @@ class Pool:
 
         def identify(tls: ssl.SSLObject) -> SpiffeId:
             peer = peer_identity(tls, expected.trust_domain)
+            self._context().revocations.refuse(tls)
             if peer != expected:
                 raise RefusedError(
                     "wrong-identity",
@@ -173,6 +174,11 @@ class Pool:
         """Open no more streams on these tunnels; each closes with its last stream (a certificate was rotated)."""
         for carrier in self.tunnels():
             carrier.retire()
+
+    def end_revoked(self) -> None:
+        """There may be other revocation lists."""
+        for carrier in self.tunnels():
+            carrier.end_if_revoked(self._context().revocations)
 
     def finish(self) -> None:
         """No more streams will be opened: close every tunnel in order."""

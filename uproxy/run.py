@@ -10,7 +10,6 @@ import errno
 import logging
 import signal
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, WATCH_S, StartError
 from uproxy.redirect import OUTBOUND_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, original_destination, redirected_destination
 from uproxy.telemetry import Telemetry
-from uproxy.tls import CredentialsError, client_context, server_context
+from uproxy.tls import Context, CredentialsError, client_context, server_context
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand
@@ -139,8 +138,8 @@ class _Proxy:
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._configured = asyncio.Event()
-        self._client_context: ssl.SSLContext
-        self._server_context: ssl.SSLContext
+        self._client_context: Context
+        self._server_context: Context
 
     def _become_member(self, membership: Membership) -> None:
         # Imported here: what talks to a broker takes megabytes, and configuration from files needs none of it.
@@ -343,8 +342,10 @@ class _Proxy:
         self._use_credentials()
         # Streams that are open stay on their tunnels; new ones use the new certificate.
         self._plane.run(self._pool.retire)
+        self._plane.run(self._pool.end_revoked)
+        self._plane.run(self._inbound.server.end_revoked)
         if self._direct_path is not None:
-            self._direct_path.renewed()
+            self._direct_path.renewed(self._credentials.value.revocations)
         if self._member is not None:
             self._member.renewed()
 

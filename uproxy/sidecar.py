@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -27,6 +28,7 @@ _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.2, 5.0
 _HEALTHY_S = 10.0
 
 IDENTITY_FILES = ("key.pem", "bundle.pem", "chain.pem")
+REVOCATIONS_FILE = "crl.pem"
 
 
 class Identity(Protocol):
@@ -53,17 +55,25 @@ class IdentityCopy:
         self._copied = self._version()
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chown(self._directory, self._account.uid, self._account.gid)
+        try:
+            self._copy(REVOCATIONS_FILE)
+        except FileNotFoundError:
+            (self._directory / REVOCATIONS_FILE).unlink(missing_ok=True)
         for name in IDENTITY_FILES:
-            fresh = self._directory / f".{name}.new"
-            fresh.unlink(missing_ok=True)
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(fd, "wb") as file:
-                os.fchown(fd, self._account.uid, self._account.gid)
-                file.write((self._source / name).read_bytes())
-            fresh.rename(self._directory / name)
+            self._copy(name)
+
+    def _copy(self, name: str) -> None:
+        content = (self._source / name).read_bytes()
+        fresh = self._directory / f".{name}.new"
+        fresh.unlink(missing_ok=True)
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            os.fchown(fd, self._account.uid, self._account.gid)
+            file.write(content)
+        fresh.rename(self._directory / name)
 
     def refresh(self) -> bool:
-        """Copy again when the certificate or the trust bundle was renewed; whether it was."""
+        """Copy again when the certificate, the trust bundle or the revocation list is another; whether one is."""
         if self._version() == self._copied:
             return False
         self.install()
@@ -71,6 +81,8 @@ class IdentityCopy:
 
     def _version(self) -> tuple[tuple[int, int, int], ...]:
         states = [(self._source / name).stat() for name in IDENTITY_FILES]
+        with suppress(FileNotFoundError):
+            states.append((self._source / REVOCATIONS_FILE).stat())
         return tuple((state.st_mtime_ns, state.st_ino, state.st_size) for state in states)
 
 

@@ -7,12 +7,16 @@ purpose in the handshake; `peer_identity` then decides, from the leaf's own byte
 
 from __future__ import annotations
 
+import _ssl
+import base64
+import binascii
 import os
 import re
 import ssl
 import stat
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,12 +24,24 @@ from pathlib import Path
 
 from control.api.identity import SpiffeId
 from control.client.membership import NEXT_KEY_FILE
-from control.client.x509 import Leaf, X509Error, check_svid, read_leaf, svid_identity
+from control.client.x509 import (
+    CertificateId,
+    Leaf,
+    RevocationList,
+    X509Error,
+    certificate_id,
+    check_svid,
+    read_leaf,
+    read_revocation_list,
+    svid_identity,
+)
 from uproxy.errors import Flag, RefusedError
 
 KEY_FILE = "key.pem"
 CHAIN_FILE = "chain.pem"
 BUNDLE_FILE = "bundle.pem"
+REVOCATIONS_FILE = "crl.pem"
+"""Need not be there. Without it nothing is revoked before it ends."""
 
 # A leaf and its intermediates; each further one costs every peer 0.1 to 0.2 ms per handshake.
 MAX_CHAIN = 4
@@ -37,12 +53,17 @@ _ALPN = "h2"
 # because a distribution's openssl.cnf may say less.
 _SECURITY_LEVEL = "DEFAULT:@SECLEVEL=2"
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_REVOCATION_LIST = re.compile(rb"-----BEGIN X509 CRL-----(.+?)-----END X509 CRL-----", re.DOTALL)
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h to the reason that metrics and logs carry.
 _CHAIN_REASONS = {
+    3: "crl-missing",
     7: "bad-signature",
+    8: "crl-bad-signature",
     9: "certificate-not-yet-valid",
     10: "certificate-expired",
+    11: "crl-not-yet-valid",
+    12: "crl-expired",
     18: "unknown-ca",
     19: "unknown-ca",
     20: "unknown-ca",
@@ -70,6 +91,68 @@ _HANDSHAKE_REASONS = {
 }
 
 
+_REVOKED = 23
+
+
+@dataclass(frozen=True, slots=True)
+class Revocations:
+    """The revocation lists of an identity directory."""
+
+    lists: tuple[RevocationList, ...] = ()
+    pem: bytes = b""
+    """The same, for OpenSSL."""
+
+    @classmethod
+    def read(cls, path: Path) -> Revocations:
+        """Nothing is revoked where there is no file. Raises `CredentialsError`."""
+        try:
+            content = _read(path)
+        except _MissingError:
+            return cls()
+        found = _REVOCATION_LIST.findall(content)
+        if not found:
+            raise CredentialsError(
+                f"{path} holds no revocation list in PEM. Make one with `meshctl ca revoke`, or remove the file"
+            )
+        try:
+            ders = [binascii.a2b_base64(base64) for base64 in found]
+            lists = tuple(read_revocation_list(der) for der in ders)
+        except ValueError as error:
+            raise CredentialsError(f"{path} is damaged: {error}") from None
+        except X509Error as error:
+            raise CredentialsError(f"a revocation list of {path} cannot be used: {error}") from None
+        return cls(lists, b"".join(map(_crl_pem, ders)))
+
+    def __bool__(self) -> bool:
+        return bool(self.lists)
+
+    def revoked(self, certificates: Iterable[CertificateId]) -> CertificateId | None:
+        """The first of a chain's certificates that is."""
+        for certificate in certificates:
+            for one in self.lists:
+                if one.issuer == certificate.issuer and certificate.serial in one.serials:
+                    return certificate
+        return None
+
+    def refuse(self, peer: ssl.SSLObject) -> None:
+        """Of a finished handshake: OpenSSL has looked at the lists of its beginning. Raises `RefusedError`."""
+        if not self.lists:
+            return
+        try:
+            found = self.revoked(certificates_of(peer))
+        except X509Error as error:
+            raise _identity_refusal(error.reason, error.detail) from None
+        if found is not None:
+            detail = f"the peer's certificate, or one above it, is revoked: serial {found.serial:x}"
+            raise RefusedError("certificate-revoked", detail, flag=Flag.REVOKED)
+
+
+class Context(ssl.SSLContext):
+    """With what was revoked when it was made."""
+
+    revocations = Revocations()
+
+
 class CredentialsError(Exception):
     """This workload's own key, certificate or trust bundle cannot be used; the text says what to do."""
 
@@ -91,10 +174,11 @@ class Credentials:
     roots: tuple[bytes, ...] = field(repr=False)
     """Certificates (DER) of the mesh's roots."""
     _chain_and_key: bytes = field(repr=False)
+    revocations: Revocations = field(repr=False)
 
     @classmethod
     def load(cls, identity_dir: str | Path, expected: SpiffeId | None = None) -> Credentials:
-        """Read key.pem, chain.pem and bundle.pem of an identity directory, and prove that they fit together.
+        """Read key.pem, chain.pem, bundle.pem and crl.pem of an identity directory, and prove that they fit together.
 
         A renewal that is being written, or was interrupted, may have left the chain's key in key.next.pem; then that
         one is taken. `expected` is the identity that this process was started for. Raises `CredentialsError`.
@@ -102,6 +186,7 @@ class Credentials:
         directory = Path(identity_dir)
         keys = _keys(directory)
         chain = _certificates(directory / CHAIN_FILE)
+        revocations = Revocations.read(directory / REVOCATIONS_FILE)
         bundle = _certificates(directory / BUNDLE_FILE)
         if not 1 <= len(chain) <= MAX_CHAIN:
             raise CredentialsError(
@@ -133,6 +218,7 @@ class Credentials:
                 serial=leaf.serial,
                 _chain_and_key=chain_pem + key,
                 roots=tuple(bundle),
+                revocations=revocations,
             )
             for key in keys
         ]
@@ -163,13 +249,14 @@ class Credentials:
         try:
             _handshake_in_memory(client, server)
         except ssl.SSLError as error:
+            under = directory / BUNDLE_FILE
+            also = f" and {REVOCATIONS_FILE}" if self.revocations else ""
             raise CredentialsError(
-                f"{directory / CHAIN_FILE} is not accepted under {directory / BUNDLE_FILE}: "
-                f"{handshake_refusal(error).detail}"
+                f"{directory / CHAIN_FILE} is not accepted under {under}{also}: {handshake_refusal(error).detail}"
             ) from None
 
 
-def client_context(credentials: Credentials) -> ssl.SSLContext:
+def client_context(credentials: Credentials) -> Context:
     """Make the context for dialling. Make one per identity and reuse it: it holds the parsed key and chain.
 
     Use it without `server_hostname`, so that no SNI is sent.
@@ -179,12 +266,12 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
     return context
 
 
-def broker_context(credentials: Credentials) -> ssl.SSLContext:
+def broker_context(credentials: Credentials) -> Context:
     """Make a context for dialling the broker, which speaks no HTTP/2: who it is, the caller finds out."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, credentials)
 
 
-def server_context(credentials: Credentials) -> ssl.SSLContext:
+def server_context(credentials: Credentials) -> Context:
     """Make the context for accepting. Make one per identity and reuse it, as for dialling."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, credentials)
     context.set_alpn_protocols([_ALPN])
@@ -219,12 +306,23 @@ def leaf_of(tls: ssl.SSLObject | ssl.SSLSocket) -> Leaf:
     return read_leaf(der)
 
 
+def certificates_of(tls: ssl.SSLObject | ssl.SSLSocket) -> tuple[CertificateId, ...]:
+    """The peer's chain as OpenSSL verified it, the leaf first. Raises `X509Error` for what cannot be read."""
+    if sys.version_info >= (3, 13):
+        chain = tls.get_verified_chain()
+    else:  # it is there already, and has no public name yet
+        chain = [one.public_bytes(_ssl.ENCODING_DER) for one in tls._sslobj.get_verified_chain()]  # type: ignore[union-attr]
+    return tuple(certificate_id(der) for der in chain)
+
+
 def handshake_refusal(error: ssl.SSLError) -> RefusedError:
     """Say in words why a handshake (or, with TLS 1.3, the first read after it) failed. Flag TLS_FAILURE."""
     name = error.reason or ""
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = _CHAIN_REASONS.get(error.verify_code, "certificate-invalid")
         detail = f"the peer's certificate is not accepted: {error.verify_message}"
+        if error.verify_code == _REVOKED:
+            return RefusedError(reason, detail, flag=Flag.REVOKED)
     elif "_ALERT_" in name:
         reason = "refused-by-peer"
         detail = f"the peer ended the handshake: {name.partition('_ALERT_')[2].replace('_', ' ').lower()}"
@@ -240,19 +338,38 @@ def _identity_refusal(reason: str, detail: str) -> RefusedError:
     return RefusedError(reason, f"the peer is not accepted: {detail}", flag=Flag.IDENTITY)
 
 
-def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
+def _context(protocol: int, credentials: Credentials) -> Context:
+    context = Context(protocol)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.set_ciphers(_SECURITY_LEVEL)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     context.load_verify_locations(cadata=b"".join(credentials.roots))
+    if credentials.revocations:
+        _demand_revocation_lists(context, credentials)
     # `ssl` reads a key from a path alone. A file in memory keeps to the bytes that were checked, also when
     # a rotation replaces key and chain on disk at this moment.
     with _memory_file(credentials._chain_and_key) as path:
         context.load_cert_chain(path, password=_no_passphrase)
     return context
+
+
+def _demand_revocation_lists(context: Context, credentials: Credentials) -> None:
+    """Every leaf's issuer must have a list that is signed and current, or nobody of it is accepted, as with Envoy. With
+    a list of a root all of the chain is checked; else the leaf, so that a root's key may stay where it is.
+    """
+    context.revocations = credentials.revocations
+    issuers = {one.issuer for one in credentials.revocations.lists}
+    above = not issuers.isdisjoint(certificate_id(root).issuer for root in credentials.roots)
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if above else ssl.VERIFY_CRL_CHECK_LEAF
+    with _memory_file(credentials.revocations.pem) as path:
+        context.load_verify_locations(cafile=path)
+
+
+def _crl_pem(der: bytes) -> bytes:
+    body = base64.encodebytes(der)
+    return b"-----BEGIN X509 CRL-----\n" + body + b"-----END X509 CRL-----\n"
 
 
 @contextmanager

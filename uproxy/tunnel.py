@@ -18,11 +18,12 @@ from typing import Protocol
 
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
+from control.client.x509 import CertificateId
 from uproxy import hbone, plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
 from uproxy.relay import Relay, StreamOwner
-from uproxy.tls import handshake_refusal, leaf_of
+from uproxy.tls import Revocations, certificates_of, handshake_refusal, leaf_of
 
 CONNECT_TIMEOUT_S = 10.0  # ztunnel's
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -102,6 +103,11 @@ class Tunnel:
         # The peer may have sent frames right behind its last handshake message.
         if self._incoming.pending or tls.pending():
             self._decrypt()
+
+    @property
+    def certificates(self) -> tuple[CertificateId, ...]:
+        """The peer's chain, the leaf first. Raises `X509Error` for what cannot be read."""
+        return certificates_of(self._tls)
 
     @property
     def peer_expires_at(self) -> int:
@@ -309,6 +315,13 @@ class Tunnel:
                 self._pinged_at = None
 
     # -- keepalive and the end
+
+    def end_if_revoked(self, revocations: Revocations) -> None:
+        """Close now, with every stream, when the peer's certificate is no longer good."""
+        try:
+            revocations.refuse(self._tls)
+        except RefusedError as error:
+            self.shut_down(hbone.ErrorCode.NO_ERROR, str(error))
 
     def tick(self, now: float) -> None:
         """Called every few seconds: keepalive (docs/hbone.md 2.2)."""

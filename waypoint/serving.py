@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, StartError
 from uproxy.telemetry import Connection, Listing, Peer
-from uproxy.tls import client_context, server_context
+from uproxy.tls import Context, client_context, server_context
 from waypoint.gateway import Directory, Gateway
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
@@ -77,8 +76,8 @@ class Serving:
         )
         self._listeners = Listeners(data_plane)
         self._timer: asyncio.TimerHandle | None = None
-        self._client_context: ssl.SSLContext
-        self._server_context: ssl.SSLContext
+        self._client_context: Context
+        self._server_context: Context
         self._register_gauges()
 
     async def start(self, group: asyncio.TaskGroup) -> None:
@@ -120,6 +119,8 @@ class Serving:
         self._use_credentials()
         # Streams that are open stay on their tunnels; new ones use the new certificate.
         self._plane.run(self._pool.retire)
+        self._plane.run(self._pool.end_revoked)
+        self._plane.run(self._server.end_revoked)
 
     def reopen_log(self) -> None:
         """The access log's file was moved away."""

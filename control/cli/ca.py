@@ -11,7 +11,15 @@ from cryptography import x509
 
 from control.api.identity import SpiffeId
 from control.cli.output import CommandError, add_output_option, show_fields
-from control.server.ca import DEFAULT_TTL_S, MAX_TTL_S, PASSPHRASE_FILE, Authority, CaError, write_identity
+from control.server.ca import (
+    DEFAULT_TTL_S,
+    MAX_TTL_S,
+    PASSPHRASE_FILE,
+    Authority,
+    CaError,
+    write_identity,
+    write_revocations,
+)
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_CSR_BYTES = 64 * 1024
@@ -32,6 +40,15 @@ example, with key and CSR made where the workload runs:
       --id spiffe://cluster.local/ns/shop/sa/web --out /var/lib/uproxy/web
 
 Writes chain.pem (the certificate, then the intermediate) and bundle.pem (the roots) to --out, each by rename.
+"""
+
+_REVOKE_EXAMPLES = """\
+example:
+  meshctl ca revoke --dir /etc/uproxy/ca --certificate /var/lib/uproxy/web/chain.pem
+  install -m 0644 /etc/uproxy/ca/crl.pem /var/lib/uproxy/db/crl.pem     (in every identity directory)
+
+Adds to crl.pem in the CA's directory. A proxy reads the copy in its identity directory within a second: it refuses
+those certificates from then on, and ends the connections that were made with them.
 """
 
 
@@ -76,6 +93,28 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     issue.add_argument("--out", required=True, type=Path, metavar="DIR", help="the workload's identity directory")
     add_output_option(issue)
     issue.set_defaults(run=_issue)
+
+    revoke = actions.add_parser(
+        "revoke",
+        help="put certificates on the revocation list",
+        description="Sign a revocation list with these certificates, and those that were revoked before.",
+        epilog=_REVOKE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_ca_options(revoke, "the CA's directory")
+    revoke.add_argument(
+        "--serial", action="append", default=[], type=_serial, metavar="HEX", help="as `meshctl ca issue` showed it"
+    )
+    revoke.add_argument(
+        "--certificate",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="the certificate, or its chain.pem",
+    )
+    add_output_option(revoke)
+    revoke.set_defaults(run=_revoke)
 
 
 def _add_ca_options(parser: argparse.ArgumentParser, directory_help: str) -> None:
@@ -127,6 +166,37 @@ def _issue(arguments: argparse.Namespace) -> int:
         arguments.output,
     )
     return 0
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    if not arguments.serial and not arguments.certificate:
+        raise CommandError("say what to revoke: --serial HEX or --certificate FILE")
+    try:
+        authority = Authority.open(arguments.dir, arguments.passphrase_file)
+        serials = [*arguments.serial, *(_serial_of(path, authority) for path in arguments.certificate)]
+        path, count = write_revocations(arguments.dir, authority, serials)
+    except CaError as error:
+        raise CommandError(str(error)) from None
+    show_fields({"file": str(path), "revoked": count}, arguments.output)
+    return 0
+
+
+def _serial_of(path: Path, authority: Authority) -> int:
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"{path} is no certificate in PEM: {error}") from None
+    if certificate.issuer != authority.intermediate.subject:
+        raise CommandError(f"the certificate in {path} is not of this CA, but of {certificate.issuer.rfc4514_string()}")
+    return certificate.serial_number
+
+
+def _serial(text: str) -> int:
+    if not re.fullmatch(r"[0-9a-fA-F]{1,40}", text) or not int(text, 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no serial number in hexadecimal")
+    return int(text, 16)
 
 
 def _read_csr(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Reads the leaf certificate of a peer: a bounded DER reader of our own, and the rules of an X.509-SVID.
+"""Reads the leaf certificate of a peer: a bounded DER reader of our own, and the rules of an X.509-SVID. And CRLs.
 
 OpenSSL has verified the chain (signatures, validity, purpose) before anything here runs. But Python's `ssl`
 accepts a leaf with CA:true or with two URI SANs, and shows names only as text, so what decides identity is
@@ -28,6 +28,7 @@ MAX_OID_BYTES = 64
 _BOOLEAN, _INTEGER, _BIT_STRING, _OCTET_STRING, _OID = 0x01, 0x02, 0x03, 0x04, 0x06
 _UTC_TIME, _GENERALIZED_TIME, _SEQUENCE = 0x17, 0x18, 0x30
 _VERSION, _ISSUER_UID, _SUBJECT_UID, _EXTENSIONS = 0xA0, 0x81, 0x82, 0xA3
+_CRL_EXTENSIONS = 0xA0
 
 # GeneralName (RFC 5280 section 4.2.1.6): context tags 0 to 8, and which of them are constructed.
 _GENERAL_NAMES = frozenset((0xA0, 0x81, 0x82, 0xA3, 0xA4, 0xA5, 0x86, 0x87, 0x88))
@@ -175,6 +176,73 @@ def svid_identity(leaf: Leaf) -> SpiffeId:
         raise X509Error("spiffe-id", str(error)) from None
 
 
+@dataclass(frozen=True, slots=True)
+class CertificateId:
+    """What a revocation list calls a certificate."""
+
+    issuer: bytes
+    """The issuer's name: the content of its DER."""
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationList:
+    """A CRL (RFC 5280 section 5.1), as far as it says what is revoked. Its signature is OpenSSL's business."""
+
+    issuer: bytes
+    """As in `CertificateId`."""
+    serials: frozenset[int]
+
+
+def certificate_id(der: bytes) -> CertificateId:
+    """Of a certificate that OpenSSL has verified, whatever else is in it. Raises `X509Error`."""
+    tbs = _Reader(der, 0, len(der)).enter(_SEQUENCE, "Certificate").enter(_SEQUENCE, "tbsCertificate")
+    if tbs.next_is(_VERSION):
+        tbs.value(_VERSION, "version")
+    serial = int.from_bytes(tbs.value(_INTEGER, "serialNumber"), signed=True)
+    tbs.value(_SEQUENCE, "signature")
+    return CertificateId(tbs.value(_SEQUENCE, "issuer"), serial)
+
+
+def read_revocation_list(der: bytes) -> RevocationList:
+    """Read one complete CRL. Raises `X509Error`, also for one that is only a part or speaks for other issuers."""
+    outer = _Reader(der, 0, len(der))
+    signed = outer.enter(_SEQUENCE, "CertificateList")
+    outer.end("the revocation list")
+    tbs = signed.enter(_SEQUENCE, "tbsCertList")
+    if tbs.next_is(_INTEGER) and tbs.value(_INTEGER, "version") != b"\x01":
+        raise _malformed("the revocation list is not of version 2")
+    tbs.value(_SEQUENCE, "signature")
+    issuer = tbs.value(_SEQUENCE, "issuer")
+    _time(tbs, "thisUpdate")
+    if tbs.next_is(_UTC_TIME) or tbs.next_is(_GENERALIZED_TIME):
+        _time(tbs, "nextUpdate")
+    serials = set()
+    if tbs.next_is(_SEQUENCE):
+        entries = tbs.enter(_SEQUENCE, "revokedCertificates")
+        while entries.more():
+            entry = entries.enter(_SEQUENCE, "a revoked certificate")
+            serials.add(int.from_bytes(entry.value(_INTEGER, "a revoked serial number"), signed=True))
+            _time(entry, "revocationDate")
+            if entry.more():
+                _refuse_critical(entry.enter(_SEQUENCE, "crlEntryExtensions"))
+            entry.end("a revoked certificate")
+    if tbs.next_is(_CRL_EXTENSIONS):
+        wrapper = tbs.enter(_CRL_EXTENSIONS, "crlExtensions")
+        _refuse_critical(wrapper.enter(_SEQUENCE, "crlExtensions"))
+        wrapper.end("crlExtensions")
+    tbs.end("crlExtensions")
+    return RevocationList(issuer, frozenset(serials))
+
+
+def _refuse_critical(items: _Reader) -> None:
+    """Partial, delta and indirect lists say so in critical extensions (RFC 5280 sections 5.2.4, 5.2.5 and 5.3.3)."""
+    while items.more():
+        oid, extension = _extension(items)
+        if extension.critical:
+            raise X509Error("critical-extension", f"the list has critical extension {oid}; none is understood")
+
+
 class _Reader:
     """A cursor over the DER values in data[at:stop]. Each call moves past one value, or raises."""
 
@@ -252,20 +320,26 @@ def _extensions(tbs: _Reader) -> dict[str, _Extension]:
     wrapper.end("extensions")
     found: dict[str, _Extension] = {}
     while items.more():
-        item = items.enter(_SEQUENCE, "an extension")
-        oid = _oid(item.value(_OID, "an extension's OID"))
-        critical = item.next_is(_BOOLEAN)
-        # DEFAULT FALSE is left out in DER (X.690 section 11.5), so that a boolean here is TRUE.
-        if critical and not _boolean(item):
-            raise _malformed(f"extension {oid} spells out critical=FALSE")
-        content = item.value(_OCTET_STRING, f"extension {oid}")
-        item.end(f"extension {oid}")
+        oid, extension = _extension(items)
         if oid in found:
             raise _malformed(f"extension {oid} appears twice")
-        found[oid] = _Extension(critical, content)
+        found[oid] = extension
     if not found:
         raise _malformed("the list of extensions is empty")
     return found
+
+
+def _extension(items: _Reader) -> tuple[str, _Extension]:
+    """The next one, with its OID."""
+    item = items.enter(_SEQUENCE, "an extension")
+    oid = _oid(item.value(_OID, "an extension's OID"))
+    critical = item.next_is(_BOOLEAN)
+    # DEFAULT FALSE is left out in DER (X.690 section 11.5), so that a boolean here is TRUE.
+    if critical and not _boolean(item):
+        raise _malformed(f"extension {oid} spells out critical=FALSE")
+    content = item.value(_OCTET_STRING, f"extension {oid}")
+    item.end(f"extension {oid}")
+    return oid, _Extension(critical, content)
 
 
 def _whole(extensions: dict[str, _Extension], oid: str, parse: Callable[[_Reader], T]) -> T | None:

@@ -5,6 +5,7 @@ A CA is one directory, made whole by `Authority.create` or not at all:
     root.pem, root-key.pem                  the trust anchor; its key is needed to make intermediates only
     intermediate.pem, intermediate-key.pem  signs SVIDs
     passphrase                              decrypts both keys, unless the operator keeps one elsewhere
+    crl.pem                                 SVIDs that were revoked, once there are any
 
 Keys are encrypted PKCS #8. An SVID is on P-256, the identity in the one URI SAN.
 """
@@ -16,6 +17,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.signing import CONFIG_KEY_OID
 
 DEFAULT_TTL_S = 24 * 3600
-# Nothing revokes an SVID before it expires, so that its life bounds what a stolen key is good for.
+# Nobody may learn of a revocation in time, so the life of an SVID bounds what a stolen key is good for.
 MAX_TTL_S = 30 * 24 * 3600
 
 PASSPHRASE_FILE = "passphrase"
@@ -44,11 +46,15 @@ CONTROL_PLANE_ACCOUNT = "control-plane"
 
 CHAIN_FILE = "chain.pem"
 BUNDLE_FILE = "bundle.pem"
+REVOCATIONS_FILE = "crl.pem"
 
 # Hosts' clocks differ: a certificate must be valid on a peer whose clock is a little behind.
 _BACKDATE = timedelta(seconds=60)
 _ROOT_LIFE = timedelta(days=3650)
 _INTERMEDIATE_LIFE = timedelta(days=1825)
+# 40 bytes for each; a proxy reads 256 KiB in PEM (`uproxy.tls.MAX_FILE_BYTES`).
+MAX_REVOKED = 4000
+_MAX_REVOCATIONS_BYTES = 256 * 1024
 # A P-256 CSR has half a kilobyte.
 _MAX_CSR_BYTES = 16 * 1024
 _MAX_PASSPHRASE_BYTES = 1024
@@ -169,6 +175,44 @@ class Authority:
         pem = serialization.Encoding.PEM
         return certificate.public_bytes(pem) + self.intermediate.public_bytes(pem)
 
+    def revoke(self, serials: Collection[int], before: bytes = b"") -> bytes:
+        """The revocation list (PEM) with these SVIDs and those of the list before, but for those that have ended.
+
+        It is good as long as the intermediate: a list that ended would cut everybody off. Raises `CaError`.
+        """
+        now = datetime.now(UTC).replace(microsecond=0)
+        revoked = dict.fromkeys(serials, now)
+        for entry in self._own_revocations(before):
+            if entry.revocation_date_utc > now - timedelta(seconds=MAX_TTL_S):
+                revoked[entry.serial_number] = entry.revocation_date_utc
+        if len(revoked) > MAX_REVOKED:
+            raise CaError(f"a revocation list has at most {MAX_REVOKED} certificates; make a new CA instead")
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.intermediate.subject)
+            .last_update(now - _BACKDATE)
+            .next_update(self.intermediate.not_valid_after_utc)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._key_identifier), critical=False
+            )
+            .add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+        )
+        for serial, since in sorted(revoked.items()):
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(since).build()
+            builder = builder.add_revoked_certificate(entry)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def _own_revocations(self, before: bytes) -> x509.CertificateRevocationList | tuple[()]:
+        if not before:
+            return ()
+        try:
+            found = x509.load_pem_x509_crl(before)
+        except ValueError as error:
+            raise CaError(f"{REVOCATIONS_FILE} is no revocation list in PEM: {error}") from None
+        if not found.is_signature_valid(self._key.public_key()):
+            raise CaError(f"{REVOCATIONS_FILE} was not signed by this CA; move it away")
+        return found
+
     def certify_config_key(self, key: ed25519.Ed25519PublicKey, now: datetime, life: timedelta) -> x509.Certificate:
         """Certify a key to sign configuration as the control plane, and for nothing else. Raises `CaError`.
 
@@ -191,6 +235,17 @@ class Authority:
             )
             .sign(self._key, hashes.SHA256())
         )
+
+
+def write_revocations(directory: str | Path, authority: Authority, serials: Collection[int]) -> tuple[Path, int]:
+    """Add to the revocation list in the CA's directory. Where it is, and how many it has. Raises `CaError`."""
+    path = Path(directory) / REVOCATIONS_FILE
+    pem = authority.revoke(serials, _read(path, _MAX_REVOCATIONS_BYTES) if path.exists() else b"")
+    try:
+        durable.write(path, pem)
+    except OSError as error:
+        raise CaError(f"cannot write {path}: {error.strerror}") from None
+    return path, len(x509.load_pem_x509_crl(pem))
 
 
 def write_identity(directory: str | Path, chain_pem: bytes, bundle_pem: bytes) -> None:

@@ -74,6 +74,20 @@ class TestIdentityCopy:
         assert (tmp_path / "copy/chain.pem").read_text() == "chain.pem 2"
         assert not copy.refresh()
 
+    def test_a_revocation_list_comes_and_goes_with_its_source(
+        self, copy: IdentityCopy, source: Path, tmp_path: Path
+    ) -> None:
+        copy.install()
+        assert not (tmp_path / "copy/crl.pem").exists()
+        for text in ("crl 1", "crl, longer"):
+            (source / "crl.pem").write_text(text)
+            assert copy.refresh()
+            assert (tmp_path / "copy/crl.pem").read_text() == text
+            assert not copy.refresh()
+        (source / "crl.pem").unlink()
+        assert copy.refresh()
+        assert not (tmp_path / "copy/crl.pem").exists()
+
     def test_failure_keeps_the_old_one(self, copy: IdentityCopy, source: Path, tmp_path: Path) -> None:
         copy.install()
         (source / "chain.pem").unlink()

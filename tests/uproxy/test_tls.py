@@ -5,14 +5,14 @@ import os
 import ssl
 import threading
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import combinations_with_replacement
 from pathlib import Path
 from socket import socketpair
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import HealthCheck, given, settings
@@ -233,6 +233,102 @@ def test_a_bad_certificate_is_refused_with_its_reason(name, we_serve, issuer, db
     assert verdict.detail
     assert any(part in verdict.reason for part in reason.split("|")), (verdict.reason, verdict.detail)
     assert "\0" not in str(verdict)
+
+
+def revocation_list(issuer: Forged, *serials: int, ends: timedelta = timedelta(hours=1), signer: Forged | None = None):
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuer.certificate.subject)
+        .last_update(now - timedelta(hours=2))
+        .next_update(now + ends)
+    )
+    for serial in serials:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now - timedelta(hours=2))
+        builder = builder.add_revoked_certificate(entry.build())
+    signed = builder.sign((signer or issuer).key, hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.PEM)
+
+
+def with_list(authority: Authority, directory: Path, content: bytes) -> Path:
+    made = identity_dir(authority, directory, DB)
+    (made / "crl.pem").write_bytes(content)
+    return made
+
+
+@pytest.mark.parametrize("we_serve", [True, False], ids=["as client", "as server"])
+@pytest.mark.parametrize("what", ["nobody", "the peer", "its issuer"])
+def test_what_a_list_names_is_refused(what, we_serve, tmp_path, close_after):
+    root = forge_ca(None, "root")
+    issuer = forge_ca(root, "intermediate", path_length=0)
+    # A second one, so that ours stays good.
+    other = forge_ca(root, "another intermediate", path_length=0)
+    peer = forge(other)
+    lists = [
+        revocation_list(issuer),
+        revocation_list(other, *([peer.certificate.serial_number] if what == "the peer" else [])),
+        revocation_list(root, *([other.certificate.serial_number] if what == "its issuer" else [])),
+    ]
+    made = forge(issuer, [str(DB)]).write(tmp_path / "db", pem(root.certificate))
+    (made / "crl.pem").write_bytes(b"".join(lists))
+    ours = Credentials.load(made)
+    (tmp_path / "peer.pem").write_bytes(peer.key_pem + peer.chain_pem)
+    theirs = careless(not we_serve, tmp_path / "peer.pem")
+    if we_serve:
+        client, server = meet(theirs, tls.server_context(ours))
+    else:
+        client, server = meet(tls.client_context(ours), theirs)
+    close_after((client, server))
+    verdict = judged(server if we_serve else client)
+    if what == "nobody":
+        assert verdict == WEB
+        ours_side = (server if we_serve else client).tls
+        assert [one.serial for one in tls.certificates_of(ours_side)] == [
+            peer.certificate.serial_number,
+            other.certificate.serial_number,
+            root.certificate.serial_number,
+        ]
+    else:
+        assert isinstance(verdict, RefusedError)
+        assert (verdict.reason, verdict.flag) == ("certificate-revoked", Flag.REVOKED)
+
+
+def test_a_peer_whose_issuer_has_no_list_is_refused_where_lists_are_demanded(issuer, authority, tmp_path, close_after):
+    ours = Credentials.load(with_list(authority, tmp_path / "db", revocation_list(issuer)))
+    peer = forge(forge_ca(issuer.issuer, "another intermediate", path_length=0))
+    (tmp_path / "peer.pem").write_bytes(peer.key_pem + peer.chain_pem)
+    client, server = meet(careless(False, tmp_path / "peer.pem"), tls.server_context(ours))
+    close_after((client, server))
+    assert judged(server).reason == "crl-missing"
+
+
+LISTS = {
+    "ended": (lambda ca: revocation_list(ca, ends=timedelta(hours=-1)), "CRL has expired"),
+    "signed by another": (
+        lambda ca: revocation_list(ca, signer=forge_ca(None, "a stranger")),
+        "CRL signature failure",
+    ),
+    "of another CA": (lambda ca: revocation_list(forge_ca(None, "a stranger")), "unable to get certificate CRL"),
+    "no list": (lambda _ca: b"nothing", "meshctl ca revoke"),
+    "empty": (lambda _ca: b"", "meshctl ca revoke"),
+    "damaged": (lambda ca: revocation_list(ca).replace(b"MI", b"AA", 1), "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_load_refuses_a_list_by_which_nobody_could_be_judged(name, issuer, authority, tmp_path):
+    make, told = LISTS[name]
+    with pytest.raises(CredentialsError, match=told) as raised:
+        Credentials.load(with_list(authority, tmp_path / "db", make(issuer)))
+    assert "crl.pem" in str(raised.value)
+
+
+def test_load_refuses_our_own_certificate_when_it_is_revoked(issuer, authority, tmp_path):
+    made = identity_dir(authority, tmp_path / "db", DB)
+    own = Credentials.load(made)
+    (made / "crl.pem").write_bytes(revocation_list(issuer, own.serial))
+    with pytest.raises(CredentialsError, match="certificate revoked"):
+        Credentials.load(made)
 
 
 def test_a_well_made_forgery_is_accepted(issuer, db, tmp_path, close_after):

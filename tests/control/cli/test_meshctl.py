@@ -10,7 +10,7 @@ from cryptography import x509
 
 from control.client.csr import make_request
 from tests.support.certificates import DB, WEB
-from uproxy.tls import Credentials
+from uproxy.tls import Credentials, CredentialsError
 
 GOOD = """\
 apiVersion: v1
@@ -61,6 +61,42 @@ def test_the_life_of_a_certificate_can_be_chosen(meshctl, ca, tmp_path):
         assert status == 1
         assert "between one second and 30 days" in err
     assert Credentials.load(tmp_path / "web") == credentials
+
+
+def test_certificates_are_revoked_one_after_the_other(meshctl, ca, tmp_path):
+    serials = []
+    for name, identity in (("web", WEB), ("db", DB)):
+        request = make_request(tmp_path / name, identity)
+        issue = ("ca", "issue", "--dir", ca, "--csr", request, "--id", identity, "--out", tmp_path / name)
+        assert meshctl(*issue)[0] == 0
+        serials.append(Credentials.load(tmp_path / name).serial)
+    status, out, err = meshctl("ca", "revoke", "--dir", ca, "--serial", f"{serials[0]:x}", "-o", "json")
+    assert (status, err, json.loads(out)) == (0, "", {"file": str(ca / "crl.pem"), "revoked": 1})
+    status, out, _ = meshctl("ca", "revoke", "--dir", ca, "--certificate", tmp_path / "db" / "chain.pem")
+    assert (status, "revoked  2" in out) == (0, True)
+    found = x509.load_pem_x509_crl((ca / "crl.pem").read_bytes())
+    assert {entry.serial_number for entry in found} == set(serials)
+    (tmp_path / "web" / "crl.pem").write_bytes((ca / "crl.pem").read_bytes())
+    with pytest.raises(CredentialsError, match="certificate revoked"):
+        Credentials.load(tmp_path / "web")
+
+
+def test_what_cannot_be_revoked_is_said(meshctl, ca, tmp_path):
+    assert meshctl("ca", "init", "--dir", tmp_path / "other", "--trust-domain", "cluster.local")[0] == 0
+    for argv, status, told in [
+        ((), 1, "say what to revoke"),
+        (("--serial", "xyz"), 2, "no serial number"),
+        (("--certificate", tmp_path / "nothing.pem"), 1, "cannot be read"),
+        (("--certificate", ca / "passphrase"), 1, "no certificate in PEM"),
+        (("--certificate", ca / "intermediate.pem"), 1, "not of this CA"),
+    ]:
+        answer = meshctl("ca", "revoke", "--dir", ca, *argv)
+        assert (answer[0], answer[1], told in answer[2]) == (status, "", True)
+    assert not (ca / "crl.pem").exists()
+    assert meshctl("ca", "revoke", "--dir", tmp_path / "other", "--serial", "1")[0] == 0
+    (tmp_path / "other" / "crl.pem").rename(ca / "crl.pem")
+    status, _, err = meshctl("ca", "revoke", "--dir", ca, "--serial", "1")
+    assert (status, "not signed by this CA" in err) == (1, True)
 
 
 def test_init_tells_what_it_made(meshctl, tmp_path):
@@ -145,6 +181,7 @@ def test_what_is_not_understood_exits_with_2(meshctl, argv):
             "ca",
             "ca init",
             "ca issue",
+            "ca revoke",
             "validate",
             "demo",
             "up",

@@ -14,7 +14,18 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control.client.x509 import CLIENT_AUTH, MAX_LEAF_BYTES, SERVER_AUTH, Leaf, X509Error, check_svid, read_leaf
+from control.client.x509 import (
+    CLIENT_AUTH,
+    MAX_LEAF_BYTES,
+    SERVER_AUTH,
+    Leaf,
+    RevocationList,
+    X509Error,
+    certificate_id,
+    check_svid,
+    read_leaf,
+    read_revocation_list,
+)
 from control.server.ca import Authority
 from tests.support.certificates import BOTH_PURPOSES, WEB, forge, usage
 from tests.support.certificates import der_value as tlv
@@ -175,6 +186,98 @@ def test_damaged_der_is_refused_or_read_as_cryptography_reads_it(der):
 def test_any_bytes_are_a_leaf_or_an_x509_error(der):
     with contextlib.suppress(X509Error):
         read_leaf(der)
+
+
+@given(certificates())
+def test_a_certificate_is_called_by_its_issuer_and_serial(der):
+    certificate = x509.load_der_x509_certificate(der)
+    found = certificate_id(der)
+    assert found.serial == certificate.serial_number
+    assert tlv(0x30, found.issuer) == certificate.issuer.public_bytes()
+
+
+def revocation_list(issuer, serials, *extensions, entry_extensions=(), end=True) -> bytes:
+    now = datetime(2030, 1, 1)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(issuer).last_update(now)
+    builder = builder.next_update(now + timedelta(days=1))
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical=critical)
+    for serial in serials:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now)
+        for extension, critical in entry_extensions:
+            entry = entry.add_extension(extension, critical=critical)
+        builder = builder.add_revoked_certificate(entry.build())
+    return builder.sign(KEY, hashes.SHA256(), ecdsa_deterministic=True).public_bytes(serialization.Encoding.DER)
+
+
+@given(
+    directory_names,
+    st.sets(st.integers(1, 2**159 - 1), max_size=20),
+    st.sampled_from([(), ((x509.CRLNumber(7), False),)]),
+    st.sampled_from([(), ((x509.CRLReason(x509.ReasonFlags.key_compromise), False),)]),
+)
+def test_reads_the_list_that_cryptography_wrote(issuer, serials, extensions, entry_extensions):
+    der = revocation_list(issuer, serials, *extensions, entry_extensions=entry_extensions)
+    found = read_revocation_list(der)
+    assert found.serials == serials
+    assert tlv(0x30, found.issuer) == issuer.public_bytes()
+
+
+NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a CA")])
+
+
+@given(st.binary(max_size=300), st.integers(0, 400), st.integers(0, 300))
+@settings(max_examples=examples(400))
+def test_a_damaged_list_is_refused_or_read_as_cryptography_reads_it(noise, at, cut):
+    der = revocation_list(NAME, [5, 2**100], (x509.CRLNumber(7), False))
+    damaged_list = der[:at] + noise + der[at + cut :]
+    try:
+        found = read_revocation_list(damaged_list)
+    except X509Error:
+        return
+    try:
+        expected = x509.load_der_x509_crl(damaged_list)
+        serials = frozenset(entry.serial_number for entry in expected)
+    except Exception:  # what only the other side refuses is no disagreement
+        return
+    assert found == RevocationList(found.issuer, serials)
+
+
+@pytest.mark.parametrize(
+    "der",
+    [
+        revocation_list(NAME, [5], (x509.DeltaCRLIndicator(1), True)),
+        revocation_list(
+            NAME,
+            [5],
+            (
+                x509.IssuingDistributionPoint(
+                    full_name=None,
+                    relative_name=None,
+                    only_contains_user_certs=True,
+                    only_contains_ca_certs=False,
+                    only_some_reasons=None,
+                    indirect_crl=False,
+                    only_contains_attribute_certs=False,
+                ),
+                True,
+            ),
+        ),
+        revocation_list(NAME, [5], entry_extensions=((x509.CertificateIssuer([x509.DirectoryName(NAME)]), True),)),
+    ],
+    ids=["changes alone", "a part", "of other issuers"],
+)
+def test_a_list_that_is_not_a_whole_one_of_its_issuer_is_refused(der):
+    with pytest.raises(X509Error) as raised:
+        read_revocation_list(der)
+    assert raised.value.reason == "critical-extension"
+
+
+def test_a_list_of_many_is_read_soon():
+    der = revocation_list(NAME, range(1, 4001))
+    started = time.process_time()
+    assert len(read_revocation_list(der).serials) == 4000
+    assert time.process_time() - started < 0.5
 
 
 def test_every_truncation_is_refused():
