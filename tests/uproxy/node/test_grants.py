@@ -16,7 +16,7 @@ from bpf.loader import Loader
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from tests.support import near
-from tests.support.near import PORT, Pair
+from tests.support.near import PORT, Pair, Place
 from uproxy import sandbox
 from uproxy.node import channel, grants, ways
 from uproxy.node.channel import Said
@@ -170,10 +170,24 @@ async def test_a_backend_that_is_somebody_else_is_not_near(agreed):
 
 @in_a_loop
 async def test_on_a_shared_segment_nothing_is_granted(agreed):
-    link = agreed.pair.db.box.host_link
-    sandbox.run_ip(["link add br9 type bridge", f"link set {link} master br9"])
+    join_a_bridge(agreed.pair.db)
     agreed.say()
     assert not await becomes(lambda: agreed.granted, 0.4)
+
+
+def join_a_bridge(place: Place) -> None:
+    """Its link becomes one port of several, and it is reached as before."""
+    link, address = place.box.host_link, place.address
+    sandbox.run_ip(
+        [
+            f"link add br9 address {sandbox._HOST_MAC} type bridge",
+            f"link set {link} master br9",
+            "link set br9 up",
+            f"neigh add {address} lladdr {sandbox._WORKLOAD_MAC} dev br9 nud permanent",
+            f"route replace {address} dev br9",
+        ]
+    )
+    sandbox.write_sysctls({"net/ipv4/conf/br9/forwarding": "1"})
 
 
 @in_a_loop
@@ -225,8 +239,7 @@ async def test_its_end_is_the_end_of_its_connections(agreed, how, monkeypatch):
                 agreed.grants._captured = lambda: [agreed.pair.db.captured]
                 agreed.grants.changed()
             case "bridge":
-                link = agreed.pair.web.box.host_link
-                sandbox.run_ip(["link add br9 type bridge", f"link set {link} master br9"])
+                join_a_bridge(agreed.pair.web)
                 monkeypatch.setattr(agreed.grants, "_look_at", 0.0)
                 agreed.grants.tick()
             case "expired":
