@@ -28,7 +28,10 @@ from uproxy import linux, process
 from uproxy.fork_client import DEFAULT_SOCKET, MAX_MESSAGE, MAX_PROBES, ForkServerError, Order
 from uproxy.node.server import ListenError, listen
 
-_PRELOADED: Final = ("uproxy.run", "uproxy.demand", "uproxy.member", "uproxy.explicit")
+_PRELOADED: Final = (
+    *("uproxy.run", "uproxy.demand", "uproxy.member", "uproxy.direct", "uproxy.dns", "uproxy.otlp"),
+    "concurrent.futures.thread",
+)
 _FAILED: Final = 125
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid: struct ucred, unix(7)
 _MAX_DESCRIPTORS: Final = 4 + MAX_PROBES
