@@ -12,14 +12,14 @@ from pathlib import Path
 PYTHON = os.readlink("/sbin/python")  # by its own path it knows its virtual environment
 REPORT = "/dev/ttyS1"
 PROJECT = Path(__file__).resolve().parents[2]
-MOUNTS = (
-    ("proc", "/proc", 0),
-    ("sysfs", "/sys", 0),
-    ("devtmpfs", "/dev", 0),
-    ("tmpfs", "/run", 0),
-    ("cgroup2", "/sys/fs/cgroup", 0),
-    ("bpf", "/sys/fs/bpf", 0),
-)
+MOUNTS = {
+    "/proc": "proc",
+    "/sys": "sysfs",
+    "/dev": "devtmpfs",
+    "/run": "tmpfs",
+    "/sys/fs/cgroup": "cgroup2",
+    "/sys/fs/bpf": "bpf",
+}
 FINIT_MODULE = 313  # x86-64
 RB_POWER_OFF = 0x4321FEDC  # <linux/reboot.h>
 
@@ -27,9 +27,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prepare() -> None:
-    for kind, place, flags in MOUNTS:
-        Path(place).mkdir(exist_ok=True)
-        if libc.mount(kind.encode(), place.encode(), kind.encode(), flags, None):
+    for place, kind in MOUNTS.items():
+        if libc.mount(kind.encode(), place.encode(), kind.encode(), 0, None):
             raise OSError(ctypes.get_errno(), f"mount {kind} on {place}")
     for path in sorted(Path("/modules").iterdir()):
         with path.open("rb") as module:
