@@ -141,9 +141,8 @@ def test_an_end_that_hangs_up_both_ways_costs_no_turns_while_its_last_bytes_wait
         served.say_end()
         await until(lambda: relayed.relay.half_closed)
         waits_since = time.monotonic()
-        while (
-            time.monotonic() - waits_since < 0.1
-        ):  # the application's buffers are full, the peer's have room for its FIN
+        # Until the application's buffers are full for good, while the peer's have room for a FIN.
+        while time.monotonic() - waits_since < 0.1:
             if not relayed.relay._in.pending:
                 caller.write(4096)
                 waits_since = time.monotonic()
