@@ -41,6 +41,7 @@ def full_connection() -> Connection:
         request_id="ab",
         flag=Flag.DENY,
         error="policy: no",
+        dry_run="denied: denied by shop/web[0]",
         policy="n/p[0]",
         caller="spiffe://td/ns/n/sa/c",
         native=Native(1, 2),

@@ -236,6 +236,8 @@ def fields_so_far(connection: Connection, now: float, field: Field) -> list[str]
         fields.append(field("response_flags", connection.flag.value))
     if connection.policy:
         fields.append(field("policy", connection.policy))
+    if connection.dry_run:
+        fields.append(field("dry_run", connection.dry_run))
     return fields + _names(connection, field)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from control.api.address import AddressError, IpAddress, parse_address
@@ -53,7 +53,7 @@ class _Gate:
 class Admission:
     """What one configuration says of who may come to a workload."""
 
-    __slots__ = ("_gates", "_known", "_plaintext", "_policies", "_relayed", "_selecting", "_trust_domain")
+    __slots__ = ("_gates", "_known", "_plaintext", "_policies", "_relayed", "_selecting", "_trust_domain", "rehearsal")
 
     def __init__(
         self, workload: Workload | None, policies: Iterable[AuthorizationPolicy], trust_domain: TrustDomain
@@ -66,6 +66,11 @@ class Admission:
         self._selecting = tuple(policies)
         self._policies = compile_policies(self._selecting)
         self._relayed: Relayed | None = None
+        self.rehearsal: Admission | None = None
+        """The same, as if policies in dry run were enforced; None when there are none."""
+        if any(policy.dry_run for policy in self._selecting):
+            enforced = [replace(policy, dry_run=False) for policy in self._selecting]
+            self.rehearsal = Admission(workload, enforced, trust_domain)
 
     def enter(self, peer: SpiffeId | None, port: int, headers: Headers) -> Passage | None:
         """How a stream comes to a port: None when its peer asks for itself. `peer`: None for who came in plaintext.

@@ -23,6 +23,7 @@ from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
 from uproxy import listener, plane
 from uproxy.admission import Admission, Passage
+from uproxy.authz import Decision
 from uproxy.connections import Connections
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
@@ -87,6 +88,8 @@ class Inbound:
         self._workload: Workload | None = None  # as it was last configured: what has begun is judged by it
         self._leaving = False  # the configuration has let go of it, and what has begun may still end
         self._admission = Admission(None, (), state.trust_domain)
+        self.would_be_allowed = self.would_be_denied = 0
+        """Connections, by what would be decided with the policies in dry run; counted while there are any."""
         self._services_here: dict[str, str | None] = {}
         self._overtaken = Overtaken()
         self._ending = False  # some of them are being ended
@@ -166,11 +169,11 @@ class Inbound:
         """Raises RefusedError when it is not let in."""
         source, address, port = self._plaintext_ends(peer, record)
         admission = self._admission
-        self._admit_plaintext(source, address, port)
+        self._admit_plaintext(source, address, port, record)
         app = await self._connect(address, port)
         if admission is not self._admission:  # it changed while we waited for the application
             try:
-                self._admit_plaintext(source, address, port)
+                self._admit_plaintext(source, address, port, record)
             except RefusedError:
                 plane.reset(app)
                 raise
@@ -203,11 +206,13 @@ class Inbound:
             raise RefusedError("wrong-destination", f"{address[0]} is no address of {self._own.key}", flag=Flag.DENY)
         return IpAddress(source[0].partition("%")[0]), IpAddress(address[0]), address[1]
 
-    def _admit_plaintext(self, source: IpAddress, address: IpAddress, port: int) -> None:
+    def _admit_plaintext(self, source: IpAddress, address: IpAddress, port: int, record: Connection) -> None:
         """Raises RefusedError when the port takes no plaintext, or a waypoint stands before it, or policy says no."""
         self._configured()
         self._admission.enter(None, port, ())
         decision = self._admission.decide_plaintext(source, address, port)
+        if (rehearsal := self._admission.rehearsal) is not None:
+            self._rehearsed(record, decision, rehearsal.decide_plaintext(source, address, port))
         if not decision.allowed:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
 
@@ -297,9 +302,21 @@ class Inbound:
         if passage is not None and passage.caller is not None:
             record.caller = str(passage.caller.identity)
         decision = self._admission.decide(carrier.peer, carrier.peer_address, passage, address, port)
+        if (rehearsal := self._admission.rehearsal) is not None:
+            would = rehearsal.decide(carrier.peer, carrier.peer_address, passage, address, port)
+            self._rehearsed(record, decision, would)
         if not decision.allowed:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
         return passage
+
+    def _rehearsed(self, record: Connection, decision: Decision, would: Decision) -> None:
+        """Tell what policies in dry run would have done."""
+        if would.allowed:
+            self.would_be_allowed += 1
+        else:
+            self.would_be_denied += 1
+        if would.allowed is not decision.allowed:
+            record.dry_run = f"{'allowed' if would.allowed else 'denied'}: {would.reason}"
 
     def _may_enter(self, peer: SpiffeId, peer_address: IpAddress, address: IpAddress, port: int) -> bool:
         """Whether a caller may come to a port for itself, as if it asked now."""

@@ -89,8 +89,9 @@ class Verdicts:
     __slots__ = ("_allow", "_default", "_deny", "asked")
 
     def __init__(self, policies: Iterable[AuthorizationPolicy], compile_rule: CompileRule, of_what: str) -> None:
-        """`of_what`: what they hold for, for the operator. All of the policies count: none is filtered here."""
-        ordered = sorted(policies, key=lambda policy: policy.key)  # so that the rule reported is always the same one
+        """`of_what`: what they hold for, for the operator. All of the policies count, but those in dry run."""
+        # In order, so that the rule reported is always the same one.
+        ordered = sorted((policy for policy in policies if not policy.dry_run), key=lambda policy: policy.key)
         allow = [policy for policy in ordered if policy.action is Action.ALLOW]
         self._deny = _verdicts([policy for policy in ordered if policy.action is Action.DENY], compile_rule)
         self._allow = _verdicts(allow, compile_rule)

@@ -90,6 +90,8 @@ class Connection:
     error: str = ""
     policy: str = ""
     """The rule that refused."""
+    dry_run: str = ""
+    """What would have been decided otherwise with the policies in dry run, and by which."""
     caller: str = ""
     """The SPIFFE ID that a waypoint says it connects for, when this proxy believes it."""
     meter: Meter | None = None

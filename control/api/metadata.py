@@ -39,6 +39,8 @@ _SERVER_WRITTEN: Final = dict.fromkeys(
     "a Kubernetes API server writes it; remove it",
 )
 
+DRY_RUN: Final = "istio.io/dry-run"
+"""On an AuthorizationPolicy: `true` tells what it would do, and does it not."""
 WAYPOINT_BINDING: Final = "mesh.uproxy.dev/waypoint-binding"
 """Beside `istio.io/use-waypoint`: `optional` passes by a waypoint that does not answer, else it is `required`."""
 WAYPOINT_EXEMPT: Final = "mesh.uproxy.dev/waypoint-exempt"
@@ -63,7 +65,7 @@ _LABELS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
 """Labels that change what the mesh does: the values that say what it does anyway, and why others are refused."""
 
 _ANNOTATIONS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
-    "istio.io/dry-run": (("false",), "every policy here is enforced; remove the policy instead"),
+    DRY_RUN: (("false",), "it is said of an AuthorizationPolicy; remove it"),
     SAME_HOST: (("encrypted",), "it is said of a WorkloadEntry or a Namespace; remove it"),
     "mesh.uproxy.dev/udp": ((), "UDP is not carried yet, and refused; remove it"),
     WAYPOINT_BINDING: ((), _BINDS),

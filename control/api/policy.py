@@ -156,6 +156,8 @@ class AuthorizationPolicy:
     rules: tuple[Rule, ...]
     targets: tuple[Target, ...] = ()
     """At which waypoints it holds, in order, each once; none: at the workloads that it selects."""
+    dry_run: bool = False
+    """What it would do is told, and not done."""
 
     @property
     def key(self) -> str:

@@ -2,8 +2,8 @@
 
 What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
 every field must be there, none may be added, and every value must be in its canonical form. What waypoints ask for
-(`binding`, `bounds`, `targets`), and `direct` and `plaintext`, are absent where there is none, so that a mesh without
-them is as it was.
+(`binding`, `bounds`, `targets`), and `direct`, `plaintext` and `dryRun`, are absent where there is none, so that a
+mesh without them is as it was.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def write(record: Record) -> Body:
                 "selector": None if record.selector is None else dict(record.selector),
                 "rules": [_write_rule(rule) for rule in record.rules],
                 **({"targets": [[t.kind, _name_in(t.key)] for t in record.targets]} if record.targets else {}),
+                **({"dryRun": True} if record.dry_run else {}),
             }
         case Gateway():
             return {
@@ -270,16 +271,16 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         node=fields.take("node", str),
         weight=fields.number("weight", 1, MAX_WEIGHT),
         bounds=_read_bounds(fields, trust_domain),
-        direct=_read_direct(fields),
+        direct=_read_flag(fields, "direct"),
         plaintext=_read_plaintext(fields),
     )
 
 
-def _read_direct(fields: Fields) -> bool:
-    if not fields.has("direct"):
+def _read_flag(fields: Fields, name: str) -> bool:
+    if not fields.has(name):
         return False
-    if not fields.take("direct", bool):
-        raise RecordError("direct is false; it must then be absent")
+    if not fields.take(name, bool):
+        raise RecordError(f"{name} is false; it must then be absent")
     return True
 
 
@@ -413,8 +414,11 @@ def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
         selector=fields.selector("selector"),
         rules=tuple(_read_rule(item) for item in fields.take("rules", list)),
         targets=fields.optional_list("targets", lambda value, name: _read_target(value, name, topic.namespace)),
+        dry_run=_read_flag(fields, "dryRun"),
     )
     check_ordered([(target.kind, target.key) for target in policy.targets], "targets")
+    if policy.targets and policy.dry_run:
+        raise RecordError("dryRun cannot stand beside targets: waypoints enforce theirs")
     if policy.targets and policy.selector is not None:
         raise RecordError("selector cannot stand beside targets")
     if policy.asks_http and not policy.targets:

@@ -14,7 +14,7 @@ from control.api.declared import DeclaredPeerAuthentication, DeclaredPolicy
 from control.api.document import Reader
 from control.api.http_text import wrong_header_name
 from control.api.labels import Labels
-from control.api.metadata import read_metadata
+from control.api.metadata import DRY_RUN, Metadata, read_metadata
 from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.plaintext import MAX_PORTS, PROXY_PORTS
 from control.api.policy import (
@@ -69,7 +69,7 @@ _MODES: Final = {
 
 def read_authorization_policy(document: Reader) -> DeclaredPolicy:
     """Reads an AuthorizationPolicy."""
-    metadata = read_metadata(document, wrong_subdomain)
+    metadata = read_metadata(document, wrong_subdomain, own_annotations=(DRY_RUN,))
     spec = document.child("spec", required="a mapping; `spec: {}` allows nobody")
     spec.refuse({"targetRef": "write targetRefs, a list", "provider": _ACTIONS["CUSTOM"]})
     targets = _targets(spec, metadata.namespace)
@@ -82,11 +82,24 @@ def read_authorization_policy(document: Reader) -> DeclaredPolicy:
         selector=_selector(spec),
         rules=tuple(_rule(reader, metadata.namespace, http=http) for reader in spec.children("rules")),
         targets=targets,
+        dry_run=_dry_run(document, metadata, at_waypoints=http),
     )
     if http and spec.has("selector"):
         spec.error("selector", "cannot stand beside targetRefs: a policy holds at workloads or at waypoints")
     spec.finish()
     return DeclaredPolicy(policy, document.position)
+
+
+def _dry_run(document: Reader, metadata: Metadata, *, at_waypoints: bool) -> bool:
+    text = metadata.annotations.get(DRY_RUN, "false")
+    if text not in ("true", "false"):
+        document.error_at(f"metadata.annotations[{DRY_RUN!r}]", f"{shown(text)} must be true or false")
+    elif text == "true" and at_waypoints:
+        document.error_at(
+            f"metadata.annotations[{DRY_RUN!r}]",
+            "is refused: a waypoint enforces what targets it; remove it, or the policy",
+        )
+    return text == "true"
 
 
 def read_peer_authentication(document: Reader) -> DeclaredPeerAuthentication:

@@ -202,6 +202,7 @@ selecting_policies = st.builds(
     action=st.sampled_from(Action),
     selector=st.none() | labels,
     rules=_few(rules),
+    dry_run=st.booleans(),
 )
 """Those that uProxies enforce."""
 

@@ -18,6 +18,9 @@ from control.api.policy import (
     Rule,
     Source,
 )
+from control.api.workload import Workload
+from tests.support.certificates import DB
+from uproxy.admission import Admission
 from uproxy.authz import Relayed, compile_policies
 
 WEB = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/web")
@@ -205,6 +208,27 @@ calls = st.tuples(st.none() | identities, addresses, addresses, ports)
 def test_compiled_policies_agree_with_the_documentation(given_policies, call):
     decision = compile_policies(given_policies).decide(*call)
     assert decision.allowed is naive_decision(given_policies, *call)
+
+
+@settings(deadline=None)
+@given(st.lists(policies, max_size=3), st.lists(policies, max_size=2), calls)
+def test_policies_in_dry_run_decide_nothing(enforced, rehearsed, call):
+    given_policies = [*enforced, *(replace(one, dry_run=True) for one in rehearsed)]
+    assert compile_policies(given_policies).decide(*call) == compile_policies(enforced).decide(*call)
+
+
+@settings(deadline=None)
+@given(st.lists(policies, max_size=3), st.lists(policies, max_size=2), calls)
+def test_a_rehearsal_decides_as_if_they_were_enforced(enforced, rehearsed, call):
+    source, source_ip, destination_ip, port = call
+    workload = Workload("shop", "db", "db", DB, (destination_ip,), {}, {}, "", 1)
+    dry = [replace(one, dry_run=True) for one in rehearsed]
+    one = Admission(workload, [*enforced, *dry], DB.trust_domain)
+    assert (one.rehearsal is not None) is bool(dry)
+    if one.rehearsal is not None and source is not None:
+        would = one.rehearsal.decide(source, source_ip, None, destination_ip, port)
+        assert would.allowed is naive_decision([*enforced, *rehearsed], *call)
+        assert one.decide(source, source_ip, None, destination_ip, port).allowed is naive_decision(enforced, *call)
 
 
 @settings(deadline=None)

@@ -39,7 +39,7 @@ _BACKEND = Backend("shop/web", 80, 1, NO_MODIFIER, NO_MODIFIER)
 _MATCH = Match(PathMatch(PathKind.PREFIX, "/"), (), (), "")
 _RULE = RouteRule("", (_MATCH,), NO_MODIFIER, NO_MODIFIER, (_BACKEND,), 0, 0)
 _ROUTE = HTTPRoute("shop", "web", (Parent("shop/web", 0),), (), (_RULE,))
-_OPTIONAL = {"binding", "bounds", "direct", "plaintext", "targets"}
+_OPTIONAL = {"binding", "bounds", "direct", "dryRun", "plaintext", "targets"}
 
 
 _items = st.integers() | st.text(max_size=5) | st.binary(max_size=5)

@@ -247,7 +247,7 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
             "mesh.uproxy.dev/addresses",
             "unknown annotation of ours; known for this kind: mesh.uproxy.dev/waypoint-binding, ",
         ),
-        (S, "prometheus.io/scrape", "istio.io/dry-run", "every policy here is enforced"),
+        (S, "prometheus.io/scrape", "istio.io/dry-run", "it is said of an AuthorizationPolicy"),
         (S, "prometheus.io/scrape", "traffic.sidecar.istio.io/excludeOutboundPorts", "cannot be narrowed"),
         (
             N,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from control.api.declared import DeclaredPeerAuthentication, DeclaredPolicy
@@ -94,6 +96,34 @@ spec:
             Rule(),
         ),
     )
+
+
+def annotated(value, spec="spec: {}"):
+    text = (
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n"
+        f"metadata: {{name: p, namespace: shop, annotations: {{istio.io/dry-run: {value}}}}}\n{spec}"
+    )
+    (found,) = parse(text, "f.yaml")
+    return found.policy
+
+
+def test_a_policy_may_be_in_dry_run():
+    assert annotated("'true'") == replace(policy("spec: {}"), dry_run=True)
+    assert annotated("'false'") == policy("spec: {}")
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "told"),
+    [
+        ("'yes'", "spec: {}", "'yes' must be true or false"),
+        ("''", "spec: {}", "'' must be true or false"),
+        ("'true'", "spec: {targetRefs: [{kind: Service, name: web}]}", "a waypoint enforces what targets it"),
+    ],
+)
+def test_a_dry_run_that_nobody_does_is_refused(value, spec, told):
+    with pytest.raises(ResourceErrors) as caught:
+        annotated(value, spec)
+    assert [str(error) for error in caught.value.errors if "istio.io/dry-run" in str(error) and told in str(error)]
 
 
 def test_an_empty_spec_allows_nobody():
