@@ -177,7 +177,7 @@ class DirectPath:
         """Take what the agent says, a few messages in a turn. False when it has hung up."""
         for _ in range(_MESSAGES_PER_TURN):
             try:
-                raw = sock.recv(channel.MAX_MESSAGE)
+                raw = sock.recv(channel.MAX_TOLD)
             except BlockingIOError:
                 return True
             except OSError:

@@ -21,6 +21,8 @@ LIFETIME_S: Final = 10.0
 RENEWAL_S: Final = 3.0
 
 MAX_MESSAGE: Final = 128 << 10
+MAX_TOLD: Final = 1 << 20
+_FRAME_BYTES: Final = 64  # of a message, around its entries
 MAX_SERVICES: Final = 64
 MAX_BACKENDS: Final = 256  # of one service; one with more goes by tunnels
 MAX_ALLOWED: Final = 512
@@ -95,17 +97,22 @@ class Flow:
 
 
 def pack_said(said: Said) -> bytes:
-    packed: bytes = msgpack.packb(
-        {
-            "choices": [
-                [one.address, one.port, [[b.address, b.port, b.weight, str(b.identity)] for b in one.backends]]
-                for one in said.choices
-            ],
-            "allowed": [[str(one.identity), *one.tunnel, one.address, one.port] for one in said.allowed],
-            "direct": said.direct,
-        }
-    )
-    return packed
+    """At most MAX_MESSAGE bytes: for what does not fit, those who were allowed or chosen first go by tunnels."""
+    room = MAX_MESSAGE - _FRAME_BYTES
+    allowed = [msgpack.packb([str(one.identity), *one.tunnel, one.address, one.port]) for one in said.allowed]
+    choices = [
+        msgpack.packb([one.address, one.port, [[b.address, b.port, b.weight, str(b.identity)] for b in one.backends]])
+        for one in said.choices
+    ]
+    for packed in (allowed, choices):
+        room -= sum(map(len, packed))
+        while room < 0 and packed:
+            room += len(packed.pop(0))
+    packer = msgpack.Packer()
+    parts = [packer.pack_map_header(3), packer.pack("direct"), packer.pack(said.direct)]
+    for name, entries in (("choices", choices), ("allowed", allowed)):
+        parts += [packer.pack(name), packer.pack_array_header(len(entries)), *entries]
+    return b"".join(parts)
 
 
 def read_said(raw: bytes) -> Said:

@@ -24,7 +24,7 @@ from bpf.maps import Grant, Maps, Pair
 from control.api.address import HBONE_PORT, IpAddress, from_packed, packed16
 from control.api.identity import SpiffeId
 from uproxy.node import channel, routes
-from uproxy.node.channel import LIFETIME_S, Allowed, Choice
+from uproxy.node.channel import LIFETIME_S, Allowed, Choice, Said
 from uproxy.node.destroy import Found, Sockets
 from uproxy.node.flows import FlowTeller
 from uproxy.node.peers import Peer
@@ -86,6 +86,8 @@ class Grants:
         self._choices: dict[Dialled, tuple[Backend, ...]] = {}
         self._consents: dict[Captured, frozenset[tuple[IpAddress, int]]] = {}
         """Which backends a caller would dial directly."""
+        self._taken: dict[Captured, Said] = {}
+        """What a caller has said last, as far as it is in `_choices` and `_consents`."""
         self._granted: dict[Pair, _Granted] = {}
         self._ending: list[_Ending] = []
         self._ways = Ways(maps)
@@ -124,13 +126,8 @@ class Grants:
             self._take_back(peer.workload)
             return
         self._here[peer.workload] = time.monotonic()
-        new = self._write_choices(peer)
-        choices = peer.said.choices if peer.said is not None else ()
-        consents = frozenset((backend.address, backend.port) for choice in choices for backend in choice.backends)
-        new |= self._consents.get(peer.workload, frozenset()) != consents
-        self._consents[peer.workload] = consents
         # What others allow this one may have waited for its consent.
-        for one in list(self._peers.values()) if new else [peer]:
+        for one in list(self._peers.values()) if self._consent(peer) else [peer]:
             self._write_grants(one)
 
     def left(self, peer: Peer) -> None:
@@ -139,9 +136,7 @@ class Grants:
 
     def _take_back(self, workload: Captured) -> None:
         """It goes direct no more: what was granted to it, and by it, ends."""
-        self._here.pop(workload, None)
-        self._consents.pop(workload, None)
-        self._forget_choices(dialled for dialled in self._choices if dialled[0] == workload.app_cgroup)
+        self._forget(workload)
         for pair, granted in list(self._granted.items()):
             if workload in (granted.source, granted.target):
                 self._revoke(pair)
@@ -165,6 +160,17 @@ class Grants:
 
     # -- of callers
 
+    def _consent(self, peer: Peer) -> bool:
+        """What a caller would dial directly; whether anything of that is new."""
+        said = peer.said
+        if said is None or self._taken.get(peer.workload) is said:
+            return False
+        consents = frozenset((backend.address, backend.port) for choice in said.choices for backend in choice.backends)
+        self._taken[peer.workload] = said
+        new = self._write_choices(peer) or self._consents.get(peer.workload) != consents
+        self._consents[peer.workload] = consents
+        return new
+
     def _write_choices(self, peer: Peer) -> bool:
         """What a caller may dial directly; whether anything of that is new."""
         cgroup = peer.workload.app_cgroup
@@ -181,7 +187,13 @@ class Grants:
             except (ArenaFullError, BpfError, ValueError) as error:
                 _log.error("workload %s goes by tunnels: %s", peer.workload.name, error)
                 self._forget_choices([dialled] if dialled in self._choices else [])  # it is out of date
+                self._taken.pop(peer.workload, None)  # there may be room when it is said again
         return bool(changed)
+
+    def _forget(self, caller: Captured) -> None:
+        for known in (self._here, self._consents, self._taken):
+            known.pop(caller, None)
+        self._forget_choices(dialled for dialled in self._choices if dialled[0] == caller.app_cgroup)
 
     def _forget_choices(self, gone: Iterable[Dialled]) -> None:
         for dialled in list(gone):
@@ -406,10 +418,8 @@ class Grants:
         for workload in [one for one, heard in self._here.items() if one not in present and heard < silent] + [
             one for one in self._here if one not in captured
         ]:
-            self._here.pop(workload, None)
-            self._consents.pop(workload, None)
             self._ways.forget(workload.app_cgroup)
-            self._forget_choices(dialled for dialled in self._choices if dialled[0] == workload.app_cgroup)
+            self._forget(workload)
         for workload in [one for one in self._sockets if one not in captured]:
             self._sockets.pop(workload).close()
 

@@ -45,7 +45,7 @@ class Listener(Protocol):
     def joined(self, peer: Peer) -> None: ...
 
     def heard(self, peer: Peer) -> None:
-        """`peer.said` is new."""
+        """It has said something: `peer.said`, the same object if it is what it said before."""
 
     def left(self, peer: Peer) -> None: ...
 
@@ -78,10 +78,12 @@ class Peer:
     async def listen(self, told: Callable[[], None]) -> None:
         """Until it hangs up. Raises ChannelError for a message that none is."""
         loop = asyncio.get_running_loop()
+        last = b""
         while raw := await loop.sock_recv(self._connection, channel.MAX_MESSAGE + 1):
             if len(raw) > channel.MAX_MESSAGE:
                 raise ChannelError(f"a message has at most {channel.MAX_MESSAGE} bytes")
-            self.said = channel.read_said(raw)
+            if raw != last:  # mostly it is said again
+                self.said, last = channel.read_said(raw), raw
             self.heard_at = time.monotonic()
             told()
             await asyncio.sleep(_PAUSE_S)

@@ -256,9 +256,11 @@ async def test_one_that_is_renewed_goes_on(agreed, monkeypatch):
     monkeypatch.setattr(grants, "LIFETIME_S", 0.3)
     await granted(agreed)
     with connected(agreed.pair) as (client, server):
-        for _ in range(6):
+        for _ in range(6):  # the same again
             await asyncio.sleep(0.1)
-            agreed.say()
+            agreed.web.heard_at = time.monotonic()
+            agreed.grants.heard(agreed.web)
+            agreed.grants.heard(agreed.db)
             agreed.grants.tick()
         client.sendall(b"x")
         assert server.recv(1) == b"x"

@@ -188,6 +188,22 @@ def test_too_much_is_refused():
         read_said(channel.pack_said(many))
 
 
+def test_what_does_not_fit_is_not_said():
+    """The oldest choices go first, and whom one lets in matters more."""
+    many = tuple(channel.Backend("10.0.0.1", port, 1, IDENTITY) for port in range(1, channel.MAX_BACKENDS + 1))
+    choices = tuple(channel.Choice("240.240.0.1", port, many) for port in range(1, channel.MAX_SERVICES + 1))
+    raw = channel.pack_said(Said(choices, SAID.allowed * channel.MAX_ALLOWED))
+    assert channel.MAX_MESSAGE - 16_000 < len(raw) <= channel.MAX_MESSAGE
+    said = read_said(raw)
+    assert said.allowed == SAID.allowed * channel.MAX_ALLOWED
+    assert said.choices == choices[-len(said.choices) :]
+    longest = SpiffeId("td", "a", "b" * 2000)
+    allowed = tuple(Allowed(longest, ("10.0.0.2", port), "fd00::1", 8080) for port in range(1, 501))
+    raw = channel.pack_said(Said(SAID.choices, allowed))
+    assert len(raw) <= channel.MAX_MESSAGE
+    assert 0 < len(read_said(raw).allowed) < 500
+
+
 def test_flows_are_read():
     end = ("10.0.0.1", 80)
     flow = Flow(True, end, end, end, "spiffe://td/ns/a/sa/b", 1, 2, 3, 4, 0.5, "closed")
