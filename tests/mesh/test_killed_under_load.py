@@ -70,7 +70,7 @@ def test_agents_that_die_start_and_are_upgraded_lose_no_connection(mesh: Mesh) -
     with nothing_in_the_clear(hosts, mark), _loads(mesh, mark) as loads:
         with _agents_back(*hosts):
             deadline = time.monotonic() + 12
-            while time.monotonic() < deadline:
+            while time.monotonic() < deadline or killed < 4:
                 host = chance.choice(hosts)
                 _end_agent(host, chance)
                 killed += 1
@@ -85,7 +85,6 @@ def test_agents_that_die_start_and_are_upgraded_lose_no_connection(mesh: Mesh) -
             status = host.node().status()
             assert status["error"] == "", f"seed {seed}"
             assert {one["workload"] for one in status["workloads"]} == {one.name for one in host.workloads}
-    assert killed >= 4
     for load in loads:
         assert load.outcomes.keys() == {"ok"}, f"seed {seed}, {killed} ends: {load.outcomes}"
         assert not load.broken, f"seed {seed}, {killed} ends: {load.broken}"

@@ -449,6 +449,18 @@ class TestTheLauncher:
         assert mesh_job.name not in known
         assert "nft4" not in "".join(known)
 
+    def test_uproxy_that_a_fork_server_starts_is_known_by_its_uid_too(self, mesh: Mesh) -> None:
+        path = mesh.lab.directory / "fork.sock"
+        server = mesh.a.spawn([sys.executable, "-I", "-m", "uproxy", "fork-server", "--socket", str(path)])
+        try:
+            inside.eventually(path.is_socket)
+            with inside.serving(mesh.peers["nft4"], PORT, inside.echo):
+                dial = _dialling(mesh.vip("nft4"))
+                status, output, errors = _run(_job(mesh), [*NFT, "--fork-server", str(path)], dial)
+        finally:
+            server.terminate()
+        assert (status, output) == (0, "b'x'\n"), errors
+
     def test_command_gets_no_privileges_by_a_set_uid_program(self, mesh: Mesh) -> None:
         """Only where it could take the rules away with them."""
         said = {}
