@@ -26,7 +26,7 @@ from dns.rcode import Rcode
 from control.api.address import IpAddress
 from control.client.state import State
 from uproxy import dns_messages, plane
-from uproxy.dns_messages import Kind, MalformedError, MeshName, Question
+from uproxy.dns_messages import Kind, MeshName, Question, UnansweredError
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane
 from uproxy.redirect import OriginalDestination, original_destination
@@ -112,16 +112,16 @@ class Responder:
             log.info("a name query failed: %s", error)
             answer = dns_messages.failure(query, Rcode.SERVFAIL)
             self._failed += 1
-        except MalformedError as error:
+        except UnansweredError as error:
             log.info("a name query was refused: %s", error)
-            answer = dns_messages.failure(query, Rcode.FORMERR)
+            answer = dns_messages.failure(query, error.rcode)
             self._failed += 1
         if answer is not None:
             with contextlib.suppress(OSError):  # the application is gone, or this proxy is
                 listener.sendto(answer, app)
 
     async def _answer(self, listener: socket.socket, query: bytes) -> bytes | None:
-        """None: none came in time. Raises RefusedError and MalformedError."""
+        """None: none came in time. Raises RefusedError and UnansweredError."""
         question = dns_messages.read_question(query)
         name = dns_messages.mesh_name(question)
         if name is not None and await self._is_ours(name):

@@ -15,6 +15,7 @@ import dns.rcode
 import dns.rdata
 import dns.rrset
 from dns.name import Name
+from dns.opcode import Opcode
 from dns.rcode import Rcode
 from dns.rdata import Rdata
 from dns.rdataclass import RdataClass
@@ -39,8 +40,12 @@ _HEADER_BYTES: Final = 12
 _RESPONSE, _KEPT_FLAGS = 0x80, 0x79  # QR; opcode and RD
 
 
-class MalformedError(Exception):
-    """Bytes that are no query."""
+class UnansweredError(Exception):
+    """Bytes that are no query, or one of a kind that is not answered; `failure` makes what is said to it."""
+
+    def __init__(self, text: str, rcode: Rcode = Rcode.FORMERR) -> None:
+        super().__init__(text)
+        self.rcode = rcode
 
 
 class Kind(Enum):
@@ -77,8 +82,11 @@ class Question:
 
 
 def read_question(wire: bytes) -> Question:
-    """The question of a query. Raises MalformedError: then `failure` makes the answer, if there is to be one."""
-    return _question_of(_read(wire, question_only=True))
+    """The question of a query. Raises UnansweredError."""
+    query = _read(wire, question_only=True)
+    if query.opcode() != Opcode.QUERY:
+        raise UnansweredError(f"a message of kind {query.opcode().name}, which is not for resolvers", Rcode.NOTIMP)
+    return _question_of(query)
 
 
 def mesh_name(question: Question) -> MeshName | None:
@@ -98,9 +106,11 @@ def mesh_name(question: Question) -> MeshName | None:
 def answer(wire: bytes, zone: Name, addresses: Sequence[IpAddress] | None) -> bytes:
     """The mesh's answer to a query. None: there is no such name; no address of the type that is asked for: no data.
 
-    Raises MalformedError.
+    Raises UnansweredError.
     """
     query = _read(wire)
+    if query.edns > 0:
+        raise UnansweredError(f"version {query.edns} of EDNS", Rcode.BADVERS)  # RFC 6891 section 6.1.3
     question = _question_of(query)
     response = dns.message.make_response(query, recursion_available=True, our_payload=_EDNS_PAYLOAD, pad=0)
     response.flags |= dns.flags.AA
@@ -122,7 +132,7 @@ def failure(wire: bytes, rcode: Rcode) -> bytes | None:
         return None
     try:
         response = dns.message.make_response(_read(wire), recursion_available=True, our_payload=_EDNS_PAYLOAD, pad=0)
-    except MalformedError:
+    except UnansweredError:
         return wire[:2] + bytes((_RESPONSE | wire[2] & _KEPT_FLAGS, _RESPONSE | rcode)) + bytes(8)
     response.set_rcode(rcode)
     return response.to_wire()
@@ -136,7 +146,7 @@ def answers(wire: bytes, question: Question) -> bool:
         return wire[3] & 0x0F != 0 and wire[6:8] == bytes(2)
     try:
         return _question_of(_read(wire, question_only=True)) == question
-    except MalformedError:
+    except UnansweredError:
         return False
 
 
@@ -144,12 +154,12 @@ def _read(wire: bytes, *, question_only: bool = False) -> dns.message.Message:
     try:
         return dns.message.from_wire(wire, question_only=question_only)
     except (dns.exception.DNSException, ValueError) as error:
-        raise MalformedError(str(error) or type(error).__name__) from None
+        raise UnansweredError(str(error) or type(error).__name__) from None
 
 
 def _question_of(message: dns.message.Message) -> Question:
     if len(message.question) != 1:
-        raise MalformedError(f"{len(message.question)} questions")
+        raise UnansweredError(f"{len(message.question)} questions")
     (asked,) = message.question
     return Question(asked.name, asked.rdtype, asked.rdclass)
 

@@ -177,7 +177,7 @@ def namespaces_messages(pen: Pen, old: Message | None, having: Mapping[str, bool
     after = before.union(name for name in having if having[name]).difference(
         name for name in having if not having[name]
     )
-    return [_namespaces(pen, after)] if after != before or body is None else []
+    return [_namespaces(pen, after)] if after != before else []
 
 
 def trust_message(pen: Pen, certificates: tuple[bytes, ...]) -> Message:

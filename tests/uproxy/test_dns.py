@@ -204,7 +204,7 @@ def test_what_is_no_answer_is_not_heard(run, nameserver):
 
     def lie(sock: socket.socket, query: bytes, sender: tuple[str, int]) -> None:
         truth = dns.message.make_response(dns.message.from_wire(query)).to_wire()
-        sock.sendto(bytes((truth[0] ^ 1,)) + truth[1:], sender)
+        sock.sendto(bytes((truth[0] ^ 1,)) + truth[1:3] + bytes((truth[3] | 3,)) + truth[4:], sender)
         sock.sendto(
             truth[:2] + dns.message.make_response(dns.message.make_query("evil.com", "A")).to_wire()[2:], sender
         )

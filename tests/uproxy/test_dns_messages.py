@@ -5,6 +5,7 @@ from __future__ import annotations
 import dns.flags
 import dns.message
 import dns.name
+import dns.opcode
 import dns.rcode
 import dns.rdatatype
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from control.api.address import parse_address
 from uproxy import dns_messages
-from uproxy.dns_messages import Kind, MalformedError, MeshName
+from uproxy.dns_messages import Kind, MeshName, UnansweredError
 
 V4, OTHER_V4, V6 = map(parse_address, ("240.240.0.1", "240.240.0.2", "fd75::1"))
 FULL, SHORT = dns_messages.SERVICE_ZONES
@@ -107,6 +108,10 @@ class TestAnswers:
         (authority,) = found.authority
         assert (authority.name, authority.ttl, authority[0].minimum) == (FULL, 5, 5)
 
+    def test_without_any_address_are_no_data(self):
+        found = answered(asked("web.shop"))
+        assert (found.rcode(), found.answer) == (dns.rcode.NOERROR, [])
+
     def test_for_names_that_do_not_exist(self):
         found = dns.message.from_wire(dns_messages.answer(asked("nobody.shop.svc"), SHORT, None))
         assert found.rcode() == dns.rcode.NXDOMAIN
@@ -140,10 +145,28 @@ class TestFailures:
         assert dns_messages.failure(b"short", dns.rcode.FORMERR) is None
         assert dns_messages.failure(dns_messages.answer(asked("web.shop"), FULL, [V4]), dns.rcode.FORMERR) is None
 
+    @pytest.mark.parametrize("kind", [dns.opcode.NOTIFY, dns.opcode.UPDATE, dns.opcode.STATUS, 15])
+    def test_what_is_not_for_resolvers_is_told_so(self, kind):
+        query = asked("web.shop")
+        query = query[:2] + bytes((query[2] | kind << 3,)) + query[3:]
+        with pytest.raises(UnansweredError) as refused:
+            dns_messages.read_question(query)
+        found = dns_messages.failure(query, refused.value.rcode)
+        assert found[:2] == query[:2]
+        assert found[2] == query[2] | 0x80
+        assert found[3] & 15 == refused.value.rcode
+
+    def test_a_version_of_edns_that_nobody_knows_is_told_so(self):
+        query = asked("web.shop", use_edns=1)
+        with pytest.raises(UnansweredError) as refused:
+            dns_messages.answer(query, FULL, [V4])
+        found = dns.message.from_wire(dns_messages.failure(query, refused.value.rcode))
+        assert (found.rcode(), found.edns) == (dns.rcode.BADVERS, 0)
+
     def test_two_questions_are_malformed(self):
         query = dns.message.make_query("web.shop", "A")
         query.question.append(dns.message.make_query("example.com", "A").question[0])
-        with pytest.raises(MalformedError):
+        with pytest.raises(UnansweredError):
             dns_messages.read_question(query.to_wire())
 
 
@@ -178,7 +201,7 @@ def test_any_bytes_are_a_question_or_malformed(wire):
     try:
         dns_messages.mesh_name(dns_messages.read_question(wire))
         dns_messages.answer(wire, FULL, [V4])
-    except MalformedError:
+    except UnansweredError:
         pass
     dns_messages.answers(wire, question)
     failed = dns_messages.failure(wire, dns.rcode.SERVFAIL)

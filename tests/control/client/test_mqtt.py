@@ -333,7 +333,7 @@ def test_a_proxy_that_has_files_imports_no_mqtt():
 
 
 def test_a_member_imports_nothing_that_it_does_not_use():
-    heavy = ("urllib.request", "http.client", "email", "cryptography", "aiohttp", "yaml")
+    heavy = ("urllib.request", "http.client", "email", "cryptography", "aiohttp", "yaml", "dns.name")
     assert loaded("import control.client.subscriber", *heavy) == []
 
 
