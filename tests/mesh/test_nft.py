@@ -468,6 +468,17 @@ class TestTheLauncher:
             said[capture] = _run(_job(mesh), options, ["grep", "NoNewPrivs", "/proc/self/status"])[1].split()
         assert said == {"nft": ["NoNewPrivs:", "1"], "ebpf": ["NoNewPrivs:", "0"]}
 
+    def test_root_of_a_user_namespace_can_take_neither_rules_nor_uid(self, mesh: Mesh) -> None:
+        script = """
+            unshare --map-root-user id -u
+            unshare --map-root-user nft flush ruleset && echo flushed
+            unshare --map-root-user setpriv --reuid 61184 true && echo taken
+            exec python3 -c "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('240.240.0.30', 9))"
+        """
+        _, output, errors = _run(_job(mesh), NFT, ["sh", "-c", script])
+        assert output == "0\n"
+        assert "PermissionError" in errors
+
     def test_root_is_refused(self, mesh: Mesh) -> None:
         status, _, errors = _run(_job(mesh), [*NFT, "--user", "root"], ["true"])
         assert status == 125
