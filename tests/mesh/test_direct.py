@@ -6,9 +6,10 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -141,6 +142,39 @@ def test_policy_that_denies_ends_it_at_once(near: Near) -> None:
         with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
             made.recv(1)
         assert is_refused(near.web, VIP)
+
+
+def test_no_connection_outlives_what_allowed_it(near: Near) -> None:
+    """Also none that was being made while policy changed."""
+    held: list[socket.socket] = []
+    ended = threading.Event()
+
+    def dial_on() -> None:
+        while not ended.is_set() and len(held) < 2000:
+            with suppress(OSError):
+                held.append(inside.dial(near.web, VIP))
+
+    open_direct(near).close()
+    before = inside.dialled_direct(near.host)
+    dialler = threading.Thread(target=dial_on)
+    dialler.start()
+    try:
+        inside.eventually(lambda: inside.dialled_direct(near.host) >= before + 20)
+        with configured(near, RESOURCES + DENY):
+            inside.eventually(lambda: is_refused(near.web, VIP))
+            time.sleep(1)
+            ended.set()
+            dialler.join()
+            for made in held:
+                made.settimeout(1)
+                with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
+                    made.recv(1)
+    finally:
+        ended.set()
+        dialler.join()
+        for made in held:
+            made.close()
+    print(f"{len(held)} connections, {inside.dialled_direct(near.host) - before} of them direct")
 
 
 def test_mode_that_is_taken_back_ends_it(near: Near) -> None:
