@@ -1,4 +1,4 @@
-"""Netlink as far as the direct path needs it: one request, its answers, their attributes. <linux/netlink.h>"""
+"""Netlink as far as it is needed here: one request, its answers, their attributes. <linux/netlink.h>"""
 
 from __future__ import annotations
 
