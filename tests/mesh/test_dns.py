@@ -268,6 +268,17 @@ def test_other_names_are_asked_for_where_the_application_asked(site: Site) -> No
     assert inside.metric(site.caller, "uproxy_dns_answered_total") > 0
 
 
+def test_the_next_nameserver_is_asked_when_one_cannot_be_reached(site: Site) -> None:
+    conf = (
+        f"nameserver 127.0.0.53\nnameserver 192.0.2.250\nnameserver {site.nameserver.addresses[0]}\noptions timeout:2\n"
+    )
+    began = time.monotonic()
+    told = site.run(site.caller, conf, _LOOK_UP, "www.example.com", "peer.load")
+    assert told == [f"www.example.com {_PUBLIC} {_PUBLIC6}", f"peer.load {_PEER}"]
+    assert time.monotonic() - began < 2, "each that cannot be reached says so at once"
+    assert set(site.nameserver.heard) == {"www.example.com"}
+
+
 def test_a_service_that_comes_and_goes_is_told_so(site: Site) -> None:
     assert site.ask("late.shop.svc").rcode() == dns.rcode.NXDOMAIN
     assert site.addresses("late.shop") == [_PUBLIC]
