@@ -238,12 +238,15 @@ def fields_so_far(connection: Connection, now: float, field: Field) -> list[str]
         fields.append(field("policy", connection.policy))
     if connection.dry_run:
         fields.append(field("dry_run", connection.dry_run))
-    return fields + _names(connection, field)
+    _add_names(fields, connection, field)
+    return fields
 
 
 def fields_when_opened(connection: Connection, field: Field) -> list[str]:
     """The same, without what is counted and how it ends."""
-    return _ends(connection, field) + _names(connection, field)
+    fields = _ends(connection, field)
+    _add_names(fields, connection, field)
+    return fields
 
 
 def _ends(connection: Connection, field: Field) -> list[str]:
@@ -261,8 +264,7 @@ def _ends(connection: Connection, field: Field) -> list[str]:
     return fields
 
 
-def _names(connection: Connection, field: Field) -> list[str]:
-    fields = []
+def _add_names(fields: list[str], connection: Connection, field: Field) -> None:
     if connection.caller:
         fields.append(field("caller", connection.caller))
     if connection.native is not None:
@@ -271,7 +273,6 @@ def _names(connection: Connection, field: Field) -> list[str]:
         fields.append(field("retransmits", connection.native.retransmits))
     if connection.request_id:
         fields.append(field("request_id", connection.request_id))
-    return fields
 
 
 def _peer(field: Field, side: str, peer: Peer) -> tuple[str, ...]:

@@ -111,12 +111,11 @@ class Inbound:
     async def _serve_connect(self, carrier: Tunnel, relay: Relay, headers: Headers) -> None:
         """One CONNECT stream, to its end. Never raises."""
         fields = dict(headers)
-        request_id = listener.request_id(fields)
+        request_id, caller_span = listener.traced(fields)
         record = self._record(host_port(carrier.peer_address, carrier.peer_port), request_id, time.monotonic())
         record.source.identity = str(carrier.peer)
-        record.parent_span = listener.caller_span(fields)
-        if record.parent_span and self._telemetry.spans is not None:
-            record.span = os.urandom(8).hex()
+        if caller_span:
+            self._telemetry.follow(record, caller_span)
         try:
             if self._demand is not None:
                 await self._introduce(self._demand, carrier, fields)

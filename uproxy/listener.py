@@ -21,6 +21,7 @@ from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
 from uproxy.tls import Context, peer_identity
+from uproxy.trace import Traced
 from uproxy.tunnel import RequestCallback, Tunnel
 
 BACKLOG = 4096
@@ -226,16 +227,9 @@ def asked_for(fields: dict[bytes, bytes]) -> Asked:
     return Asked(authority, match[1] or match[2], int(match[3]))
 
 
-def request_id(fields: dict[bytes, bytes]) -> str:
-    """The id under which the caller logs this connection, or a new one: 32 hex digits."""
-    traced = trace.read(fields.get(b"traceparent", b""))
-    return traced.trace if traced is not None else os.urandom(16).hex()
-
-
-def caller_span(fields: dict[bytes, bytes]) -> str:
-    """The span that the caller records for this connection (16 hex digits); empty when it records none."""
-    traced = trace.read(fields.get(b"traceparent", b""))
-    return traced.span if traced is not None else ""
+def traced(fields: dict[bytes, bytes]) -> Traced:
+    """The trace, under whose id the caller logs this connection, or a new one."""
+    return trace.read(fields.get(b"traceparent", b"")) or Traced(os.urandom(16).hex(), "")
 
 
 def refuse(carrier: Tunnel, relay: Relay, error: RefusedError, request_id: str) -> None:

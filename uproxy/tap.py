@@ -34,15 +34,14 @@ class Outlet(Protocol):
 
 
 class Taps:
-    """The watchers of one process. False while there are none: then nobody needs to tell them anything."""
+    """The watchers of one process."""
 
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = _nothing
         """Called when there are watchers, and when there are none any more."""
+        self.watched = False
+        """Whether there are any; while not, nobody needs to tell them anything."""
         self._taps: set[_Tap] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._taps)
 
     @property
     def full(self) -> bool:
@@ -52,16 +51,19 @@ class Taps:
         """A watcher, from now until what is returned is called."""
         tap = _Tap(outlet)
         self._taps.add(tap)
-        if len(self._taps) == 1:
-            self.on_change()
+        self._changed()
 
         def remove() -> None:
             self._taps.discard(tap)
             tap.close()
-            if not self._taps:
-                self.on_change()
+            self._changed()
 
         return remove
+
+    def _changed(self) -> None:
+        before, self.watched = self.watched, bool(self._taps)
+        if self.watched is not before:
+            self.on_change()
 
     def note(self, message: str, level: str, fields: Fields) -> None:
         """Something happened: to be called only when there are watchers."""

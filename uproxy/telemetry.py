@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ class Telemetry:
         series.opened += 1
         series.live += 1
         self._live[connection] = series
-        if self.taps or _access.isEnabledFor(logging.DEBUG):
+        if self.taps.watched or _access.isEnabledFor(logging.DEBUG):
             self._tell_opened(connection)
 
     def closed(self, connection: Connection, now: float) -> None:
@@ -221,12 +222,18 @@ class Telemetry:
             self._log.record(connection, now)
         if connection.span and self.spans is not None:
             self.spans.add(_span(connection, now))
-        if self.taps:
+        if self.taps.watched:
             self.taps.note(
                 access_log.COMPLETE,
                 access_log.level_of(connection),
                 lambda field: access_log.fields_so_far(connection, now, field),
             )
+
+    def follow(self, connection: Connection, caller_span: str) -> None:
+        """The caller records this connection, so we do, if we record anything."""
+        connection.parent_span = caller_span
+        if self.spans is not None:
+            connection.span = os.urandom(8).hex()
 
     def _tell_opened(self, connection: Connection) -> None:
         def fields(field: access_log.Field) -> list[str]:
@@ -234,7 +241,7 @@ class Telemetry:
 
         if self._log is not None and _access.isEnabledFor(logging.DEBUG):
             self._log.note(access_log.OPENED, "debug", fields)
-        if self.taps:
+        if self.taps.watched:
             self.taps.note(access_log.OPENED, "debug", fields)
 
     def live(self, now: float, wall: float) -> Listing:

@@ -25,7 +25,7 @@ def read(header: bytes) -> Traced | None:
     return Traced(found[1].decode(), found[2].decode() if int(found[3], 16) & _RECORDED else "")
 
 
-def write(trace: str, *spans: str) -> bytes:
-    """For who is called next, so that its span follows the first of these that is recorded, which is not empty."""
-    follows = next(filter(None, spans), "")
-    return f"00-{trace}-{follows or trace[:16]}-{'01' if follows else '00'}".encode()
+def write(trace: str, own: str, callers: str) -> bytes:
+    """For who is called next, so that its span follows ours or else the caller's; empty: that one is not recorded."""
+    follows = own or callers
+    return (f"00-{trace}-{follows}-01" if follows else f"00-{trace}-{trace[:16]}-00").encode()

@@ -25,7 +25,7 @@ from uproxy import trace
 from uproxy.connections import Connections, Live
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
-from uproxy.listener import Asked, asked_for, caller_span, refuse, request_id
+from uproxy.listener import Asked, asked_for, refuse, traced
 from uproxy.plane import Plane, Timer, Waiter
 from uproxy.relay import CLEAN, Relay
 from uproxy.resolve import Hop, host_port
@@ -179,8 +179,8 @@ class Gateway:
         """One CONNECT stream, to its end. Never raises."""
         fields = dict(headers)
         caller = Caller(carrier.peer, carrier.peer_address, carrier.peer_port)
-        record = self._record(caller, request_id(fields))
-        record.parent_span = caller_span(fields)
+        request_id, caller_span = traced(fields)
+        record = self._record(caller, request_id)
         try:
             asked = asked_for(fields)
             record.hbone_address = asked.authority
@@ -188,8 +188,8 @@ class Gateway:
             destination = self._destinations.find(asked)
             record.destination_service = destination.service_key
             if not destination.http:
-                if record.parent_span and self._telemetry.spans is not None:
-                    record.span = os.urandom(8).hex()
+                if caller_span:
+                    self._telemetry.follow(record, caller_span)
                 await self._serve_tcp(carrier, relay, caller, asked, destination, record)
                 return
         except RefusedError as error:
@@ -728,7 +728,7 @@ class Gateway:
             source=self._peer(caller),
             destination=Peer(""),
             started=time.monotonic(),
-            request_id=given.decode() if _REQUEST_ID.fullmatch(given) else request_id({}),
+            request_id=given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex(),
             method=head.method if head is not None else "",
             path=head.target if head is not None else "",
             protocol=f"HTTP/1.{head.minor}" if head is not None else "",
@@ -740,15 +740,15 @@ class Gateway:
 
     def _place_in_trace(self, exchange: Exchange, given: list[bytes]) -> None:
         """A request that its caller records goes on in that trace; of others, a share begins one here."""
-        traced = trace.read(given[0]) if len(given) == 1 else None
+        said = trace.read(given[0]) if len(given) == 1 else None
         spans = self._telemetry.spans
-        if traced is not None and traced.span:
-            exchange.trace, exchange.parent_span = traced.trace, traced.span
+        if said is not None and said.span:
+            exchange.trace, exchange.parent_span = said.trace, said.span
             recorded = spans is not None
         else:
             named = exchange.request_id.replace("-", "").lower()  # mostly a UUID, where the caller has chosen it
             exchange.trace = named if _TRACE.fullmatch(named) else os.urandom(16).hex()
-            recorded = traced is None and spans is not None and spans.draws()
+            recorded = said is None and spans is not None and spans.draws()
         if recorded:
             exchange.span = os.urandom(8).hex()
 

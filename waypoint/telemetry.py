@@ -122,12 +122,12 @@ class WaypointTelemetry(Telemetry):
         self._under_way.discard(exchange)
         if exchange.span and self.spans is not None:
             self.spans.add(_span(exchange, now))
-        if self._requests_log is not None or self.taps:
+        if self._requests_log is not None or self.taps.watched:
             level = "info" if exchange.flag == NO_FLAG and not exchange.details else "error"
             fields = partial(_fields, exchange, took_ms)
             if self._requests_log is not None:
                 self._requests_log.note(_COMPLETE, level, fields)
-            if self.taps:
+            if self.taps.watched:
                 self.taps.note(_COMPLETE, level, fields)
 
     def istio_lines(self) -> Iterator[str]:

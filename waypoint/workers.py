@@ -204,7 +204,7 @@ class Workers:
         channel.send("start", {**self._settings, "number": worker.number, "level": self._level})
         channel.send("apply", self._sent, list(self._held.items()))
         channel.send("listen")
-        channel.send("tap", bool(self._telemetry.taps))
+        channel.send("tap", self._telemetry.taps.watched)
 
     def _on_message(self, worker: _Worker, message: Message) -> None:
         match message:
@@ -374,7 +374,7 @@ class Workers:
         """Somebody watches now, or nobody does any more."""
         for worker in self._workers:
             if worker.channel is not None:
-                worker.channel.send("tap", bool(self._telemetry.taps))
+                worker.channel.send("tap", self._telemetry.taps.watched)
 
     def reopen_log(self) -> None:
         """The access log's file was moved away."""

@@ -302,7 +302,7 @@ class TestTap:
 
     def test_every_watcher_gets_every_line_in_order_from_when_it_came(self):
         async def conversation(taps, address):
-            assert not taps
+            assert not taps.watched
             first, one = await self.watch(address)
             self.note(taps, 1)
             second, two = await self.watch(address)
@@ -316,7 +316,7 @@ class TestTap:
             self.note(taps, 3)
             assert json.loads(await second.readline())["number"] == 3
             await close(two)
-            while taps:  # noqa: ASYNC110
+            while taps.watched:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
         self.converse(conversation)
