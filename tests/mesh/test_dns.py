@@ -311,14 +311,8 @@ def test_a_uproxy_that_does_not_run_means_no_answer_and_no_query_outside(site: S
     with pytest.raises(ConnectionRefusedError):
         site.ask("peer.load")
     assert set(site.nameserver.heard) <= {"www.example.com"}, "asked by the proxy that had been stopped"
-
-    def is_back() -> bool:
-        try:
-            return site.addresses("peer.load") == [_PEER]
-        except OSError:
-            return False
-
-    inside.eventually(is_back, 20)
+    inside.eventually(lambda: _is_answered(site, "peer.load"), 20)
+    assert site.addresses("peer.load") == [_PEER]
 
 
 @pytest.mark.parametrize("site", ["control"], indirect=True)
@@ -326,6 +320,8 @@ def test_without_control_plane_what_is_known_is_told_and_nothing_of_the_meshs_le
     """The last test of its lab: the control plane stays dead."""
     assert site.lab.control is not None
     assert site.addresses("peer.load") == [_PEER]
+    kept = site.caller.identity_dir / "state"
+    inside.eventually(lambda: kept.exists() and b"/svc/load/peer" in kept.read_bytes())
     site.lab.control.kill()
     site.nameserver.heard.clear()
     assert site.addresses("peer.load.svc") == [_PEER]
@@ -336,3 +332,18 @@ def test_without_control_plane_what_is_known_is_told_and_nothing_of_the_meshs_le
     for name in ("unasked.load", "unasked.load.svc.cluster.local"):
         assert site.ask(name, timeout_s=6).rcode() == dns.rcode.SERVFAIL
     assert site.nameserver.heard == ["example.com"]
+    # Nor does a uProxy that starts now know less.
+    os.kill(site.caller.proxy_pid(), signal.SIGKILL)
+    inside.eventually(lambda: _is_answered(site, "peer.load"), 20)
+    assert site.addresses("peer.load") == [_PEER]
+    assert site.addresses("example.com") == [_PUBLIC]
+    assert site.ask("unasked.load", timeout_s=6).rcode() == dns.rcode.SERVFAIL
+    assert site.nameserver.heard == ["example.com"] * 2
+
+
+def _is_answered(site: Site, name: str) -> bool:
+    """Whether anything is said to a query; false while no uProxy runs, or none is ready."""
+    try:
+        return site.ask(name).rcode() == dns.rcode.NOERROR
+    except OSError:
+        return False
