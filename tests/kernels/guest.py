@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import platform
 import re
 import shutil
 import stat
@@ -53,6 +54,8 @@ class GuestError(Exception):
 
 def newest(series: str) -> str:
     """The package of the newest cloud kernel of a series, such as 6.1. Raises GuestError."""
+    if platform.machine() != "x86_64":
+        raise GuestError(f"the emulated host is x86-64, and the interpreter here is for {platform.machine()}")
     known = _output("apt-cache", "pkgnames", f"linux-image-{series}.").split()
     wanted = re.compile(rf"linux-image-{re.escape(series)}\.[^-]+(-\d+)?-cloud-amd64")
     found = [name for name in known if wanted.fullmatch(name)]
