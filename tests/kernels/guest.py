@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import os
 import platform
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 CACHE: Final = PROJECT / "build" / "kernels"
@@ -126,38 +127,49 @@ def pack(kernel: Path) -> Path:
     files |= _needed(files)
     files |= {target for path in files for target in _targets(path)}
     with archive.open("wb") as out:
-        made: set[Path] = set()
-        number = iter(range(1, 1 << 30))
-
-        def put(path: Path, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-            if path.parent not in made and path != Path("/"):
-                made.add(path.parent)
-                put(path.parent, stat.S_IFDIR | 0o755)
-            out.write(_entry(str(path).lstrip("/"), next(number), mode, content, device))
-
-        for name in ("proc", "sys", "tmp", "run", "root", "etc", "var"):
-            put(Path("/", name), stat.S_IFDIR | 0o755)
-            made.add(Path("/", name))
-        put(Path("/dev/console"), stat.S_IFCHR | 0o600, device=(5, 1))
-        put(Path("/init"), stat.S_IFLNK | 0o777, os.fsencode(PROJECT / "tests/kernels/inside.py"))
-        put(Path("/sbin/python"), stat.S_IFLNK | 0o777, os.fsencode(sys.executable))
+        writer = _Cpio(out)
+        for name in ("proc", "sys", "run", "tmp", "root"):
+            writer.add(Path("/", name), stat.S_IFDIR | 0o755)
+        writer.add(Path("/dev/console"), stat.S_IFCHR | 0o600, device=(5, 1))
+        writer.add(Path("/init"), stat.S_IFLNK | 0o777, os.fsencode(PROJECT / "tests/kernels/inside.py"))
+        writer.add(Path("/sbin/python"), stat.S_IFLNK | 0o777, os.fsencode(sys.executable))
         for at, (name, content) in enumerate(_modules(kernel)):
-            put(Path(f"/modules/{at:02}-{name}.ko"), stat.S_IFREG | 0o644, content)
+            writer.add(Path(f"/modules/{at:02}-{name}.ko"), stat.S_IFREG | 0o644, content)
         for path in sorted(files):
-            if path.is_symlink():
-                put(path, stat.S_IFLNK | 0o777, os.fsencode(os.readlink(path)))
-            else:
-                put(path, path.stat().st_mode, path.read_bytes())
-        out.write(_entry("TRAILER!!!", 0, 0))
+            status = path.lstat()
+            content = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes()
+            # With the time of its source, compiled Python is not compiled again.
+            writer.add(path, status.st_mode, content, changed_s=int(status.st_mtime))
+        writer.end()
     return archive
 
 
-def _entry(name: str, number: int, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
-    """One file, as the kernel reads it: cpio's `newc` (Documentation/driver-api/early-userspace/buffer-format.rst)."""
-    encoded = os.fsencode(name) + b"\0"
-    fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(encoded), 0)
-    header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
-    return _padded(header) + _padded(content)
+class _Cpio:
+    """What the kernel unpacks: cpio's `newc` (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out = out
+        self._inodes = itertools.count(1)
+        self._made = {Path("/")}
+
+    def add(
+        self, path: Path, mode: int, content: bytes = b"", *, changed_s: int = 0, device: tuple[int, int] = (0, 0)
+    ) -> None:
+        """A file, and the directories above it."""
+        if path in self._made:
+            return
+        self._made.add(path)
+        self.add(path.parent, stat.S_IFDIR | 0o755)
+        self._write(str(path).lstrip("/"), mode, content, changed_s, device)
+
+    def end(self) -> None:
+        self._write("TRAILER!!!", 0, b"", 0, (0, 0))
+
+    def _write(self, name: str, mode: int, content: bytes, changed_s: int, device: tuple[int, int]) -> None:
+        encoded = os.fsencode(name) + b"\0"
+        fields = (next(self._inodes), mode, 0, 0, 1, changed_s, len(content), 0, 0, *device, len(encoded), 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        self._out.write(_padded(header) + _padded(content))
 
 
 def _padded(content: bytes) -> bytes:
