@@ -36,6 +36,7 @@ _PIDFD_GET_INFO: Final = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
 _INFO_CGROUP: Final = 1 << 2
 _PAUSE_S: Final = 0.05  # between two messages of a peer, and after one whom nobody knows
 _MAX_PEERS: Final = 1024
+_MAX_REASONS: Final = 50  # that are logged, each once
 _BUFFER: Final = 1 << 20  # for flows, while a peer is busy
 
 
@@ -109,12 +110,17 @@ async def serve(listener: socket.socket, captured: Callable[[], Iterable[Capture
             peer.close()
             free.release()
 
+    why: set[str] = set()
     async with asyncio.TaskGroup() as group:
         while True:
             await free.acquire()
             connection, _ = await loop.sock_accept(listener)
-            peer = _identified(connection, captured())
-            if peer is None:
+            try:
+                peer = _identified(connection, captured())
+            except (OSError, ValueError) as error:
+                if str(error) not in why and len(why) < _MAX_REASONS:
+                    why.add(str(error))
+                    _log.warning("who comes for the direct path and is no workload's uProxy is hung up on: %s", error)
                 connection.close()
                 free.release()
                 await asyncio.sleep(_PAUSE_S)
@@ -122,28 +128,30 @@ async def serve(listener: socket.socket, captured: Callable[[], Iterable[Capture
                 group.create_task(converse(peer))
 
 
-def _identified(connection: socket.socket, captured: Iterable[Captured]) -> Peer | None:
-    """None for whom nobody knows."""
+def _identified(connection: socket.socket, captured: Iterable[Captured]) -> Peer:
+    """Raises OSError or ValueError for whom nobody knows."""
     try:
-        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
-        pidfd = struct.unpack("=i", raw)[0]
+        pidfd = struct.unpack("=i", connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
     except OSError as error:
-        _log.info("who connects for the direct path cannot be known: %s", error)
-        return None
+        if error.errno == errno.ENOPROTOOPT:
+            raise OSError(error.errno, "this kernel has no SO_PEERPIDFD (Linux 6.5), so nothing goes direct") from None
+        raise
     try:
         pid = _pid(pidfd)
         place = _cgroup_id(pidfd, pid)
-        (workload,) = [one for one in captured if place and one.proxy_cgroup == place]
+        workload = next((one for one in captured if place and one.proxy_cgroup == place), None)
+        if workload is None:
+            raise ValueError("it is in no workload's proxy cgroup")
         netns_fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        if not _is_alive(pidfd) or os.fstat(netns_fd).st_ino != workload.netns_ino:
+        try:
+            if not _is_alive(pidfd) or os.fstat(netns_fd).st_ino != workload.netns_ino:
+                raise ValueError("it is gone, or in another network namespace than its workload")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+            connection.setblocking(False)
+            return Peer(workload, connection, netns_fd)
+        except (OSError, ValueError):
             os.close(netns_fd)
-            return None
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        connection.setblocking(False)
-        return Peer(workload, connection, netns_fd)
-    except (OSError, ValueError) as error:
-        _log.info("somebody who is no workload's uProxy connects for the direct path: %s", error)
-        return None
+            raise
     finally:
         os.close(pidfd)
 

@@ -122,6 +122,16 @@ def test_anybody_else_is_hung_up_on(serving):
 
 
 @root
+def test_on_an_older_kernel_nobody_is_heard_and_the_log_says_so_once(pair, serving, monkeypatch, caplog):
+    monkeypatch.setattr(peers, "_SO_PEERPIDFD", 9999)
+    path, heard = serving
+    for _ in range(3):
+        assert inside(pair.web, "proxy", path, channel.pack_said(Said())) == b""
+    assert not heard.joined_names
+    assert caplog.text.count("SO_PEERPIDFD (Linux 6.5)") == 1
+
+
+@root
 def test_a_process_in_another_namespace_is_hung_up_on(pair, serving):
     """The right cgroup alone is not enough."""
     path, heard = serving
