@@ -20,7 +20,7 @@ INTERVAL_S: Final = 0.1
 MAX_LINES: Final = 100
 """In such an interval and for one watcher; formatting them takes less than 1 % of it."""
 MAX_WAITING: Final = 256 * 1024
-"""Bytes that wait in a watcher's connection; while there are more, it gets nothing."""
+"""Bytes that wait in a watcher's connection; while there are more, nothing is added to them."""
 
 
 class Outlet(Protocol):
@@ -97,7 +97,7 @@ class _Tap:
 
     def has_room(self) -> bool:
         """Whether another line is taken; if not, it counts as left out."""
-        if len(self._lines) < MAX_LINES and self._outlet.waiting <= MAX_WAITING:
+        if len(self._lines) < MAX_LINES:
             return True
         self._left_out += 1
         self._arm()

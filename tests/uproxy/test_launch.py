@@ -9,7 +9,7 @@ import pytest
 from control.server.ca import Authority
 from tests.support.certificates import WEB, identity_dir
 from tests.support.membership import membership
-from uproxy import launch
+from uproxy import config, launch
 
 _NEEDED = ["--name", "web", "--address", "10.0.0.1", "--config", "mesh.yaml", "--identity-dir", "id"]
 
@@ -163,6 +163,15 @@ class TestMember:
         arguments = launch._sidecar_arguments(options, state)
         assert arguments[arguments.index("--identity-dir") + 1] == str(state)
         assert not {"--config", "--workload", "--address", "--join"} & set(arguments)
+
+    def test_its_sidecar_posts_spans_where_the_launch_says(self, state: Path) -> None:
+        spans = ["--otlp", "collector.observability:4318", "--otlp-share", "0.5"]
+        argv = ["--name", "web", "--join", "gone.token", "--state-dir", str(state.parent), *spans, "--", "true"]
+        arguments = launch._sidecar_arguments(launch._parse(argv)[0], state)
+        settings = config.parse(arguments)
+        assert settings.otlp == config.Collector("collector.observability", 4318, 0.5)
+        arguments = launch._sidecar_arguments(self._options(state), state)
+        assert config.parse(arguments).otlp is None
 
     def test_of_another_name_is_refused(self, state: Path) -> None:
         with pytest.raises(launch.LaunchError, match="is workload shop/web's: use --name web"):
