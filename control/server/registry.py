@@ -220,14 +220,15 @@ class Registry:
                 for subject, standing in standings.items()
                 if any(_namespace_of(gateway) in touched for gateway in standing.gateways)
             }
-        if any(kind == "PeerAuthentication" and name == self._root_namespace for kind, name, _ in texts):
-            touched |= self._store.namespaces()  # it may let plaintext in everywhere
         if release:
             # What was kept back goes now, though no document says anything new.
             touched |= {_group(document.place) for document in given}
         declared = self._declared_after(texts)
         if declared and not self._declared:
             touched |= self._store.namespaces()
+        released = frozenset(touched) if release else frozenset()
+        if any(kind == "PeerAuthentication" and name == self._root_namespace for kind, name, _ in texts):
+            touched |= self._store.namespaces()  # it may let plaintext in everywhere, and says nothing of endpoints
         resources = {name: dict(self._resources_of(name)) for name in touched}
         for place in texts:
             resources[_group(place)].pop(place, None)
@@ -236,7 +237,7 @@ class Registry:
                 resources[_group(document.place)][document.place] = document.resource
         if not release:
             self._check_removals(resources)
-        built = self._build(resources, declared, standings, release=release)
+        built = self._build(resources, declared, standings, released)
         files = {document.resource.position.file for document in given}
         return Plan(
             changes=tuple(changes),
@@ -341,12 +342,12 @@ class Registry:
         resources: Mapping[str, Mapping[Place, Resource]],
         declared: frozenset[str],
         standings: Standings,
-        *,
-        release: bool,
+        released: Collection[str],
     ) -> dict[str, Built]:
         """The touched namespaces, each by itself, against what the others hold. Raises ResourceErrors with all errors.
 
-        The root namespace comes last, since its policies may select workloads of all others.
+        The root namespace comes last, since its policies may select workloads of all others. `released`: those whose
+        services may lose their last endpoint.
         """
         # Whoever comes first holds an address, but no allocation may take what another namespace asks for.
         claims: dict[IpAddress, Claim] = {}
@@ -370,7 +371,7 @@ class Registry:
                 gateways={key: one for key, one in gateways.items() if one.namespace != name},
                 guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
-                last=partial(_ready_endpoints, trust_domain, {} if release else old),
+                last=partial(_ready_endpoints, trust_domain, {} if name in released else old),
                 peer_authentications=() if name == self._root_namespace else of_mesh,
             )
             try:

@@ -428,6 +428,16 @@ def test_the_root_namespaces_peer_authentication_holds_in_every_namespace(plane)
     assert open_ones(plane.settle()) == set()
 
 
+def test_releasing_what_holds_everywhere_takes_no_service_its_last_endpoint(plane):
+    plane.apply(SHOP, endpoints("web-a", "web", [("10.0.0.1", True)]))
+    plane.apply(endpoints("web-a", "web", [("10.0.0.1", False)]), workload("web-2", "10.0.0.2", app="db"))
+    before = {name: body for name, body in plane.settle().records.items() if name.startswith("ep/shop/web/")}
+    assert any(body["ready"] for body in before.values())
+    plane.apply(peer_authentication("mesh", "mesh-system"), release=True)
+    after = {name: body for name, body in plane.settle().records.items() if name.startswith("ep/shop/web/")}
+    assert after == before
+
+
 def test_old_warnings_are_not_told_again(plane):
     first = plane.apply(service("lonely", app="nobody"))
     assert [one.field for one in first.warnings] == ["spec.selector"]
