@@ -449,6 +449,13 @@ class TestTheLauncher:
         assert mesh_job.name not in known
         assert "nft4" not in "".join(known)
 
+    def test_workload_of_both_families_dials_both(self, mesh: Mesh) -> None:
+        options = [*NFT, "--address", "fd96:0:0:1::100"]
+        for name in ("nft4", "nft6"):
+            with inside.serving(mesh.peers[name], PORT, inside.echo):
+                status, output, errors = _run(_job(mesh), options, _dialling(mesh.vip(name)))
+            assert (status, output) == (0, "b'x'\n"), errors
+
     def test_uproxy_that_a_fork_server_starts_is_known_by_its_uid_too(self, mesh: Mesh) -> None:
         path = mesh.lab.directory / "fork.sock"
         server = mesh.a.spawn([sys.executable, "-I", "-m", "uproxy", "fork-server", "--socket", str(path)])
