@@ -36,6 +36,7 @@ examples:
   meshctl token create web-1 -n shop           let a workload in
   meshctl status                               see who runs which version
   meshctl why web-1 reviews:9080 -n shop       see who decides on a connection, and what
+  meshctl tap                                  see connections of this host as they happen
 
 `meshctl COMMAND --help` explains a command. Exit status: 0 done, 1 refused or failed, 2 not understood, 3 the answer is
 not "all as it should be" (diff, status), 4 no control plane answered.
