@@ -10,13 +10,16 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
 from benchmarks.lab import shop
 from benchmarks.lab.topology import Workload
 from tests.mesh.conftest import LOAD, PEER, PEER_V6, Mesh
+from tests.mesh.test_fork_server import fork_server
 from tests.support import inside
+from tests.support.job import FOREVER, running
 from uproxy.resolve import host_port
 
 _PERMISSIVE = """\
@@ -313,6 +316,20 @@ def test_connections_in_plaintext_are_shown_while_they_live(
         assert (one["bytes_recv"], one["bytes_sent"], one["dst.workload"]) == (1000, 1000, name)
         assert "src.identity" not in one
         assert json.loads(inside.http_get(peer, 15000, "/config_dump"))["plaintext"] == {"others": True, "ports": []}
+
+
+def test_a_uproxy_of_a_fork_server_takes_plaintext_too(mesh: Mesh, job: Workload, tmp_path: Path) -> None:
+    """The kernel is told by a socket of the proxy cgroup, which a forked process has joined first."""
+    launched = ["--fork-server", str(tmp_path / "fork.sock")]
+    with (
+        configured(mesh, _PERMISSIVE, "peer"),
+        fork_server(job, tmp_path / "fork.sock"),
+        running(job, "sh", "-c", FOREVER, launched=launched),
+        inside.serving(job, 9000, inside.echo),
+        mesh.shop.b.entered(),
+        socket.create_connection((job.address, 9000), timeout=10) as made,
+    ):
+        assert _exchange(made) == b"x"
 
 
 def test_nobody_dials_the_plaintext_port_itself(mesh: Mesh) -> None:
