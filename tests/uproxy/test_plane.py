@@ -1,0 +1,91 @@
+"""The turns of the data plane: what waits is served between what is much."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from uproxy import plane
+from uproxy.plane import STEPS_PER_TURN, Plane
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def told(ends: tuple[socket.socket, socket.socket], much: int, postponed: bool) -> list[str]:
+    """What happens, in order, when a lot is to be done and a socket becomes readable just after the first of it."""
+    order: list[str] = []
+
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+        done = asyncio.Event()
+
+        def one() -> None:
+            if not order:
+                ends[1].send(b"x")
+            order.append("much")
+            if order.count("much") == much:
+                done.set()
+
+        async def coroutine() -> None:
+            one()
+
+        def readable(_: int) -> None:
+            data_plane.unwatch(ends[0].fileno())
+            order.append("other")
+
+        def begin() -> None:
+            for _ in range(much):
+                if postponed:
+                    data_plane.postpone(one)
+                else:
+                    data_plane.spawn(coroutine())
+
+        data_plane.watch(ends[0].fileno(), plane.READ, readable)
+        data_plane.call_later(0.0, lambda: data_plane.postpone(begin))
+        async with asyncio.timeout(5):
+            await done.wait()
+        assert not data_plane.tasks
+        data_plane.close()
+
+    plane.run(main())
+    return order
+
+
+def test_a_socket_that_is_ready_is_served_between_many_coroutines(ends: tuple[socket.socket, socket.socket]) -> None:
+    order = told(ends, 10 * STEPS_PER_TURN, postponed=False)
+    assert order.index("other") == STEPS_PER_TURN
+    assert order.count("much") == 10 * STEPS_PER_TURN
+
+
+def test_of_what_was_postponed_each_turn_does_one(ends: tuple[socket.socket, socket.socket]) -> None:
+    order = told(ends, 20, postponed=True)
+    assert order.index("other") == 1
+    assert order.count("much") == 20
+
+
+def test_what_control_work_wakes_is_done_when_it_has_run() -> None:
+    done: list[int] = []
+
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+
+        async def coroutine(number: int) -> None:
+            done.append(number)
+
+        def spawn_many() -> None:
+            for number in range(10 * STEPS_PER_TURN):
+                data_plane.spawn(coroutine(number))
+
+        data_plane.run(spawn_many)
+        assert len(done) == 10 * STEPS_PER_TURN
+        data_plane.close()
+
+    plane.run(main())
