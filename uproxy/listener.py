@@ -26,8 +26,9 @@ from uproxy.tunnel import RequestCallback, Tunnel
 
 BACKLOG = 4096
 ACCEPTS_PER_TURN = 64
-# A handshake costs a millisecond: few at a time, or the tunnels that are open wait for a crowd of newcomers.
-HANDSHAKES_PER_TURN = 8
+# A handshake costs a millisecond: one at a time, or the tunnels that are open wait for a crowd of newcomers, or for
+# somebody who begins handshakes and ends none.
+HANDSHAKES_PER_TURN = 1
 # Handshakes that wait for their peer. Anybody who reaches the port can start one and then say nothing, so the oldest
 # makes room for a newcomer: a peer that does answer is done within a round trip or two.
 MAX_HANDSHAKES = 512

@@ -42,8 +42,10 @@ pytestmark = pytest.mark.root
 
 SECONDS = float(os.environ.get("FLOOD_SECONDS", "60"))
 MAX_GROWTH_MB = 16.0
-MAX_P99_S = 1.0
-"""Of another peer's round trips; what is wanted is twice that of a quiet proxy (docs/performance.md)."""
+BUSY_P99 = 2.0
+MAX_P99_S = 0.02
+"""Of another peer's round trips: so many times that beside as many busy processes that leave the proxy alone, or, where
+that is less, so much. With two processors it is these processes that make most of it."""
 CONNECT = literal_block([(b":method", b"CONNECT"), (b":authority", f"{DB_ADDRESS}:{APP[1]}".encode())])
 NOBODY = literal_block([(b":method", b"CONNECT"), (b":authority", f"{DB_ADDRESS}:1".encode())])
 _CHUNK = 64 << 10
@@ -94,6 +96,8 @@ FLOODS: dict[str, Callable[[], Iterator[bytes]]] = {
     "header bomb": bomb,
     "unknown frames": endless(frame(0x42, 0, 0, bytes(32))),
 }
+HANDSHAKES = "handshakes"
+"""That begin, and whose peer is gone before it was proved."""
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,9 @@ def round_trips(peer: Peer, seconds: float) -> list[float]:
 
 def flood(tls: ssl.SSLContext, dialled: Callable[[], socket.socket], name: str, end: float, cut: object) -> None:
     """In a process of its own: dial, flood, and dial again when cut off."""
+    if name == HANDSHAKES:
+        begin_handshakes(tls, dialled, end)
+        return
     while time.monotonic() < end:
         with suppress(OSError), dialled() as tcp, tls.wrap_socket(tcp) as channel:
             channel.settimeout(1.0)
@@ -164,6 +171,17 @@ def flood(tls: ssl.SSLContext, dialled: Callable[[], socket.socket], name: str, 
         with cut.get_lock():  # type: ignore[attr-defined]
             cut.value += 1  # type: ignore[attr-defined]
         time.sleep(0.002)
+
+
+def begin_handshakes(tls: ssl.SSLContext, dialled: Callable[[], socket.socket], end: float) -> None:
+    outgoing = ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        tls.wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
+    hello = outgoing.read()
+    while time.monotonic() < end:
+        with suppress(OSError), dialled() as tcp:
+            tcp.sendall(hello)
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # no TIME_WAIT uses ports up
 
 
 def dial(server: Server) -> socket.socket:
@@ -179,11 +197,29 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
+def spin(end: float) -> None:
+    while time.monotonic() < end:
+        pass
+
+
+def beside_busy_processes(peer: Peer, seconds: float) -> list[float]:
+    """Round trips while as many processes are busy as in a flood: one that sends, one that answers."""
+    busy = [multiprocessing.get_context("fork").Process(target=spin, args=(time.monotonic() + seconds,)) for _ in "ab"]
+    for process in busy:
+        process.start()
+    try:
+        return round_trips(peer, seconds)
+    finally:
+        for process in busy:
+            process.kill()
+            process.join()
+
+
 def withstand(server: Server, name: str, seconds: float) -> tuple[float, float, int]:
-    """p99 of another peer before and during a flood (seconds), and how often the flooder was cut off."""
+    """p99 of another peer on a busy machine and during a flood (seconds), and how often the flooder was cut off."""
     with server.peer() as peer:
         assert peer.ask([(b":method", b"CONNECT"), (b":authority", f"{DB_ADDRESS}:{APP[1]}".encode())]).status == b"200"
-        quiet = round_trips(peer, min(seconds, 5.0))
+        busy = beside_busy_processes(peer, min(seconds, 5.0))
         memory, files = resident_mb(server.pid), descriptors(server.pid)
         cut = multiprocessing.get_context("fork").Value("i", 0)
         flooder = multiprocessing.get_context("fork").Process(
@@ -202,19 +238,19 @@ def withstand(server: Server, name: str, seconds: float) -> tuple[float, float, 
             time.sleep(0.05)
         assert descriptors(server.pid) <= files
     # Whoever reads the answers may ask for as much as he likes; whoever does not is ended when enough of them wait.
-    assert cut.value > 0 or name == "requests that are refused", "nobody ended it"
-    return percentile(quiet, 0.99), percentile(loaded, 0.99), cut.value
+    assert cut.value > 0 or name in ("requests that are refused", HANDSHAKES), "nobody ended it"
+    return percentile(busy, 0.99), percentile(loaded, 0.99), cut.value
 
 
-@pytest.mark.parametrize("name", FLOODS)
+@pytest.mark.parametrize("name", [*FLOODS, HANDSHAKES])
 def test_a_flood_is_cut_off_and_costs_no_memory(server: Server, name: str):
     withstand(server, name, 1.0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(SECONDS * 2 + 120)
-@pytest.mark.parametrize("name", FLOODS)
+@pytest.mark.parametrize("name", [*FLOODS, HANDSHAKES])
 def test_a_long_flood_leaves_others_served(server: Server, name: str):
-    quiet, loaded, times = withstand(server, name, SECONDS)
-    print(f"{name}: p99 {quiet * 1e6:.0f} -> {loaded * 1e6:.0f} us, cut off {times} times")
-    assert loaded < MAX_P99_S
+    busy, loaded, times = withstand(server, name, SECONDS)
+    print(f"{name}: p99 {busy * 1e6:.0f} -> {loaded * 1e6:.0f} us, cut off {times} times")
+    assert loaded < max(BUSY_P99 * busy, MAX_P99_S)
