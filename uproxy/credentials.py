@@ -48,7 +48,7 @@ class CurrentCredentials:
                 continue
             refused = ""
             revoked = sum(len(one.serials) for one in self.value.revocations.lists)
-            log.info("a new certificate or list is in use: serial %x, others revoked: %d", self.value.serial, revoked)
+            log.info("a new certificate is in use: serial %x, others revoked: %d", self.value.serial, revoked)
 
     def _stamp(self) -> tuple[int, ...]:
         """Changes whenever one of the files is replaced; empty while the certificate or the bundle is missing."""

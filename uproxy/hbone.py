@@ -388,63 +388,59 @@ class Connection:
         """
         events: list[Event] = []
         try:
-            self.unread = len(data) - self._parse(data, events)
+            position, end = 0, len(data)
+            work = WORK_AT_ONCE
+            if self._preface_left:
+                position = self._take_preface(data)
+            while position < end and work > 0:
+                work -= 1
+                if self._data_left:
+                    position = self._take_data(data, position, end, events)
+                    continue
+                if self._data_padding:
+                    skipped = min(self._data_padding, end - position)
+                    self._data_padding -= skipped
+                    position += skipped
+                    if not self._data_padding:
+                        self._finish_data(events)
+                    continue
+                if self._partial or end - position < 9:
+                    position = self._take_partial(data, position, end, events)
+                    continue
+                high, low, kind, flags, stream_id = _HEADER.unpack_from(data, position)
+                length = high << 8 | low
+                after = position + 9 + length
+                if kind == DATA and not flags & _PADDED and self._settings_seen and not self._block_stream:
+                    stream = self._count_data(stream_id & 0x7FFFFFFF, flags, length, length)
+                    position += 9
+                    if after > end:
+                        self._data_stream, self._data_ends, self._data_left = stream, bool(flags & _END_STREAM), length
+                        continue
+                    # Whole, as nearly always.
+                    if stream is not None:
+                        if length:
+                            events.append(DataReceived(stream, data[position:after]))
+                        if flags & _END_STREAM:
+                            work -= _WORK_OF_END
+                            self._remote_end(stream)
+                            events.append(StreamEnded(stream))
+                    position = after
+                    continue
+                if DATA < kind <= CONTINUATION and after <= end:  # whole, as nearly always
+                    stream_id &= 0x7FFFFFFF
+                    self._check_frame(kind, flags, stream_id, length)
+                    self._handle(kind, flags, stream_id, bytes(data[position:after]), events)
+                    work -= _WORK.get(kind, 0)
+                    position = after
+                    continue
+                position = self._take_partial(data, position, end, events)
+            self.unread = end - position
             if self.overflowed:
                 raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, OVERFLOW)
         except ProtocolError as error:
             error.events = events
             raise
         return events
-
-    def _parse(self, data: memoryview, events: list[Event]) -> int:
-        """Append what happened to `events`. Returns how far it got."""
-        position, end = 0, len(data)
-        work = WORK_AT_ONCE
-        if self._preface_left:
-            position = self._take_preface(data)
-        while position < end and work > 0:
-            work -= 1
-            if self._data_left:
-                position = self._take_data(data, position, end, events)
-                continue
-            if self._data_padding:
-                skipped = min(self._data_padding, end - position)
-                self._data_padding -= skipped
-                position += skipped
-                if not self._data_padding:
-                    self._finish_data(events)
-                continue
-            if self._partial or end - position < 9:
-                position = self._take_partial(data, position, end, events)
-                continue
-            high, low, kind, flags, stream_id = _HEADER.unpack_from(data, position)
-            length = high << 8 | low
-            after = position + 9 + length
-            if kind == DATA and not flags & _PADDED and self._settings_seen and not self._block_stream:
-                stream = self._count_data(stream_id & 0x7FFFFFFF, flags, length, length)
-                position += 9
-                if after > end:
-                    self._data_stream, self._data_ends, self._data_left = stream, bool(flags & _END_STREAM), length
-                    continue
-                # Whole, as nearly always.
-                if stream is not None:
-                    if length:
-                        events.append(DataReceived(stream, data[position:after]))
-                    if flags & _END_STREAM:
-                        work -= _WORK_OF_END
-                        self._remote_end(stream)
-                        events.append(StreamEnded(stream))
-                position = after
-                continue
-            if DATA < kind <= CONTINUATION and after <= end:  # whole, as nearly always
-                stream_id &= 0x7FFFFFFF
-                self._check_frame(kind, flags, stream_id, length)
-                self._handle(kind, flags, stream_id, bytes(data[position:after]), events)
-                work -= _WORK.get(kind, 0)
-                position = after
-                continue
-            position = self._take_partial(data, position, end, events)
-        return position
 
     def _take_preface(self, data: memoryview) -> int:
         taken = min(len(self._preface_left), len(data))

@@ -250,7 +250,8 @@ class Tunnel:
         except ssl.SSLError as tls_error:
             # With TLS 1.3 this is also how a client learns that its certificate was refused.
             error = f"TLS: {tls_error.reason or tls_error}"
-        self._lost = error
+        if error:
+            self._lost = error
         self._read(_PLAINTEXT_VIEW[:length])
 
     def _read(self, plaintext: memoryview) -> None:
@@ -261,8 +262,6 @@ class Tunnel:
             self._dispatch(error.events)
             self.shut_down(error.code, f"the peer broke HTTP/2: {error}")
             return
-        if self.closed:
-            return
         if self.connection.unread or self._unread:
             self._keep(plaintext[len(plaintext) - self.connection.unread :])
         if self._lost and not self._unread:
@@ -272,6 +271,8 @@ class Tunnel:
 
     def _keep(self, unread: memoryview) -> None:
         """Leave this for a later turn; what is behind it waits in the socket, and slows the peer."""
+        if self.closed:
+            return
         waited = bool(self._unread)
         self._unread = unread if waited else memoryview(bytes(unread))
         if bool(self._unread) is not waited:
