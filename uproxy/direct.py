@@ -29,7 +29,7 @@ from uproxy.errors import Flag
 from uproxy.node import channel
 from uproxy.node.channel import MAX_ALLOWED, MAX_BACKENDS, MAX_SERVICES, Allowed, Backend, Choice, Flow, Said
 from uproxy.outbound import Self
-from uproxy.resolve import Plan, host_port
+from uproxy.resolve import Hop, Plan, host_port
 from uproxy.telemetry import Connection, Native, Peer, Telemetry
 from uproxy.tls import Revocations
 from uproxy.tunnel import Tunnel
@@ -79,6 +79,8 @@ class DirectPath:
         self._local: frozenset[IpAddress] = frozenset()
         self._allowed: dict[_Caller, _Proof] = {}
         self._dialled: dict[tuple[IpAddress, int], None] = {}
+        self._proven: dict[IpAddress, SpiffeId] = {}
+        """Who was at a backend's address, by the last tunnel that went there."""
         self._news = asyncio.Event()
 
     # -- what happened by tunnels
@@ -94,10 +96,15 @@ class DirectPath:
             self._allowed[caller] = proof
             self._news.set()
 
-    def reached(self, plan: Plan, backend: IpAddress) -> None:
+    def reached(self, plan: Plan, hop: Hop) -> None:
         """What was dialled led to this backend, by a tunnel that goes straight there."""
+        if not self._enabled or hop.address not in self._local:
+            return
+        if self._proven.get(hop.address) != hop.expected:
+            self._proven[hop.address] = hop.expected
+            self._news.set()
         dialled = plan.address, plan.port
-        if not self._enabled or backend not in self._local or dialled in self._dialled:
+        if dialled in self._dialled:
             return
         if len(self._dialled) >= MAX_SERVICES:
             del self._dialled[next(iter(self._dialled))]
@@ -112,17 +119,22 @@ class DirectPath:
         self._enabled = own is not None and own.direct
         if not self._enabled:
             self._allowed.clear()
-            self._dialled.clear()
+            self._forget_callees()
+        self._proven = {address: who for address, who in self._proven.items() if address in self._local}
         self._forget_callers()
         self._news.set()
 
     def renewed(self, revocations: Revocations) -> None:
         """Our certificate is another: callees are to see it, so what is dialled goes by a tunnel once more."""
-        self._dialled.clear()
+        self._forget_callees()
         self._allowed = {
             caller: proof for caller, proof in self._allowed.items() if revocations.revoked(proof.certificates) is None
         }
         self._news.set()
+
+    def _forget_callees(self) -> None:
+        self._dialled.clear()
+        self._proven.clear()
 
     def _forget_callers(self) -> None:
         now = time.time()
@@ -210,7 +222,7 @@ class DirectPath:
         if found is not None:
             service, _ = found
             backends = tuple(
-                Backend(one.address, one.ports[port], one.weight, one.identity)
+                Backend(one.address, one.ports[port], one.weight, self._proof(one.address, one.identity))
                 for one in self._state.endpoints(service.key)
                 if one.ready and one.weight > 0 and port in one.ports
             )
@@ -218,9 +230,13 @@ class DirectPath:
         else:
             resident = self._state.resident_at(address)
             workload = self._state.workload_at(address)
-            backends = () if workload is None else (Backend(address, port, 1, workload.identity),)
+            backends = () if workload is None else (Backend(address, port, 1, self._proof(address, workload.identity)),)
             direct = isinstance(resident, ResidentWorkload) and resident.binding_at(port) is None
         return Choice(address, port, backends) if direct and 0 < len(backends) <= MAX_BACKENDS else None
+
+    def _proof(self, address: IpAddress, expected: SpiffeId) -> SpiffeId | None:
+        """Whom the configuration expects there, if that is who was there."""
+        return expected if self._proven.get(address) == expected else None
 
     # -- connections that ended
 

@@ -231,7 +231,7 @@ class Outbound:
                 request = ((b":method", b"CONNECT"), (b":authority", hop.authority), *headers)
                 relay = await self.pool.connect(hop, request)
                 if self._direct_path is not None and not plan.gateway:
-                    self._direct_path.reached(plan, hop.address)
+                    self._direct_path.reached(plan, hop)
                 return relay, hop
             except RefusedError as error:
                 failed = error

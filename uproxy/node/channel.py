@@ -42,8 +42,8 @@ class Backend:
     address: IpAddress
     port: int
     weight: int
-    identity: SpiffeId
-    """Who must be there."""
+    identity: SpiffeId | None
+    """Who must be there, as a tunnel has proved it to the caller; None: none has, so the caller goes there by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,9 @@ def pack_said(said: Said) -> bytes:
     room = MAX_MESSAGE - _FRAME_BYTES
     allowed = [msgpack.packb([str(one.identity), *one.tunnel, one.address, one.port]) for one in said.allowed]
     choices = [
-        msgpack.packb([one.address, one.port, [[b.address, b.port, b.weight, str(b.identity)] for b in one.backends]])
+        msgpack.packb(
+            [one.address, one.port, [[b.address, b.port, b.weight, str(b.identity or "")] for b in one.backends]]
+        )
         for one in said.choices
     ]
     for packed in (allowed, choices):
@@ -136,7 +138,8 @@ def _choice(value: Any) -> Choice:
 
 def _backend(value: Any) -> Backend:
     address, port, weight, identity = value
-    return Backend(parse_address(address), _port(port), _number(weight, 65535), SpiffeId.parse(identity))
+    proved = SpiffeId.parse(identity) if identity != "" else None
+    return Backend(parse_address(address), _port(port), _number(weight, 65535), proved)
 
 
 def _allowed(value: Any) -> Allowed:

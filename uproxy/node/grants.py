@@ -84,8 +84,8 @@ class Grants:
         """Workloads that go direct, and when their uProxy was last heard of: it may be restarting."""
         self._sockets: dict[Captured, Sockets] = {}
         self._choices: dict[Dialled, tuple[Backend, ...]] = {}
-        self._consents: dict[Captured, frozenset[tuple[IpAddress, int]]] = {}
-        """Which backends a caller would dial directly."""
+        self._consents: dict[Captured, dict[tuple[IpAddress, int], SpiffeId]] = {}
+        """Which backends a caller would dial directly, and as whom."""
         self._taken: dict[Captured, Said] = {}
         """What a caller has said last, as far as it is in `_choices` and `_consents`."""
         self._granted: dict[Pair, _Granted] = {}
@@ -165,7 +165,12 @@ class Grants:
         said = peer.said
         if said is None or self._taken.get(peer.workload) is said:
             return False
-        consents = frozenset((backend.address, backend.port) for choice in said.choices for backend in choice.backends)
+        consents = {
+            (backend.address, backend.port): backend.identity
+            for choice in said.choices
+            for backend in choice.backends
+            if backend.identity is not None
+        }
         self._taken[peer.workload] = said
         new = self._write_choices(peer) or self._consents.get(peer.workload) != consents
         self._consents[peer.workload] = consents
@@ -212,11 +217,12 @@ class Grants:
             for one in choice.backends
         )
 
-    def _cookie_at(self, address: IpAddress, expected: SpiffeId) -> int:
+    def _cookie_at(self, address: IpAddress, expected: SpiffeId | None) -> int:
         """Of the namespace of a workload here that goes direct and is whom its caller expects; else 0."""
         workload = self._at.get(address)
-        known = workload is not None and workload in self._here and self._identity_at(address) == expected
-        return workload.netns_cookie if workload is not None and known else 0
+        if workload is None or workload not in self._here or expected is None or self._identity_at(address) != expected:
+            return 0
+        return workload.netns_cookie
 
     def _look(self) -> None:
         """Who is at which address of this host now."""
@@ -256,7 +262,8 @@ class Grants:
         if caller.said is None or not caller.said.direct or time.monotonic() - caller.heard_at > LIFETIME_S:
             return
         held = self._granted.get(pair)
-        consents = (allowed.address, allowed.port) in self._consents.get(source, ())
+        expected = self._consents.get(source, {}).get((allowed.address, allowed.port))
+        consents = expected is not None and expected == self._identity_at(allowed.address)
         if held is None and not consents:
             return
         if held is None and not self._was_granted(pair, target.workload):
@@ -273,7 +280,7 @@ class Grants:
         known = self._maps.grants.get(pair)
         suspended = known is not None and 0 < time.monotonic_ns() - RETRY_S * _NS < known.suspended_ns
         if not suspended and not consents:
-            # It wants to come by a tunnel once more, with its new certificate. What is open stays so.
+            # It wants to come by a tunnel once more: its certificate is new, or somebody else is to be there.
             grant = replace(grant, suspended_ns=time.monotonic_ns())
         try:
             if not suspended or not self._maps.grants.renew(pair, grant.expiry_ns):

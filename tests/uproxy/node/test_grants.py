@@ -159,11 +159,12 @@ async def test_without_the_callers_channel_nothing_is_granted(pair, loader):
         assert not await becomes(lambda: agreed.granted, 0.4)
 
 
+@pytest.mark.parametrize("identity", [NOBODY, None], ids=["somebody else", "not proved"])
 @in_a_loop
-async def test_a_backend_that_is_somebody_else_is_not_near(agreed):
+async def test_a_backend_that_is_not_who_it_must_be_is_not_near(agreed, identity):
     choice = agreed.pair.choice()
     (backend,) = choice.backends
-    other = channel.Backend(backend.address, backend.port, 1, NOBODY)
+    other = channel.Backend(backend.address, backend.port, 1, identity)
     agreed.say(choices=(channel.Choice(choice.address, choice.port, (other,)),))
     assert not agreed.loader.maps.direct_services.items()
 
@@ -315,6 +316,16 @@ async def test_a_caller_that_would_rather_dial_by_a_tunnel_does_and_what_is_open
         assert loader.maps.grants.items()[agreed.key()].suspended_ns
         server.sendall(b"x")
         assert client.recv(1) == b"x"
+
+
+@in_a_loop
+async def test_where_somebody_else_is_to_be_a_caller_goes_by_a_tunnel(agreed, loader):
+    await granted(agreed)
+    before, address = agreed.pair.identity_at, agreed.pair.db.address
+    agreed.grants._identity_at = lambda asked: NOBODY if asked == address else before(asked)
+    agreed.grants.changed()
+    assert loader.maps.grants.items()[agreed.key()].suspended_ns
+    assert not loader.maps.direct_services.items()
 
 
 @in_a_loop
