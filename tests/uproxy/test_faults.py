@@ -609,7 +609,7 @@ def test_a_certificate_that_could_not_be_read_once_is_read_again(site: Site) -> 
         os.utime(site.path / "db" / "chain.pem")
         wait_for(lambda: "the new certificate is refused" in site.log("db"))
         bundle.write_bytes(whole)
-        wait_for(lambda: "a new certificate or list is in use" in site.log("db"))
+        wait_for(lambda: "a new certificate is in use" in site.log("db"))
         assert site.log("db").count("the new certificate is refused") == 1
 
 

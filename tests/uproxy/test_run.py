@@ -104,7 +104,7 @@ def test_a_renewed_certificate_is_used_without_a_failed_connection(running: tupl
         assert app.recv(1) == b"a"
         csr = (site.path / "web" / "csr.pem").read_bytes()
         write_identity(site.path / "web", site.authority.issue(csr, WEB), site.authority.bundle_pem)
-        eventually(lambda: "a new certificate or list is in use" in site.log("web"))
+        eventually(lambda: "a new certificate is in use" in site.log("web"))
         assert call() == b"hello"
         app.sendall(b"b")
         assert app.recv(1) == b"b"  # a stream that was open stays on its tunnel
@@ -116,10 +116,10 @@ def test_a_new_root_in_the_bundle_is_trusted(running: tuple[Site, object, object
     for name in ("web", "db"):
         bundle = site.path / name / "bundle.pem"
         bundle.write_bytes(bundle.read_bytes() + other.bundle_pem)
-    eventually(lambda: all("a new certificate or list is in use" in site.log(name) for name in ("web", "db")))
+    eventually(lambda: all("a new certificate is in use" in site.log(name) for name in ("web", "db")))
     csr = (site.path / "db" / "csr.pem").read_bytes()
     (site.path / "db" / "chain.pem").write_bytes(other.issue(csr, DB))
-    eventually(lambda: site.log("db").count("a new certificate or list is in use") == 2)
+    eventually(lambda: site.log("db").count("a new certificate is in use") == 2)
     assert call() == b"hello"
 
 
