@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.site import APP_PORT, Site, dial, echo_server, eventually, get
 
-NETWORK = "127.0.84"
+NETWORK = "127.0.98"
 WEB, DB = f"{NETWORK}.1:15000", f"{NETWORK}.2:15000"
 WEB_ID, DB_ID = "spiffe://cluster.local/ns/shop/sa/web", "spiffe://cluster.local/ns/shop/sa/db"
 
