@@ -47,10 +47,11 @@ def policy(name: str, namespace: str = "shop", app: str = "", action: str = "ALL
     )
 
 
-def peer_authentication(name: str, namespace: str = "shop", mode: str = "PERMISSIVE") -> str:
+def peer_authentication(name: str, namespace: str = "shop", mode: str = "PERMISSIVE", app: str = "") -> str:
+    selector = f"selector: {{matchLabels: {{app: {app}}}}}, " if app else ""
     return (
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n"
-        f"metadata: {{name: {name}, namespace: {namespace}}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\nspec: {{{selector}mtls: {{mode: {mode}}}}}\n"
     )
 
 

@@ -36,7 +36,8 @@ class Oracle:
             if service.key in ready or service.namespace in released:
                 kept = {}
             endpoints |= kept
-            identities = {*service.identities, *(one.identity for one in kept.values())}
+            # What is kept stands in place of the same workload, not ready now, which may be somebody else by then.
+            identities = {one.identity for (of, _), one in endpoints.items() if of == service.key}
             services[service.key] = replace(service, identities=tuple(sorted(identities)))
         self.mesh, self.services, self.endpoints = mesh, services, endpoints
 

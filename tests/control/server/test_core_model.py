@@ -33,7 +33,15 @@ from control.server.core import Core
 from control.server.registry import Held
 from control.server.signing import ConfigKey
 from control.server.store import Store
-from tests.support.desired import endpoints, namespace, policy, service, together, workload
+from tests.support.desired import (
+    endpoints,
+    namespace,
+    peer_authentication,
+    policy,
+    service,
+    together,
+    workload,
+)
 from tests.support.examples import examples
 from tests.support.follower import Follower
 from tests.support.oracle import Oracle, build
@@ -54,7 +62,9 @@ def usual_address(name, namespace):
 
 @st.composite
 def documents(draw):
-    kind = draw(st.sampled_from(["service", "workload", "workload", "workload", "endpoints", "policy"]))
+    kind = draw(
+        st.sampled_from(["service", "workload", "workload", "workload", "endpoints", "policy", "authentication"])
+    )
     where, app = draw(st.sampled_from(NAMESPACES)), draw(st.sampled_from(APPS))
     match kind:
         case "service":
@@ -74,6 +84,10 @@ def documents(draw):
             names = draw(st.lists(st.sampled_from(WORKLOADS), min_size=1, max_size=2, unique=True))
             ready = [(usual_address(name, where), draw(st.booleans())) for name in names]
             return endpoints(f"of-{app}", app, ready, where)
+        case "authentication":
+            mode = draw(st.sampled_from(["STRICT", "PERMISSIVE", "UNSET"]))
+            of_app = "" if where == "mesh-system" else draw(st.sampled_from(["", "a"]))
+            return peer_authentication(f"for-{of_app or 'all'}", where, mode, of_app)
         case "policy":
             action = draw(st.sampled_from(["ALLOW", "DENY"]))
             return policy(draw(st.sampled_from(["p0", "p1"])), where, draw(st.sampled_from(["", "a"])), action)
