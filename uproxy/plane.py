@@ -37,9 +37,9 @@ READ_READY = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRD
 # Timers of the data plane are deadlines of seconds: kept in steps, so that setting and cancelling one is cheap.
 TIMER_STEPS_PER_S = 10
 
-# Coroutines stepped in one turn: 3 ms when they all begin or end connections. A peer that closes a thousand at once
+# Coroutines stepped in one turn: 6 ms when they all begin or end connections. A peer that closes a thousand at once
 # delays others' bytes by turns.
-STEPS_PER_TURN = 32
+STEPS_PER_TURN = 64
 
 # Events taken in one poll. More would let one turn run long; fewer would split the write of a busy turn.
 EVENTS_PER_TURN = 128

@@ -89,7 +89,7 @@ class Tunnel:
         self._tls = tls
         self._incoming, self._outgoing = bios
         self._unsent = memoryview(b"")
-        self._unread = memoryview(b"")  # plaintext that is work for later turns; the socket waits meanwhile
+        self._unread = b""  # plaintext that is work for later turns; the socket waits meanwhile
         self._lost = ""  # why nothing comes behind that
         self._dirty = False
         self._retired = False
@@ -232,8 +232,10 @@ class Tunnel:
         self._decrypt()
 
     def _decrypt(self) -> None:
-        length = 0
-        tls, incoming, error = self._tls, self._incoming, ""
+        tls, incoming, error = self._tls, self._incoming, self._lost
+        length = len(self._unread)
+        if length:
+            _PLAINTEXT_VIEW[:length] = self._unread
         try:
             while incoming.pending or tls.pending():
                 # The stubs know neither the buffer's type nor that a count comes back.
@@ -250,31 +252,26 @@ class Tunnel:
         except ssl.SSLError as tls_error:
             # With TLS 1.3 this is also how a client learns that its certificate was refused.
             error = f"TLS: {tls_error.reason or tls_error}"
-        if error:
-            self._lost = error
-        self._read(_PLAINTEXT_VIEW[:length])
-
-    def _read(self, plaintext: memoryview) -> None:
         try:
-            self._dispatch(self.connection.receive(plaintext))
-        except hbone.ProtocolError as error:
+            self._dispatch(self.connection.receive(_PLAINTEXT_VIEW[:length]))
+        except hbone.ProtocolError as protocol_error:
             # A stream that ended just before is the connection's no longer: only here its owner learns of it.
-            self._dispatch(error.events)
-            self.shut_down(error.code, f"the peer broke HTTP/2: {error}")
+            self._dispatch(protocol_error.events)
+            self.shut_down(protocol_error.code, f"the peer broke HTTP/2: {protocol_error}")
             return
         if self.connection.unread or self._unread:
-            self._keep(plaintext[len(plaintext) - self.connection.unread :])
-        if self._lost and not self._unread:
-            self._fail(self._lost)
+            self._keep(_PLAINTEXT_VIEW[length - self.connection.unread : length], error)
+        if error and not self._unread:
+            self._fail(error)
         elif self.connection.has_output:
             self.touch()
 
-    def _keep(self, unread: memoryview) -> None:
+    def _keep(self, unread: memoryview, error: str) -> None:
         """Leave this for a later turn; what is behind it waits in the socket, and slows the peer."""
         if self.closed:
             return
         waited = bool(self._unread)
-        self._unread = unread if waited else memoryview(bytes(unread))
+        self._unread, self._lost = bytes(unread), error
         if bool(self._unread) is not waited:
             self._watch()
         if self._unread:
@@ -284,7 +281,7 @@ class Tunnel:
         if self.closed:
             return
         try:
-            self._read(self._unread)
+            self._decrypt()
         except Exception:
             log.exception("a tunnel failed")
             self._fail("a bug of this proxy; its log has the traceback")
