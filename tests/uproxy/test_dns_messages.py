@@ -179,7 +179,11 @@ class TestNameserversAnswers:
     def test_are_known_by_their_question_in_any_case(self):
         assert self.answers(dns.message.make_response(dns.message.from_wire(asked("EXAMPLE.com"))).to_wire())
 
-    @pytest.mark.parametrize("other", [asked("example.org"), asked("example.com", "AAAA"), asked("a.example.com")])
+    @pytest.mark.parametrize(
+        "other",
+        [asked("example.org"), asked("example.com", "AAAA"), asked("a.example.com")],
+        ids=["name", "type", "below"],
+    )
     def test_to_another_question_are_none(self, other):
         assert not self.answers(dns.message.make_response(dns.message.from_wire(other)).to_wire())
 
