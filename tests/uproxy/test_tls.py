@@ -472,7 +472,7 @@ def test_load_keeps_the_key_while_the_next_one_has_no_chain(good_dir, next_key):
     assert Credentials.load(with_next_key(good_dir, next_key)).identity == WEB
 
 
-@pytest.mark.parametrize(("chain_at", "rename_at"), list(combinations_with_replacement(range(5), 2)))
+@pytest.mark.parametrize(("chain_at", "rename_at"), list(combinations_with_replacement(range(6), 2)))
 def test_load_during_a_renewal_finds_a_pair_that_fits(authority, good_dir, monkeypatch, chain_at, rename_at):
     """The writer puts the new chain into place, then renames the next key, each between any two reads."""
     renewed = identity_dir(authority, good_dir.with_name("renewed"), WEB)
@@ -493,7 +493,7 @@ def test_load_during_a_renewal_finds_a_pair_that_fits(authority, good_dir, monke
 
     monkeypatch.setattr(tls, "_read", read)
     assert Credentials.load(good_dir).identity == WEB
-    assert reads == 4
+    assert reads == 5
     write_what_is_due()
     monkeypatch.undo()
     assert Credentials.load(good_dir).identity == WEB
