@@ -118,22 +118,22 @@ def counted(workload: Workload, name: str, reporter: str) -> float:
 
 def open_direct(near: Near) -> socket.socket:
     """A connection that goes direct and stays. Soon after a restart of the agent one may be ended once more."""
-    for last in (False, False, True):
-        inside.eventually(lambda: inside.goes_direct(near.host, near.web, VIP), 40)
-        before = inside.dialled_direct(near.host)
-        with ExitStack() as undo:
-            made = undo.enter_context(inside.dial(near.web, VIP))
-            assert inside.dialled_direct(near.host) == before + 1
-            try:
-                made.sendall(b"x")
-                assert made.recv(1) == b"x"
-            except (ConnectionResetError, ConnectionAbortedError):
-                if last:
-                    raise
-                continue
-            undo.pop_all()
-            return made
-    raise AssertionError("not reached")
+    for _ in range(2):
+        with suppress(ConnectionResetError, ConnectionAbortedError):
+            return opened(near)
+    return opened(near)
+
+
+def opened(near: Near) -> socket.socket:
+    inside.eventually(lambda: inside.goes_direct(near.host, near.web, VIP), 40)
+    before = inside.dialled_direct(near.host)
+    with ExitStack() as undo:
+        made = undo.enter_context(inside.dial(near.web, VIP))
+        assert inside.dialled_direct(near.host) == before + 1
+        made.sendall(b"x")
+        assert made.recv(1) == b"x"
+        undo.pop_all()
+        return made
 
 
 @contextmanager
