@@ -266,6 +266,8 @@ class Grants:
         consents = expected is not None and expected == self._identity_at(allowed.address)
         if held is None and not consents:
             return
+        if held is None and any(ending.pair == pair for ending in self._ending):
+            return  # what an earlier grant let in ends first, lest what this one lets in ends with it; it is said again
         if held is None and not self._was_granted(pair, target.workload):
             if not self._owns(caller, target, allowed):
                 return
