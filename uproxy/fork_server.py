@@ -14,7 +14,6 @@ import select
 import signal
 import socket
 import ssl
-import struct
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,7 +32,6 @@ _PRELOADED: Final = (
     "concurrent.futures.thread",
 )
 _FAILED: Final = 125
-_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid: struct ucred, unix(7)
 _MAX_DESCRIPTORS: Final = 4 + MAX_PROBES
 _ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -121,8 +119,7 @@ class ForkServer:
                 return
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ForkServerError(f"a request has at most {MAX_MESSAGE} bytes and {_MAX_DESCRIPTORS} descriptors")
-            _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-            if uid != 0:
+            if linux.peer_uid(connection) != 0:
                 raise ForkServerError("only root may ask the fork server")
             self._fork(connection, Order.unpack(raw, descriptors))
         except OSError as error:
@@ -147,17 +144,11 @@ class ForkServer:
             os.close(pidfd)
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status in linux.reaped():
             connection = self._sidecars.pop(pid, None)
             if connection is not None and connection.fileno() >= 0:
                 with suppress(OSError):
-                    connection.send(msgpack.packb({"ended": os.waitstatus_to_exitcode(status)}))
+                    connection.send(msgpack.packb({"ended": status}))
                 self._forget(connection)
 
     def _forget(self, connection: socket.socket) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ _SFD_CLOEXEC = os.O_CLOEXEC
 _SOCKADDR_BYTES = 16
 _SIGSET_BYTES = 128
 _SIGINFO_BYTES = 128
+_UCRED = struct.Struct("=iII")  # pid, uid, gid: struct ucred, unix(7)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -119,6 +121,24 @@ def name_process(arguments: Sequence[str]) -> None:
     start, end = int(fields[_ARG_START]), int(fields[_ARG_START + 1])
     shown = "\0".join(arguments).encode()[: max(end - start - 1, 0)]
     ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
+
+
+def reaped() -> Iterator[tuple[int, int]]:
+    """Every child that has ended, with its returncode (negative: the signal): each is told once."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, os.waitstatus_to_exitcode(status)
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """Who has connected to a Unix socket: SO_PEERCRED, unix(7)."""
+    _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return int(uid)
 
 
 def forbid_new_privileges() -> None:

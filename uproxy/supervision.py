@@ -154,14 +154,7 @@ class Supervision:
 
     def _reap(self) -> None:
         """Collect every child that ended, orphans of the command included."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            code = os.waitstatus_to_exitcode(status)
+        for pid, code in linux.reaped():
             if pid == self._command_pid:
                 self._command_status = code
             elif pid == self._sidecar.pid and self._sidecar.end_fd < 0:

@@ -9,13 +9,13 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 
+from uproxy import linux
 from uproxy.node.client import MAX_MESSAGE
 
 _log: Final = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ _log: Final = logging.getLogger(__name__)
 _MAX_CONVERSATIONS: Final = 16
 _TIMEOUT_S: Final = 5.0
 _MAX_DESCRIPTORS: Final = 4  # one more than any request has, so that too many are seen
-_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid: struct ucred, unix(7)
 
 Handler = Callable[[Mapping[str, Any], Sequence[int]], dict[str, Any]]
 """Answers a request with its descriptors, which are closed afterwards. Raises RequestError to refuse."""
@@ -113,8 +112,7 @@ async def _converse(connection: socket.socket, handler: Handler) -> None:
 def _answer(
     connection: socket.socket, raw: bytes, flags: int, descriptors: Sequence[int], handler: Handler
 ) -> dict[str, Any]:
-    _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    if uid != 0:
+    if linux.peer_uid(connection) != 0:
         raise RequestError("only root may ask the node agent")
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         raise RequestError(f"a request has at most {MAX_MESSAGE} bytes and {_MAX_DESCRIPTORS} descriptors")
