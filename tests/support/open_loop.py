@@ -159,3 +159,21 @@ def wait_for(loads: Sequence[Load], more: int, timeout_s: float = 20.0) -> None:
     while any(load.done < least for load, least in zip(loads, wanted, strict=True)):
         assert time.monotonic() < deadline, [load.outcomes for load in loads]
         time.sleep(0.02)
+
+
+def go_on(loads: Sequence[Load]) -> None:
+    """Wait until each has had ten more answers."""
+    for load in loads:
+        before = load.outcomes["ok"]
+        inside.eventually(lambda load=load, before=before: load.outcomes["ok"] > before + 10, 30)
+
+
+def assert_refused_or_reset(loads: Sequence[Load], seed: int) -> None:
+    """Whatever did not succeed was refused or reset, and never looked like an end."""
+    for load in loads:
+        errors = load.outcomes.keys() - {"ok"}
+        # OSError: ENOTCONN, of a connection that was reset just before it was shut down.
+        assert errors <= {"ConnectionRefusedError", "ConnectionResetError", "BrokenPipeError", "OSError"}, (
+            f"seed {seed}: {load}"
+        )
+        assert not [one for one in load.broken if "EOFError" in one], f"seed {seed}: {load.broken}"
