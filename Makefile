@@ -8,7 +8,7 @@ PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 # Test files in the order of their names, one after the other on each core.
 SIDE_BY_SIDE := -n auto --no-loadscope-reorder
 
-.PHONY: help setup packages bpf demo test kernels check fix bench guard soak fuzz clean
+.PHONY: help setup packages bpf demo test kernels lint check fix bench guard soak fuzz clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,11 +37,13 @@ kernels: setup  ## The eBPF programs and their tests on Debian's Linux 6.1 in an
 	@scripts/install-packages kernels
 	$(BIN)/python -m tests.kernels $(KERNELS)
 
-check: setup  ## Format, lint, types, imports and the fast tests
+lint: setup  ## Format, lint, types and imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint  ## The same, and the fast tests
 	$(BIN)/pytest -q -m 'not root and not mesh and not soak' $(SIDE_BY_SIDE)
 
 fix: setup  ## Format, and mend what the linter can
