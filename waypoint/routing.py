@@ -1,28 +1,30 @@
 """Which rule of the HTTPRoutes of a service a request falls under, and to which backend it goes. No I/O.
 
 Precedence is the Gateway API's (HTTPRouteRule.matches and HTTPRoute.hostnames): the most specific hostname; then an
-exact path, the longest prefix, a method, more headers, more query parameters; then the route whose `namespace/name`
-comes first, and in a route the rule and match that stand first. A rule is looked for on, not given up, when the route
-of the more specific hostname has none.
+exact path, the longest prefix, the longest expression (this is Istio's), a method, more headers, more query parameters;
+then the route whose `namespace/name` comes first, and in a route the rule and match that stand first. A rule is looked
+for on, not given up, when the route of the more specific hostname has none.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote_plus
 
+from control.api.expression import Expression, expression
 from control.api.route import (
     NO_MODIFIER,
     Backend,
+    HeaderMatch,
     HeaderModifier,
     HTTPRoute,
-    Match,
     PathKind,
     PathMatch,
+    QueryMatch,
     RouteRule,
 )
 from waypoint.http1_messages import Fields
@@ -30,34 +32,40 @@ from waypoint.request import Request, host_name
 
 _Query = dict[str, str]
 _SEVERAL_LINES: Final = b"set-cookie"  # its values cannot be joined by commas (RFC 9110 section 5.3)
+_LONGEST_NAME: Final = 253  # that DNS knows; what is longer could have thousands of labels
 _MODIFIERS_KEPT: Final = 1024  # compiled; a mesh has fewer, and an old one only costs its memory
 
 
 class Router:
     """The routes of one service port, compiled. Never changes; made by `compile_routes`."""
 
-    __slots__ = ("_asks_query", "_candidates", "_default")
+    __slots__ = ("_asks_host", "_asks_query", "_by_host", "_default")
 
-    def __init__(self, candidates: tuple[_Candidate, ...], default: RouteRule | None) -> None:
-        self._candidates = candidates
+    def __init__(self, candidates: Iterable[_Candidate], default: RouteRule | None) -> None:
+        """`candidates`: of what is equal, the first wins."""
+        by_host: dict[str, list[_Candidate]] = {}
+        for candidate in candidates:
+            by_host.setdefault(candidate.hostname, []).append(candidate)
         self._default = default
-        self._asks_query = any(candidate.query for candidate in candidates)
+        self._asks_query = any(candidate.query for found in by_host.values() for candidate in found)
+        self._by_host = {hostname: _Paths(found) for hostname, found in by_host.items()}
+        self._asks_host = any(by_host)
 
     def route(self, request: Request) -> RouteRule | None:
-        """The rule that a request falls under. None: there are routes, and none of them matches (404).
+        """The rule that a request falls under, with the one of its matches by which it does.
 
-        Without routes, every request falls under a rule whose only backend is the service itself.
+        None: there are routes, and none of them matches (404). Without routes, every request falls under a rule whose
+        only backend is the service itself.
         """
         if self._default is not None:
             return self._default
         query = _parameters(request.query) if self._asks_query else {}
-        path = request.path
-        below = path + "/"
-        for candidate in self._candidates:
-            # The path is compared here and not in a call: of many rules it tells most apart.
-            found = path == candidate.path if candidate.exact else below.startswith(candidate.path)
-            if found and candidate.matches(request, query):
-                return candidate.rule
+        for hostname in _hostnames(host_name(request.host)) if self._asks_host else ("",):
+            paths = self._by_host.get(hostname)
+            if paths is not None:
+                found = paths.find(request, query)
+                if found is not None:
+                    return found
         return None
 
 
@@ -72,9 +80,7 @@ def compile_routes(routes: Iterable[HTTPRoute], service: str, port: int) -> Rout
         itself = Backend(service, port, 1, NO_MODIFIER, NO_MODIFIER)
         return Router((), RouteRule("", (), NO_MODIFIER, NO_MODIFIER, (itself,), 0, 0))
     ordered = sorted(attached, key=lambda route: route.key)
-    candidates = [candidate for route in ordered for candidate in _candidates(route)]
-    # The sort is stable: what is equal stays in the order of routes, rules and matches.
-    return Router(tuple(sorted(candidates, key=lambda candidate: candidate.precedence)), None)
+    return Router((candidate for route in ordered for candidate in _candidates(route)), None)
 
 
 def choose_backend(rule: RouteRule, rng: random.Random) -> Backend | None:
@@ -102,73 +108,103 @@ def modified(fields: Fields, *modifiers: HeaderModifier) -> Fields:
     return fields
 
 
+_Test = Callable[[str], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     """One match of one rule, for one of its route's hostnames."""
 
-    exact: bool
-    path: str
-    """The path, or what its path and a slash begin with: a prefix is one of whole elements."""
+    hostname: str
+    """As the route says it; empty: every one."""
+    path: PathMatch
     method: str
-    headers: tuple[tuple[str, str], ...]
-    query: tuple[tuple[str, str], ...]
-    host: Callable[[str], bool] | None
+    headers: tuple[tuple[str, _Test], ...]
+    query: tuple[tuple[str, _Test], ...]
     rule: RouteRule
-    precedence: tuple[int, ...]
-    """The smallest goes first."""
+    """With this match alone."""
 
     def matches(self, request: Request, query: _Query) -> bool:
-        """Whether a request whose path matches does so in everything else."""
+        """Whether a request of this host and path matches in everything else."""
         return (
             (not self.method or self.method == request.method)
-            and (self.host is None or self.host(host_name(request.host)))
-            and all(request.header(name) == value for name, value in self.headers)
-            and all(query.get(name) == value for name, value in self.query)
+            and all((value := request.header(name)) is not None and test(value) for name, test in self.headers)
+            and all((value := query.get(name)) is not None and test(value) for name, test in self.query)
         )
 
+    @property
+    def precedence(self) -> tuple[int, ...]:
+        """Among those of one host and path, or of expressions; the smallest goes first."""
+        length = len(self.path.value) if self.path.kind is PathKind.EXPRESSION else 0
+        return -length, not self.method, -len(self.headers), -len(self.query)
 
-def _candidates(route: HTTPRoute) -> Iterable[_Candidate]:
+
+class _Paths:
+    """The candidates of one hostname, by path: of a thousand, those that have the request's are asked."""
+
+    __slots__ = ("_exact", "_expressions", "_lengths", "_prefixes")
+
+    def __init__(self, candidates: list[_Candidate]) -> None:
+        # The sort is stable: what is equal stays in the order of routes, rules and matches.
+        candidates = sorted(candidates, key=lambda candidate: candidate.precedence)
+        self._exact: dict[str, list[_Candidate]] = {}
+        self._prefixes: dict[str, list[_Candidate]] = {}
+        """By what a path and a slash begin with, since a prefix is one of whole elements."""
+        self._expressions: list[tuple[Expression, _Candidate]] = []
+        for candidate in candidates:
+            path = candidate.path
+            if path.kind is PathKind.EXACT:
+                self._exact.setdefault(path.value, []).append(candidate)
+            elif path.kind is PathKind.PREFIX:
+                self._prefixes.setdefault(path.value.rstrip("/") + "/", []).append(candidate)
+            else:
+                self._expressions.append((expression(path.value), candidate))
+        self._lengths = sorted({len(prefix) for prefix in self._prefixes}, reverse=True)
+
+    def find(self, request: Request, query: _Query) -> RouteRule | None:
+        """An exact path goes before the longest prefix, and that before an expression, as in Istio."""
+        path = request.path
+        for candidate in self._exact.get(path, ()):
+            if candidate.matches(request, query):
+                return candidate.rule
+        path += "/"
+        for length in self._lengths:
+            if length <= len(path) and path[length - 1] == "/":
+                for candidate in self._prefixes.get(path[:length], ()):
+                    if candidate.matches(request, query):
+                        return candidate.rule
+        for asked, candidate in self._expressions:
+            if asked.matches(request.path) and candidate.matches(request, query):
+                return candidate.rule
+        return None
+
+
+def _candidates(route: HTTPRoute) -> Iterator[_Candidate]:
     for rule in route.rules:
         for match in rule.matches:
             for hostname in route.hostnames or ("",):
                 yield _Candidate(
-                    exact=match.path.kind is PathKind.EXACT,
-                    path=match.path.value if match.path.kind is PathKind.EXACT else _prefix(match.path) + "/",
+                    hostname=hostname,
+                    path=match.path,
                     method=match.method,
-                    headers=tuple((header.name, header.value) for header in match.headers),
-                    query=tuple((parameter.name, parameter.value) for parameter in match.query),
-                    host=_host_test(hostname) if hostname else None,
-                    rule=rule,
-                    precedence=(*_host_precedence(hostname), *_match_precedence(match)),
+                    headers=tuple((header.name, _test(header)) for header in match.headers),
+                    query=tuple((parameter.name, _test(parameter)) for parameter in match.query),
+                    rule=rule if len(rule.matches) == 1 else replace(rule, matches=(match,)),
                 )
 
 
-def _host_precedence(hostname: str) -> tuple[int, int]:
-    """Most characters in a hostname without wildcard, then most characters in any."""
-    return (0 if hostname.startswith("*.") else -len(hostname), -len(hostname))
+def _test(asked: HeaderMatch | QueryMatch) -> _Test:
+    return expression(asked.value).matches if asked.expression else asked.value.__eq__
 
 
-def _match_precedence(match: Match) -> tuple[int, ...]:
-    exact = match.path.kind is PathKind.EXACT
-    return (
-        not exact,
-        0 if exact else -len(_prefix(match.path)),
-        not match.method,
-        -len(match.headers),
-        -len(match.query),
-    )
-
-
-def _prefix(path: PathMatch) -> str:
-    """Without a slash at its end, which says nothing; empty: every path."""
-    return path.value.rstrip("/")
-
-
-def _host_test(hostname: str) -> Callable[[str], bool]:
-    if hostname.startswith("*."):
-        suffix = hostname[1:]
-        return lambda name: name.endswith(suffix) and name != suffix
-    return hostname.__eq__
+def _hostnames(name: str) -> Iterator[str]:
+    """What routes may call a host: itself, with most labels first `*` and what follows them, and not at all."""
+    yield name
+    dot = name.find(".") if len(name) <= _LONGEST_NAME else -1
+    while dot >= 0:
+        yield "*" + name[dot:]
+        dot = name.find(".", dot + 1)
+    yield ""
 
 
 def _parameters(query: str) -> _Query:

@@ -35,6 +35,7 @@ from control.api.route import (
     QueryMatch,
     RouteRule,
     canonical_route_path,
+    wrong_expression,
     wrong_hostname,
     wrong_modified,
     wrong_query_name,
@@ -44,7 +45,7 @@ from control.api.route import (
 GATEWAY_CLASS: Final = "istio-waypoint"
 
 _NOT_THERE: Final = "it is not implemented; remove it"
-_NO_REGEX: Final = {"RegularExpression": "expressions are not implemented; write exact values or prefixes"}
+_EXPRESSION: Final = PathKind.EXPRESSION.value
 _FILTERS: Final = ("RequestHeaderModifier", "ResponseHeaderModifier")
 _OTHER_FILTERS: Final = dict.fromkeys(
     ("RequestMirror", "RequestRedirect", "URLRewrite", "ExtensionRef", "CORS"), "it is not implemented"
@@ -225,17 +226,17 @@ def _milliseconds(text: str) -> int:
 def _read_match(reader: Reader) -> Match:
     path = reader.child("path")
     kinds = [kind.value for kind in PathKind]
-    kind = PathKind(path.choice("type", kinds, default=PathKind.PREFIX.value, others=_NO_REGEX))
+    kind = PathKind(path.choice("type", kinds, default=PathKind.PREFIX.value))
     value = path.parsed("value", lambda text: canonical_route_path(kind, text))
     path.finish()
     match = Match(
         path=PathMatch(kind, value or "/"),
         headers=tuple(
-            _read_pair(item, HeaderMatch, _lower_header(wrong_header_name), wrong_field_value)
+            _read_asked(item, HeaderMatch, _lower_header(wrong_header_name), wrong_field_value)
             for item in reader.children("headers")
         ),
         query=tuple(
-            _read_pair(item, QueryMatch, _as_is(wrong_query_name), wrong_query_value)
+            _read_asked(item, QueryMatch, _as_is(wrong_query_name), wrong_query_value)
             for item in reader.children("queryParams")
         ),
         method=reader.choice("method", METHODS, default="", others={}),
@@ -246,20 +247,15 @@ def _read_match(reader: Reader) -> Match:
     return match
 
 
-def _read_pair(
-    reader: Reader,
-    make: Callable[[str, str], _T],
-    name: Callable[[str], str],
-    wrong_value: Callable[[str], str],
-    *,
-    typed: bool = True,
+def _read_asked(
+    reader: Reader, make: Callable[[str, str, bool], _T], name: Callable[[str], str], wrong_value: Callable[[str], str]
 ) -> _T:
-    """One {type: Exact, name, value}; a modifier's has no type."""
-    if typed:
-        reader.choice("type", ["Exact"], default="Exact", others=_NO_REGEX)
+    """One {type, name, value} that is compared."""
+    by_expression = reader.choice("type", ["Exact", _EXPRESSION], default="Exact") == _EXPRESSION
     found = make(
         reader.parsed("name", name, required="a name") or "",
-        reader.text("value", wrong_value, required="text to compare with" if typed else "text"),
+        reader.text("value", wrong_expression if by_expression else wrong_value, required="text to compare with"),
+        by_expression,
     )
     reader.finish()
     return found
@@ -321,8 +317,7 @@ def _read_modifier(reader: Reader) -> HeaderModifier:
     name = _lower_header(wrong_modified)
 
     def pairs(field: str) -> tuple[tuple[str, str], ...]:
-        items = reader.children(field)
-        return tuple(_read_pair(item, lambda *pair: pair, name, wrong_field_value, typed=False) for item in items)
+        return tuple(_read_header(item, name) for item in reader.children(field))
 
     modifier = HeaderModifier(pairs("set"), pairs("add"), reader.parsed_list("remove", name))
     named = [header for header, _ in (*modifier.set, *modifier.add)] + list(modifier.remove)
@@ -331,3 +326,12 @@ def _read_modifier(reader: Reader) -> HeaderModifier:
         reader.error("", "names no header; write set, add or remove")
     reader.finish()
     return modifier
+
+
+def _read_header(reader: Reader, name: Callable[[str], str]) -> tuple[str, str]:
+    found = (
+        reader.parsed("name", name, required="a name") or "",
+        reader.text("value", wrong_field_value, required="text"),
+    )
+    reader.finish()
+    return found

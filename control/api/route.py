@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from control.api.expression import expression
 from control.api.http_text import normal_path, wrong_header_name
 from control.api.names import key, wrong_subdomain
 from control.api.problems import shown
@@ -15,6 +16,7 @@ METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", 
 """Those that Gateway API lets a match name."""
 MAX_WEIGHT: Final = 1_000_000  # Gateway API's
 MAX_TIMEOUT_MS: Final = 24 * 3_600_000
+MAX_EXPRESSION: Final = 1024  # Gateway API's, of a path
 
 _QUERY_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _UNTOUCHED: Final = frozenset(
@@ -43,6 +45,8 @@ class PathKind(Enum):
     EXACT = "Exact"
     PREFIX = "PathPrefix"
     """By whole elements: `/v2` matches `/v2` and `/v2/x`, not `/v2x`."""
+    EXPRESSION = "RegularExpression"
+    """The whole path, with `control.api.expression`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +57,23 @@ class PathMatch:
 
 @dataclass(frozen=True, slots=True)
 class HeaderMatch:
-    """An exact match of a header's whole value."""
+    """A match of a header's whole value."""
 
     name: str
     """In lower case."""
     value: str
+    expression: bool = False
+    """Whether the value is a regular expression; else it is exact."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueryMatch:
-    """An exact match of a query parameter's decoded value."""
+    """A match of a query parameter's whole decoded value."""
 
     name: str
     value: str
+    expression: bool = False
+    """As of a header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +157,27 @@ class HTTPRoute:
 
 def canonical_route_path(kind: PathKind, text: str) -> str:
     """The one form of the value of a path match. Raises ValueError for one that could match nothing."""
+    if kind is PathKind.EXPRESSION:
+        if problem := wrong_expression(text):
+            raise ValueError(problem)
+        return text
     if not text.startswith("/"):
         raise ValueError(f"{shown(text)} must begin with '/'")
     if "//" in text:
         raise ValueError(f"{shown(text)} has an empty element, '//'; write one '/'")
     path = normal_path(text)
     return path.rstrip("/") or "/" if kind is PathKind.PREFIX else path
+
+
+def wrong_expression(text: str) -> str:
+    """What is wrong with a regular expression, or an empty string."""
+    if not 1 <= len(text) <= MAX_EXPRESSION:
+        return f"{shown(text)} must have 1 to {MAX_EXPRESSION} characters"
+    try:
+        expression(text)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def wrong_hostname(text: str) -> str:

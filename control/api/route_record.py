@@ -25,6 +25,7 @@ from control.api.route import (
     QueryMatch,
     RouteRule,
     canonical_route_path,
+    wrong_expression,
     wrong_hostname,
     wrong_modified,
     wrong_query_name,
@@ -87,12 +88,17 @@ def _write_rule(rule: RouteRule) -> Body:
 def _write_match(match: Match) -> Body:
     body: Body = {"path": [match.path.kind.value, match.path.value]}
     if match.headers:
-        body["headers"] = [[header.name, header.value] for header in match.headers]
+        body["headers"] = [_write_asked(header) for header in match.headers]
     if match.query:
-        body["query"] = [[parameter.name, parameter.value] for parameter in match.query]
+        body["query"] = [_write_asked(parameter) for parameter in match.query]
     if match.method:
         body["method"] = match.method
     return body
+
+
+def _write_asked(asked: HeaderMatch | QueryMatch) -> list[Value]:
+    """[name, value], or [name, expression, true]."""
+    return [asked.name, asked.value, True] if asked.expression else [asked.name, asked.value]
 
 
 def _write_modifiers(request: HeaderModifier, response: HeaderModifier) -> Body:
@@ -144,8 +150,8 @@ def _read_match(value: Value) -> Match:
     fields = Fields(value, "matches")
     match = Match(
         path=_read_path(fields.take("path", list)),
-        headers=fields.optional_list("headers", _pair(HeaderMatch, wrong_header_name, wrong_field_value)),
-        query=fields.optional_list("query", _pair(QueryMatch, wrong_query_name, wrong_query_value)),
+        headers=fields.optional_list("headers", _asked(HeaderMatch, wrong_header_name, wrong_field_value)),
+        query=fields.optional_list("query", _asked(QueryMatch, wrong_query_name, wrong_query_value)),
         method=_read_method(fields.take("method", str)) if fields.has("method") else "",
     )
     fields.finish()
@@ -213,6 +219,20 @@ def _read_modifier(value: Value) -> HeaderModifier:
 
 def _name_and_value(name: str, value: str) -> tuple[str, str]:
     return name, value
+
+
+def _asked(
+    make: Callable[[str, str, bool], _T], wrong_name: Callable[[str], str], wrong_value: Callable[[str], str]
+) -> Callable[[Value, str], _T]:
+    """Reads what `_write_asked` writes."""
+
+    def read(value: Value, field: str) -> _T:
+        match value:
+            case [*pair, True]:
+                return _pair(lambda name, text: make(name, text, True), wrong_name, wrong_expression)(pair, field)
+        return _pair(lambda name, text: make(name, text, False), wrong_name, wrong_value)(value, field)
+
+    return read
 
 
 def _pair(

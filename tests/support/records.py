@@ -255,12 +255,23 @@ def modifiers(draw: st.DrawFn) -> HeaderModifier:
     )
 
 
+_expressions = st.sampled_from(["/v[0-9]+(/.*)?", ".*", "a|b"])
 matches = st.builds(
     Match,
-    path=st.builds(PathMatch, st.sampled_from(PathKind), st.sampled_from(["/", "/v2", "/v2/x%2A"])),
-    headers=_few(st.builds(HeaderMatch, _header_names, _header_values), unique_by=lambda header: header.name),
+    path=st.builds(
+        PathMatch,
+        st.sampled_from([PathKind.EXACT, PathKind.PREFIX]),
+        st.sampled_from(["/", "/v2", "/v2/x%2A"]),
+    )
+    | st.builds(PathMatch, st.just(PathKind.EXPRESSION), _expressions),
+    headers=_few(
+        st.builds(HeaderMatch, _header_names, _header_values)
+        | st.builds(HeaderMatch, _header_names, _expressions, st.just(True)),
+        unique_by=lambda header: header.name,
+    ),
     query=_few(
-        st.builds(QueryMatch, st.sampled_from(["a", "b"]), st.sampled_from(["1", "\u00fc &"])),
+        st.builds(QueryMatch, st.sampled_from(["a", "b"]), st.sampled_from(["1", "\u00fc &"]))
+        | st.builds(QueryMatch, st.sampled_from(["a", "b"]), _expressions, st.just(True)),
         unique_by=lambda parameter: parameter.name,
     ),
     method=st.sampled_from(["", "GET", "DELETE"]),

@@ -1,7 +1,9 @@
 """Routes against the Gateway API's conformance cases, and against a naive reading of its precedence."""
 
 import random
+import re
 from collections import Counter
+from dataclasses import replace
 from urllib.parse import parse_qsl
 
 import pytest
@@ -377,11 +379,17 @@ def test_modifiers_come_one_after_the_other():
 # The documentation, read literally: https://gateway-api.sigs.k8s.io/reference/spec/
 
 paths = st.sampled_from(["/", "/a", "/a/", "/a/b", "/ab", "/b"])
-header_matches = st.builds(HeaderMatch, st.sampled_from(["x", "y"]), st.sampled_from("12"))
-query_matches = st.builds(QueryMatch, st.sampled_from("pq"), st.sampled_from("12"))
+asked_values = st.sampled_from([("1", False), ("2", False), ("1|2", True), (".*2", True)])
+header_matches = st.builds(lambda name, value: HeaderMatch(name, *value), st.sampled_from(["x", "y"]), asked_values)
+query_matches = st.builds(lambda name, value: QueryMatch(name, *value), st.sampled_from("pq"), asked_values)
+expressions = st.sampled_from(["/.*", "/v[0-9](/.*)?", ".*x", "/(v1|v2)"])
+path_matches = st.one_of(
+    st.builds(PathMatch, st.sampled_from([PathKind.EXACT, PathKind.PREFIX]), paths),
+    st.builds(PathMatch, st.just(PathKind.EXPRESSION), expressions),
+)
 matches = st.builds(
     Match,
-    st.builds(PathMatch, st.sampled_from(PathKind), paths),
+    path_matches,
     st.lists(header_matches, max_size=2, unique_by=lambda asked: asked.name).map(tuple),
     st.lists(query_matches, max_size=2, unique_by=lambda asked: asked.name).map(tuple),
     st.sampled_from(["", "", "GET", "PUT"]),
@@ -441,7 +449,10 @@ def naive_route(routes, request, port):
         # "* "Exact" path match.
         lambda f: f[1].path.kind is PathKind.EXACT,
         # * "Prefix" path match with largest number of characters.
-        lambda f: 0 if f[1].path.kind is PathKind.EXACT else len(f[1].path.value.rstrip("/")),
+        lambda f: f[1].path.kind is PathKind.PREFIX,
+        lambda f: len(f[1].path.value.rstrip("/")) if f[1].path.kind is PathKind.PREFIX else 0,
+        # Where expressions stand is left to the implementation; so it is in Istio.
+        lambda f: len(f[1].path.value) if f[1].path.kind is PathKind.EXPRESSION else 0,
         # * Method match.
         lambda f: f[1].method != "",
         # * Largest number of header matches.
@@ -452,10 +463,11 @@ def naive_route(routes, request, port):
         lambda f: -ord(f[2].name),
         # "matching precedence MUST be granted to the FIRST matching rule (in list order)"
         lambda f: -f[3],
+        lambda f: -f[4],
     ):
         best = max(map(criterion, found), default=None)
         found = [f for f in found if criterion(f) == best]
-    return found[0][2].rules[found[0][3]] if found else None
+    return replace(found[0][2].rules[found[0][3]], matches=(found[0][1],)) if found else None
 
 
 def naive_host(hostname, request):
@@ -470,6 +482,8 @@ def naive_match(asked, request):
     # "based on a URL path prefix split by `/`. ... on a path element by element basis"; "a trailing `/` is ignored"
     if asked.path.kind is PathKind.EXACT:
         path = request.path == asked.path.value
+    elif asked.path.kind is PathKind.EXPRESSION:
+        path = re.fullmatch(asked.path.value, request.path) is not None
     else:
         wanted = [element for element in asked.path.value.split("/") if element]
         path = [element for element in request.path.split("/") if element][: len(wanted)] == wanted
@@ -483,9 +497,31 @@ def naive_match(asked, request):
     return (
         path
         and asked.method in ("", request.method)
-        and all(joined.get(h.name) == h.value for h in asked.headers)
-        and all(parameters.get(q.name) == q.value for q in asked.query)
+        and all(naive_value(h, joined) for h in asked.headers)
+        and all(naive_value(q, parameters) for q in asked.query)
     )
+
+
+def naive_value(asked, values):
+    value = values.get(asked.name)
+    if value is None or not asked.expression:
+        return value == asked.value
+    return re.fullmatch(asked.value, value) is not None
+
+
+def test_of_a_thousand_rules_few_are_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr("waypoint.request.Request.header", lambda _, name: asked.append(name))
+    many = http_route(*(rule(f"v{n}", match(f"/v{n}", headers={"version": "one"})) for n in range(1000)))
+    router = compile_routes([many], SERVICE, 80)
+    assert router.route(read_request("GET", "/v777/x", [])) is None
+    assert asked == ["version"]
+
+
+def test_a_host_of_a_thousand_labels_is_not_taken_apart():
+    route = http_route(rule("v1"), hostnames=["*.shop.io"])
+    assert ask([route], host="a." * 100 + "shop.io") == "v1"
+    assert ask([route], host="a." * 1000 + "shop.io") == 404
 
 
 @settings(max_examples=examples(200))

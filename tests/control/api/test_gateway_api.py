@@ -175,6 +175,21 @@ def test_a_route():
     )
 
 
+def test_matches_by_expression():
+    asked = (
+        "path: {type: RegularExpression, value: '/v[0-9]+'}\n      "
+        "headers: [{type: RegularExpression, name: A, value: 'x.*'}]\n      "
+        "queryParams: [{type: RegularExpression, name: b, value: '1|2'}]"
+    )
+    (found,) = parse(replaced(ROUTE, MATCH, asked), "f.yaml")
+    assert found.route.rules[0].matches[1] == Match(
+        PathMatch(PathKind.EXPRESSION, "/v[0-9]+"),
+        (HeaderMatch("a", "x.*", True),),
+        (QueryMatch("b", "1|2", True),),
+        "",
+    )
+
+
 @pytest.mark.parametrize(("text", "ms"), [("0s", 0), ("24h", 86_400_000), ("1h1m1s1ms", 3_661_001), ("10ms", 10)])
 def test_timeouts(text, ms):
     (found,) = parse(replaced(ROUTE, "request: 1m30s, backendRequest: 500ms", f"request: {text}"), "f.yaml")
@@ -202,7 +217,8 @@ LAST = "  - backendRefs: [{name: reviews, port: 80}]\n"
         ("'*.example'", "'*.*'", "hostnames[1]: '*' must be 1-253"),
         ("'*.example'", "10.0.0.1", "hostnames[1]: '10.0.0.1' is an address; write a host name"),
         ("'*.example'", "reviews.example", "spec.hostnames: names a host twice; remove one"),
-        (MATCH, "path: {type: RegularExpression, value: '.*'}", "type: RegularExpression is refused: expressions are"),
+        (MATCH, "path: {type: RegularExpression, value: '/(a'}", "path.value: '/(a': a group has no ')'"),
+        (MATCH, "path: {type: Suffix, value: '/a'}", "path.type: 'Suffix' must be Exact or PathPrefix or RegularExpr"),
         (MATCH, "path: {value: v3}", "path.value: 'v3' must begin with '/'"),
         (MATCH, "path: {value: /a//b}", "path.value: '/a//b' has an empty element, '//'; write one '/'"),
         (MATCH, "path: {value: '/a?b'}", "path.value: '/a?b' is no path of up to 1024 characters"),
@@ -212,7 +228,11 @@ LAST = "  - backendRefs: [{name: reviews, port: 80}]\n"
         (MATCH, "headers: [{name: a b, value: x}]", "headers[0].name: 'a b' is no header's name"),
         (MATCH, "headers: [{name: a}]", "headers[0].value: is missing; it must be text to compare with"),
         (MATCH, "headers: [{name: a, value: x}, {name: A, value: y}]", "matches[1].headers: names 'a' twice"),
-        (MATCH, "headers: [{type: RegularExpression, name: a, value: x}]", "type: RegularExpression is refused"),
+        (
+            MATCH,
+            "headers: [{type: RegularExpression, name: a, value: '*'}]",
+            "headers[0].value: '*': '*' repeats nothing",
+        ),
         (MATCH, "queryParams: [{name: a b, value: x}]", "queryParams[0].name: 'a b' is no name of a query parameter"),
         (MATCH, "queryParams: [{name: a, value: x}, {name: a, value: y}]", "queryParams: names 'a' twice"),
         (
