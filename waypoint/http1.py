@@ -33,7 +33,9 @@ read another, the message is refused. docs/http1.md lists what is, and has the m
 own and not httptools'.
 """
 
-from waypoint.http1_messages import (
+from waypoint.http1_reader import RequestReader, ResponseReader
+from waypoint.http1_writer import RequestWriter, ResponseWriter
+from waypoint.messages import (
     CHUNKED,
     END,
     NO_BODY,
@@ -50,8 +52,6 @@ from waypoint.http1_messages import (
     ResponseHead,
     length,
 )
-from waypoint.http1_reader import RequestReader, ResponseReader
-from waypoint.http1_writer import RequestWriter, ResponseWriter
 
 __all__ = [
     "CHUNKED",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from waypoint.http1_messages import (
+from waypoint.messages import (
     CHUNKED,
     NO_BODY,
     UNTIL_CLOSE,
@@ -40,6 +40,7 @@ _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
 _HOST: Final = re.compile(rb"(?:[0-9A-Za-z._-]++|\[[0-9A-Fa-f]*+:[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
 _ABSOLUTE: Final = re.compile(rb"http://([^/?]++)(.*)", re.IGNORECASE)
 
+OLD: Final = "HTTP/1.0"
 OF_CONNECTION: Final = frozenset(
     (
         b"connection",
@@ -102,7 +103,7 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
         fields,
         framing,
         keep_alive=minor == 1 and b"close" not in options,
-        minor=minor,
+        protocol="HTTP/1.1" if minor else OLD,
         expects_continue=expects,
     )
 

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import Final
 
 from waypoint.http1_head import MAX_HEAD, check_start, check_trailers, read_request, read_response
-from waypoint.http1_messages import END, Body, End, Ending, Framing, MessageError, RequestEvent, ResponseEvent
+from waypoint.messages import END, Body, End, Ending, Framing, MessageError, RequestEvent, ResponseEvent
 
 MAX_CHUNK_LINE: Final = 256
 """Bytes of a chunk's size with its extensions, which are dropped."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from waypoint.http1_head import OF_CONNECTION, check_written
-from waypoint.http1_messages import CHUNKED, UNTIL_CLOSE, Ending, Fields, Framing, RequestHead, ResponseHead
+from waypoint.http1_head import OF_CONNECTION, OLD, check_written
+from waypoint.messages import CHUNKED, UNTIL_CLOSE, Ending, Fields, Framing, RequestHead, ResponseHead
 
 
 class _Writer:
@@ -71,7 +71,7 @@ class ResponseWriter(_Writer):
         """
         line = b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)
         if response.interim:
-            if not self._request.minor:  # RFC 9110 section 15.2
+            if self._request.protocol == OLD:  # RFC 9110 section 15.2
                 return b""
             return _written(line, response.fields, response.framing)
         framing = self._framing(response.framing)
@@ -83,7 +83,7 @@ class ResponseWriter(_Writer):
     def _framing(self, framing: Framing) -> Framing:
         """The end of the body as this client understands it: chunked where that is possible and it has no length."""
         if framing.ending in (Ending.CHUNKED, Ending.CLOSE):
-            return CHUNKED if self._request.minor else UNTIL_CLOSE
+            return UNTIL_CLOSE if self._request.protocol == OLD else CHUNKED
         return framing
 
 

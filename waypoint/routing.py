@@ -27,7 +27,7 @@ from control.api.route import (
     QueryMatch,
     RouteRule,
 )
-from waypoint.http1_messages import Fields
+from waypoint.messages import Fields
 from waypoint.request import Request, host_name
 
 _Query = dict[str, str]

@@ -24,7 +24,8 @@ from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, StartError
 from uproxy.telemetry import Connection, Listing, Peer
 from uproxy.tls import Context, client_context, server_context
-from waypoint.gateway import Directory, Gateway
+from waypoint.directory import Directory
+from waypoint.gateway import Gateway
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from control.api.address import IpAddress
-from control.api.identity import SpiffeId
 from uproxy.errors import RefusedError
 from uproxy.health import Health
 from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
 from uproxy.resolve import Hop, host_port
 from waypoint.byte_stream import ByteStream
-from waypoint.http1_messages import ResponseEvent
-from waypoint.http1_reader import ResponseReader
+from waypoint.caller import Caller, Key
+from waypoint.http1_outgoing import Http1Outgoing
+from waypoint.sides import Outgoing
 
 IDLE_TIMEOUT_S: Final = 55.0
 """Below the 60 s after which many servers close a connection: who closes first loses no request."""
@@ -29,44 +27,7 @@ MAX_IDLE_EACH: Final = 64
 """Idle connections of one caller to one backend; more are closed when they are done."""
 MAX_IDLE: Final = 4096
 
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who calls, as the tunnel proved it, and from where."""
-
-    identity: SpiffeId
-    address: IpAddress
-    port: int
-
-
-Key = tuple[SpiffeId, IpAddress, IpAddress, SpiffeId, bytes]
-"""Who calls and from where; the backend's address, who it must be, and the authority that it was asked for."""
-
-
-@dataclass(slots=True, eq=False)
-class HttpConnection:
-    """One HTTP/1.1 connection to a backend."""
-
-    key: Key
-    hop: Hop
-    stream: ByteStream
-    reader: ResponseReader = field(default_factory=ResponseReader)
-    used: bool = False
-    """Whether it has carried a request: then its server may close it just when the next one comes."""
-    idle_since: float = 0.0
-
-    async def events(self, timeout_s: float) -> list[ResponseEvent]:
-        """More of the response that is expected, at least one event. Raises MessageError, ConnectionResetError,
-        TimeoutError.
-        """
-        while True:
-            data = await self.stream.receive(timeout_s)
-            found = self.reader.feed(data) if data else self.reader.eof()
-            if found:
-                return found
 
 
 class Cause(Protocol):
@@ -84,7 +45,7 @@ class Upstream:
     def __init__(self, data_plane: Plane, pool: Pool) -> None:
         self._plane = data_plane
         self._pool = pool
-        self._idle: dict[Key, list[HttpConnection]] = {}
+        self._idle: dict[Key, list[Http1Outgoing]] = {}
         self._count = 0
 
     @property
@@ -114,7 +75,7 @@ class Upstream:
             raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
 
     async def connection(
-        self, caller: Caller, hops: Sequence[Hop], cause: Cause, claim: Waiter[HttpConnection], *, fresh: bool
+        self, caller: Caller, hops: Sequence[Hop], cause: Cause, claim: Waiter[Outgoing], *, fresh: bool
     ) -> None:
         """Settle `claim` with a connection to the first of the hops that answers, or fail it with RefusedError.
 
@@ -125,8 +86,10 @@ class Upstream:
         try:
             for hop in hops:
                 try:
-                    found = None if fresh else self.kept(caller, hop)
-                    found = found or HttpConnection(_key(caller, hop), hop, await self.stream(caller, hop, cause))
+                    kept = None if fresh else self.kept(caller, hop)
+                    found = kept or Http1Outgoing(
+                        caller.key(hop), hop, await self.stream(caller, hop, cause), self._keep
+                    )
                 except RefusedError as error:
                     log.info("%s: %s", cause.request_id, error)
                     failed = error
@@ -134,7 +97,7 @@ class Upstream:
                         break
                     continue
                 if claim.settled:
-                    self.keep(found)
+                    found.done(uploaded=True)
                 else:
                     claim.set(found)
                 return
@@ -143,32 +106,36 @@ class Upstream:
             claim.fail(failed or RefusedError("connect-failed", "a bug of this proxy; its log has the traceback"))
             del failed  # its traceback holds this frame
 
-    def keep(self, connection: HttpConnection) -> None:
+    async def _dial(self, caller: Caller, hop: Hop, cause: Cause) -> Outgoing:
+        """Raises RefusedError."""
+        return Http1Outgoing(caller.key(hop), hop, await self.stream(caller, hop, cause), self._keep)
+
+    def _keep(self, connection: Http1Outgoing) -> None:
         """It can carry another request."""
         kept = self._idle.setdefault(connection.key, [])
-        if len(kept) >= MAX_IDLE_EACH or self._count >= MAX_IDLE or not connection.stream.quiet:
-            connection.stream.close()
+        if len(kept) >= MAX_IDLE_EACH or self._count >= MAX_IDLE or not connection.quiet:
+            connection.close()
             if not kept:
                 del self._idle[connection.key]
             return
         connection.idle_since = time.monotonic()
-        connection.stream.on_gone = lambda: self._forget(connection)
+        connection.on_gone = lambda: self._forget(connection)
         kept.append(connection)
         self._count += 1
 
-    def kept(self, caller: Caller, hop: Hop) -> HttpConnection | None:
+    def kept(self, caller: Caller, hop: Hop) -> Outgoing | None:
         """A connection that waits for a request; it is the caller's from here."""
-        kept = self._idle.get(_key(caller, hop), [])
+        kept = self._idle.get(caller.key(hop), [])
         while kept:
             connection = kept[-1]
             self._forget(connection)
-            if connection.stream.quiet:
+            if connection.quiet:
                 return connection
-            connection.stream.close()  # its server has said something unasked, mostly that it closes
+            connection.close()  # its server has said something unasked, mostly that it closes
         return None
 
-    def _forget(self, connection: HttpConnection) -> None:
-        connection.stream.on_gone = _nothing
+    def _forget(self, connection: Http1Outgoing) -> None:
+        connection.on_gone = _nothing
         kept = self._idle.get(connection.key, [])
         if connection in kept:
             kept.remove(connection)
@@ -180,20 +147,16 @@ class Upstream:
         """Called every few seconds: close what was idle for long, or what its server has closed."""
         for kept in list(self._idle.values()):
             for connection in list(kept):
-                if now - connection.idle_since > IDLE_TIMEOUT_S or not connection.stream.quiet:
+                if now - connection.idle_since > IDLE_TIMEOUT_S or not connection.quiet:
                     self._forget(connection)
-                    connection.stream.close()
+                    connection.close()
 
     def close(self) -> None:
         """Close every idle connection."""
         for kept in list(self._idle.values()):
             for connection in list(kept):
                 self._forget(connection)
-                connection.stream.close()
-
-
-def _key(caller: Caller, hop: Hop) -> Key:
-    return caller.identity, caller.address, hop.address, hop.expected, hop.authority
+                connection.close()
 
 
 def _nothing() -> None: ...

@@ -26,7 +26,7 @@ from uproxy.listener import Asked
 from uproxy.resolve import Plan, Resolver, host_port
 from waypoint import http1_head
 from waypoint.destination import Destination, Destinations
-from waypoint.http1_messages import Fields, MessageError, RequestHead
+from waypoint.messages import Fields, MessageError, RequestHead
 from waypoint.request import Request, RequestError, read_request
 from waypoint.rules import rules_at
 

@@ -235,7 +235,7 @@ class _Worker:
         if self._channel is not None:
             self._channel.send(*message)
 
-    # -- what the data plane asks (gateway.Directory)
+    # -- what the data plane asks (directory.Directory)
 
     async def destination(self, address: IpAddress) -> None:
         """Return when everything about an address is known, here as in the first process. Raises RefusedError."""

@@ -31,7 +31,7 @@ from uproxy.plane import Plane
 from uproxy.process import FAREWELL_S, StartError
 from uproxy.telemetry import Listing
 from waypoint.channel import Channel, Message, encode
-from waypoint.gateway import Directory
+from waypoint.directory import Directory
 from waypoint.metrics import counters, summed
 from waypoint.telemetry import WaypointTelemetry
 

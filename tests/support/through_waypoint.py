@@ -36,6 +36,7 @@ from uproxy.redirect import OriginalDestination, Route
 from uproxy.telemetry import Connection
 from uproxy.tls import Credentials, client_context, server_context
 from waypoint import gateway
+from waypoint.directory import Directory
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.upstream import Upstream
 
@@ -84,7 +85,7 @@ class Through:
 
 @contextlib.asynccontextmanager
 async def running_waypoint(
-    directory: Path, authority: Authority, app_port: int, protocol: str, known: gateway.Directory | None = None
+    directory: Path, authority: Authority, app_port: int, protocol: str, known: Directory | None = None
 ) -> AsyncIterator[Through]:
     """`protocol` is the service port's appProtocol; `app_port` as for `running_pair`; `known` is the directory."""
     async with running_pair(directory, authority, app_port) as pair:

@@ -36,8 +36,10 @@ from uproxy import plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
-from waypoint.gateway import GRACE_S, Directory
-from waypoint.upstream import Caller, HttpConnection
+from waypoint.caller import Caller
+from waypoint.directory import Directory
+from waypoint.gateway import GRACE_S
+from waypoint.sides import Outgoing
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
@@ -687,7 +689,7 @@ def test_a_caller_that_goes_away_just_when_the_backend_is_there_takes_its_reques
             stream.owner.on_gone()
 
         async def connected(
-            caller: Caller, hops: Sequence[Hop], request_id: str, claim: plane.Waiter[HttpConnection], *, fresh: bool
+            caller: Caller, hops: Sequence[Hop], request_id: str, claim: plane.Waiter[Outgoing], *, fresh: bool
         ) -> None:
             await connect(caller, hops, request_id, claim, fresh=fresh)
             await go_away()

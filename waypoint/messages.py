@@ -1,4 +1,4 @@
-"""What HTTP/1.1 messages consist of: the values that readers give and writers take. See `waypoint.http1`."""
+"""What HTTP messages consist of, whichever version they come by: the values that readers give and writers take."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class RequestHead:
     framing: Framing = NO_BODY
     keep_alive: bool = True
     """Whether the client takes another response on this connection."""
-    minor: int = 1
-    """HTTP/1.`minor`: 0 or 1."""
+    protocol: str = "HTTP/1.1"
+    """As it is logged; or HTTP/1.0."""
     expects_continue: bool = False
     """The client waits for 100 (Continue) before it sends the body. The Expect field is among the fields then."""
 

@@ -1,0 +1,34 @@
+"""Who calls through a waypoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from control.api.address import IpAddress
+from control.api.identity import SpiffeId
+from control.api.workload import Workload
+from control.client.state import State
+from uproxy.resolve import Hop, host_port
+from uproxy.telemetry import Peer
+
+Key = tuple[SpiffeId, IpAddress, IpAddress, SpiffeId, bytes]
+"""Who calls and from where; the backend's address, who it must be, and the authority that it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, as the tunnel proved it, and from where."""
+
+    identity: SpiffeId
+    address: IpAddress
+    port: int
+
+    def peer(self, state: State) -> Peer:
+        """As records name the caller: as a workload, if there is one with that identity at that address."""
+        workload: Workload | None = state.workload_at(self.address)
+        known = workload if workload is not None and workload.identity == self.identity else None
+        return Peer(host_port(self.address, self.port), known, str(self.identity))
+
+    def key(self, hop: Hop) -> Key:
+        """What a connection to a backend is kept under: it is for one caller as long as it lives (docs/hbone.md 4)."""
+        return self.identity, self.address, hop.address, hop.expected, hop.authority

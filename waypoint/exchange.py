@@ -1,0 +1,515 @@
+"""One request's life at a waypoint, top to bottom, whatever its caller and its backend speak.
+
+head -> authorise -> route -> pick -> forward -> relay both bodies -> record. All of it runs in the data plane's turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from control.api.address import HBONE_PORT
+from control.api.route import Backend, RouteRule
+from control.client.state import State
+from uproxy import trace
+from uproxy.errors import RefusedError
+from uproxy.listener import Asked
+from uproxy.plane import Plane, Timer, Waiter
+from uproxy.resolve import Hop, host_port
+from uproxy.telemetry import Peer
+from waypoint import telemetry as flags
+from waypoint.caller import Caller
+from waypoint.destination import Destination, Destinations
+from waypoint.directory import Directory
+from waypoint.messages import END, Body, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead, length
+from waypoint.refusal import REASONS, RefusalError
+from waypoint.request import Request, RequestError, read_request
+from waypoint.routing import choose_backend, modified
+from waypoint.rules import RuleBook, Rules
+from waypoint.sides import STALL_TIMEOUT_S, Incoming, Outgoing
+from waypoint.telemetry import Exchange, WaypointTelemetry
+from waypoint.upstream import Upstream
+
+_CALLERS: Final = frozenset({b"x-forwarded-for", b"x-forwarded-client-cert", b"x-request-id"})
+_OURS: Final = b"x-uproxy-"
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_TRACE: Final = re.compile(r"(?!0{32})[0-9a-f]{32}")
+
+
+@dataclass(slots=True, eq=False)
+class _Course:
+    """A request, and how far it has come, so that a deadline, or its caller's leaving, can end it where it waits."""
+
+    request: Incoming
+    caller: Caller
+    exchange: Exchange
+    claim: Waiter[Outgoing] | Waiter[None] | None = None
+    """What it waits for before it has a way to a backend."""
+    outgoing: Outgoing | None = None
+    cause: RefusalError | None = None
+    """Why it was stopped."""
+    answering: bool = False
+    """Whether bytes of the final response may have gone to the caller."""
+    uploaded: Waiter[None] | None = None
+    """Settled when the request's body was read to its end, or is read no more. None: there is no body."""
+    over: bool = False
+    """Whether nobody wants the rest of the request's body."""
+    timer: Timer | None = None
+
+    def stop(self, cause: RefusalError) -> None:
+        if self.cause is None:
+            self.cause = cause
+        if self.outgoing is not None:
+            self.outgoing.abort(cause.detail)
+        elif self.claim is not None:
+            self.claim.fail(ConnectionResetError(cause.detail))
+
+
+class Exchanges:
+    """Serves requests."""
+
+    def __init__(
+        self,
+        data_plane: Plane,
+        state: State,
+        gateway: str,
+        destinations: Destinations,
+        rules: RuleBook,
+        upstream: Upstream,
+        telemetry: WaypointTelemetry,
+        directory: Directory | None,
+    ) -> None:
+        """`gateway`: key of the Gateway. `directory`: where what is not known is asked for, if anywhere."""
+        self.draining = False
+        """This process ends: callers are to connect anew."""
+        self._plane = data_plane
+        self._state = state
+        self._gateway = gateway
+        self._destinations = destinations
+        self._rules = rules
+        self._upstream = upstream
+        self._telemetry = telemetry
+        self._directory = directory
+        self._random = random.Random()
+
+    async def serve(self, request: Incoming, caller: Caller, asked: Asked) -> None:
+        """One request, until it is answered or aborted. Raises nothing."""
+        try:
+            await self._serve(request, caller, asked)
+        except (OSError, RefusedError) as error:  # RefusedError: this proxy shuts down
+            request.abort(str(error))
+        except Exception:
+            request.abort("a bug of this proxy; its log has the traceback")
+            raise
+
+    async def refuse(self, request: Incoming, caller: Caller, error: MessageError) -> None:
+        """Answer what could not be read. Raises nothing."""
+        exchange = self._begin(caller, None)
+        refusal = RefusalError(error.status, "bad-request", str(error), flag=flags.MALFORMED)
+        try:
+            await self._refuse(_Course(request, caller, exchange), refusal)
+        except (OSError, RefusedError) as failure:
+            request.abort(str(failure))
+        finally:
+            self._telemetry.answered(exchange, time.monotonic())
+
+    async def _serve(self, request: Incoming, caller: Caller, asked: Asked) -> None:
+        """Raises RefusedError, OSError."""
+        head = request.head
+        exchange = self._begin(caller, head)
+        course = _Course(request, caller, exchange)
+        request.on_gone = lambda: course.stop(_caller_gone())
+        try:
+            destination, rules = self._rules_for(asked)
+            exchange.destination_service = destination.service_key
+            judged = _judged(head)
+            exchange.path, exchange.authority = judged.target, judged.host
+            self._authorise(rules, caller, destination, judged)
+            rule = self._route(rules, destination, judged)
+            while True:
+                generation = self._state.generation
+                self._limit(rule, course)
+                backend, hops = await self._pick(rule, destination, course)
+                if self._state.generation == generation:
+                    break
+                # It has waited: what holds now counts.
+                destination, rules = self._rules_for(asked)
+                self._authorise(rules, caller, destination, judged)
+                before, rule = rule, self._route(rules, destination, judged)
+                if rule == before:
+                    break
+            onward = _onward(head, judged, rule, backend, caller, exchange)
+            response = await self._forward(course, onward, hops)
+            await self._relay(course, rule, backend, destination, response)
+        except RefusalError as refusal:
+            if course.answering or refusal.flag == flags.CALLER_GONE:
+                # What the caller has of the response is not whole, and must not look so.
+                _note(exchange, refusal)
+                request.abort(refusal.detail)
+            else:
+                await self._refuse(course, refusal)
+        except RefusedError as error:  # this proxy shuts down
+            exchange.details = str(error)
+            raise
+        except OSError as error:
+            if exchange.flag == flags.NO_FLAG:
+                exchange.flag, exchange.details = flags.CALLER_GONE, f"the caller's connection: {error}"
+            raise
+        finally:
+            request.on_gone = _nothing
+            if course.timer is not None:
+                course.timer.cancel()
+            course.over = True
+            if course.outgoing is not None:
+                course.outgoing.abort("given up")
+            self._telemetry.answered(exchange, time.monotonic())
+
+    def _rules_for(self, asked: Asked) -> tuple[Destination, Rules]:
+        """Anew for each request: a connection outlives many configurations. Raises RefusalError."""
+        try:
+            destination = self._destinations.find(asked)
+        except RefusedError as error:
+            raise RefusalError(503, error.reason, error.detail, flag=flags.NO_ROUTE, close=True) from None
+        return destination, self._rules.at(destination)
+
+    def _authorise(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> None:
+        """Raises RefusalError when no policy allows it."""
+        decision = rules.policies.decide(
+            caller.identity, caller.address, destination.address, destination.dialled_port, request
+        )
+        if not decision.allowed:
+            raise RefusalError(403, "policy", "RBAC: access denied", policy=decision.policy or decision.reason)
+
+    def _route(self, rules: Rules, destination: Destination, request: Request) -> RouteRule | None:
+        """The rule for a request; None when its backend is settled. Raises RefusalError when no route matches."""
+        if destination.backend is not None:
+            return None
+        rule = rules.router.route(request)
+        if rule is None:
+            raise RefusalError(404, "no-route", "no route of this service matches", flag=flags.NO_ROUTE)
+        return rule
+
+    def _limit(self, rule: RouteRule | None, course: _Course) -> None:
+        """From the request's beginning on, in place of the limit of an earlier rule."""
+        if course.timer is not None:
+            course.timer.cancel()
+            course.timer = None
+        if rule is None:
+            return
+        # There is one attempt, but for a connection that was stale: its limit is the request's.
+        limits = [limit for limit in (rule.timeout_ms, rule.backend_timeout_ms) if limit]
+        if not limits:
+            return
+        timeout_ms = min(limits)
+        expired = RefusalError(504, "timeout", f"no whole response within {timeout_ms} ms", flag=flags.TIMED_OUT)
+        left_s = course.exchange.started + timeout_ms / 1000 - time.monotonic()
+        course.timer = self._plane.call_later(left_s, lambda: course.stop(expired))
+
+    async def _pick(
+        self, rule: RouteRule | None, destination: Destination, course: _Course
+    ) -> tuple[Backend | None, tuple[Hop, ...]]:
+        """Where a request may go, best first. Raises RefusalError when nobody is there."""
+        if rule is None:
+            assert destination.backend is not None
+            return None, (destination.backend,)
+        exchange = course.exchange
+        exchange.route = rule.name
+        backend = choose_backend(rule, self._random)
+        if backend is None:
+            raise RefusalError(500, "no-backend", "the route that matches has no backend", flag=flags.NO_ROUTE)
+        exchange.backend_service = backend.service
+        try:
+            try:
+                return backend, self._destinations.backends(backend.service, backend.port)
+            except RefusedError:
+                if self._directory is None:
+                    raise
+            # A route comes as soon as it is there, and what it leads to is asked for then.
+            await self._follow(self._directory, backend.service, course)
+            return backend, self._destinations.backends(backend.service, backend.port)
+        except RefusedError as error:
+            if error.reason == "shutting-down":
+                raise
+            raise RefusalError(503, error.reason, error.detail, flag=flags.NO_BACKEND) from None
+
+    async def _follow(self, directory: Directory, service_key: str, course: _Course) -> None:
+        """Wait for what a route leads to. Raises RefusedError when it does not come in time, RefusalError."""
+        claim: Waiter[None] = Waiter(self._plane)
+        course.claim = claim
+        self._plane.spawn(_followed(directory, service_key, claim))
+        try:
+            await claim
+        except ConnectionResetError as error:
+            raise _broken(course, error) from None
+        finally:
+            course.claim = None
+        if course.cause is not None:  # in the turn in which the answer came
+            raise course.cause
+
+    async def _forward(self, course: _Course, onward: RequestHead, hops: tuple[Hop, ...]) -> list[ResponseEvent]:
+        """Send the request to a backend; the beginning of what it answers. Raises RefusalError."""
+        bodiless = course.request.whole
+        fresh = False
+        while True:
+            course.exchange.attempts += 1
+            outgoing = await self._connect(course, hops, fresh=fresh)
+            try:
+                await outgoing.begin(onward, ended=bodiless)
+                if not bodiless:
+                    course.uploaded = Waiter(self._plane)
+                    self._plane.spawn(_upload(course, outgoing, course.uploaded))
+                return await outgoing.events()
+            except ValueError as error:  # with what is added to it, it is too large
+                raise RefusalError(431, "bad-request", str(error), flag=flags.MALFORMED) from None
+            except (OSError, MessageError) as error:
+                outgoing.abort(str(error))
+                course.outgoing = None
+                if bodiless and not fresh and course.cause is None and outgoing.replayable(onward.method):
+                    fresh = True
+                    continue
+                raise _broken(course, error, begun=outgoing.begun) from None
+
+    async def _connect(self, course: _Course, hops: tuple[Hop, ...], *, fresh: bool) -> Outgoing:
+        """A way to a backend, which is the course's from here. Raises RefusalError."""
+        kept = None if fresh else self._upstream.kept(course.caller, hops[0])
+        outgoing = kept or await self._open(course, hops, fresh=fresh)
+        if course.cause is not None:  # it came in the turn in which the request was stopped
+            outgoing.done(uploaded=True)
+            raise course.cause
+        course.outgoing = outgoing
+        hop = outgoing.hop
+        course.exchange.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload, str(hop.expected))
+        course.exchange.hbone_address = hop.authority.decode()
+        return outgoing
+
+    async def _open(self, course: _Course, hops: tuple[Hop, ...], *, fresh: bool) -> Outgoing:
+        """Raises RefusalError."""
+        claim: Waiter[Outgoing] = Waiter(self._plane)
+        course.claim = claim
+        self._plane.spawn(self._upstream.connection(course.caller, hops, course.exchange, claim, fresh=fresh))
+        try:
+            return await claim
+        except ConnectionResetError as error:
+            raise _broken(course, error) from None
+        except RefusedError as error:
+            if error.reason == "shutting-down":
+                raise
+            if error.reason == "policy":  # the backend's uProxy judged the caller, too
+                raise RefusalError(403, error.reason, "RBAC: access denied", policy=error.policy) from None
+            raise RefusalError(503, error.reason, str(error), flag=flags.BACKEND_UNREACHABLE) from None
+        finally:
+            course.claim = None
+
+    async def _relay(
+        self,
+        course: _Course,
+        rule: RouteRule | None,
+        backend: Backend | None,
+        destination: Destination,
+        events: list[ResponseEvent],
+    ) -> None:
+        """The response to the caller. Raises RefusalError, OSError."""
+        request, exchange, outgoing = course.request, course.exchange, course.outgoing
+        assert outgoing is not None
+        while True:
+            answering = course.answering
+            answer: list[ResponseEvent] = []
+            for event in events:
+                if isinstance(event, Body):
+                    exchange.sent += len(event.data)
+                elif isinstance(event, ResponseHead):
+                    event = _answered(event, rule, backend)
+                    if not event.interim:
+                        exchange.status = event.status
+                        answering = True
+                answer.append(event)
+            whole = answer[-1] is END
+            if whole:
+                _release(course, outgoing)
+            try:
+                await request.send(answer, close=answering and self._turns_away(destination))
+            except ValueError as error:  # as above
+                raise RefusalError(502, "upstream", str(error), flag=flags.BACKEND_BROKE) from None
+            course.answering = answering
+            if whole:
+                break
+            try:
+                events = await outgoing.events()
+            except (OSError, MessageError) as error:
+                raise _broken(course, error) from None
+        if not request.whole:
+            await request.discard(course.uploaded)
+
+    def _turns_away(self, destination: Destination) -> bool:
+        """Whether the caller should connect anew: this process ends, or the service's callers go another way now."""
+        bound = all(
+            service.binding is not None and service.binding.gateway == self._gateway for service in destination.services
+        )
+        return self.draining or (bool(destination.services) and not bound)
+
+    async def _refuse(self, course: _Course, refusal: RefusalError) -> None:
+        """Answer by itself. Raises OSError."""
+        request, exchange = course.request, course.exchange
+        _note(exchange, refusal)
+        exchange.status = refusal.status
+        text = refusal.detail.encode() + b"\n"
+        fields = [
+            (b"content-type", b"text/plain"),
+            (b"x-uproxy-reason", refusal.reason.encode()),
+            (b"x-request-id", exchange.request_id.encode()),
+        ]
+        if refusal.policy:
+            fields.append((b"x-uproxy-policy", refusal.policy.encode()))
+        if request.head.method != "HEAD":
+            exchange.sent = len(text)
+        course.over = True
+        course.answering = True
+        head = ResponseHead(refusal.status, REASONS.get(refusal.status, b""), fields, length(len(text)))
+        await request.send((head, Body(text), END), close=self.draining or refusal.close)
+        if not request.whole:
+            await request.discard(course.uploaded)
+
+    # -- records
+
+    def _begin(self, caller: Caller, head: RequestHead | None) -> Exchange:
+        fields = head.fields if head is not None else ()
+        given = next((value for name, value in fields if name == b"x-request-id"), b"")
+        agent = next((value for name, value in fields if name == b"user-agent"), b"")
+        exchange = Exchange(
+            source=caller.peer(self._state),
+            destination=Peer(""),
+            started=time.monotonic(),
+            request_id=given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex(),
+            method=head.method if head is not None else "",
+            path=head.target if head is not None else "",
+            protocol=head.protocol if head is not None else "",
+            user_agent=agent.decode("latin-1"),
+        )
+        self._place_in_trace(exchange, [value for name, value in fields if name == b"traceparent"])
+        self._telemetry.began(exchange)
+        return exchange
+
+    def _place_in_trace(self, exchange: Exchange, given: list[bytes]) -> None:
+        """A request that its caller records goes on in that trace; of others, a share begins one here."""
+        said = trace.read(given[0]) if len(given) == 1 else None
+        spans = self._telemetry.spans
+        if said is not None and said.span:
+            exchange.trace, exchange.parent_span = said.trace, said.span
+            recorded = spans is not None
+        else:
+            named = exchange.request_id.replace("-", "").lower()  # mostly a UUID, where the caller has chosen it
+            exchange.trace = named if _TRACE.fullmatch(named) else os.urandom(16).hex()
+            recorded = said is None and spans is not None and spans.draws()
+        if recorded:
+            exchange.span = os.urandom(8).hex()
+
+
+async def _followed(directory: Directory, service_key: str, claim: Waiter[None]) -> None:
+    try:
+        await directory.followed(service_key)
+        claim.set(None)
+    except RefusedError as error:
+        claim.fail(error)
+    finally:
+        # Nothing, if it was settled; whoever waits must learn of a bug, too.
+        claim.fail(RefusedError("no-config", "a bug of this proxy; its log has the traceback"))
+
+
+async def _upload(course: _Course, outgoing: Outgoing, uploaded: Waiter[None]) -> None:
+    """The request's body to the backend, beside the response. Once that is over, to nobody."""
+    try:
+        while data := await course.request.body():
+            course.exchange.received += len(data)
+            if course.over:
+                break
+            with contextlib.suppress(ConnectionResetError):  # who waits for the response learns of it, too
+                await outgoing.write(data)
+        else:
+            if not course.over:
+                with contextlib.suppress(ConnectionResetError):
+                    await outgoing.end()
+    except MessageError as error:
+        course.stop(RefusalError(error.status, "bad-request", str(error), flag=flags.MALFORMED))
+    except TimeoutError:
+        course.stop(RefusalError(408, "timeout", "the request's body does not move", flag=flags.TIMED_OUT))
+    except ConnectionResetError:
+        course.stop(_caller_gone())
+    except RefusedError as error:  # this proxy shuts down
+        course.stop(RefusalError(503, error.reason, error.detail))
+    finally:
+        uploaded.set(None)
+
+
+def _release(course: _Course, outgoing: Outgoing) -> None:
+    """The response is whole: what carried it can carry another request, or is closed."""
+    course.outgoing = None
+    course.over = True
+    outgoing.done(uploaded=course.uploaded is None or (course.uploaded.settled and course.request.whole))
+
+
+def _judged(head: RequestHead) -> Request:
+    """Raises RefusalError for a request that two parsers could read differently."""
+    try:
+        return read_request(head.method, head.target, head.fields)
+    except RequestError as error:
+        raise RefusalError(400, "bad-request", str(error), flag=flags.MALFORMED) from None
+
+
+def _onward(
+    head: RequestHead,
+    request: Request,
+    rule: RouteRule | None,
+    backend: Backend | None,
+    caller: Caller,
+    exchange: Exchange,
+) -> RequestHead:
+    """The head that the backend gets: the path as it was judged, who calls said by nobody but us, and our span."""
+    fields: Fields = head.fields
+    if rule is not None and backend is not None:
+        fields = modified(fields, rule.request, backend.request)
+    kept = [(name, value) for name, value in fields if name not in _CALLERS and not name.startswith(_OURS)]
+    kept += (
+        (b"x-forwarded-for", caller.address.encode()),
+        (b"x-forwarded-client-cert", f"URI={caller.identity}".encode()),
+        (b"x-request-id", exchange.request_id.encode()),
+    )
+    if exchange.span:
+        kept = [(name, value) for name, value in kept if name != b"traceparent"]
+        kept.append((b"traceparent", exchange.traceparent))
+    return RequestHead(head.method, request.target, kept, head.framing, expects_continue=head.expects_continue)
+
+
+def _answered(head: ResponseHead, rule: RouteRule | None, backend: Backend | None) -> ResponseHead:
+    """The head that the caller gets. Refusals with our reasons are ours alone."""
+    fields: Fields = [(name, value) for name, value in head.fields if not name.startswith(_OURS)]
+    if rule is not None and backend is not None:
+        fields = modified(fields, backend.response, rule.response)
+    return ResponseHead(head.status, head.reason, fields, head.framing)
+
+
+def _broken(course: _Course, error: Exception, *, begun: bool = False) -> RefusalError:
+    """The backend's connection failed, by itself or because the request was stopped. `begun`: within a response."""
+    if course.cause is not None:
+        return course.cause
+    if isinstance(error, TimeoutError):
+        return RefusalError(504, "timeout", f"no response within {STALL_TIMEOUT_S:g} s", flag=flags.TIMED_OUT)
+    status = error.status if isinstance(error, MessageError) and begun else 503
+    return RefusalError(status, "upstream", f"the backend's connection: {error}", flag=flags.BACKEND_BROKE)
+
+
+def _caller_gone() -> RefusalError:
+    return RefusalError(0, "caller-gone", "the caller went away", flag=flags.CALLER_GONE)
+
+
+def _note(exchange: Exchange, refusal: RefusalError) -> None:
+    exchange.flag, exchange.details, exchange.policy = refusal.flag, refusal.detail, refusal.policy
+    if refusal.reason == "policy":
+        exchange.details = "rbac_access_denied"
+
+
+def _nothing() -> None: ...

@@ -1,0 +1,147 @@
+"""A caller's HTTP/1.1 connection: requests one after the other, each with its body and its response."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from uproxy.plane import Waiter
+from waypoint.byte_stream import ByteStream
+from waypoint.http1_reader import RequestReader
+from waypoint.http1_writer import ResponseWriter
+from waypoint.messages import Body, End, MessageError, RequestEvent, RequestHead, ResponseEvent, ResponseHead
+from waypoint.sides import DISCARD_TIMEOUT_S, HEAD_TIMEOUT_S, IDLE_TIMEOUT_S, MAX_DISCARDED, STALL_TIMEOUT_S
+
+_NOBODYS_REQUEST: Final = RequestHead("GET", "/", (), keep_alive=False)
+"""What is answered when the request could not be read."""
+
+
+class Http1Incoming:
+    """The connection, and in the manner of `sides.Incoming` the request on it that `next` has returned last."""
+
+    __slots__ = ("_begun", "_continued", "_events", "_reader", "_stream", "_writer", "head", "whole")
+
+    def __init__(self, stream: ByteStream, authority: bytes) -> None:
+        """`authority` is what was dialled, for HTTP/1.0 without a Host."""
+        self.head = _NOBODYS_REQUEST
+        self.whole = True
+        self._stream = stream
+        self._reader = RequestReader(authority)
+        self._writer = ResponseWriter(self.head)
+        self._events: deque[RequestEvent] = deque()
+        self._begun = False  # there was a request
+        self._continued = False  # its caller was told to go on with the body
+
+    # -- the connection
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing of another request has come."""
+        return self._reader.idle and self._stream.quiet
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another request may follow the one that was answered."""
+        return self.whole and not self._writer.close
+
+    async def next(self) -> RequestHead | None:
+        """The next request, once the last one is whole and answered; None when the caller ends well.
+
+        Raises MessageError for what is no request, which may be answered; ConnectionResetError, TimeoutError.
+        """
+        try:
+            events = self._reader.proceed() if self._begun else []
+            deadline = time.monotonic() + HEAD_TIMEOUT_S
+            while not events:
+                idle = self._reader.idle
+                data = await self._stream.receive(IDLE_TIMEOUT_S if idle else max(deadline - time.monotonic(), 0.0))
+                if idle:
+                    deadline = time.monotonic() + HEAD_TIMEOUT_S
+                if not data:
+                    self._reader.eof()
+                    return None
+                events = self._reader.feed(data)
+        except MessageError:
+            self._answer(_NOBODYS_REQUEST)
+            raise
+        head = events[0]
+        assert isinstance(head, RequestHead)
+        self._begun = True
+        self._answer(head)
+        self.whole = False
+        self._events.extend(events[1:])
+        if self._events and isinstance(self._events[0], End):
+            self._events.clear()
+            self.whole = True
+        return head
+
+    def _answer(self, head: RequestHead) -> None:
+        self.head = head
+        self._writer = ResponseWriter(head)
+        self._continued = not head.expects_continue
+
+    def close(self) -> None:
+        """End it well, unless it was aborted."""
+        self._stream.close()
+
+    # -- the request
+
+    @property
+    def on_gone(self) -> Callable[[], None]:
+        return self._stream.on_gone
+
+    @on_gone.setter
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        self._stream.on_gone = callback
+
+    async def body(self) -> bytes:
+        while not self.whole:
+            while self._events:
+                event = self._events.popleft()
+                if isinstance(event, Body):
+                    return event.data
+                self.whole = True
+                return b""
+            data = await self._stream.receive(STALL_TIMEOUT_S)
+            if not data:
+                self._reader.eof()
+                raise MessageError(400, "the request was cut off")
+            self._events.extend(self._reader.feed(data))
+        return b""
+
+    async def send(self, events: Sequence[ResponseEvent], *, close: bool = False) -> None:
+        pieces: list[bytes] = []
+        writer = self._writer
+        for event in events:
+            if isinstance(event, Body):
+                pieces.append(writer.body(event.data))
+            elif isinstance(event, ResponseHead):
+                if event.interim:
+                    self._continued = self._continued or event.status == 100
+                # Who waits in vain for 100 (Continue) may send the body or not: nobody can tell where the next request
+                # begins.
+                pieces.append(writer.head(event, close=close or not (self._continued or self.whole)))
+            else:
+                pieces.append(writer.end())
+        await self._stream.send(b"".join(pieces), STALL_TIMEOUT_S)
+
+    async def discard(self, reading: Waiter[None] | None) -> None:
+        """Read it, within bounds, so that its sender gets to read the answer: what still comes on a closed connection
+        resets it, and the answer with it. It is not `whole` after that when it was too large.
+        """
+        timer = self._stream.tunnel.plane.call_later(DISCARD_TIMEOUT_S, self._stream.close)
+        try:
+            if reading is not None:
+                await reading
+            left = MAX_DISCARDED
+            with contextlib.suppress(MessageError, OSError):
+                while left > 0 and (data := await self.body()):
+                    left -= len(data)
+        finally:
+            timer.cancel()
+
+    def abort(self, text: str) -> None:
+        self._stream.abort(text)

@@ -1,0 +1,49 @@
+"""What a waypoint answers by itself, instead of a backend."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from waypoint import telemetry as flags
+
+REASONS: Final = {
+    400: b"Bad Request",
+    403: b"Forbidden",
+    404: b"Not Found",
+    408: b"Request Timeout",
+    414: b"URI Too Long",
+    417: b"Expectation Failed",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
+}
+
+
+class RefusalError(Exception):
+    """A request that this waypoint answers by itself.
+
+    `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule; `close`:
+    whoever asks again must connect anew for it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        detail: str,
+        *,
+        flag: str = flags.NO_FLAG,
+        policy: str = "",
+        close: bool = False,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason
+        self.detail = detail
+        self.flag = flag
+        self.policy = policy
+        self.close = close

@@ -1,0 +1,85 @@
+"""The two sides of an exchange, as far as one request's life asks of them: what they speak is their own business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from uproxy.plane import Waiter
+from uproxy.resolve import Hop
+from waypoint.messages import RequestHead, ResponseEvent
+
+IDLE_TIMEOUT_S: Final = 3600.0  # between two requests of a caller; Envoy's
+HEAD_TIMEOUT_S: Final = 30.0  # from a head's first byte to its last
+STALL_TIMEOUT_S: Final = 300.0  # Envoy's: a body that does not move, a response that does not come
+MAX_DISCARDED: Final = 1 << 20
+DISCARD_TIMEOUT_S: Final = 5.0
+"""Of a body that nobody wants: how much of it is read, and for how long."""
+
+
+class Incoming(Protocol):
+    """A caller's request, and the way back for its response."""
+
+    on_gone: Callable[[], None]
+    """Called once when the caller takes no response any more."""
+
+    @property
+    def head(self) -> RequestHead: ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether the request's body has been read to its end."""
+
+    async def body(self) -> bytes:
+        """More of the body; empty at its end.
+
+        Raises MessageError for what is none, ConnectionResetError, TimeoutError. One coroutine reads at a time.
+        """
+
+    async def send(self, events: Sequence[ResponseEvent], *, close: bool = False) -> None:
+        """Return when this much of the response is on its way. `close`: the caller should connect anew after it.
+
+        Raises ValueError, and has sent nothing, for a head that no reader of ours would take; ConnectionResetError,
+        TimeoutError.
+        """
+
+    async def discard(self, reading: Waiter[None] | None) -> None:
+        """The response is whole, and nobody wants the rest of the body. `reading` is settled when nobody reads it."""
+
+    def abort(self, text: str) -> None:
+        """End it so that nobody takes what was sent for the whole; `text` is for those who wait. Again: nothing."""
+
+
+class Outgoing(Protocol):
+    """A request to a backend, and its response. Whoever has it calls `done` or `abort`."""
+
+    @property
+    def hop(self) -> Hop: ...
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the response has come."""
+
+    async def begin(self, head: RequestHead, *, ended: bool) -> None:
+        """Send the head; `ended`: there is no body. Raises ConnectionResetError, TimeoutError.
+
+        Raises ValueError, and has sent nothing, for a head that no reader of ours would take.
+        """
+
+    async def write(self, data: bytes) -> None:
+        """Send more of the body. Raises ConnectionResetError, TimeoutError."""
+
+    async def end(self) -> None:
+        """The body is whole. Raises ConnectionResetError, TimeoutError."""
+
+    async def events(self) -> list[ResponseEvent]:
+        """More of the response, at least one event. Raises MessageError, ConnectionResetError, TimeoutError."""
+
+    def replayable(self, method: str) -> bool:
+        """Now that it has failed: whether a new connection may carry the request without doing it twice."""
+
+    def done(self, *, uploaded: bool) -> None:
+        """The response is whole, or nothing was sent at all. `uploaded`: nobody still writes the request's body."""
+
+    def abort(self, text: str) -> None:
+        """Give it up; `text` is for those who wait. Again: nothing."""
