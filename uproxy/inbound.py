@@ -21,7 +21,7 @@ from control.api.address import FORBIDDEN_PORTS, HBONE_PORT, AddressError, IpAdd
 from control.api.identity import SpiffeId
 from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
-from uproxy import listener, plane
+from uproxy import listener, plane, proxy_protocol
 from uproxy.admission import Admission, Passage
 from uproxy.authz import Decision
 from uproxy.connections import Connections
@@ -131,12 +131,13 @@ class Inbound:
                 except RefusedError:
                     plane.reset(app)
                     raise
+            told = self._tell(app, *_caller_of(carrier, passage), address, port)
         except RefusedError as error:
             listener.refuse(carrier, relay, error, request_id)
             fail(record, error, self._telemetry)
             return
         carrier.respond(relay, ((b":status", b"200"),))
-        if self._direct_path is not None and passage is None and _is_connected_to(app, address):
+        if self._direct_path is not None and passage is None and not told and _is_connected_to(app, address):
             self._direct_path.let_in(carrier, address, port)
 
         def permitted() -> str:
@@ -166,7 +167,8 @@ class Inbound:
 
     async def _serve_plaintext(self, peer: socket.socket, record: Connection) -> None:
         """Raises RefusedError when it is not let in."""
-        source, address, port = self._plaintext_ends(peer, record)
+        end, address, port = self._plaintext_ends(peer, record)
+        source = end[0]
         admission = self._admission
         self._admit_plaintext(source, address, port, record)
         app = await self._connect(address, port)
@@ -176,6 +178,7 @@ class Inbound:
             except RefusedError:
                 plane.reset(app)
                 raise
+        self._tell(app, end, None, address, port)
 
         def permitted() -> str:
             again = self._admission.decide_plaintext(source, address, port)
@@ -188,7 +191,7 @@ class Inbound:
 
     # -- its stages
 
-    def _plaintext_ends(self, peer: socket.socket, record: Connection) -> tuple[IpAddress, IpAddress, int]:
+    def _plaintext_ends(self, peer: socket.socket, record: Connection) -> tuple[proxy_protocol.End, IpAddress, int]:
         """Who says it is where, and the workload's address and port that it dialled: ours, by what sk_lookup did."""
         try:
             source, address = peer.getpeername(), peer.getsockname()
@@ -203,7 +206,7 @@ class Inbound:
             raise RefusedError("overload", f"{MAX_PLAINTEXT} connections in plaintext are open", flag=Flag.DENY)
         if address[0] not in self._own.addresses:
             raise RefusedError("wrong-destination", f"{address[0]} is no address of {self._own.key}", flag=Flag.DENY)
-        return IpAddress(source[0].partition("%")[0]), IpAddress(address[0]), address[1]
+        return (IpAddress(source[0].partition("%")[0]), source[1]), IpAddress(address[0]), address[1]
 
     def _admit_plaintext(self, source: IpAddress, address: IpAddress, port: int, record: Connection) -> None:
         """Raises RefusedError when the port takes no plaintext, or a waypoint stands before it, or policy says no."""
@@ -318,7 +321,9 @@ class Inbound:
             record.dry_run = f"{'allowed' if would.allowed else 'denied'}: {would.reason}"
 
     def _may_enter(self, peer: SpiffeId, peer_address: IpAddress, address: IpAddress, port: int) -> bool:
-        """Whether a caller may come to a port for itself, as if it asked now."""
+        """Whether a caller may come to a port for itself and without this process, as if it asked now."""
+        if self._wants_telling(port):  # what comes without it brings no header, or one that its caller made up
+            return False
         try:
             passage = self._admission.enter(peer, port, ())
         except RefusedError:
@@ -339,6 +344,30 @@ class Inbound:
                     break
         detail = f"the application at {host_port(address, port)}: {failed}"
         raise RefusedError("app-unreachable", detail, flag=Flag.CONNECT)
+
+    def _tell(
+        self, app: socket.socket, source: proxy_protocol.End, caller: SpiffeId | None, address: IpAddress, port: int
+    ) -> bool:
+        """Tell the application who calls, before anything else, where it asks for that. Whether it does.
+
+        Raises RefusedError when it cannot be told: the caller's own bytes must not be taken for the header.
+        """
+        if not self._wants_telling(port):
+            return False
+        header = proxy_protocol.header(source, (address, port), caller)
+        try:
+            if app.send(header) == len(header):
+                return True
+            detail = "it took a part only"
+        except OSError as error:
+            detail = str(error)
+        plane.reset(app)
+        raise RefusedError(
+            "app-unreachable", f"the PROXY protocol header for {host_port(address, port)}: {detail}", flag=Flag.CONNECT
+        )
+
+    def _wants_telling(self, port: int) -> bool:
+        return self._workload is not None and port in self._workload.proxy_protocol
 
     # -- what changes meanwhile
 
@@ -397,6 +426,15 @@ class Inbound:
         """The caller's workload, for telemetry: only if address and proven identity agree."""
         workload = self._state.workload_at(carrier.peer_address)
         return workload if workload is not None and workload.identity == carrier.peer else None
+
+
+def _caller_of(carrier: Tunnel, passage: Passage | None) -> tuple[proxy_protocol.End, SpiffeId | None]:
+    """From where a stream comes, and who calls: through a waypoint, by what that says."""
+    if passage is None:
+        return (carrier.peer_address, carrier.peer_port), carrier.peer
+    if passage.caller is None:
+        return (carrier.peer_address, carrier.peer_port), None
+    return (passage.caller.address, passage.caller.port), passage.caller.identity
 
 
 def _is_connected_to(app: socket.socket, address: IpAddress) -> bool:

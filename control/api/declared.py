@@ -76,6 +76,8 @@ class DeclaredService:
     """Families to have a virtual address in; empty: headless."""
     position: Position = field(compare=False, repr=False)
     waypoint: WaypointChoice = NO_CHOICE
+    proxy_protocol: tuple[int, ...] = ()
+    """Its ports that want the header: `metadata.PROXY_PROTOCOL`."""
 
     @property
     def key(self) -> str:
@@ -98,6 +100,8 @@ class DeclaredWorkload:
     waypoint: WaypointChoice = NO_CHOICE
     direct: bool | None = None
     """None: what its namespace says."""
+    proxy_protocol: tuple[int, ...] = ()
+    """Of its own ports, likewise."""
 
     @property
     def key(self) -> str:

@@ -142,6 +142,7 @@ class Mesh:
         endpoints = endpoints_of(
             declared_services, _of(DeclaredEndpoints, declared), workloads, elsewhere.last, findings
         )
+        workloads = _with_proxy_protocol(workloads, _of(DeclaredWorkload, declared), declared_services, endpoints)
         declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
         routes = sorted(_of(DeclaredRoute, declared), key=lambda item: item.route.key)
         targets = targets_of(policies)
@@ -400,6 +401,26 @@ def _with_plaintext(
             plaintext = None
         found.append(workload if plaintext is None else replace(workload, plaintext=plaintext))
     return tuple(found)
+
+
+def _with_proxy_protocol(
+    workloads: tuple[Workload, ...],
+    declared: Iterable[DeclaredWorkload],
+    services: Iterable[DeclaredService],
+    endpoints: Iterable[Endpoint],
+) -> tuple[Workload, ...]:
+    """The workloads with the ports that want a PROXY protocol header: by what they and their services say."""
+    ports = {entry.key: set(entry.proxy_protocol) for entry in declared if entry.proxy_protocol}
+    of_services = {service.key: service.proxy_protocol for service in services if service.proxy_protocol}
+    for endpoint in endpoints if of_services else ():
+        wanted = of_services.get(endpoint.service, ())
+        found = {endpoint.ports[port] for port in wanted if port in endpoint.ports}
+        if found:
+            ports.setdefault(endpoint.workload, set()).update(found)
+    return tuple(
+        replace(workload, proxy_protocol=tuple(sorted(ports[workload.key]))) if workload.key in ports else workload
+        for workload in workloads
+    )
 
 
 def _check_callers(

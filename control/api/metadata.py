@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +20,10 @@ MORE_ADDRESSES: Final = "mesh.uproxy.dev/addresses"
 SAME_HOST: Final = "mesh.uproxy.dev/same-host"
 """On a WorkloadEntry or Namespace: `direct` lets connections between workloads of one host go without a tunnel once
 both ends agree; else they are `encrypted`."""
+
+PROXY_PROTOCOL: Final = "mesh.uproxy.dev/proxy-protocol"
+"""On a Service or WorkloadEntry: its ports, separated by commas, behind which applications read from a header of the
+PROXY protocol, version 2, who calls."""
 
 _OWN_PREFIX: Final = "mesh.uproxy.dev/"
 _MAX_ANNOTATIONS: Final = 256
@@ -47,6 +52,7 @@ WAYPOINT_EXEMPT: Final = "mesh.uproxy.dev/waypoint-exempt"
 """Likewise: SPIFFE IDs, separated by commas, of those who may connect directly."""
 
 _MAX_EXEMPT: Final = 64  # as they stand in the record of every workload behind the service
+_MAX_PROXY_PROTOCOL: Final = 64  # likewise
 
 _BINDS: Final = "only a Service, WorkloadEntry or Namespace can be bound to a waypoint; remove it"
 _LABELS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
@@ -67,6 +73,7 @@ _LABELS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
 _ANNOTATIONS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     DRY_RUN: (("false",), "it is said of an AuthorizationPolicy; remove it"),
     SAME_HOST: (("encrypted",), "it is said of a WorkloadEntry or a Namespace; remove it"),
+    PROXY_PROTOCOL: ((), "it is said of a Service or a WorkloadEntry; remove it"),
     "mesh.uproxy.dev/udp": ((), "UDP is not carried yet, and refused; remove it"),
     WAYPOINT_BINDING: ((), _BINDS),
     WAYPOINT_EXEMPT: ((), _BINDS),
@@ -188,6 +195,23 @@ def read_same_host(document: Reader, metadata: Metadata) -> bool | None:
     if text not in (None, "direct", "encrypted"):
         document.error_at(f"metadata.annotations[{SAME_HOST!r}]", f"{shown(text or '')} must be direct or encrypted")
     return None if text is None else text == "direct"
+
+
+def read_proxy_protocol(document: Reader, metadata: Metadata, parse: Callable[[str], int]) -> tuple[int, ...]:
+    """The ports that `PROXY_PROTOCOL` names, in order. `parse` gives the number of one, or raises ValueError."""
+    text = metadata.annotations.get(PROXY_PROTOCOL)
+    if text is None:
+        return ()
+    field = f"metadata.annotations[{PROXY_PROTOCOL!r}]"
+    found: set[int] = set()
+    for written in text.split(",")[: _MAX_PROXY_PROTOCOL + 1]:
+        try:
+            found.add(parse(written.strip()))
+        except ValueError as error:
+            document.error_at(field, str(error))
+    if len(found) > _MAX_PROXY_PROTOCOL:
+        document.error_at(field, f"has more than {_MAX_PROXY_PROTOCOL} ports")
+    return tuple(sorted(found))
 
 
 def _refuse(

@@ -120,6 +120,7 @@ def write(record: Record) -> Body:
                 **({"bounds": [_write_bound(bound) for bound in record.bounds]} if record.bounds else {}),
                 **({"direct": True} if record.direct else {}),
                 **({} if record.plaintext is None else {"plaintext": _write_plaintext(record.plaintext)}),
+                **({"proxyProtocol": list(record.proxy_protocol)} if record.proxy_protocol else {}),
             }
         case AuthorizationPolicy():
             return {
@@ -273,6 +274,7 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         bounds=_read_bounds(fields, trust_domain),
         direct=_read_flag(fields, "direct"),
         plaintext=_read_plaintext(fields),
+        proxy_protocol=_read_proxy_protocol(fields),
     )
 
 
@@ -332,6 +334,12 @@ def _read_plaintext(fields: Fields) -> Plaintext | None:
                 raise RecordError(f"plaintext has {len(found.ports)} ports; at most {MAX_PORTS}")
             return found
     raise RecordError("plaintext must be [true, [ports that take none]] or [false, [ports that take it]]")
+
+
+def _read_proxy_protocol(fields: Fields) -> tuple[int, ...]:
+    ports = fields.optional_list("proxyProtocol", read_port)
+    check_ordered(ports, "proxyProtocol")
+    return ports
 
 
 def _name_in(of_namespace: str) -> str:

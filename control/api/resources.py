@@ -19,8 +19,18 @@ from control.api.declared import (
 from control.api.declared import place_of as place_of  # beside `parse`, since whoever parses goes on to ask it
 from control.api.document import Map, Reader, position_of, read_documents
 from control.api.gateway_api import read_gateway, read_http_route
-from control.api.metadata import MORE_ADDRESSES, SAME_HOST, read_bindable_metadata, read_metadata, read_same_host
+from control.api.metadata import (
+    MORE_ADDRESSES,
+    PROXY_PROTOCOL,
+    SAME_HOST,
+    read_bindable_metadata,
+    read_metadata,
+    read_proxy_protocol,
+    read_same_host,
+)
 from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_name, wrong_subdomain
+from control.api.plaintext import PROXY_PORTS
+from control.api.policy import parse_port
 from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
 from control.api.security import read_authorization_policy, read_peer_authentication
@@ -78,7 +88,7 @@ def _read_namespace(document: Reader) -> DeclaredNamespace:
 
 
 def _read_service(document: Reader) -> DeclaredService:
-    metadata, waypoint = read_bindable_metadata(document, wrong_service_name)
+    metadata, waypoint = read_bindable_metadata(document, wrong_service_name, own_annotations=(PROXY_PROTOCOL,))
     spec = document.child("spec", required="a mapping with ports and selector")
     virtual = "only virtual addresses inside the mesh are served; write ClusterIP or remove it"
     spec.choice(
@@ -109,16 +119,26 @@ def _read_service(document: Reader) -> DeclaredService:
         )
     )
     cluster_ips, families = _read_cluster_ips(spec)
+    ports = _read_service_ports(spec, needed=bool(families))
+
+    def port_of(text: str) -> int:
+        for port in ports:
+            if text in (port.name or None, str(port.port)):
+                return port.port
+        known = ", ".join(port.name or str(port.port) for port in ports)
+        raise ValueError(f"{shown(text)} is no port of this Service; its ports: {known or 'none'}")
+
     service = DeclaredService(
         namespace=metadata.namespace,
         name=metadata.name,
         labels=metadata.labels,
         selector=_read_selector(spec),
-        ports=_read_service_ports(spec, needed=bool(families)),
+        ports=ports,
         cluster_ips=cluster_ips,
         families=families,
         position=document.position,
         waypoint=waypoint,
+        proxy_protocol=read_proxy_protocol(document, metadata, port_of),
     )
     spec.finish()
     return service
@@ -226,7 +246,9 @@ def _family(text: str) -> Family:
 
 
 def _read_workload_entry(document: Reader) -> DeclaredWorkload:
-    metadata, waypoint = read_bindable_metadata(document, wrong_subdomain, own_annotations=(MORE_ADDRESSES, SAME_HOST))
+    metadata, waypoint = read_bindable_metadata(
+        document, wrong_subdomain, own_annotations=(MORE_ADDRESSES, PROXY_PROTOCOL, SAME_HOST)
+    )
     spec = document.child("spec", required="a mapping with address and serviceAccount")
     spec.refuse(
         {
@@ -244,18 +266,27 @@ def _read_workload_entry(document: Reader) -> DeclaredWorkload:
     for name in ports.names:
         if problem := wrong_dns_label(name):
             ports.error(name, problem)
+    numbers = {name: ports.integer(name, 1, 65535) for name in ports.names}
+
+    def port_of(text: str) -> int:
+        number = numbers[text] if text in numbers else parse_port(text)
+        if number in PROXY_PORTS:
+            raise ValueError(f"{number} is the uProxy's own, as all of {PROXY_PORTS[0]} to {PROXY_PORTS[-1]}")
+        return number
+
     workload = DeclaredWorkload(
         namespace=metadata.namespace,
         name=metadata.name,
         labels={**metadata.labels, **labels},
         addresses=_read_addresses(document, spec, metadata.annotations.get(MORE_ADDRESSES, "")),
-        ports={name: ports.integer(name, 1, 65535) for name in ports.names},
+        ports=numbers,
         service_account=spec.text("serviceAccount", wrong_subdomain, default="default"),
         node={**metadata.labels, **labels}.get(label.NODE, ""),
         weight=spec.integer("weight", 1, MAX_WEIGHT, default=1),
         position=document.position,
         waypoint=waypoint,
         direct=read_same_host(document, metadata),
+        proxy_protocol=read_proxy_protocol(document, metadata, port_of),
     )
     spec.finish()
     return workload

@@ -99,6 +99,8 @@ class Workload:
     """Whether it may be a caller or a destination on the direct path of one host (`mesh.uproxy.dev/same-host`)."""
     plaintext: Plaintext | None = None
     """Ports that take plaintext too; None: none does."""
+    proxy_protocol: tuple[int, ...] = ()
+    """Ports, in order, whose application reads from a PROXY protocol header who calls."""
 
     @property
     def key(self) -> str:

@@ -122,6 +122,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         bounds=draw(st.lists(bounds(), max_size=2, unique_by=lambda bound: bound.port).map(_by_port)),
         direct=draw(st.booleans()),
         plaintext=draw(st.none() | plaintexts),
+        proxy_protocol=tuple(sorted(draw(st.sets(ports, max_size=2)))),
     )
 
 

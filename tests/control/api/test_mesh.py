@@ -495,6 +495,41 @@ def test_what_peer_authentications_say_stands_in_the_workloads_own_record():
     assert [body.get("plaintext") for body in strict.records().values()] == [None, None]
 
 
+ASKING = "metadata: {name: %s, namespace: shop, annotations: {mesh.uproxy.dev/proxy-protocol: '%s'}, "
+
+
+def test_who_wants_a_proxy_protocol_header_stands_in_the_workloads_own_record():
+    of_service = SERVICE.replace("metadata: {name: web, namespace: shop, ", ASKING % ("web", "raw, 80"))
+    of_workload = WORKLOAD.replace("metadata: {name: web-1, namespace: shop, ", ASKING % ("web-1", "main, 5432"))
+    for texts, wanted in (
+        ((SERVICE, WORKLOAD, SECOND), {}),
+        ((of_service, WORKLOAD, SECOND), {"web-1": (8080, 9000), "web-2": (1, 2)}),
+        ((SERVICE, of_workload, SECOND), {"web-1": (5432, 8080)}),
+        ((of_service, of_workload, SECOND, SLICE), {"web-1": (5432, 7070, 8080), "web-2": (1, 2)}),
+    ):
+        mesh = build(*texts)
+        assert {one.name: one.proxy_protocol for one in mesh.workloads if one.proxy_protocol} == wanted
+        assert_same(state_of(mesh), mesh)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "written", "problem"),
+    [
+        (SERVICE, "web", "main", "'main' is no port of this Service; its ports: http, raw"),
+        (SERVICE, "web", "8080", "'8080' is no port of this Service"),
+        (SERVICE, "web", "80,", "'' is no port of this Service"),
+        (SERVICE, "web", "*", "'*' is no port"),
+        (WORKLOAD, "web-1", "http", "'http' is not a port from 1 to 65535"),
+        (WORKLOAD, "web-1", "70000", "'70000' is not a port"),
+        (WORKLOAD, "web-1", "15008", "15008 is the uProxy's own, as all of 15000 to 15090"),
+        (WORKLOAD, "web-1", ",".join(map(str, range(1, 66))), "has more than 64 ports"),
+    ],
+)
+def test_a_port_that_cannot_have_a_proxy_protocol_header_is_refused(text, name, written, problem):
+    asking = text.replace(f"metadata: {{name: {name}, namespace: shop, ", ASKING % (name, written))
+    assert any("proxy-protocol" in error and problem in error for error in errors_of(asking))
+
+
 def test_the_root_namespaces_peer_authentications_hold_where_they_are_not_built():
     root = build(permissive("all", namespace="mesh-system")).peer_authentications
     alone = build(WORKLOAD, elsewhere=Elsewhere(peer_authentications=root))

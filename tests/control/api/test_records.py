@@ -39,7 +39,7 @@ _BACKEND = Backend("shop/web", 80, 1, NO_MODIFIER, NO_MODIFIER)
 _MATCH = Match(PathMatch(PathKind.PREFIX, "/"), (), (), "")
 _RULE = RouteRule("", (_MATCH,), NO_MODIFIER, NO_MODIFIER, (_BACKEND,), 0, 0)
 _ROUTE = HTTPRoute("shop", "web", (Parent("shop/web", 0),), (), (_RULE,))
-_OPTIONAL = {"binding", "bounds", "direct", "dryRun", "plaintext", "targets"}
+_OPTIONAL = {"binding", "bounds", "direct", "dryRun", "plaintext", "proxyProtocol", "targets"}
 
 
 _items = st.integers() | st.text(max_size=5) | st.binary(max_size=5)
@@ -159,6 +159,9 @@ def test_a_body_on_a_topic_of_another_kind_is_refused(record, other):
         (_WORKLOAD, "plaintext", [False, [80, 80]], "in order, each once"),
         (_WORKLOAD, "plaintext", [False, [0]], "from 1 to 65535"),
         (_WORKLOAD, "plaintext", [False, list(range(1, 66))], "at most 64"),
+        (_WORKLOAD, "proxyProtocol", [], "must then be absent"),
+        (_WORKLOAD, "proxyProtocol", [81, 80], "in order, each once"),
+        (_WORKLOAD, "proxyProtocol", [0], "from 1 to 65535"),
         (_WORKLOAD, "bounds", [[80, ["shop/wp"], [], 1]], "must be bool"),
         (_WORKLOAD, "bounds", [[-1, ["shop/wp"], [], True]], "from 0 to 65535"),
         (_WORKLOAD, "bounds", [[80, ["shop/wp"], [], True]] * 2, "in order, each once"),

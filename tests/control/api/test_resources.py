@@ -245,7 +245,7 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
             S,
             "prometheus.io/scrape",
             "mesh.uproxy.dev/addresses",
-            "unknown annotation of ours; known for this kind: mesh.uproxy.dev/waypoint-binding, ",
+            "unknown annotation of ours; known for this kind: mesh.uproxy.dev/proxy-protocol, ",
         ),
         (S, "prometheus.io/scrape", "istio.io/dry-run", "it is said of an AuthorizationPolicy"),
         (S, "prometheus.io/scrape", "traffic.sidecar.istio.io/excludeOutboundPorts", "cannot be narrowed"),
