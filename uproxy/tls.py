@@ -10,6 +10,7 @@ from __future__ import annotations
 import _ssl
 import base64
 import binascii
+import functools
 import os
 import re
 import ssl
@@ -23,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from control.api.identity import SpiffeId
+from control.client.libcrypto import prefer_cipher_suites
 from control.client.membership import NEXT_KEY_FILE
 from control.client.x509 import (
     CertificateId,
@@ -52,6 +54,8 @@ _ALPN = "h2"
 # OpenSSL's level 2: RSA of 2048 bits, P-256, and SHA-256 at least, in every certificate of a chain. Set here,
 # because a distribution's openssl.cnf may say less.
 _SECURITY_LEVEL = "DEFAULT:@SECLEVEL=2"
+# The quickest of what ztunnel offers first, as BoringSSL and Go have it: AES with 128 bits takes an eighth less time.
+_CIPHER_SUITES = ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _REVOCATION_LIST = re.compile(rb"-----BEGIN X509 CRL-----(.+?)-----END X509 CRL-----", re.DOTALL)
 
@@ -338,7 +342,14 @@ def _identity_refusal(reason: str, detail: str) -> RefusedError:
     return RefusedError(reason, f"the peer is not accepted: {detail}", flag=Flag.IDENTITY)
 
 
+@functools.cache
+def _prefer_quick_ciphers() -> None:
+    """Once a process: `ssl` has no way to say it of one context."""
+    prefer_cipher_suites(_CIPHER_SUITES)
+
+
 def _context(protocol: int, credentials: Credentials) -> Context:
+    _prefer_quick_ciphers()
     context = Context(protocol)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.set_ciphers(_SECURITY_LEVEL)

@@ -1,4 +1,5 @@
-"""Checks what the control plane signed, with the libcrypto that Python's `ssl` has loaded anyway.
+"""What `ssl` does not offer of the libcrypto that it has loaded anyway: checks what the control plane signed, and says
+which cipher suites are preferred.
 
 `cryptography` would cost every proxy 14 MB. The config key is one Ed25519 key that the CA certifies for the control
 plane's identity and for signing configuration alone (`control.api.signing`).
@@ -28,6 +29,9 @@ _NID_ED25519: Final = 1087  # OpenSSL, obj_mac.h
 _ED25519_INFO: Final = bytes.fromhex("302a300506032b6570032100")
 """SubjectPublicKeyInfo of an Ed25519 key, up to the key itself (RFC 8410 section 4)."""
 _MAX_INTERMEDIATES: Final = 2  # our CA makes one; room for a cross-signed root while roots rotate
+_TLS_DEFAULTS: Final = (
+    b"openssl_conf = all\n[all]\nssl_conf = tls\n[tls]\nsystem_default = contexts\n[contexts]\nCiphersuites = %b\n"
+)
 _SECURITY_LEVEL: Final = 2  # OpenSSL's: 112 bits, which leaves out SHA-1 and RSA under 2048
 
 
@@ -62,6 +66,13 @@ class _LibCrypto(Protocol):
     def X509_verify_cert(self, context: Any, /) -> int: ...
     def X509_STORE_CTX_get_error(self, context: Any, /) -> int: ...
     def X509_verify_cert_error_string(self, error: int, /) -> Any: ...
+    def BIO_new_mem_buf(self, text: bytes, length: int, /) -> Any: ...
+    def BIO_free(self, file: Any, /) -> object: ...
+    def NCONF_new(self, method: Any, /) -> Any: ...
+    def NCONF_load_bio(self, configuration: Any, file: Any, line: Any, /) -> int: ...
+    def NCONF_free(self, configuration: Any, /) -> None: ...
+    def OPENSSL_load_builtin_modules(self) -> None: ...
+    def CONF_modules_load(self, configuration: Any, application: Any, flags: int, /) -> int: ...
     def ERR_clear_error(self) -> None: ...
 
 
@@ -181,8 +192,24 @@ def ed25519_key(certificate: bytes) -> bytes:
     raise VerifyError("the config key is no Ed25519 key")
 
 
+def prefer_cipher_suites(names: Sequence[str]) -> None:
+    """The TLS 1.3 suites of all SSL contexts that this process makes from now on, the preferred one first.
+
+    It takes the place of what openssl.cnf says of TLS, and of nothing else there (config(5), "SSL Configuration").
+    Where OpenSSL does not take it, its own order stays.
+    """
+    text = _TLS_DEFAULTS % ":".join(names).encode()
+    with (
+        _owned(_lib.BIO_new_mem_buf(text, len(text)), _lib.BIO_free) as file,
+        _owned(_lib.NCONF_new(_NULL), _lib.NCONF_free) as configuration,
+    ):
+        _lib.OPENSSL_load_builtin_modules()
+        if _lib.NCONF_load_bio(configuration, file, _NULL) == 1:
+            _lib.CONF_modules_load(configuration, _NULL, 0)
+
+
 @contextmanager
-def _owned(pointer: Any, free: Callable[[Any], None]) -> Iterator[Any]:
+def _owned(pointer: Any, free: Callable[[Any], object]) -> Iterator[Any]:
     """Frees what OpenSSL made, and leaves no error of ours in its queue for `ssl` to find."""
     if pointer == _NULL:
         _lib.ERR_clear_error()

@@ -28,6 +28,8 @@ typedef ... X509_PUBKEY;
 typedef ... X509_STORE_CTX;
 typedef ... X509_VERIFY_PARAM;
 typedef ... OPENSSL_STACK;
+typedef ... BIO;
+typedef ... CONF;
 
 EVP_PKEY *EVP_PKEY_new_raw_public_key(int type, void *engine, const unsigned char *key, size_t length);
 void EVP_PKEY_free(EVP_PKEY *key);
@@ -57,6 +59,14 @@ void X509_VERIFY_PARAM_set_auth_level(X509_VERIFY_PARAM *parameters, int level);
 int X509_verify_cert(X509_STORE_CTX *context);
 int X509_STORE_CTX_get_error(X509_STORE_CTX *context);
 const char *X509_verify_cert_error_string(long error);
+
+BIO *BIO_new_mem_buf(const void *text, int length);
+int BIO_free(BIO *file);
+CONF *NCONF_new(void *method);
+int NCONF_load_bio(CONF *configuration, BIO *file, long *line);
+void NCONF_free(CONF *configuration);
+void OPENSSL_load_builtin_modules(void);
+int CONF_modules_load(const CONF *configuration, const char *application, unsigned long flags);
 
 void ERR_clear_error(void);
 """

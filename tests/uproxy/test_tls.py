@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from control.api.identity import SpiffeId
+from control.client.libcrypto import prefer_cipher_suites
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB, Forged, forge, forge_ca, identity_dir, pem, signed_with_sha1, usage
 from uproxy import tls
@@ -123,6 +124,27 @@ def test_both_sides_learn_the_other_ones_identity(web, db, close_after):
     assert judged(server) == WEB
     assert client.tls.version() == "TLSv1.3"
     assert client.tls.selected_alpn_protocol() == "h2"
+
+
+def test_the_quick_cipher_is_preferred(web, db, close_after):
+    client, server = meet(tls.client_context(web), tls.server_context(db))
+    close_after((client, server))
+    assert client.tls.cipher()[0] == "TLS_AES_128_GCM_SHA256"
+
+
+@pytest.mark.parametrize("suite", ["TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"])
+@pytest.mark.parametrize("we_serve", [True, False])
+def test_a_peer_of_another_cipher_is_served(suite, we_serve, web, db, close_after):
+    ours = tls.server_context(db) if we_serve else tls.client_context(db)
+    prefer_cipher_suites([suite])
+    try:
+        others = tls.client_context(web) if we_serve else tls.server_context(web)
+    finally:
+        prefer_cipher_suites(tls._CIPHER_SUITES)
+    client, server = meet(*((others, ours) if we_serve else (ours, others)))
+    close_after((client, server))
+    assert judged(server if we_serve else client) == WEB
+    assert client.tls.cipher()[0] == suite
 
 
 def test_no_session_is_resumed_and_no_name_is_sent(web, db, close_after):
