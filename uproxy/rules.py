@@ -38,6 +38,8 @@ class Fact(IntEnum):
     PATH = 6
     HOST = 7
     HEADERS = 8
+    REQUEST_PRINCIPAL = 9
+    TOKEN = 10
 
 
 Facts = tuple[object, ...]

@@ -15,7 +15,7 @@ from typing import Final
 
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
-from control.api.policy import Action, AuthorizationPolicy, Condition, Operation, Rule
+from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source
 from uproxy.rules import (
     ADDRESSES,
     Alternative,
@@ -33,7 +33,9 @@ from uproxy.rules import (
     text_matcher,
 )
 from waypoint.request import Request, host_name, merged_slashes
+from waypoint.tokens import Token
 
+_CLAIM: Final = {ConditionKey.REQUEST_AUDIENCES: "aud", ConditionKey.REQUEST_PRESENTER: "azp"}
 _OF_WHAT: Final = "this service or its waypoint"
 
 
@@ -56,10 +58,12 @@ class Policies:
         destination_ip: IpAddress,
         destination_port: int,
         request: Request | None,
+        token: Token | None = None,
     ) -> Decision:
         """DENY before ALLOW, first match decides. `source`: the caller, None without a proven identity.
 
-        `request`: None for a connection that is not HTTP, of which nothing is known that a request would tell.
+        `request`: None for a connection that is not HTTP, of which nothing is known that a request would tell. `token`:
+        the request's, verified.
         """
         connection: Facts = (
             None if source is None else source.principal,
@@ -71,7 +75,8 @@ class Policies:
         if request is None:
             return self._connections.decide(connection)
         hosts = (request.host, host_name(request.host)) if self._asks_hosts and request.host else None
-        return self._requests.decide((*connection, request.method, request.path, hosts, request))
+        principal = None if token is None else token.principal
+        return self._requests.decide((*connection, request.method, request.path, hosts, request, principal, token))
 
 
 def compile_policies(policies: Iterable[AuthorizationPolicy]) -> Policies:
@@ -88,11 +93,16 @@ def _connection_clauses(action: Action, rule: Rule) -> Iterable[Clause] | None:
 
 def _request_clauses(action: Action, rule: Rule) -> Iterable[Clause]:
     if rule.sources:
-        yield tuple(source_tests(source) for source in rule.sources)
+        yield tuple(_source_tests(source) for source in rule.sources)
     if rule.operations:
         yield tuple(_operation_tests(operation) for operation in rule.operations)
     for condition in rule.conditions:
-        yield (_header_tests(action, condition) if condition.asks_http else condition_tests(condition),)
+        yield (_request_tests(action, condition) if condition.asks_http else condition_tests(condition),)
+
+
+def _source_tests(source: Source) -> Alternative:
+    asked = _tests(Fact.REQUEST_PRINCIPAL, text_matcher, source.request_principals, source.not_request_principals)
+    return (*source_tests(source), *asked)
 
 
 def _operation_tests(operation: Operation) -> Alternative:
@@ -122,6 +132,25 @@ def _host_matcher(patterns: Collection[str]) -> Callable[[object], bool]:
 
     def holds(hosts: object) -> bool:
         return isinstance(hosts, tuple) and any(map(matches, hosts))
+
+    return holds
+
+
+def _request_tests(action: Action, condition: Condition) -> Alternative:
+    """What a condition asks of a request, its headers or its token."""
+    if condition.key is ConditionKey.REQUEST_HEADERS:
+        return _header_tests(action, condition)
+    if condition.key is ConditionKey.REQUEST_PRINCIPAL:
+        return tuple(_tests(Fact.REQUEST_PRINCIPAL, text_matcher, condition.values, condition.not_values))
+    claim = _CLAIM.get(condition.key, condition.name)
+    return tuple(_tests(Fact.TOKEN, partial(_claim_matcher, claim), condition.values, condition.not_values))
+
+
+def _claim_matcher(claim: str, patterns: Collection[str]) -> Callable[[object], bool]:
+    matches = text_matcher(patterns)
+
+    def holds(token: object) -> bool:
+        return isinstance(token, Token) and any(map(matches, token.claim(claim)))
 
     return holds
 

@@ -33,10 +33,12 @@ from waypoint.routing import choose_backend, modified
 from waypoint.rules import RuleBook, Rules
 from waypoint.sides import STALL_TIMEOUT_S, Incoming, Outgoing
 from waypoint.telemetry import Exchange, WaypointTelemetry
+from waypoint.tokens import TokenError
 from waypoint.upstream import Upstream
 
 _CALLERS: Final = frozenset({b"x-forwarded-for", b"x-forwarded-client-cert", b"x-request-id"})
 _OURS: Final = b"x-uproxy-"
+_INVALID_TOKEN: Final = ((b"www-authenticate", b'Bearer error="invalid_token"'),)  # RFC 6750 section 3
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _TRACE: Final = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
@@ -129,8 +131,9 @@ class Exchanges:
             exchange.destination_service = destination.service_key
             judged = _judged(head)
             exchange.path, exchange.authority = judged.target, judged.host
-            self._authorise(rules, caller, destination, judged)
-            rule = self._route(rules, destination, judged)
+            permitted = self._permitted(rules, caller, destination, judged)
+            exchange.path = permitted.target
+            rule = self._route(rules, destination, permitted)
             while True:
                 generation = self._state.generation
                 self._limit(rule, course)
@@ -139,11 +142,11 @@ class Exchanges:
                     break
                 # It has waited: what holds now counts.
                 destination, rules = self._rules_for(asked)
-                self._authorise(rules, caller, destination, judged)
-                before, rule = rule, self._route(rules, destination, judged)
+                permitted = self._permitted(rules, caller, destination, judged)
+                before, rule = rule, self._route(rules, destination, permitted)
                 if rule == before:
                     break
-            onward = _onward(head, judged, rule, backend, caller, exchange)
+            onward = _onward(head, permitted, rule, backend, caller, exchange)
             response = await self._forward(course, onward, hops)
             await self._relay(course, rule, backend, destination, response)
         except RefusalError as refusal:
@@ -177,13 +180,18 @@ class Exchanges:
             raise RefusalError(503, error.reason, error.detail, flag=flags.NO_ROUTE, close=True) from None
         return destination, self._rules.at(destination)
 
-    def _authorise(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> None:
-        """Raises RefusalError when no policy allows it."""
+    def _permitted(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> Request:
+        """The request as it goes on. Raises RefusalError when its token is not valid, or no policy allows it."""
+        try:
+            token, onward = rules.tokens.verify(request)
+        except TokenError as error:
+            raise RefusalError(401, "token", str(error), fields=_INVALID_TOKEN) from None
         decision = rules.policies.decide(
-            caller.identity, caller.address, destination.address, destination.dialled_port, request
+            caller.identity, caller.address, destination.address, destination.dialled_port, onward, token
         )
         if not decision.allowed:
             raise RefusalError(403, "policy", "RBAC: access denied", policy=decision.policy or decision.reason)
+        return onward
 
     def _route(self, rules: Rules, destination: Destination, request: Request) -> RouteRule | None:
         """The rule for a request; None when its backend is settled. Raises RefusalError when no route matches."""
@@ -362,6 +370,7 @@ class Exchanges:
             (b"content-type", b"text/plain"),
             (b"x-uproxy-reason", refusal.reason.encode()),
             (b"x-request-id", exchange.request_id.encode()),
+            *refusal.fields,
         ]
         if refusal.policy:
             fields.append((b"x-uproxy-policy", refusal.policy.encode()))
@@ -469,7 +478,7 @@ def _onward(
     exchange: Exchange,
 ) -> RequestHead:
     """The head that the backend gets: the path as it was judged, who calls said by nobody but us, and our span."""
-    fields: Fields = head.fields
+    fields = request.fields
     if rule is not None and backend is not None:
         fields = modified(fields, rule.request, backend.request)
     kept = [(name, value) for name, value in fields if name not in _CALLERS and not name.startswith(_OURS)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from waypoint import telemetry as flags
+from waypoint.messages import Fields
 
 REASONS: Final = {
     400: b"Bad Request",
+    401: b"Unauthorized",
     403: b"Forbidden",
     404: b"Not Found",
     408: b"Request Timeout",
@@ -26,8 +28,8 @@ REASONS: Final = {
 class RefusalError(Exception):
     """A request that this waypoint answers by itself.
 
-    `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule; `close`:
-    whoever asks again must connect anew for it.
+    `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule; `fields`:
+    more of the answer's head; `close`: whoever asks again must connect anew for it.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class RefusalError(Exception):
         *,
         flag: str = flags.NO_FLAG,
         policy: str = "",
+        fields: Fields = (),
         close: bool = False,
     ) -> None:
         super().__init__(detail)
@@ -46,4 +49,5 @@ class RefusalError(Exception):
         self.detail = detail
         self.flag = flag
         self.policy = policy
+        self.fields = fields
         self.close = close

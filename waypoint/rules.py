@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +12,7 @@ from control.client.state import State
 from waypoint.authz import Policies, compile_policies
 from waypoint.destination import Destination
 from waypoint.routing import Router, compile_routes
+from waypoint.tokens import Tokens
 
 MAX_KEPT: Final = 4096
 """Destinations whose rules are kept: a workload that is bound by itself has as many as there are ports."""
@@ -22,16 +24,23 @@ class Rules:
 
     router: Router
     policies: Policies
+    tokens: Tokens
 
 
 def rules_at(state: State, gateway: str, destination: Destination) -> Rules:
-    """`gateway`: key of the waypoint's Gateway. All policies of it and of the destination's services hold."""
+    """`gateway`: key of the waypoint's Gateway. All policies of it and of the destination's services hold, and so do
+    their RequestAuthentications."""
     keys = tuple(service.key for service in destination.services)
     targets = (Target("Gateway", gateway), *(Target("Service", key) for key in keys))
     policies = {p.key: p for target in targets for p in state.policies_targeting(target.kind, target.key)}
     first = destination.service_key
     routes = state.routes_for(first) if keys else ()
-    return Rules(compile_routes(routes, first, destination.port), compile_policies(policies.values()))
+    authentications = {one.key: one for t in targets for one in state.authentications_targeting(t.kind, t.key)}
+    return Rules(
+        compile_routes(routes, first, destination.port),
+        compile_policies(policies.values()),
+        Tokens(authentications.values(), time.time),
+    )
 
 
 class RuleBook:

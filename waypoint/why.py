@@ -29,6 +29,7 @@ from waypoint.destination import Destination, Destinations
 from waypoint.messages import Fields, MessageError, RequestHead
 from waypoint.request import Request, RequestError, read_request
 from waypoint.rules import rules_at
+from waypoint.tokens import Token, TokenError
 
 _NONE: Final[Mapping[Subject, str]] = MappingProxyType({})
 
@@ -147,7 +148,14 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         return
     asked = f"{request.method} {request.target}" if request is not None else "opaque TCP"
     rules = rules_at(state, plan.gateway, destination)
-    decision = rules.policies.decide(caller.identity, caller.addresses[0], plan.address, plan.port, request)
+    token: Token | None = None
+    if request is not None:
+        try:
+            token, request = rules.tokens.verify(request)
+        except TokenError as error:
+            yield Step("waypoint token", False, f"{asked}: {error}", "token")
+            return
+    decision = rules.policies.decide(caller.identity, caller.addresses[0], plan.address, plan.port, request, token)
     yield Step("waypoint policy", decision.allowed, f"{asked}: {decision.reason}", "" if decision.allowed else "policy")
     if not decision.allowed:
         return

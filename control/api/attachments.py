@@ -11,7 +11,13 @@ from dataclasses import replace
 
 from control.api import labels as label
 from control.api.bindings import Subject, Wish
-from control.api.declared import DeclaredGateway, DeclaredPolicy, DeclaredRoute, DeclaredService
+from control.api.declared import (
+    DeclaredGateway,
+    DeclaredPolicy,
+    DeclaredRequestAuthentication,
+    DeclaredRoute,
+    DeclaredService,
+)
 from control.api.problems import Findings
 from control.api.route import HTTPRoute, Match, Parent
 
@@ -19,27 +25,27 @@ _UNBOUND = f"is bound to no waypoint; label it {label.USE_WAYPOINT}"
 
 
 def check_targets(
-    policies: Sequence[DeclaredPolicy],
+    policies: Sequence[DeclaredPolicy | DeclaredRequestAuthentication],
     services: Sequence[DeclaredService],
     gateways: Sequence[DeclaredGateway],
     wishes: Mapping[Subject, Wish],
     findings: Findings,
 ) -> None:
     """Warns of policies that hold nowhere, or for nothing but L4 on a port that is not HTTP."""
-    if not any(item.policy.targets for item in policies):
+    if not any(item.targets for item in policies):
         return
     known = {"Service": {one.key for one in services}, "Gateway": {one.key for one in gateways}}
     by_key = {one.key: one for one in services}
     for item in policies:
-        for index, target in enumerate(item.policy.targets):
-            path = f"spec.targetRefs[{index}]" if len(item.policy.targets) == 1 else "spec.targetRefs"
+        for index, target in enumerate(item.targets):
+            path = f"spec.targetRefs[{index}]" if len(item.targets) == 1 else "spec.targetRefs"
             if target.key not in known[target.kind]:
                 problem = f"there is no {target.kind} {target.key}; until there is, this does nothing"
                 findings.warn(item.position, path, problem, (target.key, known[target.kind]))
             elif target.kind == "Service" and ("Service", target.key) not in wishes:
                 problem = f"nobody enforces this: Service {target.key} {_UNBOUND}"
                 findings.warn(item.position, path, problem)
-            elif target.kind == "Service" and item.policy.asks_http:
+            elif target.kind == "Service" and isinstance(item, DeclaredPolicy) and item.policy.asks_http:
                 opaque = [str(port.port) for port in by_key[target.key].ports if not port.is_http]
                 if opaque:
                     problem = (

@@ -10,9 +10,10 @@ from typing import Final
 from control.api.address import IpAddress
 from control.api.gateway import Traffic
 from control.api.identity import SpiffeId
+from control.api.jwt import RequestAuthentication
 from control.api.labels import Labels
 from control.api.names import key
-from control.api.policy import AuthorizationPolicy, PeerAuthentication
+from control.api.policy import AuthorizationPolicy, PeerAuthentication, Target
 from control.api.problems import Position
 from control.api.route import HTTPRoute
 from control.api.workload import ServicePort
@@ -141,6 +142,10 @@ class DeclaredPolicy:
     policy: AuthorizationPolicy
     position: Position = field(compare=False, repr=False)
 
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.policy.targets
+
 
 @dataclass(frozen=True, slots=True)
 class DeclaredPeerAuthentication:
@@ -148,6 +153,18 @@ class DeclaredPeerAuthentication:
 
     peer_authentication: PeerAuthentication
     position: Position = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredRequestAuthentication:
+    """`security.istio.io` RequestAuthentication."""
+
+    request_authentication: RequestAuthentication
+    position: Position = field(compare=False, repr=False)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.request_authentication.targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +198,7 @@ Resource = (
     | DeclaredEndpoints
     | DeclaredPolicy
     | DeclaredPeerAuthentication
+    | DeclaredRequestAuthentication
     | DeclaredGateway
     | DeclaredRoute
 )
@@ -206,6 +224,9 @@ def place_of(resource: Resource) -> Place:
         case DeclaredPeerAuthentication():
             declared = resource.peer_authentication
             return "PeerAuthentication", declared.namespace, declared.name
+        case DeclaredRequestAuthentication():
+            requests = resource.request_authentication
+            return "RequestAuthentication", requests.namespace, requests.name
         case DeclaredGateway():
             return "Gateway", resource.namespace, resource.name
         case DeclaredRoute():

@@ -12,7 +12,8 @@ from control.api.address import AddressError, IpAddress, parse_address
 from control.api.gateway import Binding, Via
 from control.api.identity import IdentityError, SpiffeId, TrustDomain
 from control.api.messages import Value
-from control.api.names import wrong_dns_label, wrong_subdomain
+from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
+from control.api.policy import Target, TargetKind
 
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
@@ -116,6 +117,23 @@ def write_binding(binding: Binding) -> list[Value]:
     return [binding.gateway, binding.via.value]
 
 
+def read_target(value: Value, name: str, namespace: str) -> Target:
+    """Of a policy of this namespace."""
+    kind: TargetKind
+    match value:
+        case ["Gateway" as kind, target]:
+            wrong = wrong_subdomain
+        case ["Service" as kind, target]:
+            wrong = wrong_service_name
+        case _:
+            raise RecordError(f"{name}: each must be [Gateway or Service, name]")
+    return Target(kind, key(namespace, checked(typed(target, str, name), wrong, name)))
+
+
+def write_target(target: Target) -> list[Value]:
+    return [target.kind, target.key.partition("/")[2]]
+
+
 def read_member(value: Value, kind: type[_E], name: str) -> _E:
     """The member of an enumeration that has this text."""
     text = typed(value, str, name)
@@ -136,6 +154,15 @@ def read_address(value: Value, name: str) -> IpAddress:
     if address != text:
         raise RecordError(f"{name}: {text!r} must be written {address!r}")
     return address
+
+
+def read_flag(fields: Fields, name: str) -> bool:
+    """True, or absent."""
+    if not fields.has(name):
+        return False
+    if not fields.take(name, bool):
+        raise RecordError(f"{name} is false; it must then be absent")
+    return True
 
 
 def check_distinct(items: Sequence[object], name: str) -> None:

@@ -19,6 +19,7 @@ from control.api.declared import (
     DeclaredNamespace,
     DeclaredPeerAuthentication,
     DeclaredPolicy,
+    DeclaredRequestAuthentication,
     DeclaredRoute,
     DeclaredService,
     DeclaredWorkload,
@@ -29,6 +30,7 @@ from control.api.endpoints import endpoints_of
 from control.api.gateway import Gateway
 from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain
 from control.api.index import Resident, ResidentService, ResidentWorkload
+from control.api.jwt import RequestAuthentication
 from control.api.labels import Labels, telemetry
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
@@ -102,6 +104,7 @@ class Mesh:
     routes: tuple[HTTPRoute, ...]
     peer_authentications: tuple[PeerAuthentication, ...]
     """No records: what they say of a workload stands in its own."""
+    request_authentications: tuple[RequestAuthentication, ...]
     vips: Vips
     """Of the services that ask for no address. Who keeps them gives them back as `Elsewhere.vips`."""
     wishes: Mapping[Subject, Wish]
@@ -145,7 +148,10 @@ class Mesh:
         workloads = _with_proxy_protocol(workloads, _of(DeclaredWorkload, declared), declared_services, endpoints)
         declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
         routes = sorted(_of(DeclaredRoute, declared), key=lambda item: item.route.key)
-        targets = targets_of(policies)
+        authentications = sorted(
+            _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
+        )
+        targets = targets_of((*policies, *authentications))
         processes = processes_of(gateways, declared_workloads, findings)
         every_gateway = {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}}
         wishes = wishes_of(
@@ -160,7 +166,7 @@ class Mesh:
         )
         standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
         ports = Ports(workloads, endpoints, processes, standing, wishes, every_gateway.keys())
-        check_targets(policies, declared_services, gateways, wishes.of, findings)
+        check_targets((*policies, *authentications), declared_services, gateways, wishes.of, findings)
         check_routes(routes, declared_services, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,
@@ -172,6 +178,7 @@ class Mesh:
             endpoints=endpoints,
             policies=tuple(item.policy for item in policies),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
+            request_authentications=tuple(item.request_authentication for item in authentications),
             gateways=gateways_of(gateways, processes, standing),
             routes=tuple(item.route for item in routes),
             vips=addresses.allocated,
@@ -189,6 +196,7 @@ class Mesh:
             *self.workloads,
             *self.endpoints,
             *self.policies,
+            *self.request_authentications,
             *self.gateways,
             *self.routes,
         )

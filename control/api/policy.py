@@ -23,7 +23,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from control.api.address import IpBlock, parse_block
-from control.api.http_text import normal_path, wrong_field_value, wrong_method
+from control.api.http_text import normal_path, wrong_field_value, wrong_header_name, wrong_method
 from control.api.identity import SCHEME, IdentityError, SpiffeId
 from control.api.labels import Labels, selects
 from control.api.names import key, wrong_dns_label
@@ -32,6 +32,7 @@ from control.api.problems import shown
 DEFAULT_ROOT_NAMESPACE: Final = "mesh-system"
 """Policies of this namespace apply to every namespace."""
 
+_MAX_CLAIM: Final = 1024
 _HOST: Final = re.compile(r"[A-Za-z0-9._*:\[\]-]{1,255}")
 
 
@@ -52,6 +53,18 @@ class ConditionKey(Enum):
     DESTINATION_PORT = "destination.port"
     REQUEST_HEADERS = "request.headers"
     """At waypoints only. Written `request.headers[x-name]`: any of the header's values."""
+    REQUEST_PRINCIPAL = "request.auth.principal"
+    """At waypoints only, as what follows: of the request's token, `<issuer>/<subject>`."""
+    REQUEST_AUDIENCES = "request.auth.audiences"
+    """Any of those that the token is for."""
+    REQUEST_PRESENTER = "request.auth.presenter"
+    """Who the token was issued to, its `azp`."""
+    REQUEST_CLAIMS = "request.auth.claims"
+    """Written `request.auth.claims[name]`, or `[outer][inner]`: the claim, or any of those that it lists."""
+
+
+NAMED: Final = (ConditionKey.REQUEST_HEADERS, ConditionKey.REQUEST_CLAIMS)
+"""Those that ask for one of several: `Condition.name`."""
 
 
 class MtlsMode(Enum):
@@ -77,6 +90,13 @@ class Source:
     ip_blocks: tuple[IpBlock, ...] = ()
     """Of the address the caller's tunnel comes from."""
     not_ip_blocks: tuple[IpBlock, ...] = ()
+    request_principals: tuple[str, ...] = ()
+    """Patterns over `<issuer>/<subject>` of the request's token; for waypoints."""
+    not_request_principals: tuple[str, ...] = ()
+
+    @property
+    def asks_http(self) -> bool:
+        return bool(self.request_principals or self.not_request_principals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +129,11 @@ class Condition:
     values: tuple[str, ...] = ()
     not_values: tuple[str, ...] = ()
     name: str = ""
-    """Of the header, in lower case; empty for every other key."""
+    """Of the header, in lower case; of a claim, as `outer][inner`; empty for every other key."""
 
     @property
     def asks_http(self) -> bool:
-        return self.key is ConditionKey.REQUEST_HEADERS
+        return self.key.value.startswith("request.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +147,10 @@ class Rule:
     @property
     def asks_http(self) -> bool:
         """Whether anything of it can be told of HTTP requests only."""
-        return any(operation.asks_http for operation in self.operations) or any(
-            condition.asks_http for condition in self.conditions
+        return (
+            any(source.asks_http for source in self.sources)
+            or any(operation.asks_http for operation in self.operations)
+            or any(condition.asks_http for condition in self.conditions)
         )
 
 
@@ -202,6 +224,8 @@ def canonical_value(key: ConditionKey, text: str) -> str:
             return canonical_namespace(text)
         case ConditionKey.REQUEST_HEADERS:
             return canonical_text(text)
+        case _:
+            return canonical_claim(text)
 
 
 def canonical_principal(text: str) -> str:
@@ -233,6 +257,26 @@ def canonical_text(text: str) -> str:
     if problem := wrong_field_value(text):
         raise ValueError(problem)
     return text
+
+
+def canonical_claim(text: str) -> str:
+    """A pattern over what a token says. Raises ValueError."""
+    _check_pattern(text)
+    if len(text) > _MAX_CLAIM or not text.isprintable():
+        raise ValueError(f"{shown(text)} is no claim: up to {_MAX_CLAIM} printable characters")
+    return text
+
+
+def wrong_condition_name(attribute: ConditionKey, text: str) -> str:
+    """What a condition on one of `NAMED` asks for."""
+    return wrong_header_name(text) if attribute is ConditionKey.REQUEST_HEADERS else wrong_claim_name(text)
+
+
+def wrong_claim_name(text: str) -> str:
+    """The path of a claim, as in `Condition.name`."""
+    if all(part and len(part) <= _MAX_CLAIM and part.isprintable() and "[" not in part for part in text.split("][")):
+        return ""
+    return f"{shown(text)} is no claim's name; write request.auth.claims[name], or [outer][inner] for a nested one"
 
 
 def canonical_host(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Services, endpoints, workloads, policies, Gateways and routes as message bodies: `read(topic, write(x)) == x`.
+"""What the mesh consists of (`Record`) as message bodies: `read(topic, write(x)) == x`.
 
 What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
 every field must be there, none may be added, and every value must be in its canonical form. What waypoints ask for
@@ -21,21 +21,26 @@ from control.api.fields import (
     read_address,
     read_any_identity,
     read_binding,
+    read_flag,
     read_identity,
     read_key,
     read_member,
     read_port,
+    read_target,
     typed,
     write_binding,
+    write_target,
 )
 from control.api.fields import RecordError as RecordError  # what `read` raises
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic
-from control.api.http_text import wrong_header_name
 from control.api.identity import SpiffeId, TrustDomain, make_id, proxy_hash
+from control.api.jwt import RequestAuthentication
+from control.api.jwt_record import read_request_authentication, write_request_authentication
 from control.api.messages import Body, Value
 from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.plaintext import MAX_PORTS, Plaintext
 from control.api.policy import (
+    NAMED,
     Action,
     AuthorizationPolicy,
     Condition,
@@ -43,14 +48,14 @@ from control.api.policy import (
     Operation,
     Rule,
     Source,
-    Target,
-    TargetKind,
+    canonical_claim,
     canonical_host,
     canonical_method,
     canonical_namespace,
     canonical_path,
     canonical_principal,
     canonical_value,
+    wrong_condition_name,
 )
 from control.api.route import HTTPRoute
 from control.api.route_record import read_route, write_route
@@ -59,13 +64,14 @@ from control.api.topics import (
     GatewayTopic,
     PolicyTopic,
     RecordTopic,
+    RequestAuthenticationTopic,
     RouteTopic,
     ServiceTopic,
     WorkloadTopic,
 )
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
-Record = Service | Endpoint | Workload | AuthorizationPolicy | Gateway | HTTPRoute
+Record = Service | Endpoint | Workload | AuthorizationPolicy | RequestAuthentication | Gateway | HTTPRoute
 
 MAX_WEIGHT: Final = 65_535
 
@@ -82,6 +88,8 @@ def topic_of(record: Record) -> RecordTopic:
             return WorkloadTopic(proxy_hash(record.identity), record.name)
         case AuthorizationPolicy():
             return PolicyTopic(record.namespace, record.name)
+        case RequestAuthentication():
+            return RequestAuthenticationTopic(record.namespace, record.name)
         case Gateway():
             return GatewayTopic(record.namespace, record.name)
         case HTTPRoute():
@@ -127,9 +135,11 @@ def write(record: Record) -> Body:
                 "action": record.action.value,
                 "selector": None if record.selector is None else dict(record.selector),
                 "rules": [_write_rule(rule) for rule in record.rules],
-                **({"targets": [[t.kind, _name_in(t.key)] for t in record.targets]} if record.targets else {}),
+                **({"targets": [write_target(target) for target in record.targets]} if record.targets else {}),
                 **({"dryRun": True} if record.dry_run else {}),
             }
+        case RequestAuthentication():
+            return write_request_authentication(record)
         case Gateway():
             return {
                 "traffic": record.traffic.value,
@@ -159,6 +169,8 @@ def _read(topic: RecordTopic, fields: Fields, trust_domain: TrustDomain) -> Reco
             return _read_workload(topic, fields, trust_domain)
         case PolicyTopic():
             return _read_policy(topic, fields)
+        case RequestAuthenticationTopic():
+            return read_request_authentication(topic, fields)
         case GatewayTopic():
             return _read_gateway(topic, fields)
         case RouteTopic():
@@ -272,18 +284,10 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         node=fields.take("node", str),
         weight=fields.number("weight", 1, MAX_WEIGHT),
         bounds=_read_bounds(fields, trust_domain),
-        direct=_read_flag(fields, "direct"),
+        direct=read_flag(fields, "direct"),
         plaintext=_read_plaintext(fields),
         proxy_protocol=_read_proxy_protocol(fields),
     )
-
-
-def _read_flag(fields: Fields, name: str) -> bool:
-    if not fields.has(name):
-        return False
-    if not fields.take(name, bool):
-        raise RecordError(f"{name} is false; it must then be absent")
-    return True
 
 
 def _write_bound(bound: Bound) -> list[Value]:
@@ -381,6 +385,8 @@ def _write_rule(rule: Rule) -> Body:
                 not_namespaces=source.not_namespaces,
                 ip_blocks=source.ip_blocks,
                 not_ip_blocks=source.not_ip_blocks,
+                request_principals=source.request_principals,
+                not_request_principals=source.not_request_principals,
             )
             for source in rule.sources
         ]
@@ -421,8 +427,8 @@ def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
         action=read_member(fields.take("action", str), Action, "action"),
         selector=fields.selector("selector"),
         rules=tuple(_read_rule(item) for item in fields.take("rules", list)),
-        targets=fields.optional_list("targets", lambda value, name: _read_target(value, name, topic.namespace)),
-        dry_run=_read_flag(fields, "dryRun"),
+        targets=fields.optional_list("targets", lambda value, name: read_target(value, name, topic.namespace)),
+        dry_run=read_flag(fields, "dryRun"),
     )
     check_ordered([(target.kind, target.key) for target in policy.targets], "targets")
     if policy.targets and policy.dry_run:
@@ -432,18 +438,6 @@ def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
     if policy.asks_http and not policy.targets:
         raise RecordError("rules ask for what only a waypoint sees, and there are no targets")
     return policy
-
-
-def _read_target(value: Value, name: str, namespace: str) -> Target:
-    kind: TargetKind
-    match value:
-        case ["Gateway" as kind, target]:
-            wrong = wrong_subdomain
-        case ["Service" as kind, target]:
-            wrong = wrong_service_name
-        case _:
-            raise RecordError(f"{name}: each must be [Gateway or Service, name]")
-    return Target(kind, key(namespace, checked(typed(target, str, name), wrong, name)))
 
 
 def _read_rule(value: Value) -> Rule:
@@ -466,6 +460,8 @@ def _read_source(value: Value, name: str) -> Source:
         not_namespaces=fields.optional_list("not_namespaces", _canonical(canonical_namespace)),
         ip_blocks=fields.optional_list("ip_blocks", _block),
         not_ip_blocks=fields.optional_list("not_ip_blocks", _block),
+        request_principals=fields.optional_list("request_principals", _canonical(canonical_claim)),
+        not_request_principals=fields.optional_list("not_request_principals", _canonical(canonical_claim)),
     )
     fields.finish()
     return source
@@ -490,15 +486,15 @@ def _read_operation(value: Value, name: str) -> Operation:
 def _read_condition(value: Value, name: str) -> Condition:
     fields = Fields(value, name)
     condition_key = read_member(fields.take("key", str), ConditionKey, "key")
-    header = ""
-    if condition_key is ConditionKey.REQUEST_HEADERS:
-        header = checked(fields.take("name", str), wrong_header_name, "name")
+    name = ""
+    if condition_key in NAMED:
+        name = checked(fields.take("name", str), lambda text: wrong_condition_name(condition_key, text), "name")
     check = _canonical(lambda value_text: canonical_value(condition_key, value_text))
     condition = Condition(
         condition_key,
         values=fields.optional_list("values", check),
         not_values=fields.optional_list("not_values", check),
-        name=header,
+        name=name,
     )
     if not condition.values and not condition.not_values:
         raise RecordError("a condition has neither values nor not_values")

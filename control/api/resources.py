@@ -33,6 +33,7 @@ from control.api.plaintext import PROXY_PORTS
 from control.api.policy import parse_port
 from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
+from control.api.request_authentication import read_request_authentication
 from control.api.security import read_authorization_policy, read_peer_authentication
 from control.api.workload import ServicePort
 
@@ -399,13 +400,13 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], Callable[[Reader], Resource]]]] =
     "EndpointSlice": (("discovery.k8s.io/v1",), _read_endpoint_slice),
     "AuthorizationPolicy": (_ISTIO_SECURITY, read_authorization_policy),
     "PeerAuthentication": (_ISTIO_SECURITY, read_peer_authentication),
+    "RequestAuthentication": (_ISTIO_SECURITY, read_request_authentication),
     "Gateway": (("gateway.networking.k8s.io/v1",), read_gateway),
     "HTTPRoute": (("gateway.networking.k8s.io/v1",), read_http_route),
 }
 _LATER: Final = (
     "ServiceEntry",
     "GRPCRoute",
-    "RequestAuthentication",
     "TrafficPolicy",
     "Extension",
 )

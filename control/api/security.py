@@ -12,12 +12,12 @@ from control.api import labels as label
 from control.api.address import parse_block
 from control.api.declared import DeclaredPeerAuthentication, DeclaredPolicy
 from control.api.document import Reader
-from control.api.http_text import wrong_header_name
 from control.api.labels import Labels
 from control.api.metadata import DRY_RUN, Metadata, read_metadata
 from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.plaintext import MAX_PORTS, PROXY_PORTS
 from control.api.policy import (
+    NAMED,
     Action,
     AuthorizationPolicy,
     Condition,
@@ -29,6 +29,7 @@ from control.api.policy import (
     Source,
     Target,
     TargetKind,
+    canonical_claim,
     canonical_host,
     canonical_method,
     canonical_namespace,
@@ -36,13 +37,14 @@ from control.api.policy import (
     canonical_principal,
     canonical_value,
     parse_port,
+    wrong_condition_name,
 )
 from control.api.problems import shown
 
-_NEEDS_WAYPOINT: Final = (
+NEEDS_WAYPOINT: Final = (
     "needs a waypoint; an L4 proxy cannot see it. Write targetRefs: a Service that is bound to one, or its Gateway"
 )
-_NO_TOKENS: Final = "RequestAuthentication is not there, so no request has a principal; remove it"
+"""Of what is not written for one."""
 _FORWARDED: Final = "it is the address that an HTTP header names, which anybody writes; write ipBlocks or notIpBlocks"
 _MAX_TARGETS: Final = 16  # Istio's
 _ACTIONS: Final = {
@@ -50,16 +52,12 @@ _ACTIONS: Final = {
     "AUDIT": "auditing is not there; write ALLOW or DENY",
 }
 _OTHER_CONDITIONS: Final = {
-    "request.auth.": _NO_TOKENS,
     "connection.sni": "tunnels carry no server name; remove it",
     "remote.ip": _FORWARDED,
     "experimental.": "it is not implemented; remove it",
 }
-_HEADER: Final = re.compile(r"request\.headers\[(.*)\]")
-_CONDITIONS: Final = (
-    *(attribute.value for attribute in ConditionKey if attribute is not ConditionKey.REQUEST_HEADERS),
-    "request.headers[...]",
-)
+_NAMED: Final = re.compile(r"(request\.headers|request\.auth\.claims)\[(.*)\]")
+_CONDITIONS: Final = tuple(f"{one.value}[...]" if one in NAMED else one.value for one in ConditionKey)
 _PROXY_PORTS: Final = f"{PROXY_PORTS[0]} to {PROXY_PORTS[-1]}"
 _GROUPS: Final = {"Gateway": ("gateway.networking.k8s.io",), "Service": ("", "core")}
 _MODES: Final = {
@@ -72,7 +70,7 @@ def read_authorization_policy(document: Reader) -> DeclaredPolicy:
     metadata = read_metadata(document, wrong_subdomain, own_annotations=(DRY_RUN,))
     spec = document.child("spec", required="a mapping; `spec: {}` allows nobody")
     spec.refuse({"targetRef": "write targetRefs, a list", "provider": _ACTIONS["CUSTOM"]})
-    targets = _targets(spec, metadata.namespace)
+    targets = read_targets(spec, metadata.namespace)
     http = spec.has("targetRefs")
     action = spec.choice("action", [action.value for action in Action], default="ALLOW", others=_ACTIONS)
     policy = AuthorizationPolicy(
@@ -147,7 +145,7 @@ def _selector(spec: Reader) -> Labels | None:
     return labels
 
 
-def _targets(spec: Reader, namespace: str) -> tuple[Target, ...]:
+def read_targets(spec: Reader, namespace: str) -> tuple[Target, ...]:
     """The waypoints at which a policy holds, and services behind some."""
     readers = spec.children("targetRefs")
     if len(readers) > _MAX_TARGETS:
@@ -185,7 +183,7 @@ def _target(reader: Reader, namespace: str) -> Target:
 def _rule(reader: Reader, namespace: str, *, http: bool) -> Rule:
     """`http`: whether it holds at waypoints, which see requests."""
     rule = Rule(
-        sources=tuple(_source(item, namespace) for item in reader.children("from")),
+        sources=tuple(_source(item, namespace, http=http) for item in reader.children("from")),
         operations=tuple(_operation(item, http=http) for item in reader.children("to")),
         conditions=tuple(
             condition for item in reader.children("when") if (condition := _condition(item, http=http)) is not None
@@ -195,7 +193,7 @@ def _rule(reader: Reader, namespace: str, *, http: bool) -> Rule:
     return rule
 
 
-def _source(item: Reader, namespace: str) -> Source:
+def _source(item: Reader, namespace: str, *, http: bool) -> Source:
     reader = item.child("source", required="a mapping, as {principals: [...]}")
     item.finish()
 
@@ -214,15 +212,12 @@ def _source(item: Reader, namespace: str) -> Source:
         not_namespaces=reader.parsed_list("notNamespaces", canonical_namespace),
         ip_blocks=reader.parsed_list("ipBlocks", parse_block),
         not_ip_blocks=reader.parsed_list("notIpBlocks", parse_block),
+        request_principals=reader.parsed_list("requestPrincipals", canonical_claim) if http else (),
+        not_request_principals=reader.parsed_list("notRequestPrincipals", canonical_claim) if http else (),
     )
-    reader.refuse(
-        {
-            "requestPrincipals": _NO_TOKENS,
-            "notRequestPrincipals": _NO_TOKENS,
-            "remoteIpBlocks": _FORWARDED,
-            "notRemoteIpBlocks": _FORWARDED,
-        }
-    )
+    if not http:
+        reader.refuse(dict.fromkeys(("requestPrincipals", "notRequestPrincipals"), NEEDS_WAYPOINT))
+    reader.refuse(dict.fromkeys(("remoteIpBlocks", "notRemoteIpBlocks"), _FORWARDED))
     reader.finish()
     if reader.empty:
         item.error("source", "names nothing; a rule without `from` means every caller")
@@ -253,7 +248,7 @@ def _operation(item: Reader, *, http: bool) -> Operation:
     )
     if not http:
         names = ("hosts", "notHosts", "methods", "notMethods", "paths", "notPaths")
-        reader.refuse(dict.fromkeys(names, _NEEDS_WAYPOINT))
+        reader.refuse(dict.fromkeys(names, NEEDS_WAYPOINT))
     reader.finish()
     if reader.empty:
         item.error("operation", "names nothing; a rule without `to` means every port")
@@ -262,21 +257,28 @@ def _operation(item: Reader, *, http: bool) -> Operation:
 
 def _condition(reader: Reader, *, http: bool) -> Condition | None:
     text = reader.text("key", required=f"one of {', '.join(_CONDITIONS)}")
-    header = _HEADER.fullmatch(text)
+    named = _NAMED.fullmatch(text)
+    attribute, name = (ConditionKey(named[1]), named[2]) if named is not None else (_unnamed(text), "")
+    if attribute is ConditionKey.REQUEST_HEADERS:
+        name = name.lower()
     refused = next((reason for start, reason in _OTHER_CONDITIONS.items() if text.startswith(start)), "")
-    if header is not None and not http:
-        refused = _NEEDS_WAYPOINT
-    name = header[1].lower() if header is not None else ""
+    if not refused and not http and text.startswith("request."):
+        refused = NEEDS_WAYPOINT
     if refused:
         reader.error("key", f"{shown(text)} is refused: {refused}")
-    elif header is not None and (problem := wrong_header_name(name)):
-        reader.error("key", problem)
-    elif text and header is None and text not in _CONDITIONS[:-1]:
+    elif text and attribute is None:
         known = ", ".join(_CONDITIONS)
         reader.error("key", f"{shown(text)} is not known; known: {known}", (text, _CONDITIONS))
-    elif text:
-        return _condition_of(reader, ConditionKey.REQUEST_HEADERS if header is not None else ConditionKey(text), name)
+    elif attribute in NAMED and (problem := wrong_condition_name(attribute, name)):
+        reader.error("key", problem)
+    elif attribute is not None:
+        return _condition_of(reader, attribute, name)
     return None
+
+
+def _unnamed(text: str) -> ConditionKey | None:
+    """The attribute that has no name of its own behind it."""
+    return next((one for one in ConditionKey if one.value == text and one not in NAMED), None)
 
 
 def _condition_of(reader: Reader, attribute: ConditionKey, name: str) -> Condition:

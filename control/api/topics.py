@@ -1,7 +1,8 @@
 """Topic names, built and parsed in one place: `mesh/v1/<trust domain>/<kind>/...`.
 
 svc/<ns>/<name>, ep/<ns>/<service>/<workload>, wl/<proxy hash>/<instance>, policy/<ns>/<name>, gw/<ns>/<name>,
-route/<ns>/<name>               one record each
+route/<ns>/<name>, reqauth/<ns>/<name>
+                                one record each
 ep/<ns>/<service>               manifest: how many endpoints a service has, and which
 index/<ns>/<00..3f>, root/<ns>  the records that decide security, by SHA-256, and the signed root above them
 root                            which namespaces have services, signed
@@ -28,7 +29,7 @@ INDEX_SHARDS: Final = 64
 ADDRESS_SHARDS: Final = 256
 
 _ROOT: Final = "mesh/v1"
-_KINDS: Final = "svc, ep, wl, policy, gw, route, index, root, addr, trust, status"
+_KINDS: Final = "svc, ep, wl, policy, reqauth, gw, route, index, root, addr, trust, status"
 _PROXY_HASH: Final = re.compile(r"[0-9a-f]{32}")
 _SHARD: Final = re.compile(r"[0-9a-f]{2}")
 
@@ -62,6 +63,12 @@ class WorkloadTopic:
 
 @dataclass(frozen=True, slots=True, order=True)
 class PolicyTopic:
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RequestAuthenticationTopic:
     namespace: str
     name: str
 
@@ -135,7 +142,7 @@ class StatusTopic:
     instance: str
 
 
-IndexedTopic = ServiceTopic | WorkloadTopic | PolicyTopic | GatewayTopic | RouteTopic
+IndexedTopic = ServiceTopic | WorkloadTopic | PolicyTopic | RequestAuthenticationTopic | GatewayTopic | RouteTopic
 """What decides security. Endpoints do not: identity is checked, so a stale one can only fail."""
 RecordTopic = IndexedTopic | EndpointTopic
 Topic = (
@@ -182,6 +189,8 @@ def index_entry(topic: IndexedTopic) -> str:
             return f"wl/{proxy_hash}/{instance}"
         case PolicyTopic(_, name):
             return f"policy/{name}"
+        case RequestAuthenticationTopic(_, name):
+            return f"reqauth/{name}"
         case GatewayTopic(_, name):
             return f"gw/{name}"
         case RouteTopic(_, name):
@@ -198,12 +207,14 @@ def entry_topic(namespace: str, entry: str) -> IndexedTopic:
             topic = WorkloadTopic(proxy_hash, instance)
         case ["policy", name]:
             topic = PolicyTopic(namespace, name)
+        case ["reqauth", name]:
+            topic = RequestAuthenticationTopic(namespace, name)
         case ["gw", name]:
             topic = GatewayTopic(namespace, name)
         case ["route", name]:
             topic = RouteTopic(namespace, name)
         case _:
-            raise TopicError(f"{entry[:80]!r} is no entry of an index (svc, wl, policy, gw, route)")
+            raise TopicError(f"{entry[:80]!r} is no entry of an index (svc, wl, policy, reqauth, gw, route)")
     wrong = _wrong_level(topic)
     if wrong:
         raise TopicError(f"{entry[:80]!r}: {wrong}")
@@ -242,6 +253,8 @@ def _levels_of(topic: Topic) -> str:
             return f"wl/{proxy_hash}/{instance}"
         case PolicyTopic(namespace, name):
             return f"policy/{namespace}/{name}"
+        case RequestAuthenticationTopic(namespace, name):
+            return f"reqauth/{namespace}/{name}"
         case GatewayTopic(namespace, name):
             return f"gw/{namespace}/{name}"
         case RouteTopic(namespace, name):
@@ -274,6 +287,8 @@ def _topic_of(levels: list[str], text: str) -> Topic:
             return WorkloadTopic(proxy_hash, instance)
         case ["policy", namespace, name]:
             return PolicyTopic(namespace, name)
+        case ["reqauth", namespace, name]:
+            return RequestAuthenticationTopic(namespace, name)
         case ["gw", namespace, name]:
             return GatewayTopic(namespace, name)
         case ["route", namespace, name]:
@@ -306,7 +321,12 @@ def _wrong_level(topic: Topic) -> str:
         case WorkloadTopic(proxy_hash, instance) | StatusTopic(proxy_hash, instance):
             hashed = "" if _PROXY_HASH.fullmatch(proxy_hash) else f"{proxy_hash!r} is not a proxy hash"
             return hashed or wrong_subdomain(instance)
-        case PolicyTopic(namespace, name) | GatewayTopic(namespace, name) | RouteTopic(namespace, name):
+        case (
+            PolicyTopic(namespace, name)
+            | RequestAuthenticationTopic(namespace, name)
+            | GatewayTopic(namespace, name)
+            | RouteTopic(namespace, name)
+        ):
             return wrong_dns_label(namespace) or wrong_subdomain(name)
         case IndexTopic(namespace) | RootTopic(namespace):
             return wrong_dns_label(namespace)

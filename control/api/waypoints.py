@@ -18,6 +18,7 @@ from control.api.declared import (
     DeclaredGateway,
     DeclaredNamespace,
     DeclaredPolicy,
+    DeclaredRequestAuthentication,
     DeclaredService,
     DeclaredWorkload,
     Place,
@@ -116,9 +117,9 @@ def subject_of(one: DeclaredService | DeclaredWorkload) -> Subject:
     return ("Service" if isinstance(one, DeclaredService) else "WorkloadEntry", one.key)
 
 
-def targets_of(policies: Iterable[DeclaredPolicy]) -> frozenset[Target]:
+def targets_of(policies: Iterable[DeclaredPolicy | DeclaredRequestAuthentication]) -> frozenset[Target]:
     """What some policies are about."""
-    return frozenset(target for item in policies for target in item.policy.targets)
+    return frozenset(target for item in policies for target in item.targets)
 
 
 def processes_of(

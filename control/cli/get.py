@@ -10,6 +10,7 @@ from control.api.declared import (
     DeclaredEndpoints,
     DeclaredPeerAuthentication,
     DeclaredPolicy,
+    DeclaredRequestAuthentication,
     DeclaredService,
     DeclaredWorkload,
 )
@@ -36,6 +37,7 @@ _HEADS: Final = {
     "EndpointSlice": ("SERVICE", "ENDPOINTS"),
     "AuthorizationPolicy": ("ACTION", "RULES", "SELECTS"),
     "PeerAuthentication": ("MODE", "SELECTS"),
+    "RequestAuthentication": ("ISSUERS",),
 }
 
 
@@ -119,6 +121,8 @@ def _cells(resource: Answer) -> tuple[str, ...]:
             return declared.policy.action.value, str(len(declared.policy.rules)), _selector(declared.policy.selector)
         case DeclaredPeerAuthentication():
             return declared.peer_authentication.mode.value, _selector(declared.peer_authentication.selector)
+        case DeclaredRequestAuthentication():
+            return (",".join(rule.issuer for rule in declared.request_authentication.rules),)
     return ()
 
 

@@ -17,6 +17,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "EndpointSlice": ("endpointslice",),
     "AuthorizationPolicy": ("authorizationpolicy", "ap", "policy"),
     "PeerAuthentication": ("peerauthentication", "pa"),
+    "RequestAuthentication": ("requestauthentication", "ra"),
     "Gateway": ("gateway", "gtw"),
     "HTTPRoute": ("httproute",),
 }

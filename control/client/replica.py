@@ -38,6 +38,7 @@ from control.api.topics import (
     ManifestTopic,
     NamespacesTopic,
     PolicyTopic,
+    RequestAuthenticationTopic,
     RootTopic,
     RouteTopic,
     ServiceTopic,
@@ -73,7 +74,11 @@ _MAX_TEXT: Final = 200  # characters
 _EPOCH: Final = 1  # of the stamps in batches
 _MAX_HEAD_BYTES: Final = 32  # of a message: the list's own and three numbers
 _NO_ENDPOINTS: Final = Manifest(0, manifest_digest({}))
-_LEVELS: Final[dict[type[IndexedTopic], str]] = {PolicyTopic: "policy", RouteTopic: "route"}
+_LEVELS: Final[dict[type[IndexedTopic], str]] = {
+    PolicyTopic: "policy",
+    RequestAuthenticationTopic: "reqauth",
+    RouteTopic: "route",
+}
 """Kinds that are wanted as a whole -> level of their topics."""
 
 _Signed = RootTopic | AddressesRootTopic | AddressesTopic | NamespacesTopic
@@ -208,7 +213,7 @@ class Replica:
         if self._own is None or topic is None or topic.namespace != self._own[0]:
             raise ValueError(f"{gateway_key!r} is no Gateway of this workload's namespace")
         self._following = Following(topic)
-        self._kinds = (PolicyTopic, RouteTopic)
+        self._kinds = (PolicyTopic, RequestAuthenticationTopic, RouteTopic)
         for namespace in self._namespaces.values():
             namespace.kinds = self._kinds
         self._namespaces[topic.namespace].want(topic)
@@ -861,7 +866,7 @@ class Replica:
             case ServiceTopic() | GatewayTopic():
                 of_interest = topic == self._following.waypoint or self._find(topic) is not None
                 return self._namespaces[topic.namespace] if of_interest else None
-            case PolicyTopic(namespace) | RouteTopic(namespace):
+            case PolicyTopic(namespace) | RequestAuthenticationTopic(namespace) | RouteTopic(namespace):
                 found = self._namespaces.get(namespace)
                 return found if found is not None and isinstance(topic, found.kinds) else None
             case IndexTopic(namespace):

@@ -15,6 +15,7 @@ from control.api.address import IpAddress
 from control.api.gateway import Binding, Gateway
 from control.api.identity import parse_trust_domain
 from control.api.index import Resident, ResidentWorkload
+from control.api.jwt import RequestAuthentication
 from control.api.messages import Body, MessageError, Stamp
 from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, Target, TargetKind, applies
 from control.api.records import Record, RecordError
@@ -42,6 +43,7 @@ class Changes:
     endpoints: frozenset[str] = frozenset()
     """Keys of the services whose endpoints, or whose identities that may serve, changed."""
     policies: frozenset[str] = frozenset()
+    """And of RequestAuthentications."""
     addresses: frozenset[IpAddress] = frozenset()
     """Where somebody else lives now than before, or nobody; or somebody who is bound otherwise."""
     gateways: frozenset[str] = frozenset()
@@ -134,6 +136,7 @@ class State:
         self._policies: dict[str, dict[str, AuthorizationPolicy]] = {}
         """By namespace and name, those without targets."""
         self._targeting: dict[Target, dict[str, AuthorizationPolicy]] = {}
+        self._authenticating: dict[Target, dict[str, RequestAuthentication]] = {}
         self._gateways: dict[str, Gateway] = {}
         self._routes: dict[str, dict[str, HTTPRoute]] = {}
         """By key of a parent, then their own."""
@@ -160,7 +163,7 @@ class State:
                             endpoints.add(record.key)
                     case Endpoint():
                         endpoints.add(record.service)
-                    case AuthorizationPolicy():
+                    case AuthorizationPolicy() | RequestAuthentication():
                         policies.add(record.key)
                     case Gateway():
                         gateways.add(record.key)
@@ -277,6 +280,10 @@ class State:
         """The policies that hold at waypoints for all requests (a Gateway's key) or a service, in order of keys."""
         return _in_order(self._targeting.get(Target(kind, target_key), {}))
 
+    def authentications_targeting(self, kind: TargetKind, target_key: str) -> tuple[RequestAuthentication, ...]:
+        """Likewise, of tokens."""
+        return _in_order(self._authenticating.get(Target(kind, target_key), {}))
+
     def policies_for(self, workload: Workload) -> tuple[AuthorizationPolicy, ...]:
         """The policies that select a workload, in order of their keys. Linear: compile them once per generation."""
         scopes = {self.root_namespace, workload.namespace}
@@ -333,6 +340,9 @@ class State:
             case AuthorizationPolicy():
                 for target in new.targets:
                     self._targeting.setdefault(target, {})[new.key] = new
+            case RequestAuthentication():
+                for target in new.targets:
+                    self._authenticating.setdefault(target, {})[new.key] = new
             case Gateway():
                 self._gateways[new.key] = new
             case HTTPRoute():
@@ -356,6 +366,9 @@ class State:
             case AuthorizationPolicy():
                 for target in old.targets:
                     _discard(self._targeting, target, old.key)
+            case RequestAuthentication():
+                for target in old.targets:
+                    _discard(self._authenticating, target, old.key)
             case Gateway():
                 del self._gateways[old.key]
             case HTTPRoute():

@@ -35,6 +35,7 @@ from control.api.topics import (
     ManifestTopic,
     NamespacesTopic,
     PolicyTopic,
+    RequestAuthenticationTopic,
     RootTopic,
     RouteTopic,
     ServiceTopic,
@@ -226,9 +227,9 @@ def rank(topic: Topic) -> Rank:
     match topic:
         case TrustTopic():
             return Rank.TRUST
-        case ServiceTopic() | EndpointTopic() | WorkloadTopic() | PolicyTopic() | GatewayTopic() | RouteTopic():
+        case ServiceTopic() | EndpointTopic() | WorkloadTopic() | GatewayTopic() | RouteTopic():
             return Rank.RECORD
-        case StatusTopic():
+        case PolicyTopic() | RequestAuthenticationTopic() | StatusTopic():
             return Rank.RECORD
         case ManifestTopic():
             return Rank.MANIFEST

@@ -23,6 +23,7 @@ from control.api.declared import (
     DeclaredGateway,
     DeclaredPeerAuthentication,
     DeclaredPolicy,
+    DeclaredRequestAuthentication,
     DeclaredService,
     DeclaredWorkload,
     Family,
@@ -32,6 +33,7 @@ from control.api.declared import (
 from control.api.gateway import Gateway
 from control.api.identity import TrustDomain, make_id, parse_trust_domain
 from control.api.index import Resident
+from control.api.jwt import RequestAuthentication
 from control.api.labels import USE_WAYPOINT, Labels, selects
 from control.api.mesh import Elsewhere, Mesh
 from control.api.messages import Body, Stamp
@@ -56,7 +58,7 @@ HELD_LEAST: Final = 4
 _MAX_FORMS: Final = 8  # namespaces; of 1,000 workloads each, they take 20 MB
 
 _GUARDED: Final = ("Service", "WorkloadEntry")
-_HEARD_OF_ELSEWHERE: Final = ("Gateway", "AuthorizationPolicy")
+_HEARD_OF_ELSEWHERE: Final = ("Gateway", "AuthorizationPolicy", "RequestAuthentication")
 """What says something about services and workloads of other namespaces that a Gateway of this one serves."""
 
 
@@ -437,8 +439,8 @@ class Registry:
                 match resource:
                     case DeclaredGateway():
                         gateways[resource.key] = resource
-                    case DeclaredPolicy():
-                        guarded |= {target.key for target in resource.policy.targets if target.kind == "Gateway"}
+                    case DeclaredPolicy() | DeclaredRequestAuthentication():
+                        guarded |= {target.key for target in resource.targets if target.kind == "Gateway"}
         return gateways, frozenset(guarded)
 
     def _peer_authentications(self, resources: Mapping[str, Mapping[Place, Resource]]) -> list[PeerAuthentication]:
@@ -516,6 +518,7 @@ def _forms_of(mesh: Mesh, before: Mapping[Hashable, _Form]) -> dict[Hashable, _F
         *mesh.endpoints,
         *mesh.policies,
         *mesh.gateways,
+        *mesh.request_authentications,
         *mesh.routes,
     )
     for record in every:
@@ -559,6 +562,8 @@ def _key_of(record: Record) -> Hashable:
             return "ep", record.service, record.workload
         case AuthorizationPolicy():
             return "policy", record.name
+        case RequestAuthentication():
+            return "reqauth", record.name
         case Gateway():
             return "gw", record.name
         case HTTPRoute():

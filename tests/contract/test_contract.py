@@ -34,7 +34,7 @@ from control.api.problems import ResourceErrors
 from tests.contract.conftest import PROXIES
 from tests.contract.forgeries import FORGERIES
 from tests.contract.world import Site, World, world
-from tests.support.desired import endpoints, gateway, guard, policy, route, service, workload
+from tests.support.desired import endpoints, gateway, guard, policy, request_authentication, route, service, workload
 
 SERVICES = ("shop/web", "shop/db", "bank/web")
 WORKLOADS = {
@@ -54,6 +54,7 @@ KINDS = {
     "wl": "WorkloadEntry",
     "policy": "AuthorizationPolicy",
     "guard": "AuthorizationPolicy",
+    "reqauth": "RequestAuthentication",
     "slice": "EndpointSlice",
     "gw": "Gateway",
     "route": "HTTPRoute",
@@ -67,6 +68,7 @@ resources = st.one_of(
     st.tuples(st.just("wl"), st.sampled_from([*WORKLOADS])),
     st.tuples(st.just("policy"), st.sampled_from(POLICIES)),
     st.tuples(st.just("guard"), st.sampled_from(["shop/guard", "bank/guard"])),
+    st.tuples(st.just("reqauth"), st.sampled_from(["shop/tokens", "bank/tokens"])),
     st.tuples(st.just("gw"), st.sampled_from(GATEWAYS)),
     st.tuples(st.just("route"), st.sampled_from(ROUTES)),
     st.tuples(st.just("slice"), st.just("shop/web-slice")),
@@ -141,6 +143,8 @@ class Contract(RuleBasedStateMachine):
                 return policy(own, namespace, caller=f"caller-{self.count}")
             case "guard":
                 return guard(own, "web", namespace, method=f"M{self.count}")
+            case "reqauth":
+                return request_authentication(own, "web", namespace, issuer=f"issuer-{self.count}")
             case "gw":
                 return gateway(
                     own, namespace, labels=f"istio.io/waypoint-for: {self.chance.choice(['all', 'service'])}"

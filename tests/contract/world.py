@@ -32,6 +32,7 @@ from control.api.topics import (
     EndpointTopic,
     GatewayTopic,
     PolicyTopic,
+    RequestAuthenticationTopic,
     RouteTopic,
     ServiceTopic,
     StatusTopic,
@@ -351,7 +352,7 @@ class Proxy:
     def _kinds(self, namespace: str) -> tuple[str, ...]:
         """Kinds of which it has all records of a namespace in which it has anything."""
         if self.is_waypoint:
-            return ("policy", "route")
+            return ("policy", "reqauth", "route")
         return ("policy",) if namespace in (self.who.identity.namespace, DEFAULT_ROOT_NAMESPACE) else ()
 
     def _endpoint_is_no_older(self, name: str, body: Body) -> None:
@@ -409,6 +410,10 @@ class Proxy:
             match parse_topic(self.who.identity.trust_domain, PREFIX + name):
                 case PolicyTopic(namespace, _) if namespace in namespaces and "policy" in self._kinds(namespace):
                     found[name] = body
+                case RequestAuthenticationTopic(namespace, _) if namespace in namespaces and "reqauth" in self._kinds(
+                    namespace
+                ):
+                    found[name] = body
                 case RouteTopic(namespace, _) if namespace in namespaces and "route" in self._kinds(namespace):
                     found[name] = body
                 case GatewayTopic(namespace, gateway) if f"{namespace}/{gateway}" in gateways:
@@ -439,7 +444,7 @@ class Proxy:
 
 def _is_indexed_in(name: str, namespace: str, who: Who) -> bool:
     kind, *rest = name.split("/")
-    return (kind in ("svc", "policy", "gw", "route") and rest[0] == namespace) or (
+    return (kind in ("svc", "policy", "reqauth", "gw", "route") and rest[0] == namespace) or (
         kind == "wl" and who.identity.namespace == namespace
     )
 

@@ -86,6 +86,16 @@ def guard(name: str, service: str, namespace: str = "shop", method: str = "DELET
     )
 
 
+def request_authentication(name: str, service: str, namespace: str = "shop", issuer: str = "accounts") -> str:
+    """Of the tokens to a service; without keys, so that none is valid."""
+    return (
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec:\n  targetRefs: [{{group: '', kind: Service, name: {service}}}]\n"
+        f"  jwtRules: [{{issuer: {issuer}, jwks: '{{\"keys\":[]}}'}}]\n"
+    )
+
+
 def namespace(name: str) -> str:
     return f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
+import json
 
 from hypothesis import strategies as st
 
@@ -10,6 +12,7 @@ from control.api.address import IpAddress, IpBlock, parse_address, parse_block
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.index import AddressShard, ResidentService, ResidentWorkload
+from control.api.jwt import JwtRule, RequestAuthentication, TokenHeader, canonical_jwks
 from control.api.plaintext import Plaintext
 from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
 from control.api.records import Record
@@ -152,6 +155,13 @@ sources = st.builds(
     ip_blocks=_few(blocks),
     not_ip_blocks=_few(blocks),
 )
+_request_principals = st.sampled_from(["*", "https://issuer.example/*", "https://issuer.example/ann"])
+http_sources = st.builds(
+    Source,
+    principals=_few(principals),
+    request_principals=_few(_request_principals),
+    not_request_principals=_few(_request_principals),
+)
 operations = st.builds(Operation, ports=_few(ports), not_ports=_few(ports))
 http_operations = st.builds(
     Operation,
@@ -175,26 +185,33 @@ def _values(key: ConditionKey) -> st.SearchStrategy[str] | st.SearchStrategy[IpB
             return namespace_patterns
         case ConditionKey.DESTINATION_PORT:
             return ports.map(str)
-        case ConditionKey.REQUEST_HEADERS:
+        case _:
             return st.sampled_from(["*", "beta", "be*", "*ta"])
 
 
+_NAMES = {ConditionKey.REQUEST_HEADERS: ("x-user", "cookie"), ConditionKey.REQUEST_CLAIMS: ("groups", "a][b", "scope")}
+
+
 def _conditions(key: ConditionKey) -> st.SearchStrategy[Condition]:
-    header = st.sampled_from(["x-user", "cookie"]) if key is ConditionKey.REQUEST_HEADERS else st.just("")
-    values = _values(key)
-    return st.builds(Condition, st.just(key), _few(values, min_size=1), _few(values), header)
+    values, name = _values(key), st.sampled_from(_NAMES.get(key, ("",)))
+    return st.builds(Condition, st.just(key), _few(values, min_size=1), _few(values), name)
 
 
 def _rules(
-    operations: st.SearchStrategy[Operation], conditions: st.SearchStrategy[Condition]
+    sources: st.SearchStrategy[Source],
+    operations: st.SearchStrategy[Operation],
+    conditions: st.SearchStrategy[Condition],
 ) -> st.SearchStrategy[Rule]:
     return st.builds(Rule, sources=_few(sources), operations=_few(operations), conditions=_few(conditions))
 
 
-http_rules = _rules(operations | http_operations, st.sampled_from(ConditionKey).flatmap(_conditions))
+http_rules = _rules(
+    sources | http_sources, operations | http_operations, st.sampled_from(ConditionKey).flatmap(_conditions)
+)
 rules = _rules(
+    sources,
     operations,
-    st.sampled_from(sorted(set(ConditionKey) - {ConditionKey.REQUEST_HEADERS}, key=str)).flatmap(_conditions),
+    st.sampled_from([one for one in ConditionKey if not one.value.startswith("request.")]).flatmap(_conditions),
 )
 selecting_policies = st.builds(
     AuthorizationPolicy,
@@ -224,6 +241,44 @@ def targeting_policies(draw: st.DrawFn) -> AuthorizationPolicy:
 
 
 policies = selecting_policies | targeting_policies()
+
+_RSA_N = base64.urlsafe_b64encode(b"\x80" + bytes(255)).decode().rstrip("=")
+_POINT = base64.urlsafe_b64encode(bytes(32)).decode().rstrip("=")
+_jwks = st.lists(
+    st.sampled_from(
+        [
+            {"kty": "RSA", "n": _RSA_N, "e": "AQAB", "kid": "1"},
+            {"kty": "EC", "crv": "P-256", "x": _POINT, "y": _POINT},
+            {"kty": "OKP", "crv": "Ed25519", "x": _POINT, "alg": "EdDSA", "kid": "2"},
+        ]
+    ),
+    unique_by=lambda jwk: jwk["kty"],
+).map(lambda found: canonical_jwks(json.dumps({"keys": found})))
+_token_names = st.sampled_from(["t", "session", "access_token"])
+jwt_rules = st.builds(
+    JwtRule,
+    issuer=st.sampled_from(["https://issuer.example", "accounts"]),
+    jwks=_jwks,
+    audiences=_few(st.sampled_from(["reviews", "web"])),
+    headers=_few(st.builds(TokenHeader, st.sampled_from(["x-jwt", "authorization"]), st.sampled_from(["", "Bearer "]))),
+    parameters=_few(_token_names),
+    cookies=_few(_token_names),
+    claim_headers=_few(st.tuples(st.sampled_from(["x-sub", "x-group"]), st.sampled_from(["sub", "a][b"]))),
+    payload_header=st.sampled_from(["", "x-payload"]),
+    forward=st.booleans(),
+)
+
+
+@st.composite
+def request_authentications(draw: st.DrawFn) -> RequestAuthentication:
+    namespace = draw(namespaces)
+    targets = st.builds(Target, st.sampled_from(["Gateway", "Service"]), names.map(lambda name: f"{namespace}/{name}"))
+    return RequestAuthentication(
+        namespace=namespace,
+        name=draw(names),
+        targets=tuple(sorted(draw(st.sets(targets, min_size=1, max_size=2)))),
+        rules=draw(_few(jwt_rules)),
+    )
 
 
 @st.composite
@@ -336,4 +391,4 @@ for _text in [f"10.0.{n >> 8}.{n & 255}" for n in range(1, 1024)] + [f"fd00::{n}
 
 
 def records() -> st.SearchStrategy[Record]:
-    return st.one_of(services(), workloads(), endpoints(), policies, gateways(), routes())
+    return st.one_of(services(), workloads(), endpoints(), policies, request_authentications(), gateways(), routes())

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from jwt.algorithms import OKPAlgorithm
 
 from control.api.address import IpAddress, parse_address
 from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
+from control.api.jwt import JwtRule, RequestAuthentication, canonical_jwks
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Source, Target
 from control.api.route import (
     NO_MODIFIER,
@@ -322,6 +327,46 @@ def test_denied_unrouted_and_malformed_requests_never_reach_the_backend(identiti
         await settled_exchanges(through, 5)
         assert [e.flag for e in through.telemetry.exchanges] == ["-", "NR", "DPE", "-", "DPE"]
         assert through.telemetry.exchanges[0].policy == "shop/no-delete[0]"
+
+    run(identities, authority, tell, client)
+
+
+def test_a_token_is_asked_for_checked_and_kept_from_the_backend(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        target = (Target("Service", "shop/db"),)
+        key = Ed25519PrivateKey.generate()
+        jwks = json.dumps({"keys": [OKPAlgorithm.to_jwk(key.public_key(), as_dict=True)]})
+        of_accounts = JwtRule("accounts", canonical_jwks(jwks), claim_headers=(("x-user", "sub"),))
+        admins = Rule((Source(request_principals=("accounts/ann",)),))
+        through.pair.apply(
+            RequestAuthentication("shop", "tokens", target, (of_accounts,)),
+            AuthorizationPolicy("shop", "ann", Action.ALLOW, None, (admins,), target),
+        )
+
+        async def ask(target: bytes, *lines: bytes) -> tuple[int, bytes, bytes]:
+            writer.write(b"".join(line + b"\r\n" for line in (b"GET %b HTTP/1.1" % target, b"Host: db", *lines, b"")))
+            return await answer(reader)
+
+        def bearer(user: str) -> bytes:
+            return jwt.encode({"iss": "accounts", "sub": user}, key, "EdDSA").encode()
+
+        reader, writer = await through.open()
+        assert (await ask(b"/"))[0] == 403
+        status, head, body = await ask(b"/", b"Authorization: Bearer a.b.c")
+        assert (status, body) == (401, b"Jwt payload is not JSON\n")
+        assert b'\r\nwww-authenticate: Bearer error="invalid_token"\r\n' in head
+        assert b"\r\nx-uproxy-reason: token\r\n" in head
+        assert (await ask(b"/", b"Authorization: Bearer " + bearer("ben")))[0] == 403
+        status, _, seen = await ask(b"/", b"X-User: root", b"Authorization: Bearer " + bearer("ann"))
+        assert status == 200
+        assert b"\r\nx-user: ann\r\n" in seen
+        assert b"root" not in seen
+        assert b"authorization" not in seen.lower()
+        status, _, seen = await ask(b"/a?b=c&access_token=" + bearer("ann"))
+        assert (status, seen.split(b" ")[1]) == (200, b"/a?b=c")
+        writer.close()
+        await settled_exchanges(through, 5)
+        assert through.telemetry.exchanges[-1].path == "/a?b=c", "no token stands in the access log"
 
     run(identities, authority, tell, client)
 

@@ -12,6 +12,7 @@ from control.api.policy import Action, AuthorizationPolicy, Condition, Condition
 from tests.support.examples import examples
 from waypoint.authz import compile_policies
 from waypoint.request import host_name, read_request
+from waypoint.tokens import Token
 
 WEB = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/web")
 DB = SpiffeId.parse("spiffe://cluster.local/ns/data/sa/db")
@@ -73,7 +74,8 @@ def naive_rule(action, rule, call) -> bool:
     is_http = call[4] is not None
     asks_http = any(
         o.hosts or o.not_hosts or o.methods or o.not_methods or o.paths or o.not_paths for o in rule.operations
-    ) or any(c.key is ConditionKey.REQUEST_HEADERS for c in rule.conditions)
+    ) or any(c.key.value.startswith("request.") for c in rule.conditions)
+    asks_http = asks_http or any(s.request_principals or s.not_request_principals for s in rule.sources)
     if action is Action.ALLOW and asks_http and not is_http:
         return False
     if rule.sources and not any(naive_source(source, call) for source in rule.sources):
@@ -88,7 +90,12 @@ def both(values, not_values, holds) -> bool:
 
 
 def naive_source(source, call) -> bool:
-    identity, ip = call[0], call[1]
+    identity, ip, _, _, request, token = call
+    principal = token and token.principal
+    if request is not None and not both(
+        source.request_principals, source.not_request_principals, lambda v: naive_texts(v, principal)
+    ):
+        return False
     return (
         both(source.principals, source.not_principals, lambda v: naive_texts(v, identity and identity.principal))
         and both(source.namespaces, source.not_namespaces, lambda v: naive_texts(v, identity and identity.namespace))
@@ -97,7 +104,7 @@ def naive_source(source, call) -> bool:
 
 
 def naive_operation(operation, call) -> bool:
-    _, _, _, port, request = call
+    _, _, _, port, request, _ = call
     if not both(operation.ports, operation.not_ports, lambda v: port in v):
         return False
     if request is None:
@@ -111,7 +118,7 @@ def naive_operation(operation, call) -> bool:
 
 
 def naive_condition(action, condition, call) -> bool:
-    identity, source_ip, destination_ip, port, request = call
+    identity, source_ip, destination_ip, port, request, token = call
     values, not_values = condition.values, condition.not_values
     match condition.key:
         case ConditionKey.SOURCE_IP:
@@ -137,6 +144,23 @@ def naive_condition(action, condition, call) -> bool:
             if action is Action.DENY:
                 return (one or not values) and not (not_values and other)
             return (other or not values) and not (not_values and one)
+    if request is None:
+        return True
+    said = naive_claims(condition, token) if token is not None else []
+    return both(values, not_values, lambda v: any(naive_texts(v, text) for text in said))
+
+
+def naive_claims(condition, token) -> list[str]:
+    match condition.key:
+        case ConditionKey.REQUEST_PRINCIPAL:
+            return [token.principal]
+        case ConditionKey.REQUEST_AUDIENCES:
+            found = token.claims.get("aud", [])
+        case ConditionKey.REQUEST_PRESENTER:
+            found = token.claims.get("azp", [])
+        case _:
+            found = token.claims.get("realm", {}).get("role", []) if "][" in condition.name else token.claims["groups"]
+    return found if isinstance(found, list) else [found]
 
 
 def naive_texts(patterns, value) -> bool:
@@ -179,9 +203,18 @@ hosts = patterns_over("shop.io", "shop.io:80", "a.shop.io")
 values = patterns_over("1", "2", "1,2")
 blocks = st.sampled_from(["10.0.0.1/32", "10.0.0.0/8", "::/0"]).map(parse_block)
 principals, namespaces = patterns_over(WEB.principal, DB.principal), patterns_over("shop", "data")
+request_principals = patterns_over("accounts/ann", "accounts/ben")
 ports = st.sampled_from([80, 81])
 sources = st.builds(
-    Source, some(principals), some(principals), some(namespaces), some(namespaces), some(blocks), some(blocks)
+    Source,
+    some(principals),
+    some(principals),
+    some(namespaces),
+    some(namespaces),
+    some(blocks),
+    some(blocks),
+    some(request_principals),
+    some(request_principals),
 )
 operations = st.builds(
     Operation,
@@ -202,13 +235,29 @@ one_field = st.one_of(
 header_conditions = st.builds(
     Condition, st.just(ConditionKey.REQUEST_HEADERS), some(values), some(values), st.sampled_from(["x", "y"])
 )
-conditions = header_conditions | st.one_of(
-    st.builds(Condition, st.just(key), some(kind), some(kind))
-    for key, kind in {
-        ConditionKey.SOURCE_IP: blocks,
-        ConditionKey.DESTINATION_PORT: ports.map(str),
-        ConditionKey.SOURCE_NAMESPACE: namespaces,
-    }.items()
+token_conditions = st.one_of(
+    st.builds(Condition, st.just(ConditionKey.REQUEST_PRINCIPAL), some(request_principals), some(request_principals)),
+    st.builds(Condition, st.just(ConditionKey.REQUEST_AUDIENCES), some(values), some(values)),
+    st.builds(Condition, st.just(ConditionKey.REQUEST_PRESENTER), some(values), some(values)),
+    st.builds(
+        Condition,
+        st.just(ConditionKey.REQUEST_CLAIMS),
+        some(values),
+        some(values),
+        st.sampled_from(["groups", "realm][role"]),
+    ),
+)
+conditions = (
+    header_conditions
+    | token_conditions
+    | st.one_of(
+        st.builds(Condition, st.just(key), some(kind), some(kind))
+        for key, kind in {
+            ConditionKey.SOURCE_IP: blocks,
+            ConditionKey.DESTINATION_PORT: ports.map(str),
+            ConditionKey.SOURCE_NAMESPACE: namespaces,
+        }.items()
+    )
 )
 rules = st.builds(Rule, some(sources), some(operations | one_field), some(conditions))
 policies = st.builds(
@@ -229,7 +278,19 @@ requests = st.builds(
 )
 callers = st.sampled_from([None, WEB, DB])
 addresses = st.sampled_from(["10.0.0.1", "10.1.0.1", "fd00::1"]).map(parse_address)
-calls = st.tuples(callers, addresses, st.just(VIP), ports, st.none() | requests)
+some_texts = st.lists(st.sampled_from(["1", "2", "12"]), max_size=2)
+claims = st.fixed_dictionaries(
+    {"groups": some_texts},
+    optional={
+        "aud": some_texts | st.just("1"),
+        "azp": st.just("2"),
+        "realm": st.builds(lambda r: {"role": r}, some_texts),
+    },
+)
+tokens = st.none() | st.builds(Token, claims, st.sampled_from(["accounts/ann", "accounts/ben"]))
+calls = st.tuples(callers, addresses, st.just(VIP), ports, st.none(), st.none()) | st.tuples(
+    callers, addresses, st.just(VIP), ports, requests, tokens
+)
 
 
 @settings(max_examples=examples(200))
@@ -242,7 +303,7 @@ def test_decisions_agree_with_the_documentation(given_policies, call):
 @given(
     st.sampled_from(Action),
     st.builds(Rule, operations=st.lists(one_field, min_size=1, max_size=2).map(tuple))
-    | st.builds(Rule, conditions=st.lists(header_conditions, min_size=1, max_size=2).map(tuple)),
+    | st.builds(Rule, conditions=st.lists(header_conditions | token_conditions, min_size=1, max_size=2).map(tuple)),
     calls,
 )
 def test_one_field_agrees_with_the_documentation(action, rule, call):

@@ -9,6 +9,7 @@ from control.api.address import parse_address
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import SpiffeId
 from control.api.index import AddressShard, ResidentWorkload
+from control.api.jwt import JwtRule, RequestAuthentication
 from control.api.messages import Envelope
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Source, Target
 from control.api.route import (
@@ -195,6 +196,18 @@ def test_an_l7_policy():
     steps = ask(mesh(), method="DELETE", target="/v2")
     assert stages(steps)[-1] == ("waypoint policy", "policy")
     assert "DELETE /v2: denied by shop/no-delete[0]" in steps[-1].detail
+
+
+def test_an_end_users_token():
+    of_reviews = (Target("Service", "shop/reviews"),)
+    tokens = RequestAuthentication("shop", "tokens", of_reviews, (JwtRule("accounts", '{"keys":[]}'),))
+    anybody = Rule((Source(request_principals=("*",)),))
+    steps = ask(mesh(tokens), target="/v2", fields=((b"authorization", b"Bearer nonsense"),))
+    assert stages(steps)[-1] == ("waypoint token", "token")
+    assert "Header.Payload.Signature" in steps[-1].detail
+    assert stages(ask(mesh(tokens), target="/v2"))[-1] == ("destination", True)
+    steps = ask(mesh(tokens, policy("users", "ALLOW", anybody, targets=of_reviews)), target="/v2")
+    assert stages(steps)[-1] == ("waypoint policy", "policy")
 
 
 def test_a_policy_of_the_whole_waypoint():

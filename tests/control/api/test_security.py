@@ -137,8 +137,8 @@ L7_OPERATION = ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths
 @pytest.mark.parametrize(
     ("field", "reason"),
     [
-        ("requestPrincipals", "RequestAuthentication is not there"),
-        ("notRequestPrincipals", "RequestAuthentication is not there"),
+        ("requestPrincipals", "needs a waypoint; an L4 proxy"),
+        ("notRequestPrincipals", "needs a waypoint; an L4 proxy"),
         ("remoteIpBlocks", "it is the address that an HTTP header names"),
         ("notRemoteIpBlocks", "it is the address that an HTTP header names"),
     ],
@@ -158,7 +158,7 @@ def test_an_operation_that_only_a_waypoint_sees_is_refused_by_name(field):
     ("key", "reason"),
     [
         ("request.headers[x]", "needs a waypoint; an L4 proxy"),
-        ("request.auth.claims[iss]", "RequestAuthentication is not there"),
+        ("request.auth.claims[iss]", "needs a waypoint; an L4 proxy"),
         ("connection.sni", "tunnels carry no server name"),
         ("remote.ip", "it is the address that an HTTP header names"),
         ("experimental.envoy.filters.a", "it is not implemented"),

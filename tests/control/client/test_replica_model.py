@@ -31,6 +31,7 @@ from control.api.topics import (
     GatewayTopic,
     ManifestTopic,
     PolicyTopic,
+    RequestAuthenticationTopic,
     RootTopic,
     RouteTopic,
     ServiceTopic,
@@ -46,7 +47,7 @@ from control.client.replica import ADDRESSES, Status
 from tests.support import plane
 from tests.support.examples import examples
 from tests.support.plane import NOW, ROOT_NAMESPACE, Broker, ControlPlane, Truth, namespace_of
-from tests.support.records import TRUST_DOMAIN, policies, workloads
+from tests.support.records import TRUST_DOMAIN, policies, request_authentications, workloads
 
 WEB = make_id(TRUST_DOMAIN, "shop", "web")
 OWN = format_topic(TRUST_DOMAIN, WorkloadTopic(proxy_hash(WEB), "web-1"))
@@ -117,7 +118,8 @@ some = st.one_of(
     services(), endpoints(), endpoints(), endpoints(), few_policies, own_workloads, gateways(), gateways(), routes()
 )
 changes = st.one_of(
-    st.lists(some, min_size=1, max_size=4), st.lists(st.one_of(some, workloads(), policies), min_size=1, max_size=4)
+    st.lists(some, min_size=1, max_size=4),
+    st.lists(st.one_of(some, workloads(), policies, request_authentications()), min_size=1, max_size=4),
 )
 
 
@@ -523,7 +525,7 @@ class Contract(RuleBasedStateMachine):
         roots = replica.roots()
         for namespace, root in roots.items():
             truth = self._truth(RootTopic(namespace), root)
-            for kind in (PolicyTopic, RouteTopic):
+            for kind in (PolicyTopic, RequestAuthenticationTopic, RouteTopic):
                 expected = bodies(truth, namespace, kind)
                 found = {
                     t: b for t, b in held.items() if isinstance(p := _parsed(t), kind) and p.namespace == namespace
@@ -535,7 +537,11 @@ class Contract(RuleBasedStateMachine):
                 if service.startswith(f"{namespace}/") and status is not Status.WAITING:
                     assert state.service(service) == every_service.get(service)
                     assert (service in every_service) == (status is Status.KNOWN)
-        assert {t.split("/")[4] for t in held if isinstance(_parsed(t), PolicyTopic | RouteTopic)} <= roots.keys()
+        assert {
+            t.split("/")[4]
+            for t in held
+            if isinstance(_parsed(t), PolicyTopic | RequestAuthenticationTopic | RouteTopic)
+        } <= roots.keys()
         assert set(replica.services()) == served(state.gateway(WAYPOINT), self._routes_held(held))
         if replica.whole:
             assert all(replica.service_status(service) is not Status.WAITING for service in replica.services())

@@ -15,6 +15,7 @@ from control.api import index, messages, topics
 from control.api.gateway import Binding, Gateway, Via
 from control.api.identity import make_id
 from control.api.index import AddressShard, ResidentService, ResidentWorkload
+from control.api.jwt import RequestAuthentication
 from control.api.messages import Envelope
 from control.api.policy import AuthorizationPolicy, Target, applies
 from control.api.records import RecordError, topic_of, write
@@ -114,6 +115,7 @@ class Model:
             },
             "policies": {p.key: p for *_, p in self.of(AuthorizationPolicy) if not p.targets},
             "targeting": {(t, p.key): p for *_, p in self.of(AuthorizationPolicy) for t in p.targets},
+            "authenticating": {(t, one.key): one for *_, one in self.of(RequestAuthentication) for t in one.targets},
             "gateways": {g.key: g for *_, g in self.of(Gateway)},
             "routes": {(parent.service, r.key): r for *_, r in self.of(HTTPRoute) for parent in r.parents},
         }
@@ -146,6 +148,9 @@ def view(state, model):
         "endpoints": {(e.service, e.workload): e for key in keys for e in state.endpoints(key)},
         "policies": {p.key: p for scope in namespaces for p in policies_of(state, scope)},
         "targeting": {(t, p.key): p for t in targets for p in ordered(state.policies_targeting(t.kind, t.key))},
+        "authenticating": {
+            (t, one.key): one for t in targets for one in ordered(state.authentications_targeting(t.kind, t.key))
+        },
         "gateways": {key: gateway for key in keys if (gateway := state.gateway(key)) is not None},
         "routes": {(key, route.key): route for key in keys for route in ordered(state.routes_for(key))},
     }
@@ -202,7 +207,7 @@ def differences(before, after):
         services=frozenset(s.key for _, s in changed("services") | changed("vips")),
         workloads=frozenset(w.key for _, w in changed("workloads") | changed("claims")),
         endpoints=frozenset(e.service for _, e in changed("all endpoints")) | {k for k, _ in changed("identities")},
-        policies=frozenset(p.key for _, p in changed("policies") | changed("targeting")),
+        policies=frozenset(p.key for _, p in changed("policies") | changed("targeting") | changed("authenticating")),
         addresses=frozenset(ip for ip, _ in changed("residents")),
         gateways=frozenset(key for key, _ in changed("gateways")),
         routes=frozenset(r.key for _, r in changed("routes")),

@@ -32,7 +32,7 @@ ADDRESSES = {"trust", "addr", "addr/0a"}
 SHARED = ADDRESSES | {"svc/shop/web", "gw/shop/wp", "ep/shop/web", "ep/shop/web/web-1.a", "index/shop/0a", "root/shop"}
 OF_WEB = SHARED | {"policy/shop/allow", "policy/mesh-system/deny", f"wl/{WEB_HASH}/web-1"}
 STATUSES = {OWN_STATUS, f"status/{DB_HASH}/db-1"}
-OF_OTHERS = {"policy/bank/allow", "route/shop/web", f"wl/{DB_HASH}/db-1", f"wl/{NODE_HASH}/node-a"}
+OF_OTHERS = {"policy/bank/allow", "reqauth/shop/web", "route/shop/web", f"wl/{DB_HASH}/db-1", f"wl/{NODE_HASH}/node-a"}
 EVERYTHING = OF_WEB | OF_OTHERS | STATUSES
 
 # What a uProxy subscribes to, and what each of it holds.
@@ -123,9 +123,9 @@ def test_rights_follow_from_the_identity() -> None:
     assert not is_node(SpiffeId(DOMAIN, "shop", "node-a"))
     assert rights_of(NODE).reads == (TREE + "trust", TREE + "addr/#")
     waypoint = rights_of(WEB, waypoint=True)
-    assert {TREE + "policy/#", TREE + "route/#", TREE + "gw/#"} <= set(waypoint.reads)
+    assert {TREE + "policy/#", TREE + "reqauth/#", TREE + "route/#", TREE + "gw/#"} <= set(waypoint.reads)
     assert waypoint.writes == rights_of(WEB).writes
-    assert TREE + "route/#" not in rights_of(WEB).reads
+    assert {TREE + "route/#", TREE + "reqauth/#"}.isdisjoint(rights_of(WEB).reads)
     assert rights_of(NODE, waypoint=True) == rights_of(NODE)
     assert rights_of(NODE).writes == (f"{TREE}status/{NODE_HASH}/+",)
     # A service account of a namespace that merely looks like the root's gets no node's or control plane's rights.
