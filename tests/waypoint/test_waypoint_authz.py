@@ -404,3 +404,23 @@ def test_decisions_name_their_rule():
     assert decide(http("GET", "/x")) == (False, "shop/p[0]", "denied by shop/p[0]")
     assert decide(http("DELETE", "/")) == (False, "", "no ALLOW policy matched (shop/a)")
     assert compile_policies([]).decide(None, CALLER, VIP, 80, http()).reason.startswith("no ALLOW policy selects")
+
+
+@pytest.mark.parametrize(
+    ("source", "user", "wanted"),
+    [
+        (Source(request_principals=("*",)), None, False),
+        (Source(request_principals=("*",)), "ann", True),
+        (Source(request_principals=("accounts/*",)), "ann", True),
+        (Source(request_principals=("accounts/ben",)), "ann", False),
+        (Source(not_request_principals=("*",)), None, True),
+        (Source(not_request_principals=("*",)), "ann", False),
+        (Source(not_request_principals=("accounts/ben",)), "ann", True),
+        (Source(not_request_principals=("accounts/ann",)), "ann", False),
+    ],
+)
+def test_request_principals(source, user, wanted):
+    token = Token({}, f"accounts/{user}") if user else None
+    for action in Action:
+        verdict = compile_policies([policy(action.value, Rule((source,)))]).decide(WEB, CALLER, VIP, 80, http(), token)
+        assert verdict.allowed is (wanted is (action is Action.ALLOW))
