@@ -380,20 +380,37 @@ def _settling(world: World, coroutine: Coroutine[Any, Any, None]) -> Waiter[None
 async def _connections(world: World) -> Run:
     async def run(count: int) -> None:
         for _ in range(count):
-            application = world.dial(_DIRECT)
-            await application.exchange(bytes(64), bytes(64))
-            await application.close()
+            await _connect(world)
 
     return run
+
+
+def _crowds(size: int) -> Callable[[World], Coroutine[Any, Any, Run]]:
+    """Connections that come and go together."""
+
+    async def prepare(world: World) -> Run:
+        async def run(count: int) -> None:
+            for _ in range(count // size):
+                for ended in [_settling(world, _connect(world)) for _ in range(size)]:
+                    await ended
+
+        return run
+
+    return prepare
+
+
+async def _connect(world: World) -> None:
+    """A connection, opened and closed."""
+    application = world.dial(_DIRECT)
+    await application.exchange(bytes(64), bytes(64))
+    await application.close()
 
 
 async def _tunnels(world: World) -> Run:
     async def run(count: int) -> None:
         for _ in range(count):
             world.web.pool.retire()
-            application = world.dial(_DIRECT)
-            await application.exchange(bytes(64), bytes(64))
-            await application.close()
+            await _connect(world)
 
     return run
 
@@ -419,8 +436,9 @@ async def _decisions(world: World) -> Run:
     fields = ((b"host", b"api.shop"), (b"user-agent", b"guard"), (b"accept", b"*/*"))
 
     async def run(count: int) -> None:
-        for _ in range(count):
-            assert of_connections.decide(_WEB, _WEB_ADDRESS, _DB_ADDRESS, _PORT).allowed
+        for number in range(count):
+            # Another port each time: what was decided once is remembered.
+            assert of_connections.decide(_WEB, _WEB_ADDRESS, _DB_ADDRESS, _PORT + number).allowed
             asked = request.read_request("GET", "/v7/things?page=3", fields)
             assert of_requests.decide(_WEB, _WEB_ADDRESS, _BOUND, _PORT, asked).allowed
             assert router.route(asked) is not None
@@ -509,6 +527,7 @@ SCENARIOS: Final = (
     Scenario("side-by-side", "a round trip of 64 B, 32 connections at once", 320, _side_by_side(32), "tls-64"),
     Scenario("round-trip-16k", "a round trip of 16 KB", 60, _round_trips(16 << 10), "tls-16k"),
     Scenario("connection", "a connection, opened and closed", 40, _connections, "python"),
+    Scenario("connections", "a connection, 16 opened and closed at once", 320, _crowds(16), "python"),
     Scenario("tunnel", "a connection, opened on a tunnel of its own", 4, _tunnels, "tls-handshake"),
     Scenario("request", "an HTTP request through a waypoint", 40, _requests(_REQUEST), "python"),
     Scenario("upload", "an HTTP request with a chunked body of 16 KB", 30, _requests(_CHUNKED), "tls-16k"),

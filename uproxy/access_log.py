@@ -68,8 +68,7 @@ class AccessLog:
     ) -> None:
         """Opens `target`, a path or `-` for standard output; OSError if that fails. Without a loop, call `flush`."""
         self._target = target
-        self._format = _json_line if style is Style.JSON else _text_line
-        self._shape = _json if style is Style.JSON else _text
+        self._field, self._line = (_json_field, _json) if style is Style.JSON else (_text_field, _text)
         self._loop = loop
         self._wall_clock = wall_clock
         self._fd = _open(target)
@@ -83,11 +82,12 @@ class AccessLog:
 
     def record(self, connection: Connection, now: float) -> None:
         """Adds the line of a connection that ended at `now` (monotonic seconds)."""
-        self._add(self._format(connection, now, _timestamp(self._wall_clock())))
+        fields = fields_so_far(connection, now, self._field)
+        self._add(self._line(COMPLETE, level_of(connection), fields, _timestamp(self._wall_clock())))
 
     def note(self, message: str, level: str, fields: Fields) -> None:
         """Adds another line."""
-        self._add(self._shape(message, level, fields, _timestamp(self._wall_clock())))
+        self._add(self._line(message, level, fields(self._field), _timestamp(self._wall_clock())))
 
     def _add(self, line: str) -> None:
         if self._buffered + len(line) > MAX_BUFFER:
@@ -204,24 +204,16 @@ def _timestamp(wall: float) -> str:
 
 def json_line(message: str, level: str, fields: Fields, wall: float) -> str:
     """A line in JSON, for whoever else shows what the log has. `wall`: Unix time, in seconds."""
-    return _json(message, level, fields, _timestamp(wall))
+    return _json(message, level, fields(_json_field), _timestamp(wall))
 
 
-def _json_line(connection: Connection, now: float, timestamp: str) -> str:
-    return _json(COMPLETE, level_of(connection), lambda field: fields_so_far(connection, now, field), timestamp)
-
-
-def _text_line(connection: Connection, now: float, timestamp: str) -> str:
-    return _text(COMPLETE, level_of(connection), lambda field: fields_so_far(connection, now, field), timestamp)
-
-
-def _json(message: str, level: str, fields: Fields, timestamp: str) -> str:
+def _json(message: str, level: str, fields: list[str], timestamp: str) -> str:
     head = f'{{"level":"{level}","time":"{timestamp}","scope":"access","message":"{message}"'
-    return f"{head},{','.join(fields(_json_field))}}}\n"
+    return f"{head},{','.join(fields)}}}\n"
 
 
-def _text(message: str, level: str, fields: Fields, timestamp: str) -> str:
-    return f"{timestamp}\t{level}\taccess\t{message}\t{' '.join(fields(_text_field))}\n"
+def _text(message: str, level: str, fields: list[str], timestamp: str) -> str:
+    return f"{timestamp}\t{level}\taccess\t{message}\t{' '.join(fields)}\n"
 
 
 def fields_so_far(connection: Connection, now: float, field: Field) -> list[str]:
@@ -252,15 +244,14 @@ def fields_when_opened(connection: Connection, field: Field) -> list[str]:
 def _ends(connection: Connection, field: Field) -> list[str]:
     fields = [
         field("src.addr", connection.source.address),
-        *_peer(field, "src", connection.source),
+        *_peer(field, connection.source, ""),
         field("dst.addr", connection.destination.address),
     ]
     if connection.hbone_address:
         fields.append(field("dst.hbone_addr", connection.hbone_address))
     if connection.destination_service:
         fields.append(field("dst.service", connection.destination_hostname))
-    fields += _peer(field, "dst", connection.destination)
-    fields.append(field("direction", connection.direction))
+    fields += _peer(field, connection.destination, connection.direction)
     return fields
 
 
@@ -275,17 +266,24 @@ def _add_names(fields: list[str], connection: Connection, field: Field) -> None:
         fields.append(field("request_id", connection.request_id))
 
 
-def _peer(field: Field, side: str, peer: Peer) -> tuple[str, ...]:
+def _peer(field: Field, peer: Peer, direction: str) -> tuple[str, ...]:
+    """The source, when there is no direction yet, or else the destination and the direction behind it."""
     workload = peer.workload
     if workload is None:
-        return _peer_fields(field, side, "", "", peer.identity)
-    return _peer_fields(field, side, workload.name, workload.namespace, peer.identity)
+        return _peer_fields(field, "", "", peer.identity, direction)
+    return _peer_fields(field, workload.name, workload.namespace, peer.identity, direction)
 
 
 @functools.lru_cache(maxsize=512)  # the same peers come again and again; this saves a third of a line's cost
-def _peer_fields(field: Field, side: str, workload: str, namespace: str, identity: str) -> tuple[str, ...]:
-    parts = (("workload", workload), ("namespace", namespace), ("identity", identity))
-    return tuple(field(f"{side}.{name}", value) for name, value in parts if value)
+def _peer_fields(field: Field, workload: str, namespace: str, identity: str, direction: str) -> tuple[str, ...]:
+    side = "dst" if direction else "src"
+    parts = (
+        (f"{side}.workload", workload),
+        (f"{side}.namespace", namespace),
+        (f"{side}.identity", identity),
+        ("direction", direction),
+    )
+    return tuple(field(name, value) for name, value in parts if value)
 
 
 def level_of(connection: Connection) -> str:
@@ -294,7 +292,9 @@ def level_of(connection: Connection) -> str:
 
 
 def _json_field(name: str, value: str | int) -> str:
-    return f'"{name}":{value if isinstance(value, int) else _quoted(value)}'
+    if isinstance(value, int):
+        return f'"{name}":{value}'
+    return f'"{name}":{encode_basestring_ascii(value[:MAX_VALUE])}'
 
 
 def _text_field(name: str, value: str | int) -> str:

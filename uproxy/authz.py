@@ -14,14 +14,18 @@ from control.api.policy import Action, AuthorizationPolicy, Rule
 from uproxy.rules import ADDRESSES, Clause, Fact, Facts, Test, Verdicts, address_number, connection_clauses
 from uproxy.rules import Decision as Decision  # beside what decides
 
+MAX_DECIDED: Final = 1024
+"""Decisions that are remembered, so that the same callers are not judged again by every rule; a quarter of a MiB."""
+
 
 class Policies:
     """The policies that select one workload. Made by `compile_policies`; never changes."""
 
-    __slots__ = ("_asks_addresses", "_verdicts")
+    __slots__ = ("_asks_addresses", "_decided", "_verdicts")
 
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
+        self._decided: dict[Facts, Decision] = {}
         self._asks_addresses = not verdicts.asked.isdisjoint(ADDRESSES)
 
     def decide(
@@ -35,9 +39,16 @@ class Policies:
 
         `destination_port` is the workload's port, not the service's.
         """
-        if not self._asks_addresses:
-            return self._verdicts.decide(_facts(source, None, None, destination_port))
-        return self._verdicts.decide(_facts(source, source_ip, destination_ip, destination_port))
+        if self._asks_addresses:
+            facts = _facts(source, source_ip, destination_ip, destination_port)
+        else:
+            facts = _facts(source, None, None, destination_port)
+        decision = self._decided.get(facts)
+        if decision is None:
+            if len(self._decided) >= MAX_DECIDED:
+                self._decided.clear()
+            decision = self._decided[facts] = self._verdicts.decide(facts)
+        return decision
 
 
 def compile_policies(policies: Iterable[AuthorizationPolicy]) -> Policies:

@@ -13,7 +13,6 @@ So a busy data plane pays one epoll_wait a turn, and nothing for asyncio.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -30,6 +29,7 @@ T = TypeVar("T")
 EventCallback = Callable[[int], None]
 
 _IP_BIND_ADDRESS_NO_PORT = 24  # ip(7); Python 3.11 has no name for it
+_SOL_SOCKET, _SO_LINGER = socket.SOL_SOCKET, int(socket.SO_LINGER)
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 READ_READY = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
@@ -50,11 +50,13 @@ log = logging.getLogger(__name__)
 class Waiter(Generic[T]):
     """A one-shot value that one coroutine waits for. Settling it twice keeps the first result."""
 
-    __slots__ = ("_error", "_plane", "_value", "settled", "task")
+    __slots__ = ("_error", "_plane", "_value", "patience_s", "settled", "task")
+
+    _value: T  # there is one once it is settled, unless it failed
+    patience_s: float  # of whoever waits with a deadline
 
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
-        self._value: T | None = None
         self._error: BaseException | None = None
         self.settled = False
         self.task: Task | None = None
@@ -63,18 +65,21 @@ class Waiter(Generic[T]):
         if not self.settled:
             self.settled = True
             self._value = value
-            self._wake()
+            if self.task is not None:
+                self._plane.wake(self.task)
+                self.task = None
 
     def fail(self, error: BaseException) -> None:
         if not self.settled:
             self.settled = True
             self._error = error
-            self._wake()
+            if self.task is not None:
+                self._plane.wake(self.task)
+                self.task = None
 
-    def _wake(self) -> None:
-        if self.task is not None:
-            self._plane.wake(self.task)
-            self.task = None
+    def expire(self) -> None:
+        """The deadline has come."""
+        self.fail(TimeoutError(f"nothing within {self.patience_s:g} s"))
 
     def __await__(self) -> Generator[Waiter[T], None, T]:
         if not self.settled:
@@ -86,7 +91,7 @@ class Waiter(Generic[T]):
                 raise error
             finally:
                 del error
-        return self._value  # type: ignore[return-value]  # set() gave it
+        return self._value
 
 
 class Task:
@@ -124,15 +129,19 @@ class Flushable(Protocol):
 class Timer:
     """A deadline that has not come; it comes up to a step late, never early."""
 
-    __slots__ = ("_step", "callback")
+    __slots__ = ("_step", "expire")
 
-    def __init__(self, step: set[Timer], callback: Callable[[], None]) -> None:
+    def __init__(self, step: _Step, callback: Callable[[], None]) -> None:
         self._step = step
-        self.callback = callback
+        self.expire = callback
         step.add(self)
 
     def cancel(self) -> None:
         self._step.discard(self)
+
+
+_Step = set["Timer | Waiter[Any]"]
+"""What expires in one step of time."""
 
 
 class _Selector(selectors.EpollSelector):
@@ -184,8 +193,12 @@ class Plane:
         self._callbacks: dict[int, EventCallback] = {}
         self._woken: deque[Task] = deque()
         self._dirty: list[Flushable] = []
+        self.wake: Callable[[Task], None] = self._woken.append
+        """Step a coroutine in this turn, or soon."""
+        self.mark_dirty: Callable[[Flushable], None] = self._dirty.append
+        """Flush something at the end of this turn. The caller keeps track of being marked already."""
         self._postponed: deque[Callable[[], None]] = deque()
-        self._timers: dict[int, set[Timer]] = {}
+        self._timers: dict[int, _Step] = {}
         self._due: list[int] = []  # the steps that have timers: a heap
         self._selector.plane = self
 
@@ -207,6 +220,10 @@ class Plane:
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def forget(self, fd: int) -> None:
+        """Stop watching what is closed next. The kernel takes it out of the set, as nobody else holds that socket."""
+        self._callbacks.pop(fd, None)
+
     # -- coroutines and timers
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -221,9 +238,6 @@ class Plane:
             if task.waiter is not None:
                 task.waiter.fail(error)
 
-    def wake(self, task: Task) -> None:
-        self._woken.append(task)
-
     def postpone(self, callback: Callable[[], None]) -> None:
         """Call `callback` in a later turn, of which each has one such call, behind what is ready then.
 
@@ -231,17 +245,16 @@ class Plane:
         """
         self._postponed.append(callback)
 
-    def mark_dirty(self, item: Flushable) -> None:
-        """Flush `item` at the end of this turn. The caller keeps track of being marked already."""
-        self._dirty.append(item)
-
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        step = int((monotonic() + delay_s) * TIMER_STEPS_PER_S) + 1
-        timers = self._timers.get(step)
-        if timers is None:
-            timers = self._timers[step] = set()
-            heappush(self._due, step)
-        return Timer(timers, callback)
+        return Timer(self._step(delay_s), callback)
+
+    def _step(self, delay_s: float) -> _Step:
+        number = int((monotonic() + delay_s) * TIMER_STEPS_PER_S) + 1
+        step = self._timers.get(number)
+        if step is None:
+            step = self._timers[number] = set()
+            heappush(self._due, number)
+        return step
 
     def run(self, callback: Callable[[], None]) -> None:
         """Call into the data plane from the control side, and send at once what that asks for."""
@@ -252,11 +265,13 @@ class Plane:
         """Wait with a deadline; raises TimeoutError when it passes."""
         if waiter.settled:
             return await waiter
-        timer = self.call_later(timeout_s, lambda: waiter.fail(TimeoutError(f"nothing within {timeout_s:g} s")))
+        waiter.patience_s = timeout_s
+        step = self._step(timeout_s)
+        step.add(waiter)
         try:
             return await waiter
         finally:
-            timer.cancel()
+            step.discard(waiter)
 
     async def ready(self, sock: socket.socket, events: int, timeout_s: float) -> None:
         """Wait until an unwatched socket is readable or writable. Raises TimeoutError."""
@@ -331,7 +346,7 @@ class Plane:
         while self._due and self._due[0] <= now * TIMER_STEPS_PER_S:
             timers = self._timers.pop(heappop(self._due))
             while timers:
-                self._call(timers.pop().callback)
+                self._call(timers.pop().expire)
         self._finish_turn()
 
     def _turn(self, patience_s: float) -> list[tuple[selectors.SelectorKey, int]]:
@@ -392,18 +407,23 @@ _LINGER_RESET, _LINGER_OFF = b"\x01\0\0\0\0\0\0\0", b"\0\0\0\0\0\0\0\0"  # struc
 def reset_on_close(sock: socket.socket) -> None:
     """From here on whatever closes this socket, our own death included, resets it: what was written may be incomplete
     and must not look whole (docs/hbone.md 4). Only `close` ends it well."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    _linger(sock, _LINGER_RESET)
 
 
 def close(sock: socket.socket) -> None:
     """Close a socket on which both sides have sent FIN."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
+    _linger(sock, _LINGER_OFF)
     sock.close()
 
 
 def reset(sock: socket.socket) -> None:
     """Close with RST, never FIN."""
-    reset_on_close(sock)
+    _linger(sock, _LINGER_RESET)
     sock.close()
+
+
+def _linger(sock: socket.socket, how: bytes) -> None:
+    try:
+        sock.setsockopt(_SOL_SOCKET, _SO_LINGER, how)
+    except OSError:
+        return  # it is broken already

@@ -131,7 +131,8 @@ class Relay:
         self._sock = sock
         self._fd = sock.fileno()
         self._want(0 if self._read_closed else plane.READ)
-        self._write_pending()
+        if self._pending or self._end_pending:
+            self._write_pending()
 
     @property
     def half_closed(self) -> bool:
@@ -335,16 +336,17 @@ class Relay:
         sock, self._sock = self._sock, None
         self._pending.clear()
         if sock is not None:
-            self._sock = sock
-            self._unwatch()
-            self._sock = None
+            if self._watched:
+                self._watched = False
+                self.tunnel.plane.forget(self._fd)
             if outcome is CLEAN:
                 plane.close(sock)
             else:
                 plane.reset(sock)
         if outcome is not CLEAN:
             self.tunnel.reset_stream(self.stream, ErrorCode.CONNECT_ERROR if sock is not None else ErrorCode.CANCEL)
-        self.response.fail(ConnectionResetError(outcome.text))
+        if not self.response.settled:
+            self.response.fail(ConnectionResetError(outcome.text))
         self.done.set(outcome)
 
     def _want(self, events: int) -> None:

@@ -22,7 +22,15 @@ from uproxy.errors import Flag
 from uproxy.telemetry import Connection, Peer
 
 WALL = 1_700_000_000.25  # 2023-11-14T22:13:20.25Z
-FORMATS = {Style.JSON: access_log._json_line, Style.TEXT: access_log._text_line}
+
+
+def line_of(style: Style, closed: Connection, now: float, wall: float = WALL) -> str:
+    """What is written of a connection that ended at `now`."""
+    log = AccessLog(os.devnull, style, wall_clock=lambda: wall)
+    log.record(closed, now)
+    line = log._lines.popleft()
+    log.close()
+    return line
 
 
 def workload(namespace: str, name: str):
@@ -79,7 +87,7 @@ PARSERS = {Style.JSON: parse_json, Style.TEXT: parse_text}
 
 
 def test_the_fields_are_ztunnels():
-    line = access_log._json_line(connection(), 6.006, access_log._timestamp(WALL))
+    line = line_of(Style.JSON, connection(), 6.006)
     assert json.loads(line, object_pairs_hook=list) == [
         ("level", "info"),
         ("time", "2023-11-14T22:13:20.250000Z"),
@@ -113,7 +121,7 @@ def test_text_looks_like_ztunnels():
         policy="shop/p[0]",
         request_id="ab",
     )
-    assert access_log._text_line(refused, 5.0, access_log._timestamp(WALL)) == (
+    assert line_of(Style.TEXT, refused, 5.0) == (
         "2023-11-14T22:13:20.250000Z\terror\taccess\tconnection complete\t"
         "src.addr=[fd00::1]:40000 dst.addr=10.0.0.2:15008 "
         'direction="outbound" bytes_sent=10 bytes_recv=20 duration="0ms" error="policy-denied: \\"x\\"" '
@@ -161,7 +169,7 @@ connections = st.builds(
 @settings(deadline=None)
 @given(hurt=connections, now=st.floats(0, 1e6))
 def test_any_connection_is_one_record_that_reads_back(style, hurt, now):
-    line = FORMATS[style](hurt, now, access_log._timestamp(WALL))
+    line = line_of(style, hurt, now)
     assert line.isascii()
     assert all(character.isprintable() or character == "\t" for character in line[:-1])
     record = PARSERS[style](line)
@@ -187,7 +195,7 @@ def test_any_connection_is_one_record_that_reads_back(style, hurt, now):
 
 
 def test_a_long_value_is_cut():
-    record = parse_json(access_log._json_line(connection(error="x" * 100_000), 6.0, "t"))
+    record = parse_json(line_of(Style.JSON, connection(error="x" * 100_000), 6.0))
     assert record["error"] == "x" * access_log.MAX_VALUE
 
 

@@ -20,6 +20,7 @@ from control.api.policy import (
 )
 from control.api.workload import Workload
 from tests.support.certificates import DB
+from uproxy import authz
 from uproxy.admission import Admission
 from uproxy.authz import Relayed, compile_policies
 
@@ -208,6 +209,17 @@ calls = st.tuples(st.none() | identities, addresses, addresses, ports)
 def test_compiled_policies_agree_with_the_documentation(given_policies, call):
     decision = compile_policies(given_policies).decide(*call)
     assert decision.allowed is naive_decision(given_policies, *call)
+
+
+@settings(deadline=None)
+@given(st.lists(policies, max_size=3), st.lists(calls, min_size=2, max_size=20))
+def test_what_was_decided_of_others_before_changes_nothing(given_policies, several):
+    compiled = compile_policies(given_policies)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(authz, "MAX_DECIDED", 3)
+        for call in several + several[::-1]:
+            assert compiled.decide(*call) == compile_policies(given_policies).decide(*call)
+            assert len(compiled._decided) <= 3
 
 
 @settings(deadline=None)
