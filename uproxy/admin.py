@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -80,11 +81,19 @@ class BadRequestError(Exception):
         self.detail = detail
 
 
-async def serve(address: str, port: int, routes: Mapping[str, Handler]) -> asyncio.Server:
-    """Listen and answer by exact path. OSError if the address cannot be bound."""
+async def serve(
+    address: str, port: int, routes: Mapping[str, Handler], listening: socket.socket | None = None
+) -> asyncio.Server:
+    """Listen and answer by exact path. OSError if the address cannot be bound. `listening`: a socket that does so."""
     loop = asyncio.get_running_loop()
     open_connections: set[_Connection] = set()
-    return await loop.create_server(lambda: _Connection(loop, routes, open_connections), address, port)
+
+    def connected() -> _Connection:
+        return _Connection(loop, routes, open_connections)
+
+    if listening is not None:
+        return await loop.create_server(connected, sock=listening)
+    return await loop.create_server(connected, address, port)
 
 
 def admin_routes(

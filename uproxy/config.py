@@ -16,6 +16,8 @@ from uproxy.resolve import host_port
 
 DEFAULT_TRUST_DOMAIN = "cluster.local"
 DEFAULT_SHARE = 0.01
+DEFAULT_UPGRADE_DRAIN_TIMEOUT_S = 600.0  # Envoy's --drain-time-s
+MAX_UPGRADE_DRAIN_TIMEOUT_S = 86400
 """Istio's."""
 
 _DESCRIPTION = """\
@@ -97,6 +99,9 @@ class Settings:
     access_log: str
     log_json: bool
     drain_timeout_s: float
+    take_over: bool
+    """From the one that runs with this identity directory, if one does."""
+    upgrade_drain_timeout_s: float
     otlp: Collector | None
 
     @property
@@ -136,6 +141,19 @@ def parse(argv: Sequence[str]) -> Settings:
     capture.add_argument("--direct-socket", type=Path, help=argparse.SUPPRESS)
     capture.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
     capture.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
+    upgrade = parser.add_argument_group("an upgrade")
+    upgrade.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take over from the uProxy that runs with this identity directory, if one does; it drains and ends",
+    )
+    upgrade.add_argument(
+        "--upgrade-drain-timeout-s",
+        type=float,
+        default=DEFAULT_UPGRADE_DRAIN_TIMEOUT_S,
+        metavar="S",
+        help="how long connections live on in this process when another one takes over; default: %(default)s",
+    )
     add_log_options(parser)
     add_span_options(parser, "a service of the mesh, or an address on loopback")
     options = parser.parse_args(argv)
@@ -158,6 +176,8 @@ def parse(argv: Sequence[str]) -> Settings:
     if options.dns and options.capture != "ebpf":
         parser.error("--dns belongs to --capture ebpf: nothing else brings name queries here")
     check_ranges(parser, options)
+    if not 0 <= options.upgrade_drain_timeout_s <= MAX_UPGRADE_DRAIN_TIMEOUT_S:
+        parser.error(f"--upgrade-drain-timeout-s is between 0 and {MAX_UPGRADE_DRAIN_TIMEOUT_S}")
     return Settings(
         who=who,
         config=tuple(options.config),
@@ -174,6 +194,8 @@ def parse(argv: Sequence[str]) -> Settings:
         access_log=options.access_log,
         log_json=options.log_format == "json",
         drain_timeout_s=options.drain_timeout_s,
+        take_over=options.take_over,
+        upgrade_drain_timeout_s=options.upgrade_drain_timeout_s,
         otlp=collector(parser, options),
     )
 

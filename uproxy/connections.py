@@ -6,7 +6,7 @@ Every relayed connection is here from its 200 to its end, so what this holds is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,6 +54,9 @@ class Connections:
 
     def remove(self, live: Live) -> None:
         self._live.discard(live)
+
+    def __iter__(self) -> Iterator[Live]:
+        return iter(list(self._live))
 
     def records(self) -> list[Connection]:
         return [live.record for live in self._live]

@@ -14,13 +14,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from control.api.address import IpAddress
+from control.api.address import IpAddress, parse_address
 from control.api.identity import SpiffeId
 from control.api.index import ResidentWorkload
 from control.client.state import State
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 RECONNECT_S: Final = 0.5
 _MESSAGES_PER_TURN: Final = 16
+_CALLERS_AT_ONCE: Final = 16  # of some 8 KiB each at most: a chain has four certificates, an issuer's name 2 KiB
 
 MayEnter = Callable[[SpiffeId, IpAddress, IpAddress, int], bool]
 """Whether policy lets a peer (identity, address) come for itself to an address and port of this workload."""
@@ -82,6 +83,7 @@ class DirectPath:
         self._proven: dict[IpAddress, SpiffeId] = {}
         """Who was at a backend's address, by the last tunnel that went there."""
         self._news = asyncio.Event()
+        self._left = False
 
     # -- what happened by tunnels
 
@@ -146,11 +148,49 @@ class DirectPath:
             and self.may_enter(caller.identity, caller.address, caller.to, caller.port)
         }
 
+    # -- another process takes over
+
+    def describe(self) -> list[Mapping[str, Any]]:
+        """All that is known here, for `go_on` of another process, in pieces."""
+        allowed = [
+            [str(one.identity), one.address, one.to, one.port, proof.port, proof.until, _written(proof.certificates)]
+            for one, proof in self._allowed.items()
+        ]
+        pieces: list[Mapping[str, Any]] = [
+            {"allowed": allowed[at : at + _CALLERS_AT_ONCE]} for at in range(0, len(allowed), _CALLERS_AT_ONCE)
+        ]
+        proven = [[address, str(who)] for address, who in self._proven.items()]
+        return [*pieces, {"dialled": list(self._dialled), "proven": proven, "local": list(self._local)}]
+
+    def go_on(self, pieces: Sequence[Mapping[str, Any]]) -> None:
+        """As if all this had happened here, so that nothing that was granted ends. What policy says of it is asked
+        again. Raises ValueError.
+        """
+        if not self._enabled:
+            return
+        try:
+            for piece in pieces:
+                for identity, address, to, port, tunnel_port, until, certificates in piece.get("allowed", ()):
+                    caller = _Caller(SpiffeId.parse(identity), parse_address(address), parse_address(to), port)
+                    self._allowed[caller] = _Proof(tunnel_port, until, _read(certificates))
+                for address, port in piece.get("dialled", ()):
+                    self._dialled[parse_address(address), port] = None
+                for address, identity in piece.get("proven", ()):
+                    self._proven[parse_address(address)] = SpiffeId.parse(identity)
+                self._local |= frozenset(map(parse_address, piece.get("local", ())))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"what is said of the direct path cannot be read: {error}") from None
+
+    def leave(self) -> None:
+        """Another process talks to the agent from here on. Nothing ends by this."""
+        self._left = True
+        self._news.set()
+
     # -- the channel
 
     async def run(self) -> None:
-        """Talk to the agent, whenever there is one and this workload may go direct. Until cancelled."""
-        while True:
+        """Talk to the agent, whenever there is one and this workload may go direct. Until cancelled, or `leave`."""
+        while not self._left:
             if self._enabled:
                 with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                     sock.setblocking(False)
@@ -172,7 +212,7 @@ class DirectPath:
 
         loop.add_reader(sock, hear)
         try:
-            while not gone:
+            while not (gone or self._left):
                 self._news.clear()
                 self._forget_callers()
                 with suppress(BlockingIOError):  # a busy agent: it is said again
@@ -274,3 +314,11 @@ class DirectPath:
 
 def _nobody(identity: SpiffeId, address: IpAddress, to: IpAddress, port: int) -> bool:
     return False
+
+
+def _written(certificates: Sequence[CertificateId]) -> list[list[Any]]:
+    return [[one.issuer, f"{one.serial:x}"] for one in certificates]  # a serial has up to 20 bytes
+
+
+def _read(certificates: Sequence[Sequence[Any]]) -> tuple[CertificateId, ...]:
+    return tuple(CertificateId(issuer, int(serial, 16)) for issuer, serial in certificates)

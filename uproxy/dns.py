@@ -28,6 +28,7 @@ from control.client.state import State
 from uproxy import dns_messages, plane
 from uproxy.dns_messages import Kind, MeshName, Question, UnansweredError
 from uproxy.errors import RefusedError
+from uproxy.listener import Inherited
 from uproxy.plane import Plane
 from uproxy.redirect import OriginalDestination, original_destination
 from uproxy.telemetry import Telemetry
@@ -58,12 +59,22 @@ log = logging.getLogger(__name__)
 class Responder:
     """The name service of one workload. One thread: the data plane's."""
 
-    def __init__(self, data_plane: Plane, state: State, telemetry: Telemetry, demand: Demand | None = None) -> None:
-        """`demand`: where names that are not known are asked for; None when there is nobody to ask."""
+    def __init__(
+        self,
+        data_plane: Plane,
+        state: State,
+        telemetry: Telemetry,
+        demand: Demand | None = None,
+        inherited: Inherited | None = None,
+    ) -> None:
+        """`demand`: where names that are not known are asked for; None when there is nobody to ask. `inherited`: as for
+        `Listeners`.
+        """
         self._plane = data_plane
         self._state = state
         self._demand = demand
-        self._sockets: list[socket.socket] = []
+        self._inherited = inherited or Inherited()
+        self.sockets: list[socket.socket] = []
         self._forwarding = 0
         self._waiting = 0
         self._answered = self._forwarded = self._failed = 0
@@ -79,22 +90,25 @@ class Responder:
         """Raises OSError."""
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             for port in range(FIRST_PORT, FIRST_PORT + PORTS):
-                listener = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
                 try:
-                    listener.bind((address, port))
+                    listener = self._inherited.take(socket.SOCK_DGRAM, address, port) or _bound(family, address, port)
                 except OSError as error:
-                    listener.close()
                     if family == socket.AF_INET6 and error.errno == errno.EADDRNOTAVAIL:
                         return  # no IPv6 here, so no query comes over it either
                     raise
-                self._sockets.append(listener)
+                self.sockets.append(listener)
                 self._plane.watch(listener.fileno(), plane.READ, partial(self._receive, listener))
 
-    def close(self) -> None:
-        for listener in self._sockets:
+    def leave(self) -> None:
+        """Take no more queries; those that were taken are answered yet."""
+        for listener in self.sockets:
             self._plane.unwatch(listener.fileno())
+
+    def close(self) -> None:
+        self.leave()
+        for listener in self.sockets:
             listener.close()
-        self._sockets.clear()
+        self.sockets.clear()
 
     def _receive(self, listener: socket.socket, _events: int) -> None:
         for _ in range(QUERIES_PER_TURN):
@@ -200,3 +214,14 @@ class Responder:
             if answer[:2] == number and dns_messages.answers(answer, question):
                 return answer
         raise TimeoutError
+
+
+def _bound(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    listener = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind((address, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -13,7 +13,7 @@ import struct
 from typing import Final
 
 from control.api.plaintext import MAX_PORTS, Plaintext
-from uproxy.listener import Listeners, Serve
+from uproxy.listener import Inherited, Listeners, Serve
 from uproxy.plane import Plane
 
 PLAINTEXT_PORT: Final = 15006
@@ -32,10 +32,13 @@ log = logging.getLogger(__name__)
 class Door:
     """Opens and closes it, as the configuration says."""
 
-    def __init__(self, data_plane: Plane, serve: Serve) -> None:
+    def __init__(self, data_plane: Plane, serve: Serve, inherited: Inherited | None = None) -> None:
+        """`inherited`: as for `Listeners`."""
         self._plane = data_plane
         self._serve = serve
-        self._listeners: Listeners | None = None
+        self._inherited = inherited
+        self.listeners: Listeners | None = None
+        """None while nobody listens."""
         self.is_open: Plaintext | None = None
         """What takes plaintext now; None: no port does."""
         self._complained = ""
@@ -53,9 +56,9 @@ class Door:
             return
         try:
             tell(wanted)
-            if self._listeners is None:
-                self._listeners = Listeners(self._plane)
-                self._listen(self._listeners)
+            if self.listeners is None:
+                self.listeners = Listeners(self._plane, self._inherited)
+                self._listen(self.listeners)
         except OSError as error:
             self.close()
             problem = f"no port takes plaintext, though a PeerAuthentication says so: {error}"
@@ -73,9 +76,9 @@ class Door:
     def close(self) -> None:
         """Listen no more; what the kernel was told stays, since a successor of this process may have said it too."""
         self.is_open = None
-        if self._listeners is not None:
-            self._listeners.close()
-            self._listeners = None
+        if self.listeners is not None:
+            self.listeners.close()
+            self.listeners = None
 
     def _listen(self, listeners: Listeners) -> None:
         # At loopback, where nobody from outside gets by himself.

@@ -14,8 +14,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from control.api.address import FORBIDDEN_PORTS, HBONE_PORT, AddressError, IpAddress, parse_address
 from control.api.identity import SpiffeId
@@ -30,7 +31,7 @@ from uproxy.header_block import Headers
 from uproxy.listener import TunnelServer, asked_for, bad_request
 from uproxy.outbound import Self, fail, relay_and_record
 from uproxy.overtaken import STEP_S, Direct, Overtaken
-from uproxy.plain_relay import PlainRelay
+from uproxy.plain_relay import PlainRelay, Progress
 from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
@@ -59,6 +60,43 @@ _KEEPALIVE = (
 _FORWARDED_HOST = re.compile(rb"(?:^|;)host=([a-z0-9.-]{1,253})(?:;|$)")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A connection in plaintext that another process carried so far."""
+
+    app: socket.socket
+    request_id: str
+    started: float
+    """Monotonic seconds, which are the same for all processes."""
+    progress: Progress
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any], app: socket.socket) -> Begun:
+        """What `Plain.describe` has said, with the application's socket. Raises ValueError."""
+        try:
+            return cls(app, said["request_id"], said["started"], Progress(**said["progress"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"what is said of a connection in plaintext cannot be read: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A connection in plaintext that another process may carry on: `handover.Movable`."""
+
+    relay: PlainRelay
+    record: Connection
+
+    def describe(self) -> tuple[Mapping[str, Any], Sequence[int]] | None:
+        if self.relay.sockets is None:
+            return None
+        progress = asdict(self.relay.progress)
+        said = {"request_id": self.record.request_id, "started": self.record.started, "progress": progress}
+        return said, [one.fileno() for one in self.relay.sockets]
+
+    def let_go(self) -> None:
+        self.relay.let_go()
 
 
 class Inbound:
@@ -152,33 +190,33 @@ class Inbound:
         finally:
             self._overtaken.remove(direct)
 
-    async def serve_plaintext(self, peer: socket.socket) -> None:
-        """A connection that the kernel gave us instead of the application: nobody proved who that is. Never raises."""
+    async def serve_plaintext(self, peer: socket.socket, begun: Begun | None = None) -> None:
+        """A connection that the kernel gave us instead of the application: nobody proved who that is. Never raises.
+
+        `begun`: as far as another process has come with it.
+        """
         plane.reset_on_close(peer)
-        record = self._record("-", os.urandom(16).hex(), time.monotonic())
+        if begun is None:
+            record = self._record("-", os.urandom(16).hex(), time.monotonic())
+        else:
+            record = self._record("-", begun.request_id, begun.started)
         self._in_plaintext += 1
         try:
-            await self._serve_plaintext(peer, record)
+            await self._serve_plaintext(peer, record, begun)
         except RefusedError as error:
             plane.reset(peer)
+            if begun is not None:
+                plane.reset(begun.app)
             fail(record, error, self._telemetry)
         finally:
             self._in_plaintext -= 1
 
-    async def _serve_plaintext(self, peer: socket.socket, record: Connection) -> None:
+    async def _serve_plaintext(self, peer: socket.socket, record: Connection, begun: Begun | None) -> None:
         """Raises RefusedError when it is not let in."""
         end, address, port = self._plaintext_ends(peer, record)
         source = end[0]
-        admission = self._admission
         self._admit_plaintext(source, address, port, record)
-        app = await self._connect(address, port)
-        if admission is not self._admission:  # it changed while we waited for the application
-            try:
-                self._admit_plaintext(source, address, port, record)
-            except RefusedError:
-                plane.reset(app)
-                raise
-        self._tell(app, end, None, address, port)
+        app = begun.app if begun is not None else await self._connect_plaintext(end, address, port, record)
 
         def permitted() -> str:
             again = self._admission.decide_plaintext(source, address, port)
@@ -186,10 +224,25 @@ class Inbound:
                 return f"policy: no longer allowed: {again.reason}"
             return self._admission.overtaken(None, port)
 
-        relay = PlainRelay(self._plane, peer)
+        relay = PlainRelay(self._plane, peer, begun.progress if begun is not None else None)
         await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
 
     # -- its stages
+
+    async def _connect_plaintext(
+        self, end: proxy_protocol.End, address: IpAddress, port: int, record: Connection
+    ) -> socket.socket:
+        """The application, for a caller that was let in. Raises RefusedError."""
+        admission = self._admission
+        app = await self._connect(address, port)
+        if admission is not self._admission:  # it changed while we waited for the application
+            try:
+                self._admit_plaintext(end[0], address, port, record)
+            except RefusedError:
+                plane.reset(app)
+                raise
+        self._tell(app, end, None, address, port)
+        return app
 
     def _plaintext_ends(self, peer: socket.socket, record: Connection) -> tuple[proxy_protocol.End, IpAddress, int]:
         """Who says it is where, and the workload's address and port that it dialled: ours, by what sk_lookup did."""

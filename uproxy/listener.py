@@ -46,12 +46,37 @@ Refused = Callable[[str, float, RefusedError], None]
 log = logging.getLogger(__name__)
 
 
+class Inherited:
+    """Listening sockets that another process has handed over, until somebody wants to listen there."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[int, str, int], socket.socket] = {}
+
+    def add(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        host, port = sock.getsockname()[:2] if sock.family != socket.AF_UNIX else ("", 0)
+        self._waiting[sock.type, host, port] = sock
+
+    def take(self, kind: socket.SocketKind, address: str, port: int) -> socket.socket | None:
+        """The caller's from here on; None when there is none. A Unix socket is known by its kind alone."""
+        return self._waiting.pop((kind, address, port), None)
+
+    def close(self) -> None:
+        """Nobody listens there any more."""
+        for sock in self._waiting.values():
+            sock.close()
+        self._waiting.clear()
+
+
 class Listeners:
     """The data plane's listening sockets, of one process."""
 
-    def __init__(self, data_plane: Plane) -> None:
+    def __init__(self, data_plane: Plane, inherited: Inherited | None = None) -> None:
+        """`inherited`: sockets that are used instead of new ones."""
         self._plane = data_plane
-        self._sockets: list[socket.socket] = []
+        self._inherited = inherited or Inherited()
+        self._paused = False
+        self.sockets: list[socket.socket] = []
 
     def listen(
         self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN, *, shared: bool = False
@@ -60,25 +85,26 @@ class Listeners:
 
         `shared`: with other processes of this user that say so too, among which the kernel spreads connections.
         """
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self._sockets.append(listener)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # Accepted sockets inherit it.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.bind((address, port))
-        listener.listen(BACKLOG)
+        listener = self._inherited.take(socket.SOCK_STREAM, address, port) or _opened(address, port, shared=shared)
+        self.sockets.append(listener)
         self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, serve, at_once))
 
+    def pause(self) -> None:
+        """Accept no more; what comes waits in the kernel."""
+        self._paused = True
+        for listener in self.sockets:
+            self._plane.rearm(listener.fileno(), 0)
+
+    def resume(self) -> None:
+        self._paused = False
+        for listener in self.sockets:
+            self._plane.rearm(listener.fileno(), plane.READ)
+
     def close(self) -> None:
-        for listener in self._sockets:
+        for listener in self.sockets:
             self._plane.unwatch(listener.fileno())
             listener.close()
-        self._sockets.clear()
+        self.sockets.clear()
 
     def _accept(self, listener: socket.socket, serve: Serve, at_once: int) -> None:
         for _ in range(at_once):
@@ -98,8 +124,27 @@ class Listeners:
             self._plane.spawn(serve(sock))
 
     def _rearm(self, listener: socket.socket) -> None:
-        if listener.fileno() >= 0:
+        if listener.fileno() >= 0 and not self._paused:
             self._plane.rearm(listener.fileno(), plane.READ)
+
+
+def _opened(address: str, port: int, *, shared: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Accepted sockets inherit it.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 class TunnelServer:

@@ -71,6 +71,9 @@ class Member:
         self._state_file = identity_dir / STATE_FILE
         self._unsaved = asyncio.Event()
         self._saving_problem = ""
+        self._duties: list[asyncio.Task[None]] = []
+        """What only one process of a workload may do."""
+        self._left = False
         self._renewal = Renewal(identity_dir)
         access = BrokerAccess(membership.brokers, membership.identity, lambda: broker_context(credentials.value))
         self._subscriber = Subscriber(self.replica, access, self._apply, self._report, on_progress=self._progress)
@@ -94,11 +97,21 @@ class Member:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._subscriber.run())
-                group.create_task(self._renewal.run())
-                group.create_task(self._keep_saved())
+                self._duties = [group.create_task(self._renewal.run()), group.create_task(self._keep_saved())]
         finally:
-            if self._unsaved.is_set():
+            if self._unsaved.is_set() and not self._left:
                 self._save(self.replica.dump())
+
+    async def save(self) -> None:
+        """Have what is known on disk, now."""
+        await asyncio.to_thread(self._save, self.replica.dump())
+
+    def leave(self) -> None:
+        """Another process renews the certificate, keeps the state and reports from here on; this one only follows."""
+        self._left = True
+        for duty in self._duties:
+            duty.cancel()
+        self._subscriber.fall_silent()
 
     def interests_changed(self) -> None:
         """The replica was asked for more, or for less."""

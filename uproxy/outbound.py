@@ -25,7 +25,7 @@ from uproxy.connections import Connections, Live
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
 from uproxy.health import RetryBudget
-from uproxy.plain_relay import PlainRelay
+from uproxy.plain_relay import HANDED_OVER, PlainRelay
 from uproxy.plane import Plane, Waiter
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route
@@ -301,6 +301,9 @@ async def relay_and_record(
     relay.attach(app)
     outcome = await relay.done
     connections.remove(live)
+    if outcome is HANDED_OVER:
+        telemetry.handed_over(record)
+        return
     if outcome is not CLEAN:
         record.flag = outcome.flag
         record.error = outcome.text

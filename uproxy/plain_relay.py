@@ -2,7 +2,7 @@
 
 Backpressure: an end is read only when the other took all that was read of it before, so at most one read (READ_BYTES)
 waits in each direction. Ends: FIN crosses as FIN, and an error as RST on both sides, so truncated data never looks
-whole.
+whole. Nothing of it is only in this process's memory, so another one can go on with it (`progress`, `let_go`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,22 @@ READ_BYTES = 65536
 _BUFFER = memoryview(bytearray(READ_BYTES))  # every read's, since it is empty or copied when the read is over
 
 log = logging.getLogger(__name__)
+
+HANDED_OVER = Outcome(Flag.NONE, "another process goes on with it")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a relay has come."""
+
+    sent: int = 0
+    received: int = 0
+    pending_in: bytes = b""
+    """Read from the peer, and not taken by the application yet."""
+    pending_out: bytes = b""
+    ended_in: bool = False
+    """The peer sent FIN, and so was the application."""
+    ended_out: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -44,12 +60,15 @@ class PlainRelay:
     Invariant: every path ends in `_finish` exactly once, which settles `done` and closes both sockets.
     """
 
-    def __init__(self, data_plane: Plane, peer: socket.socket) -> None:
-        """The caller has said `reset_on_close` of `peer`, and keeps it until `attach`."""
+    def __init__(self, data_plane: Plane, peer: socket.socket, before: Progress | None = None) -> None:
+        """The caller has said `reset_on_close` of `peer`, and keeps it until `attach`. `before`: what another process
+        had done.
+        """
+        self._before = before or Progress()
         self.done: Waiter[Outcome] = Waiter(data_plane)
         self.outcome: Outcome | None = None
-        self.sent = 0  # bytes that the peer's socket took
-        self.received = 0  # bytes that the application's socket took
+        self.sent = self._before.sent  # bytes that the peer's socket took
+        self.received = self._before.received  # bytes that the application's socket took
         self.active = False  # bytes moved since the last look at half-closed connections
         self._plane = data_plane
         self._peer = peer
@@ -63,9 +82,26 @@ class PlainRelay:
 
     def attach(self, app: socket.socket) -> None:
         """Start copying. The relay owns both sockets from here. The caller has said `reset_on_close`."""
-        self._in = _Way(self._peer, app, "peer")
-        self._out = _Way(app, self._peer, "application")
+        before = self._before
+        self._in = _Way(self._peer, app, "peer", bytearray(before.pending_in), before.ended_in)
+        self._out = _Way(app, self._peer, "application", bytearray(before.pending_out), before.ended_out)
         self._rearm()
+
+    @property
+    def sockets(self) -> tuple[socket.socket, socket.socket] | None:
+        """The peer's and the application's; None before the one is attached, and after the end."""
+        return None if self._in is None or self.outcome is not None else (self._in.source, self._in.sink)
+
+    @property
+    def progress(self) -> Progress:
+        assert self._in is not None
+        assert self._out is not None
+        into, out_of = self._in, self._out
+        return Progress(self.sent, self.received, bytes(into.pending), bytes(out_of.pending), into.ended, out_of.ended)
+
+    def let_go(self) -> None:
+        """Another process has both sockets now."""
+        self._finish(HANDED_OVER)
 
     def cut(self, text: str) -> None:
         """End both sides at once: a policy no longer allows it, or the drain time is over."""
@@ -173,7 +209,9 @@ class PlainRelay:
         assert self._in is not None
         for sock in (self._in.source, self._in.sink):
             self._unwatch(sock)
-            if outcome is CLEAN:
+            if outcome is HANDED_OVER:
+                sock.close()
+            elif outcome is CLEAN:
                 plane.close(sock)
             else:
                 plane.reset(sock)

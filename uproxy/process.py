@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import resource
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
@@ -22,6 +23,7 @@ from uproxy.access_log import AccessLog, Style
 from uproxy.config import Collector, Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
+from uproxy.listener import Inherited
 from uproxy.telemetry import Listing, Telemetry
 from uproxy.tls import CredentialsError
 
@@ -127,8 +129,12 @@ async def listen_to_operators(
     admin_routes: Mapping[str, admin.Handler],
     metrics: Callable[[], bytes | asyncio.Future[bytes]],
     pending: Callable[[], list[str]],
+    inherited: Inherited | None = None,
 ) -> list[asyncio.Server]:
-    """Metrics and readiness at each of `hosts`; admin on loopback, at the first when it is one. Raises StartError."""
+    """Metrics and readiness at each of `hosts`; admin on loopback, at the first when it is one. Raises StartError.
+
+    `inherited`: as for `Listeners`.
+    """
     operator = hosts[0] if ipaddress.ip_address(hosts[0]).is_loopback else "127.0.0.1"
     servers: list[asyncio.Server] = []
     for address, port, routes in (
@@ -137,7 +143,8 @@ async def listen_to_operators(
         *((host, READY_PORT, admin.ready_routes(pending)) for host in hosts),
     ):
         try:
-            servers.append(await admin.serve(address, port, routes))
+            listening = inherited.take(socket.SOCK_STREAM, address, port) if inherited is not None else None
+            servers.append(await admin.serve(address, port, routes, listening))
         except OSError as error:
             for server in servers:
                 server.close()

@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uproxy
 from control.api.address import HBONE_PORT
@@ -23,17 +24,19 @@ from control.api.status import Kind
 from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import Changes, State
-from uproxy import admin, config, config_dump, explicit, joining, log_levels, plane, process
+from uproxy import admin, config, config_dump, explicit, handover, joining, log_levels, plane, process
 from uproxy.config import Collector, Settings, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
 from uproxy.door import Door
 from uproxy.errors import RefusedError
 from uproxy.explicit import Directory
-from uproxy.inbound import Inbound
+from uproxy.handover import HandoverError, Hello, Movable, Predecessor, Rest
+from uproxy.inbound import Begun, Inbound, Plain
 from uproxy.joining import JoinError
-from uproxy.listener import ACCEPTS_PER_TURN, HANDSHAKES_PER_TURN, Listeners, Serve
+from uproxy.listener import ACCEPTS_PER_TURN, HANDSHAKES_PER_TURN, Inherited, Listeners, Serve
 from uproxy.outbound import Outbound, Self
+from uproxy.plain_relay import PlainRelay
 from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, WATCH_S, StartError
@@ -132,10 +135,17 @@ class _Proxy:
         )
         self._directory = Directory(self._state, self._demand)
         self._exporter = self._record_spans(settings.otlp) if settings.otlp is not None else None
-        self._listeners = Listeners(self._plane)
-        self._door = Door(self._plane, self._inbound.serve_plaintext)
+        self._inherited = Inherited()
+        self._listeners = Listeners(self._plane, self._inherited)
+        self._door = Door(self._plane, self._inbound.serve_plaintext, self._inherited)
         self._responder: Responder | None = None
         self._servers: list[asyncio.Server] = []
+        self._successors: socket.socket | None = None
+        """Where the next one comes."""
+        self._left = False
+        """Whether one has taken over."""
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._drain_by = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._configured = asyncio.Event()
         self._client_context: Context
@@ -176,15 +186,36 @@ class _Proxy:
         self._register_gauges()
         if self._exporter is not None:
             group.create_task(self._exporter.run())
+        predecessor = await self._found_predecessor() if self.settings.take_over else None
+        if predecessor is not None:
+            await self._take_over(predecessor, group)
+        else:
+            await self._begin(group)
+            if self.stopping.is_set():
+                return
+            self._successors = handover.listen(self.settings.identity_dir)
+            process.report_ready(self._who, self.settings.ready_fd, log)
+        if self._direct_path is not None:
+            group.create_task(self._direct_path.run())
+        if self._successors is not None:
+            group.create_task(handover.serve(self._successors, self._hello, self))
+        self._tick()
+
+    async def _begin(self, group: asyncio.TaskGroup) -> None:
         await self._listen_to_operators()
         if self._member is not None and self._demand is not None:
             self._listen_to_the_application()  # its connections wait for the configuration
-            await self._wait_for_configuration(self._member, self._demand, group)
+            self._restore(self._member, self._demand)
+            group.create_task(self._member.run())
+            await self._wait_for_configuration()
         else:
             await self._read_configuration(group)
             self._listen_to_the_application()
-        if self.stopping.is_set():
-            return
+        if not self.stopping.is_set():
+            await self._serve()
+
+    async def _serve(self) -> None:
+        """Let the mesh in."""
         self.pending.discard("config")
         for own in self._who.addresses:
             self._listen_on(own, HBONE_PORT, self._inbound.server.serve, HANDSHAKES_PER_TURN)
@@ -192,10 +223,6 @@ class _Proxy:
         self._open_to_plaintext()
         if self.settings.captured:
             await self._prove_capture()
-        if self._direct_path is not None:
-            group.create_task(self._direct_path.run())
-        process.report_ready(self._who, self.settings.ready_fd, log)
-        self._tick()
 
     async def _read_configuration(self, group: asyncio.TaskGroup) -> None:
         source = FileSource(self.settings.config, self._who.identity.trust_domain)
@@ -204,11 +231,13 @@ class _Proxy:
             raise StartError(f"the configuration has no WorkloadEntry {self._who.key}: add one, or mend --workload")
         group.create_task(source.watch(self._reconfigure, self._refused, WATCH_S))
 
-    async def _wait_for_configuration(self, member: Member, demand: Demand, group: asyncio.TaskGroup) -> None:
-        """From disk, if it was ever known, and the control plane may be away; else for as long as it takes."""
+    def _restore(self, member: Member, demand: Demand) -> None:
+        """From disk, if it was ever known: the control plane may be away."""
         member.restore()
         demand.take_over()
-        group.create_task(member.run())
+
+    async def _wait_for_configuration(self) -> None:
+        """For as long as it takes."""
         while self._state.workload(self._who.key) is None and not self.stopping.is_set():
             self._configured.clear()
             await self._configured.wait()
@@ -257,7 +286,7 @@ class _Proxy:
         # Imported here: it takes megabytes, and most workloads ask their nameservers themselves.
         from uproxy.dns import Responder
 
-        self._responder = Responder(self._plane, self._state, self._telemetry, self._demand)
+        self._responder = Responder(self._plane, self._state, self._telemetry, self._demand, self._inherited)
         try:
             self._responder.listen()
         except OSError as error:
@@ -276,6 +305,7 @@ class _Proxy:
             admin.admin_routes(self._config_dump, self._stop, self._live, self._telemetry.taps),
             self._telemetry.render,
             lambda: process.pending_of(self.pending, self._member),
+            self._inherited,
         )
 
     def _listen_on(self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN) -> None:
@@ -306,6 +336,101 @@ class _Proxy:
                     ) from error
         self._outbound.probed = None
         self.pending.discard("capture")
+
+    # -- the hand-over (`uproxy.handover`): from the one that runs, and to the next one
+
+    @property
+    def _hello(self) -> Hello:
+        return Hello(uproxy.__version__, self._who.key, self._who.addresses, self.settings.capture)
+
+    async def _found_predecessor(self) -> Predecessor | None:
+        try:
+            return await Predecessor.find(self.settings.identity_dir, self._hello)
+        except HandoverError as error:
+            raise StartError(f"the uProxy that runs does not let this one take over: {error}") from None
+
+    async def _take_over(self, predecessor: Predecessor, group: asyncio.TaskGroup) -> None:
+        """From one that goes on as before until this one is ready. Raises StartError."""
+        if self._member is not None and self._demand is not None:
+            self._restore(self._member, self._demand)
+            if self._state.workload(self._who.key) is None:
+                raise StartError("the uProxy that runs has left no configuration to begin with: see its log")
+        else:
+            await self._read_configuration(group)
+        try:
+            for sock in await predecessor.sockets():
+                self._inherited.add(sock)
+            self._listen_to_the_application()
+            await self._serve()
+            self._go_on_with(await predecessor.rest())
+            await self._listen_to_operators()
+            inherited = self._inherited.take(socket.SOCK_SEQPACKET, "", 0)
+            self._successors = inherited or handover.listen(self.settings.identity_dir)
+            self._inherited.close()
+            process.report_ready(self._who, self.settings.ready_fd, log)
+            await predecessor.leave()
+        except HandoverError as error:
+            raise StartError(f"the uProxy that runs takes its place back: {error}") from None
+        finally:
+            predecessor.close()
+        log.info("took over from version %s", predecessor.version)
+        if self._member is not None:
+            group.create_task(self._member.run())
+
+    def _go_on_with(self, rest: Rest) -> None:
+        try:
+            if self._direct_path is not None:
+                self._direct_path.go_on(rest.direct)
+            begun = [(peer, Begun.read(said, app)) for said, peer, app in rest.connections]
+        except ValueError as error:  # of another version; they are reset when this process ends
+            raise StartError(str(error)) from None
+
+        def begin() -> None:
+            for peer, one in begun:
+                self._plane.spawn(self._inbound.serve_plaintext(peer, one))
+
+        self._plane.run(begin)
+
+    async def prepare(self) -> None:
+        if self._member is not None:
+            await self._member.save()
+
+    def pause(self) -> list[int]:
+        assert self._successors is not None
+        listeners = [self._listeners, *([self._door.listeners] if self._door.listeners is not None else [])]
+        for one in listeners:
+            one.pause()
+        return [
+            self._successors.fileno(),
+            *(sock.fileno() for one in listeners for sock in one.sockets),
+            *(sock.fileno() for sock in (self._responder.sockets if self._responder is not None else ())),
+            *(sock.fileno() for server in self._servers for sock in server.sockets),
+        ]
+
+    def resume(self) -> None:
+        self._listeners.resume()
+        if self._door.listeners is not None:
+            self._door.listeners.resume()
+
+    def direct(self) -> list[Mapping[str, Any]]:
+        return self._direct_path.describe() if self._direct_path is not None else []
+
+    def connections(self) -> list[Movable]:
+        return [Plain(live.relay, live.record) for live in self._connections if isinstance(live.relay, PlainRelay)]
+
+    def leave(self) -> None:
+        """Another process is this workload's proxy now: carry on what is here, and drain."""
+        self._left = True
+        self._drain_timeout_s = self.settings.upgrade_drain_timeout_s
+        for server in self._servers:
+            server.close()
+        if self._responder is not None:
+            self._responder.leave()
+        if self._member is not None:
+            self._member.leave()
+        if self._direct_path is not None:
+            self._direct_path.leave()
+        self._stop()
 
     # -- changes
 
@@ -354,6 +479,8 @@ class _Proxy:
         self._client_context, self._server_context = client_context(credentials), server_context(credentials)
 
     def _stop(self) -> None:
+        if self.stopping.is_set():  # asked again, or after a hand-over
+            self._drain_by = min(self._drain_by, time.monotonic() + self.settings.drain_timeout_s)
         self.stopping.set()
         self._configured.set()
 
@@ -438,17 +565,19 @@ class _Proxy:
 
     async def drain(self) -> None:
         """Accept nothing more, tell peers, and let the connections that are open end by themselves, for a while."""
-        log.info("draining %d connections for up to %g s", len(self._connections), self.settings.drain_timeout_s)
+        log.info("draining %d connections for up to %g s", len(self._connections), self._drain_timeout_s)
         self.pending.add("draining")
-        deadline = time.monotonic() + self.settings.drain_timeout_s
+        self._drain_by = time.monotonic() + self._drain_timeout_s
         self._listeners.close()
         self._door.close()
         self._plane.run(lambda: self._inbound.server.drain(final=False))
         # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
-        await asyncio.sleep(min(0.1, self.settings.drain_timeout_s))
+        await asyncio.sleep(min(0.1, self._drain_timeout_s))
         self._plane.run(lambda: self._inbound.server.drain(final=True))
-        while self._plane.tasks and time.monotonic() < deadline:  # noqa: ASYNC110 - once in a process's life
-            await asyncio.sleep(0.02)
+        pause_s = 0.02
+        while self._plane.tasks and time.monotonic() < self._drain_by:
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.1 * pause_s, 0.5)
         left = len(self._connections)
         self._plane.run(lambda: self._connections.cut_all("the drain time of this proxy is over"))
         if self._exporter is not None:
@@ -457,7 +586,7 @@ class _Proxy:
         self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this proxy is shutting down")))
         self._plane.run(self._pool.finish)
         self._plane.run(self._inbound.server.finish)
-        deadline = max(deadline, time.monotonic() + FAREWELL_S)
+        deadline = max(self._drain_by, time.monotonic() + FAREWELL_S)
         while (self._pool.tunnels() or self._inbound.server.tunnels()) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         self._plane.run(self._pool.close)
@@ -471,6 +600,10 @@ class _Proxy:
             server.close()
         self._listeners.close()
         self._door.close()
+        if self._successors is not None:
+            self._successors.close()
+            if not self._left:
+                handover.remove(self.settings.identity_dir)
         if self._responder is not None:
             self._responder.close()
         if self._log is not None:

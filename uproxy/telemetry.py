@@ -229,6 +229,10 @@ class Telemetry:
                 lambda field: access_log.fields_so_far(connection, now, field),
             )
 
+    def handed_over(self, connection: Connection) -> None:
+        """Another process carries this connection on, and counts and logs it."""
+        self._live.pop(connection).live -= 1
+
     def follow(self, connection: Connection, caller_span: str) -> None:
         """The caller records this connection, so we do, if we record anything."""
         connection.parent_span = caller_span

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class _Renewed(Exception):
-    """Ends a connection: there is a new certificate to connect with."""
+    """Ends a connection, for another one: with a new certificate, or without reports."""
 
 
 class Subscriber:
@@ -87,6 +87,7 @@ class Subscriber:
         self._heard_at = 0.0
         self._refused: frozenset[str] = frozenset()
         """What the broker refuses, as last told."""
+        self._silent = False
         self._fault = "not connected to the broker yet"
         self._bug = ""
         self.connected = False
@@ -102,6 +103,11 @@ class Subscriber:
 
     def certificate_renewed(self) -> None:
         """Connect again, with the new certificate."""
+        self._renewed.set()
+
+    def fall_silent(self) -> None:
+        """Follow on, and report no more: somebody else does for this proxy. Not even our end is told then."""
+        self._silent = True
         self._renewed.set()
 
     def problems(self) -> tuple[str, ...]:
@@ -133,11 +139,15 @@ class Subscriber:
                     await self._renewed.wait()  # the certificate may have been what was wrong
 
     async def _connection(self, url: str) -> None:
-        """One connection. Returns when there is a new certificate to connect with; raises BrokerError."""
+        """One connection. Returns when there is a new certificate to connect with, or nothing more to report; raises
+        BrokerError.
+        """
         self._connections += 1
         self._renewed.clear()
         first_version = self._connections * _VERSIONS_PER_CONNECTION
-        will = LastWill(*self._report(False, first_version + _VERSIONS_PER_CONNECTION - 1))
+        will: LastWill | None = None
+        if not self._silent:
+            will = LastWill(*self._report(False, first_version + _VERSIONS_PER_CONNECTION - 1))
         async with connection(self._access, url, self._client_id, will) as broker:
             self._replica.session_started()
             self._subscriptions = Subscriptions()
@@ -147,7 +157,8 @@ class Subscriber:
                         group.create_task(broker.lost())
                         group.create_task(self._feed(broker.arrivals))
                         group.create_task(self._subscribe(broker, url))
-                        group.create_task(self._send_reports(broker, first_version))
+                        if will is not None:
+                            group.create_task(self._send_reports(broker, first_version))
                         await self._renewed.wait()
                         raise _Renewed
             finally:

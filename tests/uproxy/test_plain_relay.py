@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tests.uproxy.test_relay_model import PATIENCE_S, End, check, descriptors, sizes, to_the_end
 from uproxy import plane
 from uproxy.errors import Flag
-from uproxy.plain_relay import READ_BYTES, PlainRelay
+from uproxy.plain_relay import HANDED_OVER, READ_BYTES, PlainRelay
 from uproxy.plane import Plane
 from uproxy.relay import Outcome
 
 Step = tuple[str, int, int]
 steps: st.SearchStrategy[Step] = st.tuples(
-    st.sampled_from(["write"] * 6 + ["read"] * 4 + ["wait"] * 3 + ["end"] * 2 + ["close", "reset", "cut"]),
+    st.sampled_from(["write"] * 6 + ["read"] * 4 + ["wait"] * 3 + ["end", "move"] * 2 + ["close", "reset", "cut"]),
     st.integers(0, 1),
     sizes,
 )
@@ -40,7 +40,20 @@ class Relayed:
         data_plane.spawn(self._wait())
 
     async def _wait(self) -> None:
-        self.outcome = await self.relay.done
+        outcome = await self.relay.done
+        if outcome is not HANDED_OVER:
+            self.outcome = outcome
+
+    def move(self, data_plane: Plane) -> None:
+        """Another relay goes on with the sockets, which have other descriptors then, as in another process."""
+        if self.relay.sockets is None:
+            return
+        peer, app = (one.dup() for one in self.relay.sockets)
+        progress = self.relay.progress
+        data_plane.run(self.relay.let_go)
+        self.relay = PlainRelay(data_plane, peer, progress)
+        data_plane.run(lambda: self.relay.attach(app))
+        data_plane.spawn(self._wait())
 
 
 def _connected(narrow: bool) -> tuple[socket.socket, socket.socket]:
@@ -80,6 +93,8 @@ async def live_through(narrow: bool, history: list[Step]) -> None:
                 end.close()
             case "reset":
                 end.reset()
+            case "move":
+                relayed.move(data_plane)
             case "cut":
                 was_cut = was_cut or relayed.relay.outcome is None
                 data_plane.run(lambda: relayed.relay.cut("the test says so"))

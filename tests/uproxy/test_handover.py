@@ -1,0 +1,424 @@
+"""A new uProxy takes over from the one that runs: two real processes, and successors that fail half way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import msgpack
+import pytest
+
+import uproxy
+from tests.support.site import Site, dial, echo_server, eventually, get
+from uproxy import handover
+from uproxy.handover import PROTOCOL, HandoverError, Hello, Line, Message, Movable, Predecessor
+from uproxy.listener import Inherited
+
+NETWORK = "127.0.98"
+WEB, DB = f"{NETWORK}.1", f"{NETWORK}.2"
+
+DENY_WEB = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-web, namespace: shop}
+spec:
+  action: DENY
+  rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/web]}}]}]
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site.create(tmp_path, NETWORK)
+    with echo_server(made.application):
+        yield made
+
+
+@pytest.fixture
+def running(site: Site) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(site.running(name)) for name in ("db", "web")}
+
+
+class Load:
+    """Connections one after the other, and pages of the new and the old one, until the block ends."""
+
+    def __init__(self, site: Site) -> None:
+        self.failed: list[str] = []
+        self.done = 0
+        self._site = site
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Load:
+        self._threads = [threading.Thread(target=work) for work in (self._dial, self._dial, self._look)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _dial(self) -> None:
+        while not self._ended.is_set():
+            try:
+                if dial(self._site.forward, b"x" * 1000) == b"x" * 1000:
+                    self.done += 1
+                else:
+                    self.failed.append("an answer was cut")
+            except OSError as error:
+                self.failed.append(repr(error))
+
+    def _look(self) -> None:
+        while not self._ended.is_set():
+            for port, path in ((15020, "/metrics"), (15021, "/healthz/ready")):
+                try:
+                    if get(WEB, port, path)[0] != 200:
+                        self.failed.append(f"{path} was not served")
+                except OSError as error:
+                    self.failed.append(f"{path}: {error!r}")
+            self._ended.wait(0.01)
+
+
+def test_upgrades_of_both_ends_fail_no_connection_and_cut_none(site: Site) -> None:
+    with ExitStack() as stack:
+        now = {name: stack.enter_context(site.running(name)) for name in ("db", "web")}
+        with socket.create_connection(site.forward, timeout=8) as held, Load(site) as load:
+            held.sendall(b"a")
+            assert held.recv(1) == b"a"
+            first = dict(now)
+            for name in ("web", "db", "web"):
+                before = load.done
+                now[name] = stack.enter_context(site.running(name, "--take-over"))
+                eventually(lambda before=before: load.done > before + 5)
+            held.sendall(b"b")
+            assert held.recv(1) == b"b"
+            assert all(process.poll() is None for process in first.values()), "what is in a tunnel stays where it is"
+        for process in first.values():
+            assert process.wait(10) == 0, "with its last connection the old one has ended"
+        assert load.failed == []
+        assert dial(site.forward) == b"hello"
+        assert [now[name].poll() for name in now] == [None, None]
+    assert "Traceback" not in site.log("web") + site.log("db")
+
+
+def test_whoever_finds_nobody_to_take_over_from_starts_as_ever(site: Site) -> None:
+    with site.running("db", "--take-over"), site.running("web", "--take-over") as web:
+        assert dial(site.forward) == b"hello"
+        web.kill()
+        web.wait()
+        with site.running("web", "--take-over"):  # the dead one's socket is still there
+            assert dial(site.forward) == b"hello"
+
+
+def test_policy_holds_in_the_one_that_drains(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+    with socket.create_connection(site.forward, timeout=8) as held:
+        held.sendall(b"a")
+        assert held.recv(1) == b"a"
+        with site.running("db", "--take-over"):
+            held.sendall(b"b")
+            assert held.recv(1) == b"b"
+            site.mesh.write_text(site.resources + DENY_WEB)
+            with pytest.raises(ConnectionResetError):
+                held.recv(1)
+            assert running["db"].wait(10) == 0
+
+
+@pytest.mark.parametrize("how", ["drain time", "SIGTERM"])
+def test_the_old_one_ends_when_it_must(site: Site, how: str) -> None:
+    times = ["--drain-timeout-s=0.3", f"--upgrade-drain-timeout-s={0.3 if how == 'drain time' else 600}"]
+    with (
+        site.running("db"),
+        site.running("web", *times) as old,
+        socket.create_connection(site.forward, timeout=8) as held,
+    ):
+        held.sendall(b"a")
+        assert held.recv(1) == b"a"
+        with site.running("web", "--take-over"):
+            if how == "SIGTERM":
+                time.sleep(0.5)
+                assert old.poll() is None
+                old.terminate()
+            with pytest.raises(ConnectionResetError):
+                held.recv(1)
+            assert old.wait(10) == 0
+            assert dial(site.forward) == b"hello"
+
+
+class Successor:
+    """One that speaks the protocol by hand, as far as a test wants."""
+
+    def __init__(self, site: Site) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.settimeout(8)
+        self._sock.connect(str(site.path / "web" / handover.SOCKET_NAME))
+
+    def __enter__(self) -> Successor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def ask(self, message: Message) -> tuple[dict[str, object], list[int]]:
+        self._sock.send(msgpack.packb(message))
+        raw, fds, _, _ = socket.recv_fds(self._sock, 1 << 20, 253)
+        return msgpack.unpackb(raw) if raw else {}, fds
+
+
+HELLO = {"handover": PROTOCOL, "version": "9", "workload": "shop/web", "addresses": [WEB], "capture": "none"}
+
+
+WRONG = [
+    ({"handover": PROTOCOL + 1}, "speaks hand-over protocol"),
+    ({"workload": "shop/other"}, "workload"),
+    ({"addresses": [DB]}, "addresses"),
+    ({"capture": "ebpf"}, "capture"),
+    ({"handover": None}, "protocol None"),
+]
+
+
+def test_whoever_is_another_proxy_is_refused(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+    for wrong, why in WRONG:
+        with Successor(site) as other:
+            answer, fds = other.ask({**HELLO, **wrong})
+        assert why in str(answer["refused"])
+        assert not fds
+    said = site.refusal("web", "--take-over", "--address", f"{NETWORK}.3")
+    assert "does not let this one take over" in said
+    assert "addresses" in said
+    assert dial(site.forward) == b"hello"
+
+
+def test_a_successor_that_dies_half_way_changes_nothing(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+    for at in ("hello", "sockets", "rest"):
+        _die_half_way(site, at)
+    assert site.log("web").count("this one goes on") == 3
+    with site.running("web", "--take-over"):
+        assert dial(site.forward) == b"hello"
+
+
+def test_whoever_asks_out_of_turn_is_refused(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+    with Successor(site) as other:
+        other.ask(HELLO)
+        assert other.ask({"ask": "leave"}) == ({}, [])
+    assert dial(site.forward) == b"hello"
+    assert running["web"].poll() is None
+
+
+def _die_half_way(site: Site, at: str) -> None:
+    with socket.create_connection(site.forward, timeout=8) as held, Successor(site) as other:
+        held.sendall(b"a")
+        assert held.recv(1) == b"a"
+        assert other.ask(HELLO)[0] == {"welcome": uproxy.__version__}
+        fds: list[int] = []
+        waiting: socket.socket | None = None
+        if at != "hello":
+            answer, fds = other.ask({"ask": "sockets"})
+            assert answer == {"sockets": len(fds), "more": False}
+            waiting = socket.create_connection(site.forward, timeout=8)  # the kernel takes it
+            waiting.sendall(b"late")
+        if at == "rest":
+            assert other.ask({"ask": "rest"})[0] == {"done": True}
+        for fd in fds:
+            os.close(fd)
+        other.__exit__()
+        if waiting is not None:
+            with waiting:
+                assert waiting.recv(4) == b"late"
+        held.sendall(b"b")
+        assert held.recv(1) == b"b"
+    assert dial(site.forward) == b"hello"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_refused(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+    path = site.path / "web" / handover.SOCKET_NAME
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o666)  # as if it had been let in
+    held = os.open(path, os.O_PATH)  # past the directories, which are closed to it
+    stranger = subprocess.run(
+        [sys.executable, "-c", _STRANGER, str(held)], pass_fds=[held], capture_output=True, text=True, check=False
+    )
+    os.close(held)
+    assert "uid 65534 may not" in stranger.stdout, stranger
+    assert dial(site.forward) == b"hello"
+
+
+_STRANGER = """
+import os, socket, sys
+os.setgid(65534), os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+sock.settimeout(8)
+sock.connect(f"/proc/self/fd/{sys.argv[1]}")
+print(sock.recv(4096))
+"""
+
+
+# -- one end alone, where the other must be slow
+
+
+class Giver:
+    """A proxy that only listens."""
+
+    def __init__(self, listeners: Sequence[socket.socket] = ()) -> None:
+        self.history: list[str] = []
+        self.resumed = asyncio.Event()
+        self._listeners = listeners
+
+    async def prepare(self) -> None:
+        self.history.append("prepare")
+
+    def pause(self) -> list[int]:
+        self.history.append("pause")
+        return [one.fileno() for one in self._listeners]
+
+    def resume(self) -> None:
+        self.history.append("resume")
+        self.resumed.set()
+
+    def direct(self) -> list[Message]:
+        return [{"local": [str(number)]} for number in range(3)]
+
+    def connections(self) -> Sequence[Movable]:
+        return ()
+
+    def leave(self) -> None:
+        self.history.append("leave")
+
+
+OWN = Hello("1", "shop/web", (WEB,), "none")
+
+
+@contextmanager
+def listening(directory: Path) -> Iterator[socket.socket]:
+    listener = handover.listen(directory)
+    assert listener is not None
+    with listener:
+        yield listener
+
+
+def test_a_successor_that_is_slow_loses_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "PATIENCE_S", 0.2)
+
+    async def main() -> None:
+        with listening(tmp_path) as listener:
+            giver = Giver([listener])
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, OWN, giver))
+                slow = await Predecessor.find(tmp_path, OWN)
+                assert slow is not None
+                for sock in await slow.sockets():
+                    sock.close()
+                await giver.resumed.wait()
+                with pytest.raises(HandoverError, match="it took too long"):
+                    await slow.leave()
+                slow.close()
+                assert giver.history == ["prepare", "pause", "resume"]
+                serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_one_that_does_not_answer_is_not_taken_over_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "HELLO_S", 0.2)
+
+    async def main() -> None:
+        with listening(tmp_path), pytest.raises(HandoverError, match="does not answer"):
+            await Predecessor.find(tmp_path, OWN)
+
+    asyncio.run(main())
+
+
+def test_more_sockets_than_one_message_has_room_for_are_handed_over(tmp_path: Path) -> None:
+    wanted = 2 * handover.SOCKETS_AT_ONCE + 3
+
+    async def main() -> None:
+        with ExitStack() as stack:
+            made = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(wanted)]
+            giver = Giver(made)
+            listener = stack.enter_context(listening(tmp_path))
+            inherited = Inherited()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(handover.serve(listener, OWN, giver))
+                predecessor = await Predecessor.find(tmp_path, OWN)
+                assert predecessor is not None
+                for sock in await predecessor.sockets():
+                    inherited.add(sock)
+                rest = await predecessor.rest()
+                assert [piece["local"] for piece in rest.direct] == [["0"], ["1"], ["2"]]
+                await predecessor.leave()
+                predecessor.close()
+            for one in made:
+                taken = inherited.take(socket.SOCK_STREAM, *one.getsockname())
+                assert taken is not None
+                taken.close()
+            assert giver.history == ["prepare", "pause", "leave"]
+
+    asyncio.run(main())
+
+
+def test_a_directory_in_which_nothing_can_be_made_costs_only_the_upgrade(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert handover.listen(tmp_path / "none") is None
+    with listening(tmp_path):
+        assert handover.listen(tmp_path) is None, "another one runs"
+    assert caplog.text.count("no other uProxy can take over from this one") == 2
+
+
+def test_however_long_the_path_is(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+
+    async def main() -> None:
+        with listening(deep) as listener:
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, OWN, Giver()))
+                found = await Predecessor.find(deep, OWN)
+                assert found is not None
+                found.close()
+                serving.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xc1", msgpack.packb([1]), msgpack.packb({"refused": "no"})])
+def test_what_is_no_message_is_an_error(raw: bytes) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def main() -> None:
+        line = Line(ours)
+        theirs.send(raw)
+        theirs.close()
+        with pytest.raises((HandoverError, handover.GoneError)):
+            await line.receive()
+        line.close()
+
+    asyncio.run(main())
+
+
+def test_descriptors_that_nobody_wants_are_closed() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def main() -> None:
+        line = Line(ours)
+        before = len(os.listdir("/proc/self/fd"))
+        for message in ({"refused": "no"}, [1], {}):
+            socket.send_fds(theirs, [msgpack.packb(message)], [0, 1])
+            with suppress(HandoverError):
+                await line.receive(most=1)
+        assert len(os.listdir("/proc/self/fd")) == before
+        line.close()
+
+    asyncio.run(main())
+    theirs.close()

@@ -1,0 +1,439 @@
+"""How a new uProxy takes over from the one that runs, without a connection refused or cut (docs/upgrades.md).
+
+The one that runs listens on a SOCK_SEQPACKET socket in its identity directory; msgpack maps, with descriptors:
+
+    new  {"handover": 1, "version", "workload", "addresses", "capture"}
+    old  {"welcome": version}                    what it knows is on disk
+    new  {"ask": "sockets"}                      it is configured
+    old  {"sockets": n, "more"} + n descriptors  it accepts no more; what comes waits in the kernel
+    new  {"ask": "rest"}                         it accepts, and has proved capture
+    old  {"direct": {…}}, {"connection": {…}} + 2 descriptors, any number of each, then {"done": true}
+    new  {"ask": "leave"}                        it is ready
+    old  {"left": true}                          it drains
+
+Until it is asked to leave, the old one goes on as before when the new one is gone, or slow. Instead of any answer it
+may send {"refused": why}. Whoever hangs up without a word has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgpack
+
+from uproxy import linux
+
+SOCKET_NAME: Final = "handover.sock"
+PROTOCOL: Final = 1
+HELLO_S: Final = 5.0
+"""For the first word, and for each answer of the old one."""
+CONFIGURED_S: Final = 60.0
+"""For the new one to read its configuration."""
+PATIENCE_S: Final = 15.0
+"""From the first socket handed over until the old one leaves, or takes its place back: what comes waits so long."""
+MAX_MESSAGE: Final = 192 << 10
+"""Two reads of a connection that wait (plain_relay.READ_BYTES), and what is said of it."""
+SOCKETS_AT_ONCE: Final = 64
+
+_SEND_BUFFER: Final = 2 * MAX_MESSAGE
+_PAUSE_S: Final = 1.0
+
+Message = Mapping[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+class HandoverError(Exception):
+    """The other one refuses, or is none of ours; the text says why."""
+
+
+class GoneError(Exception):
+    """The other one hung up without a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who wants to take over; all but `version` must be as it is at the one that runs."""
+
+    version: str
+    workload: str
+    addresses: tuple[str, ...]
+    capture: str
+
+    def pack(self) -> Message:
+        return {
+            "handover": PROTOCOL,
+            "version": self.version,
+            "workload": self.workload,
+            "addresses": list(self.addresses),
+            "capture": self.capture,
+        }
+
+    def wrong(self, said: Message) -> str:
+        """Why whoever says this cannot take over from us; empty when it can."""
+        if said.get("handover") != PROTOCOL:
+            return f"it speaks hand-over protocol {said.get('handover')!r}, this one {PROTOCOL}: restart instead"
+        ours = self.pack()
+        for name in ("workload", "addresses", "capture"):
+            if said.get(name) != ours[name]:
+                return f"its {name} is {said.get(name)!r}, this one's {ours[name]!r}: restart instead"
+        return ""
+
+
+# -- the line between the two
+
+
+class Line:
+    """One end. Every wait raises TimeoutError when it is over."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Raises HandoverError when the other end is neither this user nor root."""
+        sock.setblocking(False)
+        uid = linux.peer_uid(sock)
+        if uid not in (os.geteuid(), 0):
+            why = f"uid {uid} may not: only the uProxy's own user and root hand over"
+            with sock, contextlib.suppress(OSError):
+                sock.send(msgpack.packb({"refused": why}))
+            raise HandoverError(why)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        self._sock = sock
+
+    def close(self) -> None:
+        self._sock.close()
+
+    async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        await self.offer(lambda: (message, descriptors))
+
+    async def offer(self, make: Callable[[], tuple[Message, Sequence[int]]]) -> None:
+        """Send what `make` gives in the very moment in which it can be sent."""
+        loop = asyncio.get_running_loop()
+        while True:
+            message, descriptors = make()
+            try:
+                socket.send_fds(self._sock, [msgpack.packb(message)], descriptors)
+                return
+            except BlockingIOError:
+                await self._ready(loop.add_writer, loop.remove_writer)
+            except ConnectionError:
+                return  # it is gone, but what it said last may still be here to be received
+
+    async def receive(self, *, most: int = 0) -> tuple[dict[str, Any], list[int]]:
+        """A message, with `most` descriptors at most, which are the caller's. Raises GoneError and HandoverError."""
+        raw, descriptors, flags = await self._received(most)
+        try:
+            if not raw:
+                raise GoneError
+            message = msgpack.unpackb(raw)
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, dict):
+                raise HandoverError("a message is too large, or no map")
+            if "refused" in message:
+                raise HandoverError(str(message["refused"]))
+        except (ValueError, msgpack.UnpackException) as error:
+            _close_all(descriptors)
+            raise HandoverError(f"a message is not msgpack: {error}") from None
+        except BaseException:
+            _close_all(descriptors)
+            raise
+        return message, descriptors
+
+    async def _received(self, most: int) -> tuple[bytes, list[int], int]:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return socket.recv_fds(self._sock, MAX_MESSAGE, most, socket.MSG_CMSG_CLOEXEC)[:3]
+            except BlockingIOError:
+                await self._ready(loop.add_reader, loop.remove_reader)
+            except ConnectionResetError:
+                continue  # told once, ahead of what it said last
+
+    async def _ready(
+        self, watch: Callable[[socket.socket, Callable[[], object]], None], unwatch: Callable[[socket.socket], object]
+    ) -> None:
+        ready = asyncio.Event()
+        watch(self._sock, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            unwatch(self._sock)
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+# -- the new one
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What the old one had beside its listening sockets."""
+
+    direct: tuple[Message, ...]
+    connections: tuple[tuple[Message, socket.socket, socket.socket], ...]
+    """What is said of each, its peer's socket and its application's."""
+
+
+class Predecessor:
+    """The one that runs, as its successor sees it. One that dies meanwhile counts as having given all it could."""
+
+    def __init__(self, line: Line, version: str) -> None:
+        self._line = line
+        self.version = version
+
+    @classmethod
+    async def find(cls, directory: Path, hello: Hello) -> Predecessor | None:
+        """The one that runs with this identity directory; None when none does. Raises HandoverError when it refuses."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            with _short(directory) as path:
+                sock.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            return None
+        except OSError as error:
+            sock.close()
+            raise HandoverError(f"{directory / SOCKET_NAME}: {error.strerror}") from None
+        line = Line(sock)
+        try:
+            async with asyncio.timeout(HELLO_S):
+                await line.send(hello.pack())
+                said, _ = await line.receive()
+            return cls(line, str(said.get("welcome", "")))
+        except GoneError:
+            line.close()
+            return None
+        except TimeoutError:
+            line.close()
+            raise HandoverError(f"it does not answer within {HELLO_S:g} s") from None
+        except BaseException:
+            line.close()
+            raise
+
+    async def sockets(self) -> list[socket.socket]:
+        """All that it listens on. It accepts no more from here on. Raises HandoverError."""
+        taken: list[socket.socket] = []
+        try:
+            with _told_in_time():
+                async with asyncio.timeout(HELLO_S):
+                    await self._line.send({"ask": "sockets"})
+                    more = True
+                    while more:
+                        said, descriptors = await self._line.receive(most=SOCKETS_AT_ONCE)
+                        taken += [socket.socket(fileno=descriptor) for descriptor in descriptors]
+                        more = bool(said.get("more"))
+        except BaseException:
+            for one in taken:
+                one.close()
+            raise
+        return taken
+
+    async def rest(self) -> Rest:
+        """What else it can give away. Raises HandoverError."""
+        direct: list[Message] = []
+        connections: list[tuple[Message, socket.socket, socket.socket]] = []
+        with _told_in_time():
+            async with asyncio.timeout(PATIENCE_S):
+                await self._line.send({"ask": "rest"})
+                while True:
+                    said, descriptors = await self._line.receive(most=2)
+                    if "direct" in said:
+                        direct.append(said["direct"])
+                    if "connection" in said and len(descriptors) == 2:
+                        peer, app = (socket.socket(fileno=descriptor) for descriptor in descriptors)
+                        connections.append((said["connection"], peer, app))
+                    else:
+                        _close_all(descriptors)
+                    if said.get("done"):
+                        break
+        return Rest(tuple(direct), tuple(connections))
+
+    async def leave(self) -> None:
+        """Let it drain. Raises HandoverError when it has taken its place back."""
+        with _told_in_time():
+            async with asyncio.timeout(HELLO_S):
+                await self._line.send({"ask": "leave"})
+                await self._line.receive()
+
+    def close(self) -> None:
+        self._line.close()
+
+
+@contextlib.contextmanager
+def _told_in_time() -> Iterator[None]:
+    """Raises HandoverError for one that does not answer; one that has died has no more to say."""
+    try:
+        yield
+    except GoneError:
+        log.warning("the uProxy to take over from is gone")
+    except TimeoutError:
+        raise HandoverError("it does not answer in time") from None
+
+
+# -- the old one
+
+
+class Movable(Protocol):
+    """A connection that another process can go on with."""
+
+    def describe(self) -> tuple[Message, Sequence[int]] | None:
+        """How it stands, with the descriptors of its peer's socket and its application's; None: it has ended."""
+
+    def let_go(self) -> None:
+        """It is the other one's now."""
+
+
+class Giver(Protocol):
+    """What a proxy does when another one takes over."""
+
+    async def prepare(self) -> None:
+        """Have what it knows on disk."""
+
+    def pause(self) -> list[int]:
+        """Accept no more; returns the descriptors of all that it listens on, of which it closes none yet."""
+
+    def resume(self) -> None:
+        """Accept again."""
+
+    def direct(self) -> list[Message]:
+        """What it has said of the direct path."""
+
+    def connections(self) -> Sequence[Movable]:
+        """Those in plaintext."""
+
+    def leave(self) -> None:
+        """Drain."""
+
+
+def listen(directory: Path) -> socket.socket | None:
+    """Where a successor finds us; None, and a line in the log, where none can. A dead process's socket is replaced."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        with _short(directory) as path:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise OSError(0, "another uProxy runs with this identity directory")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            before = os.umask(0o177)  # bind() makes the file; a chmod afterwards would come too late
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(before)
+        sock.listen(1)
+        return sock
+    except OSError as error:
+        sock.close()
+        log.warning("no other uProxy can take over from this one: %s: %s", directory / SOCKET_NAME, error.strerror)
+        return None
+
+
+def remove(directory: Path) -> None:
+    """The one that ends without a successor takes its socket away."""
+    with contextlib.suppress(OSError):
+        (directory / SOCKET_NAME).unlink()
+
+
+@contextlib.contextmanager
+def _short(directory: Path) -> Iterator[str]:
+    """A path of the socket that fits into sun_path, 108 bytes, wherever the directory is. Raises OSError."""
+    held = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{held}/{SOCKET_NAME}"
+    finally:
+        os.close(held)
+
+
+async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
+    """Until somebody has taken over."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            sock, _ = await loop.sock_accept(listener)
+        except OSError as error:  # no descriptor is left
+            log.warning("nobody takes over: %s", error)
+            await asyncio.sleep(_PAUSE_S)
+            continue
+        try:
+            if await _converse(Line(sock), own, giver):
+                return
+        except HandoverError as error:
+            log.warning("nobody takes over: %s", error)
+
+
+async def _converse(line: Line, own: Hello, giver: Giver) -> bool:
+    """Whether it has taken over. Raises HandoverError."""
+    paused = False
+    try:
+        async with asyncio.timeout(HELLO_S):
+            said, _ = await line.receive()
+            if wrong := own.wrong(said):
+                await line.send({"refused": wrong})
+                raise HandoverError(wrong)
+            await giver.prepare()
+            await line.send({"welcome": own.version})
+        async with asyncio.timeout(CONFIGURED_S):
+            await _asked(line, "sockets")
+        async with asyncio.timeout(PATIENCE_S):
+            paused = True
+            listening = giver.pause()
+            log.info("version %s takes over from this one, %s", said["version"], own.version)
+            for at in range(0, len(listening), SOCKETS_AT_ONCE):
+                some = listening[at : at + SOCKETS_AT_ONCE]
+                await line.send({"sockets": len(some), "more": at + len(some) < len(listening)}, some)
+            await _asked(line, "rest")
+            await _give_rest(line, giver)
+            await _asked(line, "leave")
+            paused = False
+            giver.leave()
+            await line.send({"left": True})
+        return True
+    except GoneError:
+        raise HandoverError("the other one is gone; this one goes on") from None
+    except TimeoutError:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HELLO_S):
+                await line.send({"refused": "it took too long"})
+        raise HandoverError("the other one takes too long; this one goes on") from None
+    except OSError as error:
+        raise HandoverError(f"{error}; this one goes on") from None
+    finally:
+        line.close()
+        if paused:
+            giver.resume()
+
+
+async def _asked(line: Line, what: str) -> None:
+    said, _ = await line.receive()
+    if said.get("ask") != what:
+        raise HandoverError(f"{what!r} is what may be asked for now, not {said.get('ask')!r}")
+
+
+async def _give_rest(line: Line, giver: Giver) -> None:
+    for said in giver.direct():
+        await line.send({"direct": said})
+    for connection in giver.connections():
+        await _give(line, connection)
+    await line.send({"done": True})
+
+
+async def _give(line: Line, connection: Movable) -> None:
+    """As it stands in the moment in which it is sent."""
+    described: tuple[Message, Sequence[int]] | None = None
+
+    def make() -> tuple[Message, Sequence[int]]:
+        nonlocal described
+        described = connection.describe()
+        return ({}, ()) if described is None else ({"connection": described[0]}, described[1])
+
+    await line.offer(make)
+    if described is not None:
+        connection.let_go()
