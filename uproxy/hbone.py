@@ -41,7 +41,7 @@ from uproxy.header_block import Headers, decode_literals, encode_headers, well_f
 # with a quarter, so that many slow readers hold little. The connection's must exceed a stream's (docs/hbone.md 2.2).
 INITIAL_STREAM_WINDOW: Final = 256 << 10
 MAX_STREAM_WINDOW: Final = 1 << 20
-# A stream that was quick and then stops holds its whole window: few may have the large one.
+# A stream that was quick and then stops holds its whole window: so many of a connection may have the large one.
 MAX_LARGE_WINDOWS: Final = 16
 CONNECTION_WINDOW: Final = 16 << 20
 MAX_FRAME_SIZE: Final = 1 << 20  # as ztunnel; cut through, so its size costs no memory
@@ -69,10 +69,11 @@ OUTPUT_SIZE: Final = 128 << 10
 MAX_SPILL: Final = 256 << 10
 OVERFLOW: Final = "the peer makes us answer and reads nothing"
 MIN_DATA: Final = 1024  # below this room, wait for a flush rather than send crumbs
-# Header and payload fill whole TLS records of 16 KiB: 16384 of payload would need two records. One active stream gets
-# four records a frame; several get one each, because a large frame delays its neighbours (docs/decisions.md).
-SHARED_DATA: Final = (16 << 10) - 9
-SINGLE_DATA: Final = (64 << 10) - 9
+# What a stream may put into one frame, header included: whole TLS records of 16 KiB, so that none is nearly empty. All
+# that the output buffer holds, while all who have something find room in it; when one does not, half as much for each,
+# and so on, since a large frame delays its neighbours (docs/decisions.md).
+RECORD: Final = 16 << 10
+MOST_SHARE: Final = OUTPUT_SIZE
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 MAX_WINDOW: Final = (1 << 31) - 1
@@ -220,9 +221,10 @@ class Connection:
         self.send_window = _DEFAULT_WINDOW
         self._peer_initial_window = _DEFAULT_WINDOW
         self._withheld = 0  # of each stream's window
-        self._peer_max_frame = 16384
+        self._most_data = RECORD - 9  # in one frame, as the peer allows it, in whole records with its header
         self._recv_window = CONNECTION_WINDOW
         self._recv_unacknowledged = 0
+        self._large: set[int] = set()  # streams that were given the large window; some may be gone
         self._next_id = 1
         self._highest_peer_id = 0
         self._last_admitted_id = MAX_WINDOW
@@ -248,6 +250,8 @@ class Connection:
         self._table_emptied = False
         self._output = memoryview(bytearray(OUTPUT_SIZE))
         self._used = 0
+        self._share = MOST_SHARE
+        self._crowded = False  # somebody found no room since the last output was taken
         self._spill = bytearray()
         self._h2 = _h2_connection(client)
         self._append(self._h2.data_to_send())
@@ -269,6 +273,12 @@ class Connection:
         """The output was taken whole."""
         self._used = 0
         self._spill.clear()
+        if self._crowded:
+            self._crowded = False
+            if self._share > RECORD:
+                self._share //= 2
+        elif self._share < MOST_SHARE:
+            self._share *= 2
 
     def reserve(self, stream: Stream) -> memoryview:
         """Room for DATA of this stream now: the caller writes into it, then commits. Empty: wait for a WindowOpened.
@@ -278,9 +288,9 @@ class Connection:
         used = self._used + 9
         left = OUTPUT_SIZE - used
         if self._spill or left < MIN_DATA:
+            self._crowded = True
             return _EMPTY
-        limit = SINGLE_DATA if len(self.streams) == 1 else SHARED_DATA
-        room = min(left, limit, self._peer_max_frame, stream.send_window, self.send_window)
+        room = min(left, self._share - 9, self._most_data, stream.send_window, self.send_window)
         return self._output[used : used + room] if room > 0 else _EMPTY
 
     def commit(self, stream: Stream, length: int) -> None:
@@ -346,12 +356,20 @@ class Connection:
         stream.unacknowledged += length
         if stream.unacknowledged * 4 >= stream.recv_limit and not stream.remote_closed:
             credit = stream.unacknowledged
-            if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW and len(self.streams) <= MAX_LARGE_WINDOWS:
+            if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW and self._may_be_large(stream.id):
                 credit += MAX_STREAM_WINDOW - stream.recv_limit
                 stream.recv_limit = MAX_STREAM_WINDOW
             stream.unacknowledged = 0
             stream.recv_window += credit
             self._frame(WINDOW_UPDATE, 0, stream.id, _U32.pack(credit))
+
+    def _may_be_large(self, stream_id: int) -> bool:
+        if len(self._large) >= MAX_LARGE_WINDOWS:
+            self._large = {one for one in self._large if one in self.streams}
+            if len(self._large) >= MAX_LARGE_WINDOWS:
+                return False
+        self._large.add(stream_id)
+        return True
 
     def ping(self, payload: bytes) -> None:
         """Send a PING with 8 bytes of payload; the answer is a PongReceived."""
@@ -615,7 +633,7 @@ class Connection:
                     self._change_windows(change.new_value)
                     events.append(WindowOpened(None))
                 elif code == SettingCodes.MAX_FRAME_SIZE:
-                    self._peer_max_frame = change.new_value
+                    self._most_data = (change.new_value + 9) // RECORD * RECORD - 9
                 elif code == SettingCodes.MAX_CONCURRENT_STREAMS:
                     self.peer_max_streams = change.new_value
         elif isinstance(event, SettingsAcknowledged):

@@ -35,10 +35,11 @@ BULK_BYTES = 8 << 20
 # After our close_notify and FIN a peer that reads at all closes within a round trip.
 LINGER_S = 30.0
 
-_CIPHERTEXT = bytearray(128 << 10)
+# What one write of a whole output buffer makes, and the records' overhead: read at once, it ends with a record.
+_CIPHERTEXT = bytearray(160 << 10)
 _CIPHERTEXT_VIEW = memoryview(_CIPHERTEXT)
 # A read of ciphertext can complete one record begun before it: never more plaintext than this.
-_PLAINTEXT_VIEW = memoryview(bytearray((128 << 10) + (32 << 10)))
+_PLAINTEXT_VIEW = memoryview(bytearray((160 << 10) + (32 << 10)))
 
 RequestCallback = Callable[["Tunnel", Relay, Headers, bool], None]
 

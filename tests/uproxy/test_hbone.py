@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -291,9 +293,8 @@ def test_data_never_overtakes_a_frame_that_did_not_fit(pair):
 
 def test_room_is_never_more_than_the_smallest_limit(pair):
     mine, _ = pair.opened()
-    assert len(pair.client.reserve(mine)) == hbone.SINGLE_DATA
     other, _ = pair.opened()
-    assert len(pair.client.reserve(mine)) == hbone.SHARED_DATA
+    assert len(pair.client.reserve(mine)) == hbone.OUTPUT_SIZE - 9
     mine.send_window = 5
     assert len(pair.client.reserve(mine)) == 5
     pair.client.send_window = 3
@@ -303,6 +304,69 @@ def test_room_is_never_more_than_the_smallest_limit(pair):
     assert len(pair.client.reserve(mine)) == 0
     mine.send_window = -7
     assert len(pair.client.reserve(mine)) == 0
+
+
+def fill(connection, streams, size):
+    """One turn in which each stream has so much to send; what each got into its frame."""
+    taken = []
+    for stream in streams:
+        stream.send_window = connection.send_window = 1 << 30
+        if not len(connection.reserve(stream)):
+            drain(connection)
+        taken.append(put_once(connection, stream, bytes(size)))
+    drain(connection)
+    return taken
+
+
+def put_once(connection, stream, data):
+    room = connection.reserve(stream)
+    length = min(len(room), len(data))
+    room[:length] = data[:length]
+    connection.commit(stream, length)
+    return length
+
+
+def test_one_stream_fills_the_output_and_many_get_about_a_record_each():
+    pair = Pair()
+    streams = [pair.opened()[0] for _ in range(100)]
+    most = hbone.OUTPUT_SIZE
+    assert fill(pair.client, streams[:1], most) == [most - 9]
+    for _ in range(5):
+        assert sum(fill(pair.client, streams, most)) < 1.5 * len(streams) * hbone.RECORD
+    for _ in range(3):
+        fill(pair.client, streams[:1], most)
+    assert fill(pair.client, streams[:1], most) == [most - 9]
+
+
+@pytest.mark.parametrize("allowed", [16384, 16400, 32767, 65536, 1 << 20])
+def test_a_frame_fills_whole_records_whatever_the_peer_allows(allowed):
+    pair = Pair()
+    mine, _ = pair.opened()
+    mine.send_window = 1 << 30
+    feed(pair.client, raw.frame(raw.SETTINGS, 0, 0, struct.pack(">HL", 5, allowed)))
+    drain(pair.client)
+    taken = put_once(pair.client, mine, bytes(1 << 20))
+    assert taken <= allowed
+    assert (taken + 9) % hbone.RECORD == 0
+    assert taken + 9 + hbone.RECORD > min(allowed, hbone.OUTPUT_SIZE)
+
+
+def test_so_many_streams_have_the_large_window_and_those_that_end_make_room():
+    pair = Pair()
+    streams = [pair.opened() for _ in range(hbone.MAX_LARGE_WINDOWS + 2)]
+
+    def reads(mine, theirs):
+        put(pair.client, mine, bytes(INITIAL_STREAM_WINDOW // 2))
+        pair.exchange()
+        pair.server.consumed(theirs, INITIAL_STREAM_WINDOW // 2, keeps_up=True)
+        pair.exchange()
+        return theirs.recv_limit
+
+    limits = [reads(*stream) for stream in streams]
+    assert limits[-3:] == [MAX_STREAM_WINDOW, INITIAL_STREAM_WINDOW, INITIAL_STREAM_WINDOW]
+    pair.server.reset(streams[0][1], ErrorCode.CANCEL)
+    pair.exchange()
+    assert [reads(*stream) for stream in streams[-2:]] == [MAX_STREAM_WINDOW, INITIAL_STREAM_WINDOW]
 
 
 def test_output_is_bounded_however_much_is_offered():
