@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from control.api.address import HBONE_PORT
-from control.api.route import Backend, RouteRule
+from control.api.filters import Filters
+from control.api.route import NO_MODIFIER, Backend, RouteRule
 from control.client.state import State
 from uproxy import trace
 from uproxy.errors import RefusedError
@@ -22,6 +23,7 @@ from uproxy.listener import Asked
 from uproxy.plane import Plane, Timer, Waiter
 from uproxy.resolve import Hop, host_port
 from uproxy.telemetry import Peer
+from waypoint import cors
 from waypoint import telemetry as flags
 from waypoint.caller import Caller
 from waypoint.destination import Destination, Destinations
@@ -29,6 +31,7 @@ from waypoint.directory import Directory
 from waypoint.messages import END, Body, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead, length
 from waypoint.refusal import REASONS, RefusalError
 from waypoint.request import Request, RequestError, read_request
+from waypoint.rewriting import location, rewritten
 from waypoint.routing import choose_backend, modified
 from waypoint.rules import RuleBook, Rules
 from waypoint.sides import STALL_TIMEOUT_S, Incoming, Outgoing
@@ -55,6 +58,11 @@ class _Course:
     outgoing: Outgoing | None = None
     cause: RefusalError | None = None
     """Why it was stopped."""
+    permitted: Request | None = None
+    """As routes see it, once policy has let it in."""
+    rule: RouteRule | None = None
+    """Under which it falls, and where that sends it, once both are known."""
+    backend: Backend | None = None
     answering: bool = False
     """Whether bytes of the final response may have gone to the caller."""
     uploaded: Waiter[None] | None = None
@@ -131,24 +139,31 @@ class Exchanges:
             exchange.destination_service = destination.service_key
             judged = _judged(head)
             exchange.path, exchange.authority = judged.target, judged.host
-            permitted = self._permitted(rules, caller, destination, judged)
+            permitted = course.permitted = self._permitted(rules, caller, destination, judged)
             exchange.path = permitted.target
             rule = self._route(rules, destination, permitted)
             while True:
+                course.rule = rule
+                if rule is not None and (answer := _answered_here(rule.filters, course, destination)) is not None:
+                    await self._answer(course, answer)
+                    return
                 generation = self._state.generation
                 self._limit(rule, course)
-                backend, hops = await self._pick(rule, destination, course)
+                course.backend, hops = await self._pick(rule, destination, course)
                 if self._state.generation == generation:
                     break
                 # It has waited: what holds now counts.
                 destination, rules = self._rules_for(asked)
-                permitted = self._permitted(rules, caller, destination, judged)
+                permitted = course.permitted = self._permitted(rules, caller, destination, judged)
                 before, rule = rule, self._route(rules, destination, permitted)
                 if rule == before:
                     break
-            onward = _onward(head, permitted, rule, backend, caller, exchange)
-            response = await self._forward(course, onward, hops)
-            await self._relay(course, rule, backend, destination, response)
+            backend = course.backend
+            if backend is not None and (answer := _answered_here(backend.filters, course, destination)) is not None:
+                await self._answer(course, answer)
+                return
+            response = await self._forward(course, _onward(course, permitted), hops)
+            await self._relay(course, destination, response)
         except RefusalError as refusal:
             if course.answering or refusal.flag == flags.CALLER_GONE:
                 # What the caller has of the response is not whole, and must not look so.
@@ -316,8 +331,6 @@ class Exchanges:
     async def _relay(
         self,
         course: _Course,
-        rule: RouteRule | None,
-        backend: Backend | None,
         destination: Destination,
         events: list[ResponseEvent],
     ) -> None:
@@ -331,7 +344,7 @@ class Exchanges:
                 if isinstance(event, Body):
                     exchange.sent += len(event.data)
                 elif isinstance(event, ResponseHead):
-                    event = _answered(event, rule, backend)
+                    event = _answered(event, course)
                     if not event.interim:
                         exchange.status = event.status
                         answering = True
@@ -361,25 +374,32 @@ class Exchanges:
         return self.draining or (bool(destination.services) and not bound)
 
     async def _refuse(self, course: _Course, refusal: RefusalError) -> None:
-        """Answer by itself. Raises OSError."""
-        request, exchange = course.request, course.exchange
-        _note(exchange, refusal)
-        exchange.status = refusal.status
+        """Raises OSError."""
+        _note(course.exchange, refusal)
         text = refusal.detail.encode() + b"\n"
         fields = [
             (b"content-type", b"text/plain"),
             (b"x-uproxy-reason", refusal.reason.encode()),
-            (b"x-request-id", exchange.request_id.encode()),
+            (b"x-request-id", course.exchange.request_id.encode()),
             *refusal.fields,
         ]
         if refusal.policy:
             fields.append((b"x-uproxy-policy", refusal.policy.encode()))
+        head = ResponseHead(
+            refusal.status, REASONS.get(refusal.status, b""), _for_browsers(fields, course), length(len(text))
+        )
+        await self._answer(course, head, text, close=refusal.close)
+
+    async def _answer(self, course: _Course, head: ResponseHead, text: bytes = b"", *, close: bool = False) -> None:
+        """Answer by itself. Raises OSError."""
+        request, exchange = course.request, course.exchange
+        exchange.status = head.status
         if request.head.method != "HEAD":
             exchange.sent = len(text)
         course.over = True
         course.answering = True
-        head = ResponseHead(refusal.status, REASONS.get(refusal.status, b""), fields, length(len(text)))
-        await request.send((head, Body(text), END), close=self.draining or refusal.close)
+        events = (head, Body(text), END) if text else (head, END)
+        await request.send(events, close=self.draining or close)
         if not request.whole:
             await request.discard(course.uploaded)
 
@@ -469,18 +489,28 @@ def _judged(head: RequestHead) -> Request:
         raise RefusalError(400, "bad-request", str(error), flag=flags.MALFORMED) from None
 
 
-def _onward(
-    head: RequestHead,
-    request: Request,
-    rule: RouteRule | None,
-    backend: Backend | None,
-    caller: Caller,
-    exchange: Exchange,
-) -> RequestHead:
+def _answered_here(filters: Filters, course: _Course, destination: Destination) -> ResponseHead | None:
+    """What no backend is asked for: where else to go, or what a browser may do."""
+    assert course.permitted is not None
+    if filters.cors is not None and cors.is_preflight(course.permitted):
+        return cors.preflight(filters.cors, course.permitted)
+    if filters.redirect is None:
+        return None
+    assert course.rule is not None
+    where = location(filters.redirect, course.rule, course.permitted, destination.dialled_port)
+    status = filters.redirect.status
+    return _answered(ResponseHead(status, REASONS[status], [(b"location", where.encode())], length(0)), course)
+
+
+def _onward(course: _Course, request: Request) -> RequestHead:
     """The head that the backend gets: the path as it was judged, who calls said by nobody but us, and our span."""
-    fields = request.fields
-    if rule is not None and backend is not None:
-        fields = modified(fields, rule.request, backend.request)
+    head, caller, exchange = course.request.head, course.caller, course.exchange
+    target, fields = request.target, request.fields
+    if course.rule is not None and course.backend is not None:
+        fields = modified(fields, course.rule.request, course.backend.request)
+        rewrite = course.backend.filters.rewrite or course.rule.filters.rewrite
+        if rewrite is not None:
+            target, fields = rewritten(rewrite, course.rule, target, fields)
     kept = [(name, value) for name, value in fields if name not in _CALLERS and not name.startswith(_OURS)]
     kept += (
         (b"x-forwarded-for", caller.address.encode()),
@@ -490,15 +520,23 @@ def _onward(
     if exchange.span:
         kept = [(name, value) for name, value in kept if name != b"traceparent"]
         kept.append((b"traceparent", exchange.traceparent))
-    return RequestHead(head.method, request.target, kept, head.framing, expects_continue=head.expects_continue)
+    return RequestHead(head.method, target, kept, head.framing, expects_continue=head.expects_continue)
 
 
-def _answered(head: ResponseHead, rule: RouteRule | None, backend: Backend | None) -> ResponseHead:
+def _answered(head: ResponseHead, course: _Course) -> ResponseHead:
     """The head that the caller gets. Refusals with our reasons are ours alone."""
     fields: Fields = [(name, value) for name, value in head.fields if not name.startswith(_OURS)]
-    if rule is not None and backend is not None:
-        fields = modified(fields, backend.response, rule.response)
-    return ResponseHead(head.status, head.reason, fields, head.framing)
+    if course.rule is not None:
+        from_backend = course.backend.response if course.backend is not None else NO_MODIFIER
+        fields = modified(fields, from_backend, course.rule.response)
+    return ResponseHead(head.status, head.reason, _for_browsers(fields, course), head.framing)
+
+
+def _for_browsers(fields: Fields, course: _Course) -> Fields:
+    """With what pages of other origins may do, where the route says so."""
+    if course.rule is None or course.rule.filters.cors is None or course.permitted is None:
+        return fields
+    return cors.answered(course.rule.filters.cors, course.permitted, fields)
 
 
 def _broken(course: _Course, error: Exception, *, begun: bool = False) -> RefusalError:

@@ -8,6 +8,11 @@ from waypoint import telemetry as flags
 from waypoint.messages import Fields
 
 REASONS: Final = {
+    301: b"Moved Permanently",
+    302: b"Found",
+    303: b"See Other",
+    307: b"Temporary Redirect",
+    308: b"Permanent Redirect",
     400: b"Bad Request",
     401: b"Unauthorized",
     403: b"Forbidden",

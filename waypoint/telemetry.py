@@ -52,7 +52,7 @@ class Exchange:
     """`namespace/name` of the service that was dialled; empty when a workload was."""
     method: str = ""
     path: str = ""
-    """With its query, as it is forwarded; as it came when it is not."""
+    """With its query, as routes and policies saw it; as it came when they did not."""
     authority: str = ""
     """The Host field."""
     protocol: str = "HTTP/1.1"

@@ -28,6 +28,7 @@ from waypoint import http1_head
 from waypoint.destination import Destination, Destinations
 from waypoint.messages import Fields, MessageError, RequestHead
 from waypoint.request import Request, RequestError, read_request
+from waypoint.rewriting import location
 from waypoint.rules import rules_at
 from waypoint.tokens import Token, TokenError
 
@@ -162,7 +163,7 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
     backends = [(destination.service_key, destination.port, 1)]
     if request is not None and destination.backend is None:
         rule = rules.router.route(request)
-        step, backends = _route(rule, asked)
+        step, backends = _route(rule, request, plan.port)
         yield step
     places = list(_behind(state, destination, backends))
     if not places and backends:
@@ -189,16 +190,21 @@ def _head(question: Question, plan: Plan) -> RequestHead:
     return http1_head.read_request(head, b"")
 
 
-def _route(rule: RouteRule | None, asked: str) -> tuple[Step, list[tuple[str, int, int]]]:
+def _route(rule: RouteRule | None, request: Request, port: int) -> tuple[Step, list[tuple[str, int, int]]]:
     """The step, and the key, port and weight of each backend that gets any requests."""
+    asked = f"{request.method} {request.target}"
     if rule is None:
         return Step("route", False, f"{asked}: 404, there are routes and no rule of them matches", "no-route"), []
+    name = f"rule {rule.name}" if rule.name else "to"
+    if rule.filters.redirect is not None:
+        where = location(rule.filters.redirect, rule, request, port)
+        return Step("route", True, f"{asked}: {name} {rule.filters.redirect.status} {where}"), []
     backends = [(backend.service, backend.port, backend.weight) for backend in rule.backends if backend.weight]
     if not backends:
         return Step("route", False, f"{asked}: 500, the rule that matches has no backend", "no-backend"), []
     total = sum(weight for _, _, weight in backends)
     shares = ", ".join(f"{service}:{port} ({100 * weight / total:.4g} %)" for service, port, weight in backends)
-    return Step("route", True, f"{asked}: {f'rule {rule.name}' if rule.name else 'to'} {shares}"), backends
+    return Step("route", True, f"{asked}: {name} {shares}"), backends
 
 
 @dataclass(frozen=True, slots=True)

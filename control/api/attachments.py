@@ -80,7 +80,7 @@ def check_routes(
                 _check_reference(item, place, backend.service, backend.port, by_key, findings)
                 if backend.service in by_key:
                     _check_backend(item, place, backend.service, wishes, findings)
-            if not any(backend.weight for backend in rule.backends):
+            if rule.filters.redirect is None and not any(backend.weight for backend in rule.backends):
                 findings.warn(item.position, path, "has no backendRefs with a weight; its requests are answered 500")
         _check_conflicts(item, by_key, taken, findings)
 

@@ -333,6 +333,16 @@ class Reader:
             return default
         return node.value
 
+    def integers(self, name: str, low: int, high: int) -> tuple[int, ...]:
+        """Numbers of a list; absent is empty, but a written list has at least one item."""
+        found: list[int] = []
+        for path, item in self._items(name):
+            if not isinstance(item, Scalar) or type(item.value) is not int or not low <= item.value <= high:
+                self._wrong_type(path, item, f"a number from {low} to {high}")
+            else:
+                found.append(item.value)
+        return tuple(found)
+
     def boolean(self, name: str, *, default: bool) -> bool:
         node = self._scalar(name, "", "true or false")
         if node is None:

@@ -18,7 +18,7 @@ from control.api.declared import (
 )
 from control.api.declared import place_of as place_of  # beside `parse`, since whoever parses goes on to ask it
 from control.api.document import Map, Reader, position_of, read_documents
-from control.api.gateway_api import read_gateway, read_http_route
+from control.api.gateway_api import read_gateway
 from control.api.metadata import (
     MORE_ADDRESSES,
     PROXY_PROTOCOL,
@@ -34,6 +34,7 @@ from control.api.policy import parse_port
 from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
 from control.api.request_authentication import read_request_authentication
+from control.api.route_api import read_http_route
 from control.api.security import read_authorization_policy, read_peer_authentication
 from control.api.workload import ServicePort
 

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Final
 
 from control.api.expression import expression
+from control.api.filters import NO_FILTERS, Filters
 from control.api.http_text import normal_path, wrong_header_name
 from control.api.names import key, wrong_subdomain
 from control.api.problems import shown
@@ -16,6 +17,8 @@ METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", 
 """Those that Gateway API lets a match name."""
 MAX_WEIGHT: Final = 1_000_000  # Gateway API's
 MAX_TIMEOUT_MS: Final = 24 * 3_600_000
+MAX_ATTEMPTS: Final = 10
+"""After the first: more would make of one request that fails a flood."""
 MAX_EXPRESSION: Final = 1024  # Gateway API's, of a path
 
 _QUERY_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
@@ -110,6 +113,20 @@ class Backend:
     """0: none of them."""
     request: HeaderModifier
     response: HeaderModifier
+    filters: Filters = NO_FILTERS
+    """Without CORS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """When a request is sent once more: where nobody answers, and where the answer is one of these."""
+
+    codes: tuple[int, ...]
+    """Status codes from 400 to 599, in order; perhaps none."""
+    attempts: int
+    """At most so many after the first."""
+    backoff_ms: int
+    """At least so long after the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +143,8 @@ class RouteRule:
     """From the request's head to the end of the response; 0: none."""
     backend_timeout_ms: int
     """Of one attempt, likewise; 0: none."""
+    filters: Filters = NO_FILTERS
+    retry: Retry | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from control.api.fields import Fields, RecordError, check_distinct, checked, number_in, read_member, read_port, typed
+from control.api.fields import (
+    Fields,
+    RecordError,
+    check_distinct,
+    check_ordered,
+    checked,
+    number_in,
+    read_member,
+    read_port,
+    typed,
+)
+from control.api.filter_record import name_in, read_filters, read_service, write_filters
 from control.api.http_text import wrong_field_value, wrong_header_name
 from control.api.messages import Body, Value
-from control.api.names import key, wrong_service_name
 from control.api.route import (
+    MAX_ATTEMPTS,
     MAX_TIMEOUT_MS,
     MAX_WEIGHT,
     METHODS,
@@ -23,6 +34,7 @@ from control.api.route import (
     PathKind,
     PathMatch,
     QueryMatch,
+    Retry,
     RouteRule,
     canonical_route_path,
     wrong_expression,
@@ -39,7 +51,7 @@ _T = TypeVar("_T")
 def write_route(route: HTTPRoute) -> Body:
     """The body."""
     return {
-        "parents": [[_name_in(parent.service), parent.port] for parent in route.parents],
+        "parents": [[name_in(parent.service), parent.port] for parent in route.parents],
         "hostnames": list(route.hostnames),
         "rules": [_write_rule(rule) for rule in route.rules],
     }
@@ -61,28 +73,32 @@ def read_route(topic: RouteTopic, fields: Fields) -> HTTPRoute:
     return HTTPRoute(topic.namespace, topic.name, parents, hostnames, rules)
 
 
-def _name_in(of_namespace: str) -> str:
-    """The name in a key whose namespace the topic says."""
-    return of_namespace.partition("/")[2]
-
-
 def _write_rule(rule: RouteRule) -> Body:
     return {
         "name": rule.name,
         "matches": [_write_match(match) for match in rule.matches],
         **_write_modifiers(rule.request, rule.response),
+        **write_filters(rule.filters),
         "backends": [
             {
-                "service": _name_in(backend.service),
+                "service": name_in(backend.service),
                 "port": backend.port,
                 "weight": backend.weight,
                 **_write_modifiers(backend.request, backend.response),
+                **write_filters(backend.filters),
             }
             for backend in rule.backends
         ],
         "timeout_ms": rule.timeout_ms,
         "backend_timeout_ms": rule.backend_timeout_ms,
+        **_write_retry(rule.retry),
     }
+
+
+def _write_retry(retry: Retry | None) -> Body:
+    if retry is None:
+        return {}
+    return {"retry": [list(retry.codes), retry.attempts, retry.backoff_ms]}
 
 
 def _write_match(match: Match) -> Body:
@@ -120,12 +136,8 @@ def _write_modifier(modifier: HeaderModifier) -> Body:
 def _read_parent(value: Value, namespace: str) -> Parent:
     match value:
         case [name, port]:
-            return Parent(_read_service(name, namespace, "parents"), number_in(port, 0, 65535, "parents"))
+            return Parent(read_service(name, namespace, "parents"), number_in(port, 0, 65535, "parents"))
     raise RecordError("parents: each must be [name of a service, port]")
-
-
-def _read_service(value: Value, namespace: str, name: str) -> str:
-    return key(namespace, checked(typed(value, str, name), wrong_service_name, name))
 
 
 def _read_rule(value: Value, namespace: str) -> RouteRule:
@@ -139,6 +151,8 @@ def _read_rule(value: Value, namespace: str) -> RouteRule:
         backends=tuple(_read_backend(item, namespace) for item in fields.take("backends", list)),
         timeout_ms=fields.number("timeout_ms", 0, MAX_TIMEOUT_MS),
         backend_timeout_ms=fields.number("backend_timeout_ms", 0, MAX_TIMEOUT_MS),
+        filters=read_filters(fields, namespace),
+        retry=_read_retry(fields.take("retry", list)) if fields.has("retry") else None,
     )
     fields.finish()
     if not rule.matches:
@@ -184,14 +198,28 @@ def _read_backend(value: Value, namespace: str) -> Backend:
     fields = Fields(value, "backends")
     request, response = _read_modifiers(fields)
     backend = Backend(
-        service=_read_service(fields.take("service", str), namespace, "backends"),
+        service=read_service(fields.take("service", str), namespace, "backends"),
         port=read_port(fields.take("port", int), "backends"),
         weight=fields.number("weight", 0, MAX_WEIGHT),
         request=request,
         response=response,
+        filters=read_filters(fields, namespace),
     )
     fields.finish()
+    if backend.filters.cors is not None:
+        raise RecordError("backends: cors belongs to the rule")
     return backend
+
+
+def _read_retry(value: Value) -> Retry:
+    match value:
+        case [[*codes], attempts, backoff_ms]:
+            found = tuple(number_in(code, 400, 599, "retry") for code in codes)
+            check_ordered(found, "retry")
+            return Retry(
+                found, number_in(attempts, 1, MAX_ATTEMPTS, "retry"), number_in(backoff_ms, 0, MAX_TIMEOUT_MS, "retry")
+            )
+    raise RecordError("retry must be [codes, attempts, backoff]")
 
 
 def _read_modifiers(fields: Fields) -> tuple[HeaderModifier, HeaderModifier]:

@@ -9,6 +9,17 @@ import json
 from hypothesis import strategies as st
 
 from control.api.address import IpAddress, IpBlock, parse_address, parse_block
+from control.api.filters import (
+    REDIRECTS,
+    SCHEMES,
+    Cors,
+    Filters,
+    Mirror,
+    PathChange,
+    Redirect,
+    Replaced,
+    Rewrite,
+)
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.index import AddressShard, ResidentService, ResidentWorkload
@@ -26,6 +37,7 @@ from control.api.route import (
     PathKind,
     PathMatch,
     QueryMatch,
+    Retry,
     RouteRule,
 )
 from control.api.topics import AddressesTopic, address_shard
@@ -334,11 +346,64 @@ matches = st.builds(
 )
 
 
+changes = st.builds(PathChange, st.just(Replaced.ALL), st.sampled_from(["/", "/a/b/"])) | st.builds(
+    PathChange, st.just(Replaced.PREFIX), st.sampled_from(["", "/a"])
+)
+_hosts = st.sampled_from(["", "example.org"])
+redirects = st.builds(
+    Redirect,
+    scheme=st.sampled_from(["", *SCHEMES]),
+    hostname=_hosts,
+    path=st.none() | changes,
+    port=st.integers(0, 65535),
+    status=st.sampled_from(REDIRECTS),
+)
+rewrites = st.builds(Rewrite, hostname=_hosts, path=st.none() | changes).filter(lambda rewrite: rewrite != Rewrite())
+_listed = _few(st.sampled_from(["x-a", "x-b"]), unique=True) | st.just(("*",))
+cors = st.builds(
+    Cors,
+    origins=st.sampled_from([("*",), ("https://a.example", "http://*.b.example:8080", "http://*")]),
+    methods=_few(st.sampled_from(["GET", "PUT"]), unique=True) | st.just(("*",)),
+    headers=_listed,
+    exposed=_listed,
+    credentials=st.booleans(),
+    max_age_s=st.integers(1, 86_400),
+)
+retries = st.builds(
+    Retry,
+    codes=st.sets(st.integers(400, 599), max_size=3).map(sorted).map(tuple),
+    attempts=st.integers(1, 10),
+    backoff_ms=st.integers(0, 1000),
+)
+
+
+def filters(services: st.SearchStrategy[str], *, of_rule: bool) -> st.SearchStrategy[Filters]:
+    """Of a rule or of a backend; mirrors go to some of the services."""
+    mirrors = st.integers(1, 1_000_000).flatmap(
+        lambda of: st.builds(Mirror, services, ports, st.integers(0, of), st.just(of))
+    )
+    return st.builds(
+        Filters,
+        redirect=st.none() | redirects,
+        rewrite=st.none() | rewrites,
+        mirrors=_few(mirrors),
+        cors=st.none() | cors if of_rule else st.none(),
+    )
+
+
 @st.composite
 def routes(draw: st.DrawFn) -> HTTPRoute:
     namespace = draw(namespaces)
     services = names.map(lambda name: f"{namespace}/{name}")
-    backends = st.builds(Backend, services, ports, st.integers(0, 1_000_000), modifiers(), modifiers())
+    backends = st.builds(
+        Backend,
+        services,
+        ports,
+        st.integers(0, 1_000_000),
+        modifiers(),
+        modifiers(),
+        filters(services, of_rule=False),
+    )
     rules = st.builds(
         RouteRule,
         name=st.sampled_from(["", "canary"]),
@@ -348,6 +413,8 @@ def routes(draw: st.DrawFn) -> HTTPRoute:
         backends=_few(backends),
         timeout_ms=st.integers(0, 100_000),
         backend_timeout_ms=st.integers(0, 100_000),
+        filters=filters(services, of_rule=True),
+        retry=st.none() | retries,
     )
     parents = st.builds(Parent, services, st.integers(0, 65535))
     return HTTPRoute(

@@ -6,6 +6,7 @@ import pytest
 
 from control.api import index, messages, topics
 from control.api.address import parse_address
+from control.api.filters import Filters, Redirect
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import SpiffeId
 from control.api.index import AddressShard, ResidentWorkload
@@ -186,6 +187,27 @@ def test_a_bound_service_is_reached_through_its_waypoint():
 def test_a_header_takes_another_route():
     steps = ask(mesh(), fields=((b"x-team", b"blue"),))
     assert "rule blue shop/reviews:80" in steps[4].detail
+
+
+def test_a_redirect_ends_at_the_waypoint():
+    elsewhere = replace(
+        ROUTE,
+        name="elsewhere",
+        rules=(
+            RouteRule(
+                "old",
+                (Match(PathMatch(PathKind.PREFIX, "/old"), (), (), ""),),
+                NO_MODIFIER,
+                NO_MODIFIER,
+                (),
+                0,
+                0,
+                Filters(redirect=Redirect(hostname="example.org")),
+            ),
+        ),
+    )
+    last = explain(mesh(elsewhere), Question("shop/web", "reviews", 80, target="/old/x?q"))[-1]
+    assert (last.ok, last.detail) == (True, "GET /old/x?q: rule old 302 http://example.org/old/x?q")
 
 
 def test_no_route():

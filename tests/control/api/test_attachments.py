@@ -105,6 +105,11 @@ def test_a_rule_that_leads_nowhere_is_told(backends):
     assert "spec.rules[0]: has no backendRefs with a weight; its requests are answered 500" in warning
 
 
+def test_a_rule_that_redirects_needs_no_backend():
+    elsewhere = "    filters: [{type: RequestRedirect, requestRedirect: {hostname: example.org}}]\n"
+    assert warnings_of(*BASE, ROUTE.replace("    backendRefs: [{name: web, port: 80}]\n", elsewhere)) == []
+
+
 def test_of_two_routes_in_conflict_the_first_by_name_wins():
     other = ROUTE.replace("{name: web, namespace: shop}", "{name: a, namespace: shop}")
     (warning,) = warnings_of(*BASE, ROUTE, other.replace("name: web}]\n  rules", "name: web, port: 80}]\n  rules"))

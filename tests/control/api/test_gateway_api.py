@@ -242,8 +242,8 @@ LAST = "  - backendRefs: [{name: reviews, port: 80}]\n"
         ),
         (
             "type: ResponseHeaderModifier, response",
-            "type: URLRewrite, response",
-            "type: URLRewrite is refused: it is n",
+            "type: ExtensionRef, response",
+            "type: ExtensionRef is refused: it is n",
         ),
         (
             "type: ResponseHeaderModifier, response",

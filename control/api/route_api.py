@@ -1,0 +1,228 @@
+"""`gateway.networking.k8s.io` HTTPRoute, of Services, read from documents: Gateway API v1.
+
+What a waypoint does not do is refused by name: a route that half holds is worse than none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from control.api.declared import DeclaredRoute
+from control.api.document import Reader
+from control.api.filter_api import (
+    HTTP_FILTERS,
+    as_is,
+    check_once,
+    lower_header,
+    need,
+    read_filters,
+    read_kind,
+    read_service,
+)
+from control.api.filters import Replaced
+from control.api.http_text import wrong_field_value, wrong_header_name
+from control.api.metadata import read_metadata
+from control.api.names import wrong_subdomain
+from control.api.problems import shown
+from control.api.route import (
+    MAX_ATTEMPTS,
+    MAX_TIMEOUT_MS,
+    MAX_WEIGHT,
+    METHODS,
+    Backend,
+    HeaderMatch,
+    HTTPRoute,
+    Match,
+    Parent,
+    PathKind,
+    PathMatch,
+    QueryMatch,
+    Retry,
+    RouteRule,
+    canonical_route_path,
+    wrong_expression,
+    wrong_hostname,
+    wrong_query_name,
+    wrong_query_value,
+)
+
+_NOT_THERE: Final = "it is not implemented; remove it"
+_EXPRESSION: Final = PathKind.EXPRESSION.value
+_BACKEND_FILTERS: Final = tuple(
+    kind for kind in HTTP_FILTERS if kind != "CORS"
+)  # which asks before a backend is chosen
+_ATTEMPTS: Final = 2  # Istio's, where nothing is said
+_BACKOFF_MS: Final = 25  # Envoy's
+_DURATION: Final = re.compile(r"([0-9]{1,5}(h|ms|m|s)){1,4}")
+_DURATION_PART: Final = re.compile(r"([0-9]+)(h|ms|m|s)")
+_UNIT_MS: Final = {"h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
+
+_T = TypeVar("_T")
+
+
+def read_http_route(document: Reader) -> DeclaredRoute:
+    """Reads an HTTPRoute."""
+    metadata = read_metadata(document, wrong_subdomain)
+    spec = document.child("spec", required="a mapping with parentRefs and rules")
+    spec.refuse({"useDefaultGateways": _NOT_THERE})
+    parents = tuple(_read_parent(reader, metadata.namespace) for reader in spec.children("parentRefs"))
+    need(spec, "parentRefs", "a list such as [{group: '', kind: Service, name: reviews}]")
+    for index, parent in enumerate(parents):
+        if parent in parents[:index]:
+            spec.error("parentRefs", f"names Service {parent.service} twice; remove one")
+    hostnames = spec.parsed_list("hostnames", _hostname)
+    if len(set(hostnames)) != len(hostnames):
+        spec.error("hostnames", "names a host twice; remove one")
+    rules = spec.children("rules")
+    need(spec, "rules", "a list such as [{backendRefs: [{name: reviews-v1, port: 80}]}]")
+    route = HTTPRoute(
+        namespace=metadata.namespace,
+        name=metadata.name,
+        parents=parents,
+        hostnames=hostnames,
+        rules=tuple(_read_rule(reader, metadata.namespace) for reader in rules),
+    )
+    names = [rule.name for rule in route.rules if rule.name]
+    if len(set(names)) != len(names):
+        spec.error("rules", "gives two rules one name; rename one")
+    spec.finish()
+    return DeclaredRoute(route, document.position)
+
+
+def _hostname(text: str) -> str:
+    if problem := wrong_hostname(text):
+        raise ValueError(problem)
+    return text
+
+
+def _read_parent(reader: Reader, namespace: str) -> Parent:
+    ingress = "there is no ingress gateway; attach the route to a Service"
+    reader.choice("kind", ["Service"], default="", others={"Gateway": ingress, "ServiceEntry": _NOT_THERE})
+    need(reader, "kind", "Service")
+    reader.refuse({"sectionName": "it is not implemented; write port"})
+    service = read_service(reader, namespace)
+    parent = Parent(service, reader.integer("port", 1, 65535))
+    reader.finish()
+    return parent
+
+
+def _read_rule(reader: Reader, namespace: str) -> RouteRule:
+    reader.refuse(dict.fromkeys(("retry", "sessionPersistence"), _NOT_THERE))
+    request, response, filters = read_filters(reader, namespace)
+    matches = tuple(_read_match(item) for item in reader.children("matches"))
+    timeout, backend_timeout = _read_timeouts(reader.child("timeouts"))
+    rule = RouteRule(
+        name=reader.text("name", wrong_subdomain),
+        matches=matches or (Match(PathMatch(PathKind.PREFIX, "/"), (), (), ""),),
+        request=request,
+        response=response,
+        backends=tuple(_read_backend(item, namespace) for item in reader.children("backendRefs")),
+        timeout_ms=timeout,
+        backend_timeout_ms=backend_timeout,
+        filters=filters,
+        retry=_read_retry(reader.child("retry")) if reader.has("retry") else None,
+    )
+    _check_rule(reader, rule)
+    reader.finish()
+    return rule
+
+
+def _check_rule(reader: Reader, rule: RouteRule) -> None:
+    """What Gateway API lets no rule say together."""
+    if rule.filters.redirect is not None and rule.backends:
+        reader.error("backendRefs", "stands beside RequestRedirect, which sends requests to no backend; remove one")
+    changes = [
+        one for filters in (rule.filters, *(backend.filters for backend in rule.backends)) for one in filters.paths
+    ]
+    if any(change.kind is Replaced.PREFIX for change in changes) and any(
+        match.path.kind is not PathKind.PREFIX for match in rule.matches
+    ):
+        reader.error("filters", "has ReplacePrefixMatch, and a match by no prefix; write PathPrefix or ReplaceFullPath")
+
+
+def _read_retry(reader: Reader) -> Retry:
+    codes = reader.integers("codes", 400, 599)
+    check_once(reader, "codes", map(str, codes))
+    backoff = reader.parsed("backoff", _milliseconds)
+    retry = Retry(
+        codes=tuple(sorted(codes)),
+        attempts=reader.integer("attempts", 1, MAX_ATTEMPTS, default=_ATTEMPTS),
+        backoff_ms=_BACKOFF_MS if backoff is None else backoff,
+    )
+    reader.finish()
+    return retry
+
+
+def _read_timeouts(reader: Reader) -> tuple[int, int]:
+    """Those of the request and of each attempt, in milliseconds."""
+    whole = reader.parsed("request", _milliseconds) or 0
+    attempt = reader.parsed("backendRequest", _milliseconds) or 0
+    if whole and attempt > whole:
+        reader.error("backendRequest", "is longer than request, which ends it anyway; make it shorter")
+    reader.finish()
+    return whole, attempt
+
+
+def _milliseconds(text: str) -> int:
+    """Gateway API's duration (GEP-2257), as `1m30s`."""
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"{shown(text)} is no duration, such as 500ms, 10s or 1m30s")
+    found = sum(int(number) * _UNIT_MS[unit] for number, unit in _DURATION_PART.findall(text))
+    if found > MAX_TIMEOUT_MS:
+        raise ValueError(f"{shown(text)} is longer than a day; write 0s for no timeout")
+    return found
+
+
+def _read_match(reader: Reader) -> Match:
+    path = reader.child("path")
+    kinds = [kind.value for kind in PathKind]
+    kind = PathKind(path.choice("type", kinds, default=PathKind.PREFIX.value))
+    value = path.parsed("value", lambda text: canonical_route_path(kind, text))
+    path.finish()
+    match = Match(
+        path=PathMatch(kind, value or "/"),
+        headers=tuple(
+            _read_asked(item, HeaderMatch, lower_header(wrong_header_name), wrong_field_value)
+            for item in reader.children("headers")
+        ),
+        query=tuple(
+            _read_asked(item, QueryMatch, as_is(wrong_query_name), wrong_query_value)
+            for item in reader.children("queryParams")
+        ),
+        method=reader.choice("method", METHODS, default="", others={}),
+    )
+    check_once(reader, "headers", (header.name for header in match.headers))
+    check_once(reader, "queryParams", (parameter.name for parameter in match.query))
+    reader.finish()
+    return match
+
+
+def _read_asked(
+    reader: Reader, make: Callable[[str, str, bool], _T], name: Callable[[str], str], wrong_value: Callable[[str], str]
+) -> _T:
+    """One {type, name, value} that is compared."""
+    by_expression = reader.choice("type", ["Exact", _EXPRESSION], default="Exact") == _EXPRESSION
+    found = make(
+        reader.parsed("name", name, required="a name") or "",
+        reader.text("value", wrong_expression if by_expression else wrong_value, required="text to compare with"),
+        by_expression,
+    )
+    reader.finish()
+    return found
+
+
+def _read_backend(reader: Reader, namespace: str) -> Backend:
+    read_kind(reader)
+    request, response, filters = read_filters(reader, namespace, _BACKEND_FILTERS)
+    backend = Backend(
+        service=read_service(reader, namespace),
+        port=reader.integer("port", 1, 65535, required="a port of the Service", default=1),
+        weight=reader.integer("weight", 0, MAX_WEIGHT, default=1),
+        request=request,
+        response=response,
+        filters=filters,
+    )
+    reader.finish()
+    return backend

@@ -1,0 +1,288 @@
+"""The echo services of the Gateway API's conformance suite behind one real waypoint, and a client that asks them.
+
+Everything comes from YAML, as `meshctl apply` takes it. `client` in namespace `shop`, and `consumer` in a namespace of
+its own, ask `echo` and its versions; each answers with the request as it arrived and with its own name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from control.api import resources
+from control.api.address import parse_address
+from control.api.mesh import Mesh
+from control.api.records import Record
+from control.server.ca import Authority
+from tests.support.pair import DB_ADDRESS, connected_pair
+from tests.support.through_waypoint import Through, running_waypoint
+from uproxy import plane
+from uproxy.redirect import OriginalDestination, Route
+
+T = TypeVar("T")
+VERSIONS: Final = ("v1", "v2", "v3")
+_VIPS: Final = {"echo": "240.240.7.10", "echo-v1": "240.240.7.1", "echo-v2": "240.240.7.2", "echo-v3": "240.240.7.3"}
+
+_WORKLOADS: Final = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: wp, namespace: shop}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: wp-1, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: wp}}
+spec: {address: 127.0.77.3, serviceAccount: wp}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web, namespace: shop}
+spec: {address: 127.0.77.1, serviceAccount: web}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: db, namespace: shop, labels: {app: echo}}
+spec: {address: 127.0.77.2, serviceAccount: db}
+"""
+_SERVICE: Final = """---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: shop, labels: {{istio.io/use-waypoint: wp}}}}
+spec:
+  clusterIP: {vip}
+  selector: {{app: echo}}
+  ports:
+  - {{name: http, port: 80, targetPort: {port}}}
+  - {{name: http-alt, port: 8080, targetPort: {port}}}
+  - {{name: http-8083, port: 8083, targetPort: {port}}}
+"""
+
+
+@dataclass
+class Answer:
+    """What a request got."""
+
+    status: int
+    headers: dict[str, str]
+    """Names in lower case; several lines of one joined by commas."""
+    body: bytes
+
+    @property
+    def echoed(self) -> dict[str, Any]:
+        """The request, as it arrived at the backend: `name`, `method`, `path`, `host`, `headers`, `body`."""
+        return json.loads(self.body)  # type: ignore[no-any-return]
+
+    @property
+    def by(self) -> str | int:
+        """Which version answered; the status of an answer that is nobody's."""
+        return str(self.echoed["name"]) if self.status == 200 else self.status
+
+
+@dataclass
+class Echo:
+    """One version of the application."""
+
+    name: str
+    port: int = 0
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    """Every request that it got."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Of the requests that ask to fail, by id, those that did."""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await self._exchange(reader, writer)
+        writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One request. Headers say how to answer: `delay-ms`; `fail-times` and `fail-with` (a status, or `reset`)."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        method, path, _ = head[0].split(" ")
+        headers: dict[str, str] = {}
+        for line in head[1:-2]:
+            name, _, value = line.partition(": ")
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
+        body = b""
+        if headers.get("transfer-encoding") == "chunked":
+            while size := int(await reader.readline(), 16):
+                body += await reader.readexactly(size)
+                await reader.readexactly(2)
+            await reader.readline()
+        else:
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+        seen = {
+            "name": self.name,
+            "method": method,
+            "path": path,
+            "host": headers.get("host"),
+            "headers": headers,
+            "body": body.decode("latin-1"),
+        }
+        self.seen.append(seen)
+        status = "200 OK"
+        request_id = headers.get("x-request-id", "")
+        if self.failures[request_id] < int(headers.get("fail-times", "0")):
+            self.failures[request_id] += 1
+            if headers["fail-with"] == "reset":
+                writer.transport.abort()
+                return
+            status = f"{headers['fail-with']} Failed"
+        if "delay-ms" in headers:
+            await asyncio.sleep(int(headers["delay-ms"]) / 1000)
+        text = json.dumps(seen).encode()
+        extra = "".join(
+            f"{name.removeprefix('answer-')}: {value}\r\n" for name, value in headers.items() if name[:7] == "answer-"
+        )
+        writer.write(f"HTTP/1.1 {status}\r\ncontent-length: {len(text)}\r\n{extra}\r\n".encode("latin-1"))
+        writer.write(b"" if method == "HEAD" else text)
+
+
+class Suite:
+    """The running waypoint. Made by `running_suite`; used from another thread than it runs in."""
+
+    def __init__(self, through: Through, echoes: dict[str, Echo], loop: asyncio.AbstractEventLoop) -> None:
+        self.echoes = echoes
+        self.through = through
+        self.warnings: list[str] = []
+        """Of what was applied last."""
+        self._loop = loop
+        self._applied: dict[str, Record] = {}
+
+    def apply(self, *texts: str, spare: tuple[str, ...] = ()) -> None:
+        """These resources, and the services; whatever was applied before is gone. `spare`: services that are not there.
+
+        Raises ResourceErrors.
+        """
+        services = "".join(
+            _SERVICE.format(name=name, vip=vip, port=self.echoes[name[5:] or "v1"].port)
+            for name, vip in _VIPS.items()
+            if name not in spare
+        )
+        mesh = Mesh.build(resources.parse("---\n".join([_WORKLOADS + services, *texts]), "f.yaml"), "cluster.local")
+        self.warnings = [str(warning) for warning in mesh.warnings]
+        records: dict[str, Record] = {
+            f"{type(record).__name__} {getattr(record, 'key', record)}": record
+            for record in (*mesh.services, *mesh.workloads, *mesh.endpoints, *mesh.gateways, *mesh.routes)
+        }
+        pair = self.through.pair
+
+        async def take() -> None:
+            for name, record in self._applied.items():
+                if name not in records:
+                    pair.withdraw(record)
+            pair.apply(*(record for name, record in records.items() if self._applied.get(name) != record))
+
+        self._run(take())
+        self._applied = records
+
+    def ask(
+        self,
+        path: str = "/",
+        method: str = "GET",
+        *,
+        to: str = "echo",
+        port: int = 80,
+        host: str = "",
+        body: bytes = b"",
+        **headers: str,
+    ) -> Answer:
+        """One request on a connection of its own. Names of headers have `_` for `-`."""
+        lines = [f"{method} {path} HTTP/1.1", f"host: {host or to}", "connection: close"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        if body:
+            lines.append(f"content-length: {len(body)}")
+        request = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+        return self._run(self._ask(request, method, to, port))
+
+    async def _ask(self, request: bytes, method: str, to: str, port: int) -> Answer:
+        app, proxied = connected_pair()
+        destination = OriginalDestination(parse_address(_VIPS[to]), port, Route.TUNNEL)
+        self.through.pair.plane.spawn(self.through.pair.web.outbound.serve(proxied, destination))
+        reader, writer = await asyncio.open_connection(sock=app)
+        try:
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            headers: dict[str, str] = {}
+            for line in head[1:-2]:
+                name, _, value = line.partition(": ")
+                headers[name] = f"{headers[name]},{value}" if name in headers else value
+            length = 0 if method == "HEAD" else int(headers.get("content-length", "0"))
+            return Answer(int(head[0].split(" ")[1]), headers, await reader.readexactly(length))
+        finally:
+            writer.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+
+@contextlib.contextmanager
+def running_suite(directory: Path) -> Iterator[Suite]:
+    """The waypoint and what is behind it, in a thread of its own."""
+    authority = Authority.create(directory / "ca", "cluster.local")
+    echoes = {name: Echo(name) for name in VERSIONS}
+    started: list[Suite] = []
+    running, stop = threading.Event(), asyncio.Event()
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for echo in echoes.values():
+                server = await asyncio.start_server(echo.serve, DB_ADDRESS, 0)
+                stack.callback(server.close)
+                echo.port = server.sockets[0].getsockname()[1]
+            through = await stack.enter_async_context(
+                running_waypoint(directory / "identities", authority, echoes["v1"].port, "http")
+            )
+            started.append(Suite(through, echoes, asyncio.get_running_loop()))
+            running.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: plane.run(main()))
+    thread.start()
+    assert running.wait(30)
+    try:
+        yield started[0]
+    finally:
+        started[0]._loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+
+
+def route(*rules: str, name: str = "route", parents: str = "[{kind: Service, name: echo}]", hostnames: str = "") -> str:
+    """An HTTPRoute in YAML; each rule as the mapping that it is, in one line or more."""
+    lines = [
+        "apiVersion: gateway.networking.k8s.io/v1",
+        "kind: HTTPRoute",
+        f"metadata: {{name: {name}, namespace: shop}}",
+        "spec:",
+        f"  parentRefs: {parents}",
+        *([f"  hostnames: {hostnames}"] if hostnames else []),
+        "  rules:",
+        *(f"  - {rule}" for rule in rules),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to(version: str, weight: int = 1) -> str:
+    """A backendRef."""
+    return f"{{name: echo-{version}, port: 8080, weight: {weight}}}"
+
+
+def prefix(path: str) -> str:
+    """Matches of one path prefix."""
+    return f"[{{path: {{type: PathPrefix, value: {path}}}}}]"
+
+
+def filtered(path: str, kind: str, content: str, backend: str = "") -> str:
+    """A rule of one path prefix and one filter."""
+    field = {"URLRewrite": "urlRewrite", "CORS": "cors"}.get(kind, kind[0].lower() + kind[1:])
+    rest = f", backendRefs: [{backend}]" if backend else ""
+    return f"{{matches: {prefix(path)}, filters: [{{type: {kind}, {field}: {content}}}]{rest}}}"
