@@ -160,6 +160,9 @@ class DeclaredRequestAuthentication:
     """`security.istio.io` RequestAuthentication."""
 
     request_authentication: RequestAuthentication
+    """Without keys where they are fetched."""
+    key_uris: tuple[str, ...]
+    """For each rule, where its keys are fetched; empty: they stand in it."""
     position: Position = field(compare=False, repr=False)
 
     @property

@@ -37,6 +37,7 @@ _ALGORITHMS: Final = {
     "Ed25519": ("EdDSA",),
 }
 _TEXT: Final = re.compile(r"[!-~]{1,1024}")
+_HTTPS: Final = re.compile(r"https://[^/?#@]+(?:[/?]|$)")
 _PREFIX: Final = re.compile(r"[!-~][ -~]{0,63}")
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -86,6 +87,8 @@ class JwtRule:
         return (*named, self.payload_header) if self.payload_header else named
 
 
+NO_KEYS: Final = '{"keys":[]}'
+"""No token is valid."""
 BEARER: Final = TokenHeader("authorization", "Bearer ")
 ACCESS_TOKEN: Final = "access_token"
 
@@ -137,6 +140,13 @@ def wrong_header_prefix(text: str) -> str:
     if not text or _PREFIX.fullmatch(text):
         return ""
     return f"{shown(text)} must be up to 64 of printable ASCII, such as 'Bearer '"
+
+
+def wrong_key_uri(text: str) -> str:
+    """Where the keys of an issuer are published."""
+    if _TEXT.fullmatch(text) and _HTTPS.match(text):
+        return ""
+    return f"{shown(text)} must begin with https:// and a host: whoever could alter the keys could sign tokens"
 
 
 def algorithms_of(jwk: dict[str, str]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from control.api.endpoints import endpoints_of
 from control.api.gateway import Gateway
 from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain
 from control.api.index import Resident, ResidentService, ResidentWorkload
-from control.api.jwt import RequestAuthentication
+from control.api.jwt import NO_KEYS, JwtRule, RequestAuthentication
 from control.api.labels import Labels, telemetry
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
@@ -84,6 +84,8 @@ class Elsewhere:
     """Whether a workload of another namespace has these labels. Asked for policies of the root namespace only."""
     peer_authentications: Sequence[PeerAuthentication] = ()
     """Those of the root namespace, unless that is built too."""
+    fetched: Mapping[str, str] | None = None
+    """Where keys of issuers are published -> those that were fetched there, as `canonical_jwks`. None: nobody does."""
     last: Callable[[DeclaredService], Sequence[Endpoint]] = _none
     """The ready endpoints that a service had. One that would have none keeps them."""
 
@@ -178,7 +180,7 @@ class Mesh:
             endpoints=endpoints,
             policies=tuple(item.policy for item in policies),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
-            request_authentications=tuple(item.request_authentication for item in authentications),
+            request_authentications=tuple(_with_keys(item, elsewhere.fetched, findings) for item in authentications),
             gateways=gateways_of(gateways, processes, standing),
             routes=tuple(item.route for item in routes),
             vips=addresses.allocated,
@@ -429,6 +431,22 @@ def _with_proxy_protocol(
         replace(workload, proxy_protocol=tuple(sorted(ports[workload.key]))) if workload.key in ports else workload
         for workload in workloads
     )
+
+
+def _with_keys(
+    item: DeclaredRequestAuthentication, fetched: Mapping[str, str] | None, findings: Findings
+) -> RequestAuthentication:
+    """With the keys that are fetched. Until they come, no token of that issuer is valid."""
+    rules: list[JwtRule] = []
+    for index, (rule, uri) in enumerate(zip(item.request_authentication.rules, item.key_uris, strict=True)):
+        path = f"spec.jwtRules[{index}].jwksUri"
+        if uri and fetched is None:
+            findings.error(item.position, path, "is refused: only a control plane fetches keys; write them in jwks")
+        elif uri and uri not in (fetched or {}):
+            problem = f"the keys are fetched now; until they come, tokens of {rule.issuer} are refused"
+            findings.warn(item.position, path, problem)
+        rules.append(replace(rule, jwks=(fetched or {}).get(uri, NO_KEYS)) if uri else rule)
+    return replace(item.request_authentication, rules=tuple(rules))
 
 
 def _check_callers(

@@ -12,19 +12,20 @@ from control.api.document import Reader
 from control.api.http_text import wrong_header_name
 from control.api.jwt import (
     MAX_RULES,
+    NO_KEYS,
     JwtRule,
     RequestAuthentication,
     TokenHeader,
     canonical_jwks,
     wrong_header_prefix,
     wrong_jwt_text,
+    wrong_key_uri,
 )
 from control.api.metadata import read_metadata
 from control.api.names import wrong_subdomain
 from control.api.policy import wrong_claim_name
 from control.api.security import NEEDS_WAYPOINT, read_targets
 
-_FETCHED: Final = "nobody fetches keys here; write them in jwks, and apply it anew when they change"
 _CONNECTION: Final = frozenset(
     ("host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect")
 )
@@ -42,24 +43,30 @@ def read_request_authentication(document: Reader) -> DeclaredRequestAuthenticati
     readers = spec.children("jwtRules")
     if len(readers) > MAX_RULES:
         spec.error("jwtRules", f"has {len(readers)}; at most {MAX_RULES} are taken")
-    rules = tuple(_read_rule(reader) for reader in readers[:MAX_RULES])
+    read = [_read_rule(reader) for reader in readers[:MAX_RULES]]
+    rules = tuple(rule for rule, _ in read)
     issuers = [rule.issuer for rule in rules]
     for index, issuer in enumerate(issuers):
         if issuer and issuer in issuers[:index]:
             readers[index].error("issuer", "stands twice; write its audiences and keys in one rule")
     spec.finish()
     declared = RequestAuthentication(metadata.namespace, metadata.name, targets, rules)
-    return DeclaredRequestAuthentication(declared, document.position)
+    return DeclaredRequestAuthentication(declared, tuple(uri for _, uri in read), document.position)
 
 
-def _read_rule(reader: Reader) -> JwtRule:
-    reader.refuse({"jwksUri": _FETCHED, "jwks_uri": _FETCHED, "timeout": _FETCHED})
+def _read_rule(reader: Reader) -> tuple[JwtRule, str]:
+    """The rule, and where its keys are fetched."""
+    reader.refuse({"jwks_uri": "write jwksUri", "timeout": "keys are fetched beside requests; remove it"})
     jwks = reader.parsed("jwks", canonical_jwks)
-    if not reader.has("jwks") and not reader.lost:
-        reader.error("jwks", 'is missing; it must be a JSON Web Key Set, as {"keys": [...]}, in quotes')
+    uri = reader.text("jwksUri", wrong_key_uri)
+    if reader.has("jwks") and reader.has("jwksUri"):
+        reader.error("jwksUri", "cannot stand beside jwks; remove one")
+    elif not reader.has("jwks") and not reader.has("jwksUri") and not reader.lost:
+        problem = 'is missing; it must be a JSON Web Key Set, as {"keys": [...]}, in quotes, or write jwksUri'
+        reader.error("jwks", problem)
     rule = JwtRule(
         issuer=reader.text("issuer", wrong_jwt_text, required="who issues the tokens, as their `iss` says"),
-        jwks=jwks or "",
+        jwks=jwks or NO_KEYS,
         audiences=reader.parsed_list("audiences", _jwt_text),
         headers=tuple(_read_header(item) for item in reader.children("fromHeaders")),
         parameters=reader.parsed_list("fromParams", _jwt_text),
@@ -71,7 +78,7 @@ def _read_rule(reader: Reader) -> JwtRule:
     if len(set(rule.outputs)) != len(rule.outputs):
         reader.error("outputClaimToHeaders", "fills a header twice; name another")
     reader.finish()
-    return rule
+    return rule, uri
 
 
 def _read_header(reader: Reader) -> TokenHeader:

@@ -118,11 +118,12 @@ class Api:
         broker: Callable[[], BrokerState],
         on_identities: Callable[[], None],
         admit: Callable[[SpiffeId], None],
+        issuers: Callable[[], list[str]],
         clock: Callable[[], float],
     ) -> None:
         """`url`: where workloads find the certificate server. `on_identities` is called in a thread when identities
         may have come or gone. So is `admit`, before a token for somebody is given out; it returns when the broker
-        knows them.
+        knows them. `issuers`: problems with the keys of issuers of tokens.
         """
         self._core = core
         self._store = store
@@ -133,6 +134,7 @@ class Api:
         self._broker = broker
         self._on_identities = on_identities
         self._admit = admit
+        self._issuers = issuers
         self._clock = clock
         self.answered: Counter[tuple[str, int]] = Counter()
         """(path, status) -> how many requests; a path that there is not is `other`."""
@@ -394,6 +396,7 @@ class Api:
         now = self._clock()
         return [
             *self._core.problems(),
+            *self._issuers(),
             *(
                 f"Service {service} goes round its waypoint for {bypass.until - now:.0f} s more: {bypass.reason}"
                 for service, bypass in self._core.bypasses().items()

@@ -202,6 +202,26 @@ class Core:
         """Resources and their YAML in order of namespace, kind and name; an empty argument stands for all."""
         return self._store.documents(kind, namespace, name)
 
+    # Keys of issuers
+
+    def key_uris(self) -> frozenset[str]:
+        """Where keys are to be fetched."""
+        with self._writing:
+            return frozenset(self._registry.key_uris())
+
+    def take_keys(self, fetched: Mapping[str, str]) -> None:
+        """Keys were fetched (`canonical_jwks`), by where they are published: what asks for them is published anew."""
+        with self._writing:
+            wanted = self._registry.key_uris()
+            old = self._registry.fetched
+            new = {uri: jwks for uri, jwks in {**old, **fetched}.items() if uri in wanted}
+            changed = {uri for uri in {*old, *new} if old.get(uri) != new.get(uri)}
+            if changed:
+                again = {namespace for uri in changed for namespace in wanted.get(uri, ())}
+                pen, states = self._pen(), dict(self._flips.states)
+                plan = self._registry.plan((), standings=standings(states), again=again, fetched=new)
+                self._put(plan, self._messages(pen, plan), states, self._flips.bypasses, pen.stamp)
+
     # Waypoints
 
     def bypass(self, service: str, until: float, reason: str) -> None:
@@ -484,6 +504,11 @@ class Core:
                 service: bypasses.get(service)
                 for service in {*flips.bypasses, *bypasses}
                 if flips.bypasses.get(service) != bypasses.get(service)
+            },
+            fetched_keys={
+                uri: plan.fetched.get(uri)
+                for uri in {*self._registry.fetched, *plan.fetched}
+                if self._registry.fetched.get(uri) != plan.fetched.get(uri)
             },
         )
         self._commit(batch, soon=True, plan=plan)

@@ -156,6 +156,8 @@ class Plan:
     namespaces: Mapping[str, Built]
     vips: Mapping[tuple[str, Family], IpAddress | None]
     """Those that change; None: given back."""
+    fetched: Mapping[str, str]
+    """Keys of issuers, by where they are published."""
 
     @property
     def bound(self) -> dict[str, Bound]:
@@ -185,6 +187,8 @@ class Registry:
         """By namespace, of those that were built since the start."""
         self._forms: dict[str, Mapping[Hashable, _Form]] = {}
         """Of the namespaces that changed last, so that a change of one record does not cost all of them."""
+        self.fetched: Mapping[str, str] = store.fetched_keys()
+        """Keys of issuers, by where they are published."""
         self._declared = frozenset(name for (_, _, name), _ in store.documents(kind="Namespace"))
         self._vips: dict[str, dict[tuple[str, Family], IpAddress]] = {}
         for (service, family), address in store.vips().items():
@@ -198,11 +202,12 @@ class Registry:
         release: bool = False,
         standings: Standings = MappingProxyType({}),
         again: Collection[str] = (),
+        fetched: Mapping[str, str] | None = None,
     ) -> Plan:
         """The change set that adds or replaces some resources and removes others.
 
-        `standings`: what is bound to waypoints; `again`: namespaces to build again, since that has changed. Raises
-        ResourceErrors, NotFound and Held.
+        `standings`: what is bound to waypoints; `again`: namespaces to build again, since that has changed; `fetched`:
+        keys of issuers, when they have. Raises ResourceErrors, NotFound and Held.
         """
         _check_distinct(given)
         texts: dict[Place, str | None] = {}
@@ -239,7 +244,8 @@ class Registry:
                 resources[_group(document.place)][document.place] = document.resource
         if not release:
             self._check_removals(resources)
-        built = self._build(resources, declared, standings, released)
+        keys = self.fetched if fetched is None else fetched
+        built = self._build(resources, declared, standings, released, keys)
         files = {document.resource.position.file for document in given}
         return Plan(
             changes=tuple(changes),
@@ -247,6 +253,7 @@ class Registry:
             documents=texts,
             namespaces=built,
             vips=self._vip_changes(built),
+            fetched=keys,
         )
 
     def check_gateways(self, plan: Plan, old: Mapping[Subject, State], new: Mapping[Subject, State]) -> None:
@@ -278,6 +285,7 @@ class Registry:
     def accept(self, plan: Plan) -> None:
         """Takes a plan for what is in force, after the store has it."""
         self._declared = self._declared_after(plan.documents)
+        self.fetched = plan.fetched
         self.residents.replace({name: built.residents for name, built in plan.namespaces.items()})
         for name, built in plan.namespaces.items():
             self._vips[name] = dict(built.vips)
@@ -292,6 +300,16 @@ class Registry:
             if text is not None:
                 resources = self._held[_group(place)].resources
                 resources[place] = _stored(place, resources[place])
+
+    def key_uris(self) -> dict[str, frozenset[str]]:
+        """Where keys of issuers are published -> the namespaces that ask for them."""
+        found: dict[str, set[str]] = {}
+        for namespace in {place[1] for place, _ in self._store.documents(kind="RequestAuthentication")}:
+            for resource in self._resources_of(namespace).values():
+                if isinstance(resource, DeclaredRequestAuthentication):
+                    for uri in filter(None, resource.key_uris):
+                        found.setdefault(uri, set()).add(namespace)
+        return {uri: frozenset(namespaces) for uri, namespaces in found.items()}
 
     def _change(self, document: Document) -> ResourceChange:
         old = self._store.document(document.place)
@@ -345,6 +363,7 @@ class Registry:
         declared: frozenset[str],
         standings: Standings,
         released: Collection[str],
+        fetched: Mapping[str, str],
     ) -> dict[str, Built]:
         """The touched namespaces, each by itself, against what the others hold. Raises ResourceErrors with all errors.
 
@@ -374,6 +393,7 @@ class Registry:
                 guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
                 last=partial(_ready_endpoints, trust_domain, {} if name in released else old),
+                fetched=fetched,
                 peer_authentications=() if name == self._root_namespace else of_mesh,
             )
             try:

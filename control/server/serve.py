@@ -32,6 +32,7 @@ from control.server.core import Core
 from control.server.enrolment import Enrolment
 from control.server.foreign import ForeignBroker
 from control.server.https import CertificateServer, Doors, server_context
+from control.server.issuers import Issuers
 from control.server.members import Members
 from control.server.metrics import MetricsServer, Values, counted
 from control.server.proxies import State as ProxyState
@@ -140,6 +141,7 @@ class _Plane:
         issue_own(authority, self._own, self._identity)
         key = ConfigKey.open(settings.ca, authority, time.time(), settings.passphrase_file)
         self._core = Core(store, authority, key)
+        self._issuers = Issuers(self._core)
         self._members = Members(self._core, authority.trust_domain)
         self._enrolment = Enrolment(store, authority, self._members.declared, time.time, settings.certificate_ttl_s)
         self._doors = Doors(
@@ -171,6 +173,7 @@ class _Plane:
             group.create_task(self._publisher.run())
             group.create_task(self._https.run(certificates))
             group.create_task(self._renew())
+            group.create_task(self._issuers.run())
             api = self._api(users)
             if metrics is not None:
                 group.create_task(MetricsServer(lambda: self._values(api)).run(metrics))
@@ -199,6 +202,7 @@ class _Plane:
             broker=lambda: BrokerState(self._publisher.connected, self._publisher.problem, self._publisher.published),
             on_identities=users.changed,
             admit=users.admit,
+            issuers=self._issuers.problems,
             clock=time.time,
         )
 

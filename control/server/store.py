@@ -8,6 +8,7 @@ tokens        join tokens: a digest of the secret, whom it is for, and what it w
 certificates  the certificates that were given out, until they end
 bindings      how far each binding to a waypoint has come
 bypasses      bindings that an operator has suspended for a while
+fetched_keys  what issuers publish of the keys that they sign tokens with
 
 A change set is one transaction, synced to the disk before `commit` returns: after a crash it is there whole or not at
 all. A second process is refused by a lock beside the file; the lock goes with the process that held it.
@@ -75,6 +76,9 @@ _MIGRATIONS: Final = (
     ) WITHOUT ROWID;
     CREATE TABLE bypasses (service TEXT NOT NULL PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE fetched_keys (uri TEXT NOT NULL PRIMARY KEY, jwks TEXT NOT NULL) WITHOUT ROWID;
+    """,
 )
 """Each brings a store from its index to the next version (PRAGMA user_version). Never edited once released."""
 
@@ -103,6 +107,8 @@ class Batch:
     """Those that change; None: gone."""
     bypasses: dict[str, Bypass | None] = field(default_factory=dict)
     """By the service's key; None: ended."""
+    fetched_keys: dict[str, str | None] = field(default_factory=dict)
+    """By where they are published; None: nobody asks for them any more."""
 
 
 class Store:
@@ -190,6 +196,11 @@ class Store:
                 "INSERT INTO bypasses VALUES (?, ?, ?)",
                 [(service, one.until, one.reason) for service, one in batch.bypasses.items() if one is not None],
             )
+            rows.executemany("DELETE FROM fetched_keys WHERE uri = ?", [(uri,) for uri in batch.fetched_keys])
+            rows.executemany(
+                "INSERT INTO fetched_keys VALUES (?, ?)",
+                [(uri, jwks) for uri, jwks in batch.fetched_keys.items() if jwks is not None],
+            )
             rows.execute("UPDATE meta SET epoch = ?, version = ?", batch.stamp)
 
     def stamp(self) -> Stamp:
@@ -233,6 +244,10 @@ class Store:
         """Key of the service -> the bypass."""
         found = self._all("SELECT service, until, reason FROM bypasses ORDER BY service")
         return {service: Bypass(until, reason) for service, until, reason in found}
+
+    def fetched_keys(self) -> dict[str, str]:
+        """Where keys of issuers are published -> `control.api.jwt.canonical_jwks` of what was last fetched there."""
+        return dict(self._all("SELECT uri, jwks FROM fetched_keys"))
 
     def message(self, topic: str) -> Message | None:
         found = self._messages("topic = ?", (topic,))

@@ -60,6 +60,7 @@ def operated(ca: Path, authority: Authority, directory: Path) -> Iterator[Operat
             lambda: found.broker,
             changed,
             lambda identity: found.admissions.append(str(identity)),
+            list,
             lambda: found.clock(),
         )
         stop: list[Callable[[], object]] = []

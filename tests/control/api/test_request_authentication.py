@@ -95,9 +95,10 @@ spec:
         (f"spec:\n{TARGET}  jwtRules: [{{issuer: a}}]", "jwtRules[0].jwks: is missing; it must be a JSON Web Key Set"),
         (f"spec:\n{TARGET}  jwtRules: [{{jwks: '{jwks()}'}}]", "jwtRules[0].issuer: is missing; it must be who issues"),
         (
-            f"spec:\n{TARGET}  jwtRules: [{{issuer: a, jwksUri: https://a.example}}]",
-            "jwtRules[0].jwksUri: is refused: nobody fetches keys here; write them in jwks",
+            f"spec:\n{TARGET}  jwtRules: [{{issuer: a, jwksUri: http://a.example}}]",
+            "jwtRules[0].jwksUri: 'http://a.example' must begin with https:// and a host",
         ),
+        (one_rule("jwksUri: https://a.example"), "jwtRules[0].jwksUri: cannot stand beside jwks"),
         (
             f"spec:\n{TARGET}  jwtRules: [{{issuer: a, jwks: '{jwks()}'}}, {{issuer: a, jwks: '{jwks()}'}}]",
             "jwtRules[1].issuer: stands twice",
@@ -116,7 +117,7 @@ spec:
             "outputClaimToHeaders: fills a header twice",
         ),
         (one_rule("outputClaimToHeaders: [{header: a, claim: 'b[c]'}]"), "claim: 'b[c]' is no claim's name"),
-        (one_rule("timeout: 1s"), "timeout: is refused: nobody fetches keys here"),
+        (one_rule("timeout: 1s"), "timeout: is refused: keys are fetched beside requests"),
     ],
 )
 def test_what_is_not_taken_is_refused_by_name(spec, expected):
@@ -180,6 +181,12 @@ class TestKeys:
             except ValueError:
                 continue
             assert canonical_jwks(found) == found
+
+
+def test_of_files_no_keys_are_fetched():
+    found = parse(HEAD + f"spec:\n{TARGET}  jwtRules: [{{issuer: a, jwksUri: https://a.example/keys}}]\n", "f.yaml")
+    with pytest.raises(ResourceErrors, match="jwksUri: is refused: only a control plane fetches keys"):
+        Mesh.build(found, "cluster.local")
 
 
 def test_one_that_nobody_enforces_is_told():
