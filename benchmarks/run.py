@@ -28,6 +28,7 @@ SUITES: Final = {
     "paths": "benchmarks.suites.paths",
     "kernel": "benchmarks.suites.kernel",
     "architectures": "benchmarks.suites.architectures",
+    "memory": "benchmarks.suites.memory",
 }
 """Name -> module, whose SUITE it is."""
 PEERS: Final = ("ztunnel", "linkerd")
@@ -119,7 +120,7 @@ def _run(
             bench.condition(INTERRUPTED, "the run was ended before all was measured")
     failures = [f"{one.name}: {one.text}" for one in results.checks if not one.passed] + bench.failures
     results.ratios, results.withheld = statistics.ratios(results, targets.BASELINES)
-    results.targets = targets.judged(results.ratios, results.withheld)
+    results.targets = targets.judged(results)
     results.seconds = round(time.monotonic() - began, 1)
     results.conditions |= _method()
     tell(f"measured in {duration(results.seconds)}")

@@ -123,6 +123,15 @@ def ratios(results: Results, baselines: Mapping[str, str]) -> tuple[list[Ratio],
     return found, withheld
 
 
+def value(results: Results, measure: str, subject: str) -> Ratio | None:
+    """What a series says by itself, as a ratio to nothing; None where it has no number, or too few rounds."""
+    series = results.find(measure, subject)
+    if series is None or series.refused or len(series.counted) < LEAST_ROUNDS:
+        return None
+    found = for_any_run(interval([one.value for one in series.counted]))
+    return Ratio(measure, subject, "", "value", found.median, found.low, found.high, len(series.counted))
+
+
 def _ratio(series: Series, baseline: Series, key: str) -> Ratio | Withheld | None:
     if not _known(series, key) or not _known(baseline, key):
         return None

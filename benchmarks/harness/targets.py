@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from benchmarks.harness.results import Better, Ratio, Target, Withheld
+from benchmarks.harness.results import Better, Results, Target
+from benchmarks.harness.statistics import value
 
 BASELINES: Final = {
     "paths": "envoy-hbone",
@@ -16,6 +17,7 @@ BASELINES: Final = {
     "kernel/maps": "captured",
     "kernel/filling": "single",
     "architectures": "sidecar",
+    "memory": "envoy",
 }
 """Suite of a measure -> the subject that all others are compared to."""
 
@@ -31,13 +33,17 @@ def _elsewhere(text: str, measure: str, bound: float, where: str, subject: str =
     return Target(text, measure, subject, baseline, "value", bound, "less", elsewhere=where)
 
 
+def _absolute(text: str, measure: str, subject: str, bound: float) -> Target:
+    """One whose bound is no ratio but a value; `text` says of what it is."""
+    return Target(text, measure, subject, "", "value", bound, "less")
+
+
 def _direct(text: str, measure: str, bound: float, better: Better) -> Target:
     text = f"same-host direct path against plain TCP, {text}"
     return Target(text, f"kernel/direct/{measure}", "direct", BASELINES["kernel/direct"], "value", bound, better)
 
 
 _NOT_BUILT: Final = "no measurement is built yet"
-_BY_HAND: Final = "once, by hand: docs/performance.md"
 _CONTROL: Final = "make bench measures it: docs/performance.md"
 
 TARGETS: Final = (
@@ -71,8 +77,8 @@ TARGETS: Final = (
     _direct("round trip of 64 B", "rr/1/64", 1.03, "less"),
     _direct("bulk throughput, 1 stream", "bulk/1", 0.97, "more"),
     _direct("new connections per second", "connect", 0.9, "more"),
-    _elsewhere("memory of a sidecar of its own, MB of PSS", "memory/alone", 20, _BY_HAND),
-    _elsewhere("memory of a further sidecar, MB of PSS", "memory/marginal", 8, _NOT_BUILT),
+    _absolute("memory of each further sidecar, MB", "memory/marginal", _OURS, 20),
+    _absolute("memory of each further sidecar from a fork server, MB", "memory/marginal", "uproxy-forked", 8),
     _elsewhere("a label until it is enforced on one host, p99 in ms", "control/label", 100, _CONTROL),
     _elsewhere("a label until 1,000 proxies enforce it, p99 in ms", "control/label/1000", 1000, _CONTROL),
     _elsewhere("growth of a uProxy with 10,000 services in the mesh, MB", "control/growth", 5, _CONTROL),
@@ -80,12 +86,13 @@ TARGETS: Final = (
 )
 
 
-def judged(ratios: list[Ratio], withheld: list[Withheld]) -> list[Target]:
+def judged(results: Results) -> list[Target]:
     """Every target with the ratio that decides on it; none for what this run did not measure, or withholds."""
-    found = {(one.measure, one.subject, one.baseline, one.key): one for one in ratios}
-    reasons = {(one.measure, one.subject, one.baseline, one.key): one.reason for one in withheld}
+    found = {(one.measure, one.subject, one.baseline, one.key): one for one in results.ratios}
+    reasons = {(one.measure, one.subject, one.baseline, one.key): one.reason for one in results.withheld}
     judged = []
     for one in TARGETS:
         name = (one.measure, one.subject, one.baseline, one.key)
-        judged.append(replace(one, ratio=found.get(name), elsewhere=reasons.get(name, one.elsewhere)))
+        ratio = found.get(name) if one.baseline else value(results, one.measure, one.subject)
+        judged.append(replace(one, ratio=ratio, elsewhere=reasons.get(name, one.elsewhere)))
     return judged

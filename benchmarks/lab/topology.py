@@ -125,11 +125,13 @@ class Workload:
         if self.launcher.poll() is not None:
             raise LabError(f"`uproxy exec` of {self.name} ended with {self.launcher.returncode}:\n{self.logs()}")
         try:
-            # The command is started when the sidecar is ready, so that both run when both have a process.
+            # The command is started when the sidecar is ready, so that both run when both have a process. A fork
+            # server's sidecar is no child of the launcher's.
             children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text().split()
-            for directory in (self.box.proxy_cgroup, self.box.app_cgroup):
-                if not set(children) & set((directory / "cgroup.procs").read_text().split()):
-                    return False
+            if not set(children) & set((self.box.app_cgroup / "cgroup.procs").read_text().split()):
+                return False
+            if not (self.box.proxy_cgroup / "cgroup.procs").read_text():
+                return False
             if not self._uses_cubic:
                 # The launcher made the namespace; nothing has been dialled from it yet.
                 with self.entered():

@@ -75,6 +75,12 @@ def client_config(
     return _bootstrap(listeners, [_tunnel_cluster(identity, trust_domain, upstream, stream_window)])
 
 
+def sidecar_config(server: dict[str, Any], client: dict[str, Any]) -> dict[str, Any]:
+    """What a server and a client of HBONE do, in one Envoy: as a sidecar, both ways."""
+    both = (server["static_resources"], client["static_resources"])
+    return _bootstrap(*([*both[0][kind], *both[1][kind]] for kind in ("listeners", "clusters")))
+
+
 def tls_server_config(
     identity: Path, trust_domain: str, ports: Mapping[Address, Address], *, log: Path
 ) -> dict[str, Any]:

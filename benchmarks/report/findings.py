@@ -14,7 +14,9 @@ from benchmarks.report.wording import NAMES, UNITS, percent, question
 
 ASIDE: Final = frozenset({"taken_s", "operations"})
 """Details that say how a round was taken, not what it found."""
-OURS: Final = frozenset({"uproxy", "waypoint", "remote", "remote-l4", "captured", "captured-full", "direct"})
+OURS: Final = frozenset(
+    ("uproxy", "uproxy-forked", "waypoint", "remote", "remote-l4", "captured", "captured-full", "direct")
+)
 """Subjects that are made of uProxies or of our programs in the kernel; every other one is a peer, or a floor."""
 TAIL: Final = 10
 """A percentile is drawn where at least so many requests were slower; beyond it stands luck."""

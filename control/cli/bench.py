@@ -59,7 +59,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--suite",
         action="append",
         metavar="NAME",
-        help="paths, kernel or architectures; may be repeated (default: all)",
+        help="paths, kernel, architectures or memory; may be repeated (default: all)",
     )
     run.add_argument("--quick", action="store_true", help="fewer, shorter rounds and measures, for a first look")
     run.add_argument(
