@@ -9,13 +9,25 @@ and port are asked that the caller dialled. Where the documentation leaves room,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Final
 
 from control.api.address import IpAddress
 from control.api.identity import SpiffeId
-from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source
+from control.api.policy import (
+    ANY_SEGMENT,
+    REST,
+    Action,
+    AuthorizationPolicy,
+    Condition,
+    ConditionKey,
+    Operation,
+    Rule,
+    Source,
+    is_path_template,
+)
 from uproxy.rules import (
     ADDRESSES,
     Alternative,
@@ -110,7 +122,7 @@ def _operation_tests(operation: Operation) -> Alternative:
     return (
         *port_tests(operation),
         *_tests(Fact.METHOD, text_matcher, operation.methods, operation.not_methods),
-        *_tests(Fact.PATH, text_matcher, paths, not_paths),
+        *_tests(Fact.PATH, _path_matcher, paths, not_paths),
         *_tests(Fact.HOST, _host_matcher, operation.hosts, operation.not_hosts),
     )
 
@@ -125,6 +137,24 @@ def _tests(
         yield Test(fact, matcher(values), False)
     if not_values:
         yield Test(fact, matcher(not_values), True)
+
+
+def _path_matcher(patterns: Collection[str]) -> Callable[[object], bool]:
+    plain = text_matcher(pattern for pattern in patterns if not is_path_template(pattern))
+    templates = [re.compile(_expression(pattern)) for pattern in patterns if is_path_template(pattern)]
+    if not templates:
+        return plain
+
+    def holds(path: object) -> bool:
+        return isinstance(path, str) and (plain(path) or any(template.fullmatch(path) for template in templates))
+
+    return holds
+
+
+def _expression(template: str) -> str:
+    """Matches in time linear in the path: what may vary ends at a slash, or is last."""
+    operators = {ANY_SEGMENT: "[^/]+", REST: ".*"}
+    return "/".join(operators.get(segment, re.escape(segment)) for segment in template.split("/"))
 
 
 def _host_matcher(patterns: Collection[str]) -> Callable[[object], bool]:

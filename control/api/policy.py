@@ -11,7 +11,8 @@ A policy with targets holds at the waypoints that serve them, and one without at
 selects. Only the former may ask for what HTTP says (hosts, methods, paths, headers). Of a connection that is not HTTP
 nothing is known of that: a DENY matches as if the rule did not ask for it, and an ALLOW does not match.
 
-Patterns (all but ports, blocks and keys): `exact`, `prefix*`, `*suffix`, and `*` for anything that is present.
+Patterns (all but ports, blocks and keys): `exact`, `prefix*`, `*suffix`, and `*` for anything that is present. A path
+may be a template instead: `{*}` in place of a segment is any one segment, `{**}` at last any number of them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from control.api.problems import shown
 DEFAULT_ROOT_NAMESPACE: Final = "mesh-system"
 """Policies of this namespace apply to every namespace."""
 
+ANY_SEGMENT: Final = "{*}"
+REST: Final = "{**}"
 _MAX_CLAIM: Final = 1024
 _HOST: Final = re.compile(r"[A-Za-z0-9._*:\[\]-]{1,255}")
 
@@ -296,11 +299,36 @@ def canonical_method(text: str) -> str:
 
 
 def canonical_path(text: str) -> str:
-    """A pattern over normalised paths. Raises ValueError for one that no such path can match."""
+    """A pattern over normalised paths, or a template. Raises ValueError for one that no such path can match."""
+    if is_path_template(text):
+        return _canonical_template(text)
     _check_pattern(text)
     if not text.startswith(("/", "*")):
         raise ValueError(f"{shown(text)} must begin with '/' or '*'")
     return normal_path(text)
+
+
+def is_path_template(text: str) -> bool:
+    """Whether a pattern over paths is a template, as Istio tells them apart."""
+    return "{" in text or "}" in text
+
+
+def _canonical_template(text: str) -> str:
+    segments = text.split("/")
+    if segments[0] or len(text) > _MAX_CLAIM:
+        raise ValueError(f"{shown(text)} must begin with '/', and have up to {_MAX_CLAIM} characters")
+    rest = segments[segments.index(REST) + 1 :] if REST in segments else []
+    if any(segment in (ANY_SEGMENT, REST) for segment in rest):
+        raise ValueError(f"{shown(text)}: {REST} must be the last operator")
+    literal = [segment for segment in segments if segment not in (ANY_SEGMENT, REST)]
+    for segment in literal:
+        if any(character in segment for character in "*{}"):
+            raise ValueError(
+                f"{shown(text)}: {shown(segment)} is no segment of a template; write {ANY_SEGMENT} for any one "
+                f"segment, {REST} for any number of them, and '*' in no other way"
+            )
+    path = iter(normal_path("/".join(literal) or "/").split("/"))
+    return "/".join(segment if segment in (ANY_SEGMENT, REST) else next(path) for segment in segments)
 
 
 def parse_port(text: str) -> int:

@@ -182,7 +182,7 @@ http_operations = st.builds(
     not_hosts=_few(st.sampled_from(["*", "reviews.shop"])),
     methods=_few(st.sampled_from(["GET", "P*", "*"])),
     not_methods=_few(st.sampled_from(["GET", "*T"])),
-    paths=_few(st.sampled_from(["/", "/v2/*", "*.css", "*"])),
+    paths=_few(st.sampled_from(["/", "/v2/*", "*.css", "*", "/{*}/x/{**}"])),
     not_paths=_few(st.sampled_from(["/admin*", "/a%2Ab"])),
 )
 

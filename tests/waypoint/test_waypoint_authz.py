@@ -342,6 +342,21 @@ def test_one_field_agrees_with_the_documentation(action, rule, call):
         ({"hosts": ("*",)}, http(host=""), False),
         ({"not_hosts": ("*",)}, http(host=""), True),
         ({"methods": ("GET",), "paths": ("/a",)}, http("GET", "/b"), False),
+        # Istio's examples of templates, and what is near them.
+        ({"paths": ("/foo/{*}",)}, http(target="/foo/bar"), True),
+        ({"paths": ("/foo/{*}",)}, http(target="/foo/bar/baz"), False),
+        ({"paths": ("/foo/{*}",)}, http(target="/foo/"), False),
+        ({"paths": ("/foo/{**}",)}, http(target="/foo/bar/baz.txt"), True),
+        ({"paths": ("/foo/{**}",)}, http(target="/foo/"), True),
+        ({"paths": ("/foo/{**}",)}, http(target="/foo"), False),
+        ({"paths": ("/foo/{**}/",)}, http(target="/foo/bar"), False),
+        ({"paths": ("/foo/{**}/",)}, http(target="/foo/bar/"), True),
+        ({"paths": ("/foo/{*}/bar/{**}",)}, http(target="/foo/buzz/bar/baz"), True),
+        ({"paths": ("/foo/{*}/bar/{**}",)}, http(target="/foo/a/b/bar/baz"), False),
+        ({"paths": ("/a.b/{*}",)}, http(target="/a.b/c"), True),
+        ({"paths": ("/a.b/{*}",)}, http(target="/axb/c"), False),
+        ({"paths": ("/x", "/users/{*}/mail")}, http(target="/users/%61nn//mail"), True),
+        ({"not_paths": ("/health/{**}",)}, http(target="/health/live"), False),
     ],
 )
 def test_operations(fields, request_, wanted):

@@ -186,7 +186,7 @@ spec:
         notHosts: ['x:*']
         methods: [GET, P*]
         notMethods: [PUT]
-        paths: [/v2/*, '*.css', '/a%7eb']
+        paths: [/v2/*, '*.css', '/a%7eb', '/%7e/{*}/b/{**}']
         notPaths: ['/v2/admin']
         ports: ["80"]
     when:
@@ -198,7 +198,7 @@ spec:
         not_hosts=("x:*",),
         methods=("GET", "P*"),
         not_methods=("PUT",),
-        paths=("/v2/*", "*.css", "/a~b"),
+        paths=("/v2/*", "*.css", "/a~b", "/~/{*}/b/{**}"),
         not_paths=("/v2/admin",),
     )
     condition = Condition(ConditionKey.REQUEST_HEADERS, ("admin", "a*"), ("*z",), "x-role")
@@ -251,6 +251,18 @@ spec:
         (f"{TARGETS}to: [{{operation: {{paths: ['/a?b']}}}}]", "paths[0]: '/a?b' is no path of up to 1024"),
         (f"{TARGETS}to: [{{operation: {{paths: ['/a%2Fb']}}}}]", "paths[0]: '/a%2Fb' has %2F; requests with it"),
         (f"{TARGETS}to: [{{operation: {{paths: ['/a/../b']}}}}]", "paths[0]: '/a/../b' has the segment '..'"),
+        (
+            f"{TARGETS}to: [{{operation: {{paths: ['/a{{*}}']}}}}]",
+            "'/a{*}': 'a{*}' is no segment of a template",
+        ),
+        (
+            f"{TARGETS}to: [{{operation: {{paths: ['/{{*}}/b*']}}}}]",
+            "'/{*}/b*': 'b*' is no segment of a template",
+        ),
+        (f"{TARGETS}to: [{{operation: {{paths: ['/{{a}}']}}}}]", "paths[0]: '/{a}': '{a}' is no segment of a template"),
+        (f"{TARGETS}to: [{{operation: {{paths: ['/{{**}}/{{*}}']}}}}]", "'/{**}/{*}': {**} must be the last operator"),
+        (f"{TARGETS}to: [{{operation: {{paths: ['{{*}}/a']}}}}]", "'{*}/a' must begin with '/'"),
+        (f"{TARGETS}to: [{{operation: {{paths: ['/{{*}}/..']}}}}]", "has the segment '..'"),
         (f"{TARGETS}to: [{{operation: {{hosts: ['a b']}}}}]", "hosts[0]: 'a b' is no host"),
         (f"{TARGETS}when: [{{key: 'request.headers[a b]', values: [x]}}]", "key: 'a b' is no header's name"),
         (f"{TARGETS}when: [{{key: 'request.headers', values: [x]}}]", "key: 'request.headers' is not known; known: "),
