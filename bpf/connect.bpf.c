@@ -109,7 +109,7 @@ static __always_inline int decide_datagrams(struct bpf_sock_addr *ctx, struct bp
 	char no_device[1] = "";
 
 	if (!is_name_query(netns_cookie, ctx->protocol, to->port))
-		return datagram_verdict(netns_cookie, to->addr, to->port);
+		return datagram_verdict(ctx, netns_cookie, to->addr, to->port);
 	*uproxy_port = port_of_nameserver(netns_cookie, to->addr);
 	if (!*uproxy_port)
 		return refuse(MESH_REFUSED_NAMESERVERS, EPERM);

@@ -46,6 +46,27 @@ struct {
 } workloads SEC(".maps");
 
 /*
+ * Where datagrams may go in the mesh, in plaintext: virtual addresses and workloads' own, each with
+ * a port that a service declares so. Written by the agent's sync; read by connect and sendmsg.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_service_key);
+	__type(value, struct mesh_service);
+} datagrams SEC(".maps");
+
+/* Likewise, from which ports of this host's workloads they are answered. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct mesh_answering_key);
+	__type(value, __u32);
+} answering SEC(".maps");
+
+/*
  * Written by the agent when a workload registers, removed when it goes; read by connect, sendmsg
  * and sk_lookup.
  */

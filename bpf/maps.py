@@ -17,6 +17,8 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "ranges": ("struct mesh_range_key", "struct mesh_range"),
     "services": ("struct mesh_service_key", "struct mesh_service"),
     "workloads": ("struct mesh_workload_key", "struct mesh_workload"),
+    "datagrams": ("struct mesh_service_key", "struct mesh_service"),
+    "answering": ("struct mesh_answering_key", "__u32"),
     "own": ("struct mesh_own_key", "struct mesh_own"),
     "settings": ("__u32", "struct mesh_settings"),
     "captured": ("int", "struct mesh_orig_dst"),
@@ -54,6 +56,7 @@ class Route(IntEnum):
     TUNNEL = _ROUTES["MESH_ROUTE_TUNNEL"]
     WAYPOINT = _ROUTES["MESH_ROUTE_WAYPOINT"]
     PROBE = _ROUTES["MESH_ROUTE_PROBE"]
+    PLAINTEXT = _ROUTES["MESH_ROUTE_PLAINTEXT"]
 
 
 class RangeKind(IntEnum):
@@ -229,6 +232,33 @@ class Workloads(Targets):
 
     def _unpack_key(self, raw: bytes) -> tuple[bytes, int]:
         return raw, 0
+
+
+class Datagrams(Services):
+    """Mesh address and port → a target with the route PLAINTEXT: where datagrams may go as they are."""
+
+    name = "datagrams"
+
+
+class Answering(_Map):
+    """Ports of this host's workloads from which they answer in datagrams."""
+
+    name = "answering"
+
+    def put(self, netns_cookie: int, port: int) -> None:
+        libbpf.update(self.fd, self._key(netns_cookie, port), bytes(self.size.value))
+
+    def delete(self, netns_cookie: int, port: int) -> bool:
+        return libbpf.delete(self.fd, self._key(netns_cookie, port))
+
+    def items(self) -> set[tuple[int, int]]:
+        """{(netns cookie, port)}."""
+        keys = (layout.unpack("mesh_answering_key", raw) for raw in self.keys())
+        return {(int(key.netns_cookie), int(key.port)) for key in keys}
+
+    @staticmethod
+    def _key(netns_cookie: int, port: int) -> bytes:
+        return layout.pack("mesh_answering_key", netns_cookie=netns_cookie, port=port)
 
 
 class Own(_Map):
@@ -613,6 +643,8 @@ class Maps:
         self.ranges = Ranges(fds)
         self.services = Services(fds)
         self.workloads = Workloads(fds)
+        self.datagrams = Datagrams(fds)
+        self.answering = Answering(fds)
         self.own = Own(fds)
         self.settings = SettingsMap(fds)
         self.counters = Counters(fds)

@@ -65,6 +65,7 @@ enum mesh_route {
 	MESH_ROUTE_TUNNEL = 1,
 	MESH_ROUTE_WAYPOINT = 2,
 	MESH_ROUTE_PROBE = 3,
+	MESH_ROUTE_PLAINTEXT = 4,	/* datagrams only: they leave as they are */
 };
 
 /*
@@ -127,6 +128,16 @@ struct mesh_workload {
 	__u32 id;
 	__u16 route;
 	__u16 pad;
+};
+
+/*
+ * A port from which a workload answers in datagrams: whoever asked is at an address and port that
+ * no configuration knows.
+ */
+struct mesh_answering_key {
+	__u64 netns_cookie;
+	__u16 port;
+	__u16 pad[3];
 };
 
 /* A mesh address of the one workload that owns a network namespace. */

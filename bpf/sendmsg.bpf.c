@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-/* cgroup/sendmsg4, sendmsg6: no datagram to a mesh address; name queries go to the uProxy. */
+/* cgroup/sendmsg4, sendmsg6: datagrams to mesh addresses only where declared; name queries go to the uProxy. */
 #include "dns.h"
 
 char LICENSE[] SEC("license") = "GPL";
@@ -12,7 +12,7 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, const __be32 addr[4
 
 	*uproxy_port = 0;
 	if (!is_name_query(netns_cookie, ctx->protocol, port))
-		return datagram_verdict(netns_cookie, addr, port);
+		return datagram_verdict(ctx, netns_cookie, addr, port);
 	/* A socket bound to a device does not reach 127.0.0.1, and it cannot be unbound here. */
 	if (!ctx->sk || ctx->sk->bound_dev_if)
 		return refuse(MESH_REFUSED_PROTOCOL, EPERM);

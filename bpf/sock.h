@@ -106,11 +106,35 @@ static __always_inline int refuse(__u32 counter, int error)
 }
 
 /*
- * Whether a datagram, or any protocol but TCP, may go to `addr`. Mesh addresses carry TCP only:
- * there is no tunnel for datagrams, and they would go out in plaintext. EPERM, as from a firewall:
- * ECONNREFUSED would read as an answer of the peer.
+ * Whether the configuration lets a UDP socket send to a mesh address: a service declares the port
+ * there, or the one that the socket answers from.
  */
-static __always_inline int datagram_verdict(__u64 netns_cookie, const __be32 addr[4], __u16 port)
+static __always_inline int is_declared(struct bpf_sock_addr *ctx, __u64 netns_cookie,
+				       const __be32 addr[4], __u16 port)
+{
+	struct mesh_answering_key from = { .netns_cookie = netns_cookie };
+	struct mesh_service_key to = { .port = port };
+	struct mesh_service *service;
+
+	if (ctx->protocol != IPPROTO_UDP || !maps_whole())
+		return 0;
+	__builtin_memcpy(to.addr, addr, sizeof(to.addr));
+	service = bpf_map_lookup_elem(&datagrams, &to);
+	if (service)
+		return service->route == MESH_ROUTE_PLAINTEXT;
+	if (!ctx->sk)
+		return 0;
+	from.port = ctx->sk->src_port;
+	return bpf_map_lookup_elem(&answering, &from) != NULL;
+}
+
+/*
+ * Whether a datagram, or any protocol but TCP, may go to `addr`. There is no tunnel for datagrams:
+ * into the mesh they go in plaintext, where that is declared, or not at all. EPERM, as from a
+ * firewall: ECONNREFUSED would read as an answer of the peer.
+ */
+static __always_inline int datagram_verdict(struct bpf_sock_addr *ctx, __u64 netns_cookie,
+					    const __be32 addr[4], __u16 port)
 {
 	__u32 range;
 
@@ -119,8 +143,11 @@ static __always_inline int datagram_verdict(__u64 netns_cookie, const __be32 add
 	range = range_of(addr);
 	if (range == MESH_RANGE_EXCLUDED)
 		return ALLOW;
-	if (range == MESH_RANGE_MESH)
+	if (range == MESH_RANGE_MESH) {
+		if (is_declared(ctx, netns_cookie, addr, port))
+			return ALLOW;
 		return refuse(MESH_REFUSED_PROTOCOL, EPERM);
+	}
 	if (!maps_whole() && port != 53)	/* names may be looked up before that */
 		return refuse(MESH_REFUSED_NOT_WHOLE, EPERM);
 	if (is_registry_only())

@@ -306,7 +306,9 @@ def test_every_kind_and_field_is_documented():
 def test_the_examples_of_every_kind_make_a_mesh():
     text = "---\n".join(blocks(ROOT / "docs" / "resources.md", "yaml"))
     built = mesh.Mesh.build(resources.parse(text, "docs/resources.md"), "cluster.local")
-    assert len(built.services) == len(built.endpoints) == len(built.peer_authentications) == 1
+    assert [service.key for service in built.services] == ["shop/resolver", "shop/reviews"]
+    assert built.virtual_datagrams == {"shop/resolver": (53,)}
+    assert len(built.endpoints) == len(built.peer_authentications) == 1
     assert len(built.policies) == 2
     assert len(built.gateways) == len(built.routes) == 1
 

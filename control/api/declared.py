@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 from typing import Final
 
 from control.api.address import IpAddress
@@ -71,6 +72,7 @@ class DeclaredService:
     selector: Labels | None
     """Workloads of its namespace that serve it; None: only those of its EndpointSlices."""
     ports: tuple[ServicePort, ...]
+    """Those of TCP."""
     cluster_ips: tuple[IpAddress, ...]
     """Virtual addresses that were asked for, at most one of a family."""
     families: tuple[Family, ...]
@@ -79,10 +81,17 @@ class DeclaredService:
     waypoint: WaypointChoice = NO_CHOICE
     proxy_protocol: tuple[int, ...] = ()
     """Its ports that want the header: `metadata.PROXY_PROTOCOL`."""
+    datagrams: Mapping[int, ServicePort] = field(default_factory=dict, hash=False)
+    """Index in `spec.ports` -> port, of those of UDP, whose datagrams pass in plaintext: `metadata.UDP`."""
 
     @property
     def key(self) -> str:
         return key(self.namespace, self.name)
+
+    def indexed_ports(self) -> Iterator[tuple[int, ServicePort]]:
+        """Those of TCP, each with its index in `spec.ports`."""
+        places = (index for index in count() if index not in self.datagrams)
+        return zip(places, self.ports, strict=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,24 +100,47 @@ def _selected(service: DeclaredService, workloads: Workloads, findings: Findings
 
 
 def _target_ports(service: DeclaredService, workload: Workload, findings: Findings) -> dict[int, int]:
-    """Service port -> workload port. The workload's own word for the service's port stands above `targetPort`."""
+    """Service port -> workload port."""
     ports: dict[int, int] = {}
-    for index, port in enumerate(service.ports):
-        target = workload.ports.get(port.name, port.target_port)
-        if isinstance(target, str):
-            named = workload.ports.get(target)
-            if named is None:
-                known = f"{', '.join(workload.ports)}" if workload.ports else "none"
-                findings.error(
-                    service.position,
-                    f"spec.ports[{index}].targetPort",
-                    f"WorkloadEntry {workload.key} has no port {target!r}; its ports: {known}",
-                    (target, workload.ports),
-                )
-                continue
-            target = named
-        ports[port.port] = target
+    for index, port in service.indexed_ports():
+        target = _target_port(service, index, port, workload, findings)
+        if target:
+            ports[port.port] = target
     return ports
+
+
+def _target_port(
+    service: DeclaredService, index: int, port: ServicePort, workload: Workload, findings: Findings
+) -> int:
+    """The workload's port; 0 after an error. The workload's own word for the port stands above `targetPort`."""
+    target = workload.ports.get(port.name, port.target_port)
+    if isinstance(target, int):
+        return target
+    named = workload.ports.get(target, 0)
+    if not named:
+        known = f"{', '.join(workload.ports)}" if workload.ports else "none"
+        findings.error(
+            service.position,
+            f"spec.ports[{index}].targetPort",
+            f"WorkloadEntry {workload.key} has no port {target!r}; its ports: {known}",
+            (target, workload.ports),
+        )
+    return named
+
+
+def datagrams_of(
+    services: Sequence[DeclaredService], workloads: Sequence[Workload], findings: Findings
+) -> dict[str, tuple[int, ...]]:
+    """Key of a workload -> its ports, in order, to which datagrams may go, of those that services select."""
+    index = Workloads(workloads)
+    found: dict[str, set[int]] = {}
+    for service in services:
+        if not service.datagrams:
+            continue
+        for workload in index.selected(service.namespace, service.selector or {}):
+            ports = {_target_port(service, at, port, workload, findings) for at, port in service.datagrams.items()}
+            found.setdefault(workload.key, set()).update(ports - {0})
+    return {workload_key: tuple(sorted(ports)) for workload_key, ports in found.items() if ports}
 
 
 def _sliced(

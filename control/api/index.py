@@ -83,6 +83,8 @@ class ResidentService:
     ports: tuple[int, ...]
     bound: bool = False
     """Whether callers go through a waypoint, or are to refuse, rather than connect directly."""
+    datagrams: tuple[int, ...] = ()
+    """Ports, in order, to which datagrams may go in plaintext."""
 
     @property
     def key(self) -> str:
@@ -101,6 +103,8 @@ class ResidentWorkload:
     bindings: tuple[tuple[int, Binding], ...] = ()
     """Port -> how callers reach it at this address, in the order of ports, each once. 0: every port that has none of
     its own."""
+    datagrams: tuple[int, ...] = ()
+    """As of a service."""
 
     @property
     def key(self) -> str:
@@ -259,34 +263,63 @@ def read_trust(body: Body) -> Trust:
 def write_resident(resident: Resident) -> Value:
     """One entry of an address shard."""
     match resident:
-        case ResidentService(namespace, name, ports, bound):
-            return ["s", namespace, name, list(ports), *([True] if bound else [])]
-        case ResidentWorkload(namespace, name, service_account, labels, bindings):
+        case ResidentService(namespace, name, ports, bound, datagrams):
+            # Said only where it is so, so that all other entries are those of before there was this; likewise below.
+            rest: list[Value] = [bound, list(datagrams)] if datagrams else [True] if bound else []
+            return ["s", namespace, name, list(ports), *rest]
+        case ResidentWorkload(namespace, name, service_account, labels, bindings, datagrams):
             listed: list[Value] = [[port, *write_binding(binding)] for port, binding in bindings]
-            return ["w", namespace, name, service_account, dict(labels), *([listed] if listed else [])]
+            rest = [listed, list(datagrams)] if datagrams else [listed] if listed else []
+            return ["w", namespace, name, service_account, dict(labels), *rest]
 
 
 def read_resident(value: Value) -> Resident:
     """Raises RecordError."""
     match value:
-        case ["s", namespace, name, ports] | ["s", namespace, name, ports, True]:
+        case ["s", namespace, name, ports, *rest] if rest in ([], [True]) or len(rest) == 2:
             found = tuple(read_port(port, "addresses") for port in typed(ports, list, "addresses"))
             check_distinct(found, "addresses")
             return ResidentService(
-                _name(namespace, wrong_dns_label), _name(name, wrong_service_name), found, bound=len(value) == 5
+                _name(namespace, wrong_dns_label),
+                _name(name, wrong_service_name),
+                found,
+                bound=bool(rest) and typed(rest[0], bool, "addresses"),
+                datagrams=_read_datagrams(rest),
             )
-        case ["w", namespace, name, service_account, labels, *bindings] if len(bindings) <= 1:
+        case ["w", namespace, name, service_account, labels, *rest] if len(rest) <= 2:
             return ResidentWorkload(
                 _name(namespace, wrong_dns_label),
                 _name(name, wrong_subdomain),
                 _name(service_account, wrong_subdomain),
                 read_labels(labels, "addresses"),
-                _read_bindings(bindings[0]) if bindings else (),
+                _read_bound(rest),
+                _read_datagrams(rest),
             )
     raise RecordError(
         'addresses: each must be ["s", namespace, name, [ports]], with true when bound, or '
-        '["w", namespace, name, service account, {labels}], with [[port, gateway, via]] when bound'
+        '["w", namespace, name, service account, {labels}], with [[port, gateway, via]] when bound; '
+        "or with that, false or [] if not bound, and [ports] for datagrams"
     )
+
+
+def _read_bound(rest: list[Value]) -> tuple[tuple[int, Binding], ...]:
+    """From what stands behind the fields that every workload has: its bindings, then ports for datagrams."""
+    match rest:
+        case [] | [[], _]:
+            return ()
+        case _:
+            return _read_bindings(rest[0])
+
+
+def _read_datagrams(rest: list[Value]) -> tuple[int, ...]:
+    """From what stands behind the fields that every resident has: how it is bound, then these."""
+    if len(rest) < 2:
+        return ()
+    found = tuple(read_port(port, "addresses") for port in typed(rest[1], list, "addresses"))
+    if not found:
+        raise RecordError("addresses: ports for datagrams are empty; they must then be absent")
+    check_ordered(found, "addresses")
+    return found
 
 
 def _read_bindings(value: Value) -> tuple[tuple[int, Binding], ...]:

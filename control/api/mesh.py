@@ -26,7 +26,7 @@ from control.api.declared import (
     Resource,
     place_of,
 )
-from control.api.endpoints import endpoints_of
+from control.api.endpoints import datagrams_of, endpoints_of
 from control.api.gateway import Gateway
 from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain
 from control.api.index import Resident, ResidentService, ResidentWorkload
@@ -113,6 +113,10 @@ class Mesh:
     """What labels ask to bind to waypoints. Who keeps standings works them out from these."""
     bindings: Mapping[str, PortBindings]
     """Key of a workload -> how callers reach its ports at its own addresses, of those that are bound."""
+    datagrams: Mapping[str, tuple[int, ...]]
+    """Key of a workload -> its ports to which datagrams may go in plaintext, of those that have any."""
+    virtual_datagrams: Mapping[str, tuple[int, ...]]
+    """Likewise key of a service -> ports of its virtual addresses."""
     warnings: tuple[ResourceError, ...]
 
     @classmethod
@@ -186,6 +190,12 @@ class Mesh:
             vips=addresses.allocated,
             wishes=wishes.of,
             bindings={workload.key: bindings for workload in workloads if (bindings := ports.bindings(workload.key))},
+            datagrams=datagrams_of(declared_services, workloads, findings),
+            virtual_datagrams={
+                service.key: tuple(sorted(port.port for port in service.datagrams.values()))
+                for service in declared_services
+                if service.datagrams
+            },
             warnings=tuple(findings.warnings),
         )
         findings.report.raise_errors()
@@ -216,11 +226,18 @@ class Mesh:
                 workload.service_account,
                 telemetry(workload.labels),
                 self.bindings.get(workload.key, ()),
+                self.datagrams.get(workload.key, ()),
             )
             found |= dict.fromkeys(workload.addresses, resident)
         for service in self.services:
             ports = tuple(port.port for port in service.ports)
-            resident_service = ResidentService(service.namespace, service.name, ports, service.binding is not None)
+            resident_service = ResidentService(
+                service.namespace,
+                service.name,
+                ports,
+                service.binding is not None,
+                self.virtual_datagrams.get(service.key, ()),
+            )
             found |= dict.fromkeys(service.vips, resident_service)
         return found
 

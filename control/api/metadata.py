@@ -25,6 +25,10 @@ PROXY_PROTOCOL: Final = "mesh.uproxy.dev/proxy-protocol"
 """On a Service or WorkloadEntry: its ports, separated by commas, behind which applications read from a header of the
 PROXY protocol, version 2, who calls."""
 
+UDP: Final = "mesh.uproxy.dev/udp"
+"""On a Service: `plaintext` lets datagrams to its ports of protocol UDP pass outside of any tunnel; else they are
+`refused`."""
+
 _OWN_PREFIX: Final = "mesh.uproxy.dev/"
 _MAX_ANNOTATIONS: Final = 256
 
@@ -74,7 +78,7 @@ _ANNOTATIONS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     DRY_RUN: (("false",), "it is said of an AuthorizationPolicy; remove it"),
     SAME_HOST: (("encrypted",), "it is said of a WorkloadEntry or a Namespace; remove it"),
     PROXY_PROTOCOL: ((), "it is said of a Service or a WorkloadEntry; remove it"),
-    "mesh.uproxy.dev/udp": ((), "UDP is not carried yet, and refused; remove it"),
+    UDP: (("refused",), "it is said of a Service; remove it"),
     WAYPOINT_BINDING: ((), _BINDS),
     WAYPOINT_EXEMPT: ((), _BINDS),
 }
@@ -212,6 +216,14 @@ def read_proxy_protocol(document: Reader, metadata: Metadata, parse: Callable[[s
     if len(found) > _MAX_PROXY_PROTOCOL:
         document.error_at(field, f"has more than {_MAX_PROXY_PROTOCOL} ports")
     return tuple(sorted(found))
+
+
+def read_udp(document: Reader, metadata: Metadata) -> bool:
+    """Whether a Service's datagrams may pass in plaintext."""
+    text = metadata.annotations.get(UDP, "refused")
+    if text not in ("plaintext", "refused"):
+        document.error_at(f"metadata.annotations[{UDP!r}]", f"{shown(text)} must be plaintext or refused")
+    return text == "plaintext"
 
 
 def _refuse(

@@ -23,10 +23,12 @@ from control.api.metadata import (
     MORE_ADDRESSES,
     PROXY_PROTOCOL,
     SAME_HOST,
+    UDP,
     read_bindable_metadata,
     read_metadata,
     read_proxy_protocol,
     read_same_host,
+    read_udp,
 )
 from control.api.names import wrong_dns_label, wrong_port_name, wrong_service_name, wrong_subdomain
 from control.api.plaintext import PROXY_PORTS
@@ -39,9 +41,12 @@ from control.api.security import read_authorization_policy, read_peer_authentica
 from control.api.workload import ServicePort
 
 _MAX_ADDRESSES: Final = 8
-_TCP_ONLY: Final = {
-    "UDP": "the mesh carries TCP only; remove the port",
-    "SCTP": "the mesh carries TCP only; remove the port",
+_REMOVE: Final = "the mesh carries TCP only; remove the port"
+_TCP_ONLY: Final = {"UDP": _REMOVE, "SCTP": _REMOVE}
+_NO_UDP: Final = {
+    "UDP": f"the mesh carries TCP only; remove the port, or write the annotation {UDP}: plaintext, which lets its "
+    "datagrams pass unencrypted",
+    "SCTP": _REMOVE,
 }
 
 
@@ -90,7 +95,8 @@ def _read_namespace(document: Reader) -> DeclaredNamespace:
 
 
 def _read_service(document: Reader) -> DeclaredService:
-    metadata, waypoint = read_bindable_metadata(document, wrong_service_name, own_annotations=(PROXY_PROTOCOL,))
+    metadata, waypoint = read_bindable_metadata(document, wrong_service_name, own_annotations=(PROXY_PROTOCOL, UDP))
+    udp = read_udp(document, metadata)
     spec = document.child("spec", required="a mapping with ports and selector")
     virtual = "only virtual addresses inside the mesh are served; write ClusterIP or remove it"
     spec.choice(
@@ -121,7 +127,7 @@ def _read_service(document: Reader) -> DeclaredService:
         )
     )
     cluster_ips, families = _read_cluster_ips(spec)
-    ports = _read_service_ports(spec, needed=bool(families))
+    ports, datagrams = _read_service_ports(spec, needed=bool(families), udp=udp)
 
     def port_of(text: str) -> int:
         for port in ports:
@@ -130,17 +136,25 @@ def _read_service(document: Reader) -> DeclaredService:
         known = ", ".join(port.name or str(port.port) for port in ports)
         raise ValueError(f"{shown(text)} is no port of this Service; its ports: {known or 'none'}")
 
+    selector = _read_selector(spec)
+    if udp and not datagrams and not spec.lost:
+        document.error_at(
+            f"metadata.annotations[{UDP!r}]", "no port of spec.ports has protocol UDP; give it to one, or remove this"
+        )
+    if datagrams and selector is None and not spec.lost:
+        spec.error("selector", "is missing; the workloads behind a port of protocol UDP are those that it selects")
     service = DeclaredService(
         namespace=metadata.namespace,
         name=metadata.name,
         labels=metadata.labels,
-        selector=_read_selector(spec),
+        selector=selector,
         ports=ports,
         cluster_ips=cluster_ips,
         families=families,
         position=document.position,
         waypoint=waypoint,
         proxy_protocol=read_proxy_protocol(document, metadata, port_of),
+        datagrams=datagrams,
     )
     spec.finish()
     return service
@@ -153,25 +167,37 @@ def _read_selector(spec: Reader) -> dict[str, str] | None:
     return selector or None
 
 
-def _read_service_ports(spec: Reader, *, needed: bool) -> tuple[ServicePort, ...]:
+def _read_service_ports(
+    spec: Reader, *, needed: bool, udp: bool
+) -> tuple[tuple[ServicePort, ...], dict[int, ServicePort]]:
+    """Those of TCP; and those of UDP, by their index among all."""
     readers = spec.children("ports")
     if needed and not spec.has("ports") and not spec.lost:
         spec.error("ports", "is missing; it must be a list such as [{name: http, port: 80, targetPort: 8080}]")
     ports: list[ServicePort] = []
-    for reader in readers:
-        port = _read_service_port(reader)
-        if any(port.port == other.port for other in ports):
+    datagrams: dict[int, ServicePort] = {}
+    for index, reader in enumerate(readers):
+        protocol, port = _read_service_port(reader, udp=udp)
+        alike = datagrams.values() if protocol == "UDP" else ports
+        if any(port.port == other.port for other in alike):
             reader.error("port", f"{port.port} stands twice in this Service; remove one")
-        if any(port.name == other.name for other in ports) and reader.has("name"):
+        if any(port.name == other.name for other in (*ports, *datagrams.values())) and reader.has("name"):
             reader.error("name", f"{shown(port.name)} stands twice in this Service; rename one")
         if not reader.has("name") and len(readers) > 1:
             reader.error("name", "is missing; a Service with several ports must name each")
-        ports.append(port)
-    return tuple(ports)
+        if protocol == "UDP":
+            datagrams[index] = port
+        else:
+            ports.append(port)
+    return tuple(ports), datagrams
 
 
-def _read_service_port(reader: Reader) -> ServicePort:
-    reader.choice("protocol", ["TCP"], default="TCP", others=_TCP_ONLY)
+def _read_service_port(reader: Reader, *, udp: bool) -> tuple[str, ServicePort]:
+    """Its protocol, and the port."""
+    if udp:
+        protocol = reader.choice("protocol", ["TCP", "UDP"], default="TCP", others={"SCTP": _REMOVE})
+    else:
+        protocol = reader.choice("protocol", ["TCP"], default="TCP", others=_NO_UDP)
     reader.refuse({"nodePort": "only virtual addresses inside the mesh are served; remove it"})
     number = reader.integer("port", 1, 65535, required="a number from 1 to 65535")
     port = ServicePort(
@@ -181,7 +207,7 @@ def _read_service_port(reader: Reader) -> ServicePort:
         app_protocol=reader.text("appProtocol", label.wrong_key),
     )
     reader.finish()
-    return port
+    return protocol, port
 
 
 def _read_cluster_ips(spec: Reader) -> tuple[tuple[IpAddress, ...], tuple[Family, ...]]:

@@ -111,7 +111,8 @@ def _cells(resource: Answer) -> tuple[str, ...]:
     (declared,) = parse(resource["document"], resource["name"])
     match declared:
         case DeclaredService():
-            ports = ",".join(str(port.port) for port in declared.ports)
+            tcp, udp = [str(port.port) for port in declared.ports], declared.datagrams.values()
+            ports = ",".join([*tcp, *(f"{port.port}/UDP" for port in udp)])
             return ",".join(resource["vips"]), ports, str(resource["endpoints"])
         case DeclaredWorkload():
             return ",".join(declared.addresses), declared.service_account, declared.node

@@ -24,11 +24,18 @@ from benchmarks.lab.control import ControlPlane
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab, Workload
 from control.server.serve import STORE_FILE
+from tests.mesh.test_datagrams import passes, udp
 from tests.support import inside
 
 _PORT = 9000
 _PEER = ("240.240.0.30", _PORT)
 _UNUSED = ("240.240.0.31", _PORT)
+_BEACON = """\
+apiVersion: v1
+kind: Service
+metadata: {name: beacon, namespace: load, annotations: {mesh.uproxy.dev/udp: plaintext}}
+spec: {selector: {app: peer}, ports: [{name: beacon, port: 53, targetPort: 5353, protocol: UDP}]}
+"""
 _SAME_HOST = "mesh.uproxy.dev/same-host"
 
 _RESOURCES = f"""\
@@ -216,6 +223,22 @@ class TestChanges:
                     made.recv(1)
             assert not inside.goes_direct(host, mesh.other, to)
         mesh.control.meshctl("annotate", "workload", "caller", f"{_SAME_HOST}-", "-n", "load", "--overwrite")
+
+    def test_datagrams_pass_while_a_service_says_so(self, mesh: Controlled) -> None:
+        end = (mesh.peer.address, 5353)
+        with udp(mesh.caller) as asking, udp(mesh.peer) as answering:
+            answering.bind(end)
+            assert not passes(asking, end)
+            mesh.control.apply(_BEACON)
+            try:
+                inside.eventually(lambda: passes(asking, end), 40)
+                got, source = answering.recvfrom(100)
+                assert (got, source[0]) == (b"x", mesh.caller.address)
+                inside.eventually(lambda: passes(answering, source[:2]), 40)
+            finally:
+                mesh.control.meshctl("delete", "service", "beacon", "-n", "load")
+            inside.eventually(lambda: not passes(asking, end), 40)
+            inside.eventually(lambda: not passes(answering, source[:2]), 40)
 
     def test_peer_authentication_of_the_root_namespace_opens_and_closes_the_mesh(self, mesh: Controlled) -> None:
         def takes_plaintext() -> bool:

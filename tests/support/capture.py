@@ -354,9 +354,11 @@ def fill(maps: Maps, *, whole: bool = True) -> None:
     """The ranges, one service and one workload of the constants above; whatever was there before is gone."""
     for address, bits in maps.ranges.items():
         maps.ranges.delete(address, bits)
-    for targets in (maps.services, maps.workloads):
+    for targets in (maps.services, maps.workloads, maps.datagrams):
         for key in targets.items():
             targets.delete(key)
+    for answering in maps.answering.items():
+        maps.answering.delete(*answering)
     for text, kind in RANGES.items():
         network = ipaddress.ip_network(text)
         bits = network.prefixlen + (96 if network.version == 4 else 0)

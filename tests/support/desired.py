@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def service(name: str, namespace: str = "shop", app: str = "", vip: str = "", labels: str = "") -> str:
-    """A Service that selects `app`, by default the label of its own name; `app="-"`: without selector."""
+def service(
+    name: str, namespace: str = "shop", app: str = "", vip: str = "", labels: str = "", datagrams: int = 0
+) -> str:
+    """A Service that selects `app`, by default the label of its own name; `app="-"`: without selector. `datagrams`: a
+    port of protocol UDP whose datagrams pass.
+    """
+    udp = f", {{name: beacon, port: {datagrams}, targetPort: {datagrams + 1}, protocol: UDP}}" if datagrams else ""
+    annotations = ", annotations: {mesh.uproxy.dev/udp: plaintext}" if datagrams else ""
     selector = "" if app == "-" else f"  selector: {{app: {app or name}}}\n"
     address = f"  clusterIP: {vip}\n" if vip else ""
     return (
         "apiVersion: v1\nkind: Service\n"
-        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}}}\n"
-        f"spec:\n{selector}{address}  ports: [{{name: http, port: 80, targetPort: 8080}}]\n"
+        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}{annotations}}}\n"
+        f"spec:\n{selector}{address}  ports: [{{name: http, port: 80, targetPort: 8080}}{udp}]\n"
     )
 
 

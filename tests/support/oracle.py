@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from control.api import resources
 from control.api.declared import Resource
-from control.api.index import ResidentService
+from control.api.index import Resident, ResidentService
 from control.api.mesh import Elsewhere, Mesh
 from control.api.workload import Endpoint, Service
 from control.server.core import Core
@@ -50,11 +50,20 @@ class Oracle:
             topic.removeprefix("mesh/v1/cluster.local/"): body for topic, body in expected.records().items()
         }
         assert found.addresses == {
-            address: ["s", one.namespace, one.name, list(one.ports)]
-            if isinstance(one, ResidentService)
-            else ["w", one.namespace, one.name, one.service_account, dict(one.labels)]
+            address: [*_resident(one), *([_unbound(one), list(one.datagrams)] if one.datagrams else [])]
             for address, one in expected.residents().items()
         }
+
+
+def _resident(one: Resident) -> list[object]:
+    """As published when nothing binds it, and no datagrams go there."""
+    if isinstance(one, ResidentService):
+        return ["s", one.namespace, one.name, list(one.ports)]
+    return ["w", one.namespace, one.name, one.service_account, dict(one.labels)]
+
+
+def _unbound(one: Resident) -> object:
+    return False if isinstance(one, ResidentService) else []
 
 
 def build(parsed: Iterable[Resource], store: Store) -> Mesh:

@@ -426,11 +426,19 @@ def routes(draw: st.DrawFn) -> HTTPRoute:
     )
 
 
+datagrams = st.sets(ports, max_size=2).map(sorted).map(tuple)
+
+
 @st.composite
 def resident_workloads(draw: st.DrawFn) -> ResidentWorkload:
     bound = draw(st.dictionaries(st.integers(0, 3), bindings, max_size=2))
     return ResidentWorkload(
-        draw(namespaces), draw(workload_names), draw(accounts), draw(labels), tuple(sorted(bound.items(), key=_port))
+        draw(namespaces),
+        draw(workload_names),
+        draw(accounts),
+        draw(labels),
+        tuple(sorted(bound.items(), key=_port)),
+        draw(datagrams),
     )
 
 
@@ -439,7 +447,14 @@ def _port(item: tuple[int, Binding]) -> int:
 
 
 residents = (
-    st.builds(ResidentService, namespaces, names, st.lists(ports, max_size=3, unique=True).map(tuple), st.booleans())
+    st.builds(
+        ResidentService,
+        namespaces,
+        names,
+        st.lists(ports, max_size=3, unique=True).map(tuple),
+        st.booleans(),
+        datagrams,
+    )
     | resident_workloads()
 )
 

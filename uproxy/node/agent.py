@@ -38,9 +38,10 @@ from uproxy.capture.ranges import MeshRanges
 from uproxy.cgroup import SandboxError
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
-from uproxy.node import metrics, peers, server
+from uproxy.node import datagrams, metrics, peers, server
 from uproxy.node.channel import SOCKET_NAME
 from uproxy.node.client import DEFAULT_SOCKET
+from uproxy.node.destroy import Found
 from uproxy.node.grants import Grants
 from uproxy.node.metrics import METRICS_PORT
 from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
@@ -56,16 +57,19 @@ ALLOW_ANY: Final = "allow-any"
 REGISTRY_ONLY: Final = "registry-only"
 
 _SWEEP_INTERVAL_S: Final = 10.0
+_LOOKS: Final = 3  # for connected sockets to be ended: at once, then in two sweeps, the last a whole interval later
 _STATE_DIR: Final = Path("/var/lib/uproxy-node")
 _NODE_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MAX_LISTED: Final = 500  # workloads in a status, which must fit one message
-# <linux/capability.h>. The last two are for a workload's place: entering its namespace, opening its cgroup by id.
+# <linux/capability.h>. The last three are for a workload's place: entering its namespace, opening its cgroup by id, and
+# finding its namespace by a process of another user.
 _CAPABILITIES: Final = {
     "CAP_NET_ADMIN": 12,
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
     "CAP_SYS_ADMIN": 21,
     "CAP_DAC_READ_SEARCH": 2,
+    "CAP_SYS_PTRACE": 19,
 }
 _REGISTER_FIELDS: Final[Mapping[str, type]] = {
     "workload": str,
@@ -111,6 +115,10 @@ class Agent:
         """Set once configuration is in the kernel."""
         self._config_error = ""
         self._levels: Mapping[str, Level] = {}
+        self._unended: dict[str, str] = {}
+        """Workload → why its UDP sockets could not be looked at."""
+        self._looks = 0
+        """How often these are still to be looked at."""
         self._lagging = True
         """Whether the maps may differ from the state: at first, as an earlier agent left them, and after a failure."""
 
@@ -122,6 +130,8 @@ class Agent:
             self._lagging = True  # a failure may leave it half done
             written = self._sync.apply(self._state, changed)
             self._lagging = False
+            if self._sync.narrowed:
+                self._end_datagrams()
             _log.info("configuration in force: %d map entries changed, %s", written, self._sync.sizes())
         self._config_error = ""
         self.configured.set()
@@ -148,10 +158,12 @@ class Agent:
             match request.get("op"):
                 case "register":
                     self._register(request, descriptors)
+                    self._sync.apply_answering(self._state)
                     self.grants.changed()
                     return {}
                 case "unregister":
                     self._workloads.unregister(_field(request, "workload", str))
+                    self._sync.apply_answering(self._state)
                     self.grants.changed()
                     return {}
                 case "status":
@@ -166,7 +178,8 @@ class Agent:
         """What somebody should look at."""
         config = [self._config_error] if self._config_error else []
         full = metrics.alarms(self._levels).values()
-        return [*config, *full, *self._workloads.problems(), *self._probers.problems()]
+        unended = [f"workload {name}: its UDP sockets: {why}" for name, why in sorted(self._unended.items())]
+        return [*config, *full, *unended, *self._workloads.problems(), *self._probers.problems()]
 
     def measure(self) -> None:
         """Looks how full the maps are. The log names each map once when it is nearly full."""
@@ -203,6 +216,8 @@ class Agent:
                 self._workloads.sweep()
                 if self.configured.is_set():
                     self._workloads.take_over()
+                    self._sync.apply_answering(self._state)
+                    self._end_datagrams()
                 self.grants.changed()
             except OSError as error:
                 _log.warning("dead workloads cannot be swept: %s", error)
@@ -245,6 +260,37 @@ class Agent:
                 dns,
                 tuple(probe_ports),
             )
+        )
+
+    def _end_datagrams(self) -> None:
+        """Ends connected UDP sockets that may not be connected so any more, if there may be such.
+
+        A connect() that was asked before the maps changed may be done only after a look, so the sweeps look again.
+        Raises nothing: what cannot be ended is a problem, and is tried again.
+        """
+        if self._sync.narrowed:
+            self._sync.narrowed = False
+            self._looks = _LOOKS
+        if not self._looks:
+            return
+        self._unended = {}
+        for workload in self._workloads.captured():
+            try:
+                ended = datagrams.end(workload, self._may_not_send)
+            except OSError as error:
+                self._unended[workload.name] = f"{error}; restart it: they may send where they no longer may"
+                continue
+            if ended:
+                _log.info("workload %s: %d UDP sockets ended, whose datagrams may not pass", workload.name, ended)
+        self._looks -= not self._unended
+
+    def _may_not_send(self, workload: Captured, found: Found) -> bool:
+        """As `datagram_verdict` in bpf/sock.h, of an address in the mesh."""
+        address, port = found.remote
+        return (
+            address not in workload.addresses
+            and not self._sync.passes(address, port)
+            and not self._sync.answers(workload.netns_cookie, found.local[1])
         )
 
     def _identity_at(self, address: IpAddress) -> SpiffeId | None:

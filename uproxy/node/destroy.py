@@ -1,4 +1,4 @@
-"""The TCP sockets of a workload's namespace: whose is this one, and away with those (sock_diag(7), SOCK_DESTROY).
+"""The sockets of a workload's namespace: whose is this one, and away with those (sock_diag(7), SOCK_DESTROY).
 
 The socket that asks is made inside the namespace and sees nothing else. Destroying needs CAP_NET_ADMIN there, entering
 it CAP_SYS_ADMIN; the agent has both.
@@ -35,7 +35,7 @@ End = tuple[IpAddress, int]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One TCP socket. A v4-mapped end is an IPv4 one here."""
+    """One socket. A v4-mapped end is an IPv4 one here."""
 
     local: End
     remote: End
@@ -48,9 +48,10 @@ class Found:
 
 
 class Sockets:
-    """Asks in one network namespace. Raises OSError, as its methods do."""
+    """Asks in one network namespace, of TCP unless it is told otherwise. Raises OSError, as its methods do."""
 
-    def __init__(self, netns_fd: int) -> None:
+    def __init__(self, netns_fd: int, protocol: int = socket.IPPROTO_TCP) -> None:
+        self._protocol = protocol
         with linux.inside(netns_fd):
             self._netlink = Netlink(netlink.SOCK_DIAG)
 
@@ -58,7 +59,7 @@ class Sockets:
         """The one established connection with these ends, if there is one."""
         family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
         ports_and_addresses = _ID.pack(local[1], remote[1], _raw(local[0]), _raw(remote[0]))
-        request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _LIVE) + ports_and_addresses + _ANY_SOCKET
+        request = _REQUEST.pack(family, self._protocol, 0, 0, _LIVE) + ports_and_addresses + _ANY_SOCKET
         try:
             answers = self._netlink.ask(_BY_FAMILY, request)
         except OSError as error:
@@ -73,13 +74,20 @@ class Sockets:
 
     def live(self) -> Iterator[Found]:
         """All but listeners and those in TIME_WAIT."""
+        return self._dump(_LIVE)
+
+    def connected(self) -> Iterator[Found]:
+        """Those that are established, as a UDP socket is once connect() was called."""
+        return self._dump(1 << _ESTABLISHED)
+
+    def _dump(self, states: int) -> Iterator[Found]:
         for family in (socket.AF_INET, socket.AF_INET6):
-            request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _LIVE) + bytes(_ID_BYTES)
+            request = _REQUEST.pack(family, self._protocol, 0, 0, states) + bytes(_ID_BYTES)
             yield from map(_read, self._netlink.ask(_BY_FAMILY, request, dump=True))
 
     def destroy(self, found: Found) -> bool:
         """Abort it: ECONNABORTED here, RST to its peer. False when it was gone already."""
-        request = _REQUEST.pack(found.family, socket.IPPROTO_TCP, 0, 0, _LIVE) + found.id
+        request = _REQUEST.pack(found.family, self._protocol, 0, 0, _LIVE) + found.id
         try:
             self._netlink.ask(_DESTROY, request)
         except OSError as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from bpf.maps import Maps, RangeKind, Route, Target, Targets
-from control.api.address import IpAddress, packed16
+from control.api.address import IpAddress, from_packed, packed16
 from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.client.state import State
 from uproxy.capture.ranges import MeshRanges, Network
@@ -51,11 +51,13 @@ class Entries:
     """Virtual addresses, each with its ports."""
     workloads: dict[Key, Target]
     """Addresses of workloads, at any port."""
+    datagrams: dict[Key, Target]
+    """Addresses of either, each with the ports to which datagrams may go."""
 
 
 def desired(residents: Mapping[IpAddress, Resident]) -> Entries:
     """The entries of these addresses."""
-    found = Entries({}, {})
+    found = Entries({}, {}, {})
     for ip, resident in residents.items():
         address = packed16(ip)
         match resident:
@@ -64,6 +66,8 @@ def desired(residents: Mapping[IpAddress, Resident]) -> Entries:
                 found.services.update({(address, port): target for port in resident.ports})
             case ResidentWorkload():
                 found.workloads[address, _ANY_PORT] = _target(resident, bound=bool(resident.bindings))
+        plaintext = Target(stable_id(resident.key), Route.PLAINTEXT)
+        found.datagrams.update({(address, port): plaintext for port in resident.datagrams})
     return found
 
 
@@ -144,9 +148,10 @@ class _Mirror:
             return
         with self._in_step():
             self._kernel.put_all(difference.put, generation)
-        for key in difference.put.keys() - self.entries.keys():
-            address, port = key
-            self._ports[address] = (*self._ports.get(address, ()), port)
+        for key in difference.put:
+            if key not in self.entries:
+                address, port = key
+                self._ports[address] = (*self._ports.get(address, ()), port)
         self.entries.update(difference.put)
 
     def delete(self, difference: Difference) -> None:
@@ -174,7 +179,7 @@ class _Mirror:
 
 
 class Sync:
-    """The one writer of `ranges`, `services`, `workloads` and `settings`."""
+    """The one writer of `ranges`, `services`, `workloads`, `datagrams`, `answering` and `settings`."""
 
     def __init__(self, maps: Maps, ranges: MeshRanges, *, registry_only: bool = False) -> None:
         """Puts ranges and egress in force and takes over what an earlier agent left in the maps."""
@@ -184,6 +189,13 @@ class Sync:
         maps.settings.write(replace(maps.settings.read(), registry_only=registry_only))
         self._services = _Mirror(maps.services)
         self._workloads = _Mirror(maps.workloads)
+        self._datagrams = _Mirror(maps.datagrams)
+        self._answering = maps.answering.items()
+        self._own: frozenset[IpAddress] = frozenset()
+        """Addresses of this host's workloads, as `apply_answering` has seen them last."""
+        self.narrowed = True
+        """Whether datagrams may have fewer ways to go than before; whoever has seen to what is connected takes it back.
+        At first an earlier agent may have been killed before it did."""
 
     def apply(self, state: State, changed: Collection[IpAddress] | None = None) -> int:
         """Makes the maps equal to the state; returns how many entries it wrote or deleted. Raises SyncError.
@@ -193,16 +205,21 @@ class Sync:
         """
         if changed is None:
             residents = state.residents()
-            services, workloads = self._services.entries, self._workloads.entries
+            services, workloads, datagrams = (
+                mirror.entries for mirror in (self._services, self._workloads, self._datagrams)
+            )
         else:
             residents = {ip: resident for ip in changed if (resident := state.resident_at(ip)) is not None}
             addresses = [packed16(ip) for ip in changed]
-            services, workloads = self._services.at(addresses), self._workloads.at(addresses)
+            services, workloads, datagrams = (
+                mirror.at(addresses) for mirror in (self._services, self._workloads, self._datagrams)
+            )
         self._check(residents)
         wanted = desired(residents)
         changes = (
             (self._services, Difference.between(services, wanted.services)),
             (self._workloads, Difference.between(workloads, wanted.workloads)),
+            (self._datagrams, Difference.between(datagrams, wanted.datagrams)),
         )
         for mirror, difference in changes:
             mirror.check_room(difference)
@@ -214,14 +231,46 @@ class Sync:
             mirror.put(difference, generation)
         for mirror, difference in changes:
             mirror.delete(difference)
+        self.narrowed |= any(difference.delete for mirror, difference in changes if mirror is self._datagrams)
+        if changed is None or not self._own.isdisjoint(changed):
+            self.apply_answering(state)
         whole = replace(settings, generation=generation, whole=settings.whole or state.whole)
         if whole != settings:
             self._maps.settings.write(whole)
         return sum(len(difference.put) + len(difference.delete) for _, difference in changes)
 
+    def apply_answering(self, state: State) -> None:
+        """Lets the workloads of this host answer in datagrams from the ports that services say; to be called when
+        workloads come and go, too.
+        """
+        own = [(netns_cookie, from_packed(address)) for netns_cookie, address in self._maps.own.items()]
+        self._own = frozenset(address for _, address in own)
+        wanted = {
+            (netns_cookie, port)
+            for netns_cookie, address in own
+            if isinstance(resident := state.resident_at(address), ResidentWorkload)
+            for port in resident.datagrams
+        }
+        for one in wanted - self._answering:
+            self._maps.answering.put(*one)
+            self._answering.add(one)
+        for one in self._answering - wanted:
+            self._maps.answering.delete(*one)
+            self._answering.remove(one)
+            self.narrowed = True
+
+    def passes(self, address: IpAddress, port: int) -> bool:
+        """Whether datagrams may go to an address and port, as far as the mesh is asked."""
+        return not self._ranges.captures(address) or (packed16(address), port) in self._datagrams.entries
+
+    def answers(self, netns_cookie: int, port: int) -> bool:
+        """Whether a workload may answer in datagrams from a port."""
+        return (netns_cookie, port) in self._answering
+
     def sizes(self) -> dict[str, int]:
         """How many entries the maps have that nobody else writes: {map: entries}."""
-        return {"services": len(self._services.entries), "workloads": len(self._workloads.entries)}
+        mirrors = {"services": self._services, "workloads": self._workloads, "datagrams": self._datagrams}
+        return {name: len(mirror.entries) for name, mirror in mirrors.items()} | {"answering": len(self._answering)}
 
     def _check(self, residents: Mapping[IpAddress, Resident]) -> None:
         """An address outside the ranges would be dialled in plaintext: the kernel asks the ranges first."""

@@ -191,6 +191,42 @@ def test_whoever_is_an_endpoint_may_serve_and_nobody_else(texts):
         assert service.identities == tuple(sorted(serving))
 
 
+BEACON = """\
+apiVersion: v1
+kind: Service
+metadata: {name: beacon, namespace: shop, annotations: {mesh.uproxy.dev/udp: plaintext}}
+spec:
+  clusterIP: 10.9.0.1
+  selector: {app: web}
+  ports:
+  - {name: web, port: 80, targetPort: 9000}
+  - {name: beacon, port: 53, targetPort: beacon, protocol: UDP}
+"""
+BEACON_AT_WORKLOAD = WORKLOAD.replace("{main: 8080}", "{main: 8080, beacon: 5353}")
+
+
+def test_datagrams_go_to_the_ports_of_a_service_and_those_of_whom_it_selects():
+    mesh = build(BEACON, BEACON_AT_WORKLOAD, SECOND.replace("app: web", "app: other"))
+    assert mesh.residents() == {
+        "10.9.0.1": ResidentService("shop", "beacon", (80,), datagrams=(53,)),
+        "10.0.0.1": ResidentWorkload("shop", "web-1", "web", {"app": "web"}, datagrams=(5353,)),
+        "10.0.0.2": ResidentWorkload("shop", "web-2", "web", {"app": "other"}),
+    }
+    (service,), (endpoint,) = mesh.services, mesh.endpoints
+    assert [port.port for port in service.ports] == [80]
+    assert endpoint.ports == {80: 9000}
+
+
+def test_ports_for_datagrams_of_several_services_are_all_those_of_a_workload():
+    other = BEACON.replace("name: beacon, namespace", "name: more, namespace").replace("10.9.0.1", "10.9.0.2")
+    other = other.replace("{name: beacon, port: 53, targetPort: beacon", "{name: more, port: 53")
+    assert build(BEACON, other, BEACON_AT_WORKLOAD).datagrams == {"shop/web-1": (53, 5353)}
+
+
+def test_without_the_annotation_nothing_is_said_of_datagrams():
+    assert (build(SERVICE, WORKLOAD).datagrams, build(SERVICE, WORKLOAD).virtual_datagrams) == ({}, {})
+
+
 def test_residents_have_the_labels_that_telemetry_shows():
     labelled = WORKLOAD.replace("{app: web}", "{app: web, version: '', team: blue}")
     assert build(labelled).residents() == {"10.0.0.1": ResidentWorkload("shop", "web-1", "web", {"app": "web"})}
@@ -339,6 +375,10 @@ def replaced(text, old, new):
         (
             [SERVICE, replaced(WORKLOAD, "{main: 8080}", "{mian: 8080}")],
             "spec.ports[0].targetPort: WorkloadEntry shop/web-1 has no port 'main'; its ports: mian (did you mean 'mi",
+        ),
+        (
+            [BEACON, WORKLOAD],
+            "9: spec.ports[1].targetPort: WorkloadEntry shop/web-1 has no port 'beacon'; its ports: main",
         ),
         (
             [SERVICE, replaced(WORKLOAD, ", ports: {main: 8080}", "")],

@@ -53,6 +53,7 @@ def test_labels_that_ask_for_what_is_not_there_are_refused(labels):
     [
         "{istio.io/dry-run: 'false'}",
         "{mesh.uproxy.dev/same-host: encrypted}",
+        "{mesh.uproxy.dev/udp: refused}",
         '{kubectl.kubernetes.io/last-applied-configuration: \'{"any": "text at all"}\'}',
     ],
 )
@@ -65,7 +66,6 @@ def test_annotations_that_ask_for_what_is_done_anyway_are_taken(annotations):
     [
         "{istio.io/dry-run: 'true'}",
         "{mesh.uproxy.dev/same-host: direct}",  # of a Service
-        "{mesh.uproxy.dev/udp: plaintext}",
         "{traffic.sidecar.istio.io/excludeInboundPorts: '80'}",
         "{ambient.istio.io/bypass-inbound-capture: 'true'}",
     ],

@@ -82,6 +82,30 @@ def one(text):
     return resource
 
 
+BEACON = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, annotations: {mesh.uproxy.dev/udp: plaintext}}
+spec:
+  selector: {app: web}
+  ports:
+  - {name: dns-udp, port: 53, targetPort: dns, protocol: UDP}
+  - {name: dns, port: 53, targetPort: dns}
+  - {name: beacon, port: 54, protocol: UDP}
+"""
+
+
+def test_ports_of_udp_stand_apart_with_their_places():
+    service = one(BEACON)
+    assert service.ports == (ServicePort("dns", 53, "dns", ""),)
+    assert service.datagrams == {0: ServicePort("dns-udp", 53, "dns", ""), 2: ServicePort("beacon", 54, 54, "")}
+    assert list(service.indexed_ports()) == [(1, service.ports[0])]
+
+
+def test_a_service_may_have_ports_of_udp_alone():
+    assert one("".join(line for line in BEACON.splitlines(True) if "name: dns," not in line)).ports == ()
+
+
 def test_a_service():
     assert one(SERVICE) == DeclaredService(
         namespace="shop",
@@ -239,13 +263,13 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
             "{istio.io/dataplane-mode: none}",
             "metadata.labels['istio.io/dataplane-mode']: is refused",
         ),
-        (S, "prometheus.io/scrape", "mesh.uproxy.dev/udp", "annotations['mesh.uproxy.dev/udp']: is refused: UDP"),
+        (N, "{team: blue}", "{team: blue}, annotations: {mesh.uproxy.dev/udp: plaintext}", "it is said of a Service"),
         (S, "prometheus.io/scrape", "mesh.uproxy.dev/usp", "annotations['mesh.uproxy.dev/usp']: unknown annotation"),
         (
             S,
             "prometheus.io/scrape",
             "mesh.uproxy.dev/addresses",
-            "unknown annotation of ours; known for this kind: mesh.uproxy.dev/proxy-protocol, ",
+            "known for this kind: mesh.uproxy.dev/proxy-protocol, mesh.uproxy.dev/udp, mesh.uproxy.dev/waypoint",
         ),
         (S, "prometheus.io/scrape", "istio.io/dry-run", "it is said of an AuthorizationPolicy"),
         (S, "prometheus.io/scrape", "traffic.sidecar.istio.io/excludeOutboundPorts", "cannot be narrowed"),
@@ -257,6 +281,33 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
         ),
         (N, "metadata", "spec: {finalizers: [kubernetes]}\nmetadata", "f.yaml:3: spec: is refused"),
         # Service
+        (
+            BEACON,
+            "plaintext",
+            "maybe",
+            "f.yaml:3: metadata.annotations['mesh.uproxy.dev/udp']: 'maybe' must be plaintext or refused",
+        ),
+        (
+            BEACON,
+            "plaintext",
+            "refused",
+            "spec.ports[0].protocol: UDP is refused: the mesh carries TCP only; remove the port, or write the an",
+        ),
+        (BEACON, "port: 54", "port: 53", "f.yaml:9: spec.ports[2].port: 53 stands twice in this Service; remove one"),
+        (BEACON, "name: beacon", "name: dns", "f.yaml:9: spec.ports[2].name: 'dns' stands twice in this Service"),
+        (BEACON, "port: 54, protocol: UDP", "port: 54, protocol: SCTP", "spec.ports[2].protocol: SCTP is refused"),
+        (
+            BEACON,
+            "  selector: {app: web}\n",
+            "",
+            "spec.selector: is missing; the workloads behind a port of protocol UDP are those that it selects",
+        ),
+        (
+            S,
+            'prometheus.io/scrape: "true"',
+            "mesh.uproxy.dev/udp: plaintext",
+            "metadata.annotations['mesh.uproxy.dev/udp']: no port of spec.ports has protocol UDP; give it to one",
+        ),
         (S, "port: 80,", "port: 0,", "f.yaml:7: spec.ports[0].port: 0 is out of range: 1 to 65535"),
         (
             S,

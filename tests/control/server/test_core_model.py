@@ -70,7 +70,8 @@ def documents(draw):
         case "service":
             selected = draw(st.sampled_from(["", "", "a", "none", "none"]))
             vip = draw(st.sampled_from(["", "10.9.0.1", "10.0.0.1"])) if draw(ODD) else ""
-            return service(app, where, selected, vip, draw(st.sampled_from(["", "a: b"])))
+            datagrams = draw(st.sampled_from([0, 0, 53, 69]))
+            return service(app, where, selected, vip, draw(st.sampled_from(["", "a: b"])), datagrams)
         case "workload":
             name = draw(st.sampled_from(WORKLOADS))
             address = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +27,8 @@ from tests.support import capture
 from tests.support.brokers import Broker
 from tests.support.capture import KNOWN_V4, OUTSIDE_V4, UNKNOWN_V4, VIP_V4, WORKLOAD_V4, WORKLOAD_V6
 from tests.support.member_site import Control, controlled
+from tests.support.udp import connected
+from tests.support.waiting import until
 from uproxy.capture.ranges import MeshRanges
 from uproxy.node import agent
 from uproxy.node.client import NodeClient, NodeError
@@ -398,8 +402,7 @@ def test_an_empty_mesh_is_whole_and_closed(host, site):
                 site.in_app(lambda: dial(VIP_V4))
 
 
-def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loader, pins, monkeypatch):
-    """Even if that batch changes nothing that the kernel holds."""
+def in_process(host: Host, loader: Loader, pins: Path) -> agent.Agent:
     options = agent.Options(
         name=host.name,
         config=(),
@@ -415,7 +418,12 @@ def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loade
     )
     sync = Sync(loader.maps, options.ranges)
     probers = Probers(loader, pins / "probers", (), tuple)
-    running = agent.Agent(options, loader, sync, Workloads(loader, pins / "links"), probers)
+    return agent.Agent(options, loader, sync, Workloads(loader, pins / "links"), probers)
+
+
+def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loader, pins, monkeypatch):
+    """Even if that batch changes nothing that the kernel holds."""
+    running = in_process(host, loader, pins)
     running.apply([])
     source = FileSource([host.config], "cluster.local")
     with monkeypatch.context() as patched:
@@ -427,6 +435,83 @@ def test_what_the_kernel_did_not_take_is_written_with_the_next_batch(host, loade
     status = running.handle({"op": "status"}, ())
     assert (status["error"], status["services"]) == ("", 1)
     assert len(loader.maps.services) == 1
+
+
+BEACON = (KNOWN_V4, 5353)
+WITH_DATAGRAMS = f"""{CONFIG}---
+apiVersion: v1
+kind: Service
+metadata: {{name: beacon, namespace: default, annotations: {{mesh.uproxy.dev/udp: plaintext}}}}
+spec: {{selector: {{app: db}}, ports: [{{port: 53, targetPort: {BEACON[1]}, protocol: UDP}}]}}
+"""
+
+
+def with_the_units_capabilities(arguments: list[str]) -> list[str]:
+    unit = (Path(__file__).parents[3] / "deploy" / "uproxy-node.service").read_text()
+    (allowed,) = re.findall("^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    bounds = ",".join(["-all", *(f"+{one.removeprefix('CAP_').lower()}" for one in allowed.split())])
+    return ["setpriv", f"--bounding-set={bounds}", "--inh-caps=-all", *arguments]
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_datagrams_pass_on_without_an_agent_until_the_next_one_is_told_otherwise(host, site, end):
+    """With the capabilities of the unit; the application is another user."""
+    host.config.write_text(WITH_DATAGRAMS)
+    with host.running(with_the_units_capabilities(host.arguments())) as process:
+        register(host, site)
+        with connected(site, [BEACON, BEACON, (OUTSIDE_V4, 53)]) as ended:
+            process.send_signal(end)
+            process.wait(20)
+            site.in_app(lambda: send(BEACON))
+            with host.running(with_the_units_capabilities(host.arguments())) as again:
+                assert ended() == [False, False, False]
+                again.kill()
+            host.config.write_text(CONFIG)
+            with host.running(with_the_units_capabilities(host.arguments())):
+                assert ended() == [True, True, False]
+                assert host.client.status()["error"] == ""
+                with pytest.raises(PermissionError):
+                    site.in_app(lambda: send(BEACON))
+
+
+def send(end: tuple[str, int]) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"x", end)
+
+
+def sweep_until(running: agent.Agent, condition: Callable[[], bool]) -> None:
+    async def sweep() -> None:
+        async with asyncio.TaskGroup() as group:
+            sweeping = group.create_task(running.sweep())
+            await until(condition)
+            sweeping.cancel()
+
+    asyncio.run(sweep())
+
+
+def test_a_socket_that_was_just_being_connected_is_ended_by_a_sweep(host, site, monkeypatch, loader, pins):
+    """And what cannot be ended is said, and tried again."""
+    host.config.write_text(WITH_DATAGRAMS)
+    running, source = in_process(host, loader, pins), FileSource([host.config], "cluster.local")
+    running.apply(source.load())
+    with site.registration() as where:
+        place = (where.app.fd, where.proxy.fd, where.netns.fd)
+        said = {"workload": "web", "namespace": "default", "service_account": "web", "address": [WORKLOAD_V4]}
+        running.handle({"op": "register", "dns": False, **said}, place)
+    entries = loader.maps.datagrams.items()
+    host.config.write_text(CONFIG)
+    running.apply(source.load())
+    for key, target in entries.items():  # as it was when connect() was asked
+        loader.maps.datagrams.put(key, target, 0)
+    with connected(site, [BEACON]) as ended:
+        monkeypatch.setattr(agent, "_SWEEP_INTERVAL_S", 0.05)
+        with monkeypatch.context() as patched:
+            patched.setattr(agent.datagrams, "end", lambda *_: (_ for _ in ()).throw(OSError("no such luck")))
+            sweep_until(running, lambda: running.problems() != [])
+            (problem,) = running.problems()
+            assert problem.startswith("workload web: its UDP sockets: no such luck; restart it")
+        assert ended() == [False]
+        sweep_until(running, lambda: ended() == [True] and running.problems() == [])
 
 
 def test_a_first_start_with_a_wrong_configuration_leaves_the_maps_not_whole(host):

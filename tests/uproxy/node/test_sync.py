@@ -63,12 +63,14 @@ class Mesh:
 
 names = st.sampled_from(["a", "b", "c", "d"])
 addresses = st.sampled_from(["240.240.0.1", "240.240.0.2", "fd00::1", "10.0.0.1", "10.0.0.2", "10.0.0.3", "fd01::1"])
+datagram_ports = st.sampled_from([(), (53,), (53, 80)])
 residents = st.builds(
     ResidentService,
     st.just("default"),
     names,
     st.lists(st.sampled_from([80, 81, 443]), unique=True, min_size=1).map(tuple),
     st.booleans(),
+    datagram_ports,
 ) | st.builds(
     ResidentWorkload,
     st.just("default"),
@@ -76,6 +78,7 @@ residents = st.builds(
     names,
     st.just({}),
     st.sampled_from([(), ((0, BINDING),), ((80, BINDING), (443, BINDING))]),
+    datagram_ports,
 )
 meshes = st.dictionaries(addresses.map(parse_address), residents)
 contents = st.dictionaries(
@@ -130,7 +133,7 @@ def maps():
 class TestOnKernelMaps:
     @staticmethod
     def empty(maps) -> None:
-        for targets in (maps.services, maps.workloads):
+        for targets in (maps.services, maps.workloads, maps.datagrams):
             for key in targets.items():
                 targets.delete(key)
         maps.settings.write(Settings(0, whole=False))
@@ -141,7 +144,7 @@ class TestOnKernelMaps:
         sync, mesh = Sync(maps, RANGES), Mesh()
         for step, only_changed in steps:
             state = mesh.become(step)
-            before = {**maps.services.items()}, {**maps.workloads.items()}
+            before = maps.services.items(), maps.workloads.items(), maps.datagrams.items()
             stamps = {key: maps.services.generation_of(key) for key in before[0]}
             settings = maps.settings.read()
 
@@ -150,8 +153,9 @@ class TestOnKernelMaps:
             wanted = desired(step)
             assert maps.services.items() == wanted.services
             assert maps.workloads.items() == wanted.workloads
+            assert maps.datagrams.items() == wanted.datagrams
             least = 0
-            for old, new in zip(before, (wanted.services, wanted.workloads), strict=True):
+            for old, new in zip(before, (wanted.services, wanted.workloads, wanted.datagrams), strict=True):
                 least += sum(old.get(key) != new.get(key) for key in old.keys() | new.keys())
             assert written == least
             after = maps.settings.read()
@@ -160,7 +164,8 @@ class TestOnKernelMaps:
             for key, target in maps.services.items().items():
                 unchanged = before[0].get(key) == target
                 assert maps.services.generation_of(key) == (stamps[key] if unchanged else after.generation)
-            assert sync.sizes() == {"services": len(maps.services), "workloads": len(maps.workloads)}
+            mirrored = ("services", "workloads", "datagrams", "answering")
+            assert sync.sizes() == {name: len(getattr(maps, name)) for name in mirrored}
 
     @given(first=meshes, second=meshes)
     def test_another_agent_goes_on_where_the_first_stopped(self, maps, first, second):
@@ -175,6 +180,43 @@ class TestOnKernelMaps:
         restarted.apply(mesh.state, mesh.changed)
         assert maps.services.items() == desired(second).services
         assert maps.workloads.items() == desired(second).workloads
+
+    def test_a_workload_of_this_host_answers_from_its_ports_for_datagrams_only(self, maps):
+        self.empty(maps)
+        maps.own.put(7, packed16(IpAddress("10.0.0.1")), 70)
+        maps.own.put(8, packed16(IpAddress("10.0.0.2")), 80)
+        try:
+            sync, mesh = Sync(maps, RANGES), Mesh()
+            one = {parse_address("10.0.0.1"): ResidentWorkload("default", "one", "one", {}, (), (53, 69))}
+            other = {parse_address("10.0.0.3"): ResidentWorkload("default", "other", "other", {}, (), (53,))}
+            sync.apply(mesh.become(one, workload("two", "10.0.0.2"), other))
+            assert maps.answering.items() == {(7, 53), (7, 69)}
+            assert [sync.answers(7, 53), sync.answers(7, 54), sync.answers(8, 53)] == [True, False, False]
+            two = {parse_address("10.0.0.2"): ResidentWorkload("default", "two", "two", {}, (), (80,))}
+            sync.apply(mesh.become(one, two, other), mesh.changed)
+            assert maps.answering.items() == {(7, 53), (7, 69), (8, 80)}
+            sync.apply(mesh.become(one, workload("two", "10.0.0.2"), other), mesh.changed)
+            maps.own.delete(7, packed16(IpAddress("10.0.0.1")))
+            sync.apply_answering(mesh.state)
+            assert maps.answering.items() == set()
+        finally:
+            for cookie, address in maps.own.items():
+                maps.own.delete(cookie, address)
+
+    def test_datagrams_pass_as_the_maps_say_and_narrower_is_told(self, maps):
+        self.empty(maps)
+        sync, mesh = Sync(maps, RANGES), Mesh()
+        assert sync.narrowed, "an earlier agent may have been killed"
+        sync.narrowed = False
+        dns = {parse_address("240.240.0.1"): ResidentService("default", "dns", (80,), datagrams=(53,))}
+        sync.apply(mesh.become(dns))
+        assert not sync.narrowed
+        vip, outside = IpAddress("240.240.0.1"), IpAddress("192.0.2.1")
+        assert [sync.passes(vip, 53), sync.passes(vip, 80), sync.passes(outside, 80)] == [True, False, True]
+        sync.apply(mesh.become(service("dns", "240.240.0.1")), mesh.changed)
+        assert sync.narrowed
+        assert not sync.passes(vip, 53)
+        assert maps.datagrams.items() == {}
 
     def test_only_what_changed_is_looked_at(self, maps):
         self.empty(maps)
