@@ -24,6 +24,7 @@ class CurrentCredentials:
         """Raises CredentialsError when there are none that can be used."""
         self._directory = directory
         self._identity = identity
+        self._hurry = asyncio.Event()
         self._read = self._stamp()  # before reading: a change meanwhile is then one more
         self.value = Credentials.load(directory, identity)
 
@@ -33,7 +34,10 @@ class CurrentCredentials:
         """
         refused = ""
         while True:
-            await asyncio.sleep(_WATCH_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WATCH_S):
+                    await self._hurry.wait()
+            self._hurry.clear()
             stamp = self._stamp()
             if stamp == self._read and not refused:
                 continue
@@ -49,6 +53,10 @@ class CurrentCredentials:
             refused = ""
             revoked = sum(len(one.serials) for one in self.value.revocations.lists)
             log.info("a new certificate is in use: serial %x, others revoked: %d", self.value.serial, revoked)
+
+    def hurry(self) -> None:
+        """Something has changed there: `watch` is to look now."""
+        self._hurry.set()
 
     def _stamp(self) -> tuple[int, ...]:
         """Changes whenever one of the files is replaced; empty while the certificate or the bundle is missing."""

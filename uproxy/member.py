@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Final
 
 import uproxy
-from control.api import messages, status
+from control import durable
+from control.api import messages, records, status
 from control.api.identity import proxy_hash
 from control.api.messages import Envelope, Stamp
+from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.api.revocations import Revocations
 from control.api.status import Kind, Knowledge, ProxyStatus, root_title
-from control.api.topics import StatusTopic, format_topic
+from control.api.topics import RevocationsTopic, StatusTopic, format_topic
 from control.client import snapshot
 from control.client.certificates import Renewal
 from control.client.libcrypto import ConfigVerifier
@@ -27,7 +30,7 @@ from control.client.replica import Batch, Replica
 from control.client.snapshot import SnapshotError
 from control.client.subscriber import Subscriber
 from uproxy.credentials import CurrentCredentials
-from uproxy.tls import broker_context
+from uproxy.tls import REVOCATIONS_FILE, broker_context, crl_pem
 
 STATE_FILE: Final = "state"
 # A change is on disk soon after, and a busy mesh does not keep the disk busy.
@@ -74,6 +77,10 @@ class Member:
         self._duties: list[asyncio.Task[None]] = []
         """What only one process of a workload may do."""
         self._left = False
+        self._trust_domain = trust_domain
+        self._revocations = format_topic(trust_domain, RevocationsTopic(DEFAULT_ROOT_NAMESPACE))
+        self._revocations_file = identity_dir / REVOCATIONS_FILE
+        self._revocations_problem = ""
         self._renewal = Renewal(identity_dir)
         access = BrokerAccess(membership.brokers, membership.identity, lambda: broker_context(credentials.value))
         self._subscriber = Subscriber(self.replica, access, self._apply, self._report, on_progress=self._progress)
@@ -88,7 +95,7 @@ class Member:
             return
         for batch in batches:
             self._applied_at = self._started_at
-            self._on_batch(batch)
+            self._on_batch(self._without_revocations(batch))
         if self.replica.based:
             log.info("configured from %s as of %s", self._state_file, self._stamps())
 
@@ -143,7 +150,7 @@ class Member:
 
     def problems(self) -> tuple[str, ...]:
         """What somebody should look at, the worst last."""
-        own = [*self._own_problems(), self._saving_problem, self._renewal.problem]
+        own = [*self._own_problems(), self._saving_problem, self._renewal.problem, self._revocations_problem]
         return (*self.replica.problems(), *self._subscriber.problems(), *(text for text in own if text))
 
     def dump(self) -> dict[str, object]:
@@ -167,7 +174,33 @@ class Member:
         self._applied_at = int(time.time())
         self._unsaved.set()
         self._subscriber.status_changed()
-        self._on_batch(batch)
+        self._on_batch(self._without_revocations(batch))
+
+    def _without_revocations(self, batch: Batch) -> Batch:
+        """The batch, but for what it says of revoked certificates: that goes where credentials are read from."""
+        for topic, payload in batch:
+            if topic == self._revocations:
+                self._put_revocations(payload)
+        return [one for one in batch if one[0] != self._revocations]
+
+    def _put_revocations(self, payload: bytes) -> None:
+        body = messages.decode(payload).body
+        if body is None:
+            return  # what is revoked stays so
+        found = records.read(RevocationsTopic(DEFAULT_ROOT_NAMESPACE), body, self._trust_domain)
+        assert isinstance(found, Revocations)
+        content = b"".join(map(crl_pem, found.lists))
+        try:
+            if not self._revocations_file.exists() or self._revocations_file.read_bytes() != content:
+                durable.write(self._revocations_file, content)
+                self._credentials.hurry()
+        except OSError as error:
+            self._revocations_problem = (
+                f"{self._revocations_file} cannot be written, and revoked peers are still taken: {error.strerror}"
+            )
+            log.error("%s", self._revocations_problem)
+        else:
+            self._revocations_problem = ""
 
     def _progress(self) -> None:
         """A root that changes nothing for this proxy comes without a batch, and is applied all the same."""

@@ -125,7 +125,7 @@ class Revocations:
             raise CredentialsError(f"{path} is damaged: {error}") from None
         except X509Error as error:
             raise CredentialsError(f"a revocation list of {path} cannot be used: {error}") from None
-        return cls(lists, b"".join(map(_crl_pem, ders)))
+        return cls(lists, b"".join(map(crl_pem, ders)))
 
     def __bool__(self) -> bool:
         return bool(self.lists)
@@ -378,7 +378,7 @@ def _demand_revocation_lists(context: Context, credentials: Credentials) -> None
         context.load_verify_locations(cafile=path)
 
 
-def _crl_pem(der: bytes) -> bytes:
+def crl_pem(der: bytes) -> bytes:
     body = base64.encodebytes(der)
     return b"-----BEGIN X509 CRL-----\n" + body + b"-----END X509 CRL-----\n"
 

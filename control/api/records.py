@@ -57,6 +57,7 @@ from control.api.policy import (
     canonical_value,
     wrong_condition_name,
 )
+from control.api.revocations import MAX_LISTS, Revocations
 from control.api.route import HTTPRoute
 from control.api.route_record import read_route, write_route
 from control.api.topics import (
@@ -65,13 +66,14 @@ from control.api.topics import (
     PolicyTopic,
     RecordTopic,
     RequestAuthenticationTopic,
+    RevocationsTopic,
     RouteTopic,
     ServiceTopic,
     WorkloadTopic,
 )
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
-Record = Service | Endpoint | Workload | AuthorizationPolicy | RequestAuthentication | Gateway | HTTPRoute
+Record = Service | Endpoint | Workload | AuthorizationPolicy | RequestAuthentication | Gateway | HTTPRoute | Revocations
 
 MAX_WEIGHT: Final = 65_535
 
@@ -94,6 +96,8 @@ def topic_of(record: Record) -> RecordTopic:
             return GatewayTopic(record.namespace, record.name)
         case HTTPRoute():
             return RouteTopic(record.namespace, record.name)
+        case Revocations():
+            return RevocationsTopic(record.namespace)
 
 
 def write(record: Record) -> Body:
@@ -149,6 +153,8 @@ def write(record: Record) -> Body:
             }
         case HTTPRoute():
             return write_route(record)
+        case Revocations():
+            return {"lists": list(record.lists)}
 
 
 def read(topic: RecordTopic, body: Body, trust_domain: TrustDomain) -> Record:
@@ -175,6 +181,8 @@ def _read(topic: RecordTopic, fields: Fields, trust_domain: TrustDomain) -> Reco
             return _read_gateway(topic, fields)
         case RouteTopic():
             return read_route(topic, fields)
+        case RevocationsTopic():
+            return _read_revocations(topic, fields)
 
 
 def _block(value: Value, name: str) -> IpBlock:
@@ -344,6 +352,13 @@ def _read_proxy_protocol(fields: Fields) -> tuple[int, ...]:
     ports = fields.optional_list("proxyProtocol", read_port)
     check_ordered(ports, "proxyProtocol")
     return ports
+
+
+def _read_revocations(topic: RevocationsTopic, fields: Fields) -> Revocations:
+    lists = tuple(typed(item, bytes, "lists") for item in fields.take("lists", list))
+    if not 1 <= len(lists) <= MAX_LISTS:
+        raise RecordError(f"lists has {len(lists)}; it must have from 1 to {MAX_LISTS}")
+    return Revocations(topic.namespace, lists)
 
 
 def _name_in(of_namespace: str) -> str:

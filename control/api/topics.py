@@ -29,7 +29,7 @@ INDEX_SHARDS: Final = 64
 ADDRESS_SHARDS: Final = 256
 
 _ROOT: Final = "mesh/v1"
-_KINDS: Final = "svc, ep, wl, policy, reqauth, gw, route, index, root, addr, trust, status"
+_KINDS: Final = "svc, ep, wl, policy, reqauth, gw, route, crl, index, root, addr, trust, status"
 _PROXY_HASH: Final = re.compile(r"[0-9a-f]{32}")
 _SHARD: Final = re.compile(r"[0-9a-f]{2}")
 
@@ -90,6 +90,13 @@ class RouteTopic:
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class RevocationsTopic:
+    """Certificates that are revoked. There is one, in the root namespace."""
+
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class ManifestTopic:
     """Which endpoints one service has."""
 
@@ -142,7 +149,15 @@ class StatusTopic:
     instance: str
 
 
-IndexedTopic = ServiceTopic | WorkloadTopic | PolicyTopic | RequestAuthenticationTopic | GatewayTopic | RouteTopic
+IndexedTopic = (
+    ServiceTopic
+    | WorkloadTopic
+    | PolicyTopic
+    | RequestAuthenticationTopic
+    | GatewayTopic
+    | RouteTopic
+    | RevocationsTopic
+)
 """What decides security. Endpoints do not: identity is checked, so a stale one can only fail."""
 RecordTopic = IndexedTopic | EndpointTopic
 Topic = (
@@ -195,6 +210,8 @@ def index_entry(topic: IndexedTopic) -> str:
             return f"gw/{name}"
         case RouteTopic(_, name):
             return f"route/{name}"
+        case RevocationsTopic():
+            return "crl"
 
 
 def entry_topic(namespace: str, entry: str) -> IndexedTopic:
@@ -213,8 +230,10 @@ def entry_topic(namespace: str, entry: str) -> IndexedTopic:
             topic = GatewayTopic(namespace, name)
         case ["route", name]:
             topic = RouteTopic(namespace, name)
+        case ["crl"]:
+            topic = RevocationsTopic(namespace)
         case _:
-            raise TopicError(f"{entry[:80]!r} is no entry of an index (svc, wl, policy, reqauth, gw, route)")
+            raise TopicError(f"{entry[:80]!r} is no entry of an index (svc, wl, policy, reqauth, gw, route, crl)")
     wrong = _wrong_level(topic)
     if wrong:
         raise TopicError(f"{entry[:80]!r}: {wrong}")
@@ -259,6 +278,8 @@ def _levels_of(topic: Topic) -> str:
             return f"gw/{namespace}/{name}"
         case RouteTopic(namespace, name):
             return f"route/{namespace}/{name}"
+        case RevocationsTopic(namespace):
+            return f"crl/{namespace}"
         case ManifestTopic(namespace, service):
             return f"ep/{namespace}/{service}"
         case IndexTopic(namespace, shard):
@@ -293,6 +314,8 @@ def _topic_of(levels: list[str], text: str) -> Topic:
             return GatewayTopic(namespace, name)
         case ["route", namespace, name]:
             return RouteTopic(namespace, name)
+        case ["crl", namespace]:
+            return RevocationsTopic(namespace)
         case ["ep", namespace, service]:
             return ManifestTopic(namespace, service)
         case ["index", namespace, shard]:
@@ -328,7 +351,7 @@ def _wrong_level(topic: Topic) -> str:
             | RouteTopic(namespace, name)
         ):
             return wrong_dns_label(namespace) or wrong_subdomain(name)
-        case IndexTopic(namespace) | RootTopic(namespace):
+        case IndexTopic(namespace) | RootTopic(namespace) | RevocationsTopic(namespace):
             return wrong_dns_label(namespace)
         case NamespacesTopic() | AddressesTopic() | AddressesRootTopic() | TrustTopic():
             return ""

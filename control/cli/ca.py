@@ -47,8 +47,9 @@ example:
   meshctl ca revoke --dir /etc/uproxy/ca --certificate /var/lib/uproxy/web/chain.pem
   install -m 0644 /etc/uproxy/ca/crl.pem /var/lib/uproxy/db/crl.pem     (in every identity directory)
 
-Adds to crl.pem in the CA's directory. A proxy reads the copy in its identity directory within a second: it refuses
-those certificates from then on, and ends the connections that were made with them.
+Adds to crl.pem in the CA's directory. A control plane that runs from this directory hands it out by itself; without
+one, copy it. A proxy reads the copy in its identity directory within a second: it refuses those certificates from then
+on, and ends the connections that were made with them.
 """
 
 

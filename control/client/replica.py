@@ -39,6 +39,7 @@ from control.api.topics import (
     NamespacesTopic,
     PolicyTopic,
     RequestAuthenticationTopic,
+    RevocationsTopic,
     RootTopic,
     RouteTopic,
     ServiceTopic,
@@ -159,6 +160,7 @@ class Replica:
         self._trust_domain = parse_trust_domain(trust_domain)
         self._root_namespace = root_namespace
         self._verifier = verifier
+        self._revocations = RevocationsTopic(root_namespace)
         self._inbox = Inbox()
         self._own: tuple[str, WorkloadTopic] | None = None
         """Namespace and topic of this proxy's own workload."""
@@ -195,13 +197,16 @@ class Replica:
     # What is wanted
 
     def want_workload(self, identity: SpiffeId, instance: str) -> None:
-        """Makes a workload's own record and all policies that may select it part of the base. Comes first."""
+        """Makes a workload's own record, all policies that may select it, and what is revoked part of the base. Comes
+        first.
+        """
         self._own = (identity.namespace, WorkloadTopic(proxy_hash(identity), instance))
         for name in sorted({identity.namespace, self._root_namespace}):
             namespace = self._namespace(name)
             namespace.kinds = (PolicyTopic,)
             self._base.append(namespace)
         self._namespaces[identity.namespace].want(self._own[1])
+        self._namespaces[self._root_namespace].want(self._revocations)
 
     def want_waypoint(self, gateway_key: str) -> None:
         """Makes the Gateway that this proxy is a process of part of the base, and follows it: to each of its services,
@@ -279,7 +284,7 @@ class Replica:
             if namespace.kinds:
                 trees |= {(level, namespace.owner) for level in ("index", *map(_LEVELS.__getitem__, namespace.kinds))}
         if self._own is not None:
-            found.add(self._own[1])
+            found |= {self._own[1], self._revocations}
         if self._following.waypoint is not None:
             found.add(self._following.waypoint)
         if self._addresses is not None:
@@ -863,6 +868,8 @@ class Replica:
             case WorkloadTopic():
                 own = self._own is not None and self._own[1] == topic
                 return self._namespaces[self._own[0]] if own and self._own is not None else None
+            case RevocationsTopic(namespace):
+                return self._namespaces[namespace] if self._own is not None and topic == self._revocations else None
             case ServiceTopic() | GatewayTopic():
                 of_interest = topic == self._following.waypoint or self._find(topic) is not None
                 return self._namespaces[topic.namespace] if of_interest else None

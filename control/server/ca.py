@@ -18,6 +18,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -64,6 +65,23 @@ _MIN_PASSPHRASE_BYTES = 20
 
 class CaError(Exception):
     """The CA refuses, or cannot do, what was asked. The text says what, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationList:
+    """One of our own."""
+
+    parsed: x509.CertificateRevocationList
+    number: int
+    """Rises from each list to the next (RFC 5280 section 5.2.3)."""
+
+    @property
+    def der(self) -> bytes:
+        return self.parsed.public_bytes(serialization.Encoding.DER)
+
+    def names(self, serial: int) -> bool:
+        """Whether the certificate of this serial number is revoked."""
+        return self.parsed.get_revoked_certificate_by_serial_number(serial) is not None
 
 
 class Authority:
@@ -181,10 +199,14 @@ class Authority:
         It is good as long as the intermediate: a list that ended would cut everybody off. Raises `CaError`.
         """
         now = datetime.now(UTC).replace(microsecond=0)
+        number = int(now.timestamp())
         revoked = dict.fromkeys(serials, now)
-        for entry in self._own_revocations(before):
-            if entry.revocation_date_utc > now - timedelta(seconds=MAX_TTL_S):
-                revoked[entry.serial_number] = entry.revocation_date_utc
+        if before:
+            known = self.read_revocations(before)
+            number = max(number, known.number + 1)
+            for entry in known.parsed:
+                if entry.revocation_date_utc > now - timedelta(seconds=MAX_TTL_S):
+                    revoked[entry.serial_number] = entry.revocation_date_utc
         if len(revoked) > MAX_REVOKED:
             raise CaError(f"a revocation list has at most {MAX_REVOKED} certificates; make a new CA instead")
         builder = (
@@ -195,23 +217,23 @@ class Authority:
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._key_identifier), critical=False
             )
-            .add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+            .add_extension(x509.CRLNumber(number), critical=False)
         )
         for serial, since in sorted(revoked.items()):
             entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(since).build()
             builder = builder.add_revoked_certificate(entry)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    def _own_revocations(self, before: bytes) -> x509.CertificateRevocationList | tuple[()]:
-        if not before:
-            return ()
+    def read_revocations(self, content: bytes) -> RevocationList:
+        """A list that this CA has signed, in PEM or DER. Raises `CaError`."""
         try:
-            found = x509.load_pem_x509_crl(before)
-        except ValueError as error:
-            raise CaError(f"{REVOCATIONS_FILE} is no revocation list in PEM: {error}") from None
-        if not found.is_signature_valid(self._key.public_key()):
-            raise CaError(f"{REVOCATIONS_FILE} was not signed by this CA; move it away")
-        return found
+            found = (x509.load_pem_x509_crl if content.startswith(b"-----") else x509.load_der_x509_crl)(content)
+            if not found.is_signature_valid(self._key.public_key()):
+                raise CaError(f"{REVOCATIONS_FILE} was not signed by this CA; move it away")
+            number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        except (ValueError, x509.ExtensionNotFound) as error:
+            raise CaError(f"{REVOCATIONS_FILE} is no revocation list: {error}") from None
+        return RevocationList(found, number)
 
     def certify_config_key(self, key: ed25519.Ed25519PublicKey, now: datetime, life: timedelta) -> x509.Certificate:
         """Certify a key to sign configuration as the control plane, and for nothing else. Raises `CaError`.
@@ -235,6 +257,12 @@ class Authority:
             )
             .sign(self._key, hashes.SHA256())
         )
+
+
+def read_revocations(directory: str | Path, authority: Authority) -> RevocationList | None:
+    """The revocation list in the CA's directory; None when there is none. Raises `CaError`."""
+    path = Path(directory) / REVOCATIONS_FILE
+    return authority.read_revocations(_read(path, _MAX_REVOCATIONS_BYTES)) if path.exists() else None
 
 
 def write_revocations(directory: str | Path, authority: Authority, serials: Collection[int]) -> tuple[Path, int]:

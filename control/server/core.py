@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from control.api import index, messages, status
+from control.api import index, messages, records, status
 from control.api.bindings import Subject
 from control.api.declared import Place
 from control.api.fields import RecordError
@@ -28,11 +28,13 @@ from control.api.index import AddressShard
 from control.api.messages import Body, MessageError, Stamp
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.problems import ResourceError, ResourceErrors
+from control.api.revocations import Revocations
 from control.api.status import ADDRESSES, ProxyStatus, RootStamp
 from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
     NamespacesTopic,
+    RevocationsTopic,
     RootTopic,
     ServiceTopic,
     StatusTopic,
@@ -51,7 +53,7 @@ from control.server.documents import Document
 from control.server.flips import Flips, Progress, World, changed_states, concerned_by_change, live, standings
 from control.server.pending import Pending
 from control.server.publication import Message, Pen, Rank
-from control.server.registry import Bound, ChangeSet, NotFound, Plan, Registry, named_place
+from control.server.registry import Bound, Built, ChangeSet, NotFound, Plan, Registry, named_place
 from control.server.residents import Residents
 from control.server.signing import ConfigKey
 from control.server.store import Batch, Store, StoreError
@@ -125,6 +127,7 @@ class Core:
         self.on_progress: Callable[[], None] = lambda: None
         """Likewise, when something that is bound to a waypoint may go on: `advance`."""
         self._root_namespace = root_namespace
+        self._revocations = format_topic(self._trust_domain, RevocationsTopic(root_namespace))
         self._writing = threading.Lock()
         """Held by whoever works out what to write next, which may take long."""
         self._queue_lock = threading.Lock()
@@ -221,6 +224,34 @@ class Core:
                 pen, states = self._pen(), dict(self._flips.states)
                 plan = self._registry.plan((), standings=standings(states), again=again, fetched=new)
                 self._put(plan, self._messages(pen, plan), states, self._flips.bypasses, pen.stamp)
+
+    # Certificates
+
+    def revoke(self, lists: tuple[bytes, ...]) -> bool:
+        """Publishes what is revoked (CRLs, DER) in place of what was. Whether that is anything new.
+
+        Raises MessageError when it is too large, and StoreError.
+        """
+        with self._writing:
+            home = {message.topic: message for message in self._store.messages_of(self._root_namespace)}
+            bodies = _bodies(home)
+            body = records.write(Revocations(self._root_namespace, lists))
+            if bodies.get(self._revocations) == body:
+                return False
+            pen = self._pen()
+            bodies[self._revocations] = body
+            changed = publication.namespace_messages(pen, self._root_namespace, home, bodies)
+            self._commit(Batch(pen.stamp, messages=changed), soon=True)
+            return True
+
+    def revocations(self) -> tuple[bytes, ...]:
+        """What `revoke` has published last, in this life or an earlier one."""
+        message = self._store.message(self._revocations)
+        body = messages.decode(message.payload).body if message is not None else None
+        if body is None:
+            return ()
+        found = records.read(RevocationsTopic(self._root_namespace), body, self._trust_domain)
+        return found.lists if isinstance(found, Revocations) else ()
 
     # Waypoints
 
@@ -532,12 +563,18 @@ class Core:
                 message
                 for namespace, built in sorted(plan.namespaces.items())
                 for message in publication.namespace_messages(
-                    pen, namespace, built.old, built.bodies, unchanged=built.unchanged
+                    pen, namespace, built.old, self._all_bodies(namespace, built), unchanged=built.unchanged
                 )
             ]
             return [*changed, *self._namespaces_messages(pen, plan), *self._address_messages(pen, plan)]
         except MessageError as error:
             raise ResourceErrors([ResourceError("what would be published", 0, "", str(error))]) from None
+
+    def _all_bodies(self, namespace: str, built: Built) -> Mapping[str, Body]:
+        """What resources say, and what none says: whatever they become, what is revoked stays so."""
+        kept = built.old.get(self._revocations) if namespace == self._root_namespace else None
+        body = messages.decode(kept.payload).body if kept is not None else None
+        return built.bodies if body is None else {**built.bodies, self._revocations: body}
 
     def _namespaces_messages(self, pen: Pen, plan: Plan) -> list[Message]:
         having: dict[str, bool] = {}

@@ -5,7 +5,8 @@ transaction that records the certificate burns it, so of two that race one is se
 asks again with the same key within a minute, and gets the same certificate. The store holds a digest of the secret.
 
 Rules of renewal: TLS has verified the certificate that was shown; the new one is of that identity and no other, and a
-workload must be declared still. Deleting a WorkloadEntry thus ends what its holder may do, within a certificate's life.
+workload must be declared still, and what was shown not revoked. Deleting a WorkloadEntry thus ends what its holder may
+do, within a certificate's life.
 """
 
 from __future__ import annotations
@@ -85,13 +86,17 @@ class Enrolment:
         declared: Callable[[str, str], Member | None],
         clock: Callable[[], float],
         certificate_ttl_s: int = DEFAULT_TTL_S,
+        revoked: Callable[[int], bool] = lambda serial: False,
     ) -> None:
-        """`declared`: the workload of a namespace and name, if resources declare it; node agents always are."""
+        """`declared`: the workload of a namespace and name, if resources declare it; node agents always are. `revoked`:
+        whether the certificate of a serial number is.
+        """
         self._store = store
         self._authority = authority
         self._declared = declared
         self._clock = clock
         self._ttl_s = certificate_ttl_s
+        self._revoked = revoked
 
     @property
     def bundle_pem(self) -> bytes:
@@ -170,6 +175,8 @@ class Enrolment:
         """
         certificate = x509.load_der_x509_certificate(certificate_der)
         identity = self._identity(certificate)
+        if self._revoked(certificate.serial_number):
+            raise EnrolmentError(403, "the certificate is revoked; join with a new token, and a new key")
         self._key(csr_pem, identity)
         with self._store.transaction() as rows:
             found = rows.execute(

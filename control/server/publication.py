@@ -36,6 +36,7 @@ from control.api.topics import (
     NamespacesTopic,
     PolicyTopic,
     RequestAuthenticationTopic,
+    RevocationsTopic,
     RootTopic,
     RouteTopic,
     ServiceTopic,
@@ -229,7 +230,7 @@ def rank(topic: Topic) -> Rank:
             return Rank.TRUST
         case ServiceTopic() | EndpointTopic() | WorkloadTopic() | GatewayTopic() | RouteTopic():
             return Rank.RECORD
-        case PolicyTopic() | RequestAuthenticationTopic() | StatusTopic():
+        case PolicyTopic() | RequestAuthenticationTopic() | RevocationsTopic() | StatusTopic():
             return Rank.RECORD
         case ManifestTopic():
             return Rank.MANIFEST

@@ -40,6 +40,7 @@ from control.api.messages import Body, Stamp
 from control.api.policy import AuthorizationPolicy, PeerAuthentication
 from control.api.problems import Position, ResourceError, ResourceErrors
 from control.api.records import Record
+from control.api.revocations import Revocations
 from control.api.route import HTTPRoute
 from control.api.topics import EndpointTopic, format_topic
 from control.api.workload import Endpoint, Service, Workload, key
@@ -588,6 +589,8 @@ def _key_of(record: Record) -> Hashable:
             return "gw", record.name
         case HTTPRoute():
             return "route", record.name
+        case Revocations():  # of no resource, but there is one in a namespace
+            return ("crl",)
 
 
 def _selects_any(selector: Labels, resources: Mapping[Place, Resource]) -> bool:

@@ -11,7 +11,7 @@ from typing import Final
 
 from control.api.identity import SpiffeId, TrustDomain, make_id, proxy_hash
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
-from control.api.topics import TrustTopic, format_topic, subtree
+from control.api.topics import RevocationsTopic, TrustTopic, format_topic, subtree
 
 BROKER_ACCOUNT: Final = "broker"
 CONTROL_PLANE_ACCOUNT: Final = "control-plane"
@@ -58,5 +58,6 @@ def rights_of(identity: SpiffeId, *, waypoint: bool = False) -> Rights:
             namespaces = sorted({identity.namespace, DEFAULT_ROOT_NAMESPACE})
             reads += [subtree(domain, "policy", namespace) for namespace in namespaces]
         reads.append(subtree(domain, "wl", digest))
+        reads.append(format_topic(domain, RevocationsTopic(DEFAULT_ROOT_NAMESPACE)))
     # One level below the hash, and not a subtree: a proxy has one status topic per instance, and no others.
     return Rights(identity, tuple(reads), (subtree(domain, "status", digest).removesuffix("#") + "+",))

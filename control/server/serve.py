@@ -37,6 +37,7 @@ from control.server.members import Members
 from control.server.metrics import MetricsServer, Values, counted
 from control.server.proxies import State as ProxyState
 from control.server.publisher import Publisher
+from control.server.revocations import RevocationLists
 from control.server.rights import control_plane_id
 from control.server.signing import ConfigKey
 from control.server.store import Store, StoreError
@@ -143,7 +144,15 @@ class _Plane:
         self._core = Core(store, authority, key)
         self._issuers = Issuers(self._core)
         self._members = Members(self._core, authority.trust_domain)
-        self._enrolment = Enrolment(store, authority, self._members.declared, time.time, settings.certificate_ttl_s)
+        self._revocations = RevocationLists(settings.ca, authority, self._core)
+        self._enrolment = Enrolment(
+            store,
+            authority,
+            self._members.declared,
+            time.time,
+            settings.certificate_ttl_s,
+            self._revocations.revoked,
+        )
         self._doors = Doors(
             _url("https", settings.host, settings.port),
             settings.brokers or (_url("mqtts", settings.host, settings.broker_port),),
@@ -171,6 +180,8 @@ class _Plane:
             await broker.ready.wait()
             group.create_task(users.run())
             group.create_task(self._publisher.run())
+            await asyncio.to_thread(self._revocations.look)  # before anybody renews
+            group.create_task(self._revocations.run())
             group.create_task(self._https.run(certificates))
             group.create_task(self._renew())
             group.create_task(self._issuers.run())

@@ -191,6 +191,10 @@ class Contract(RuleBasedStateMachine):
             self.delete_desired(removed)
             self.run(asyncio.sleep(0.01))
 
+    @rule(number=st.integers(0, 255))
+    def revoke(self, number: int) -> None:
+        self.world.plane.core.revoke((bytes([number]),))
+
     @rule()
     def sign_again(self) -> None:
         self.world.plane.core.refresh()

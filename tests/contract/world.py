@@ -33,6 +33,7 @@ from control.api.topics import (
     GatewayTopic,
     PolicyTopic,
     RequestAuthenticationTopic,
+    RevocationsTopic,
     RouteTopic,
     ServiceTopic,
     StatusTopic,
@@ -91,7 +92,7 @@ class Ledger:
             for digest in self._shards(f"root/{namespace}", stamp).values():
                 for entry, listed in _body(self._by_digest[digest])["records"].items():
                     kind, _, rest = entry.partition("/")
-                    name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}"
+                    name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}".rstrip("/")
                     found[name] = _body(self._by_digest[listed])
             self._said[namespace, stamp] = found
         return self._said[namespace, stamp]
@@ -340,6 +341,7 @@ class Proxy:
             for kind in self._kinds(owner):
                 listed = {name for name in said if name.startswith(f"{kind}/")}
                 assert listed == {name for name in held if name.startswith(f"{kind}/")}, f"not each {kind} of a root"
+            assert (f"crl/{owner}" in held) is (f"crl/{owner}" in said), "what is revoked is not known"
             for service in self.replica.services():
                 if service.startswith(f"{owner}/") and self.replica.service_status(service) is not Status.WAITING:
                     known = self.replica.service_status(service) is Status.KNOWN
@@ -420,6 +422,8 @@ class Proxy:
                     found[name] = body
                 case WorkloadTopic() as topic if topic == own:
                     found[name] = body
+                case RevocationsTopic():
+                    found[name] = body
                 case ServiceTopic(namespace, service) if f"{namespace}/{service}" in wanted:
                     found[name] = body
                 case EndpointTopic(namespace, service, _) if f"{namespace}/{service}" in wanted:
@@ -444,7 +448,7 @@ class Proxy:
 
 def _is_indexed_in(name: str, namespace: str, who: Who) -> bool:
     kind, *rest = name.split("/")
-    return (kind in ("svc", "policy", "reqauth", "gw", "route") and rest[0] == namespace) or (
+    return (kind in ("svc", "policy", "reqauth", "gw", "route", "crl") and rest[0] == namespace) or (
         kind == "wl" and who.identity.namespace == namespace
     )
 

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from control.api.identity import SpiffeId, proxy_hash
 from control.api.status import ProxyStatus
 from control.api.topics import StatusTopic, format_topic
-from control.server.ca import DEFAULT_TTL_S, Authority
+from control.server.ca import DEFAULT_TTL_S, Authority, write_revocations
 from control.server.enrolment import Enrolment, Member
 from control.server.https import CertificateServer, Doors, server_context
 from control.server.members import Members
+from control.server.revocations import RevocationLists
 from tests.support import brokers
 from tests.support.brokers import HOST, Broker
 from tests.support.certificates import DB, WEB
@@ -42,7 +45,16 @@ class Control:
         self._listener.setblocking(False)
         self.url = f"https://{HOST}:{self._listener.getsockname()[1]}"
         self.members = Members(self.plane.core, self.plane.authority.trust_domain)
-        self._enrolment = Enrolment(self.plane.store, self.plane.authority, self.members.declared, time.time, ttl_s)
+        self._ca_dir = ca_dir
+        self._revocations = RevocationLists(ca_dir, self.plane.authority, self.plane.core)
+        self._enrolment = Enrolment(
+            self.plane.store,
+            self.plane.authority,
+            self.members.declared,
+            time.time,
+            ttl_s,
+            self._revocations.revoked,
+        )
         self._server = CertificateServer(
             self._enrolment, Doors(self.url, (broker.url,)), server_context(directory / "own")
         )
@@ -90,6 +102,13 @@ class Control:
 
     def delete(self, kind: str, namespace: str, name: str) -> None:
         self.plane.core.delete([(kind, namespace, name)], release=True)
+        self._call(self.plane.settled())
+
+    def revoke(self, identity_dir: Path) -> None:
+        """As `meshctl ca revoke` does it; the broker has it afterwards."""
+        leaf = x509.load_pem_x509_certificate((identity_dir / "chain.pem").read_bytes())
+        write_revocations(self._ca_dir, self.plane.authority, [leaf.serial_number])
+        self._revocations.look()
         self._call(self.plane.settled())
 
     def token(self, member: Member | None) -> str:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from control.server.core import Core, Retained
 
 PREFIX = "mesh/v1/cluster.local/"
-KINDS = ("svc", "wl", "policy", "reqauth", "gw", "route")
+KINDS = ("svc", "wl", "policy", "reqauth", "gw", "route", "crl")
 """Records that the index lists."""
 
 
@@ -103,7 +103,7 @@ class Shelf:
             for entry, listed in records.items():
                 assert f"{hashlib.sha256(entry.encode()).digest()[0] & 63:02x}" == shard
                 kind, _, rest = entry.partition("/")
-                name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}"
+                name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}".rstrip("/")
                 assert sha256(self.retained[PREFIX + name]) == listed
                 assert name not in found.records
                 found.records[name] = self._body(name)
@@ -148,7 +148,7 @@ class Shelf:
             case ["index", namespace, _] if self._envelope(topic)[4] is not None:
                 for entry, digest in self._envelope(topic)[4]["records"].items():
                     kind, _, rest = entry.partition("/")
-                    name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}"
+                    name = entry if kind == "wl" else f"{kind}/{namespace}/{rest}".rstrip("/")
                     assert sha256(self.retained[PREFIX + name]) == digest
             case ["ep", namespace, service] if self._envelope(topic)[4] is not None:
                 live = [

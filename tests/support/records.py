@@ -27,6 +27,7 @@ from control.api.jwt import JwtRule, RequestAuthentication, TokenHeader, canonic
 from control.api.plaintext import Plaintext
 from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
 from control.api.records import Record
+from control.api.revocations import Revocations
 from control.api.route import (
     Backend,
     HeaderMatch,
@@ -472,5 +473,17 @@ for _text in [f"10.0.{n >> 8}.{n & 255}" for n in range(1, 1024)] + [f"fd00::{n}
     _BY_SHARD.setdefault(address_shard(parse_address(_text)), []).append(parse_address(_text))
 
 
+revocations = st.builds(Revocations, namespaces, st.lists(st.binary(max_size=20), min_size=1, max_size=4).map(tuple))
+
+
 def records() -> st.SearchStrategy[Record]:
-    return st.one_of(services(), workloads(), endpoints(), policies, request_authentications(), gateways(), routes())
+    return st.one_of(
+        services(),
+        workloads(),
+        endpoints(),
+        policies,
+        request_authentications(),
+        gateways(),
+        routes(),
+        revocations,
+    )

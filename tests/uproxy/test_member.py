@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -278,3 +279,42 @@ def test_a_certificate_is_renewed_while_it_serves(tmp_path: Path) -> None:
         eventually(lambda: control_of(site, "web")["connected"])
         site.control.apply(DENY_WEB)
         eventually(lambda: not served(site))
+
+
+def test_who_is_revoked_is_cut_off_everywhere_until_it_joins_anew(site: MemberSite, tmp_path: Path) -> None:
+    for name in ("db", "web"):
+        site.token_file(name)
+    with site.running("db") as db, site.running("web") as web:
+        assert served(site)
+        stolen = client_context(Credentials.load(site.path / "web"))
+        with socket.create_connection(site.forward, timeout=8) as app:
+            app.sendall(b"before")
+            assert app.recv(6) == b"before"
+            site.control.revoke(site.path / "web")
+            with pytest.raises(ConnectionResetError):
+                app.recv(1)
+        assert refused_as_revoked(site, stolen)
+        eventually(lambda: "CERT_REVOKED" in site.log("db"))
+        for process in (web, db):
+            process.kill()
+            process.wait()
+    site.broker.kill()
+    with site.running("db"):
+        assert refused_as_revoked(site, stolen), "it knows that with nobody to ask"
+        site.broker.start()
+        assert "the token was used already" in site.refusal("web"), "what it holds is of no use"
+        site.token_file("web")
+        with site.running("web"):
+            eventually(lambda: served(site))
+        assert refused_as_revoked(site, stolen)
+
+
+def refused_as_revoked(site: MemberSite, context: ssl.SSLContext) -> bool:
+    """Whether db takes no tunnel from who has this key and certificate."""
+    with socket.create_connection((site.address("db"), 15008), timeout=8) as tcp:
+        try:
+            with context.wrap_socket(tcp) as tls:
+                tls.recv(1)  # with TLS 1.3 the alert comes by the first read
+        except ssl.SSLError as error:
+            return "CERTIFICATE_REVOKED" in str(error)
+    return False

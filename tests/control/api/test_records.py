@@ -15,6 +15,7 @@ from control.api.identity import make_id
 from control.api.messages import Envelope
 from control.api.policy import Action, AuthorizationPolicy
 from control.api.records import RecordError, read, topic_of, write
+from control.api.revocations import Revocations
 from control.api.route import (
     NO_MODIFIER,
     Backend,
@@ -39,6 +40,7 @@ _BACKEND = Backend("shop/web", 80, 1, NO_MODIFIER, NO_MODIFIER)
 _MATCH = Match(PathMatch(PathKind.PREFIX, "/"), (), (), "")
 _RULE = RouteRule("", (_MATCH,), NO_MODIFIER, NO_MODIFIER, (_BACKEND,), 0, 0)
 _ROUTE = HTTPRoute("shop", "web", (Parent("shop/web", 0),), (), (_RULE,))
+_REVOCATIONS = Revocations("mesh-system", (b"crl",))
 _OPTIONAL = {"binding", "bounds", "direct", "dryRun", "plaintext", "proxyProtocol", "targets"}
 
 
@@ -159,6 +161,9 @@ def test_a_body_on_a_topic_of_another_kind_is_refused(record, other):
         (_WORKLOAD, "plaintext", [False, [80, 80]], "in order, each once"),
         (_WORKLOAD, "plaintext", [False, [0]], "from 1 to 65535"),
         (_WORKLOAD, "plaintext", [False, list(range(1, 66))], "at most 64"),
+        (_REVOCATIONS, "lists", [], "from 1 to 4"),
+        (_REVOCATIONS, "lists", [b"x"] * 5, "from 1 to 4"),
+        (_REVOCATIONS, "lists", ["x"], "must be bytes"),
         (_WORKLOAD, "proxyProtocol", [], "must then be absent"),
         (_WORKLOAD, "proxyProtocol", [81, 80], "in order, each once"),
         (_WORKLOAD, "proxyProtocol", [0], "from 1 to 65535"),

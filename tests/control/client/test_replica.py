@@ -16,6 +16,7 @@ from control.api.index import ResidentService
 from control.api.messages import MAX_PAYLOAD_BYTES, Envelope
 from control.api.policy import Action, AuthorizationPolicy
 from control.api.records import topic_of
+from control.api.revocations import Revocations
 from control.api.status import ADDRESSES
 from control.api.topics import (
     AddressesTopic,
@@ -24,6 +25,7 @@ from control.api.topics import (
     ManifestTopic,
     NamespacesTopic,
     PolicyTopic,
+    RevocationsTopic,
     RootTopic,
     ServiceTopic,
     TrustTopic,
@@ -153,7 +155,7 @@ def test_a_uproxy_asks_for_its_own_and_for_what_it_dials(mesh):
     def filters():
         return {one.removeprefix(prefix) for one in mesh.replica.filters()}
 
-    base = {"trust", f"wl/{proxy_hash(WEB)}/web-1", "root/shop", f"root/{ROOT_NAMESPACE}"}
+    base = {"trust", f"crl/{ROOT_NAMESPACE}", f"wl/{proxy_hash(WEB)}/web-1", "root/shop", f"root/{ROOT_NAMESPACE}"}
     base |= {f"{kind}/{namespace}/#" for kind in ("policy", "index") for namespace in ("shop", ROOT_NAMESPACE)}
     assert filters() == base
     mesh.replica.want_service("shop/reviews")
@@ -439,6 +441,28 @@ def test_an_older_root_is_a_replay_also_after_a_restart(mesh):
     mesh.settle()
     assert mesh.held("policy") == set()
     assert any(text.startswith("root/shop: replayed") for text in mesh.replica.problems())
+
+
+def test_what_is_revoked_is_part_of_the_base_and_comes_with_its_root(mesh):
+    topic = name(RevocationsTopic(ROOT_NAMESPACE))
+    mesh.put(Revocations(ROOT_NAMESPACE, (b"one",)))
+    kept_back = dict(mesh.broker.retained)
+    del kept_back[topic]
+    mesh.proxy.connect(kept_back)
+    mesh.settle()
+    assert not mesh.replica.based, "a broker cannot keep a revocation from it"
+    assert any("crl/" in text for text in mesh.replica.waiting())
+    mesh.proxy.connect(mesh.broker.retained)
+    mesh.settle()
+    assert mesh.proxy.held[topic] == {"lists": [b"one"]}
+    old = mesh.payload(RevocationsTopic(ROOT_NAMESPACE))
+    mesh.put(Revocations(ROOT_NAMESPACE, (b"two",)))
+    mesh.settle()
+    assert mesh.proxy.held[topic] == {"lists": [b"two"]}
+    assert mesh.inject(topic, old) == [f"crl/{ROOT_NAMESPACE}: replayed: older than what the root lists"]
+    forged = altered(old, version=2**40, body={"lists": [b"none"]})
+    mesh.inject(topic, forged)
+    assert mesh.proxy.held[topic] == {"lists": [b"two"]}
 
 
 def test_a_record_is_what_the_root_lists_or_refused(mesh):

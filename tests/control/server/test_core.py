@@ -150,6 +150,34 @@ def test_one_endpoint_that_flaps_costs_two_messages(plane):
     assert published == ["ep/shop/web/web-1", "ep/shop/web"]
 
 
+def test_what_is_revoked_is_published_and_stays_whatever_else_changes(plane):
+    def published():
+        plane.settle()
+        return plane.shelf.read().records.get("crl/mesh-system")
+
+    plane.apply(SHOP)
+    assert published() is None
+    assert plane.core.revocations() == ()
+    assert plane.core.revoke((b"one",))
+    assert [one.topic.removeprefix(PREFIX).partition("/")[0] for one in plane.core.pending()] == [
+        "crl",
+        "index",
+        "root",
+    ]
+    assert published() == {"lists": [b"one"]}
+    assert not plane.core.revoke((b"one",))
+    assert not plane.core.pending()
+    plane.apply(policy("deny", namespace="mesh-system"))
+    assert published() == {"lists": [b"one"]}
+    plane.core.delete([("AuthorizationPolicy", "mesh-system", "deny")])
+    assert published() == {"lists": [b"one"]}
+    plane.restart()
+    assert published() == {"lists": [b"one"]}
+    assert plane.core.revocations() == (b"one",)
+    assert plane.core.revoke((b"two", b"three"))
+    assert published() == {"lists": [b"two", b"three"]}
+
+
 def test_a_change_of_nothing_publishes_nothing(plane):
     plane.apply(SHOP)
     plane.settle()

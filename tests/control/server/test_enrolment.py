@@ -342,6 +342,15 @@ def test_a_certificate_is_renewed_for_its_identity_with_a_new_key(enrolment, cha
         chain, workload = issued.chain_pem, Workload()
 
 
+def test_who_shows_a_revoked_certificate_gets_no_other(store, authority, clock, chain):
+    revoked = {leaf_of(chain).serial_number}
+    enrolment = Enrolment(store, authority, lambda *_: MEMBER, clock, revoked=revoked.__contains__)
+    assert "revoked; join with a new token" in str(refusal(enrolment.renew, der_of(chain), "web-1", Workload().csr()))
+    token = enrolment.create_token(URL, MEMBER)
+    joined = enrolment.join(token.id, token.secret, Workload().csr()).chain_pem
+    enrolment.renew(der_of(joined), "web-1", Workload().csr())
+
+
 def test_renewal_for_another_identity_is_refused(enrolment, chain):
     assert str(DB) in str(refusal(enrolment.renew, der_of(chain), "web-1", Workload().csr(DB)))
 

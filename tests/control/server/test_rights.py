@@ -30,7 +30,7 @@ OWN_STATUS = f"status/{WEB_HASH}/web-1"
 
 ADDRESSES = {"trust", "addr", "addr/0a"}
 SHARED = ADDRESSES | {"svc/shop/web", "gw/shop/wp", "ep/shop/web", "ep/shop/web/web-1.a", "index/shop/0a", "root/shop"}
-OF_WEB = SHARED | {"policy/shop/allow", "policy/mesh-system/deny", f"wl/{WEB_HASH}/web-1"}
+OF_WEB = SHARED | {"crl/mesh-system", "policy/shop/allow", "policy/mesh-system/deny", f"wl/{WEB_HASH}/web-1"}
 STATUSES = {OWN_STATUS, f"status/{DB_HASH}/db-1"}
 OF_OTHERS = {"policy/bank/allow", "reqauth/shop/web", "route/shop/web", f"wl/{DB_HASH}/db-1", f"wl/{NODE_HASH}/node-a"}
 EVERYTHING = OF_WEB | OF_OTHERS | STATUSES
@@ -38,7 +38,7 @@ EVERYTHING = OF_WEB | OF_OTHERS | STATUSES
 # What a uProxy subscribes to, and what each of it holds.
 NEEDED = ("trust", "addr/#", "addr/0a", "svc/#", "svc/shop/web", "ep/#", "ep/shop/web/#", "gw/shop/wp")
 NEEDED += ("index/shop/#", "root/shop")
-OF_ITS_OWN = ("policy/shop/#", "policy/mesh-system/#", f"wl/{WEB_HASH}/#")
+OF_ITS_OWN = ("policy/shop/#", "policy/mesh-system/#", "crl/mesh-system", f"wl/{WEB_HASH}/#")
 GREEDY = ("#", "+/#", "mesh/#", "mesh/v1/+/wl/#", "/#", f"$share/thieves/{TREE}wl/#", "$queue/#")
 INTERNAL = ("$SYS/#", "$JS/#", "$JS/API/#", "$MQTT/#", "$MQTT/sub/#", "$MQTT/sub/+", "$MQTT/rmsgs/#", "$MQTT_rmsgs/#")
 AS_SUBJECTS = ("_INBOX/#", "+/sub/+", ">", "$MQTT.sub.>", "mesh.v1.cluster//local.>", "mesh/v1/cluster/local/#")
