@@ -253,6 +253,33 @@ async def test_its_end_is_the_end_of_its_connections(agreed, how, monkeypatch):
 
 
 @in_a_loop
+async def test_a_connection_that_was_just_being_made_ends_too(agreed):
+    await granted(agreed)
+    agreed.say(allowed=())
+    with connected(agreed.pair) as (client, server):
+        agreed.grants.tick()
+        for end in (client, server):
+            with pytest.raises((ConnectionAbortedError, ConnectionResetError)):
+                end.recv(1)
+
+
+@in_a_loop
+async def test_what_is_granted_anew_does_not_end_with_what_was_granted_before(agreed):
+    """A former grant's connections are looked for once more, a moment later: whoever is let in by then is another's."""
+    await granted(agreed)
+    agreed.say(allowed=())
+    assert not agreed.granted
+    while not agreed.granted:
+        agreed.say()
+        if not await becomes(lambda: agreed.granted, 0.2):
+            agreed.grants.tick()
+    with connected(agreed.pair) as (client, server):
+        agreed.grants.tick()
+        client.sendall(b"x")
+        assert server.recv(1) == b"x"
+
+
+@in_a_loop
 async def test_one_that_is_renewed_goes_on(agreed, monkeypatch):
     monkeypatch.setattr(grants, "LIFETIME_S", 0.3)
     await granted(agreed)
