@@ -180,7 +180,7 @@ def _scalar(text: str, line: int, *, plain: bool) -> Scalar:
     elif _INTEGER.fullmatch(text):
         value = int(text)
     elif _FLOAT.fullmatch(text):
-        value = float(text)
+        value = float(re.sub(r"\.(?=[a-zA-Z])", "", text))  # `.inf` and `.nan` are YAML's
     return Scalar(line, value, text, False)
 
 

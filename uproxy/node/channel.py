@@ -138,14 +138,20 @@ def _choice(value: Any) -> Choice:
 
 def _backend(value: Any) -> Backend:
     address, port, weight, identity = value
-    proved = SpiffeId.parse(identity) if identity != "" else None
+    proved = _identity(identity) if identity != "" else None
     return Backend(parse_address(address), _port(port), _number(weight, 65535), proved)
 
 
 def _allowed(value: Any) -> Allowed:
     identity, tunnel_address, tunnel_port, address, port = value
     tunnel = parse_address(tunnel_address), _port(tunnel_port)
-    return Allowed(SpiffeId.parse(identity), tunnel, parse_address(address), _port(port))
+    return Allowed(_identity(identity), tunnel, parse_address(address), _port(port))
+
+
+def _identity(value: Any) -> SpiffeId:
+    if type(value) is not str:
+        raise ValueError(f"an identity must be text, not {type(value).__name__}")
+    return SpiffeId.parse(value)
 
 
 def _at_most(values: Any, most: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -103,6 +104,8 @@ def test_any_soup_of_yaml_is_documents_or_errors(text):
         ("0", 0),
         ("-17", -17),
         ("1.5", 1.5),
+        ("1.e3", 1000.0),
+        ("-.inf", float("-inf")),
         ("1e3", 1000.0),
         (".5", 0.5),
         ("'80'", "80"),
@@ -120,6 +123,12 @@ def test_scalars_are_read_by_the_core_schema(text, value):
     assert errors == []
     assert plain(root) == {"x": value}
     assert type(plain(root)["x"]) is type(value)
+
+
+def test_not_a_number_is_one_too():
+    ((root,), errors) = read("x: .NaN\n")
+    assert errors == []
+    assert math.isnan(plain(root)["x"])
 
 
 @pytest.mark.parametrize("text", ["on", "No", "YES", "y", "010", "0x1F", "0o17", "1_000", "off"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -190,6 +191,26 @@ def test_any_bytes_are_read_or_refused(raw, flip):
         raw = bytes(whole)
     with suppress(ChannelError):
         assert isinstance(read_said(raw), Said)
+
+
+@pytest.mark.parametrize("wrong", [None, True, 1, 1.5, b"x", [], ["10.0.0.1"], {}, {"a": 1}, msgpack.Timestamp(1)])
+def test_a_value_of_another_type_is_refused_wherever_it_stands(wrong):
+    """The agent reads this of processes that it does not trust: anything but a ChannelError would end it."""
+    whole = msgpack.unpackb(channel.pack_said(SAID))
+
+    def everywhere(value):
+        if value != wrong:
+            yield wrong
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            for changed in everywhere(item):
+                again = value.copy()
+                again[key] = changed
+                yield again
+
+    for said in everywhere(whole):
+        with suppress(ChannelError):
+            assert channel.pack_said(read_said(msgpack.packb(said))) == msgpack.packb(said)
 
 
 def test_too_much_is_refused():
