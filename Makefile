@@ -8,7 +8,7 @@ PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 # Test files in the order of their names, one after the other on each core.
 SIDE_BY_SIDE := -n auto --no-loadscope-reorder
 
-.PHONY: help setup packages bpf demo test kernels lint check fix bench guard soak fuzz clean
+.PHONY: help setup packages bpf demo test kernels lint check fix bench guard soak fuzz properties clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,7 +60,11 @@ guard: setup  ## Count what the data plane costs, and compare it with the baseli
 soak: setup  ## Minutes of load: memory, descriptors and map entries must stay flat, 10 GB arrive whole
 	$(BIN)/pytest -m soak --timeout 1800
 
-fuzz: setup  ## Property tests with many more examples
+fuzz: setup  ## Each parser fuzzed for an hour of processor time (or FUZZ_SECONDS=..., PARSERS="..."); what is found is kept
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(PARSERS)
+
+properties: setup  ## Property tests with many more examples; hours
 	HYPOTHESIS_PROFILE=deep HISTORIES=20 $(BIN)/pytest -m 'not root and not mesh and not soak' --timeout 7200
 
 clean:  ## Remove what was built, not the virtual environment

@@ -14,7 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.support.examples import DEEP, FAST
 from uproxy import linux
 
-# `make fuzz` chooses "deep". No deadline: the machines that run this are shared, and a slow example is no failure.
+# `make properties` chooses "deep". No deadline: machines that run this are shared, and a slow example is no failure.
 settings.register_profile("fast", max_examples=FAST, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", max_examples=DEEP, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))

@@ -483,6 +483,8 @@ class Connection:
         self._check_frame(kind, flags, stream_id, length)
         needed = 9 + length
         if kind == DATA:
+            if flags & _PADDED and not length:
+                raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "a padded DATA frame without its padding length")
             needed = 10 if flags & _PADDED else 9
         elif kind > CONTINUATION:
             needed = 9

@@ -147,6 +147,7 @@ def well_formed_trailers(headers: Headers) -> bool:
     return len(headers) <= MAX_HEADERS and all(
         name[:1] != b":"
         and name not in _CONNECTION_HEADERS
+        and (name != b"te" or value == b"trailers")
         and _NAME.fullmatch(name) is not None
         and _VALUE.fullmatch(value) is not None
         for name, value in headers

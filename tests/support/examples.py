@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries, so that `make fuzz` deepens every property test alike."""
+"""How many examples hypothesis tries, so that `make properties` deepens every property test alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import settings
 FAST: Final = 100
 """Of a test that asks for nothing else, in every run."""
 DEEP: Final = 20_000
-"""Likewise, in `make fuzz`."""
+"""Likewise, in `make properties`."""
 
 
 def examples(number: int) -> int:

@@ -61,7 +61,7 @@ FORBIDDEN_TO_CLIENTS = [
     ("DATA after a reset", request() + frame(RST_STREAM, 0, 1, u32(8)) + frame(DATA, 0, 1, b"x"), E.STREAM_CLOSED),
     ("padding as long as the DATA frame", request() + frame(DATA, PADDED, 1, b"\x05abcd"), E.PROTOCOL_ERROR),
     ("padding far longer than DATA", request() + frame(DATA, PADDED, 1, b"\xffabcd"), E.PROTOCOL_ERROR),
-    ("padded DATA without a length", request() + frame(DATA, PADDED, 1, b"") + frame(PING, 0, 0, b"8" * 8), None),
+    ("padded DATA without a length", request() + frame(DATA, PADDED, 1), E.FRAME_SIZE_ERROR),
     ("a DATA frame over our limit", request() + frame(DATA, 0, 1, length=hbone.MAX_FRAME_SIZE + 1), E.FRAME_SIZE_ERROR),
     ("HEADERS on stream 0", frame(HEADERS, END_HEADERS, 0, REQUEST_BLOCK), E.PROTOCOL_ERROR),
     ("HEADERS on an even stream", request(2), E.PROTOCOL_ERROR),
@@ -338,6 +338,15 @@ def test_trailers_end_the_stream():
     server.respond(received.stream, OK)
     trailers = frame(HEADERS, END, 1, literal_block([(b"x-checksum", b"1")]))
     assert feed(server, trailers) == [StreamEnded(received.stream)]
+
+
+@pytest.mark.parametrize("header", [(b":path", b"/"), (b"connection", b"close"), (b"te", b"gzip"), (b"A", b"b")])
+def test_malformed_trailers_reset_the_stream(header):
+    server = connected(client=False)
+    (received,) = feed(server, request())
+    server.respond(received.stream, OK)
+    trailers = frame(HEADERS, END, 1, literal_block([(b"x-checksum", b"1"), header]))
+    assert feed(server, trailers) == [StreamReset(received.stream, E.PROTOCOL_ERROR)]
 
 
 # -- malformed requests end their stream, not the connection
