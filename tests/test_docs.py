@@ -27,6 +27,7 @@ PAGES = [*TRACKED, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "deplo
 COMMANDS = {
     "uproxy run": "uproxy.run",
     "uproxy exec": "uproxy.launch",
+    "uproxy upgrade": "uproxy.upgrade",
     "uproxy fork-server": "uproxy.fork_server",
     "uproxy node": "uproxy.node.agent",
     "waypoint run": "waypoint.run",
@@ -94,7 +95,9 @@ def options_in(text: str) -> set[str]:
 # -- commands
 
 
-@pytest.mark.parametrize("command", ["uproxy run", "uproxy exec", "uproxy node", "waypoint run", "meshctl"])
+@pytest.mark.parametrize(
+    "command", ["uproxy run", "uproxy exec", "uproxy upgrade", "uproxy node", "waypoint run", "meshctl"]
+)
 def test_every_option_is_documented_and_every_documented_one_exists(command):
     text = section((ROOT / "docs" / "commands.md").read_text(), f"## {command}")
     in_tables = options_in("\n".join(row[0] for row in rows(text)))
@@ -113,7 +116,8 @@ def command_lines() -> list[tuple[str, list[str]]]:
     texts = [(page.name, block) for page in PAGES for block in blocks(page, "sh")]
     for unit in sorted((ROOT / "deploy").glob("*.service")):
         texts += [
-            (unit.name, text) for text in re.findall(r"^ExecStart=((?:.*\\\n)*.*)$", unit.read_text(), re.MULTILINE)
+            (unit.name, text)
+            for text in re.findall(r"^Exec(?:Start|Reload)=((?:.*\\\n)*.*)$", unit.read_text(), re.MULTILINE)
         ]
     found = []
     for name, text in texts:

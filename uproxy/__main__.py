@@ -1,4 +1,6 @@
-"""The `uproxy` command: `run` (the proxy), `exec` (a workload with a sidecar), `fork-server`, `node` (the agent)."""
+"""The `uproxy` command: `run` (the proxy), `exec` (a workload with a sidecar), `upgrade`, `fork-server`, `node` (the
+agent).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import uproxy
 _COMMANDS = {
     "run": ("uproxy.run", "run the micro proxy of one workload"),
     "exec": ("uproxy.launch", "run a command as a workload of the mesh, with a sidecar and capture"),
+    "upgrade": ("uproxy.upgrade", "replace the sidecar of a workload by one of the software that is installed now"),
     "fork-server": ("uproxy.fork_server", "start this host's micro proxies from one process, which saves memory"),
     "node": ("uproxy.node.agent", "run the node agent: eBPF programs and maps of this host"),
 }

@@ -18,10 +18,11 @@ from typing import IO, Any, Final
 
 import msgpack
 
-import uproxy
 from uproxy.entrance import Account, Entrance, Exposure
 
 DEFAULT_SOCKET: Final = Path("/run/uproxy/fork.sock")
+PROTOCOL: Final = 1
+"""Of launchers and fork servers, which are upgraded apart: a launcher lives as long as its workload."""
 MAX_MESSAGE: Final = 65536  # bytes
 MAX_PROBES: Final = 4
 _TIMEOUT_S: Final = 10.0
@@ -55,7 +56,7 @@ class Order:
         enter, account = self.entrance, self.entrance.account
         packed: bytes = msgpack.packb(
             {
-                "version": uproxy.__version__,
+                "protocol": PROTOCOL,
                 "arguments": list(self.arguments),
                 "cgroup": str(enter.cgroup),
                 "account": [account.uid, account.gid, list(account.groups)] if account is not None else None,
@@ -68,12 +69,12 @@ class Order:
 
     @classmethod
     def unpack(cls, raw: bytes, descriptors: Sequence[int]) -> Order:
-        """Raises ForkServerError for what `pack` of this version does not write."""
+        """Raises ForkServerError for what `pack` of this protocol does not write."""
         try:
             found = msgpack.unpackb(raw)
-            if found["version"] != uproxy.__version__:
+            if found["protocol"] != PROTOCOL:
                 raise ForkServerError(
-                    f"the fork server is version {uproxy.__version__}, the launcher {found['version']}: restart it"
+                    f"the fork server speaks protocol {PROTOCOL}, and {found['protocol']} the launcher: restart that"
                 )
             account = found["account"]
             netns, output, lifeline, ready, *probes = descriptors
@@ -89,7 +90,7 @@ class Order:
             )
             return cls(tuple(found["arguments"]), entrance, output, lifeline, ready, tuple(probes))
         except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
-            raise ForkServerError(f"the request is not one of a launcher of this version: {error!r}") from None
+            raise ForkServerError(f"the request is not one of a launcher: {error!r}") from None
 
 
 class Forked:
@@ -104,6 +105,10 @@ class Forked:
     def terminate(self) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.end_fd, signal.SIGTERM)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.end_fd, signal.SIGKILL)
 
     def status(self) -> int | None:
         """How it ended, once `end_fd` is readable; None when its fork server has ended before it and nobody knows."""

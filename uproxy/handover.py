@@ -194,7 +194,7 @@ class Predecessor:
         """The one that runs with this identity directory; None when none does. Raises HandoverError when it refuses."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            with _short(directory) as path:
+            with linux.short_path(directory, SOCKET_NAME) as path:
                 sock.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             sock.close()
@@ -317,7 +317,7 @@ def listen(directory: Path) -> socket.socket | None:
     """Where a successor finds us; None, and a line in the log, where none can. A dead process's socket is replaced."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        with _short(directory) as path:
+        with linux.short_path(directory, SOCKET_NAME) as path:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
                 if probe.connect_ex(path) == 0:
                     raise OSError(0, "another uProxy runs with this identity directory")
@@ -340,16 +340,6 @@ def remove(directory: Path) -> None:
     """The one that ends without a successor takes its socket away."""
     with contextlib.suppress(OSError):
         (directory / SOCKET_NAME).unlink()
-
-
-@contextlib.contextmanager
-def _short(directory: Path) -> Iterator[str]:
-    """A path of the socket that fits into sun_path, 108 bytes, wherever the directory is. Raises OSError."""
-    held = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{held}/{SOCKET_NAME}"
-    finally:
-        os.close(held)
 
 
 async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:

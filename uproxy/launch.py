@@ -24,7 +24,7 @@ import uproxy
 from control.api.address import AddressError, parse_address
 from control.api.names import wrong_dns_label, wrong_subdomain
 from control.client.membership import Membership, MembershipError
-from uproxy import cgroup, linux, sandbox
+from uproxy import cgroup, linux, sandbox, upgrade
 from uproxy.capture import nft
 from uproxy.capture.nft import NftError
 from uproxy.capture.ranges import MeshRanges
@@ -53,6 +53,7 @@ _READY_TIMEOUT_S = 30.0
 # Above what `uproxy run` grants itself for draining; what is left then is cut.
 _DRAIN_MARGIN_S = 2.0
 _DRAIN_TIMEOUT_S = 5.0
+_UPGRADE_DRAIN_TIMEOUT_S = 600.0
 _DEFAULT_NAMESPACE = _DEFAULT_ACCOUNT = "default"
 _DEFAULT_TRUST_DOMAIN = "cluster.local"
 
@@ -160,6 +161,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     sidecar.add_argument(
         "--drain-timeout-s", type=float, default=_DRAIN_TIMEOUT_S, metavar="S", help="default: %(default)s"
     )
+    sidecar.add_argument(
+        "--upgrade-drain-timeout-s",
+        type=float,
+        default=_UPGRADE_DRAIN_TIMEOUT_S,
+        metavar="S",
+        help="how long connections live on in a sidecar that was upgraded; default: %(default)s",
+    )
     sidecar.add_argument("--otlp", metavar="HOST:PORT", help="post spans to this collector, a service of the mesh")
     sidecar.add_argument("--otlp-share", metavar="SHARE", help="of the traces that begin here, how many are recorded")
     sidecar.add_argument(
@@ -169,7 +177,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"let `uproxy fork-server` start it, to save memory; its socket is {FORK_SOCKET} by default",
     )
     sidecar.add_argument("--uid", type=int, help=f"default: a free one from {FIRST_UID} up")
-    sidecar.add_argument("--state-dir", type=Path, default=Path("/var/lib/uproxy"), help="default: %(default)s")
+    sidecar.add_argument("--state-dir", type=Path, default=upgrade.DEFAULT_STATE_DIR, help="default: %(default)s")
     sidecar.add_argument("--cgroup-root", type=Path, metavar="DIR", help="default: uproxy/ in the cgroup2 hierarchy")
     before, separator, command = _split(argv)
     options = parser.parse_args(before)
@@ -292,7 +300,8 @@ def _run(options: argparse.Namespace, command: list[str], undo: ExitStack) -> in
         log=undo.enter_context(_log(options.log)),
         identity=identity,
     )
-    supervision = Supervision(options.name, signals, sidecar)
+    requests = undo.enter_context(upgrade.requests(options.state_dir, options.name))
+    supervision = Supervision(options.name, signals, sidecar, requests)
     undo.callback(supervision.end_sidecar, options.drain_timeout_s + _DRAIN_MARGIN_S)
     supervision.start_sidecar(_READY_TIMEOUT_S)
     entrance = Entrance(
@@ -498,6 +507,7 @@ def _sidecar_arguments(options: argparse.Namespace, state: Path) -> list[str]:
             arguments += ["--config", str(path)]
     arguments += ["--capture", options.capture, "--access-log", "-", "--log-format", options.log_format]
     arguments += ["--drain-timeout-s", str(options.drain_timeout_s)]
+    arguments += ["--take-over", "--upgrade-drain-timeout-s", str(options.upgrade_drain_timeout_s)]
     if options.capture == "ebpf":
         arguments += ["--direct-socket", str(options.node_socket.absolute().with_name(SOCKET_NAME))]
     if options.otlp:

@@ -135,6 +135,16 @@ def reaped() -> Iterator[tuple[int, int]]:
         yield pid, os.waitstatus_to_exitcode(status)
 
 
+@contextmanager
+def short_path(directory: Path, name: str) -> Iterator[str]:
+    """A path of a Unix socket that fits into sun_path, 108 bytes, however long the directory's is. Raises OSError."""
+    held = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{held}/{name}"
+    finally:
+        os.close(held)
+
+
 def peer_uid(connection: socket.socket) -> int:
     """Who has connected to a Unix socket: SO_PEERCRED, unix(7)."""
     _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))

@@ -1,4 +1,4 @@
-"""The uProxy process beside one workload, as its launcher sees it: started, watched, restarted, ended.
+"""The uProxy process beside one workload, as its launcher sees it: started, watched, restarted, upgraded, ended.
 
 No loop of its own: the launcher reaps children and polls; it tells the sidecar what happened and when.
 """
@@ -133,6 +133,8 @@ class Process(Protocol):
 
     def terminate(self) -> None: ...
 
+    def kill(self) -> None: ...
+
     def status(self) -> int | None:
         """How it ended (negative: the signal), once `end_fd` is readable; None when nobody knows."""
 
@@ -158,6 +160,9 @@ class Child:
 
     def terminate(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
     def status(self) -> int | None:
         return None
@@ -194,8 +199,20 @@ class OwnProcess:
         )
 
 
+@dataclass(slots=True)
+class Upgrade:
+    """A `uproxy run` that is to take over from the one that runs."""
+
+    process: Process
+    ready_fd: int
+    """Readable when it says that it has, or is gone; -1 once it has been read."""
+    deadline: float
+    why: str = "its messages say why"
+    """Why it did not."""
+
+
 class Sidecar:
-    """One `uproxy run` at a time. Times are `time.monotonic()`."""
+    """One `uproxy run` at a time, and beside it those that it took over from. Times are `time.monotonic()`."""
 
     def __init__(
         self,
@@ -212,6 +229,10 @@ class Sidecar:
         self._log = log
         self.identity = identity
         self._process: Process | None = None
+        self.upgrade: Upgrade | None = None
+        """While there is one."""
+        self.former: list[Process] = []
+        """They carry connections to their end."""
         self._started_at = 0.0
         self._backoff_s = _BACKOFF_FIRST_S
         self.ready = False
@@ -228,32 +249,59 @@ class Sidecar:
     def start(self) -> None:
         self.identity.install()
         self.restart_at = None
-        self.ready_fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for probe in self._probes:
-            # The one before may have left it connected.
-            linux.disconnect(probe.fileno())
+        self._process, self.ready_fd = self._spawned()
+        self._started_at = time.monotonic()
+
+    def begin_upgrade(self, timeout_s: float) -> None:
+        """Start another one, which takes over from this one when it is ready. Raises OSError or
+        subprocess.SubprocessError.
+        """
+        self.upgrade = Upgrade(*self._spawned(), time.monotonic() + timeout_s)
+
+    def _spawned(self) -> tuple[Process, int]:
+        ready_fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self._process = self._spawn(theirs, [probe.fileno() for probe in self._probes], self._log)
+            for probe in self._probes:
+                # The one before may have left it connected.
+                linux.disconnect(probe.fileno())
+            return self._spawn(theirs, [probe.fileno() for probe in self._probes], self._log), ready_fd
         except BaseException:
-            self._close_ready_fd()
+            os.close(ready_fd)
             raise
         finally:
             os.close(theirs)
-        self._started_at = time.monotonic()
+
+    def read_upgrade(self) -> bool:
+        """Its `ready_fd` is readable. Whether it has taken over."""
+        assert self.upgrade is not None
+        taken_over = os.read(self.upgrade.ready_fd, 64) != b""
+        os.close(self.upgrade.ready_fd)
+        self.upgrade.ready_fd = -1
+        if taken_over:
+            if self._process is not None:
+                self.former.append(self._process)
+            self._close_ready_fd()
+            self._process, self.upgrade, self.ready = self.upgrade.process, None, True
+            self.restart_at, self._started_at = None, time.monotonic()
+        return taken_over
+
+    def upgrade_ended(self, status: int | None) -> None:
+        """Before it has taken over."""
+        assert self.upgrade is not None
+        self.upgrade.process.ended(status)
+        if self.upgrade.ready_fd >= 0:
+            os.close(self.upgrade.ready_fd)
+        self.upgrade = None
+
+    def processes(self) -> list[Process]:
+        """All that run."""
+        upgrade = [self.upgrade.process] if self.upgrade is not None else []
+        return [*([self._process] if self._process is not None else []), *upgrade, *self.former]
 
     def read_ready(self) -> None:
         """`ready_fd` is readable: a line means ready, an end of file means that the process is on its way out."""
         self.ready = os.read(self.ready_fd, 64) != b""
         self._close_ready_fd()
-
-    @property
-    def end_fd(self) -> int:
-        """Readable when it has ended; -1 when SIGCHLD tells, or nothing runs."""
-        return self._process.end_fd if self._process is not None else -1
-
-    def status(self) -> int | None:
-        """How it ended, once `end_fd` is readable; None when nobody knows."""
-        return self._process.status() if self._process is not None else None
 
     def ended(self, status: int | None, now: float) -> None:
         """The process has ended, with this returncode (negative: the signal). Schedules the restart."""
@@ -273,9 +321,9 @@ class Sidecar:
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_LAST_S)
 
     def terminate(self) -> None:
-        """Ask it to drain and exit."""
-        if self._process is not None:
-            self._process.terminate()
+        """Ask all that run to drain and exit."""
+        for process in self.processes():
+            process.terminate()
 
     def pending(self) -> str:
         """What its readiness endpoint says is missing; "" when it does not answer."""

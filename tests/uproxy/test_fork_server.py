@@ -61,9 +61,9 @@ def test_what_is_no_order_is_refused_and_never_raises_anything_else(order: Order
         Order.unpack(bytes(raw), descriptors)
 
 
-def test_a_launcher_of_another_version_is_told_to_restart_the_fork_server() -> None:
-    raw = msgpack.packb({"version": "0.0.0"})
-    with pytest.raises(ForkServerError, match=r"the launcher 0\.0\.0: restart it"):
+def test_a_launcher_that_speaks_another_protocol_is_told_so() -> None:
+    raw = msgpack.packb({"protocol": 0})
+    with pytest.raises(ForkServerError, match="and 0 the launcher: restart that"):
         Order.unpack(raw, [])
 
 
