@@ -63,9 +63,10 @@ class Health:
 class RetryBudget:
     """Bounds how many connections are tried on a second endpoint, so that a failure of many is not made worse."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock` gives monotonic seconds."""
+    def __init__(self, clock: Callable[[], float], floor: int = BUDGET_FLOOR) -> None:
+        """`clock` gives monotonic seconds. `floor`: as many are allowed in ten of them, however few there were."""
         self._clock = clock
+        self._floor = floor
         self._began = clock()
         self._tried = self._tried_before = 0
         self._again = self._again_before = 0
@@ -79,7 +80,7 @@ class RetryBudget:
         """Whether one may be given another; it counts as given then."""
         before = self._turn()
         again = self._again + self._again_before * before
-        if again >= BUDGET_FLOOR + BUDGET_SHARE * (self._tried + self._tried_before * before):
+        if again >= self._floor + BUDGET_SHARE * (self._tried + self._tried_before * before):
             return False
         self._again += 1
         return True

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,12 +30,14 @@ from waypoint.caller import Caller
 from waypoint.destination import Destination, Destinations
 from waypoint.directory import Directory
 from waypoint.messages import END, Body, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead, length
+from waypoint.mirror import Copy, Mirrors
 from waypoint.refusal import REASONS, RefusalError
 from waypoint.request import Request, RequestError, read_request
+from waypoint.retry import MAX_KEPT, Budgets, pause_s
 from waypoint.rewriting import location, rewritten
 from waypoint.routing import choose_backend, modified
 from waypoint.rules import RuleBook, Rules
-from waypoint.sides import STALL_TIMEOUT_S, Incoming, Outgoing
+from waypoint.sides import IDEMPOTENT, STALL_TIMEOUT_S, Incoming, Outgoing
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.tokens import TokenError
 from waypoint.upstream import Upstream
@@ -58,6 +61,12 @@ class _Course:
     outgoing: Outgoing | None = None
     cause: RefusalError | None = None
     """Why it was stopped."""
+    missed: RefusalError | None = None
+    """Why this attempt was stopped."""
+    kept: list[bytes] | None = None
+    """What has come of the request's body, if it may be sent again."""
+    copies: Sequence[Copy] = ()
+    """For mirrors."""
     permitted: Request | None = None
     """As routes see it, once policy has let it in."""
     rule: RouteRule | None = None
@@ -70,14 +79,43 @@ class _Course:
     over: bool = False
     """Whether nobody wants the rest of the request's body."""
     timer: Timer | None = None
+    attempt_timer: Timer | None = None
 
     def stop(self, cause: RefusalError) -> None:
         if self.cause is None:
             self.cause = cause
+        self._break(cause.detail)
+
+    def miss(self, missed: RefusalError) -> None:
+        """This attempt has taken too long."""
+        self.missed = missed
+        self._break(missed.detail)
+
+    def _break(self, text: str) -> None:
         if self.outgoing is not None:
-            self.outgoing.abort(cause.detail)
+            self.outgoing.abort(text)
         elif self.claim is not None:
-            self.claim.fail(ConnectionResetError(cause.detail))
+            self.claim.fail(ConnectionResetError(text))
+
+    def pass_on(self, data: bytes) -> None:
+        """More of the request's body has come: for mirrors, and for another attempt."""
+        for copy in self.copies:
+            copy.write(data)
+        if self.kept is not None:
+            self.kept.append(data)
+            if self.exchange.received > MAX_KEPT:
+                self.kept = None
+
+    def settle(self) -> None:
+        """It is over."""
+        self.over = True
+        for timer in (self.timer, self.attempt_timer):
+            if timer is not None:
+                timer.cancel()
+        if self.outgoing is not None:
+            self.outgoing.abort("given up")
+        for copy in self.copies:
+            copy.close()
 
 
 class Exchanges:
@@ -106,6 +144,8 @@ class Exchanges:
         self._telemetry = telemetry
         self._directory = directory
         self._random = random.Random()
+        self._mirrors = Mirrors(data_plane, destinations, upstream)
+        self._budgets = Budgets(time.monotonic)
 
     async def serve(self, request: Incoming, caller: Caller, asked: Asked) -> None:
         """One request, until it is answered or aborted. Raises nothing."""
@@ -180,11 +220,7 @@ class Exchanges:
             raise
         finally:
             request.on_gone = _nothing
-            if course.timer is not None:
-                course.timer.cancel()
-            course.over = True
-            if course.outgoing is not None:
-                course.outgoing.abort("given up")
+            course.settle()
             self._telemetry.answered(exchange, time.monotonic())
 
     def _rules_for(self, asked: Asked) -> tuple[Destination, Rules]:
@@ -224,14 +260,9 @@ class Exchanges:
             course.timer = None
         if rule is None:
             return
-        # There is one attempt, but for a connection that was stale: its limit is the request's.
-        limits = [limit for limit in (rule.timeout_ms, rule.backend_timeout_ms) if limit]
-        if not limits:
-            return
-        timeout_ms = min(limits)
-        expired = RefusalError(504, "timeout", f"no whole response within {timeout_ms} ms", flag=flags.TIMED_OUT)
-        left_s = course.exchange.started + timeout_ms / 1000 - time.monotonic()
-        course.timer = self._plane.call_later(left_s, lambda: course.stop(expired))
+        if rule.timeout_ms:
+            left_s = course.exchange.started + rule.timeout_ms / 1000 - time.monotonic()
+            course.timer = self._plane.call_later(left_s, lambda: course.stop(_expired(rule.timeout_ms)))
 
     async def _pick(
         self, rule: RouteRule | None, destination: Destination, course: _Course
@@ -275,15 +306,68 @@ class Exchanges:
             raise course.cause
 
     async def _forward(self, course: _Course, onward: RequestHead, hops: tuple[Hop, ...]) -> list[ResponseEvent]:
-        """Send the request to a backend; the beginning of what it answers. Raises RefusalError."""
-        bodiless = course.request.whole
+        """Send the request to a backend, again if its route says so; the beginning of what it answers.
+
+        Raises RefusalError; OSError for the caller's stream.
+        """
+        rule, backend = course.rule, course.backend
+        if rule is None or backend is None:
+            return await self._attempt(course, onward, hops)
+        mirrors = (*rule.filters.mirrors, *backend.filters.mirrors)
+        if mirrors:
+            ended = course.request.whole
+            course.copies = self._mirrors.copies(mirrors, onward, course.caller, course.exchange, ended=ended)
+        retry = rule.retry
+        if retry is None:
+            self._limit_attempt(course, rule)
+            return await self._attempt(course, onward, hops)
+        if not course.request.whole:
+            course.kept = []
+        budget = self._budgets.at(backend.service)
+        budget.tried()
+        for tried in range(1, retry.attempts + 1):
+            self._limit_attempt(course, rule)
+            try:
+                events = await self._attempt(course, onward, hops)
+                heads = [event for event in events if isinstance(event, ResponseHead)]
+                while heads[-1].interim:
+                    await course.request.send([_answered(head, course) for head in heads])
+                    events = await self._more(course)
+                    heads = [event for event in events if isinstance(event, ResponseHead)]
+                if not (heads[-1].status in retry.codes and await _repeatable(course) and budget.allows()):
+                    return events
+                _drop(course, events)
+            except RefusalError as refusal:
+                if not (refusal.retriable and await _repeatable(course) and budget.allows()):
+                    raise
+            await self._pause(course, pause_s(retry, tried, self._random))
+            hops = self._hops(backend)
+        self._limit_attempt(course, rule)
+        return await self._attempt(course, onward, hops)
+
+    def _limit_attempt(self, course: _Course, rule: RouteRule) -> None:
+        """From now on, in place of the limit of an earlier one."""
+        if course.attempt_timer is not None:
+            course.attempt_timer.cancel()
+        course.missed = None
+        if rule.backend_timeout_ms:
+            expired = _expired(rule.backend_timeout_ms, retriable=course.request.head.method in IDEMPOTENT)
+            course.attempt_timer = self._plane.call_later(rule.backend_timeout_ms / 1000, lambda: course.miss(expired))
+
+    async def _attempt(self, course: _Course, onward: RequestHead, hops: tuple[Hop, ...]) -> list[ResponseEvent]:
+        """Once, but for a connection that was stale. Raises RefusalError."""
+        bodiless = course.request.whole and course.uploaded is None
         fresh = False
         while True:
             course.exchange.attempts += 1
             outgoing = await self._connect(course, hops, fresh=fresh)
             try:
                 await outgoing.begin(onward, ended=bodiless)
-                if not bodiless:
+                if course.uploaded is not None:  # as an earlier attempt was sent
+                    for data in course.kept or ():
+                        await outgoing.write(data)
+                    await outgoing.end()
+                elif not bodiless:
                     course.uploaded = Waiter(self._plane)
                     self._plane.spawn(_upload(course, outgoing, course.uploaded))
                 return await outgoing.events()
@@ -292,18 +376,52 @@ class Exchanges:
             except (OSError, MessageError) as error:
                 outgoing.abort(str(error))
                 course.outgoing = None
-                if bodiless and not fresh and course.cause is None and outgoing.replayable(onward.method):
+                stopped = course.cause is not None or course.missed is not None
+                if bodiless and not fresh and not stopped and outgoing.replayable(onward.method):
                     fresh = True
                     continue
                 raise _broken(course, error, begun=outgoing.begun) from None
+
+    async def _more(self, course: _Course) -> list[ResponseEvent]:
+        """What the backend answers further. Raises RefusalError."""
+        assert course.outgoing is not None
+        try:
+            return await course.outgoing.events()
+        except (OSError, MessageError) as error:
+            raise _broken(course, error) from None
+
+    async def _pause(self, course: _Course, seconds: float) -> None:
+        """Raises RefusalError when the request is stopped meanwhile."""
+        claim: Waiter[None] = Waiter(self._plane)
+        course.claim = claim
+        timer = self._plane.call_later(seconds, lambda: claim.set(None))
+        if course.attempt_timer is not None:
+            course.attempt_timer.cancel()
+        try:
+            await claim
+        except ConnectionResetError as error:
+            raise _broken(course, error) from None
+        finally:
+            course.claim = None
+            timer.cancel()
+        if course.cause is not None:
+            raise course.cause
+
+    def _hops(self, backend: Backend) -> tuple[Hop, ...]:
+        """Where another attempt may go. Raises RefusalError."""
+        try:
+            return self._destinations.backends(backend.service, backend.port)
+        except RefusedError as error:
+            raise RefusalError(503, error.reason, error.detail, flag=flags.NO_BACKEND) from None
 
     async def _connect(self, course: _Course, hops: tuple[Hop, ...], *, fresh: bool) -> Outgoing:
         """A way to a backend, which is the course's from here. Raises RefusalError."""
         kept = None if fresh else self._upstream.kept(course.caller, hops[0])
         outgoing = kept or await self._open(course, hops, fresh=fresh)
-        if course.cause is not None:  # it came in the turn in which the request was stopped
+        stopped = course.cause or course.missed
+        if stopped is not None:  # it came in the turn in which the request was stopped
             outgoing.done(uploaded=True)
-            raise course.cause
+            raise stopped
         course.outgoing = outgoing
         hop = outgoing.hop
         course.exchange.destination = Peer(host_port(hop.address, HBONE_PORT), hop.workload, str(hop.expected))
@@ -324,7 +442,8 @@ class Exchanges:
                 raise
             if error.reason == "policy":  # the backend's uProxy judged the caller, too
                 raise RefusalError(403, error.reason, "RBAC: access denied", policy=error.policy) from None
-            raise RefusalError(503, error.reason, str(error), flag=flags.BACKEND_UNREACHABLE) from None
+            unreachable = flags.BACKEND_UNREACHABLE
+            raise RefusalError(503, error.reason, str(error), flag=unreachable, retriable=True) from None
         finally:
             course.claim = None
 
@@ -359,10 +478,7 @@ class Exchanges:
             course.answering = answering
             if whole:
                 break
-            try:
-                events = await outgoing.events()
-            except (OSError, MessageError) as error:
-                raise _broken(course, error) from None
+            events = await self._more(course)
         if not request.whole:
             await request.discard(course.uploaded)
 
@@ -456,10 +572,13 @@ async def _upload(course: _Course, outgoing: Outgoing, uploaded: Waiter[None]) -
             course.exchange.received += len(data)
             if course.over:
                 break
+            course.pass_on(data)
             with contextlib.suppress(ConnectionResetError):  # who waits for the response learns of it, too
                 await outgoing.write(data)
         else:
             if not course.over:
+                for copy in course.copies:
+                    copy.end()
                 with contextlib.suppress(ConnectionResetError):
                     await outgoing.end()
     except MessageError as error:
@@ -472,6 +591,32 @@ async def _upload(course: _Course, outgoing: Outgoing, uploaded: Waiter[None]) -
         course.stop(RefusalError(503, error.reason, error.detail))
     finally:
         uploaded.set(None)
+
+
+async def _repeatable(course: _Course) -> bool:
+    """Whether the request can be sent again: nobody wants it stopped, and none of its body was read, or all is here."""
+    if course.cause is not None:
+        return False
+    if course.uploaded is None:
+        return True
+    if course.request.whole:
+        await course.uploaded  # it has read the body's end, and may not have told so
+    return course.request.whole and course.kept is not None
+
+
+def _drop(course: _Course, events: Sequence[ResponseEvent]) -> None:
+    """An answer that the caller does not get."""
+    assert course.outgoing is not None
+    outgoing, course.outgoing = course.outgoing, None
+    if events[-1] is END:
+        outgoing.done(uploaded=True)
+    else:
+        outgoing.abort("sent again")
+
+
+def _expired(timeout_ms: int, *, retriable: bool = False) -> RefusalError:
+    text = f"no whole response within {timeout_ms} ms"
+    return RefusalError(504, "timeout", text, flag=flags.TIMED_OUT, retriable=retriable)
 
 
 def _release(course: _Course, outgoing: Outgoing) -> None:
@@ -543,10 +688,14 @@ def _broken(course: _Course, error: Exception, *, begun: bool = False) -> Refusa
     """The backend's connection failed, by itself or because the request was stopped. `begun`: within a response."""
     if course.cause is not None:
         return course.cause
+    if course.missed is not None:
+        return course.missed
     if isinstance(error, TimeoutError):
         return RefusalError(504, "timeout", f"no response within {STALL_TIMEOUT_S:g} s", flag=flags.TIMED_OUT)
     status = error.status if isinstance(error, MessageError) and begun else 503
-    return RefusalError(status, "upstream", f"the backend's connection: {error}", flag=flags.BACKEND_BROKE)
+    retriable = not begun and course.request.head.method in IDEMPOTENT
+    text = f"the backend's connection: {error}"
+    return RefusalError(status, "upstream", text, flag=flags.BACKEND_BROKE, retriable=retriable)
 
 
 def _caller_gone() -> RefusalError:

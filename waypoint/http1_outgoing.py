@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
@@ -11,10 +10,7 @@ from waypoint.caller import Key
 from waypoint.http1_reader import ResponseReader
 from waypoint.http1_writer import RequestWriter
 from waypoint.messages import RequestHead, ResponseEvent
-from waypoint.sides import STALL_TIMEOUT_S
-
-# RFC 9110 section 9.2.2: the same request twice does what it does once.
-_IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+from waypoint.sides import IDEMPOTENT, STALL_TIMEOUT_S
 
 
 class Http1Outgoing:
@@ -85,7 +81,7 @@ class Http1Outgoing:
 
     def replayable(self, method: str) -> bool:
         """Its server closed it while the request was on its way: that says nothing of the request."""
-        return self._used and not self._reader.begun and method in _IDEMPOTENT
+        return self._used and not self._reader.begun and method in IDEMPOTENT
 
     def done(self, *, uploaded: bool) -> None:
         if self._reader.reusable and uploaded and not self._uploading:

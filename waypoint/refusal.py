@@ -34,7 +34,8 @@ class RefusalError(Exception):
     """A request that this waypoint answers by itself.
 
     `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule; `fields`:
-    more of the answer's head; `close`: whoever asks again must connect anew for it.
+    more of the answer's head; `close`: whoever asks again must connect anew for it; `retriable`: a backend may be asked
+    again, as far as this failure goes.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RefusalError(Exception):
         policy: str = "",
         fields: Fields = (),
         close: bool = False,
+        retriable: bool = False,
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -56,3 +58,4 @@ class RefusalError(Exception):
         self.policy = policy
         self.fields = fields
         self.close = close
+        self.retriable = retriable

@@ -16,6 +16,9 @@ MAX_DISCARDED: Final = 1 << 20
 DISCARD_TIMEOUT_S: Final = 5.0
 """Of a body that nobody wants: how much of it is read, and for how long."""
 
+# RFC 9110 section 9.2.2: the same request twice does what it does once.
+IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+
 
 class Incoming(Protocol):
     """A caller's request, and the way back for its response."""

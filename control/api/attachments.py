@@ -18,8 +18,9 @@ from control.api.declared import (
     DeclaredRoute,
     DeclaredService,
 )
+from control.api.filters import Mirror
 from control.api.problems import Findings
-from control.api.route import HTTPRoute, Match, Parent
+from control.api.route import Backend, HTTPRoute, Match, Parent, RouteRule
 
 _UNBOUND = f"is bound to no waypoint; label it {label.USE_WAYPOINT}"
 
@@ -75,14 +76,23 @@ def check_routes(
                 _check_parent(item, path, parent, by_key[parent.service], wishes, findings)
         for number, rule in enumerate(item.route.rules):
             path = f"spec.rules[{number}]"
-            for index, backend in enumerate(rule.backends):
-                place = f"{path}.backendRefs[{index}]"
-                _check_reference(item, place, backend.service, backend.port, by_key, findings)
-                if backend.service in by_key:
-                    _check_backend(item, place, backend.service, wishes, findings)
+            for place, destination in _destinations(rule, path):
+                _check_reference(item, place, destination.service, destination.port, by_key, findings)
+                if destination.service in by_key:
+                    _check_backend(item, place, destination.service, wishes, findings)
             if rule.filters.redirect is None and not any(backend.weight for backend in rule.backends):
                 findings.warn(item.position, path, "has no backendRefs with a weight; its requests are answered 500")
         _check_conflicts(item, by_key, taken, findings)
+
+
+def _destinations(rule: RouteRule, path: str) -> Iterator[tuple[str, Backend | Mirror]]:
+    """Each with its place in the document."""
+    for index, backend in enumerate(rule.backends):
+        yield f"{path}.backendRefs[{index}]", backend
+        for mirror in backend.filters.mirrors:
+            yield f"{path}.backendRefs[{index}].filters", mirror
+    for mirror in rule.filters.mirrors:
+        yield f"{path}.filters", mirror
 
 
 def _check_reference(

@@ -40,7 +40,7 @@ _FIELDS: Final = {
     "CORS": "cors",
 }
 """Type of a filter -> the field that holds it."""
-HTTP_FILTERS: Final = tuple(kind for kind in _FIELDS if kind != "RequestMirror")
+HTTP_FILTERS: Final = tuple(_FIELDS)
 _SEVERAL: Final = "RequestMirror"  # Gateway API: of all others one
 _OTHERS: Final = {
     "ExtensionRef": "it is not implemented",

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Final
 
 from control.api.expression import expression
-from control.api.filters import NO_FILTERS, Filters
+from control.api.filters import NO_FILTERS, Filters, Mirror
 from control.api.http_text import normal_path, wrong_header_name
 from control.api.names import key, wrong_subdomain
 from control.api.problems import shown
@@ -145,6 +145,12 @@ class RouteRule:
     """Of one attempt, likewise; 0: none."""
     filters: Filters = NO_FILTERS
     retry: Retry | None = None
+
+    @property
+    def destinations(self) -> tuple[Backend | Mirror, ...]:
+        """Wherever its requests, or copies of them, may go."""
+        filters = (self.filters, *(backend.filters for backend in self.backends))
+        return (*self.backends, *(mirror for one in filters for mirror in one.mirrors))
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def _read_parent(reader: Reader, namespace: str) -> Parent:
 
 
 def _read_rule(reader: Reader, namespace: str) -> RouteRule:
-    reader.refuse(dict.fromkeys(("retry", "sessionPersistence"), _NOT_THERE))
+    reader.refuse({"sessionPersistence": _NOT_THERE})
     request, response, filters = read_filters(reader, namespace)
     matches = tuple(_read_match(item) for item in reader.children("matches"))
     timeout, backend_timeout = _read_timeouts(reader.child("timeouts"))

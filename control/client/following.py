@@ -61,7 +61,7 @@ class Following:
     def _note_route(self, topic: RouteTopic, record: Record | None) -> None:
         self._routes.pop(topic, None)
         if isinstance(record, HTTPRoute):
-            backends = (backend.service for rule in record.rules for backend in rule.backends)
+            backends = (destination.service for rule in record.rules for destination in rule.destinations)
             parents = (parent.service for parent in record.parents)
             self._routes[topic] = _service_topics(parents), _service_topics(backends)
         self.changed = True

@@ -442,7 +442,7 @@ class Proxy:
                     route = records.read(topic, body, self.who.identity.trust_domain)
                     assert isinstance(route, HTTPRoute)
                     if served.intersection(parent.service for parent in route.parents):
-                        found |= {backend.service for rule in route.rules for backend in rule.backends}
+                        found |= {one.service for rule in route.rules for one in rule.destinations}
         return found
 
 

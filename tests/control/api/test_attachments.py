@@ -110,6 +110,13 @@ def test_a_rule_that_redirects_needs_no_backend():
     assert warnings_of(*BASE, ROUTE.replace("    backendRefs: [{name: web, port: 80}]\n", elsewhere)) == []
 
 
+def test_a_mirror_that_is_not_there_is_refused():
+    mirror = "{type: RequestMirror, requestMirror: {backendRef: {name: wep, port: 80}}}"
+    copied = ROUTE.replace("    backendRefs:", f"    filters: [{mirror}]\n    backendRefs:", 1)
+    with pytest.raises(ResourceErrors, match=r"rules\[0\]\.filters\.name: there is no Service shop/wep"):
+        build(*BASE, copied)
+
+
 def test_of_two_routes_in_conflict_the_first_by_name_wins():
     other = ROUTE.replace("{name: web, namespace: shop}", "{name: a, namespace: shop}")
     (warning,) = warnings_of(*BASE, ROUTE, other.replace("name: web}]\n  rules", "name: web, port: 80}]\n  rules"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from control.api.filters import Cors, Filters, PathChange, Redirect, Replaced, Rewrite
+from control.api.filters import Cors, Filters, Mirror, PathChange, Redirect, Replaced, Rewrite
 from control.api.problems import ResourceErrors
 from control.api.resources import parse
 
@@ -31,6 +31,10 @@ def redirect(content):
 
 def rewrite(content):
     return f"{{type: URLRewrite, urlRewrite: {content}}}"
+
+
+def mirror(content):
+    return f"{{type: RequestMirror, requestMirror: {content}}}"
 
 
 def cors(content):
@@ -85,8 +89,32 @@ def test_cors():
 
 
 @pytest.mark.parametrize(
+    ("share", "wanted"),
+    [
+        ("", (100, 100)),
+        (", percent: 0", (0, 100)),
+        (", fraction: {numerator: 5}", (5, 100)),
+        (", fraction: {numerator: 1, denominator: 3}", (1, 3)),
+    ],
+)
+def test_mirrors(share, wanted):
+    text = mirror(f"{{backendRef: {{name: copy, port: 81}}{share}}}")
+    found = rule_of(f"{text}, {text}")
+    assert found.filters == Filters(mirrors=(Mirror("shop/copy", 81, *wanted),) * 2)
+    assert [one.service for one in found.destinations] == ["shop/web", "shop/copy", "shop/copy"]
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (mirror("{}"), "requestMirror.backendRef: is missing; it must be a mapping with name and port"),
+        (mirror("{backendRef: {name: copy}}"), "backendRef.port: is missing; it must be a port of the Service"),
+        (mirror("{backendRef: {name: copy, port: 81, kind: ServiceImport}}"), "kind: ServiceImport is refused"),
+        (mirror("{backendRef: {name: copy, port: 81, weight: 1}}"), "backendRef.weight: unknown field"),
+        (mirror("{backendRef: {name: copy, port: 81}, percent: 101}"), "percent: 101 is out of range"),
+        (mirror("{backendRef: {name: a, port: 1}, percent: 1, fraction: {numerator: 1}}"), "stands beside percent"),
+        (mirror("{backendRef: {name: a, port: 1}, fraction: {numerator: 101}}"), "101 of 100 is more than all"),
+        (", ".join([mirror("{backendRef: {name: a, port: 1}}")] * 5), "has 5 of RequestMirror; at most 4 are taken"),
         (redirect("{statusCode: 304}"), "requestRedirect.statusCode: 304 must be 301 or 302 or"),
         (redirect("{scheme: ftp}"), "requestRedirect.scheme: 'ftp' must be http or https"),
         (redirect("{port: 0}"), "requestRedirect.port: 0 is out of range"),

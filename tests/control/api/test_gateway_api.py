@@ -19,6 +19,7 @@ from control.api.route import (
     PathKind,
     PathMatch,
     QueryMatch,
+    Retry,
     RouteRule,
 )
 
@@ -175,6 +176,19 @@ def test_a_route():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("{}", Retry((), 2, 25)),
+        ("{codes: [503, 500], attempts: 3, backoff: 1s}", Retry((500, 503), 3, 1000)),
+        ("{backoff: 0s}", Retry((), 2, 0)),
+    ],
+)
+def test_a_retry(text, wanted):
+    (found,) = parse(replaced(ROUTE, LAST, f"{LAST}    retry: {text}\n"), "f.yaml")
+    assert found.route.rules[1].retry == wanted
+
+
 def test_matches_by_expression():
     asked = (
         "path: {type: RegularExpression, value: '/v[0-9]+'}\n      "
@@ -273,7 +287,14 @@ LAST = "  - backendRefs: [{name: reviews, port: 80}]\n"
             "- {name: reviews, port: 80, namespace: bank}",
             "backendRefs[1].namespace: must",
         ),
-        (LAST, f"{LAST}    retry: {{}}\n", "rules[1].retry: is refused: it is not implemented; remove it"),
+        (
+            LAST,
+            f"{LAST}    retry: {{codes: [399]}}\n",
+            "retry.codes[0]: must be a number from 400 to 599, not the number",
+        ),
+        (LAST, f"{LAST}    retry: {{codes: [500, 500]}}\n", "retry.codes: names '500' twice"),
+        (LAST, f"{LAST}    retry: {{attempts: 11}}\n", "retry.attempts: 11 is out of range: 1 to 10"),
+        (LAST, f"{LAST}    retry: {{backoff: 1}}\n", "retry.backoff: must be text, not the number 1"),
         (LAST, f"{LAST}    sessionPersistence: {{}}\n", "rules[1].sessionPersistence: is refused"),
         (LAST, f"{LAST}    name: canary\n", "spec.rules: gives two rules one name; rename one"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from control.api import messages, records
 from control.api.address import IpAddress
+from control.api.filters import Filters, Mirror
 from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
 from control.api.identity import make_id, proxy_hash
 from control.api.policy import Action, AuthorizationPolicy, Target
@@ -23,6 +24,7 @@ from control.api.topics import (
     index_shard,
 )
 from control.api.workload import Endpoint, Service, ServicePort, Workload
+from control.client.following import Following
 from control.client.replica import Status
 from tests.support import plane
 from tests.support.plane import NOW, Broker, ControlPlane, Truth
@@ -398,3 +400,13 @@ def test_a_service_that_is_served_and_bound_needs_no_other_gateway(waypoint):
     assert waypoint.replica.gateways() == ()
     waypoint.replica.want_gateway("shop/wp")
     assert waypoint.replica.gateways() == ()
+
+
+def test_a_waypoint_follows_its_routes_to_mirrors_too():
+    waypoint = GatewayTopic("shop", "wp")
+    following = Following(waypoint)
+    following.note(waypoint, gateway("shop/reviews"))
+    made = route("r", "reviews", "v2")
+    copied = dataclasses.replace(made.rules[0], filters=Filters(mirrors=(Mirror("shop/copy", 80, 1, 1),)))
+    following.note(RouteTopic("shop", "r"), dataclasses.replace(made, rules=(copied,)))
+    assert following.wanted() == {ServiceTopic("shop", one) for one in ("reviews", "v2", "copy")}

@@ -3,6 +3,8 @@
 Those of Gateways, listeners and TLS have nothing here to be asked of: a waypoint has one listener, and no names.
 """
 
+import time
+
 import pytest
 
 from tests.support.conformance import Suite, filtered, prefix, route, to
@@ -346,3 +348,125 @@ def test_http_route_named_rule(suite: Suite) -> None:
         route(f"{{name: named, matches: {prefix('/named')}, {V1}}}", f"{{matches: {prefix('/unnamed')}, {V2}}}")
     )
     assert [suite.ask(path).by for path in ("/named", "/unnamed")] == ["v1", "v2"]
+
+
+def copies(suite: Suite, version: str, wanted: int) -> list[dict[str, object]]:
+    """The requests that a version got, once there are so many."""
+    deadline = time.monotonic() + 10
+    while len(suite.echoes[version].seen) < wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return suite.echoes[version].seen
+
+
+def test_http_route_request_mirror(suite: Suite) -> None:
+    mirror = "{backendRef: {name: echo-v2, port: 8080}}"
+    suite.apply(
+        route(
+            filtered("/mirror", "RequestMirror", mirror, to("v1")),
+            f"{{matches: {prefix('/mirror-and-modify')}, filters: [{{type: RequestMirror, requestMirror: {mirror}}}, "
+            f"{{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: x-set, value: s}}]}}}}], {V1}}}",
+        )
+    )
+    assert suite.ask("/mirror", "POST", body=b"hello").by == "v1"
+    (copy,) = copies(suite, "v2", 1)
+    assert (copy["method"], copy["path"], copy["body"]) == ("POST", "/mirror", "hello")
+    assert suite.ask("/mirror-and-modify").by == "v1"
+    assert copies(suite, "v2", 2)[1]["headers"]["x-set"] == "s"  # type: ignore[index]
+
+
+def test_http_route_request_multiple_mirrors(suite: Suite) -> None:
+    mirrors = ", ".join(
+        f"{{type: RequestMirror, requestMirror: {{backendRef: {{name: echo-{version}, port: 8080}}}}}}"
+        for version in ("v2", "v3")
+    )
+    suite.apply(route(f"{{filters: [{mirrors}], {V1}}}"))
+    assert suite.ask("/many").by == "v1"
+    assert [copies(suite, version, 1)[0]["path"] for version in ("v2", "v3")] == ["/many", "/many"]
+
+
+@pytest.mark.parametrize(
+    ("share", "of_500"),
+    [("percent: 20", 100), ("fraction: {numerator: 1, denominator: 2}", 250)],
+)
+def test_http_route_request_percentage_mirror(suite: Suite, share: str, of_500: int) -> None:
+    suite.apply(
+        route(filtered("/", "RequestMirror", f"{{backendRef: {{name: echo-v2, port: 8080}}, {share}}}", to("v1")))
+    )
+    for _ in range(10):
+        suite.echoes["v2"].seen.clear()
+        assert {suite.ask().by for _ in range(500)} == {"v1"}
+        found = len(copies(suite, "v2", of_500 - 25))
+        if abs(found - of_500) <= 25:
+            break
+    assert abs(found - of_500) <= 25
+
+
+def test_a_mirror_that_fails_or_hangs_is_nobody_s_business(suite: Suite) -> None:
+    suite.apply(route(filtered("/", "RequestMirror", "{backendRef: {name: echo-v2, port: 8080}}", to("v1"))))
+    assert suite.ask(fail_times="1", fail_with="reset").by in ("v1", 503)  # of the two, who comes first fails
+    started = time.monotonic()
+    assert suite.ask("/slow", delay_ms="300").by == "v1"
+    assert suite.ask(body=b"x" * 1_000_000, method="POST").by == "v1"
+    assert time.monotonic() - started < 10
+
+
+RETRY = "retry: {attempts: %d, backoff: 10ms, codes: [%s]}"
+
+
+def test_http_route_retry(suite: Suite) -> None:
+    suite.apply(
+        route(
+            f"{{matches: {prefix('/three')}, {RETRY % (3, '500')}, {V1}}}",
+            f"{{matches: {prefix('/codes')}, {RETRY % (2, '500, 502, 503, 504')}, {V1}}}",
+        )
+    )
+
+    def status(path: str, times: int, code: int, method: str = "GET", body: bytes = b"") -> int:
+        identity = f"{path[1:]}-{times}-{code}-{method}"
+        answer = suite.ask(path, method, body=body, fail_times=str(times), fail_with=str(code), x_request_id=identity)
+        seen = [one for one in suite.echoes["v1"].seen if one["headers"].get("x-request-id") == identity]
+        assert {one["body"] for one in seen} == {body.decode()}
+        attempts.append(len(seen))
+        return answer.status
+
+    attempts: list[int] = []
+    assert [status("/three", times, 500) for times in (2, 3, 4)] == [200, 200, 500]
+    assert status("/three", 1, 503) == 503
+    assert attempts == [3, 4, 4, 1]
+    for code in (500, 502, 503, 504):
+        assert [status("/codes", times, code) for times in (1, 3)] == [200, code]
+    # What the route names is sent again whatever its method, with its body, if that is not too large to be kept.
+    attempts.clear()
+    assert status("/three", 2, 500, "POST", b"body") == 200
+    assert status("/three", 1, 500, "PUT", b"x" * 70_000) == 500
+    assert attempts == [3, 1]
+
+
+def test_http_route_retry_with_timeouts(suite: Suite) -> None:
+    suite.apply(
+        route(
+            f"{{matches: {prefix('/each')}, timeouts: {{backendRequest: 200ms}}, {RETRY % (2, '500')}, {V1}}}",
+            f"{{matches: {prefix('/all')}, timeouts: {{request: 400ms}}, {RETRY % (20 // 2, '500')}, {V1}}}",
+        )
+    )
+    slow = {"delay_ms": "300"}
+    assert suite.ask("/each", **slow).status == 504
+    assert len(suite.echoes["v1"].seen) == 3
+    assert suite.ask("/each", fail_times="2", fail_with="500", x_request_id="each").by == "v1"
+    assert suite.ask("/all", fail_times="20", fail_with="500", x_request_id="all", **slow).status == 504
+    # A request that would be done twice is not, where nobody knows whether it was done.
+    suite.echoes["v1"].seen.clear()
+    assert suite.ask("/each", "POST", **slow).status == 504
+    assert len(suite.echoes["v1"].seen) == 1
+
+
+def test_http_route_retry_connection_error(suite: Suite) -> None:
+    suite.apply(route(f"{{{RETRY % (3, '503')}, {V1}}}"))
+    # A kept connection that is reset is no attempt: its server may have closed it before.
+    for times, wanted, attempts in ((2, 200, {3}), (9, 503, {4, 5})):
+        suite.echoes["v1"].seen.clear()
+        answer = suite.ask(fail_times=str(times), fail_with="reset", x_request_id=f"reset-{times}")
+        assert (answer.status, len(suite.echoes["v1"].seen)) in {(wanted, number) for number in attempts}
+    suite.echoes["v1"].seen.clear()
+    assert suite.ask(method="POST", fail_times="1", fail_with="reset", x_request_id="post").status == 503
+    assert len(suite.echoes["v1"].seen) == 1
