@@ -37,10 +37,14 @@ from hpack.exceptions import HPACKError, OversizedHeaderListError
 
 from uproxy.header_block import Headers, decode_literals, encode_headers, well_formed, well_formed_trailers
 
-# Windows (docs/decisions.md): 1 MiB a stream keeps a fast link full and small requests beside it quick; a stream starts
-# with a quarter, so that many slow readers hold little. The connection's must exceed a stream's (docs/hbone.md 2.2).
+# Windows (docs/decisions.md): 1 MiB a stream keeps a fast link full; a stream starts with a quarter, so that many slow
+# readers hold little, and has no more beside small messages of others, since those wait for all of it that is on its
+# way. The connection's must exceed a stream's (docs/hbone.md 2.2).
 INITIAL_STREAM_WINDOW: Final = 256 << 10
 MAX_STREAM_WINDOW: Final = 1 << 20
+SMALL_MESSAGE: Final = 8 << 10
+# So much has come since the last small message before a window grows: 10 ms at 3 Gbit/s.
+UNDISTURBED: Final = 4 << 20
 # A stream that was quick and then stops holds its whole window: so many of a connection may have the large one.
 MAX_LARGE_WINDOWS: Final = 16
 CONNECTION_WINDOW: Final = 16 << 20
@@ -225,6 +229,8 @@ class Connection:
         self._recv_window = CONNECTION_WINDOW
         self._recv_unacknowledged = 0
         self._large: set[int] = set()  # streams that were given the large window; some may be gone
+        self._bulk: Stream | None = None  # of which something larger than a small message came last
+        self._undisturbed = UNDISTURBED  # bytes of such since the last small message of another stream
         self._next_id = 1
         self._highest_peer_id = 0
         self._last_admitted_id = MAX_WINDOW
@@ -351,25 +357,44 @@ class Connection:
     def consumed(self, stream: Stream, length: int, *, keeps_up: bool) -> None:
         """The application took `length` bytes: give the peer credit, in steps of a quarter of the window.
 
-        A stream whose application keeps up gets the large window; one that does not stays with the small one.
+        A stream whose application keeps up gets the large window, and beside small messages of others it is taken back.
         """
+        if length > SMALL_MESSAGE:
+            self._undisturbed += length
+            self._bulk = stream
+        elif stream is not self._bulk and stream.recv_limit == INITIAL_STREAM_WINDOW:
+            self._undisturbed = 0
         stream.unacknowledged += length
         if stream.unacknowledged * 4 >= stream.recv_limit and not stream.remote_closed:
             credit = stream.unacknowledged
-            if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW and self._may_be_large(stream.id):
-                credit += MAX_STREAM_WINDOW - stream.recv_limit
-                stream.recv_limit = MAX_STREAM_WINDOW
             stream.unacknowledged = 0
-            stream.recv_window += credit
-            self._frame(WINDOW_UPDATE, 0, stream.id, _U32.pack(credit))
+            if self._undisturbed >= UNDISTURBED:
+                if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW:
+                    credit += self._grow(stream)
+            elif self._undisturbed <= credit and stream.recv_limit > INITIAL_STREAM_WINDOW:
+                credit -= self._shrink(stream, credit)
+            if credit:
+                stream.recv_window += credit
+                self._frame(WINDOW_UPDATE, 0, stream.id, _U32.pack(credit))
 
-    def _may_be_large(self, stream_id: int) -> bool:
+    def _grow(self, stream: Stream) -> int:
+        """By how much the window of a stream grows."""
         if len(self._large) >= MAX_LARGE_WINDOWS:
             self._large = {one for one in self._large if one in self.streams}
             if len(self._large) >= MAX_LARGE_WINDOWS:
-                return False
-        self._large.add(stream_id)
-        return True
+                return 0
+        self._large.add(stream.id)
+        grown = MAX_STREAM_WINDOW - stream.recv_limit
+        stream.recv_limit = MAX_STREAM_WINDOW
+        return grown
+
+    def _shrink(self, stream: Stream, credit: int) -> int:
+        """How much of the credit of a stream is not given, so that its window becomes a small one."""
+        kept = min(credit, stream.recv_limit - INITIAL_STREAM_WINDOW)
+        stream.recv_limit -= kept
+        if stream.recv_limit == INITIAL_STREAM_WINDOW:
+            self._large.discard(stream.id)
+        return kept
 
     def ping(self, payload: bytes) -> None:
         """Send a PING with 8 bytes of payload; the answer is a PongReceived."""

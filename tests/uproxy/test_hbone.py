@@ -262,6 +262,42 @@ def test_a_stream_that_keeps_up_is_given_the_large_window():
     assert theirs.recv_window == MAX_STREAM_WINDOW
 
 
+def test_small_messages_beside_it_take_the_large_window_back():
+    pair = Pair()
+    (bulk, bulk_end), (small, small_end) = pair.opened(), pair.opened()
+
+    def moves(stream, end, size):
+        sent = put(pair.client, stream, bytes(size))
+        pair.exchange()
+        pair.server.consumed(end, sent, keeps_up=True)
+        pair.exchange()
+        assert end.recv_window + end.unacknowledged == end.recv_limit
+        assert stream.send_window == end.recv_window
+        return end.recv_limit
+
+    assert moves(bulk, bulk_end, 100_000) == MAX_STREAM_WINDOW
+    for _ in range(60):
+        assert moves(small, small_end, 64) == INITIAL_STREAM_WINDOW
+        moves(bulk, bulk_end, 100_000)
+    assert bulk_end.recv_limit == INITIAL_STREAM_WINDOW
+    for _ in range(hbone.UNDISTURBED // 100_000 - 1):
+        assert moves(bulk, bulk_end, 100_000) == INITIAL_STREAM_WINDOW
+    moves(bulk, bulk_end, 100_000)
+    assert moves(bulk, bulk_end, 100_000) == MAX_STREAM_WINDOW
+
+
+def test_streams_that_all_move_much_have_the_large_window_side_by_side():
+    pair = Pair()
+    streams = [pair.opened() for _ in range(4)]
+    for _ in range(3):
+        for mine, theirs in streams:
+            sent = put(pair.client, mine, bytes(100_000))
+            pair.exchange()
+            pair.server.consumed(theirs, sent, keeps_up=True)
+            pair.exchange()
+    assert {theirs.recv_limit for _, theirs in streams} == {MAX_STREAM_WINDOW}
+
+
 @pytest.mark.parametrize("keeps_up", [True, False])
 def test_credit_is_given_once_for_each_byte(keeps_up):
     pair = Pair()
