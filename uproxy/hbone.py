@@ -35,7 +35,14 @@ from h2.settings import SettingCodes, Settings
 from hpack import Decoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 
-from uproxy.header_block import Headers, decode_literals, encode_headers, well_formed, well_formed_trailers
+from uproxy.header_block import (
+    Headers,
+    decode_literals,
+    encode_headers,
+    read_own,
+    well_formed,
+    well_formed_trailers,
+)
 
 # Windows (docs/decisions.md): 1 MiB a stream keeps a fast link full; a stream starts with a quarter, so that many slow
 # readers hold little, and has no more beside small messages of others, since those wait for all of it that is on its
@@ -551,20 +558,26 @@ class Connection:
         fixed = _FIXED_LENGTH.get(kind)
         if fixed is not None and length != fixed:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"frame type {kind} of {length} bytes, not {fixed}")
-        if kind in (SETTINGS, PING, GOAWAY):
+        if kind in (HEADERS, CONTINUATION):
+            self._check_block(kind, stream_id, length)
+        elif kind in (SETTINGS, PING, GOAWAY):
             if stream_id:
                 raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"frame type {kind} on stream {stream_id}")
             odd = (kind == SETTINGS and length % 6 > 0) or (kind == GOAWAY and length < 8)
             if odd or length > 16384 or (kind == SETTINGS and flags & 1 and length):
                 raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"frame type {kind} of {length} bytes")
-        elif kind in (DATA, HEADERS, PRIORITY, RST_STREAM, CONTINUATION) and not stream_id:
+        elif kind in (DATA, PRIORITY, RST_STREAM) and not stream_id:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"frame type {kind} on stream 0")
-        if kind in (HEADERS, CONTINUATION) and len(self._block) + length > MAX_HEADER_LIST:
+        elif kind == PUSH_PROMISE:
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE, which nobody allowed")
+
+    def _check_block(self, kind: int, stream_id: int, length: int) -> None:
+        if not stream_id:
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"frame type {kind} on stream 0")
+        if len(self._block) + length > MAX_HEADER_LIST:
             raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, f"a header block of more than {MAX_HEADER_LIST} bytes")
         if kind == CONTINUATION and not self._block_stream:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
-        if kind == PUSH_PROMISE:
-            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE, which nobody allowed")
 
     # -- DATA
 
@@ -730,6 +743,10 @@ class Connection:
         events.append(GoawayReceived(last, code))
 
     def _handle_headers(self, flags: int, stream_id: int, frame: bytes, events: list[Event]) -> None:
+        ends = bool(flags & _END_STREAM)
+        if flags & (_END_HEADERS | _PADDED | _PRIORITY_FLAG) == _END_HEADERS:  # as nearly always
+            self._take_block(stream_id, frame[9:], ends, events)
+            return
         start, end = 9, len(frame)
         if flags & _PADDED:
             if start >= end:
@@ -742,26 +759,32 @@ class Connection:
         if start > end:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "padding longer than the HEADERS frame")
         self._block += frame[start:end]
-        self._block_stream, self._block_ends, self._continuations = stream_id, bool(flags & _END_STREAM), 0
+        self._block_stream, self._block_ends, self._continuations = stream_id, ends, 0
         if flags & _END_HEADERS:
             self._finish_block(events)
 
     def _finish_block(self, events: list[Event]) -> None:
-        stream_id, ends = self._block_stream, self._block_ends
-        block = bytes(self._block)
+        stream_id, block = self._block_stream, bytes(self._block)
         self._block.clear()
         self._block_stream = self._ticks_unfinished = 0
-        # A byte can stand for a whole header: a long block goes to the decoder that counts what comes out.
-        headers = decode_literals(block) if len(block) <= MAX_QUICK_BLOCK else None
-        if headers is None:
-            headers = self._decode(block)
+        self._take_block(stream_id, block, self._block_ends, events)
+
+    def _take_block(self, stream_id: int, block: bytes, ends: bool, events: list[Event]) -> None:
         stream = self.streams.get(stream_id)
+        headers = read_own(block)
+        formed = headers is not None and (headers[0][0] == b":status") is self.client
+        if headers is None:
+            # A byte can stand for a whole header: a long block goes to the decoder that counts what comes out.
+            headers = decode_literals(block) if len(block) <= MAX_QUICK_BLOCK else None
+            if headers is None:
+                headers = self._decode(block)
+            formed = well_formed(headers, request=not self.client)
         if stream is not None:
-            self._continue_stream(stream, headers, ends, events)
+            self._continue_stream(stream, headers, formed, ends, events)
         elif self.client:
             self._check_gone(stream_id, "HEADERS")
         else:
-            self._admit(stream_id, headers, ends, events)
+            self._admit(stream_id, headers, formed, ends, events)
 
     def _decode(self, block: bytes) -> list[tuple[bytes, bytes]]:
         """The general HPACK decoder, which also keeps the dynamic table."""
@@ -774,7 +797,7 @@ class Connection:
         except (IndexError, ValueError) as error:
             raise ProtocolError(ErrorCode.COMPRESSION_ERROR, "a truncated header block") from error
 
-    def _admit(self, stream_id: int, headers: Headers, ends: bool, events: list[Event]) -> None:
+    def _admit(self, stream_id: int, headers: Headers, formed: bool, ends: bool, events: list[Event]) -> None:
         if not stream_id & 1:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"a client's stream has the even id {stream_id}")
         if stream_id <= self._highest_peer_id:
@@ -793,7 +816,7 @@ class Connection:
             self.reset(stream, ErrorCode.REFUSED_STREAM)
             self._spend(1)
             return
-        if not well_formed(headers, request=True):
+        if not formed:
             self._malformed(stream)
             return
         if ends:
@@ -805,12 +828,15 @@ class Connection:
         self._spend(1)
         self._count_early_reset()
 
-    def _continue_stream(self, stream: Stream, headers: Headers, ends: bool, events: list[Event]) -> None:
-        """A response, an informational response, or trailers (which carry nothing that a tunnel passes on)."""
+    def _continue_stream(self, stream: Stream, headers: Headers, formed: bool, ends: bool, events: list[Event]) -> None:
+        """A response, an informational response, or trailers (which carry nothing that a tunnel passes on).
+
+        `formed`: it is a well-formed response.
+        """
         if stream.remote_closed:
             raise ProtocolError(ErrorCode.STREAM_CLOSED, f"HEADERS on stream {stream.id} after its END_STREAM")
         expects_response = self.client and not stream.answered
-        if expects_response and well_formed(headers, request=False):
+        if expects_response and formed:
             if headers[0][1][:1] == b"1" and not ends:
                 self._spend(1)
                 return
@@ -871,8 +897,14 @@ class Connection:
         self._frame(HEADERS, flags, stream_id, block)
 
     def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
-        length = len(payload)
-        self._append(_HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id) + payload)
+        length, used = len(payload), self._used
+        end = used + 9 + length
+        if end > OUTPUT_SIZE or self._spill:
+            self._append(_HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id) + payload)
+            return
+        _HEADER.pack_into(self._output, used, length >> 8, length & 0xFF, kind, flags, stream_id)
+        self._output[used + 9 : end] = payload
+        self._used = end
 
     def _append(self, frames: bytes) -> None:
         used = self._used + len(frames)

@@ -15,12 +15,14 @@ from hpack.table import HeaderTable
 Headers = Sequence[tuple[bytes, bytes]]
 
 MAX_HEADERS: Final = 100  # Envoy's
+MAX_STEADY: Final = 256  # beginnings of requests, of half a KiB each, that are remembered
 
 _STATIC: Final = HeaderTable.STATIC_TABLE
 _NAME_INDEX: Final[dict[bytes, int]] = {}
 for _index, (_name, _) in enumerate(_STATIC, start=1):
     _NAME_INDEX.setdefault(_name, _index)
-_STATUS_200: Final = (b":status", b"200")
+_OK: Final = ((b":status", b"200"),)
+_STEADY: Final = frozenset({b":method", b":authority", b":status"})
 _NAME = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?|")
 _REQUEST_PSEUDO: Final = frozenset({b":method", b":authority", b":scheme", b":path", b":protocol"})
@@ -33,10 +35,10 @@ def encode_headers(headers: Headers) -> bytes:
     """A block of literals without indexing and without Huffman coding: 0.4 µs a header, no state in either end."""
     block = bytearray()
     for header in headers:
-        if header == _STATUS_200:
-            block.append(0x88)  # static entry 8, whole
-            continue
         name, value = header
+        if name in _STEADY:
+            block += _encoded_steady(header)
+            continue
         block += _encoded_name(name)
         length = len(value)
         if length < 127:
@@ -47,6 +49,14 @@ def encode_headers(headers: Headers) -> bytes:
     if len(block) >= 16384:
         raise ValueError(f"a header block of {len(block)} bytes does not fit one frame")
     return bytes(block)
+
+
+@lru_cache(maxsize=1024)  # what one endpoint is asked for, and what is answered, is nearly always the same
+def _encoded_steady(header: tuple[bytes, bytes]) -> bytes:
+    if header == _OK[0]:
+        return b"\x88"  # static entry 8, whole
+    name, value = header
+    return _encoded_name(name) + _integer(len(value), 7) + value
 
 
 @lru_cache(maxsize=256)  # the names are our own, and few
@@ -67,6 +77,37 @@ def _integer(value: int, bits: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+# A CONNECT as a uProxy writes it (`outbound`): what is the same each time, then two values of one connection.
+_OWN_REQUEST: Final = re.compile(
+    rb"(.{1,512}?)\0\x09forwarded(.)([!-~](?:[ -~]{0,124}[!-~])?)\0\x0btraceparent\x37([!-~]{55})", re.DOTALL
+)
+_steady_requests: dict[bytes, tuple[tuple[bytes, bytes], ...]] = {}
+
+
+def read_own(block: bytes) -> Headers | None:
+    """The headers of a block in the form in which a uProxy writes it, and well formed; None: read it in another way.
+
+    It takes a fifth of the time: no loop, and what names the destination was read before.
+    """
+    if block == b"\x88":
+        return _OK
+    found = _OWN_REQUEST.fullmatch(block)
+    if found is None:
+        return None
+    steady, length, forwarded, traceparent = found.groups()
+    if length[0] != len(forwarded):
+        return None
+    before = _steady_requests.get(steady)
+    if before is None:
+        headers = decode_literals(steady)
+        if headers is None or len(headers) > MAX_HEADERS - 2 or not well_formed(headers, request=True):
+            return None
+        if len(_steady_requests) >= MAX_STEADY:
+            _steady_requests.clear()
+        before = _steady_requests[steady] = tuple(headers)
+    return (*before, (b"forwarded", forwarded), (b"traceparent", traceparent))
 
 
 def decode_literals(block: bytes) -> list[tuple[bytes, bytes]] | None:

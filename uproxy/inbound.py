@@ -161,7 +161,7 @@ class Inbound:
             address, port = await self._target(fields, record)
             admission = self._admission
             passage = self._admit(carrier, headers, address, port, record)
-            app = await self._connect(address, port)
+            app, listens_at = await self._connect(address, port)
             if admission is not self._admission:  # it changed while we waited for the application
                 try:
                     self._configured()
@@ -175,7 +175,7 @@ class Inbound:
             fail(record, error, self._telemetry)
             return
         carrier.respond(relay, ((b":status", b"200"),))
-        if self._direct_path is not None and passage is None and not told and _is_connected_to(app, address):
+        if self._direct_path is not None and passage is None and not told and listens_at == address:
             self._direct_path.let_in(carrier, address, port)
 
         def permitted() -> str:
@@ -234,7 +234,7 @@ class Inbound:
     ) -> socket.socket:
         """The application, for a caller that was let in. Raises RefusedError."""
         admission = self._admission
-        app = await self._connect(address, port)
+        app, _ = await self._connect(address, port)
         if admission is not self._admission:  # it changed while we waited for the application
             try:
                 self._admit_plaintext(end[0], address, port, record)
@@ -383,14 +383,17 @@ class Inbound:
             return False
         return passage is None and self._admission.decide(peer, peer_address, None, address, port).allowed
 
-    async def _connect(self, address: IpAddress, port: int) -> socket.socket:
-        """Dial the application: at the address that was asked for, then at loopback, where many listen only."""
+    async def _connect(self, address: IpAddress, port: int) -> tuple[socket.socket, str]:
+        """Dial the application: at the address that was asked for, then at loopback, where many listen only.
+
+        The connection, and which of the two that was.
+        """
         failed: OSError | None = None
         for host in (address, "::1" if ":" in address else "127.0.0.1"):
             try:
                 app = await self._plane.connect(host, port, APP_CONNECT_TIMEOUT_S)
                 plane.reset_on_close(app)
-                return app
+                return app, host
             except OSError as error:
                 failed = error
                 if error.errno != errno.ECONNREFUSED:
@@ -488,11 +491,3 @@ def _caller_of(carrier: Tunnel, passage: Passage | None) -> tuple[proxy_protocol
     if passage.caller is None:
         return (carrier.peer_address, carrier.peer_port), None
     return (passage.caller.address, passage.caller.port), passage.caller.identity
-
-
-def _is_connected_to(app: socket.socket, address: IpAddress) -> bool:
-    """Whether the application listens at this address, and not at loopback only."""
-    try:
-        return bool(app.getpeername()[0] == address)
-    except OSError:
-        return False  # it is gone already

@@ -86,8 +86,9 @@ class Listeners:
         `shared`: with other processes of this user that say so too, among which the kernel spreads connections.
         """
         listener = self._inherited.take(socket.SOCK_STREAM, address, port) or _opened(address, port, shared=shared)
+        family = listener.family
         self.sockets.append(listener)
-        self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, serve, at_once))
+        self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, family, serve, at_once))
 
     def pause(self) -> None:
         """Accept no more; what comes waits in the kernel."""
@@ -106,10 +107,11 @@ class Listeners:
             listener.close()
         self.sockets.clear()
 
-    def _accept(self, listener: socket.socket, serve: Serve, at_once: int) -> None:
+    def _accept(self, listener: socket.socket, family: int, serve: Serve, at_once: int) -> None:
         for _ in range(at_once):
             try:
-                sock, _ = listener.accept()
+                # `accept` without looking up what is known here, which takes as long as the system call.
+                fd, _ = listener._accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -120,6 +122,7 @@ class Listeners:
                     self._plane.call_later(0.1, lambda: self._rearm(listener))
                     return
                 continue  # that one connection is gone (ECONNABORTED, EPROTO, ...)
+            sock = socket.socket(family, socket.SOCK_STREAM, fileno=fd)
             sock.setblocking(False)
             self._plane.spawn(serve(sock))
 

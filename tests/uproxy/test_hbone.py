@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -603,6 +603,52 @@ def test_an_encoded_header_block_decodes_to_itself(headers):
     assert reference == headers
     quick = header_block.decode_literals(block)
     assert quick is None or quick == headers
+
+
+def own_request(authority: bytes = b"10.0.0.2:80", forwarded: bytes = b'for="10.0.0.1:40000";host=db.shop.svc'):
+    traceparent = b"00-" + b"ab" * 16 + b"-" + b"cd" * 8 + b"-00"
+    return (
+        (b":method", b"CONNECT"),
+        (b":authority", authority),
+        (b"forwarded", forwarded),
+        (b"traceparent", traceparent),
+    )
+
+
+@pytest.mark.parametrize("headers", [own_request(), ((b":status", b"200"),)])
+def test_what_a_uproxy_writes_is_read_at_once(headers):
+    assert header_block.read_own(header_block.encode_headers(headers)) == headers
+
+
+_SPLICED = [b"", b"\0", b"\x7f", b"\x82", b"\0\x09forwarded", b"\0\x0btraceparent\x37", b" ", b"\t", b"\x80", b"\x88"]
+
+
+@given(
+    st.binary(max_size=200),
+    st.binary(max_size=130),
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3), st.sampled_from(_SPLICED) | st.binary(max_size=3))),
+)
+@example(authority=b"a", forwarded=b"x" * 126, splices=[])
+@example(authority=b"a", forwarded=b"x" * 127, splices=[])
+@example(authority=b"a", forwarded=b" x", splices=[])
+@example(authority=b"\0\x09forwarded\x01x", forwarded=b"y", splices=[])
+@example(authority=b"a", forwarded=b"y", splices=[(0, 2, b"")])
+@settings(max_examples=examples(400))
+def test_what_is_read_at_once_is_what_the_others_read(authority, forwarded, splices):
+    block = header_block.encode_headers(own_request(authority, forwarded))
+    for at, dropped, added in splices:
+        block = block[:at] + added + block[at + dropped :]
+    found = header_block.read_own(block)
+    if found is not None:
+        assert list(found) == header_block.decode_literals(block)
+        assert header_block.well_formed(found, request=found[0][0] != b":status")
+
+
+def test_beginnings_of_requests_are_remembered_within_bounds():
+    for number in range(2 * header_block.MAX_STEADY):
+        block = header_block.encode_headers(own_request(b"10.0.0.2:%d" % number))
+        assert dict(header_block.read_own(block))[b":authority"] == b"10.0.0.2:%d" % number
+    assert len(header_block._steady_requests) <= header_block.MAX_STEADY
 
 
 @given(block=st.binary(max_size=80))
