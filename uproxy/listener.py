@@ -111,7 +111,7 @@ class Listeners:
         for _ in range(at_once):
             try:
                 # `accept` without looking up what is known here, which takes as long as the system call.
-                fd, _ = listener._accept()
+                fd, _ = listener._accept()  # type: ignore[attr-defined]  # it has no public name
             except BlockingIOError:
                 return
             except OSError as error:

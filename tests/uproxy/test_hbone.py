@@ -638,10 +638,21 @@ def test_what_is_read_at_once_is_what_the_others_read(authority, forwarded, spli
     block = header_block.encode_headers(own_request(authority, forwarded))
     for at, dropped, added in splices:
         block = block[:at] + added + block[at + dropped :]
+    check_read_at_once(block)
+
+
+def check_read_at_once(block: bytes) -> None:
     found = header_block.read_own(block)
     if found is not None:
         assert list(found) == header_block.decode_literals(block)
         assert header_block.well_formed(found, request=found[0][0] != b":status")
+
+
+def test_no_other_byte_in_a_request_is_read_otherwise():
+    block = header_block.encode_headers(own_request())
+    for at in range(len(block)):
+        for byte in range(256):
+            check_read_at_once(block[:at] + bytes((byte,)) + block[at + 1 :])
 
 
 def test_beginnings_of_requests_are_remembered_within_bounds():
