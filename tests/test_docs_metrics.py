@@ -109,7 +109,7 @@ def full_exchange() -> Exchange:
     exchange = Exchange(peer, peer, started=0.0, request_id="ab", status=403)
     for name in ("destination_service", "backend_service"):
         setattr(exchange, name, "n/s")
-    for name in ("method", "path", "authority", "user_agent", "route", "hbone_address", "details", "policy"):
+    for name in ("method", "path", "authority", "user_agent", "route", "hbone_address", "details", "policy", "dry_run"):
         setattr(exchange, name, "x")
     return exchange
 

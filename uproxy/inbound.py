@@ -24,7 +24,6 @@ from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
 from uproxy import listener, plane, proxy_protocol
 from uproxy.admission import Admission, Passage
-from uproxy.authz import Decision
 from uproxy.connections import Connections
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
@@ -33,6 +32,7 @@ from uproxy.outbound import Self, fail, relay_and_record
 from uproxy.overtaken import STEP_S, Direct, Overtaken
 from uproxy.plain_relay import PlainRelay, Progress
 from uproxy.plane import Plane
+from uproxy.rehearsal import Rehearsals
 from uproxy.relay import Relay
 from uproxy.resolve import host_port
 from uproxy.telemetry import Connection, Peer, Telemetry
@@ -126,8 +126,7 @@ class Inbound:
         self._workload: Workload | None = None  # as it was last configured: what has begun is judged by it
         self._leaving = False  # the configuration has let go of it, and what has begun may still end
         self._admission = Admission(None, (), state.trust_domain)
-        self.would_be_allowed = self.would_be_denied = 0
-        """Connections, by what would be decided with the policies in dry run; counted while there are any."""
+        self._rehearsals = Rehearsals(telemetry)
         self._services_here: dict[str, str | None] = {}
         self._overtaken = Overtaken()
         self._ending = False  # some of them are being ended
@@ -267,7 +266,8 @@ class Inbound:
         self._admission.enter(None, port, ())
         decision = self._admission.decide_plaintext(source, address, port)
         if (rehearsal := self._admission.rehearsal) is not None:
-            self._rehearsed(record, decision, rehearsal.decide_plaintext(source, address, port))
+            would = rehearsal.decide_plaintext(source, address, port)
+            record.dry_run = self._rehearsals.note(decision, would)
         if not decision.allowed:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
 
@@ -359,19 +359,10 @@ class Inbound:
         decision = self._admission.decide(carrier.peer, carrier.peer_address, passage, address, port)
         if (rehearsal := self._admission.rehearsal) is not None:
             would = rehearsal.decide(carrier.peer, carrier.peer_address, passage, address, port)
-            self._rehearsed(record, decision, would)
+            record.dry_run = self._rehearsals.note(decision, would)
         if not decision.allowed:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
         return passage
-
-    def _rehearsed(self, record: Connection, decision: Decision, would: Decision) -> None:
-        """Tell what policies in dry run would have done."""
-        if would.allowed:
-            self.would_be_allowed += 1
-        else:
-            self.would_be_denied += 1
-        if would.allowed is not decision.allowed:
-            record.dry_run = f"{'allowed' if would.allowed else 'denied'}: {would.reason}"
 
     def _may_enter(self, peer: SpiffeId, peer_address: IpAddress, address: IpAddress, port: int) -> bool:
         """Whether a caller may come to a port for itself and without this process, as if it asked now."""

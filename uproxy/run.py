@@ -506,17 +506,6 @@ class _Proxy:
         gauge = self._telemetry.gauge
         gauge("uproxy_tunnels_outbound", "Open tunnels to peers", lambda: len(self._pool.tunnels()))
         gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: len(self._inbound.server.tunnels()))
-        inbound, counter = self._inbound, self._telemetry.counter
-        counter(
-            "uproxy_dry_run_allowed_total",
-            "Connections that would be allowed if policies in dry run were enforced",
-            lambda: inbound.would_be_allowed,
-        )
-        counter(
-            "uproxy_dry_run_denied_total",
-            "Connections that would be denied if policies in dry run were enforced",
-            lambda: inbound.would_be_denied,
-        )
         gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
         process.register_gauges(self._telemetry, self._credentials, self._state)
         direct_path = self._direct_path

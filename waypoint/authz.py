@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -54,7 +55,7 @@ _OF_WHAT: Final = "this service or its waypoint"
 class Policies:
     """The policies for one service at one waypoint. Made by `compile_policies`; never changes."""
 
-    __slots__ = ("_asks_addresses", "_asks_hosts", "_connections", "_requests")
+    __slots__ = ("_asks_addresses", "_asks_hosts", "_connections", "_requests", "rehearsal")
 
     def __init__(self, policies: Collection[AuthorizationPolicy]) -> None:
         self._requests = Verdicts(policies, _request_clauses, _OF_WHAT)
@@ -62,6 +63,10 @@ class Policies:
         asked = self._requests.asked | self._connections.asked
         self._asks_addresses = not asked.isdisjoint(ADDRESSES)
         self._asks_hosts = Fact.HOST in asked
+        self.rehearsal: Policies | None = None
+        """The same, as if policies in dry run were enforced; None when there are none."""
+        if any(policy.dry_run for policy in policies):
+            self.rehearsal = Policies([replace(policy, dry_run=False) for policy in policies])
 
     def decide(
         self,

@@ -179,7 +179,7 @@ class Exchanges:
             exchange.destination_service = destination.service_key
             judged = _judged(head)
             exchange.path, exchange.authority = judged.target, judged.host
-            permitted = course.permitted = self._permitted(rules, caller, destination, judged)
+            permitted = course.permitted = self._permitted(rules, caller, destination, judged, exchange)
             exchange.path = permitted.target
             rule = self._route(rules, destination, permitted)
             while True:
@@ -194,7 +194,7 @@ class Exchanges:
                     break
                 # It has waited: what holds now counts.
                 destination, rules = self._rules_for(asked)
-                permitted = course.permitted = self._permitted(rules, caller, destination, judged)
+                permitted = course.permitted = self._permitted(rules, caller, destination, judged, exchange)
                 before, rule = rule, self._route(rules, destination, permitted)
                 if rule == before:
                     break
@@ -231,15 +231,18 @@ class Exchanges:
             raise RefusalError(503, error.reason, error.detail, flag=flags.NO_ROUTE, close=True) from None
         return destination, self._rules.at(destination)
 
-    def _permitted(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> Request:
+    def _permitted(
+        self, rules: Rules, caller: Caller, destination: Destination, request: Request, exchange: Exchange
+    ) -> Request:
         """The request as it goes on. Raises RefusalError when its token is not valid, or no policy allows it."""
         try:
             token, onward = rules.tokens.verify(request)
         except TokenError as error:
             raise RefusalError(401, "token", str(error), fields=_INVALID_TOKEN) from None
-        decision = rules.policies.decide(
-            caller.identity, caller.address, destination.address, destination.dialled_port, onward, token
-        )
+        asked = caller.identity, caller.address, destination.address, destination.dialled_port, onward, token
+        decision = rules.policies.decide(*asked)
+        if (rehearsal := rules.policies.rehearsal) is not None:
+            exchange.dry_run = self._telemetry.rehearsals.note(decision, rehearsal.decide(*asked))
         if not decision.allowed:
             raise RefusalError(403, "policy", "RBAC: access denied", policy=decision.policy or decision.reason)
         return onward

@@ -53,6 +53,8 @@ class Opaque:
     ) -> None:
         """Raises RefusedError before the 200, and nothing after it."""
 
+        self._rehearse(caller, destination, record)
+
         def permitted() -> str:
             try:
                 found = self._destinations.find(asked)
@@ -100,6 +102,13 @@ class Opaque:
         if outcome is not CLEAN:
             record.flag, record.error = outcome.flag, outcome.text
         self._telemetry.closed(record, time.monotonic())
+
+    def _rehearse(self, caller: Caller, destination: Destination, record: Connection) -> None:
+        """Tell what policies in dry run would do."""
+        policies = self._rules.at(destination).policies
+        if policies.rehearsal is not None:
+            asked = caller.identity, caller.address, destination.address, destination.dialled_port, None
+            record.dry_run = self._telemetry.rehearsals.note(policies.decide(*asked), policies.rehearsal.decide(*asked))
 
     def _authorise(self, permitted: Callable[[], str], record: Connection) -> None:
         """Raises RefusedError when no policy allows it."""

@@ -15,6 +15,7 @@ from typing import Final
 from control.api.workload import CLUSTER_DOMAIN, Workload
 from uproxy import trace
 from uproxy.access_log import AccessLog, Field, json_line
+from uproxy.rehearsal import Rehearsals
 from uproxy.telemetry import MAX_LISTED, MAX_SERIES, UNKNOWN, Listing, Peer, Span, Telemetry, escaped, peer_labels
 
 _COMPLETE: Final = "request complete"
@@ -70,6 +71,8 @@ class Exchange:
     """Why this proxy answered by itself or gave up."""
     policy: str = ""
     """The rule that refused."""
+    dry_run: str = ""
+    """What would have been decided otherwise with policies in dry run."""
     received: int = 0
     """Bytes of the request's body."""
     sent: int = 0
@@ -93,6 +96,7 @@ class WaypointTelemetry(Telemetry):
 
     def __init__(self, version: str, log: AccessLog | None = None) -> None:
         super().__init__(version, log)
+        self.rehearsals = Rehearsals(self)
         self._requests_log = log
         self._under_way: set[Exchange] = set()
         self._requests: dict[str, _Series] = {}
@@ -247,6 +251,7 @@ def _fields(exchange: Exchange, took_ms: float, field: Field) -> list[str]:
         ("destination_principal", exchange.destination.identity),
         ("destination_service", exchange.destination_service),
         ("policy", exchange.policy),
+        ("dry_run", exchange.dry_run),
         ("attempts", exchange.attempts),
     )
     return [field(name, value) for name, value in values if value != ""]

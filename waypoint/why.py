@@ -23,7 +23,9 @@ from uproxy.admission import CALLER, Admission
 from uproxy.errors import RefusedError
 from uproxy.header_block import Headers
 from uproxy.listener import Asked
+from uproxy.rehearsal import difference
 from uproxy.resolve import Plan, Resolver, host_port
+from uproxy.rules import Decision
 from waypoint import http1_head
 from waypoint.destination import Destination, Destinations
 from waypoint.messages import Fields, MessageError, RequestHead
@@ -156,8 +158,11 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         except TokenError as error:
             yield Step("waypoint token", False, f"{asked}: {error}", "token")
             return
-    decision = rules.policies.decide(caller.identity, caller.addresses[0], plan.address, plan.port, request, token)
-    yield Step("waypoint policy", decision.allowed, f"{asked}: {decision.reason}", "" if decision.allowed else "policy")
+    facts = caller.identity, caller.addresses[0], plan.address, plan.port, request, token
+    decision, rehearsal = rules.policies.decide(*facts), rules.policies.rehearsal
+    would = None if rehearsal is None else rehearsal.decide(*facts)
+    said = f"{asked}: {decision.reason}{_rehearsed(decision, would)}"
+    yield Step("waypoint policy", decision.allowed, said, "" if decision.allowed else "policy")
     if not decision.allowed:
         return
     backends = [(destination.service_key, destination.port, 1)]
@@ -257,8 +262,17 @@ def _admitted(state: State, place: _Place, peer: SpiffeId, peer_address: IpAddre
         passage = admission.enter(peer, place.port, headers)
     except RefusedError as error:
         return Step("destination", False, f"{where}: {error.detail}", error.reason)
-    decision = admission.decide(peer, peer_address, passage, place.address, place.port)
-    return Step("destination", decision.allowed, f"{where}: {decision.reason}", "" if decision.allowed else "policy")
+    facts = peer, peer_address, passage, place.address, place.port
+    decision, rehearsal = admission.decide(*facts), admission.rehearsal
+    would = None if rehearsal is None else rehearsal.decide(*facts)
+    said = f"{where}: {decision.reason}{_rehearsed(decision, would)}"
+    return Step("destination", decision.allowed, said, "" if decision.allowed else "policy")
+
+
+def _rehearsed(decision: Decision, would: Decision | None) -> str:
+    """What policies in dry run would change, as the end of a sentence."""
+    other = difference(decision, would) if would is not None else ""
+    return f"; with policies in dry run it would be {other}" if other else ""
 
 
 def _name(state: State, address: IpAddress) -> str:

@@ -155,6 +155,11 @@ class DeclaredPolicy:
     def targets(self) -> tuple[Target, ...]:
         return self.policy.targets
 
+    @property
+    def guards(self) -> tuple[Target, ...]:
+        """What must not be reached past the waypoint that enforces it."""
+        return () if self.policy.dry_run else self.policy.targets
+
 
 @dataclass(frozen=True, slots=True)
 class DeclaredPeerAuthentication:
@@ -177,6 +182,10 @@ class DeclaredRequestAuthentication:
     @property
     def targets(self) -> tuple[Target, ...]:
         return self.request_authentication.targets
+
+    @property
+    def guards(self) -> tuple[Target, ...]:
+        return self.targets
 
 
 @dataclass(frozen=True, slots=True)

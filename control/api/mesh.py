@@ -50,7 +50,7 @@ from control.api.records import Record
 from control.api.route import HTTPRoute
 from control.api.selection import Workloads
 from control.api.vips import Addresses, Vips
-from control.api.waypoints import PortBindings, Ports, gateways_of, processes_of, targets_of, wishes_of
+from control.api.waypoints import PortBindings, Ports, gateways_of, guarded_by, processes_of, wishes_of
 from control.api.workload import Endpoint, Service, Workload
 
 _T = TypeVar("_T")
@@ -157,7 +157,7 @@ class Mesh:
         authentications = sorted(
             _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
         )
-        targets = targets_of((*policies, *authentications))
+        targets = guarded_by((*policies, *authentications))
         processes = processes_of(gateways, declared_workloads, findings)
         every_gateway = {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}}
         wishes = wishes_of(

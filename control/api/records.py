@@ -446,8 +446,6 @@ def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
         dry_run=read_flag(fields, "dryRun"),
     )
     check_ordered([(target.kind, target.key) for target in policy.targets], "targets")
-    if policy.targets and policy.dry_run:
-        raise RecordError("dryRun cannot stand beside targets: waypoints enforce theirs")
     if policy.targets and policy.selector is not None:
         raise RecordError("selector cannot stand beside targets")
     if policy.asks_http and not policy.targets:

@@ -80,7 +80,7 @@ def read_authorization_policy(document: Reader) -> DeclaredPolicy:
         selector=_selector(spec),
         rules=tuple(_rule(reader, metadata.namespace, http=http) for reader in spec.children("rules")),
         targets=targets,
-        dry_run=_dry_run(document, metadata, at_waypoints=http),
+        dry_run=_dry_run(document, metadata),
     )
     if http and spec.has("selector"):
         spec.error("selector", "cannot stand beside targetRefs: a policy holds at workloads or at waypoints")
@@ -88,15 +88,10 @@ def read_authorization_policy(document: Reader) -> DeclaredPolicy:
     return DeclaredPolicy(policy, document.position)
 
 
-def _dry_run(document: Reader, metadata: Metadata, *, at_waypoints: bool) -> bool:
+def _dry_run(document: Reader, metadata: Metadata) -> bool:
     text = metadata.annotations.get(DRY_RUN, "false")
     if text not in ("true", "false"):
         document.error_at(f"metadata.annotations[{DRY_RUN!r}]", f"{shown(text)} must be true or false")
-    elif text == "true" and at_waypoints:
-        document.error_at(
-            f"metadata.annotations[{DRY_RUN!r}]",
-            "is refused: a waypoint enforces what targets it; remove it, or the policy",
-        )
     return text == "true"
 
 

@@ -117,9 +117,9 @@ def subject_of(one: DeclaredService | DeclaredWorkload) -> Subject:
     return ("Service" if isinstance(one, DeclaredService) else "WorkloadEntry", one.key)
 
 
-def targets_of(policies: Iterable[DeclaredPolicy | DeclaredRequestAuthentication]) -> frozenset[Target]:
-    """What some policies are about."""
-    return frozenset(target for item in policies for target in item.targets)
+def guarded_by(policies: Iterable[DeclaredPolicy | DeclaredRequestAuthentication]) -> frozenset[Target]:
+    """What some policies hold for."""
+    return frozenset(target for item in policies for target in item.guards)
 
 
 def processes_of(

@@ -461,7 +461,7 @@ class Registry:
                     case DeclaredGateway():
                         gateways[resource.key] = resource
                     case DeclaredPolicy() | DeclaredRequestAuthentication():
-                        guarded |= {target.key for target in resource.targets if target.kind == "Gateway"}
+                        guarded |= {target.key for target in resource.guards if target.kind == "Gateway"}
         return gateways, frozenset(guarded)
 
     def _peer_authentications(self, resources: Mapping[str, Mapping[Place, Resource]]) -> list[PeerAuthentication]:

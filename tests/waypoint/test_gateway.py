@@ -331,6 +331,46 @@ def test_denied_unrouted_and_malformed_requests_never_reach_the_backend(identiti
     run(identities, authority, tell, client)
 
 
+NO_DELETE = Rule(operations=(Operation(methods=("DELETE",)),))
+
+
+def test_a_policy_in_dry_run_is_told_and_counted_and_not_done(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        deny = AuthorizationPolicy("shop", "no", Action.DENY, None, (NO_DELETE,), (Target("Service", "shop/db"),))
+        dry = replace(deny, dry_run=True)
+        reader, writer = await through.open()
+        for policy, statuses in ((dry, [200, 200]), (deny, [200, 403])):
+            through.pair.apply(policy)
+            for method, status in zip((b"GET", b"DELETE"), statuses, strict=True):
+                writer.write(b"%b / HTTP/1.1\r\nHost: db\r\n\r\n" % method)
+                assert (await answer(reader))[0] == status
+        writer.close()
+        await settled_exchanges(through, 4)
+        assert [e.dry_run for e in through.telemetry.exchanges] == ["", "denied: denied by shop/no[0]", "", ""]
+        assert [e.policy for e in through.telemetry.exchanges] == ["", "", "", "shop/no[0]"]
+        metrics = through.telemetry.render().decode()
+        assert "uproxy_dry_run_allowed_total 1\n" in metrics
+        assert "uproxy_dry_run_denied_total 1\n" in metrics
+
+    run(identities, authority, tell, client)
+
+
+def test_a_policy_in_dry_run_is_told_of_opaque_tcp_too(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        target = (Target("Gateway", "shop/wp"),)
+        through.pair.apply(AuthorizationPolicy("shop", "no", Action.DENY, None, (Rule(),), target, dry_run=True))
+        reader, writer = await through.open()
+        writer.write(b"hello")
+        assert await reader.read(5) == b"hello"
+        writer.close()
+        await settled(through)
+        (record,) = through.telemetry.ended
+        assert record.dry_run == "denied: denied by shop/no[0]"
+        assert "uproxy_dry_run_denied_total 1\n" in through.telemetry.render().decode()
+
+    run(identities, authority, echo, client, protocol="tcp")
+
+
 def test_a_token_is_asked_for_checked_and_kept_from_the_backend(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         target = (Target("Service", "shop/db"),)

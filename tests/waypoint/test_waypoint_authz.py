@@ -1,6 +1,7 @@
 """Policies on requests against a naive reading of Istio's documentation, and the cases where it leaves room."""
 
 import ipaddress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -297,6 +298,16 @@ calls = st.tuples(callers, addresses, st.just(VIP), ports, st.none(), st.none())
 @given(st.lists(policies, max_size=3), calls)
 def test_decisions_agree_with_the_documentation(given_policies, call):
     assert compile_policies(given_policies).decide(*call).allowed is naive_decision(given_policies, call)
+
+
+@settings(deadline=None)
+@given(st.lists(policies, max_size=3), st.lists(policies, max_size=2), calls)
+def test_what_is_in_dry_run_decides_nothing_and_is_rehearsed(enforced, rehearsed, call):
+    compiled = compile_policies([*enforced, *(replace(one, dry_run=True) for one in rehearsed)])
+    assert compiled.decide(*call) == compile_policies(enforced).decide(*call)
+    assert (compiled.rehearsal is not None) is bool(rehearsed)
+    if compiled.rehearsal is not None:
+        assert compiled.rehearsal.decide(*call).allowed is naive_decision([*enforced, *rehearsed], call)
 
 
 @settings(max_examples=examples(200))

@@ -220,6 +220,17 @@ def test_an_l7_policy():
     assert "DELETE /v2: denied by shop/no-delete[0]" in steps[-1].detail
 
 
+def test_policies_in_dry_run_are_told_where_they_would_change_the_answer():
+    at_waypoint = policy("dry", "DENY", Rule(), targets=(Target("Service", "shop/reviews"),), dry_run=True)
+    at_destination = policy("dry-too", "DENY", Rule(), dry_run=True)
+    steps = ask(mesh(at_waypoint, at_destination), target="/v2")
+    assert all(step.ok for step in steps)
+    told = {step.stage: step.detail for step in steps}
+    for stage, name in (("waypoint policy", "dry"), ("destination", "dry-too")):
+        assert told[stage].endswith(f"; with policies in dry run it would be denied: denied by shop/{name}[0]")
+    assert "dry run" not in str(ask(mesh(), target="/v2"))
+
+
 def test_an_end_users_token():
     of_reviews = (Target("Service", "shop/reviews"),)
     tokens = RequestAuthentication("shop", "tokens", of_reviews, (JwtRule("accounts", '{"keys":[]}'),))

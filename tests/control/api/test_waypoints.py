@@ -158,6 +158,12 @@ def test_a_policy_of_the_service_or_its_gateway_guards_it(target):
     assert build(SERVICE, WORKLOAD, GATEWAY, POLICY.replace("{kind: Service, name: web}", target)).wishes[WEB].guarded
 
 
+def test_a_policy_in_dry_run_guards_nothing():
+    dry = POLICY.replace("metadata: {", "metadata: {annotations: {istio.io/dry-run: 'true'}, ", 1)
+    assert dry != POLICY
+    assert not build(SERVICE, WORKLOAD, GATEWAY, dry).wishes[WEB].guarded
+
+
 def test_a_policy_elsewhere_guards_through_the_gateway():
     gateway = DeclaredGateway("edge", "wp", Traffic.SERVICE, {}, _NOWHERE)
     text = SERVICE.replace("waypoint: wp", "waypoint: wp, istio.io/use-waypoint-namespace: edge")
