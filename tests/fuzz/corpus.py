@@ -27,6 +27,7 @@ PARSERS: Final = (
     "records",
     "request_targets",
     "resources",
+    "tokens",
 )
 FOLDER: Final = Path(__file__).parent / "corpus"
 _A_DAY: Final = (1980, 1, 1, 0, 0, 0)
