@@ -177,8 +177,7 @@ async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: ra
 
 async def refused(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: random.Random) -> None:
     """Strangers at the tunnel's door, who say nothing or nonsense."""
-    peer = writer.get_extra_info("peername")[0].rpartition(".")[0] + ".2"
-    stranger_reads, stranger = await asyncio.open_connection(peer, 15008)
+    stranger_reads, stranger = await asyncio.open_connection(f"{NETWORK}.2", 15008)
     stranger.write(b"GET / HTTP/1.1\r\n\r\n")
     with contextlib.suppress(OSError):
         await stranger_reads.read()
