@@ -56,6 +56,51 @@ def check_targets(
                     findings.warn(item.position, path, problem)
 
 
+def with_ports(
+    routes: Sequence[DeclaredRoute], services: Sequence[DeclaredService], findings: Findings
+) -> list[DeclaredRoute]:
+    """In the order of their keys, with the ports that their parents mean by name; without a second one of a key.
+
+    Errors for names that there are not, and for keys that stand twice: the records of both kinds have one.
+    """
+    by_key = {one.key: one for one in services}
+    found: dict[str, DeclaredRoute] = {}
+    for item in sorted(routes, key=lambda item: item.route.key):
+        other = found.setdefault(item.route.key, item)
+        if other is not item:
+            problem = f"{other.kind} {other.route.key} has the same name, which routes of a namespace share; rename one"
+            findings.error(item.position, "metadata.name", problem)
+        elif any(item.sections):
+            parents = tuple(
+                _with_port(item, index, parent, by_key.get(parent.service), findings)
+                for index, parent in enumerate(item.route.parents)
+            )
+            found[item.route.key] = replace(item, route=replace(item.route, parents=parents))
+            if len(set(parents)) != len(parents):
+                findings.error(
+                    item.position, "spec.parentRefs", "names one port by its number and its name; remove one"
+                )
+    return list(found.values())
+
+
+def _with_port(
+    item: DeclaredRoute, index: int, parent: Parent, service: DeclaredService | None, findings: Findings
+) -> Parent:
+    section = item.sections[index]
+    if not section or service is None:
+        return parent
+    ports = {port.name: port.port for port in service.ports}
+    path = f"spec.parentRefs[{index}].sectionName"
+    if section not in ports:
+        known = ", ".join(sorted(filter(None, ports))) or "none"
+        problem = f"Service {service.key} has no port named {section}; names that there are: {known}"
+        findings.error(item.position, path, problem, (section, ports))
+    elif parent.port not in (0, ports[section]):
+        problem = f"is port {ports[section]} of Service {service.key}, and port is {parent.port}; remove one"
+        findings.error(item.position, path, problem)
+    return Parent(parent.service, ports.get(section, parent.port))
+
+
 def check_routes(
     routes: Sequence[DeclaredRoute],
     services: Sequence[DeclaredService],
@@ -159,7 +204,7 @@ def _check_conflicts(
     told: set[tuple[int, str]] = set()
     for number, place in _matches(item.route, services):
         path = f"spec.rules[{number}]"
-        mine = f"HTTPRoute {item.route.key}, {path}"
+        mine = f"{item.kind} {item.route.key}, {path}"
         holder = taken.setdefault(place, mine)
         if holder != mine and (number, holder) not in told:
             told.add((number, holder))

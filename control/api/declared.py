@@ -206,9 +206,13 @@ class DeclaredGateway:
 
 @dataclass(frozen=True, slots=True)
 class DeclaredRoute:
-    """Gateway API HTTPRoute."""
+    """Gateway API HTTPRoute or GRPCRoute."""
 
+    kind: str
     route: HTTPRoute
+    """A GRPCRoute too: a method of gRPC is a path."""
+    sections: tuple[str, ...]
+    """The name of the port that each parent means; empty where it names none."""
     position: Position = field(compare=False, repr=False)
 
 
@@ -251,4 +255,4 @@ def place_of(resource: Resource) -> Place:
         case DeclaredGateway():
             return "Gateway", resource.namespace, resource.name
         case DeclaredRoute():
-            return "HTTPRoute", resource.route.namespace, resource.route.name
+            return resource.kind, resource.route.namespace, resource.route.name

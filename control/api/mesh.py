@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 
 from control.api import records, topics, vips
 from control.api.address import IpAddress
-from control.api.attachments import check_routes, check_targets
+from control.api.attachments import check_routes, check_targets, with_ports
 from control.api.bindings import Standings, Subject, Wish, at_once
 from control.api.declared import (
     DeclaredEndpoints,
@@ -153,7 +153,7 @@ class Mesh:
         )
         workloads = _with_proxy_protocol(workloads, _of(DeclaredWorkload, declared), declared_services, endpoints)
         declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
-        routes = sorted(_of(DeclaredRoute, declared), key=lambda item: item.route.key)
+        routes = with_ports(_of(DeclaredRoute, declared), declared_services, findings)
         authentications = sorted(
             _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
         )

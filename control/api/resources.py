@@ -36,7 +36,7 @@ from control.api.policy import parse_port
 from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
 from control.api.request_authentication import read_request_authentication
-from control.api.route_api import read_http_route
+from control.api.route_api import read_grpc_route, read_http_route
 from control.api.security import read_authorization_policy, read_peer_authentication
 from control.api.workload import ServicePort
 
@@ -430,10 +430,10 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], Callable[[Reader], Resource]]]] =
     "RequestAuthentication": (_ISTIO_SECURITY, read_request_authentication),
     "Gateway": (("gateway.networking.k8s.io/v1",), read_gateway),
     "HTTPRoute": (("gateway.networking.k8s.io/v1",), read_http_route),
+    "GRPCRoute": (("gateway.networking.k8s.io/v1",), read_grpc_route),
 }
 _LATER: Final = (
     "ServiceEntry",
-    "GRPCRoute",
     "TrafficPolicy",
     "Extension",
 )

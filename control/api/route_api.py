@@ -1,4 +1,4 @@
-"""`gateway.networking.k8s.io` HTTPRoute, of Services, read from documents: Gateway API v1.
+"""`gateway.networking.k8s.io` HTTPRoute and GRPCRoute, of Services, read from documents: Gateway API v1.
 
 What a waypoint does not do is refused by name: a route that half holds is worse than none.
 """
@@ -6,7 +6,7 @@ What a waypoint does not do is refused by name: a route that half holds is worse
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from control.api.declared import DeclaredRoute
@@ -24,7 +24,7 @@ from control.api.filter_api import (
 from control.api.filters import Replaced
 from control.api.http_text import wrong_field_value, wrong_header_name
 from control.api.metadata import read_metadata
-from control.api.names import wrong_subdomain
+from control.api.names import wrong_dns_label, wrong_subdomain
 from control.api.problems import shown
 from control.api.route import (
     MAX_ATTEMPTS,
@@ -53,6 +53,10 @@ _EXPRESSION: Final = PathKind.EXPRESSION.value
 _BACKEND_FILTERS: Final = tuple(
     kind for kind in HTTP_FILTERS if kind != "CORS"
 )  # which asks before a backend is chosen
+_GRPC_FILTERS: Final = ("RequestHeaderModifier", "ResponseHeaderModifier", "RequestMirror")  # Gateway API's
+_GRPC_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,1023}(\.[A-Za-z_][A-Za-z0-9_]{0,1023}){0,64}")
+_ANY_ELEMENT: Final = "[^/]+"
+_EVERYTHING: Final = Match(PathMatch(PathKind.PREFIX, "/"), (), (), "")
 _ATTEMPTS: Final = 2  # Istio's, where nothing is said
 _BACKOFF_MS: Final = 25  # Envoy's
 _DURATION: Final = re.compile(r"([0-9]{1,5}(h|ms|m|s)){1,4}")
@@ -64,14 +68,23 @@ _T = TypeVar("_T")
 
 def read_http_route(document: Reader) -> DeclaredRoute:
     """Reads an HTTPRoute."""
+    return _read_route(document, "HTTPRoute", _read_rule)
+
+
+def read_grpc_route(document: Reader) -> DeclaredRoute:
+    """Reads a GRPCRoute: the same to a waypoint, since a method of gRPC is a path (gRPC over HTTP/2, `:path`)."""
+    return _read_route(document, "GRPCRoute", _read_grpc_rule)
+
+
+def _read_route(document: Reader, kind: str, read_rule: Callable[[Reader, str], RouteRule]) -> DeclaredRoute:
     metadata = read_metadata(document, wrong_subdomain)
     spec = document.child("spec", required="a mapping with parentRefs and rules")
     spec.refuse({"useDefaultGateways": _NOT_THERE})
-    parents = tuple(_read_parent(reader, metadata.namespace) for reader in spec.children("parentRefs"))
+    parents = [_read_parent(reader, metadata.namespace) for reader in spec.children("parentRefs")]
     need(spec, "parentRefs", "a list such as [{group: '', kind: Service, name: reviews}]")
     for index, parent in enumerate(parents):
         if parent in parents[:index]:
-            spec.error("parentRefs", f"names Service {parent.service} twice; remove one")
+            spec.error("parentRefs", f"names Service {parent[0].service} twice; remove one")
     hostnames = spec.parsed_list("hostnames", _hostname)
     if len(set(hostnames)) != len(hostnames):
         spec.error("hostnames", "names a host twice; remove one")
@@ -80,15 +93,15 @@ def read_http_route(document: Reader) -> DeclaredRoute:
     route = HTTPRoute(
         namespace=metadata.namespace,
         name=metadata.name,
-        parents=parents,
+        parents=tuple(parent for parent, _ in parents),
         hostnames=hostnames,
-        rules=tuple(_read_rule(reader, metadata.namespace) for reader in rules),
+        rules=tuple(read_rule(reader, metadata.namespace) for reader in rules),
     )
     names = [rule.name for rule in route.rules if rule.name]
     if len(set(names)) != len(names):
         spec.error("rules", "gives two rules one name; rename one")
     spec.finish()
-    return DeclaredRoute(route, document.position)
+    return DeclaredRoute(kind, route, tuple(section for _, section in parents), document.position)
 
 
 def _hostname(text: str) -> str:
@@ -97,15 +110,16 @@ def _hostname(text: str) -> str:
     return text
 
 
-def _read_parent(reader: Reader, namespace: str) -> Parent:
+def _read_parent(reader: Reader, namespace: str) -> tuple[Parent, str]:
+    """The parent, and the name of the port that it means."""
     ingress = "there is no ingress gateway; attach the route to a Service"
     reader.choice("kind", ["Service"], default="", others={"Gateway": ingress, "ServiceEntry": _NOT_THERE})
     need(reader, "kind", "Service")
-    reader.refuse({"sectionName": "it is not implemented; write port"})
     service = read_service(reader, namespace)
     parent = Parent(service, reader.integer("port", 1, 65535))
+    section = reader.text("sectionName", wrong_dns_label)
     reader.finish()
-    return parent
+    return parent, section
 
 
 def _read_rule(reader: Reader, namespace: str) -> RouteRule:
@@ -115,10 +129,10 @@ def _read_rule(reader: Reader, namespace: str) -> RouteRule:
     timeout, backend_timeout = _read_timeouts(reader.child("timeouts"))
     rule = RouteRule(
         name=reader.text("name", wrong_subdomain),
-        matches=matches or (Match(PathMatch(PathKind.PREFIX, "/"), (), (), ""),),
+        matches=matches or (_EVERYTHING,),
         request=request,
         response=response,
-        backends=tuple(_read_backend(item, namespace) for item in reader.children("backendRefs")),
+        backends=tuple(_read_backend(item, namespace, _BACKEND_FILTERS) for item in reader.children("backendRefs")),
         timeout_ms=timeout,
         backend_timeout_ms=backend_timeout,
         filters=filters,
@@ -199,6 +213,57 @@ def _read_match(reader: Reader) -> Match:
     return match
 
 
+def _read_grpc_rule(reader: Reader, namespace: str) -> RouteRule:
+    reader.refuse({"sessionPersistence": _NOT_THERE})
+    request, response, filters = read_filters(reader, namespace, _GRPC_FILTERS)
+    matches = tuple(_read_grpc_match(item) for item in reader.children("matches"))
+    rule = RouteRule(
+        name=reader.text("name", wrong_subdomain),
+        matches=matches or (_EVERYTHING,),
+        request=request,
+        response=response,
+        backends=tuple(_read_backend(item, namespace, _GRPC_FILTERS) for item in reader.children("backendRefs")),
+        timeout_ms=0,
+        backend_timeout_ms=0,
+        filters=filters,
+    )
+    reader.finish()
+    return rule
+
+
+def _read_grpc_match(reader: Reader) -> Match:
+    headers = tuple(
+        _read_asked(item, HeaderMatch, lower_header(wrong_header_name), wrong_field_value)
+        for item in reader.children("headers")
+    )
+    check_once(reader, "headers", (header.name for header in headers))
+    path = _read_grpc_method(reader.child("method")) if reader.has("method") else _EVERYTHING.path
+    reader.finish()
+    return Match(path, headers, (), "")
+
+
+def _read_grpc_method(reader: Reader) -> PathMatch:
+    """As a path: `/package.Service/Method`."""
+    kind = reader.choice("type", ["Exact", _EXPRESSION], default="Exact")
+    wrong = wrong_expression if kind == _EXPRESSION else _wrong_grpc_name
+    service, method = reader.text("service", wrong), reader.text("method", wrong)
+    if not (reader.has("service") or reader.has("method")) and not reader.lost:
+        reader.error("", "asks for nothing; write service or method")
+    reader.finish()
+    if kind == _EXPRESSION:
+        either = [f"(?:{asked})" if asked else _ANY_ELEMENT for asked in (service, method)]
+        return PathMatch(PathKind.EXPRESSION, "/" + "/".join(either))
+    if not service:
+        return PathMatch(PathKind.EXPRESSION, f"/{_ANY_ELEMENT}/{method}")
+    return PathMatch(PathKind.EXACT, f"/{service}/{method}") if method else PathMatch(PathKind.PREFIX, f"/{service}")
+
+
+def _wrong_grpc_name(text: str) -> str:
+    return (
+        "" if _GRPC_NAME.fullmatch(text) else f"{shown(text)} is no name of gRPC's, such as package.Service or Method"
+    )
+
+
 def _read_asked(
     reader: Reader, make: Callable[[str, str, bool], _T], name: Callable[[str], str], wrong_value: Callable[[str], str]
 ) -> _T:
@@ -213,9 +278,9 @@ def _read_asked(
     return found
 
 
-def _read_backend(reader: Reader, namespace: str) -> Backend:
+def _read_backend(reader: Reader, namespace: str, allowed: Sequence[str]) -> Backend:
     read_kind(reader)
-    request, response, filters = read_filters(reader, namespace, _BACKEND_FILTERS)
+    request, response, filters = read_filters(reader, namespace, allowed)
     backend = Backend(
         service=read_service(reader, namespace),
         port=reader.integer("port", 1, 65535, required="a port of the Service", default=1),

@@ -20,6 +20,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "RequestAuthentication": ("requestauthentication", "ra"),
     "Gateway": ("gateway", "gtw"),
     "HTTPRoute": ("httproute",),
+    "GRPCRoute": ("grpcroute",),
 }
 """Kind -> what people may call it, as with kubectl and istioctl; the plural of each word will do too."""
 

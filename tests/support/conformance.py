@@ -256,11 +256,17 @@ def running_suite(directory: Path) -> Iterator[Suite]:
         thread.join(30)
 
 
-def route(*rules: str, name: str = "route", parents: str = "[{kind: Service, name: echo}]", hostnames: str = "") -> str:
-    """An HTTPRoute in YAML; each rule as the mapping that it is, in one line or more."""
+def route(
+    *rules: str,
+    name: str = "route",
+    parents: str = "[{kind: Service, name: echo}]",
+    hostnames: str = "",
+    kind: str = "HTTPRoute",
+) -> str:
+    """A route in YAML; each rule as the mapping that it is, in one line or more."""
     lines = [
         "apiVersion: gateway.networking.k8s.io/v1",
-        "kind: HTTPRoute",
+        f"kind: {kind}",
         f"metadata: {{name: {name}, namespace: shop}}",
         "spec:",
         f"  parentRefs: {parents}",

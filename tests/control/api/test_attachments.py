@@ -7,6 +7,7 @@ import pytest
 from control.api import resources
 from control.api.mesh import Mesh
 from control.api.problems import ResourceErrors
+from control.api.route import Parent
 from tests.control.api.test_waypoints import GATEWAY, POLICY, SERVICE, UNBOUND, WORKLOAD
 
 BASE = (SERVICE, WORKLOAD, GATEWAY)
@@ -108,6 +109,36 @@ def test_a_rule_that_leads_nowhere_is_told(backends):
 def test_a_rule_that_redirects_needs_no_backend():
     elsewhere = "    filters: [{type: RequestRedirect, requestRedirect: {hostname: example.org}}]\n"
     assert warnings_of(*BASE, ROUTE.replace("    backendRefs: [{name: web, port: 80}]\n", elsewhere)) == []
+
+
+def test_a_port_is_meant_by_its_name():
+    named = ROUTE.replace("name: web}]\n  rules", "name: web, sectionName: http}]\n  rules")
+    mesh = build(*BASE, named)
+    assert (mesh.routes[0].parents, mesh.warnings) == ((Parent("shop/web", 80),), ())
+
+
+@pytest.mark.parametrize(
+    ("parents", "expected"),
+    [
+        ("sectionName: grpc}", "parentRefs[0].sectionName: Service shop/web has no port named grpc; names that there"),
+        ("sectionName: http, port: 81}", "parentRefs[0].sectionName: is port 80 of Service shop/web, and port is 81"),
+        (
+            "sectionName: http}, {kind: Service, name: web, port: 80}",
+            "spec.parentRefs: names one port by its number and its name; remove one",
+        ),
+        ("sectionName: http}, {kind: Service, name: wep, sectionName: http}", "there is no Service shop/wep"),
+    ],
+)
+def test_a_port_s_name_that_means_none_or_another_is_refused(parents, expected):
+    with pytest.raises(ResourceErrors) as caught:
+        build(*BASE, ROUTE.replace("name: web}]\n  rules", f"name: web, {parents}]\n  rules"))
+    assert expected in str(caught.value)
+
+
+def test_two_routes_of_one_name_are_refused():
+    grpc = ROUTE.replace("HTTPRoute", "GRPCRoute").replace("path: {value: /v2}", "method: {service: a.B}")
+    with pytest.raises(ResourceErrors, match="HTTPRoute shop/web has the same name, which routes of a namespace share"):
+        build(*BASE, ROUTE, grpc)
 
 
 def test_a_mirror_that_is_not_there_is_refused():

@@ -226,7 +226,12 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
         (S, "apiVersion: v1\n", "", "f.yaml:1: apiVersion: is missing; it must be the API of the kind, such as v1"),
         (S, "kind: Service\n", "", "f.yaml:1: kind: is missing; it must be one of Service, Namespace,"),
         (S, "kind: Service", "kind: Sevice", "f.yaml:2: kind: 'Sevice' is not taken; known: Service, Namespace"),
-        (S, "kind: Service", "kind: GRPCRoute", "f.yaml:2: kind: 'GRPCRoute' is not taken (not implemented yet)"),
+        (
+            S,
+            "kind: Service",
+            "kind: TrafficPolicy",
+            "f.yaml:2: kind: 'TrafficPolicy' is not taken (not implemented yet)",
+        ),
         (S, "apiVersion: v1", "apiVersion: v2", "f.yaml:1: apiVersion: 'v2' must be v1 for a Service"),
         (S, "spec:", "status: {}\nspec:", "f.yaml:4: status: is refused: it is what a controller writes; remove it"),
         (

@@ -298,3 +298,8 @@ def test_mesh_http_route_weight(suite: Suite) -> None:
             break
     assert abs(found["v1"] - 350) <= 25
     assert found["v3"] == 0
+
+
+def test_mesh_ports_by_section_name(suite: Suite) -> None:
+    suite.apply(route(f"{{{V2}}}", parents="[{kind: Service, name: echo, sectionName: http-alt}]"))
+    assert [suite.ask(port=port).by for port in (80, 8080, 8083)] == ["v1", "v2", "v1"]
