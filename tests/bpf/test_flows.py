@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import select
 import socket
 import struct
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -131,6 +133,19 @@ def client_waits(sock: socket.socket) -> None:
 def test_every_byte_is_counted_however_it_ends(host: Host, client: Act, server: Act, end: End):
     flow = talk(host, client, server)
     assert (flow.sent, flow.received, flow.end) == (1000, 300, end)
+
+
+def test_nobody_is_woken_by_a_record(host):
+    """It waits for who looks for it now and then: a wake-up for each connection would cost more than the record."""
+    with select.epoll() as epoll:
+        epoll.register(host.maps.fds["flows"], select.EPOLLIN)
+        with ThreadPoolExecutor(1) as pool:
+            woken = pool.submit(epoll.poll, 1.0)
+            while not woken.running():
+                time.sleep(0.01)
+            time.sleep(0.1)
+            talk(host, client_closes, server_reads_on)
+            assert woken.result() == []
 
 
 def test_nothing_said_is_nothing_counted(host: Host):

@@ -11,6 +11,7 @@ from bpf.libbpf import BpfError
 from bpf.maps import Route, Target
 from control.api.address import IpAddress, packed16
 from tests.bpf.dialling import dial
+from tests.bpf.test_sendmsg import datagram
 from tests.support.capture import (
     KNOWN_V4,
     NOT_CAPTURED,
@@ -85,3 +86,18 @@ def test_half_a_batch_that_does_not_fit_can_be_told_from_none(rig: Rig):
     with pytest.raises(BpfError) as absent:
         services.delete_all(keys[:1])
     assert absent.value.errno == errno.ENOENT
+
+
+def test_where_there_is_no_room_to_declare_them_datagrams_are_refused(rig: Rig, counted):
+    declared = rig.maps.datagrams
+    keys = [(address, PORT) for address in filler(declared.capacity())]
+    declared.put_all(dict.fromkeys(keys, Target(1, Route.PLAINTEXT)), 1)
+    try:
+        with pytest.raises(BpfError) as full:
+            declared.put((packed16(IpAddress(PEER_V4)), PORT), Target(1, Route.PLAINTEXT), 2)
+        assert full.value.errno == errno.E2BIG
+        with pytest.raises(PermissionError):
+            rig.site.in_app(lambda: datagram(PEER_V4, PORT, connect=False))
+        assert counted() == {"refused_protocol": 1}
+    finally:
+        declared.delete_all(keys)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import socket
+import struct
 
 import pytest
 
@@ -62,3 +65,35 @@ def test_sending_into_a_mesh_range_from_a_connected_socket_is_refused(rig):
 
     with pytest.raises(PermissionError):
         rig.site.in_app(send)
+
+
+def send_as(made: int, named: int, address: str) -> None:
+    """A datagram from a socket of one family, its IPv4 address named as of another: udpv6_sendmsg and udp_sendmsg take
+    that, and Python does not make it.
+    """
+    end = struct.pack("=HH4s8x", named, socket.htons(9999), socket.inet_aton(address))
+    with socket.socket(made, socket.SOCK_DGRAM) as sock:
+        if ctypes.CDLL(None, use_errno=True).sendto(sock.fileno(), b"x", 1, 0, end, len(end)) < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@pytest.mark.parametrize(
+    ("made", "named"), [(socket.AF_INET6, socket.AF_INET), (socket.AF_INET, socket.AF_UNSPEC)], ids=["v4 on v6", "none"]
+)
+def test_an_address_of_another_family_than_the_sockets_is_looked_at(rig, counted, made, named):
+    rig.site.in_app(lambda: send_as(made, named, OUTSIDE_V4))
+    assert counted() == {}
+    with pytest.raises(PermissionError):
+        rig.site.in_app(lambda: send_as(made, named, PEER_V4))
+    assert counted() == {"refused_protocol": 1}
+
+
+def test_an_ipv4_address_that_an_ipv6_socket_is_connected_to_is_looked_at(rig, counted):
+    def connect() -> None:
+        made = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM, fileno=made.detach()) as named:
+            named.connect((PEER_V4, 9999))
+
+    with pytest.raises(PermissionError):
+        rig.site.in_app(connect)
+    assert counted() == {"refused_protocol": 1}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 
+from uproxy import linux
+
 pytestmark = pytest.mark.root
+_CLONE_NEWUSER = 0x10000000  # <linux/sched.h>
 
 
 def make(family: int, kind: int, protocol: int) -> int:
@@ -50,6 +54,19 @@ def test_udp_lite_is_refused_or_unknown(rig, family):
 def test_what_apps_use_is_made(rig, counted, family, kind, protocol):
     rig.site.in_app(lambda: make(family, kind, protocol))
     assert counted() == {}
+
+
+@pytest.mark.parametrize("unshared", [0, _CLONE_NEWUSER], ids=["as it is", "in a user namespace"])
+def test_packets_are_made_by_nobody_without_privileges(rig, unshared):
+    """No hook is asked about packet sockets. They take CAP_NET_RAW over the network namespace."""
+
+    def make_packets() -> None:
+        os.setuid(65534)
+        linux.unshare(unshared)
+        make(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+
+    with pytest.raises(PermissionError):
+        rig.site.in_app(make_packets)
 
 
 def test_the_uproxy_is_not_restricted(rig):

@@ -6,6 +6,8 @@ import dataclasses
 import random
 from pathlib import Path
 
+import pytest
+
 from control.api.address import IpAddress, parse_address
 from control.api.identity import SpiffeId
 from control.api.workload import Endpoint, Service, ServicePort, Workload
@@ -73,6 +75,17 @@ def test_a_backend_that_is_somebody_else_now_is_proved_anew() -> None:
     assert proved(path) == {FIRST: None, SECOND: None}
     reach(path, state, FIRST)
     assert proved(path) == {FIRST: OTHER, SECOND: None}
+
+
+@pytest.mark.parametrize("change", [{"ready": False}, {"ports": {}}], ids=str)
+def test_a_backend_that_takes_no_connections_now_is_not_among_those_to_choose_from(change: dict[str, object]) -> None:
+    state = mesh()
+    path = path_of(state)
+    reach(path, state, FIRST)
+    reach(path, state, SECOND)
+    state.apply([published(dataclasses.replace(endpoint("db-1", FIRST, DB), **change), 2)])
+    path.changed()
+    assert proved(path) == {SECOND: DB}
 
 
 def test_nothing_is_said_of_what_may_not_go_direct() -> None:

@@ -16,8 +16,10 @@ import pytest
 
 from control.api.identity import SpiffeId
 from control.server.ca import Authority, write_identity
+from tests.support import capture
 from tests.support.certificates import DB, WEB, identity_dir
 from tests.support.site import APP_PORT, FORWARD_PORT, Site, dial, echo_server, eventually, get
+from uproxy.redirect import PROBE_V4
 
 NETWORK = "127.0.79"
 WEB_ADDRESS, DB_ADDRESS = f"{NETWORK}.1", f"{NETWORK}.2"
@@ -215,6 +217,28 @@ def test_capture_without_a_probe_does_not_start(site: Site) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert ended.returncode == 1
     assert "--probe-fd" in ended.stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_capture_that_is_not_in_force_is_seen_at_the_start(site: Site, elsewhere: bool) -> None:
+    """A connection from the workload's cgroup has to come to the uProxy; that somebody takes it proves nothing."""
+
+    def start() -> str:
+        capture.ip("link set lo up")
+        if elsewhere:
+            capture.ip(f"address add {PROBE_V4}/32 dev lo")  # its own readiness port takes it
+        with socket.socket() as probe:
+            command = site.command("db", "--capture", "ebpf", f"--probe-fd={probe.fileno()}")
+            ended = subprocess.run(
+                command, capture_output=True, text=True, timeout=20, check=False, pass_fds=[probe.fileno()]
+            )
+        assert ended.returncode == 1, ended.stderr
+        return ended.stderr
+
+    with capture.namespace() as namespace:
+        said = capture.run_inside(namespace.fd, None, start)
+    assert f"a connection from the workload's cgroup to {PROBE_V4} was not captured" in said
 
 
 @pytest.mark.parametrize(
