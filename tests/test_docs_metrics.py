@@ -106,7 +106,7 @@ def test_access_log_fields_are_documented_in_order(tmp_path):
 
 def full_exchange() -> Exchange:
     peer = full_connection().source
-    exchange = Exchange(peer, peer, started=0.0, request_id="ab", status=403)
+    exchange = Exchange(peer, peer, started=0.0, request_id="ab", status=403, grpc=True, grpc_status="7")
     for name in ("destination_service", "backend_service"):
         setattr(exchange, name, "n/s")
     for name in ("method", "path", "authority", "user_agent", "route", "hbone_address", "details", "policy", "dry_run"):
@@ -133,7 +133,8 @@ def test_what_a_waypoint_counts_and_logs_is_documented(tmp_path):
         r'(\w+)="', re.search(r"^istio_requests_total\{(.*)\} 1$", telemetry.render().decode(), re.M)[1]
     )
     documented = [label for label, _ in table(METRICS, "### Labels")]
-    documented.insert(documented.index("request_protocol") + 1, "response_code")
+    index = documented.index("request_protocol") + 1
+    documented[index:index] = ["response_code", "grpc_response_status"]
     assert labels == documented
 
 

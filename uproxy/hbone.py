@@ -1,6 +1,7 @@
 """HBONE on the wire, without I/O: bytes in, events out; commands in, bytes out.
 
-One `Connection` is one HTTP/2 connection that carries CONNECT streams (RFC 9113 section 8.5; docs/hbone.md 2).
+One `Connection` is one HTTP/2 connection that carries CONNECT streams (RFC 9113 section 8.5; docs/hbone.md 2). What is
+said of heads, interim responses and trailers is for waypoints, which speak HTTP/2 inside of such streams.
 
 Who does what:
 - h2 keeps the connection preface, SETTINGS and PING: what happens once a connection, or once in seconds.
@@ -93,6 +94,7 @@ MAX_WINDOW: Final = (1 << 31) - 1
 # for good, and with it every other stream (docs/hbone.md 2.5). Three quarters cannot.
 LARGE_PEER_WINDOW: Final = 1 << 20
 _DEFAULT_WINDOW: Final = 65535
+_SMALLEST_FRAME: Final = 16384
 _HEADER = struct.Struct(">HBBBL")
 _U32 = struct.Struct(">L")
 _EMPTY: Final = memoryview(b"")
@@ -131,6 +133,20 @@ class ProtocolError(Exception):
         self.events: list[Event] = []
 
 
+class Limits(NamedTuple):
+    """What one connection may hold: a tunnel's, by default."""
+
+    streams: int = MAX_CONCURRENT_STREAMS
+    """That the peer may open, or we."""
+    stream_window: int = INITIAL_STREAM_WINDOW
+    header_table: int = 0
+    """Bytes of HPACK's dynamic table. None: blocks stay decodable on their own, and short (see `decode_literals`)."""
+    output: int = OUTPUT_SIZE
+
+
+TUNNEL: Final = Limits()
+
+
 class Stream:
     """One CONNECT stream: its id, its two windows and which sides have ended. `owner` is the tunnel's to use."""
 
@@ -146,11 +162,11 @@ class Stream:
         "unacknowledged",
     )
 
-    def __init__(self, stream_id: int, send_window: int) -> None:
+    def __init__(self, stream_id: int, send_window: int, recv_window: int) -> None:
         self.id = stream_id
         self.send_window = send_window
-        self.recv_window = INITIAL_STREAM_WINDOW
-        self.recv_limit = INITIAL_STREAM_WINDOW
+        self.recv_window = recv_window
+        self.recv_limit = recv_window
         self.unacknowledged = 0
         self.answered = False
         self.local_closed = False
@@ -170,6 +186,13 @@ class ResponseReceived(NamedTuple):
     ended: bool
 
 
+class InterimReceived(NamedTuple):
+    """A response 1xx: the response itself is still to come."""
+
+    stream: Stream
+    headers: Headers
+
+
 class DataReceived(NamedTuple):
     stream: Stream
     data: memoryview
@@ -177,6 +200,7 @@ class DataReceived(NamedTuple):
 
 class StreamEnded(NamedTuple):
     stream: Stream
+    trailers: Headers = ()
 
 
 class StreamReset(NamedTuple):
@@ -208,6 +232,7 @@ class SettingsReceived(NamedTuple):
 Event = (
     RequestReceived
     | ResponseReceived
+    | InterimReceived
     | DataReceived
     | StreamEnded
     | StreamReset
@@ -221,8 +246,9 @@ Event = (
 class Connection:
     """The state of one HBONE connection, either end."""
 
-    def __init__(self, *, client: bool) -> None:
+    def __init__(self, *, client: bool, limits: Limits = TUNNEL) -> None:
         self.client = client
+        self.limits = limits
         self.streams: dict[int, Stream] = {}
         self.peer_max_streams = 100  # until its SETTINGS say otherwise (RFC 9113 section 6.5.2 advises at least 100)
         self.goaway_sent = False
@@ -261,12 +287,12 @@ class Connection:
         self._decoder = Decoder(max_header_list_size=MAX_HEADER_LIST)
         # output
         self._table_emptied = False
-        self._output = memoryview(bytearray(OUTPUT_SIZE))
+        self._output = memoryview(bytearray(limits.output))
         self._used = 0
         self._share = MOST_SHARE
         self._crowded = False  # somebody found no room since the last output was taken
         self._spill = bytearray()
-        self._h2 = _h2_connection(client)
+        self._h2 = _h2_connection(client, limits)
         self._append(self._h2.data_to_send())
         self._frame(WINDOW_UPDATE, 0, 0, _U32.pack(CONNECTION_WINDOW - _DEFAULT_WINDOW))
 
@@ -299,7 +325,7 @@ class Connection:
         The room is bounded by both windows, the frame size and the output buffer: nothing queues here.
         """
         used = self._used + 9
-        left = OUTPUT_SIZE - used
+        left = len(self._output) - used
         if self._spill or left < MIN_DATA:
             self._crowded = True
             return _EMPTY
@@ -316,15 +342,16 @@ class Connection:
             # A WINDOW_UPDATE for the stream and one for the connection; some peers send both with each KiB they read.
             self._quota += 2 + (length >> 9)
 
-    def open(self, headers: Headers) -> Stream:
-        """Start a request stream (client only)."""
+    def open(self, headers: Headers, *, end: bool = False) -> Stream:
+        """Start a request stream (client only). Raises ValueError for too many headers."""
         block = encode_headers(headers)
-        stream = Stream(self._next_id, self._peer_initial_window - self._withheld)
+        stream = Stream(self._next_id, self._peer_initial_window - self._withheld, self.limits.stream_window)
         self._next_id += 2
         self.streams[stream.id] = stream
         if self._quota < CONTROL_QUOTA:
             self._quota += 4  # a stream that we opened may be refused with a few control frames
-        self._header_block(_END_HEADERS, stream.id, block)
+        self._header_block(_END_STREAM if end else 0, stream.id, block)
+        stream.local_closed = end
         return stream
 
     @property
@@ -332,7 +359,7 @@ class Connection:
         """Whether another stream may be opened: limits, GOAWAY, and ids that have not run out."""
         return (
             not self.goaway_received
-            and len(self.streams) < min(self.peer_max_streams, MAX_CONCURRENT_STREAMS)
+            and len(self.streams) < min(self.peer_max_streams, self.limits.streams)
             and self._next_id < MAX_WINDOW
         )
 
@@ -343,15 +370,22 @@ class Connection:
         stream.answered = True
         if self._quota < CONTROL_QUOTA:
             self._quota += 4  # a stream that was answered may end with a few control frames
-        flags = _END_HEADERS | (_END_STREAM if end else 0)
-        self._header_block(flags, stream.id, encode_headers(headers))
+        self._header_block(_END_STREAM if end else 0, stream.id, encode_headers(headers))
         if end:
             self._local_end(stream)
 
-    def end(self, stream: Stream) -> None:
+    def inform(self, stream: Stream, headers: Headers) -> None:
+        """Send a response 1xx before the response itself (server only)."""
+        if not stream.local_closed:
+            self._header_block(0, stream.id, encode_headers(headers))
+
+    def end(self, stream: Stream, trailers: Headers = ()) -> None:
         """Half-close: no more DATA from here."""
         if not stream.local_closed:
-            self._frame(DATA, _END_STREAM, stream.id, b"")
+            if trailers:
+                self._header_block(_END_STREAM, stream.id, encode_headers(trailers))
+            else:
+                self._frame(DATA, _END_STREAM, stream.id, b"")
             self._local_end(stream)
 
     def reset(self, stream: Stream, code: ErrorCode) -> None:
@@ -369,7 +403,7 @@ class Connection:
         if length > SMALL_MESSAGE:
             self._undisturbed += length
             self._bulk = stream
-        elif stream is not self._bulk and stream.recv_limit == INITIAL_STREAM_WINDOW:
+        elif stream is not self._bulk and stream.recv_limit == self.limits.stream_window:
             self._undisturbed = 0
         stream.unacknowledged += length
         if stream.unacknowledged * 4 >= stream.recv_limit and not stream.remote_closed:
@@ -378,7 +412,7 @@ class Connection:
             if self._undisturbed >= UNDISTURBED:
                 if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW:
                     credit += self._grow(stream)
-            elif self._undisturbed <= credit and stream.recv_limit > INITIAL_STREAM_WINDOW:
+            elif self._undisturbed <= credit and stream.recv_limit > self.limits.stream_window:
                 credit -= self._shrink(stream, credit)
             if credit:
                 stream.recv_window += credit
@@ -397,9 +431,9 @@ class Connection:
 
     def _shrink(self, stream: Stream, credit: int) -> int:
         """How much of the credit of a stream is not given, so that its window becomes a small one."""
-        kept = min(credit, stream.recv_limit - INITIAL_STREAM_WINDOW)
+        kept = min(credit, stream.recv_limit - self.limits.stream_window)
         stream.recv_limit -= kept
-        if stream.recv_limit == INITIAL_STREAM_WINDOW:
+        if stream.recv_limit == self.limits.stream_window:
             self._large.discard(stream.id)
         return kept
 
@@ -678,7 +712,7 @@ class Connection:
                     self.peer_max_streams = change.new_value
         elif isinstance(event, SettingsAcknowledged):
             # Until now the peer was free to use the default table of 4096 bytes (RFC 7541 section 4.2).
-            self._decoder.max_allowed_table_size = 0
+            self._decoder.max_allowed_table_size = self.limits.header_table
         elif isinstance(event, PingAckReceived):
             events.append(PongReceived(event.ping_data))
 
@@ -809,10 +843,10 @@ class Connection:
             code = ErrorCode.PROTOCOL_ERROR if skipped else ErrorCode.STREAM_CLOSED
             raise ProtocolError(code, f"HEADERS on stream {stream_id}, which is closed")
         self._highest_peer_id = stream_id
-        stream = Stream(stream_id, self._peer_initial_window - self._withheld)
+        stream = Stream(stream_id, self._peer_initial_window - self._withheld, self.limits.stream_window)
         self.streams[stream_id] = stream
         self._opened += 1
-        if stream_id > self._last_admitted_id or len(self.streams) > MAX_CONCURRENT_STREAMS:
+        if stream_id > self._last_admitted_id or len(self.streams) > self.limits.streams:
             self.reset(stream, ErrorCode.REFUSED_STREAM)
             self._spend(1)
             return
@@ -829,7 +863,7 @@ class Connection:
         self._count_early_reset()
 
     def _continue_stream(self, stream: Stream, headers: Headers, formed: bool, ends: bool, events: list[Event]) -> None:
-        """A response, an informational response, or trailers (which carry nothing that a tunnel passes on).
+        """A response, an interim response, or trailers.
 
         `formed`: it is a well-formed response.
         """
@@ -839,6 +873,7 @@ class Connection:
         if expects_response and formed:
             if headers[0][1][:1] == b"1" and not ends:
                 self._spend(1)
+                events.append(InterimReceived(stream, headers))
                 return
             stream.answered = True
             if ends:
@@ -846,7 +881,7 @@ class Connection:
             events.append(ResponseReceived(stream, headers, ends))
         elif not expects_response and ends and well_formed_trailers(headers):
             self._remote_end(stream)
-            events.append(StreamEnded(stream))
+            events.append(StreamEnded(stream, headers))
         else:
             events.append(StreamReset(stream, ErrorCode.PROTOCOL_ERROR))
             self._malformed(stream)
@@ -894,12 +929,16 @@ class Connection:
             # 4.2); a table of 0 is right whatever it allows.
             self._table_emptied = True
             block = b"\x20" + block
-        self._frame(HEADERS, flags, stream_id, block)
+        kind = HEADERS
+        while len(block) > _SMALLEST_FRAME:  # which every peer takes
+            self._frame(kind, flags, stream_id, block[:_SMALLEST_FRAME])
+            block, kind, flags = block[_SMALLEST_FRAME:], CONTINUATION, 0
+        self._frame(kind, flags | _END_HEADERS, stream_id, block)
 
     def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         length, used = len(payload), self._used
         end = used + 9 + length
-        if end > OUTPUT_SIZE or self._spill:
+        if end > len(self._output) or self._spill:
             self._append(_HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id) + payload)
             return
         _HEADER.pack_into(self._output, used, length >> 8, length & 0xFF, kind, flags, stream_id)
@@ -908,7 +947,7 @@ class Connection:
 
     def _append(self, frames: bytes) -> None:
         used = self._used + len(frames)
-        if used <= OUTPUT_SIZE and not self._spill:
+        if used <= len(self._output) and not self._spill:
             self._output[self._used : used] = frames
             self._used = used
             return
@@ -919,18 +958,17 @@ class Connection:
             self.overflowed = True
 
 
-def _h2_connection(client: bool) -> H2Connection:
+def _h2_connection(client: bool, limits: Limits) -> H2Connection:
     connection = H2Connection(H2Configuration(client_side=client, header_encoding=None))
     values = {
-        # No dynamic table: blocks stay decodable on their own, and short (see decode_literals).
-        SettingCodes.HEADER_TABLE_SIZE: 0,
+        SettingCodes.HEADER_TABLE_SIZE: limits.header_table,
         SettingCodes.ENABLE_PUSH: 0,
-        SettingCodes.INITIAL_WINDOW_SIZE: INITIAL_STREAM_WINDOW,
+        SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window,
         SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_SIZE,
         SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST,
     }
     if not client:
-        values[SettingCodes.MAX_CONCURRENT_STREAMS] = MAX_CONCURRENT_STREAMS
+        values[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.streams
     connection.local_settings = Settings(client=client, initial_values=values)
     connection.initiate_connection()
     return connection

@@ -16,6 +16,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 MAX_HEADERS: Final = 100  # Envoy's
 MAX_STEADY: Final = 256  # beginnings of requests, of half a KiB each, that are remembered
+MAX_BLOCK: Final = 64 << 10  # what is taken here, too
 
 _STATIC: Final = HeaderTable.STATIC_TABLE
 _NAME_INDEX: Final[dict[bytes, int]] = {}
@@ -46,8 +47,8 @@ def encode_headers(headers: Headers) -> bytes:
         else:
             block += _integer(length, 7)
         block += value
-    if len(block) >= 16384:
-        raise ValueError(f"a header block of {len(block)} bytes does not fit one frame")
+    if len(block) > MAX_BLOCK:
+        raise ValueError(f"a header block of {len(block)} bytes does not fit what peers take: {MAX_BLOCK}")
     return bytes(block)
 
 
@@ -59,7 +60,7 @@ def _encoded_steady(header: tuple[bytes, bytes]) -> bytes:
     return _encoded_name(name) + _integer(len(value), 7) + value
 
 
-@lru_cache(maxsize=256)  # the names are our own, and few
+@lru_cache(maxsize=256)  # most names are few
 def _encoded_name(name: bytes) -> bytes:
     index = _NAME_INDEX.get(name, 0)
     return _integer(index, 4) if index else b"\0" + _integer(len(name), 7) + name

@@ -8,20 +8,44 @@ and its output buffer, and a reset is never an end. All of it belongs to the dat
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, Self
 
-from uproxy import plane
+from uproxy import hbone, plane
 from uproxy.hbone import ErrorCode
 from uproxy.header_block import Headers
-from uproxy.relay import NOBODY, Relay
+from uproxy.relay import NOBODY, Relay, StreamOwner
+
+
+class Carrier(Protocol):
+    """What a stream is on: a tunnel, or an HTTP/2 connection inside of such a stream."""
+
+    plane: plane.Plane
+    connection: hbone.Connection
+    starved: dict[StreamOwner, None]
+
+    def touch(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def reset_stream(self, stream: hbone.Stream, code: ErrorCode) -> None: ...
+
+
+class StreamError(ConnectionResetError):
+    """The stream is lost. `code`: what the peer's reset said, if there was one."""
+
+    def __init__(self, text: str, code: int | None) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class ByteStream:
-    """Either end of a stream that was answered with 200. One coroutine receives and one sends, at a time each.
+    """Either end of a stream. One coroutine receives and one sends, at a time each.
 
     Invariant: whoever has it calls `close` or `abort`, whatever else happens; the stream is over after that.
     """
 
     __slots__ = (
+        "_code",
         "_connection",
         "_deaf",
         "_ended",
@@ -30,25 +54,47 @@ class ByteStream:
         "_reader",
         "_received",
         "_writer",
+        "carrier",
         "on_gone",
         "stream",
-        "tunnel",
     )
 
-    def __init__(self, relay: Relay) -> None:
-        """Take a stream over. Raises ConnectionResetError when it is gone already."""
-        self.tunnel = relay.tunnel
-        self.stream = relay.stream
+    def __init__(self, carrier: Carrier, stream: hbone.Stream) -> None:
+        """Whoever makes it makes it the stream's owner."""
+        self.carrier = carrier
+        self.stream = stream
         self.on_gone: Callable[[], None] = _ignore
         """Called once when the peer reads no more: the stream is lost, or whole and not wanted any longer."""
-        self._connection = relay.tunnel.connection
+        self._connection = carrier.connection
         self._error = ""  # why it is lost; empty while it is not
+        self._code: int | None = None
         self._deaf = False  # the peer reads no more
         self._given = 0  # bytes that the receiver has, and for which the peer has no credit yet
         self._reader: plane.Waiter[None] | None = None
         self._writer: plane.Waiter[None] | None = None
-        received, self._ended = relay.hand_over(self)
-        self._received = bytearray(received)
+        self._received = bytearray()
+        self._ended = False
+
+    @classmethod
+    def of(cls, relay: Relay) -> Self:
+        """Take over a stream that was answered with 200. Raises ConnectionResetError when it is gone already."""
+        stream = cls(relay.tunnel, relay.stream)
+        received, ended = relay.hand_over(stream)
+        stream._received += received
+        stream._ended = ended
+        return stream
+
+    def hand_over(self, owner: StreamOwner) -> tuple[bytes, bool]:
+        """Give the stream to another owner. What was not received, and whether that is all.
+
+        Raises ConnectionResetError when it is lost.
+        """
+        if self._error:
+            raise StreamError(self._error, self._code)
+        self.stream.owner = owner
+        received = bytes(self._received)
+        self._received.clear()
+        return received, self._ended
 
     # -- receiving
 
@@ -57,22 +103,38 @@ class ByteStream:
 
         Raises ConnectionResetError when the stream is lost, TimeoutError when nothing comes in time.
         """
+        await self.wait(timeout_s)
+        data = bytes(self._received)
+        self._received.clear()
+        self._given = len(data)
+        return data
+
+    async def wait(self, timeout_s: float | None) -> None:
+        """Return when there is something to receive. Raises as `receive` does."""
         if self._given:
             self._connection.consumed(self.stream, self._given, keeps_up=not self._received)
-            self.tunnel.touch()
+            self.carrier.touch()
             self._given = 0
         if not (self._received or self._ended or self._error):
-            self._reader = plane.Waiter(self.tunnel.plane)
+            self._reader = plane.Waiter(self.carrier.plane)
             try:
                 await self._wait(self._reader, timeout_s)
             finally:
                 self._reader = None
         if self._error:
-            raise ConnectionResetError(self._error)
-        data = bytes(self._received)
-        self._received.clear()
-        self._given = len(data)
-        return data
+            raise StreamError(self._error, self._code)
+
+    async def starts_with(self, prefix: bytes, timeout_s: float) -> bool:
+        """Whether what comes first is this; nothing of it is received. Raises as `receive` does."""
+        while True:
+            start = bytes(self._received[: len(prefix)])
+            if self._ended or self._error or not prefix.startswith(start) or len(start) == len(prefix):
+                return start == prefix
+            self._reader = plane.Waiter(self.carrier.plane)
+            try:
+                await self._wait(self._reader, timeout_s)
+            finally:
+                self._reader = None
 
     @property
     def quiet(self) -> bool:
@@ -88,27 +150,27 @@ class ByteStream:
         left = memoryview(data)
         while left and not self._deaf:
             if self._error:
-                raise ConnectionResetError(self._error)
+                raise StreamError(self._error, self._code)
             room = self._room()
             if room:
                 length = min(len(room), len(left))
                 room[:length] = left[:length]
                 self._connection.commit(self.stream, length)
-                self.tunnel.touch()
+                self.carrier.touch()
                 left = left[length:]
             elif not self._error:
-                self._writer = plane.Waiter(self.tunnel.plane)
-                self.tunnel.starved[self] = None
+                self._writer = plane.Waiter(self.carrier.plane)
+                self.carrier.starved[self] = None
                 try:
                     await self._wait(self._writer, timeout_s)
                 finally:
                     self._writer = None
-                    self.tunnel.starved.pop(self, None)
+                    self.carrier.starved.pop(self, None)
 
     def _room(self) -> memoryview:
         room = self._connection.reserve(self.stream)
         if not room and self.stream.send_window > 0 and self._connection.send_window > 0:
-            self.tunnel.flush()  # the output buffer is full
+            self.carrier.flush()  # the output buffer is full
             if not self._error:
                 room = self._connection.reserve(self.stream)
         return room
@@ -119,7 +181,7 @@ class ByteStream:
         """Nothing more will be sent; the peer may go on."""
         if not self._error:
             self._connection.end(self.stream)
-            self.tunnel.touch()
+            self.carrier.touch()
 
     def close(self) -> None:
         """End it well: what was sent arrives, and what the peer still sends is dropped."""
@@ -128,13 +190,13 @@ class ByteStream:
         self._connection.end(self.stream)
         # A whole answer, and nothing more is read (RFC 9113 section 8.1). Nothing is sent when the peer has ended too.
         self._connection.reset(self.stream, ErrorCode.NO_ERROR)
-        self.tunnel.touch()
+        self.carrier.touch()
         self._leave("closed")
 
-    def abort(self, text: str) -> None:
+    def abort(self, text: str, code: ErrorCode = ErrorCode.CONNECT_ERROR) -> None:
         """End it as a reset, so that nobody takes what was sent for the whole; `text` is for those who wait here."""
         if not self._error:
-            self.tunnel.reset_stream(self.stream, ErrorCode.CONNECT_ERROR)
+            self.carrier.reset_stream(self.stream, code)
             self._leave(text)
 
     # -- from the tunnel
@@ -156,6 +218,7 @@ class ByteStream:
             self._wake(self._writer)
         else:
             name = ErrorCode(code).name if code in ErrorCode.__members__.values() else str(code)
+            self._code = None if text else code
             self._leave(text or f"the peer reset the stream: {name}")
         self.on_gone()
 
@@ -165,12 +228,12 @@ class ByteStream:
     def _leave(self, error: str) -> None:
         self._error = error
         self.stream.owner = NOBODY
-        self.tunnel.starved.pop(self, None)
+        self.carrier.starved.pop(self, None)
         self._wake(self._reader)
         self._wake(self._writer)
 
     async def _wait(self, waiter: plane.Waiter[None], timeout_s: float | None) -> None:
-        await (waiter if timeout_s is None else self.tunnel.plane.wait(waiter, timeout_s))
+        await (waiter if timeout_s is None else self.carrier.plane.wait(waiter, timeout_s))
 
     @staticmethod
     def _wake(waiter: plane.Waiter[None] | None) -> None:

@@ -11,8 +11,8 @@ from control.client.state import State
 from uproxy.resolve import Hop, host_port
 from uproxy.telemetry import Peer
 
-Key = tuple[SpiffeId, IpAddress, IpAddress, SpiffeId, bytes]
-"""Who calls and from where; the backend's address, who it must be, and the authority that it was asked for."""
+Key = tuple[SpiffeId, IpAddress, IpAddress, SpiffeId, bytes, bool]
+"""Who calls and from where; the backend's address, who it must be, the authority that it was asked for; HTTP/2?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,6 @@ class Caller:
         known = workload if workload is not None and workload.identity == self.identity else None
         return Peer(host_port(self.address, self.port), known, str(self.identity))
 
-    def key(self, hop: Hop) -> Key:
+    def key(self, hop: Hop, *, http2: bool) -> Key:
         """What a connection to a backend is kept under: it is for one caller as long as it lives (docs/hbone.md 4)."""
-        return self.identity, self.address, hop.address, hop.expected, hop.authority
+        return self.identity, self.address, hop.address, hop.expected, hop.authority, http2

@@ -30,6 +30,8 @@ class Destination:
     port: int
     """Of the first service; of the workload when there is none."""
     http: bool
+    http2: bool
+    """Whether `backend` takes requests by HTTP/2."""
     backend: Hop | None
     """The workload whose own address was dialled: nothing is left to choose. None: routes and weights choose."""
 
@@ -85,6 +87,11 @@ class Destinations:
             raise RefusedError("no-endpoint", f"there is no service {service_key}")
         return self._resolver.backends(service, port)
 
+    def speaks_http2(self, service_key: str, port: int) -> bool:
+        """Whether the workloads of a service port take requests by HTTP/2."""
+        service = self._state.service(service_key)
+        return service is not None and any(one.port == port and one.is_http2 for one in service.ports)
+
     def _find(self, asked: Asked) -> Destination:
         gateway = self._state.gateway(self._gateway)
         if gateway is None:
@@ -97,14 +104,14 @@ class Destinations:
         found = self._state.service_at(address, asked.port)
         if found is not None and found[0].key in gateway.services:
             service, port = found
-            return Destination(address, asked.port, (service,), port.port, port.is_http, None)
+            return Destination(address, asked.port, (service,), port.port, port.is_http, port.is_http2, None)
         behind = self._workloads_of(gateway).get((address, asked.port))
         if behind is not None:
             return behind
         workload = self._state.workload_at(address)
         if workload is not None and workload.key in gateway.workloads:
             straight = Hop(address, workload.identity, host_port(address, asked.port).encode(), workload)
-            return Destination(address, asked.port, (), asked.port, False, straight)
+            return Destination(address, asked.port, (), asked.port, False, False, straight)
         awaited = [service_key for service_key in gateway.services if self._state.service(service_key) is None]
         if awaited:  # it may be one of these: another process of the waypoint may know it
             raise RefusedError("no-config", f"{asked.authority}: {awaited[0]} has not come yet", flag=Flag.NO_CONFIG)
@@ -140,7 +147,7 @@ class Destinations:
             if other is None:
                 authority = host_port(endpoint.address, target).encode()
                 straight = Hop(endpoint.address, endpoint.identity, authority, workload)
-                behind[place] = Destination(*place, (service,), port.port, http, straight)
+                behind[place] = Destination(*place, (service,), port.port, http, port.is_http2, straight)
             else:
                 # What one service refuses is refused: of HTTP more can be asked.
                 behind[place] = replace(other, services=(*other.services, service), http=http or other.http)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 from control.api.address import HBONE_PORT
 from control.api.filters import Filters
@@ -20,18 +21,20 @@ from control.api.route import NO_MODIFIER, Backend, RouteRule
 from control.client.state import State
 from uproxy import trace
 from uproxy.errors import RefusedError
+from uproxy.hbone import ErrorCode
 from uproxy.listener import Asked
 from uproxy.plane import Plane, Timer, Waiter
 from uproxy.resolve import Hop, host_port
 from uproxy.telemetry import Peer
 from waypoint import cors
 from waypoint import telemetry as flags
+from waypoint.byte_stream import StreamError
 from waypoint.caller import Caller
 from waypoint.destination import Destination, Destinations
 from waypoint.directory import Directory
-from waypoint.messages import END, Body, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead, length
+from waypoint.messages import END, Body, End, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead, length
 from waypoint.mirror import Copy, Mirrors
-from waypoint.refusal import REASONS, RefusalError
+from waypoint.refusal import REASONS, RefusalError, grpc_status
 from waypoint.request import Request, RequestError, read_request
 from waypoint.retry import MAX_KEPT, Budgets, pause_s
 from waypoint.rewriting import location, rewritten
@@ -46,6 +49,11 @@ _CALLERS: Final = frozenset({b"x-forwarded-for", b"x-forwarded-client-cert", b"x
 _OURS: Final = b"x-uproxy-"
 _INVALID_TOKEN: Final = ((b"www-authenticate", b'Bearer error="invalid_token"'),)  # RFC 6750 section 3
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_PASSED_ON: Final[dict[int | None, ErrorCode]] = {
+    code: code for code in (ErrorCode.CANCEL, ErrorCode.ENHANCE_YOUR_CALM, ErrorCode.INADEQUATE_SECURITY)
+}
+"""What a backend's reset says of the request. Others say it of the connection, or (REFUSED_STREAM) that it may be sent
+again, which it may not once there was a response."""
 _TRACE: Final = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
 
@@ -58,6 +66,8 @@ class _Course:
     exchange: Exchange
     claim: Waiter[Outgoing] | Waiter[None] | None = None
     """What it waits for before it has a way to a backend."""
+    http2: bool = False
+    """Whether the backend takes requests by HTTP/2."""
     outgoing: Outgoing | None = None
     cause: RefusalError | None = None
     """Why it was stopped."""
@@ -202,13 +212,17 @@ class Exchanges:
             if backend is not None and (answer := _answered_here(backend.filters, course, destination)) is not None:
                 await self._answer(course, answer)
                 return
+            if backend is None:
+                course.http2 = destination.http2
+            else:
+                course.http2 = self._destinations.speaks_http2(backend.service, backend.port)
             response = await self._forward(course, _onward(course, permitted), hops)
             await self._relay(course, destination, response)
         except RefusalError as refusal:
             if course.answering or refusal.flag == flags.CALLER_GONE:
                 # What the caller has of the response is not whole, and must not look so.
                 _note(exchange, refusal)
-                request.abort(refusal.detail)
+                request.abort(refusal.detail, refusal.code)
             else:
                 await self._refuse(course, refusal)
         except RefusedError as error:  # this proxy shuts down
@@ -369,7 +383,7 @@ class Exchanges:
                 if course.uploaded is not None:  # as an earlier attempt was sent
                     for data in course.kept or ():
                         await outgoing.write(data)
-                    await outgoing.end()
+                    await outgoing.end(course.request.trailers)
                 elif not bodiless:
                     course.uploaded = Waiter(self._plane)
                     self._plane.spawn(_upload(course, outgoing, course.uploaded))
@@ -419,7 +433,7 @@ class Exchanges:
 
     async def _connect(self, course: _Course, hops: tuple[Hop, ...], *, fresh: bool) -> Outgoing:
         """A way to a backend, which is the course's from here. Raises RefusalError."""
-        kept = None if fresh else self._upstream.kept(course.caller, hops[0])
+        kept = None if fresh else self._upstream.kept(course.caller, hops[0], http2=course.http2)
         outgoing = kept or await self._open(course, hops, fresh=fresh)
         stopped = course.cause or course.missed
         if stopped is not None:  # it came in the turn in which the request was stopped
@@ -435,7 +449,8 @@ class Exchanges:
         """Raises RefusalError."""
         claim: Waiter[Outgoing] = Waiter(self._plane)
         course.claim = claim
-        self._plane.spawn(self._upstream.connection(course.caller, hops, course.exchange, claim, fresh=fresh))
+        opening = self._upstream.outgoing(course.caller, hops, course.exchange, claim, http2=course.http2, fresh=fresh)
+        self._plane.spawn(opening)
         try:
             return await claim
         except ConnectionResetError as error:
@@ -470,8 +485,11 @@ class Exchanges:
                     if not event.interim:
                         exchange.status = event.status
                         answering = True
+                        _note_grpc(exchange, event.fields)
+                else:
+                    _note_grpc(exchange, event.trailers)
                 answer.append(event)
-            whole = answer[-1] is END
+            whole = isinstance(answer[-1], End)
             if whole:
                 _release(course, outgoing)
             try:
@@ -495,15 +513,11 @@ class Exchanges:
     async def _refuse(self, course: _Course, refusal: RefusalError) -> None:
         """Raises OSError."""
         _note(course.exchange, refusal)
+        if course.exchange.grpc:
+            await self._answer(course, _grpc_answer(refusal, course), close=refusal.close)
+            return
         text = refusal.detail.encode() + b"\n"
-        fields = [
-            (b"content-type", b"text/plain"),
-            (b"x-uproxy-reason", refusal.reason.encode()),
-            (b"x-request-id", course.exchange.request_id.encode()),
-            *refusal.fields,
-        ]
-        if refusal.policy:
-            fields.append((b"x-uproxy-policy", refusal.policy.encode()))
+        fields = [(b"content-type", b"text/plain"), *_refused_for(refusal, course)]
         head = ResponseHead(
             refusal.status, REASONS.get(refusal.status, b""), _for_browsers(fields, course), length(len(text))
         )
@@ -537,6 +551,7 @@ class Exchanges:
             path=head.target if head is not None else "",
             protocol=head.protocol if head is not None else "",
             user_agent=agent.decode("latin-1"),
+            grpc=_is_grpc(fields),
         )
         self._place_in_trace(exchange, [value for name, value in fields if name == b"traceparent"])
         self._telemetry.began(exchange)
@@ -583,7 +598,7 @@ async def _upload(course: _Course, outgoing: Outgoing, uploaded: Waiter[None]) -
                 for copy in course.copies:
                     copy.end()
                 with contextlib.suppress(ConnectionResetError):
-                    await outgoing.end()
+                    await outgoing.end(course.request.trailers)
     except MessageError as error:
         course.stop(RefusalError(error.status, "bad-request", str(error), flag=flags.MALFORMED))
     except TimeoutError:
@@ -611,7 +626,7 @@ def _drop(course: _Course, events: Sequence[ResponseEvent]) -> None:
     """An answer that the caller does not get."""
     assert course.outgoing is not None
     outgoing, course.outgoing = course.outgoing, None
-    if events[-1] is END:
+    if isinstance(events[-1], End):
         outgoing.done(uploaded=True)
     else:
         outgoing.abort("sent again")
@@ -627,6 +642,11 @@ def _release(course: _Course, outgoing: Outgoing) -> None:
     course.outgoing = None
     course.over = True
     outgoing.done(uploaded=course.uploaded is None or (course.uploaded.settled and course.request.whole))
+
+
+def _is_grpc(fields: Fields) -> bool:
+    kind = next((value for name, value in fields if name == b"content-type"), b"")
+    return kind == b"application/grpc" or kind.startswith((b"application/grpc+", b"application/grpc;"))
 
 
 def _judged(head: RequestHead) -> Request:
@@ -668,7 +688,14 @@ def _onward(course: _Course, request: Request) -> RequestHead:
     if exchange.span:
         kept = [(name, value) for name, value in kept if name != b"traceparent"]
         kept.append((b"traceparent", exchange.traceparent))
-    return RequestHead(head.method, target, kept, head.framing, expects_continue=head.expects_continue)
+    return RequestHead(
+        head.method,
+        target,
+        kept,
+        head.framing,
+        expects_continue=head.expects_continue,
+        takes_trailers=head.takes_trailers,
+    )
 
 
 def _answered(head: ResponseHead, course: _Course) -> ResponseHead:
@@ -687,6 +714,30 @@ def _for_browsers(fields: Fields, course: _Course) -> Fields:
     return cors.answered(course.rule.filters.cors, course.permitted, fields)
 
 
+def _grpc_answer(refusal: RefusalError, course: _Course) -> ResponseHead:
+    """A status of its own, with neither body nor trailers (gRPC over HTTP/2: Trailers-Only)."""
+    course.exchange.grpc_status = str(grpc_status(refusal.status))
+    fields = [
+        (b"content-type", b"application/grpc"),
+        (b"grpc-status", course.exchange.grpc_status.encode()),
+        (b"grpc-message", quote(refusal.detail, safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}").encode()),
+        *_refused_for(refusal, course),
+    ]
+    return ResponseHead(200, b"OK", fields)
+
+
+def _refused_for(refusal: RefusalError, course: _Course) -> Fields:
+    """What programs are told."""
+    fields = [
+        (b"x-uproxy-reason", refusal.reason.encode()),
+        (b"x-request-id", course.exchange.request_id.encode()),
+        *refusal.fields,
+    ]
+    if refusal.policy:
+        fields.append((b"x-uproxy-policy", refusal.policy.encode()))
+    return fields
+
+
 def _broken(course: _Course, error: Exception, *, begun: bool = False) -> RefusalError:
     """The backend's connection failed, by itself or because the request was stopped. `begun`: within a response."""
     if course.cause is not None:
@@ -696,13 +747,23 @@ def _broken(course: _Course, error: Exception, *, begun: bool = False) -> Refusa
     if isinstance(error, TimeoutError):
         return RefusalError(504, "timeout", f"no response within {STALL_TIMEOUT_S:g} s", flag=flags.TIMED_OUT)
     status = error.status if isinstance(error, MessageError) and begun else 503
+    said = error.code if isinstance(error, StreamError) else None
+    code = _PASSED_ON.get(said, ErrorCode.INTERNAL_ERROR)
     retriable = not begun and course.request.head.method in IDEMPOTENT
     text = f"the backend's connection: {error}"
-    return RefusalError(status, "upstream", text, flag=flags.BACKEND_BROKE, retriable=retriable)
+    return RefusalError(status, "upstream", text, flag=flags.BACKEND_BROKE, code=code, retriable=retriable)
 
 
 def _caller_gone() -> RefusalError:
     return RefusalError(0, "caller-gone", "the caller went away", flag=flags.CALLER_GONE)
+
+
+def _note_grpc(exchange: Exchange, fields: Fields) -> None:
+    """From the trailers, or where there is nothing else, from the head."""
+    if exchange.grpc:
+        for name, value in fields:
+            if name == b"grpc-status" and value.isdigit():
+                exchange.grpc_status = value[:3].decode()
 
 
 def _note(exchange: Exchange, refusal: RefusalError) -> None:

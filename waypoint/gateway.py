@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from control.api.address import IpAddress
 from control.client.state import Changes, State
 from uproxy.connections import Connections
 from uproxy.errors import RefusedError
+from uproxy.hbone import PREFACE, Stream
 from uproxy.header_block import Headers
 from uproxy.listener import Asked, asked_for, refuse, traced
 from uproxy.plane import Plane
@@ -26,11 +28,17 @@ from waypoint.destination import Destinations
 from waypoint.directory import Directory
 from waypoint.exchange import Exchanges
 from waypoint.http1_incoming import Http1Incoming
-from waypoint.messages import MessageError
+from waypoint.http2_connection import Http2Connection
+from waypoint.http2_heads import read_request
+from waypoint.http2_incoming import Http2Incoming
+from waypoint.messages import UNREAD, MessageError
 from waypoint.opaque import Opaque
 from waypoint.rules import RuleBook
+from waypoint.sides import IDLE_TIMEOUT_S
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
+
+_Client = Http1Incoming | Http2Connection
 
 GRACE_S: Final = 1.0
 """Within a drain: how long a connection may wait for a request, which may be on its way."""
@@ -62,7 +70,8 @@ class Gateway:
             data_plane, state, gateway, self._destinations, rules, upstream, telemetry, directory
         )
         self._opaque = Opaque(data_plane, self._destinations, rules, upstream, connections, telemetry)
-        self._idle: dict[Http1Incoming, Asked] = {}
+        self._waiting: dict[_Client, Asked] = {}
+        """Connections of callers that may bring a request: HTTP/1.1 while there is none, HTTP/2 for ever."""
 
     def on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
         """A CONNECT came, on a tunnel from a caller."""
@@ -94,7 +103,7 @@ class Gateway:
             return
         carrier.respond(relay, ((b":status", b"200"),))
         with contextlib.suppress(ConnectionResetError):
-            await self._serve_http(Http1Incoming(ByteStream(relay), asked.authority.encode()), caller, asked)
+            await self._serve_http(ByteStream.of(relay), caller, asked)
 
     async def _learn(self, asked: Asked, caller: Caller) -> None:
         """Ask who lives at an address that was dialled by itself, and, for telemetry and without waiting, who calls.
@@ -109,8 +118,24 @@ class Gateway:
         if unknown is not None:
             await self._directory.destination(unknown)
 
-    async def _serve_http(self, client: Http1Incoming, caller: Caller, asked: Asked) -> None:
-        """One caller's HTTP/1.1 connection: its requests, one after the other. Raises nothing."""
+    async def _serve_http(self, stream: ByteStream, caller: Caller, asked: Asked) -> None:
+        """One caller's connection, of the version that it begins with. Raises nothing."""
+        newcomer = Http1Incoming(stream, asked.authority.encode())
+        try:
+            with self._awaiting(newcomer, asked):
+                http2 = await stream.starts_with(PREFACE, IDLE_TIMEOUT_S)
+            if http2:
+                self._serve_http2(stream, caller, asked)
+                return
+        except TimeoutError:
+            stream.close()
+        except (OSError, RefusedError) as error:  # RefusedError: this proxy shuts down
+            stream.abort(str(error))
+        else:
+            await self._serve_http1(newcomer, caller, asked)
+
+    async def _serve_http1(self, client: Http1Incoming, caller: Caller, asked: Asked) -> None:
+        """Requests, one after the other. Raises nothing."""
         while await self._awaited(client, caller, asked):
             await self._exchanges.serve(client, caller, asked)
             if not client.reusable:
@@ -119,11 +144,9 @@ class Gateway:
 
     async def _awaited(self, client: Http1Incoming, caller: Caller, asked: Asked) -> bool:
         """Whether there is another request; what is none is refused. Raises nothing."""
-        if self._exchanges.draining:
-            self._close_later(client)
-        self._idle[client] = asked
         try:
-            return await client.next() is not None
+            with self._awaiting(client, asked):
+                return await client.next() is not None
         except MessageError as error:
             refused = error
         except TimeoutError:
@@ -131,10 +154,41 @@ class Gateway:
         except (OSError, RefusedError) as error:  # RefusedError: this proxy shuts down
             client.abort(str(error))
             return False
-        finally:
-            del self._idle[client]
         await self._exchanges.refuse(client, caller, refused)
         return False
+
+    def _serve_http2(self, stream: ByteStream, caller: Caller, asked: Asked) -> None:
+        """Requests, each in a coroutine of its own. Raises ConnectionResetError."""
+
+        def take(connection: Http2Connection, stream: Stream, headers: Headers, ended: bool) -> None:
+            try:
+                head = read_request(headers, ended=ended)
+            except MessageError as error:
+                nobodys = Http2Incoming(connection, stream, UNREAD, ended=ended)
+                self._plane.spawn(self._exchanges.refuse(nobodys, caller, error))
+            else:
+                request = Http2Incoming(connection, stream, head, ended=ended)
+                self._plane.spawn(self._exchanges.serve(request, caller, asked))
+
+        def gone(connection: Http2Connection) -> None:
+            self._waiting.pop(connection, None)
+
+        connection = Http2Connection(stream, gone, IDLE_TIMEOUT_S, take)
+        if not connection.closed:
+            self._waiting[connection] = asked
+            if self._exchanges.draining:
+                self._leave(connection)
+
+    @contextlib.contextmanager
+    def _awaiting(self, client: Http1Incoming, asked: Asked) -> Iterator[None]:
+        """It waits for a request; within a drain, not for long."""
+        self._waiting[client] = asked
+        if self._exchanges.draining:
+            self._leave(client)
+        try:
+            yield
+        finally:
+            del self._waiting[client]
 
     # -- what changes meanwhile
 
@@ -145,11 +199,11 @@ class Gateway:
         if not changes:
             return
         self._connections.reauthorise()
-        for client, asked in list(self._idle.items()):
+        for client, asked in list(self._waiting.items()):
             try:
                 self._destinations.find(asked)
             except RefusedError:
-                client.close()
+                client.retire()
 
     def drain(self, timeout_s: float) -> None:
         """This process ends within `timeout_s`: close connections after their next response, or when none is asked for.
@@ -158,20 +212,26 @@ class Gateway:
         """
         self._exchanges.draining = True
         self._grace_s = min(GRACE_S, timeout_s / 2)
-        for client in self._idle:
-            self._close_later(client)
+        for client in list(self._waiting):
+            self._leave(client)
 
-    def _close_later(self, client: Http1Incoming) -> None:
-        def close() -> None:
-            if client in self._idle and client.waits:
-                client.close()
+    def _leave(self, client: _Client) -> None:
+        def retire() -> None:
+            if client in self._waiting:
+                client.retire()
 
-        self._plane.call_later(self._grace_s, close)
+        client.turn_away()
+        self._plane.call_later(self._grace_s, retire)
 
     def close_idle(self) -> None:
-        """The drain time is over: end the connections on which no request is under way."""
-        for client in list(self._idle):
+        """The drain time is over: end the connections that wait for a request."""
+        for client in list(self._waiting):
             client.close()
+
+    def tick(self, now: float) -> None:
+        """Called every few seconds."""
+        for client in list(self._waiting):
+            client.tick(now)
 
     def _record(self, caller: Caller, name: str) -> Connection:
         return Connection(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
+from waypoint import trailers
 from waypoint.messages import (
     CHUNKED,
     NO_BODY,
     UNTIL_CLOSE,
     Ending,
+    Fields,
     Framing,
     MessageError,
     RequestHead,
@@ -28,7 +31,9 @@ _TEXT: Final = rb"[\t -~\x80-\xff]*+"
 _FIELDS: Final = rb"((?:" + _TOKEN + rb":" + _TEXT + rb"\r\n)*+)"
 # Some clients end a body with a line feed too many (RFC 9112 section 2.2).
 # Methods in lower case are nobody's, but some applications take `delete` for DELETE where a policy does not.
-_REQUEST_LINE: Final = rb"(?:\r\n)?+([A-Z]++(?:-[A-Z]++)*+) ([!\x22$-~]++) HTTP/1\.([01])\r\n"
+METHOD: Final = rb"[A-Z]++(?:-[A-Z]++)*+"
+TARGET: Final = rb"[!\x22$-~]++"
+_REQUEST_LINE: Final = rb"(?:\r\n)?+(" + METHOD + rb") (" + TARGET + rb") HTTP/1\.([01])\r\n"
 # Some servers send no reason, and then no space before it.
 _STATUS_LINE: Final = rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: (" + _TEXT + rb"))?+\r\n"
 _START: Final = re.compile(_REQUEST_LINE)
@@ -37,7 +42,7 @@ _RESPONSE: Final = re.compile(_STATUS_LINE + _FIELDS + rb"\r\n")
 _TRAILERS: Final = re.compile(_FIELDS + rb"\r\n")
 _OPTION: Final = re.compile(_TOKEN)
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
-_HOST: Final = re.compile(rb"(?:[0-9A-Za-z._-]++|\[[0-9A-Fa-f]*+:[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
+HOST: Final = re.compile(rb"(?:[0-9A-Za-z._-]++|\[[0-9A-Fa-f]*+:[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
 _ABSOLUTE: Final = re.compile(rb"http://([^/?]++)(.*)", re.IGNORECASE)
 
 OLD: Final = "HTTP/1.0"
@@ -75,12 +80,12 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
         raise MessageError(501, "CONNECT inside a tunnel is not supported")
     fields, special = _split(lines)
     if b"_" in lines:
-        _refuse_lookalikes(fields)
+        refuse_lookalikes(fields)
     hosts = special.pop(b"host", [])
     if target[:1] != b"/":
         target = _origin_form(target, hosts)
     if len(hosts) == 1:
-        if _HOST.fullmatch(hosts[0]) is None:
+        if HOST.fullmatch(hosts[0]) is None:
             raise MessageError(400, "malformed Host")
     elif hosts or version == b"1":
         raise MessageError(400, f"{len(hosts)} Host fields instead of one")
@@ -93,7 +98,7 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
     _refuse_upgrade(special)
     options = _options(special)
     framing = _framing(special, minor) or NO_BODY
-    expects = _expects_continue(special, minor, framing)
+    expects = expects_continue(special.get(b"expect", ()), framing) and minor == 1  # RFC 9110 section 10.1.1
     fields = [field for field in fields if field[0] not in options or field[0] == b"host"]
     if expects:
         fields.append((b"expect", b"100-continue"))
@@ -105,6 +110,7 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
         keep_alive=minor == 1 and b"close" not in options,
         protocol="HTTP/1.1" if minor else OLD,
         expects_continue=expects,
+        takes_trailers=_takes_trailers(special),
     )
 
 
@@ -143,13 +149,15 @@ def read_response(head: bytes, method: str) -> tuple[ResponseHead, bool]:
     return ResponseHead(status, reason or b"", fields, framing), stays
 
 
-def check_trailers(lines: bytes) -> None:
-    """Trailers with their empty line. Raises MessageError."""
+def read_trailers(lines: bytes) -> Fields:
+    """Trailers with their empty line, as far as they go on. Raises MessageError."""
     found = _TRAILERS.fullmatch(lines)
     if found is None:
         raise MessageError(400, "malformed trailers")
     if found[1].count(b"\r\n") > MAX_FIELDS:
         raise MessageError(431, f"more than {MAX_FIELDS} trailers")
+    fields, _ = _split(found[1])
+    return trailers.kept(fields)
 
 
 def check_written(head: bytes, lines: int, *, request: bool) -> None:
@@ -189,7 +197,7 @@ def _origin_form(target: bytes, hosts: list[bytes]) -> bytes:
     return bytes(found[2]) if found[2][:1] == b"/" else b"/" + found[2]
 
 
-def _refuse_lookalikes(fields: _Lines) -> None:
+def refuse_lookalikes(fields: _Lines) -> None:
     """CGI, WSGI and their like take `x_forwarded_for` for x-forwarded-for. Other names may have underscores."""
     for name, _ in fields:
         if b"_" in name:
@@ -228,19 +236,29 @@ def _framing(special: _Special, minor: int) -> Framing | None:
         if not minor:
             raise MessageError(400, "Transfer-Encoding in HTTP/1.0")
         return CHUNKED
-    if lengths:
-        if len(lengths) > 1 or _LENGTH.fullmatch(lengths[0]) is None:
-            raise MessageError(400, "Content-Length is not one decimal number")
-        return length(int(lengths[0]))
-    return None
+    return read_length(lengths) if lengths else None
 
 
-def _expects_continue(special: _Special, minor: int, framing: Framing) -> bool:
-    for value in special.get(b"expect", ()):
+def read_length(values: Sequence[bytes]) -> Framing:
+    """What Content-Length fields say. Raises MessageError."""
+    if len(values) > 1 or _LENGTH.fullmatch(values[0]) is None:
+        raise MessageError(400, "Content-Length is not one decimal number")
+    return length(int(values[0]))
+
+
+def expects_continue(values: Sequence[bytes], framing: Framing) -> bool:
+    """What Expect fields say: whether the client waits for 100 (Continue). Raises MessageError."""
+    for value in values:
         if value.lower() != b"100-continue":
             raise MessageError(417, "an expectation other than 100-continue")
-    # RFC 9110 section 10.1.1: nothing to HTTP/1.0, and to a request without content.
-    return b"expect" in special and minor == 1 and framing is not NO_BODY
+    # RFC 9110 section 10.1.1: nothing to a request without content.
+    return bool(values) and framing is not NO_BODY
+
+
+def _takes_trailers(special: _Special) -> bool:
+    return any(
+        option.strip(b" \t").lower() == b"trailers" for value in special.get(b"te", ()) for option in value.split(b",")
+    )
 
 
 def _fault(head: bytes, start_line: re.Pattern[bytes]) -> str:

@@ -6,28 +6,36 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
 
+from uproxy.hbone import ErrorCode
 from uproxy.plane import Waiter
 from waypoint.byte_stream import ByteStream
 from waypoint.http1_reader import RequestReader
 from waypoint.http1_writer import ResponseWriter
-from waypoint.messages import Body, End, MessageError, RequestEvent, RequestHead, ResponseEvent, ResponseHead
+from waypoint.messages import (
+    UNREAD,
+    Body,
+    End,
+    Fields,
+    MessageError,
+    RequestEvent,
+    RequestHead,
+    ResponseEvent,
+    ResponseHead,
+)
 from waypoint.sides import DISCARD_TIMEOUT_S, HEAD_TIMEOUT_S, IDLE_TIMEOUT_S, MAX_DISCARDED, STALL_TIMEOUT_S
-
-_NOBODYS_REQUEST: Final = RequestHead("GET", "/", (), keep_alive=False)
-"""What is answered when the request could not be read."""
 
 
 class Http1Incoming:
     """The connection, and in the manner of `sides.Incoming` the request on it that `next` has returned last."""
 
-    __slots__ = ("_begun", "_continued", "_events", "_reader", "_stream", "_writer", "head", "whole")
+    __slots__ = ("_begun", "_continued", "_events", "_reader", "_stream", "_writer", "head", "trailers", "whole")
 
     def __init__(self, stream: ByteStream, authority: bytes) -> None:
         """`authority` is what was dialled, for HTTP/1.0 without a Host."""
-        self.head = _NOBODYS_REQUEST
+        self.head = UNREAD
         self.whole = True
+        self.trailers: Fields = ()
         self._stream = stream
         self._reader = RequestReader(authority)
         self._writer = ResponseWriter(self.head)
@@ -38,7 +46,7 @@ class Http1Incoming:
     # -- the connection
 
     @property
-    def waits(self) -> bool:
+    def quiet(self) -> bool:
         """Whether nothing of another request has come."""
         return self._reader.idle and self._stream.quiet
 
@@ -65,13 +73,14 @@ class Http1Incoming:
                     return None
                 events = self._reader.feed(data)
         except MessageError:
-            self._answer(_NOBODYS_REQUEST)
+            self._answer(UNREAD)
             raise
         head = events[0]
         assert isinstance(head, RequestHead)
         self._begun = True
         self._answer(head)
         self.whole = False
+        self.trailers = ()
         self._events.extend(events[1:])
         if self._events and isinstance(self._events[0], End):
             self._events.clear()
@@ -82,6 +91,17 @@ class Http1Incoming:
         self.head = head
         self._writer = ResponseWriter(head)
         self._continued = not head.expects_continue
+
+    def turn_away(self) -> None:
+        """Nothing: the answer to the next request will say so."""
+
+    def retire(self) -> None:
+        """Take no more requests: but one that has begun is answered."""
+        if self.quiet:
+            self._stream.close()
+
+    def tick(self, now: float) -> None:
+        """Nothing: whoever waits has a timeout."""
 
     def close(self) -> None:
         """End it well, unless it was aborted."""
@@ -103,6 +123,8 @@ class Http1Incoming:
                 event = self._events.popleft()
                 if isinstance(event, Body):
                     return event.data
+                assert isinstance(event, End)
+                self.trailers = event.trailers
                 self.whole = True
                 return b""
             data = await self._stream.receive(STALL_TIMEOUT_S)
@@ -125,14 +147,14 @@ class Http1Incoming:
                 # begins.
                 pieces.append(writer.head(event, close=close or not (self._continued or self.whole)))
             else:
-                pieces.append(writer.end())
+                pieces.append(writer.last(event.trailers))
         await self._stream.send(b"".join(pieces), STALL_TIMEOUT_S)
 
     async def discard(self, reading: Waiter[None] | None) -> None:
         """Read it, within bounds, so that its sender gets to read the answer: what still comes on a closed connection
         resets it, and the answer with it. It is not `whole` after that when it was too large.
         """
-        timer = self._stream.tunnel.plane.call_later(DISCARD_TIMEOUT_S, self._stream.close)
+        timer = self._stream.carrier.plane.call_later(DISCARD_TIMEOUT_S, self._stream.close)
         try:
             if reading is not None:
                 await reading
@@ -143,5 +165,5 @@ class Http1Incoming:
         finally:
             timer.cancel()
 
-    def abort(self, text: str) -> None:
+    def abort(self, text: str, code: ErrorCode = ErrorCode.INTERNAL_ERROR) -> None:
         self._stream.abort(text)

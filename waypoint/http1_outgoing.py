@@ -9,7 +9,7 @@ from waypoint.byte_stream import ByteStream
 from waypoint.caller import Key
 from waypoint.http1_reader import ResponseReader
 from waypoint.http1_writer import RequestWriter
-from waypoint.messages import RequestHead, ResponseEvent
+from waypoint.messages import Fields, RequestHead, ResponseEvent
 from waypoint.sides import IDEMPOTENT, STALL_TIMEOUT_S
 
 
@@ -67,7 +67,8 @@ class Http1Outgoing:
     async def write(self, data: bytes) -> None:
         await self._stream.send(self._writer.body(data), STALL_TIMEOUT_S)
 
-    async def end(self) -> None:
+    async def end(self, trailers: Fields) -> None:
+        """Without the trailers: an application might merge them into the head, which was judged without them."""
         self._uploading = False
         await self._stream.send(self._writer.end(), STALL_TIMEOUT_S)
 

@@ -6,8 +6,8 @@ import re
 from enum import Enum, auto
 from typing import Final
 
-from waypoint.http1_head import MAX_HEAD, check_start, check_trailers, read_request, read_response
-from waypoint.messages import END, Body, End, Ending, Framing, MessageError, RequestEvent, ResponseEvent
+from waypoint.http1_head import MAX_HEAD, check_start, read_request, read_response, read_trailers
+from waypoint.messages import END, Body, End, Ending, Fields, Framing, MessageError, RequestEvent, ResponseEvent
 
 MAX_CHUNK_LINE: Final = 256
 """Bytes of a chunk's size with its extensions, which are dropped."""
@@ -42,12 +42,13 @@ _OF_BODY: Final = {
 class _Reader:
     """What requests and responses have in common: bodies, and lines that have not come as a whole."""
 
-    __slots__ = ("_buffer", "_left", "_seen", "_state")
+    __slots__ = ("_buffer", "_left", "_seen", "_state", "_trailers")
 
     def __init__(self, state: _State) -> None:
         self._buffer = bytearray()
         self._state = state
         self._left = 0  # bytes of the body, or of the chunk, still to come
+        self._trailers: Fields = ()
         self._seen = 0  # bytes of the buffer in which the end of a head was looked for in vain
 
     def _begin_body(self, framing: Framing) -> None:
@@ -61,7 +62,8 @@ class _Reader:
         data = self._body() if self._buffer else b""
         events: list[Body | End] = [Body(data)] if data else []
         if self._state is _State.DONE:
-            events.append(END)
+            events.append(End(self._trailers) if self._trailers else END)
+            self._trailers = ()
         return events
 
     def _body(self) -> bytes:
@@ -108,7 +110,7 @@ class _Reader:
             end = 2 if buffer.startswith(b"\r\n") else self._end_of_lines()
             if not end:
                 return False
-            check_trailers(self._take(end))
+            self._trailers = read_trailers(self._take(end))
             self._state = _State.DONE
             return False
         else:

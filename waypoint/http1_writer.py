@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from waypoint.http1_head import OF_CONNECTION, OLD, check_written
-from waypoint.messages import CHUNKED, UNTIL_CLOSE, Ending, Fields, Framing, RequestHead, ResponseHead
+from waypoint.messages import (
+    CHUNKED,
+    NO_BODY,
+    UNTIL_CLOSE,
+    Ending,
+    Fields,
+    Framing,
+    RequestHead,
+    ResponseHead,
+    length,
+)
 
 
 class _Writer:
@@ -31,10 +41,15 @@ class _Writer:
 
     def end(self) -> bytes:
         """What says that the body is whole."""
+        return self._end(())
+
+    def _end(self, trailers: Fields) -> bytes:
         if self._ending is Ending.LENGTH and self._left:
             raise ValueError("a body is shorter than its head says")
         self.ended = True
-        return b"0\r\n\r\n" if self._ending is Ending.CHUNKED else b""
+        if self._ending is not Ending.CHUNKED:
+            return b""
+        return b"0\r\n%b\r\n" % b"".join(b"%b: %b\r\n" % field for field in trailers)
 
     def _begin(self, framing: Framing) -> None:
         self._ending = framing.ending
@@ -74,14 +89,20 @@ class ResponseWriter(_Writer):
             if self._request.protocol == OLD:  # RFC 9110 section 15.2
                 return b""
             return _written(line, response.fields, response.framing)
-        framing = self._framing(response.framing)
+        framing = self._framing(response.status, response.framing)
         self.close = self.close or close
         if self._request.method != "HEAD":
             self._begin(framing)
         return _written(line, response.fields, framing, close=self.close)
 
-    def _framing(self, framing: Framing) -> Framing:
+    def last(self, trailers: Fields) -> bytes:
+        """What says that the body is whole, with trailers for a client that takes them (RFC 9110 section 6.5.1)."""
+        return self._end(trailers if self._request.takes_trailers else ())
+
+    def _framing(self, status: int, framing: Framing) -> Framing:
         """The end of the body as this client understands it: chunked where that is possible and it has no length."""
+        if framing is NO_BODY and status not in (204, 304) and self._request.method != "HEAD":
+            return length(0)  # which HTTP/2 need not say
         if framing.ending in (Ending.CHUNKED, Ending.CLOSE):
             return UNTIL_CLOSE if self._request.protocol == OLD else CHUNKED
         return framing

@@ -62,6 +62,12 @@ class RequestHead:
     """As it is logged; or HTTP/1.0."""
     expects_continue: bool = False
     """The client waits for 100 (Continue) before it sends the body. The Expect field is among the fields then."""
+    takes_trailers: bool = False
+    """The client has said `TE: trailers`."""
+
+
+UNREAD = RequestHead("GET", "/", (), keep_alive=False)
+"""What is answered when a request could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,9 @@ class Body:
 @dataclass(frozen=True, slots=True)
 class End:
     """The message is whole."""
+
+    trailers: Fields = ()
+    """What came behind the body, as far as it goes on."""
 
 
 END = End()

@@ -19,7 +19,7 @@ from uproxy.plane import Plane, Waiter
 from uproxy.resolve import Hop
 from waypoint.caller import Caller
 from waypoint.destination import Destinations
-from waypoint.messages import END, MessageError, RequestHead
+from waypoint.messages import End, MessageError, RequestHead
 from waypoint.sides import Outgoing
 from waypoint.upstream import Cause, Upstream
 
@@ -56,7 +56,8 @@ class Mirrors:
             except RefusedError as error:
                 log.info("%s: no copy for %s: %s", cause.request_id, mirror.service, error)
                 continue
-            copy = Copy(self._plane, mirror.service, ended=ended)
+            http2 = self._destinations.speaks_http2(mirror.service, mirror.port)
+            copy = Copy(self._plane, mirror.service, http2=http2, ended=ended)
             # Nobody would tell the caller to go on with the body.
             fields = [field for field in head.fields if field[0] != b"expect"]
             self._under_way += 1
@@ -71,7 +72,7 @@ class Mirrors:
         claim: Waiter[Outgoing] = Waiter(self._plane)
         timer = self._plane.call_later(TIMEOUT_S, lambda: copy.give_up(f"not done within {TIMEOUT_S:g} s"))
         copy.claim = claim
-        self._plane.spawn(self._upstream.connection(caller, hops, cause, claim, fresh=False))
+        self._plane.spawn(self._upstream.outgoing(caller, hops, cause, claim, http2=copy.http2, fresh=False))
         try:
             copy.outgoing = outgoing = await claim
             if copy.lost:
@@ -89,10 +90,11 @@ class Mirrors:
 class Copy:
     """One copy. Whoever has it writes the body, and ends it or gives it up."""
 
-    __slots__ = ("_ended", "_more", "_plane", "_waiting", "_waits", "claim", "lost", "outgoing", "service")
+    __slots__ = ("_ended", "_more", "_plane", "_waiting", "_waits", "claim", "http2", "lost", "outgoing", "service")
 
-    def __init__(self, data_plane: Plane, service: str, *, ended: bool) -> None:
+    def __init__(self, data_plane: Plane, service: str, *, http2: bool, ended: bool) -> None:
         self.service = service
+        self.http2 = http2
         self.claim: Waiter[Outgoing] | None = None
         self.outgoing: Outgoing | None = None
         self.lost = ""
@@ -163,8 +165,8 @@ async def _carry(copy: Copy, head: RequestHead, outgoing: Outgoing) -> None:
     if not bodiless:
         while data := await copy.body():
             await outgoing.write(data)
-        await outgoing.end()
-    while (await outgoing.events())[-1] is not END:
+        await outgoing.end(())
+    while not isinstance((await outgoing.events())[-1], End):
         pass
     copy.outgoing = None
     outgoing.done(uploaded=True)

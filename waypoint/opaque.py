@@ -82,7 +82,7 @@ class Opaque:
             raise
         carrier.respond(relay, ((b":status", b"200"),))
         try:
-            stream = ByteStream(relay)
+            stream = ByteStream.of(relay)
         except ConnectionResetError as error:
             backend.abort(str(error))
             record.flag, record.error = Flag.RESET, str(error)

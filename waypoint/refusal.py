@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from uproxy.hbone import ErrorCode
 from waypoint import telemetry as flags
 from waypoint.messages import Fields
 
@@ -34,8 +35,8 @@ class RefusalError(Exception):
     """A request that this waypoint answers by itself.
 
     `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule; `fields`:
-    more of the answer's head; `close`: whoever asks again must connect anew for it; `retriable`: a backend may be asked
-    again, as far as this failure goes.
+    more of the answer's head; `close`: whoever asks again must connect anew for it; `code`: of the reset, if the
+    response has begun; `retriable`: a backend may be asked again, as far as this failure goes.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RefusalError(Exception):
         fields: Fields = (),
         close: bool = False,
         retriable: bool = False,
+        code: ErrorCode = ErrorCode.INTERNAL_ERROR,
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -59,3 +61,14 @@ class RefusalError(Exception):
         self.fields = fields
         self.close = close
         self.retriable = retriable
+        self.code = code
+
+
+# github.com/grpc/grpc, doc/http-grpc-status-mapping.md
+_GRPC_STATUS: Final = {400: 13, 401: 16, 403: 7, 404: 12, 429: 14, 502: 14, 503: 14, 504: 14}
+_GRPC_UNKNOWN: Final = 2
+
+
+def grpc_status(status: int) -> int:
+    """What a gRPC caller is told in place of an HTTP status."""
+    return _GRPC_STATUS.get(status, _GRPC_UNKNOWN)

@@ -199,6 +199,7 @@ class Serving:
         now = time.monotonic()
 
         def tick() -> None:
+            self._gateway.tick(now)
             self._upstream.tick(now)
             self._pool.tick(now)
             self._server.tick(now)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from uproxy.hbone import ErrorCode
 from uproxy.plane import Waiter
 from uproxy.resolve import Hop
-from waypoint.messages import RequestHead, ResponseEvent
+from waypoint.messages import Fields, RequestHead, ResponseEvent
 
 IDLE_TIMEOUT_S: Final = 3600.0  # between two requests of a caller; Envoy's
 HEAD_TIMEOUT_S: Final = 30.0  # from a head's first byte to its last
@@ -33,6 +34,10 @@ class Incoming(Protocol):
     def whole(self) -> bool:
         """Whether the request's body has been read to its end."""
 
+    @property
+    def trailers(self) -> Fields:
+        """What came behind the body and goes on, once that is whole."""
+
     async def body(self) -> bytes:
         """More of the body; empty at its end.
 
@@ -49,8 +54,11 @@ class Incoming(Protocol):
     async def discard(self, reading: Waiter[None] | None) -> None:
         """The response is whole, and nobody wants the rest of the body. `reading` is settled when nobody reads it."""
 
-    def abort(self, text: str) -> None:
-        """End it so that nobody takes what was sent for the whole; `text` is for those who wait. Again: nothing."""
+    def abort(self, text: str, code: ErrorCode = ErrorCode.INTERNAL_ERROR) -> None:
+        """End it so that nobody takes what was sent for the whole; `text` is for those who wait. Again: nothing.
+
+        `code`: what HTTP/2 says of it.
+        """
 
 
 class Outgoing(Protocol):
@@ -72,8 +80,8 @@ class Outgoing(Protocol):
     async def write(self, data: bytes) -> None:
         """Send more of the body. Raises ConnectionResetError, TimeoutError."""
 
-    async def end(self) -> None:
-        """The body is whole. Raises ConnectionResetError, TimeoutError."""
+    async def end(self, trailers: Fields) -> None:
+        """The body is whole; trailers go on where that is safe. Raises ConnectionResetError, TimeoutError."""
 
     async def events(self) -> list[ResponseEvent]:
         """More of the response, at least one event. Raises MessageError, ConnectionResetError, TimeoutError."""

@@ -58,6 +58,9 @@ class Exchange:
     """The Host field."""
     protocol: str = "HTTP/1.1"
     user_agent: str = ""
+    grpc: bool = False
+    grpc_status: str = ""
+    """A number; empty when none has come."""
     route: str = ""
     """The name of the route's rule, if it has one."""
     backend_service: str = ""
@@ -159,6 +162,8 @@ class WaypointTelemetry(Telemetry):
             exchange.destination_service,
             exchange.status,
             exchange.flag,
+            exchange.grpc,
+            exchange.grpc_status,
         )
         known = self._known_requests.get(key)
         if known is not None:
@@ -202,7 +207,7 @@ class _Series:
         self.sum_ms = 0.0
 
 
-_Key = tuple[int, str, int, str, str, int, str]
+_Key = tuple[int, str, int, str, str, int, str, bool, str]
 
 
 def _hostname(service: str) -> str:
@@ -220,8 +225,9 @@ def _labels(exchange: Exchange) -> str:
         ("destination_service_namespace", namespace),
         ("destination_service_name", name),
         *peer_labels("destination", exchange.destination),
-        ("request_protocol", "http"),
+        ("request_protocol", "grpc" if exchange.grpc else "http"),
         ("response_code", str(exchange.status)),
+        *((("grpc_response_status", exchange.grpc_status),) if exchange.grpc else ()),
         ("response_flags", exchange.flag),
         ("connection_security_policy", "mutual_tls"),
     ]
@@ -237,6 +243,7 @@ def _fields(exchange: Exchange, took_ms: float, field: Field) -> list[str]:
         ("response_code", exchange.status),
         ("response_flags", exchange.flag),
         ("response_code_details", exchange.details),
+        ("grpc_status", exchange.grpc_status),
         ("bytes_received", exchange.received),
         ("bytes_sent", exchange.sent),
         ("duration", int(took_ms)),

@@ -1,4 +1,4 @@
-"""The way to a backend: CONNECT streams that say who calls, and HTTP/1.1 connections that are kept alive over them.
+"""The way to a backend: CONNECT streams that say who calls, and HTTP connections that are kept alive over them.
 
 A stream has one caller for life (docs/hbone.md 4): what a caller left idle is used again for the same identity from the
 same address, and for nobody else, because the backend's uProxy judged both when the stream was opened.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from copy import copy
 from typing import Final, Protocol
 
 from uproxy.errors import RefusedError
@@ -19,6 +20,8 @@ from uproxy.resolve import Hop, host_port
 from waypoint.byte_stream import ByteStream
 from waypoint.caller import Caller, Key
 from waypoint.http1_outgoing import Http1Outgoing
+from waypoint.http2_connection import Http2Connection
+from waypoint.http2_outgoing import Http2Outgoing
 from waypoint.sides import Outgoing
 
 IDLE_TIMEOUT_S: Final = 55.0
@@ -47,6 +50,8 @@ class Upstream:
         self._pool = pool
         self._idle: dict[Key, list[Http1Outgoing]] = {}
         self._count = 0
+        self._shared: dict[Key, list[Http2Connection]] = {}
+        self._opening: dict[Key, list[Waiter[None]]] = {}
 
     @property
     def health(self) -> Health:
@@ -56,7 +61,7 @@ class Upstream:
     @property
     def idle(self) -> int:
         """Connections that wait for a request."""
-        return self._count
+        return self._count + sum(one.quiet for shared in self._shared.values() for one in shared)
 
     async def stream(self, caller: Caller, hop: Hop, cause: Cause) -> ByteStream:
         """A CONNECT stream of its own. Raises RefusedError with what the backend's uProxy said."""
@@ -70,26 +75,33 @@ class Upstream:
         ]
         relay = await self._pool.connect(hop, request)
         try:
-            return ByteStream(relay)
+            return ByteStream.of(relay)
         except ConnectionResetError as error:  # between its 200 and now
             raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
 
-    async def connection(
-        self, caller: Caller, hops: Sequence[Hop], cause: Cause, claim: Waiter[Outgoing], *, fresh: bool
+    async def outgoing(
+        self,
+        caller: Caller,
+        hops: Sequence[Hop],
+        cause: Cause,
+        claim: Waiter[Outgoing],
+        *,
+        http2: bool,
+        fresh: bool,
     ) -> None:
-        """Settle `claim` with a connection to the first of the hops that answers, or fail it with RefusedError.
+        """Settle `claim` with a way to the first of the hops that answers, or fail it with RefusedError.
 
-        A claim that was given up meanwhile leaves the connection for the next request. `fresh`: one that has carried no
-        request.
+        A claim that was given up meanwhile leaves the connection for the next request. `fresh`: on a connection that
+        has carried no request.
         """
         failed: RefusedError | None = None
         try:
             for hop in hops:
                 try:
-                    kept = None if fresh else self.kept(caller, hop)
-                    found = kept or Http1Outgoing(
-                        caller.key(hop), hop, await self.stream(caller, hop, cause), self._keep
-                    )
+                    found = None if fresh else self.kept(caller, hop, http2=http2)
+                    if found is None:
+                        open_ = self._share if http2 else self._dial
+                        found = await open_(caller, hop, cause)
                 except RefusedError as error:
                     log.info("%s: %s", cause.request_id, error)
                     failed = error
@@ -106,9 +118,70 @@ class Upstream:
             claim.fail(failed or RefusedError("connect-failed", "a bug of this proxy; its log has the traceback"))
             del failed  # its traceback holds this frame
 
+    def kept(self, caller: Caller, hop: Hop, *, http2: bool) -> Outgoing | None:
+        """A connection that waits for a request, or can take another one beside those that it carries."""
+        key = caller.key(hop, http2=http2)
+        if http2:
+            for shared in self._shared.get(key, ()):
+                if shared.usable:
+                    return Http2Outgoing(shared, hop, fresh=False)
+            return None
+        kept = self._idle.get(key, [])
+        while kept:
+            connection = kept[-1]
+            self._forget(connection)
+            if connection.quiet:
+                return connection
+            connection.close()  # its server has said something unasked, mostly that it closes
+        return None
+
+    # -- HTTP/2: a connection carries many requests of one caller at once
+
+    async def _share(self, caller: Caller, hop: Hop, cause: Cause) -> Outgoing:
+        """A new connection; of requests that come at once, one opens it for all. Raises RefusedError."""
+        key = caller.key(hop, http2=True)
+        while (opening := self._opening.get(key)) is not None:
+            waiter: Waiter[None] = Waiter(self._plane)
+            opening.append(waiter)
+            await waiter
+            found = self.kept(caller, hop, http2=True)
+            if found is not None:
+                return found
+        waiting = self._opening[key] = []
+        failed: RefusedError | None = None
+        try:
+            stream = await self.stream(caller, hop, cause)
+            try:
+                connection = Http2Connection(stream, lambda gone: self._gone(key, gone), IDLE_TIMEOUT_S)
+            except ConnectionResetError as error:
+                raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
+            self._shared.setdefault(key, []).append(connection)
+            return Http2Outgoing(connection, hop, fresh=True)
+        except RefusedError as error:
+            failed = error
+            raise
+        finally:
+            del self._opening[key]
+            for waiter in waiting:
+                if failed is None:
+                    waiter.set(None)
+                else:
+                    waiter.fail(copy(failed))
+            del failed  # its traceback holds this frame
+
+    def _gone(self, key: Key, connection: Http2Connection) -> None:
+        shared = self._shared.get(key, [])
+        if connection in shared:
+            shared.remove(connection)
+            if not shared:
+                del self._shared[key]
+
+    # -- HTTP/1.1: a connection carries one request at a time
+
     async def _dial(self, caller: Caller, hop: Hop, cause: Cause) -> Outgoing:
         """Raises RefusedError."""
-        return Http1Outgoing(caller.key(hop), hop, await self.stream(caller, hop, cause), self._keep)
+        stream = await self.stream(caller, hop, cause)
+        return Http1Outgoing(caller.key(hop, http2=False), hop, stream, self._keep)
 
     def _keep(self, connection: Http1Outgoing) -> None:
         """It can carry another request."""
@@ -123,17 +196,6 @@ class Upstream:
         kept.append(connection)
         self._count += 1
 
-    def kept(self, caller: Caller, hop: Hop) -> Outgoing | None:
-        """A connection that waits for a request; it is the caller's from here."""
-        kept = self._idle.get(caller.key(hop), [])
-        while kept:
-            connection = kept[-1]
-            self._forget(connection)
-            if connection.quiet:
-                return connection
-            connection.close()  # its server has said something unasked, mostly that it closes
-        return None
-
     def _forget(self, connection: Http1Outgoing) -> None:
         connection.on_gone = _nothing
         kept = self._idle.get(connection.key, [])
@@ -143,6 +205,8 @@ class Upstream:
             if not kept:
                 del self._idle[connection.key]
 
+    # -- the end
+
     def tick(self, now: float) -> None:
         """Called every few seconds: close what was idle for long, or what its server has closed."""
         for kept in list(self._idle.values()):
@@ -150,13 +214,19 @@ class Upstream:
                 if now - connection.idle_since > IDLE_TIMEOUT_S or not connection.quiet:
                     self._forget(connection)
                     connection.close()
+        for shared in list(self._shared.values()):
+            for one in list(shared):
+                one.tick(now)
 
     def close(self) -> None:
-        """Close every idle connection."""
+        """Close every connection; requests that are under way are lost."""
         for kept in list(self._idle.values()):
             for connection in list(kept):
                 self._forget(connection)
                 connection.close()
+        for shared in list(self._shared.values()):
+            for one in list(shared):
+                one.close()
 
 
 def _nothing() -> None: ...

@@ -33,6 +33,10 @@ def key_of_host(host: str) -> str | None:
     return key(namespace, name) if not wrong_service_name(name) and not wrong_dns_label(namespace) else None
 
 
+_HTTP1: Final = frozenset({"http", "http/1.1", "grpc-web"})
+_HTTP2: Final = frozenset({"http2", "grpc", "kubernetes.io/h2c"})
+
+
 @dataclass(frozen=True, slots=True)
 class ServicePort:
     """One port of a service. All are TCP."""
@@ -47,10 +51,18 @@ class ServicePort:
 
     @property
     def is_http(self) -> bool:
-        """Whether a waypoint reads requests here (HTTP/1.1): by `app_protocol`, else by the name, as Istio does."""
+        """Whether a waypoint reads requests here: by `app_protocol`, else by the name, as Istio does."""
+        return self._speaks(_HTTP1) or self._speaks(_HTTP2)
+
+    @property
+    def is_http2(self) -> bool:
+        """Whether requests go to its workloads by HTTP/2, without TLS and without asking (gRPC does)."""
+        return self._speaks(_HTTP2) and not self._speaks(_HTTP1)
+
+    def _speaks(self, protocols: frozenset[str]) -> bool:
         if self.app_protocol:
-            return self.app_protocol in ("http", "http/1.1")
-        return self.name == "http" or self.name.startswith("http-")
+            return self.app_protocol in protocols
+        return any(self.name == protocol or self.name.startswith(f"{protocol}-") for protocol in protocols)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,12 +75,37 @@ def test_headers_of_any_length_arrive(length, early):
         assert answers[0].stream is stream
 
 
-def test_a_header_block_that_fits_no_frame_is_refused_before_it_is_sent(pair):
+def test_a_header_block_that_fits_no_frame_goes_in_several(pair):
+    client, server = pair.client, pair.server
+    for length in (16_300, 16_384, 40_000):
+        headers = [*CONNECT, (b"baggage", b"x" * length)]
+        client.open(headers)
+        events = [e for e in feed(server, drain(client)) if isinstance(e, RequestReceived)]
+        assert [list(e.headers) for e in events] == [headers]
+
+
+def test_a_header_block_that_no_peer_takes_is_refused_before_it_is_sent(pair):
     with pytest.raises(ValueError, match="does not fit"):
-        pair.client.open([*CONNECT, (b"baggage", b"x" * 20_000)])
+        pair.client.open([*CONNECT, (b"baggage", b"x" * (64 << 10))])
     assert pair.client.streams == {}
     mine, _ = pair.opened()
     assert mine.answered
+
+
+def test_a_request_may_have_no_body_and_a_response_interim_heads_and_trailers(pair):
+    client, server = pair.client, pair.server
+    mine = client.open([(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/")], end=True)
+    (request,) = [e for e in feed(server, drain(client)) if isinstance(e, RequestReceived)]
+    assert request.ended
+    early, trailers = [(b":status", b"103"), (b"link", b"</a>")], [(b"grpc-status", b"0")]
+    server.inform(request.stream, early)
+    server.respond(request.stream, OK)
+    server.end(request.stream, trailers)
+    interim, answer, end = feed(client, drain(server))
+    assert (interim.stream, list(interim.headers)) == (mine, early)
+    assert (answer.stream, answer.ended, list(answer.headers)) == (mine, False, list(OK))
+    assert (end.stream, list(end.trailers)) == (mine, trailers)
+    assert client.streams == server.streams == {}
 
 
 def test_half_close_leaves_the_other_direction_open(pair):

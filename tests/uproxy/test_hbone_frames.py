@@ -328,7 +328,7 @@ def test_interim_answers_come_before_the_answer():
     stream = client.open(raw.CONNECT)
     early = frame(HEADERS, END_HEADERS, 1, literal_block([(b":status", b"103")]))
     events = feed(client, early + early + frame(HEADERS, END_HEADERS, 1, RESPONSE_BLOCK))
-    assert [type(e).__name__ for e in events] == ["ResponseReceived"]
+    assert [type(e).__name__ for e in events] == ["InterimReceived", "InterimReceived", "ResponseReceived"]
     assert stream.answered
 
 
@@ -337,7 +337,7 @@ def test_trailers_end_the_stream():
     (received,) = feed(server, request())
     server.respond(received.stream, OK)
     trailers = frame(HEADERS, END, 1, literal_block([(b"x-checksum", b"1")]))
-    assert feed(server, trailers) == [StreamEnded(received.stream)]
+    assert feed(server, trailers) == [StreamEnded(received.stream, [(b"x-checksum", b"1")])]
 
 
 @pytest.mark.parametrize("header", [(b":path", b"/"), (b"connection", b"close"), (b"te", b"gzip"), (b"A", b"b")])

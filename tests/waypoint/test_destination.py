@@ -93,7 +93,7 @@ def test_what_has_not_come_yet_may_be_known_elsewhere() -> None:
         ("https", "", False),
         ("httpx", "", False),
         ("", "", False),
-        ("", "kubernetes.io/h2c", False),
+        ("", "kubernetes.io/h2c", True),
     ],
 )
 def test_which_ports_are_http(name: str, protocol: str, http: bool) -> None:

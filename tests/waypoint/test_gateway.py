@@ -766,7 +766,7 @@ def test_a_caller_that_goes_away_just_when_the_backend_is_there_takes_its_reques
 
     async def client(through: Through) -> None:
         late.plane = through.pair.plane
-        connect = through.upstream.connection
+        connect = through.upstream.outgoing
 
         async def go_away() -> None:
             (tunnel,) = through.server.tunnels()
@@ -774,15 +774,21 @@ def test_a_caller_that_goes_away_just_when_the_backend_is_there_takes_its_reques
             stream.owner.on_gone()
 
         async def connected(
-            caller: Caller, hops: Sequence[Hop], request_id: str, claim: plane.Waiter[Outgoing], *, fresh: bool
+            caller: Caller,
+            hops: Sequence[Hop],
+            request_id: str,
+            claim: plane.Waiter[Outgoing],
+            *,
+            http2: bool,
+            fresh: bool,
         ) -> None:
-            await connect(caller, hops, request_id, claim, fresh=fresh)
+            await connect(caller, hops, request_id, claim, http2=http2, fresh=fresh)
             await go_away()
 
         if waits_for == "configuration":
             through.pair.apply(to_late())
         else:
-            monkeypatch.setattr(through.upstream, "connection", connected)
+            monkeypatch.setattr(through.upstream, "outgoing", connected)
         _, writer = await through.open()
         writer.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 0\r\n\r\n")
         if waits_for == "configuration":

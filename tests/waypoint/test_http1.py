@@ -10,6 +10,7 @@ from waypoint.http1 import (
     NO_BODY,
     UNTIL_CLOSE,
     Body,
+    End,
     Ending,
     Framing,
     MessageError,
@@ -63,7 +64,7 @@ def test_an_exchange() -> None:
     assert responses.reusable
     back = ResponseWriter(request)
     assert back.head(response) == b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
-    assert (content, whole) == (Body(b"hello"), END)
+    assert (content, whole) == (Body(b"hello"), End([(b"t", b"1")]))
     assert back.body(b"hello") + back.end() == b"5\r\nhello\r\n0\r\n\r\n"
     assert not back.close
 

@@ -67,8 +67,30 @@ def test_an_endpoint_tells_of_its_workload_what_a_caller_must_know():
         ("raw", "http", True),
         ("raw", "http/1.1", True),
         ("http", "tcp", False),
-        ("http", "kubernetes.io/h2c", False),
+        ("http", "kubernetes.io/h2c", True),
+        ("grpc", "", True),
+        ("grpcs", "", False),
     ],
 )
 def test_a_port_is_http_by_its_protocol_else_by_its_name(name, app_protocol, http):
     assert ServicePort(name, 80, 80, app_protocol).is_http is http
+
+
+@pytest.mark.parametrize(
+    ("name", "app_protocol", "http2"),
+    [
+        ("http", "", False),
+        ("http2", "", True),
+        ("grpc", "", True),
+        ("grpc-orders", "", True),
+        ("grpc-web", "", False),
+        ("grpc", "http", False),
+        ("http", "grpc", True),
+        ("", "kubernetes.io/h2c", True),
+        ("", "grpc-web", False),
+    ],
+)
+def test_which_ports_speak_http2(name, app_protocol, http2):
+    port = ServicePort(name, 80, 80, app_protocol)
+    assert port.is_http2 is http2
+    assert port.is_http
