@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from control.api import index, messages, records, status
@@ -71,7 +71,14 @@ def _drawn(strategy: st.SearchStrategy[_T], count: int) -> list[_T]:
     """Some values of a strategy, the same every time."""
     drawn: list[_T] = []
 
-    @settings(max_examples=count, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        deadline=None,
+        suppress_health_check=list(HealthCheck),  # fuzzing may be given what others leave of a processor
+    )
     @given(strategy)
     def draw(value: _T) -> None:
         drawn.append(value)
