@@ -41,6 +41,7 @@ from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.token import JoinToken, TokenError
 from control.client import csr
 from control.client.csr import CsrError
+from control.client.dialling import dial
 from control.client.membership import (
     BUNDLE_FILE,
     CHAIN_FILE,
@@ -178,7 +179,7 @@ def _ask(
     host, port = host_and_port(url, CONTROL_SCHEME)
     connection = http.client.HTTPSConnection(host, port, timeout=_STEP_TIMEOUT_S, context=context)
     try:
-        connection.connect()
+        connection.sock = context.wrap_socket(dial(host, port, _STEP_TIMEOUT_S), server_hostname=host)
         if server is not None:
             _check_server(connection.sock, server, url)
         headers = {"Content-Type": "application/json"} if body is not None else {}

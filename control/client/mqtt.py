@@ -21,6 +21,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from control.api.identity import SpiffeId, make_id
 from control.api.messages import MAX_PAYLOAD_BYTES
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
+from control.client.dialling import dial
 from control.client.lean_aiomqtt import aiomqtt
 from control.client.membership import BROKER_SCHEME, host_and_port
 from control.client.x509 import X509Error, check_svid, read_leaf
@@ -31,7 +32,7 @@ KEEPALIVE_S: Final = 15
 """A broker that says nothing for twice as long is gone. It takes us for gone after 1.5 times this (MQTT 3.1.1 section
 3.1.2.10)."""
 TIMEOUT_S: Final = 15.0
-"""For each answer of the broker. paho gives the TCP connection and the handshake 5 s each."""
+"""For each answer of the broker. The TCP connection and the handshake have 5 s each of it."""
 MAX_WAITING_BYTES: Final = 1024 * 1024
 """Of messages that have arrived and were not taken yet. Beyond, the broker waits."""
 READ_SLICE_S: Final = 0.0005
@@ -39,6 +40,7 @@ READ_SLICE_S: Final = 0.0005
 
 _MESSAGE_OVERHEAD_BYTES: Final = 1024  # what a message takes beside its payload
 _MAX_PACKET_BYTES: Final = MAX_PAYLOAD_BYTES + 4096  # with the topic; MQTT itself would let a packet have 256 MB
+_CONNECT_TIMEOUT_S: Final = 5.0  # paho's own
 _FAILURE: Final = 0x80  # the least failure among SUBACK's codes (MQTT 3.1.1 section 3.9.3)
 _LAST_WORD_S: Final = 0.05  # a broker may refuse and hang up at once, and the loop may tell of both in either order
 
@@ -329,6 +331,8 @@ async def connection(
         logger=_quiet,
     )
     client._loop = _Loop(client._loop, link)  # type: ignore[assignment]
+    # paho would try one address after the other, for 5 s each.
+    client._client._create_socket_connection = partial(dial, host, port, _CONNECT_TIMEOUT_S)  # type: ignore[method-assign]
     try:
         await _enter(client, link)
         yield Connection(client, link)
