@@ -1,0 +1,109 @@
+"""gRPC's own interoperability cases, by grpcio, through a waypoint: what is seen is what is seen without it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
+from control.server.ca import Authority
+from tests.support import grpc_interop
+from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP
+from tests.support.through_waypoint import Through, running_waypoint, settled
+from uproxy import plane
+from uproxy.redirect import OriginalDestination, Route
+
+Seen = dict[str, object]
+_LOCAL = "127.0.0.1"
+_PEER = (sys.executable, "-m", "tests.support.grpc_interop")
+
+
+DENIED = AuthorizationPolicy(
+    "shop",
+    "no",
+    Action.DENY,
+    None,
+    (Rule(operations=(Operation(paths=("/interop.Refused/*",)),)),),
+    (Target("Gateway", "shop/wp"),),
+)
+
+
+@contextlib.asynccontextmanager
+async def a_door(through: Through) -> AsyncIterator[int]:
+    """A local port whose connections are web's to db."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server((_LOCAL, 0)) as listener:
+        listener.setblocking(False)
+
+        async def accept() -> None:
+            while True:
+                sock, _ = await loop.sock_accept(listener)
+                sock.setblocking(False)
+                serving = through.pair.web.outbound.serve(sock, OriginalDestination(VIP, SERVICE_PORT, Route.TUNNEL))
+                through.pair.plane.run(lambda serving=serving: through.pair.plane.spawn(serving))
+
+        async with asyncio.TaskGroup() as tasks:
+            accepting = tasks.create_task(accept())
+            yield listener.getsockname()[1]
+            accepting.cancel()
+
+
+async def called(address: str, port: int) -> Seen:
+    caller = await asyncio.create_subprocess_exec(*_PEER, "call", address, str(port), stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(60):
+        told, _ = await caller.communicate()
+    return json.loads(told)
+
+
+async def both_ways(directory: Path) -> tuple[Seen, Seen, list[tuple[str, str]]]:
+    authority = Authority.create(directory / "ca", "cluster.local")
+    server = await asyncio.create_subprocess_exec(
+        *_PEER, "serve", DB_ADDRESS, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert server.stdout is not None
+    try:
+        port = int(await server.stdout.readline())
+        without = await called(DB_ADDRESS, port)
+        async with running_waypoint(directory, authority, port, "grpc") as through, a_door(through) as door:
+            through.pair.apply(DENIED)
+            seen = await called(_LOCAL, door)
+            through.pair.plane.run(through.gateway.close_idle)
+            through.pair.plane.run(through.upstream.close)
+            await settled(through)
+            logged = [(one.path, one.grpc_status) for one in through.telemetry.exchanges]
+    finally:
+        server.terminate()
+        await server.wait()
+    return without, seen, logged
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen, list[tuple[str, str]]]:
+    return plane.run(both_ways(tmp_path_factory.mktemp("grpc")))
+
+
+@pytest.mark.parametrize("case", [case for case in grpc_interop.CASES if case != "refused"])
+def test_interop(seen: tuple[Seen, Seen, object], case: str) -> None:
+    without, through, _ = seen
+    assert through[case] == without[case]
+
+
+def test_a_refusal_is_a_grpc_status(seen: tuple[Seen, Seen, object]) -> None:
+    without, through, _ = seen
+    assert without["refused"] == ["StatusCode.UNIMPLEMENTED", "Method not found!"]
+    assert through["refused"] == ["StatusCode.PERMISSION_DENIED", "RBAC: access denied"]
+
+
+def test_statuses_are_recorded(seen: tuple[object, object, list[tuple[str, str]]]) -> None:
+    _, _, logged = seen
+    assert ("/interop.Test/Unary", "0") in logged
+    assert ("/interop.Test/Unary", "16") in logged
+    assert ("/interop.Test/Nothing", "12") in logged
+    assert ("/interop.Refused/Unary", "7") in logged
