@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import msgpack
 import pytest
 
 from control.api.address import IpAddress, parse_address
+from control.api.gateway import Binding, Via
 from control.api.identity import SpiffeId
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 from control.client.state import State
+from control.client.x509 import CertificateId, RevocationList
 from tests.support.certificates import DB, WEB
 from tests.support.pair import SERVICE_PORT, VIP, WEB_ADDRESS, published, workload
 from uproxy.direct import DirectPath
 from uproxy.outbound import Self
 from uproxy.resolve import Resolver
 from uproxy.telemetry import Telemetry
+from uproxy.tls import Revocations
+from uproxy.tunnel import Tunnel
 
 FIRST, SECOND = parse_address("10.0.0.1"), parse_address("10.0.0.2")
 OTHER = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/other")
+_ISSUER = b"CN=ca"
 
 
 def own(*, direct: bool) -> Workload:
@@ -97,3 +107,89 @@ def test_nothing_is_said_of_what_may_not_go_direct() -> None:
     reach(path, state, FIRST)
     assert not path._said().direct
     assert not proved(path)
+
+
+def carrier(identity: SpiffeId = WEB, *, until: float = math.inf, serial: int = 1) -> Tunnel:
+    """What is asked of a tunnel by which somebody came."""
+    certificates = (CertificateId(_ISSUER, serial),)
+    told = SimpleNamespace(
+        peer=identity, peer_address=FIRST, peer_port=40_000, peer_expires_at=until, certificates=certificates
+    )
+    return cast("Tunnel", told)
+
+
+def destination(state: State, *carriers: Tunnel) -> DirectPath:
+    path = path_of(state)
+    path.may_enter = lambda *_: True
+    for one in carriers:
+        path.let_in(one, WEB_ADDRESS, 7000)
+    path.changed()
+    return path
+
+
+def allowed(path: DirectPath) -> set[SpiffeId]:
+    return {one.identity for one in path._said().allowed}
+
+
+def revoked(*serials: int) -> Revocations:
+    return Revocations((RevocationList(_ISSUER, frozenset(serials)),))
+
+
+def test_a_caller_that_was_let_in_is_allowed_until_it_would_not_be() -> None:
+    state = mesh()
+    path = destination(state, carrier(), carrier(OTHER, serial=2))
+    assert allowed(path) == {WEB, OTHER}
+    path.may_enter = lambda peer, *_: peer == WEB
+    path.changed()
+    assert allowed(path) == {WEB}
+    path._local = frozenset()
+    path.changed()
+    assert allowed(path) == set()
+
+
+def test_a_caller_is_allowed_for_as_long_as_its_certificate_holds() -> None:
+    path = destination(mesh(), carrier(until=time.time() - 1), carrier(OTHER, until=time.time() + 60))
+    assert allowed(path) == {OTHER}
+
+
+def test_a_caller_whose_certificate_is_revoked_is_allowed_no_more() -> None:
+    path = destination(mesh(), carrier(), carrier(OTHER, serial=2))
+    path.renewed(revoked(3))
+    assert allowed(path) == {WEB, OTHER}
+    path.renewed(revoked(1, 3))
+    assert allowed(path) == {OTHER}
+
+
+def test_with_another_certificate_of_its_own_a_caller_goes_by_a_tunnel_once_more() -> None:
+    state = mesh()
+    path = path_of(state)
+    reach(path, state, FIRST)
+    path.renewed(Revocations())
+    assert not proved(path)
+    reach(path, state, FIRST)
+    assert proved(path) == {FIRST: DB, SECOND: None}
+
+
+def test_a_service_that_is_bound_to_a_waypoint_meanwhile_is_said_no_more() -> None:
+    state = mesh()
+    path = path_of(state)
+    reach(path, state, FIRST)
+    service = state.service("shop/db")
+    assert service is not None
+    state.apply([published(dataclasses.replace(service, binding=Binding("shop/wp", Via.WAYPOINT)), 2)])
+    path.changed()
+    assert not proved(path)
+
+
+def test_another_process_goes_on_with_all_that_is_known() -> None:
+    state = mesh()
+    path = destination(state, carrier(until=2e9), carrier(OTHER, until=2e9, serial=2))
+    reach(path, state, FIRST)
+    next_one = path_of(state)
+    next_one.may_enter = lambda *_: True
+    next_one.go_on(msgpack.unpackb(msgpack.packb(path.describe())))
+    next_one.changed()
+    assert next_one._said() == path._said()
+    assert (allowed(next_one), proved(next_one)) == ({WEB, OTHER}, {FIRST: DB, SECOND: None})
+    next_one.renewed(revoked(2))
+    assert allowed(next_one) == {WEB}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,13 @@ class Mesh:
 
     def _envelope(self, body: messages.Body | None) -> bytes:
         return messages.encode(Envelope(1, self._version, 0, body))
+
+
+class NotToBeGoneThrough(dict[Any, Any]):
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("all entries are gone through")
+
+    keys = values = items = __iter__
 
 
 names = st.sampled_from(["a", "b", "c", "d"])
@@ -217,6 +226,23 @@ class TestOnKernelMaps:
         assert sync.narrowed
         assert not sync.passes(vip, 53)
         assert maps.datagrams.items() == {}
+
+    def test_a_change_of_one_address_does_not_go_through_all(self, maps, monkeypatch):
+        """With 100,000 that takes milliseconds, for each endpoint that comes or goes."""
+        self.empty(maps)
+        sync, mesh = Sync(maps, RANGES), Mesh()
+        others = service("db", "240.240.0.2"), workload("db", "10.0.0.2")
+        dns = {parse_address("10.0.0.3"): ResidentWorkload("default", "dns", "dns", {}, (), (53,))}
+        sync.apply(mesh.become(*others, dns))
+        for mirror in (sync._services, sync._workloads, sync._datagrams):
+            monkeypatch.setattr(mirror, "entries", NotToBeGoneThrough(mirror.entries))
+        web = {parse_address("10.0.0.1"): ResidentWorkload("default", "web", "web", {}, (), (53,))}
+        for step in ((*others, dns, service("web", "240.240.0.1"), web), others):
+            sync.apply(mesh.become(*step), mesh.changed)
+            wanted = desired({ip: one for residents in step for ip, one in residents.items()})
+            assert maps.services.items() == wanted.services
+            assert maps.workloads.items() == wanted.workloads
+            assert maps.datagrams.items() == wanted.datagrams
 
     def test_only_what_changed_is_looked_at(self, maps):
         self.empty(maps)
