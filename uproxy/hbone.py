@@ -409,7 +409,7 @@ class Connection:
         if stream.unacknowledged * 4 >= stream.recv_limit and not stream.remote_closed:
             credit = stream.unacknowledged
             stream.unacknowledged = 0
-            if self._undisturbed >= UNDISTURBED:
+            if self._undisturbed >= UNDISTURBED or len(self.streams) == 1:
                 if keeps_up and stream.recv_limit < MAX_STREAM_WINDOW:
                     credit += self._grow(stream)
             elif self._undisturbed <= credit and stream.recv_limit > self.limits.stream_window:

@@ -311,6 +311,21 @@ def test_small_messages_beside_it_take_the_large_window_back():
     assert moves(bulk, bulk_end, 100_000) == MAX_STREAM_WINDOW
 
 
+def test_who_is_alone_has_the_large_window_whatever_was_beside_it():
+    pair = Pair()
+    small, small_end = pair.opened()
+    put(pair.client, small, b"small")
+    pair.exchange()
+    pair.server.consumed(small_end, 5, keeps_up=True)
+    pair.server.reset(small_end, ErrorCode.CANCEL)
+    pair.exchange()
+    mine, theirs = pair.opened()
+    sent = put(pair.client, mine, bytes(100_000))
+    pair.exchange()
+    pair.server.consumed(theirs, sent, keeps_up=True)
+    assert theirs.recv_limit == MAX_STREAM_WINDOW
+
+
 def test_streams_that_all_move_much_have_the_large_window_side_by_side():
     pair = Pair()
     streams = [pair.opened() for _ in range(4)]
