@@ -332,12 +332,14 @@ def _repetition(item: _Maker, low: int, high: int | None) -> _Maker:
             part = item(automaton)
             automaton.connect(part.last, part.first)
             rest = _Part(part.empty or not low, part.first, part.last)
-        for _ in range((high or low) - low):
-            part = automaton.join(item(automaton), rest)
-            rest = _Part(True, part.first, part.last)
         # The last of those that there must be is the one that goes on for ever.
-        for _ in range(low - (high is None and low > 0)):
-            rest = automaton.join(item(automaton), rest)
+        needed = low - (high is None and low > 0)
+        for left in range((high or low) - low + needed, 0, -1):
+            part = item(automaton)
+            if not part.first:  # nothing, however often: what has no position is not bounded by their number
+                return _NOTHING
+            part = automaton.join(part, rest)
+            rest = part if left <= needed else _Part(True, part.first, part.last)
         return rest
 
     return make

@@ -18,6 +18,7 @@ PARSERS: Final = (
     "certificates",
     "channel_messages",
     "dns_messages",
+    "expressions",
     "fork_orders",
     "header_blocks",
     "http1_requests",

@@ -59,6 +59,8 @@ def test_it_matches_what_python_does(text, asked):
         ("[a-]", ["-", "a"], ["b"]),
         ("a{0}", [""], ["a"]),
         ("ü+", ["üü"], ["u"]),
+        ("(((){1000}){1000}){1000}a", ["a"], ["", "aa"]),
+        ("((((|a{0}){1,1000}){1000}){1000,}){1000}", [""], ["a"]),
     ],
 )
 def test_what_expressions_match(text, yes, no):
