@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from benchmarks.lab.topology import Lab, Workload
 from control.server.serve import STORE_FILE
 from tests.mesh.test_datagrams import passes, udp
 from tests.support import inside
+from tests.support.upgrading import running as uproxies
+from tests.support.upgrading import upgrade
 
 _PORT = 9000
 _PEER = ("240.240.0.30", _PORT)
@@ -166,6 +168,16 @@ class TestWithoutThem:
         _await(mesh, "echo")
         assert mesh.caller.proxy_pid() != old
 
+    def test_upgraded_uproxy_begins_with_what_the_old_one_knew(self, mesh: Controlled) -> None:
+        with inside.dial(mesh.caller, _PEER) as held:
+            held.sendall(b"x")
+            assert held.recv(1) == b"x"
+            for workload in (mesh.caller, mesh.peer):
+                upgrade(workload)
+                assert _ends(mesh) == "echo"
+            held.sendall(b"y")
+            assert held.recv(1) == b"y"
+
     def test_what_was_never_dialled_is_refused_and_says_so(self, mesh: Controlled) -> None:
         began = time.monotonic()
         assert _ends(mesh, _UNUSED) == "ECONNRESET"
@@ -205,6 +217,29 @@ class TestChanges:
                 with pytest.raises(ConnectionResetError):
                     made.recv(1)
             assert _ends(mesh) == "ECONNRESET"
+            mesh.control.meshctl("label", "workload", "peer", "closed-", "-n", "load", "--overwrite")
+            _await(mesh, "echo")
+        finally:
+            mesh.control.meshctl("delete", "policy", "nobody", "-n", "load")
+
+    def test_upgraded_uproxy_follows_and_reports_and_the_old_one_only_follows(self, mesh: Controlled) -> None:
+        mesh.control.apply(_DENY)
+        try:
+            with inside.dial(mesh.caller, _PEER) as of_the_old, ExitStack() as stack:
+                of_the_old.sendall(b"x")
+                assert of_the_old.recv(1) == b"x"
+                (old,) = uproxies(mesh.peer)
+                new = upgrade(mesh.peer)
+                of_the_new = stack.enter_context(inside.dial(mesh.caller, _PEER))
+                of_the_new.sendall(b"x")
+                assert of_the_new.recv(1) == b"x"
+                assert uproxies(mesh.peer) == {old, new}
+                mesh.control.meshctl("label", "workload", "peer", "closed=yes", "-n", "load")
+                for made in (of_the_old, of_the_new):
+                    with pytest.raises(ConnectionResetError):
+                        made.recv(1)
+                inside.eventually(lambda: uproxies(mesh.peer) == {new})  # the end of the old one
+            assert _current(mesh)["ok"] is True
             mesh.control.meshctl("label", "workload", "peer", "closed-", "-n", "load", "--overwrite")
             _await(mesh, "echo")
         finally:

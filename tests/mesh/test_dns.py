@@ -22,6 +22,8 @@ import pytest
 from benchmarks.lab.apps import commands
 from benchmarks.lab.topology import Host, Lab, Workload
 from tests.support import inside
+from tests.support.upgrading import running as uproxies
+from tests.support.upgrading import upgrade
 from uproxy.entrance import Entrance
 
 _PORT = 9000
@@ -228,6 +230,32 @@ def test_over_ipv6_too(site: Site) -> None:
     told = site.run(site.caller6, conf, _DIAL, str(_PORT), "peer6.load", "peer6.load.svc.cluster.local")
     assert told == [f"{name} {_PEER6} x" for name in ("peer6.load", "peer6.load.svc.cluster.local")]
     assert site.nameserver.heard == []
+
+
+@pytest.mark.parametrize("site", ["files"], indirect=True)
+def test_no_query_is_lost_while_the_uproxy_is_upgraded(site: Site) -> None:
+    ended = threading.Event()
+    answers: list[object] = []
+
+    def ask() -> None:
+        while not ended.is_set():
+            for name in ("peer.load", "www.example.com"):
+                try:
+                    answers.append(site.addresses(name))
+                except OSError as error:
+                    answers.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(2):
+            upgrade(site.caller)
+    finally:
+        ended.set()
+        asking.join()
+    inside.eventually(lambda: len(uproxies(site.caller)) == 1, 20)
+    assert len(answers) > 10
+    assert all(one in ([_PEER], [_PUBLIC]) for one in answers), answers
 
 
 def test_search_domains_find_short_names(site: Site) -> None:

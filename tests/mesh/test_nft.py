@@ -30,6 +30,8 @@ from benchmarks.lab.topology import MESH_RANGES, App, Host, Lab, Workload, Workl
 from bpf import loader
 from tests.support import inside, open_loop
 from tests.support.secrecy import nothing_in_the_clear
+from tests.support.upgrading import running as uproxies
+from tests.support.upgrading import upgrade
 from uproxy import linux
 from uproxy.entrance import sockets_inside
 
@@ -416,6 +418,26 @@ class TestDeath:
                     time.sleep(chance.uniform(0.1, 1.2))
                 open_loop.go_on(loads)
         open_loop.assert_refused_or_reset(loads, seed)
+
+    def test_upgrades_under_load_refuse_and_cut_nothing(self, mesh: Mesh) -> None:
+        """In explicit mode, too."""
+        mark = secrets.token_bytes(16)
+        pairs = [(mesh.callers[name], mesh.peers[name], mesh.vip(name)) for name in ("nft4", "nft6")]
+        pairs.append((mesh.callers["none4"], mesh.peers["nft4"], ("127.0.0.1", _FORWARDED)))
+        workloads = {workload.name: workload for pair in pairs for workload in pair[:2]}.values()
+        with nothing_in_the_clear((mesh.a, mesh.b), mark):
+            payload = mark + random.randbytes(500)
+            with open_loop.running(pairs, payload, rate=25.0, held=3, most_s=60.0) as loads:
+                open_loop.wait_for(loads, 5)
+                for workload in workloads:
+                    former = uproxies(workload)
+                    assert upgrade(workload) not in former
+                open_loop.go_on(loads)
+        for load in loads:
+            assert load.outcomes.keys() == {"ok"}, load.outcomes
+            assert not load.broken
+        for workload in workloads:
+            inside.eventually(lambda workload=workload: len(uproxies(workload)) == 1, 30)
 
     def test_killed_launcher_leaves_it_closed_and_the_next_one_cleans_up(self, mesh: Mesh) -> None:
         job, mark = _job(mesh), secrets.token_bytes(16)

@@ -57,8 +57,9 @@ def test_upgrades_under_load_refuse_and_cut_nothing(mesh: Mesh) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 def test_twenty_upgrades_of_each_end_refuse_and_cut_nothing(mesh: Mesh) -> None:
-    _under_load(mesh, 20, 280)
+    _under_load(mesh, 20, 400)
 
 
 def test_connections_that_go_direct_never_notice(mesh: Mesh) -> None:

@@ -21,7 +21,7 @@ from control.client.state import State
 from control.client.x509 import CertificateId, RevocationList
 from tests.support.certificates import DB, WEB
 from tests.support.pair import SERVICE_PORT, VIP, WEB_ADDRESS, published, workload
-from uproxy.direct import DirectPath
+from uproxy.direct import DirectPath, _Caller, _Proof
 from uproxy.outbound import Self
 from uproxy.resolve import Resolver
 from uproxy.telemetry import Telemetry
@@ -193,3 +193,40 @@ def test_another_process_goes_on_with_all_that_is_known() -> None:
     assert (allowed(next_one), proved(next_one)) == ({WEB, OTHER}, {FIRST: DB, SECOND: None})
     next_one.renewed(revoked(2))
     assert allowed(next_one) == {WEB}
+
+
+def test_another_process_goes_on_with_all_that_was_said() -> None:
+    state = mesh()
+    path = path_of(state)
+    reach(path, state, FIRST)
+    path.may_enter = lambda *_: True
+    certificates = (CertificateId(b"issuer", 2**159 + 7), CertificateId(b"root", 1))
+    for number in range(40):
+        caller = _Caller(DB, FIRST, WEB_ADDRESS, 7000 + number)
+        path._allowed[caller] = _Proof(4000 + number, 1e12, certificates)
+    pieces = [msgpack.unpackb(msgpack.packb(piece)) for piece in path.describe()]
+    assert len(pieces) > 2, "each is small"
+    heir = path_of(state)
+    heir._local = frozenset()
+    heir.may_enter = path.may_enter
+    heir.go_on(pieces)
+    assert heir._said() == path._said()
+    assert heir._allowed == path._allowed
+    assert heir._local == path._local
+    heir._forget_callers()
+    assert heir._allowed == path._allowed
+    heir.may_enter = lambda *_: False
+    heir._forget_callers()
+    assert not heir._allowed, "policy is asked again"
+
+
+def test_what_cannot_be_read_is_an_error_and_what_may_not_go_direct_says_nothing() -> None:
+    state = mesh()
+    wrong = [{"dialled": [["nowhere", 1]]}, {"proven": [[FIRST, "db"]]}, {"allowed": [[1]]}, {"local": [7]}]
+    for piece in wrong:
+        with pytest.raises(ValueError, match="cannot be read"):
+            path_of(state).go_on([piece])
+    state.apply([published(own(direct=False), 2)])
+    path = path_of(state)
+    path.go_on([{"dialled": [[VIP, SERVICE_PORT]], "proven": [[FIRST, str(DB)]], "local": [FIRST]}])
+    assert not path._said().choices
