@@ -27,7 +27,7 @@ _RATE = 25.0  # connections a second of each pair: the machine is shared, and wh
 _HELD = 3
 
 
-def _under_load(mesh: Mesh, rounds: int, most_s: float) -> None:
+def _under_load(mesh: Mesh, rounds: int, most_s: float = 90.0) -> None:
     """Each of four uProxies is upgraded `rounds` times, in any order."""
     seed = secrets.randbits(32)
     chance = random.Random(seed)
@@ -53,13 +53,14 @@ def _under_load(mesh: Mesh, rounds: int, most_s: float) -> None:
 
 
 def test_upgrades_under_load_refuse_and_cut_nothing(mesh: Mesh) -> None:
-    _under_load(mesh, 1, 60)
+    _under_load(mesh, 1)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_twenty_upgrades_of_each_end_refuse_and_cut_nothing(mesh: Mesh) -> None:
-    _under_load(mesh, 20, 400)
+def test_twenty_upgrades_of_each_uproxy_refuse_and_cut_nothing(mesh: Mesh) -> None:
+    for _ in range(4):  # a load has all of its sockets from the beginning
+        _under_load(mesh, 5)
 
 
 def test_connections_that_go_direct_never_notice(mesh: Mesh) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.capture import run_inside
-from uproxy import linux
+from uproxy import linux, supervision, upgrade
 from uproxy.entrance import Account, Entrance
 from uproxy.sidecar import IDENTITY_FILES, IdentityCopy, JoinedIdentity, OwnProcess, Sidecar
 from uproxy.supervision import SIGNALS, LaunchError, Supervision
@@ -32,13 +34,16 @@ def copy(source: Path, tmp_path: Path) -> IdentityCopy:
     return IdentityCopy(source, tmp_path / "copy", _ACCOUNT)
 
 
+Supervise = Callable[[str, str], tuple[int, str]]
+
+
 class _Free:
     """An entrance that leads nowhere."""
 
     netns_fd = -1
 
     def __call__(self) -> None:
-        pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # as any does
 
 
 @pytest.fixture
@@ -224,3 +229,111 @@ class TestSupervision:
         told = supervise(make(script), 10)
         assert "the sidecar ended (SIGKILL); connections are refused until it is back" in told
         assert "serves again (restart 1)" in told
+
+
+@pytest.mark.root
+class TestUpgrades:
+    """The launcher's command asks for them, with `uproxy upgrade`."""
+
+    _READY = "echo ready > /proc/$$/fd/$2; exec sleep 100"
+
+    @pytest.fixture
+    def supervise(self, make: Callable[[str], Sidecar], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Supervise:
+        """With the first sidecar ready at once, what becomes of the next ones: (command's status, sidecar, output)."""
+
+        def run(later: str, command: str) -> tuple[int, str]:
+            pids = tmp_path / "pids"
+            first = f"echo $$ >> {pids}; if [ $(wc -l < {pids}) = 1 ]; then {self._READY}; fi; cd {tmp_path}; {later}"
+
+            def in_child() -> int:
+                signals = linux.SignalFd(SIGNALS)
+                sidecar = make(first)
+                with upgrade.requests(tmp_path, "web") as requests:
+                    supervision = Supervision("web", signals, sidecar, requests)
+                    try:
+                        supervision.start_sidecar(10)
+                        entrance: Entrance = _Free()  # type: ignore[assignment]
+                        environment = {**os.environ, "UPGRADE": f"{sys.executable} -m uproxy upgrade web"}
+                        environment |= {"STATE": str(tmp_path), "SIDECAR": str(sidecar.pid)}
+                        return supervision.run(["sh", "-c", command], entrance, environment)
+                    finally:
+                        supervision.end_sidecar(5)
+                        assert not sidecar.processes()
+                        signals.close()
+
+            status: int = run_inside(None, None, in_child)
+            out, err = capfd.readouterr()
+            return status, out + err
+
+        return run
+
+    def test_the_new_one_takes_over_and_the_old_one_is_left_to_drain(self, supervise: Supervise) -> None:
+        status, told = supervise(self._READY, "$UPGRADE --state-dir $STATE && kill -0 $SIDECAR")
+        assert status == 0, told
+        assert "web: the sidecar is pid" in told
+        assert "; draining: " in told
+
+    def test_one_that_gives_up_leaves_the_old_one(self, supervise: Supervise) -> None:
+        status, told = supervise("exit 1", "$UPGRADE --state-dir $STATE || { kill -0 $SIDECAR && exit 7; }")
+        assert status == 7, told
+        assert "the new one did not take over: its messages say why; the sidecar is as before" in told
+        assert "connections are refused" not in told
+
+    def test_one_that_takes_too_long_is_killed(self, supervise: Supervise, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(supervision, "UPGRADE_TIMEOUT_S", 0.5)
+        status, told = supervise("sleep 100", "$UPGRADE --state-dir $STATE || { kill -0 $SIDECAR && exit 7; }")
+        assert status == 7, told
+        assert "it took too long" in told
+
+    def test_there_is_one_at_a_time(self, supervise: Supervise) -> None:
+        one, begun = "$UPGRADE --state-dir $STATE", "[ $(wc -l < $STATE/pids) = 2 ]"
+        command = f"{one} & until {begun}; do sleep 0.05; done; {one} && exit 1; touch $STATE/go; wait"
+        status, told = supervise(f"until [ -e go ]; do sleep 0.05; done; {self._READY}", command)
+        assert status == 0, told
+        assert "an upgrade is under way" in told
+        assert "web: the sidecar is pid" in told
+
+    def test_old_one_that_dies_meanwhile_is_followed_by_the_new_one(self, supervise: Supervise) -> None:
+        later = f"kill -9 $(head -n 1 pids); sleep 0.5; {self._READY}"
+        status, told = supervise(later, "$UPGRADE --state-dir $STATE")
+        assert status == 0, told
+        assert "connections are refused until it is back" in told
+        assert "web: the sidecar is pid" in told
+        assert told.count("serves again") == 0, "it was not restarted besides"
+
+    def test_too_many_that_drain_are_enough(self, supervise: Supervise, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(supervision, "MAX_FORMER", 1)
+        one = "$UPGRADE --state-dir $STATE"
+        status, told = supervise(self._READY, f"{one} && {{ {one} || exit 7; }}")
+        assert status == 7, told
+        assert "1 former sidecars still carry connections" in told
+
+    def test_whoever_says_anything_else_is_told_so(self, supervise: Supervise) -> None:
+        status, told = supervise("exit 1", f"{sys.executable} -c '{_SAYS_ANYTHING}' $STATE")
+        assert status == 0, told
+        assert told.count("knows upgrades only") == 3
+
+    def test_without_a_launcher_it_fails(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert upgrade.main(["web", "--state-dir", str(tmp_path)]) == 1
+        assert "does `uproxy exec` run it" in capsys.readouterr().err
+        assert upgrade.main(["web", "--state-dir", str(tmp_path / "none")]) == 1
+
+    def test_however_long_its_name_is(self, tmp_path: Path) -> None:
+        name = "a." * 120 + "a"
+        with upgrade.requests(tmp_path, name), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            (path,) = tmp_path.iterdir()
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert path.name.startswith(".")
+            with linux.short_path(tmp_path, path.name) as short:
+                asking.connect(short)
+        assert not list(tmp_path.iterdir())
+
+
+_SAYS_ANYTHING = """
+import socket, sys
+for said in (b"x", b"\\x81\\xa2op\\xa1x", b""):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(sys.argv[1] + "/.web.sock")
+    sock.send(said)
+    print(sock.recv(4096))
+"""
