@@ -28,16 +28,13 @@ HANDED_OVER = Outcome(Flag.NONE, "another process goes on with it")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a relay has come."""
+    """How far a relay has come. An end that was said can be read again, so it is not here."""
 
     sent: int = 0
     received: int = 0
     pending_in: bytes = b""
     """Read from the peer, and not taken by the application yet."""
     pending_out: bytes = b""
-    ended_in: bool = False
-    """The peer sent FIN, and so was the application."""
-    ended_out: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -83,8 +80,8 @@ class PlainRelay:
     def attach(self, app: socket.socket) -> None:
         """Start copying. The relay owns both sockets from here. The caller has said `reset_on_close`."""
         before = self._before
-        self._in = _Way(self._peer, app, "peer", bytearray(before.pending_in), before.ended_in)
-        self._out = _Way(app, self._peer, "application", bytearray(before.pending_out), before.ended_out)
+        self._in = _Way(self._peer, app, "peer", bytearray(before.pending_in))
+        self._out = _Way(app, self._peer, "application", bytearray(before.pending_out))
         self._rearm()
 
     @property
@@ -96,8 +93,7 @@ class PlainRelay:
     def progress(self) -> Progress:
         assert self._in is not None
         assert self._out is not None
-        into, out_of = self._in, self._out
-        return Progress(self.sent, self.received, bytes(into.pending), bytes(out_of.pending), into.ended, out_of.ended)
+        return Progress(self.sent, self.received, bytes(self._in.pending), bytes(self._out.pending))
 
     def let_go(self) -> None:
         """Another process has both sockets now."""

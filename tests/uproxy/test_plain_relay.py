@@ -135,17 +135,42 @@ async def in_plane(test) -> None:
 def test_a_reader_that_does_not_read_stops_its_writer():
     async def test(data_plane: Plane, relayed: Relayed) -> None:
         caller, _ = relayed.ends
-        stuck_since = time.monotonic()
-        while time.monotonic() - stuck_since < 0.2:
-            before = caller.sent
-            caller.write(1 << 20)
-            if caller.sent > before:
-                stuck_since = time.monotonic()
-            await asyncio.sleep(0.001)
+        await fill(caller)
         assert len(relayed.relay._in.pending) <= READ_BYTES
         assert caller.sent < 1 << 20  # the kernel's four buffers, and one read
 
     plane.run(in_plane(test))
+
+
+def test_what_waits_goes_along_when_another_process_goes_on():
+    """In both directions, behind an end that was said; and until all has arrived, whoever dies resets."""
+
+    async def test(data_plane: Plane, relayed: Relayed) -> None:
+        for end in relayed.ends:
+            await fill(end)
+            end.say_end()
+        before = relayed.relay.progress
+        assert before.pending_in
+        assert before.pending_out
+        relayed.move(data_plane)
+        assert relayed.relay.progress == before
+        for sock in relayed.relay.sockets or ():
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == b"\1\0\0\0\0\0\0\0"
+        await to_the_end([relayed.ends])
+        check(relayed.ends, was_cut=False)
+        assert [bytes(end.received) for end in relayed.ends] == [end.content for end in relayed.ends[::-1]]
+
+    plane.run(in_plane(test))
+
+
+async def fill(end: End) -> None:
+    stuck_since = time.monotonic()
+    while time.monotonic() - stuck_since < 0.2:
+        before = end.sent
+        end.write(1 << 20)
+        if end.sent > before:
+            stuck_since = time.monotonic()
+        await asyncio.sleep(0.001)
 
 
 def test_an_end_that_hangs_up_both_ways_costs_no_turns_while_its_last_bytes_wait(monkeypatch: pytest.MonkeyPatch):

@@ -295,7 +295,7 @@ class TestUpgrades:
 
     def test_old_one_that_dies_meanwhile_is_followed_by_the_new_one(self, supervise: Supervise) -> None:
         later = f"kill -9 $(head -n 1 pids); sleep 0.5; {self._READY}"
-        status, told = supervise(later, "$UPGRADE --state-dir $STATE")
+        status, told = supervise(later, "$UPGRADE --state-dir $STATE && [ $(wc -l < $STATE/pids) = 2 ]")
         assert status == 0, told
         assert "connections are refused until it is back" in told
         assert "web: the sidecar is pid" in told
