@@ -49,9 +49,11 @@ MAX_REMEMBERED_HOSTS = 1024
 LEAVING_S = 30.0
 # Connections in plaintext, which cost their peers nothing; as many as there may be tunnels.
 MAX_PLAINTEXT = 4096
-# A peer in plaintext that is silent for half of it is asked four times, with TCP's keepalive, whether it is there.
+# A peer in plaintext that is silent for half of it is asked four times, with TCP's keepalive, whether it is there; one
+# that acknowledges nothing of what is sent to it has as long, which would be a quarter of an hour by itself.
 PLAINTEXT_GONE_S = 120
 _KEEPALIVE = (
+    (socket.TCP_USER_TIMEOUT, PLAINTEXT_GONE_S * 1000),
     (socket.TCP_KEEPIDLE, PLAINTEXT_GONE_S // 2),
     (socket.TCP_KEEPINTVL, PLAINTEXT_GONE_S // 8),
     (socket.TCP_KEEPCNT, 4),

@@ -170,5 +170,7 @@ def test_a_peer_that_is_silent_is_asked_whether_it_is_there(tmp_path: Path) -> N
             assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             asked = [peer.getsockopt(socket.IPPROTO_TCP, option) for option in (4, 5, 6)]  # IDLE, INTVL, CNT
             assert asked[0] + asked[1] * asked[2] == inbound.PLAINTEXT_GONE_S
+            unacknowledged_ms = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert unacknowledged_ms == inbound.PLAINTEXT_GONE_S * 1000
 
     run(tmp_path, test)
