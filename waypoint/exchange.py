@@ -294,6 +294,9 @@ class Exchanges:
         if backend is None:
             raise RefusalError(500, "no-backend", "the route that matches has no backend", flag=flags.NO_ROUTE)
         exchange.backend_service = backend.service
+        if backend.refused:
+            unasked = f"no ReferenceGrant lets this route send to Service {backend.service}"
+            raise RefusalError(500, "no-backend", unasked, flag=flags.NO_ROUTE)
         try:
             try:
                 return backend, self._destinations.backends(backend.service, backend.port)
@@ -306,6 +309,8 @@ class Exchanges:
         except RefusedError as error:
             if error.reason == "shutting-down":
                 raise
+            if self._state.service(backend.service) is None and error.reason == "no-endpoint":
+                raise RefusalError(500, "no-backend", error.detail, flag=flags.NO_ROUTE) from None
             raise RefusalError(503, error.reason, error.detail, flag=flags.NO_BACKEND) from None
 
     async def _follow(self, directory: Directory, service_key: str, course: _Course) -> None:

@@ -204,7 +204,11 @@ def _route(rule: RouteRule | None, request: Request, port: int) -> tuple[Step, l
     if rule.filters.redirect is not None:
         where = location(rule.filters.redirect, rule, request, port)
         return Step("route", True, f"{asked}: {name} {rule.filters.redirect.status} {where}"), []
-    backends = [(backend.service, backend.port, backend.weight) for backend in rule.backends if backend.weight]
+    chosen = [backend for backend in rule.backends if backend.weight]
+    backends = [(backend.service, backend.port, backend.weight) for backend in chosen if not backend.refused]
+    if chosen and not backends:
+        refused = f"{asked}: 500, no ReferenceGrant lets {'it' if name == 'to' else name} send to {chosen[0].service}"
+        return Step("route", False, refused, "no-backend"), []
     if not backends:
         return Step("route", False, f"{asked}: 500, the rule that matches has no backend", "no-backend"), []
     total = sum(weight for _, _, weight in backends)

@@ -6,19 +6,20 @@ serves does nothing, which is a warning. So is a backend that is not told who ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from control.api import labels as label
 from control.api.bindings import Subject, Wish
 from control.api.declared import (
     DeclaredGateway,
+    DeclaredGrant,
     DeclaredPolicy,
     DeclaredRequestAuthentication,
     DeclaredRoute,
     DeclaredService,
 )
-from control.api.filters import Mirror
+from control.api.filters import Filters, Mirror
 from control.api.problems import Findings
 from control.api.route import Backend, HTTPRoute, Match, Parent, RouteRule
 
@@ -83,6 +84,61 @@ def with_ports(
     return list(found.values())
 
 
+def with_grants(
+    routes: Sequence[DeclaredRoute], grants: Sequence[DeclaredGrant], findings: Findings
+) -> list[DeclaredRoute]:
+    """With what other namespaces let them do: backends that they do not are marked, and mirrors are left out.
+
+    Warns of both.
+    """
+    return [
+        item
+        if all(place.startswith(f"{item.route.namespace}/") for place in _sent_to(item))
+        else _granted(item, grants, findings)
+        for item in routes
+    ]
+
+
+def _sent_to(item: DeclaredRoute) -> Iterator[str]:
+    return (destination.service for rule in item.route.rules for destination in rule.destinations)
+
+
+def _granted(item: DeclaredRoute, grants: Sequence[DeclaredGrant], findings: Findings) -> DeclaredRoute:
+    namespace = item.route.namespace
+
+    def refused(service: str) -> bool:
+        return not service.startswith(f"{namespace}/") and not any(
+            grant.admits(item.kind, namespace, service) for grant in grants
+        )
+
+    def without(filters: Filters) -> Filters:
+        kept = tuple(mirror for mirror in filters.mirrors if not refused(mirror.service))
+        return filters if kept == filters.mirrors else replace(filters, mirrors=kept)
+
+    for number, rule in enumerate(item.route.rules):
+        for place, destination in _destinations(rule, f"spec.rules[{number}]"):
+            if refused(destination.service):
+                what = "its copies go nowhere" if isinstance(destination, Mirror) else "its requests are answered 500"
+                other, _, name = destination.service.partition("/")
+                problem = (
+                    f"{what} (RefNotPermitted): no ReferenceGrant of namespace {other} lets {item.kind}s of "
+                    f"{namespace} send to its Service {name}"
+                )
+                findings.warn(item.position, place, problem)
+    rules = tuple(
+        replace(
+            rule,
+            filters=without(rule.filters),
+            backends=tuple(
+                replace(backend, filters=without(backend.filters), refused=refused(backend.service))
+                for backend in rule.backends
+            ),
+        )
+        for rule in item.route.rules
+    )
+    return replace(item, route=replace(item.route, rules=rules))
+
+
 def _with_port(
     item: DeclaredRoute, index: int, parent: Parent, service: DeclaredService | None, findings: Findings
 ) -> Parent:
@@ -104,14 +160,18 @@ def _with_port(
 def check_routes(
     routes: Sequence[DeclaredRoute],
     services: Sequence[DeclaredService],
+    elsewhere: Callable[[str], DeclaredService | None],
     wishes: Mapping[Subject, Wish],
     findings: Findings,
 ) -> None:
     """Errors for routes from and to what is not there; warnings for what does nothing, and for conflicts.
 
-    `routes`: in the order of their keys, in which the first wins.
+    `routes`: in the order of their keys, in which the first wins. `elsewhere` finds the services of other namespaces,
+    which come and go without asking those that refer to them: what is not there is a warning then.
     """
     by_key = {one.key: one for one in services}
+    for item in routes:
+        by_key |= {key: found for key in _sent_to(item) if key not in by_key and (found := elsewhere(key)) is not None}
     taken: dict[tuple[str, int, str, Match], str] = {}
     for item in routes:
         for index, parent in enumerate(item.route.parents):
@@ -123,7 +183,7 @@ def check_routes(
             path = f"spec.rules[{number}]"
             for place, destination in _destinations(rule, path):
                 _check_reference(item, place, destination.service, destination.port, by_key, findings)
-                if destination.service in by_key:
+                if destination.service in by_key and destination.service.startswith(f"{item.route.namespace}/"):
                     _check_backend(item, place, destination.service, wishes, findings)
             if rule.filters.redirect is None and not any(backend.weight for backend in rule.backends):
                 findings.warn(item.position, path, "has no backendRefs with a weight; its requests are answered 500")
@@ -149,12 +209,13 @@ def _check_reference(
     findings: Findings,
 ) -> None:
     service = services.get(service_key)
+    tell = findings.error if service_key.startswith(f"{item.route.namespace}/") else findings.warn
     if service is None:
         problem = f"there is no Service {service_key}; declare it or name another"
-        findings.error(item.position, f"{path}.name", problem, (service_key, services))
+        tell(item.position, f"{path}.name", problem, (service_key, services))
     elif port and all(one.port != port for one in service.ports):
         ports = ", ".join(str(one.port) for one in service.ports) or "none"
-        findings.error(item.position, f"{path}.port", f"Service {service_key} has no port {port}; its ports: {ports}")
+        tell(item.position, f"{path}.port", f"Service {service_key} has no port {port}; its ports: {ports}")
 
 
 def _check_parent(

@@ -216,6 +216,28 @@ class DeclaredRoute:
     position: Position = field(compare=False, repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class DeclaredGrant:
+    """Gateway API ReferenceGrant: which routes of other namespaces may send to Services of its own."""
+
+    namespace: str
+    name: str
+    routes: tuple[tuple[str, str], ...]
+    """Kinds and namespaces."""
+    services: tuple[str, ...]
+    """Names; empty: every one."""
+    position: Position = field(compare=False, repr=False)
+
+    def admits(self, kind: str, namespace: str, service_key: str) -> bool:
+        """Whether routes of a kind and namespace may send to a Service."""
+        of_namespace, _, name = service_key.partition("/")
+        return (
+            of_namespace == self.namespace
+            and (kind, namespace) in self.routes
+            and (not self.services or name in self.services)
+        )
+
+
 Resource = (
     DeclaredNamespace
     | DeclaredService
@@ -226,6 +248,7 @@ Resource = (
     | DeclaredRequestAuthentication
     | DeclaredGateway
     | DeclaredRoute
+    | DeclaredGrant
 )
 
 
@@ -256,3 +279,5 @@ def place_of(resource: Resource) -> Place:
             return "Gateway", resource.namespace, resource.name
         case DeclaredRoute():
             return resource.kind, resource.route.namespace, resource.route.name
+        case DeclaredGrant():
+            return "ReferenceGrant", resource.namespace, resource.name

@@ -100,12 +100,15 @@ def need(reader: Reader, name: str, expected: str) -> None:
 
 
 def read_service(reader: Reader, namespace: str) -> str:
-    """Key of the Service that a reference names."""
-    reader.text("group", lambda text: f"{shown(text)} must be '' for a Service" if text not in ("", "core") else "")
-    other = reader.text("namespace", wrong_dns_label, default=namespace)
-    if other != namespace:
-        reader.error("namespace", f"must be {namespace}, the route's own: references across namespaces are not there")
-    return key(namespace, reader.text("name", wrong_service_name, required="the name of a Service of this namespace"))
+    """Key of the Service that a reference names, of a namespace that says so or of the route's own."""
+    reader.text("group", wrong_group)
+    of_namespace = reader.text("namespace", wrong_dns_label, default=namespace)
+    return key(of_namespace, reader.text("name", wrong_service_name, required="the name of a Service"))
+
+
+def wrong_group(text: str) -> str:
+    """What is wrong with the group of a reference to a Service, or an empty string."""
+    return f"{shown(text)} must be '' for a Service" if text not in ("", "core") else ""
 
 
 def lower_header(wrong: Callable[[str], str]) -> Callable[[str], str]:

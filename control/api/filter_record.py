@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from control.api.fields import Fields, RecordError, check_distinct, checked, number_in, read_member, read_port, typed
+from control.api.fields import (
+    Fields,
+    RecordError,
+    check_distinct,
+    checked,
+    number_in,
+    read_key,
+    read_member,
+    read_port,
+    typed,
+)
 from control.api.filters import (
     ANY,
     MAX_AGE_S,
@@ -32,15 +42,17 @@ from control.api.names import key, wrong_service_name, wrong_subdomain
 _DEFAULT_STATUS: Final = Redirect().status
 
 
-def write_filters(filters: Filters) -> Body:
-    """Those that are there."""
+def write_filters(filters: Filters, namespace: str) -> Body:
+    """Those that are there, of a route of a namespace."""
     body: Body = {}
     if filters.redirect is not None:
         body["redirect"] = _write_redirect(filters.redirect)
     if filters.rewrite is not None:
         body["rewrite"] = _write_location(filters.rewrite.hostname, filters.rewrite.path)
     if filters.mirrors:
-        body["mirrors"] = [[name_in(one.service), one.port, one.numerator, one.denominator] for one in filters.mirrors]
+        body["mirrors"] = [
+            [name_from(one.service, namespace), one.port, one.numerator, one.denominator] for one in filters.mirrors
+        ]
     if filters.cors is not None:
         cors = filters.cors
         body["cors"] = {
@@ -64,14 +76,19 @@ def read_filters(fields: Fields, namespace: str) -> Filters:
     )
 
 
-def name_in(of_namespace: str) -> str:
-    """The name in a key whose namespace the topic says."""
-    return of_namespace.partition("/")[2]
+def name_from(service: str, namespace: str) -> str:
+    """How a service's key is written in a route of a namespace: of that one it is the name alone."""
+    return service.removeprefix(f"{namespace}/")
 
 
 def read_service(value: Value, namespace: str, name: str) -> str:
-    """The key of a service."""
-    return key(namespace, checked(typed(value, str, name), wrong_service_name, name))
+    """The key of a service. Raises RecordError."""
+    text = typed(value, str, name)
+    if "/" not in text:
+        return key(namespace, checked(text, wrong_service_name, name))
+    if text.startswith(f"{namespace}/"):
+        raise RecordError(f"{name}: {text[:80]!r} is of the route's own namespace, which is not written")
+    return read_key(text, name, wrong_service_name)
 
 
 def _write_redirect(redirect: Redirect) -> Body:

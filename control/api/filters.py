@@ -64,7 +64,7 @@ class Mirror:
     """Where copies of requests go, whose answers nobody gets."""
 
     service: str
-    """Key of a service of the route's own namespace."""
+    """Key of a service."""
     port: int
     numerator: int
     """Of `denominator` requests, so many are copied."""

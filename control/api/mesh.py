@@ -11,11 +11,12 @@ from typing import Final, TypeVar
 
 from control.api import records, topics, vips
 from control.api.address import IpAddress
-from control.api.attachments import check_routes, check_targets, with_ports
+from control.api.attachments import check_routes, check_targets, with_grants, with_ports
 from control.api.bindings import Standings, Subject, Wish, at_once
 from control.api.declared import (
     DeclaredEndpoints,
     DeclaredGateway,
+    DeclaredGrant,
     DeclaredNamespace,
     DeclaredPeerAuthentication,
     DeclaredPolicy,
@@ -60,6 +61,10 @@ def _nowhere(selector: Labels) -> bool:
     return False
 
 
+def _unknown(service_key: str) -> DeclaredService | None:
+    return None
+
+
 def _none(service: DeclaredService) -> Sequence[Endpoint]:
     return ()
 
@@ -86,6 +91,10 @@ class Elsewhere:
     """Those of the root namespace, unless that is built too."""
     fetched: Mapping[str, str] | None = None
     """Where keys of issuers are published -> those that were fetched there, as `canonical_jwks`. None: nobody does."""
+    grants: Sequence[DeclaredGrant] = ()
+    """Those of other namespaces."""
+    service: Callable[[str], DeclaredService | None] = _unknown
+    """The Service of another namespace that has a key."""
     last: Callable[[DeclaredService], Sequence[Endpoint]] = _none
     """The ready endpoints that a service had. One that would have none keeps them."""
 
@@ -153,7 +162,8 @@ class Mesh:
         )
         workloads = _with_proxy_protocol(workloads, _of(DeclaredWorkload, declared), declared_services, endpoints)
         declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
-        routes = with_ports(_of(DeclaredRoute, declared), declared_services, findings)
+        grants = (*_of(DeclaredGrant, declared), *elsewhere.grants)
+        routes = with_grants(with_ports(_of(DeclaredRoute, declared), declared_services, findings), grants, findings)
         authentications = sorted(
             _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
         )
@@ -173,7 +183,7 @@ class Mesh:
         standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
         ports = Ports(workloads, endpoints, processes, standing, wishes, every_gateway.keys())
         check_targets((*policies, *authentications), declared_services, gateways, wishes.of, findings)
-        check_routes(routes, declared_services, wishes.of, findings)
+        check_routes(routes, declared_services, elsewhere.service, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,
             services=_services(declared_services, endpoints, addresses, standing, findings),

@@ -36,7 +36,7 @@ from control.api.policy import parse_port
 from control.api.problems import Report, shown
 from control.api.records import MAX_WEIGHT
 from control.api.request_authentication import read_request_authentication
-from control.api.route_api import read_grpc_route, read_http_route
+from control.api.route_api import read_grpc_route, read_http_route, read_reference_grant
 from control.api.security import read_authorization_policy, read_peer_authentication
 from control.api.workload import ServicePort
 
@@ -431,6 +431,7 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], Callable[[Reader], Resource]]]] =
     "Gateway": (("gateway.networking.k8s.io/v1",), read_gateway),
     "HTTPRoute": (("gateway.networking.k8s.io/v1",), read_http_route),
     "GRPCRoute": (("gateway.networking.k8s.io/v1",), read_grpc_route),
+    "ReferenceGrant": (("gateway.networking.k8s.io/v1", "gateway.networking.k8s.io/v1beta1"), read_reference_grant),
 }
 _LATER: Final = (
     "ServiceEntry",

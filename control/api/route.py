@@ -107,7 +107,7 @@ class Backend:
     """One place for a rule's requests to go."""
 
     service: str
-    """Key of a service of the route's own namespace."""
+    """Key of a service."""
     port: int
     weight: int
     """0: none of them."""
@@ -115,6 +115,8 @@ class Backend:
     response: HeaderModifier
     filters: Filters = NO_FILTERS
     """Without CORS."""
+    refused: bool = False
+    """Whether the service's namespace does not let the route send there: its share is answered with 500."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""`gateway.networking.k8s.io` HTTPRoute and GRPCRoute, of Services, read from documents: Gateway API v1.
+"""`gateway.networking.k8s.io` HTTPRoute, GRPCRoute and ReferenceGrant, of Services, read from documents.
 
-What a waypoint does not do is refused by name: a route that half holds is worse than none.
+Gateway API v1. What a waypoint does not do is refused by name: a route that half holds is worse than none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from control.api.declared import DeclaredRoute
+from control.api.declared import DeclaredGrant, DeclaredRoute
 from control.api.document import Reader
 from control.api.filter_api import (
     HTTP_FILTERS,
@@ -20,11 +20,12 @@ from control.api.filter_api import (
     read_filters,
     read_kind,
     read_service,
+    wrong_group,
 )
 from control.api.filters import Replaced
 from control.api.http_text import wrong_field_value, wrong_header_name
 from control.api.metadata import read_metadata
-from control.api.names import wrong_dns_label, wrong_subdomain
+from control.api.names import wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.problems import shown
 from control.api.route import (
     MAX_ATTEMPTS,
@@ -48,6 +49,9 @@ from control.api.route import (
     wrong_query_value,
 )
 
+ROUTES: Final = ("HTTPRoute", "GRPCRoute")
+_GROUP: Final = "gateway.networking.k8s.io"
+_NO_ONE: Final = "nobody here refers to another namespace by it"
 _NOT_THERE: Final = "it is not implemented; remove it"
 _EXPRESSION: Final = PathKind.EXPRESSION.value
 _BACKEND_FILTERS: Final = tuple(
@@ -116,6 +120,9 @@ def _read_parent(reader: Reader, namespace: str) -> tuple[Parent, str]:
     reader.choice("kind", ["Service"], default="", others={"Gateway": ingress, "ServiceEntry": _NOT_THERE})
     need(reader, "kind", "Service")
     service = read_service(reader, namespace)
+    if not service.startswith(f"{namespace}/"):
+        own = f"must be {namespace}, the route's own: a route of callers, in their namespace, is not implemented"
+        reader.error("namespace", own)
     parent = Parent(service, reader.integer("port", 1, 65535))
     section = reader.text("sectionName", wrong_dns_label)
     reader.finish()
@@ -291,3 +298,33 @@ def _read_backend(reader: Reader, namespace: str, allowed: Sequence[str]) -> Bac
     )
     reader.finish()
     return backend
+
+
+def read_reference_grant(document: Reader) -> DeclaredGrant:
+    """Reads a ReferenceGrant."""
+    metadata = read_metadata(document, wrong_subdomain)
+    spec = document.child("spec", required="a mapping with from and to")
+    routes: list[tuple[str, str]] = []
+    for item in spec.children("from"):
+        item.choice("group", [_GROUP], default="", others={})
+        need(item, "group", _GROUP)
+        kind = item.choice(
+            "kind", ROUTES, default="", others=dict.fromkeys(("Gateway", "TLSRoute", "TCPRoute"), _NO_ONE)
+        )
+        need(item, "kind", " or ".join(ROUTES))
+        routes.append((kind, item.text("namespace", wrong_dns_label, required="the namespace of the routes")))
+        item.finish()
+    services: list[str] = []
+    for item in spec.children("to"):
+        item.text("group", wrong_group)
+        item.choice("kind", ["Service"], default="", others=dict.fromkeys(("Secret", "ConfigMap"), _NO_ONE))
+        need(item, "kind", "Service")
+        services.append(item.text("name", lambda text: wrong_service_name(text) if text else ""))
+        item.finish()
+    need(spec, "from", f"a list such as [{{group: {_GROUP}, kind: HTTPRoute, namespace: shop}}]")
+    need(spec, "to", "a list such as [{group: '', kind: Service}]")
+    spec.finish()
+    every = "" in services
+    return DeclaredGrant(
+        metadata.namespace, metadata.name, tuple(routes), () if every else tuple(services), document.position
+    )

@@ -16,9 +16,10 @@ from control.api.fields import (
     read_port,
     typed,
 )
-from control.api.filter_record import name_in, read_filters, read_service, write_filters
+from control.api.filter_record import name_from, read_filters, read_service, write_filters
 from control.api.http_text import wrong_field_value, wrong_header_name
 from control.api.messages import Body, Value
+from control.api.names import key, wrong_service_name
 from control.api.route import (
     MAX_ATTEMPTS,
     MAX_TIMEOUT_MS,
@@ -51,9 +52,9 @@ _T = TypeVar("_T")
 def write_route(route: HTTPRoute) -> Body:
     """The body."""
     return {
-        "parents": [[name_in(parent.service), parent.port] for parent in route.parents],
+        "parents": [[name_from(parent.service, route.namespace), parent.port] for parent in route.parents],
         "hostnames": list(route.hostnames),
-        "rules": [_write_rule(rule) for rule in route.rules],
+        "rules": [_write_rule(rule, route.namespace) for rule in route.rules],
     }
 
 
@@ -73,19 +74,20 @@ def read_route(topic: RouteTopic, fields: Fields) -> HTTPRoute:
     return HTTPRoute(topic.namespace, topic.name, parents, hostnames, rules)
 
 
-def _write_rule(rule: RouteRule) -> Body:
+def _write_rule(rule: RouteRule, namespace: str) -> Body:
     return {
         "name": rule.name,
         "matches": [_write_match(match) for match in rule.matches],
         **_write_modifiers(rule.request, rule.response),
-        **write_filters(rule.filters),
+        **write_filters(rule.filters, namespace),
         "backends": [
             {
-                "service": name_in(backend.service),
+                "service": name_from(backend.service, namespace),
                 "port": backend.port,
                 "weight": backend.weight,
                 **_write_modifiers(backend.request, backend.response),
-                **write_filters(backend.filters),
+                **write_filters(backend.filters, namespace),
+                **({"refused": True} if backend.refused else {}),
             }
             for backend in rule.backends
         ],
@@ -136,7 +138,10 @@ def _write_modifier(modifier: HeaderModifier) -> Body:
 def _read_parent(value: Value, namespace: str) -> Parent:
     match value:
         case [name, port]:
-            return Parent(read_service(name, namespace, "parents"), number_in(port, 0, 65535, "parents"))
+            return Parent(
+                key(namespace, checked(typed(name, str, "parents"), wrong_service_name, "parents")),
+                number_in(port, 0, 65535, "parents"),
+            )
     raise RecordError("parents: each must be [name of a service, port]")
 
 
@@ -204,6 +209,7 @@ def _read_backend(value: Value, namespace: str) -> Backend:
         request=request,
         response=response,
         filters=read_filters(fields, namespace),
+        refused=_read_refused(fields),
     )
     fields.finish()
     if backend.filters.cors is not None:
@@ -220,6 +226,14 @@ def _read_retry(value: Value) -> Retry:
                 found, number_in(attempts, 1, MAX_ATTEMPTS, "retry"), number_in(backoff_ms, 0, MAX_TIMEOUT_MS, "retry")
             )
     raise RecordError("retry must be [codes, attempts, backoff]")
+
+
+def _read_refused(fields: Fields) -> bool:
+    if not fields.has("refused"):
+        return False
+    if not fields.take("refused", bool):
+        raise RecordError("refused is false; it must then be absent")
+    return True
 
 
 def _read_modifiers(fields: Fields) -> tuple[HeaderModifier, HeaderModifier]:

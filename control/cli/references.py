@@ -21,6 +21,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "Gateway": ("gateway", "gtw"),
     "HTTPRoute": ("httproute",),
     "GRPCRoute": ("grpcroute",),
+    "ReferenceGrant": ("referencegrant", "refgrant"),
 }
 """Kind -> what people may call it, as with kubectl and istioctl; the plural of each word will do too."""
 

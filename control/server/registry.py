@@ -21,6 +21,7 @@ from control.api.address import IpAddress
 from control.api.bindings import Standings, Subject, Wish
 from control.api.declared import (
     DeclaredGateway,
+    DeclaredGrant,
     DeclaredPeerAuthentication,
     DeclaredPolicy,
     DeclaredRequestAuthentication,
@@ -42,6 +43,7 @@ from control.api.problems import Position, ResourceError, ResourceErrors
 from control.api.records import Record
 from control.api.revocations import Revocations
 from control.api.route import HTTPRoute
+from control.api.route_api import ROUTES
 from control.api.topics import EndpointTopic, format_topic
 from control.api.workload import Endpoint, Service, Workload, key
 from control.server import documents
@@ -237,6 +239,8 @@ class Registry:
         released = frozenset(touched) if release else frozenset()
         if any(kind == "PeerAuthentication" and name == self._root_namespace for kind, name, _ in texts):
             touched |= self._store.namespaces()  # it may let plaintext in everywhere, and says nothing of endpoints
+        if any(kind == "ReferenceGrant" for kind, _, _ in texts):
+            touched |= {place[1] for kind in ROUTES for place, _ in self._store.documents(kind=kind)}
         resources = {name: dict(self._resources_of(name)) for name in touched}
         for place in texts:
             resources[_group(place)].pop(place, None)
@@ -380,6 +384,7 @@ class Registry:
         principals = self._principals(resources)
         gateways, guarded = self._gateways(resources)
         of_mesh = self._peer_authentications(resources)
+        grants = self._grants(resources)
         trust_domain = parse_trust_domain(self._trust_domain)
         built: dict[str, Built] = {}
         errors: list[ResourceError] = []
@@ -393,6 +398,8 @@ class Registry:
                 gateways={key: one for key, one in gateways.items() if one.namespace != name},
                 guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
+                grants=[grant for grant in grants if grant.namespace != name],
+                service=partial(self._service, resources),
                 last=partial(_ready_endpoints, trust_domain, {} if name in released else old),
                 fetched=fetched,
                 peer_authentications=() if name == self._root_namespace else of_mesh,
@@ -463,6 +470,19 @@ class Registry:
                     case DeclaredPolicy() | DeclaredRequestAuthentication():
                         guarded |= {target.key for target in resource.guards if target.kind == "Gateway"}
         return gateways, frozenset(guarded)
+
+    def _grants(self, resources: Mapping[str, Mapping[Place, Resource]]) -> list[DeclaredGrant]:
+        """All ReferenceGrants, when some namespaces are as given."""
+        having = {namespace for (_, namespace, _), _ in self._store.documents(kind="ReferenceGrant")}
+        every = (resources[name] if name in resources else self._resources_of(name) for name in {*having, *resources})
+        return [one for found in every for one in found.values() if isinstance(one, DeclaredGrant)]
+
+    def _service(self, resources: Mapping[str, Mapping[Place, Resource]], service_key: str) -> DeclaredService | None:
+        """A Service of any namespace, when some are as given."""
+        namespace, _, name = service_key.partition("/")
+        found = resources[namespace] if namespace in resources else self._resources_of(namespace)
+        service = found.get(("Service", namespace, name))
+        return service if isinstance(service, DeclaredService) else None
 
     def _peer_authentications(self, resources: Mapping[str, Mapping[Place, Resource]]) -> list[PeerAuthentication]:
         """Those of the root namespace, which hold in all others too, when some namespaces are as given."""

@@ -82,6 +82,16 @@ def route(name: str, parent: str, backends: Sequence[str], namespace: str = "sho
     )
 
 
+def grant(name: str, to: str, namespace: str, routes: str = "shop") -> str:
+    """A ReferenceGrant that lets HTTPRoutes of a namespace send to a service."""
+    return (
+        "apiVersion: gateway.networking.k8s.io/v1beta1\nkind: ReferenceGrant\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec:\n  from: [{{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: {routes}}}]\n"
+        f"  to: [{{group: '', kind: Service, name: {to}}}]\n"
+    )
+
+
 def guard(name: str, service: str, namespace: str = "shop", method: str = "DELETE") -> str:
     """An AuthorizationPolicy that holds at the waypoint of a service."""
     return (

@@ -396,14 +396,16 @@ def filters(services: st.SearchStrategy[str], *, of_rule: bool) -> st.SearchStra
 def routes(draw: st.DrawFn) -> HTTPRoute:
     namespace = draw(namespaces)
     services = names.map(lambda name: f"{namespace}/{name}")
+    anywhere = services | service_keys
     backends = st.builds(
         Backend,
-        services,
+        anywhere,
         ports,
         st.integers(0, 1_000_000),
         modifiers(),
         modifiers(),
-        filters(services, of_rule=False),
+        filters(anywhere, of_rule=False),
+        st.booleans(),
     )
     rules = st.builds(
         RouteRule,
@@ -414,7 +416,7 @@ def routes(draw: st.DrawFn) -> HTTPRoute:
         backends=_few(backends),
         timeout_ms=st.integers(0, 100_000),
         backend_timeout_ms=st.integers(0, 100_000),
-        filters=filters(services, of_rule=True),
+        filters=filters(anywhere, of_rule=True),
         retry=st.none() | retries,
     )
     parents = st.builds(Parent, services, st.integers(0, 65535))

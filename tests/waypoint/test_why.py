@@ -210,6 +210,14 @@ def test_a_redirect_ends_at_the_waypoint():
     assert (last.ok, last.detail) == (True, "GET /old/x?q: rule old 302 http://example.org/old/x?q")
 
 
+def test_a_backend_that_no_grant_lets_it_send_to():
+    first, *rest = ROUTE.rules
+    abroad = replace(first, backends=(replace(first.backends[0], service="bank/reviews", refused=True),))
+    last = ask(mesh(replace(ROUTE, name="abroad", rules=(abroad, *rest))), target="/v2")[-1]
+    assert (last.stage, last.ok, last.reason) == ("route", False, "no-backend")
+    assert last.detail == "GET /v2: 500, no ReferenceGrant lets rule second send to bank/reviews"
+
+
 def test_no_route():
     assert stages(ask(mesh()))[-1] == ("route", "no-route")
 

@@ -284,8 +284,8 @@ LAST = "  - backendRefs: [{name: reviews, port: 80}]\n"
         ("- {name: reviews, port: 80}", "- {name: reviews}", "backendRefs[1].port: is missing; it must be a port of"),
         (
             "- {name: reviews, port: 80}",
-            "- {name: reviews, port: 80, namespace: bank}",
-            "backendRefs[1].namespace: must",
+            "- {name: reviews, port: 80, namespace: Bank}",
+            "backendRefs[1].namespace: 'Bank' must be 1-63",
         ),
         (
             LAST,

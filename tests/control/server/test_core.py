@@ -22,9 +22,11 @@ from control.server.signing import ConfigKey
 from control.server.store import Batch, Store
 from tests.support.desired import (
     endpoints,
+    grant,
     namespace,
     peer_authentication,
     policy,
+    route,
     service,
     together,
     workload,
@@ -454,6 +456,39 @@ def test_the_root_namespaces_peer_authentication_holds_in_every_namespace(plane)
     assert open_ones(plane.settle()) == {"ape", "bee"}
     plane.core.delete([("PeerAuthentication", "mesh-system", "mesh")])
     assert open_ones(plane.settle()) == set()
+
+
+def test_a_grant_holds_for_the_routes_of_another_namespace_as_long_as_it_is_there(plane):
+    def refused(found):
+        (backend,) = found.records["route/shop/web"]["rules"][0]["backends"]
+        return backend["service"], backend.get("refused", False)
+
+    abroad = route("web", "web", ["web"]).replace("[{name: web, port: 80}]", "[{name: ape, namespace: zoo, port: 80}]")
+    plane.apply(SHOP, service("ape", namespace="zoo"))
+    (warning,) = [one for one in plane.apply(abroad).warnings if "RefNotPermitted" in one.problem]
+    assert "no ReferenceGrant of namespace zoo lets HTTPRoutes of shop send to its Service ape" in warning.problem
+    assert refused(plane.settle()) == ("zoo/ape", True)
+    plane.restart()
+    plane.apply(grant("g", "ape", "zoo"))
+    assert refused(plane.settle()) == ("zoo/ape", False)
+    plane.apply(workload("ape-1", "10.0.0.9", namespace="zoo", app="ape"))
+    plane.apply(workload("web-9", "10.0.0.10"))  # each builds one namespace, and the grant still holds
+    assert refused(plane.settle()) == ("zoo/ape", False)
+    plane.apply(grant("g", "bee", "zoo"))
+    assert refused(plane.settle()) == ("zoo/ape", True)
+    plane.apply(grant("g", "ape", "zoo"))
+    plane.core.delete([("ReferenceGrant", "zoo", "g")])
+    assert refused(plane.settle()) == ("zoo/ape", True)
+
+
+def test_a_service_of_another_namespace_that_is_not_there_is_a_warning(plane):
+    plane.apply(SHOP)
+    abroad = route("web", "web", ["web"]).replace("[{name: web, port: 80}]", "[{name: ape, namespace: zoo, port: 81}]")
+    told = [one.problem for one in plane.apply(abroad, grant("g", "ape", "zoo")).warnings]
+    assert any(problem.startswith("there is no Service zoo/ape") for problem in told)
+    plane.apply(service("ape", namespace="zoo"))
+    told = [one.problem for one in plane.apply(abroad.replace("value: /", "value: /v2")).warnings]
+    assert any(problem.startswith("Service zoo/ape has no port 81; its ports: 80") for problem in told)
 
 
 def test_releasing_what_holds_everywhere_takes_no_service_its_last_endpoint(plane):

@@ -470,3 +470,58 @@ def test_http_route_retry_connection_error(suite: Suite) -> None:
     suite.echoes["v1"].seen.clear()
     assert suite.ask(method="POST", fail_times="1", fail_with="reset", x_request_id="post").status == 503
     assert len(suite.echoes["v1"].seen) == 1
+
+
+FAR = """apiVersion: v1
+kind: Service
+metadata: {name: far, namespace: far}
+spec: {clusterIP: 240.240.7.99, ports: [{name: http, port: 80}]}
+"""
+GRANT = """apiVersion: gateway.networking.k8s.io/v1beta1
+kind: ReferenceGrant
+metadata: {name: grant, namespace: far}
+spec:
+  from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: shop}]
+  to: [{group: "", kind: Service, name: far}]
+"""
+TO_FAR = "{name: far, namespace: far, port: 80, weight: 1}"
+
+
+def test_http_route_invalid_cross_namespace_backend_ref(suite: Suite) -> None:
+    suite.apply(route(f"{{backendRefs: [{TO_FAR}]}}"), FAR)
+    assert suite.ask().status == 500
+    assert any("RefNotPermitted" in warning for warning in suite.warnings)
+
+
+def test_http_route_invalid_non_existent_backend_ref(suite: Suite) -> None:
+    suite.apply(route(f"{{backendRefs: [{TO_FAR}]}}"), GRANT)
+    assert suite.ask().status == 500
+    assert any("there is no Service far/far" in warning for warning in suite.warnings)
+
+
+def test_http_route_invalid_reference_grant(suite: Suite) -> None:
+    for wrong in (("namespace: shop}", "namespace: bank}"), ("HTTPRoute", "GRPCRoute"), ("name: far}]", "name: fat}]")):
+        assert wrong[0] in GRANT
+        suite.apply(route(f"{{backendRefs: [{TO_FAR}]}}"), FAR, GRANT.replace(*wrong))
+        assert suite.ask().status == 500, wrong
+
+
+def test_http_route_partially_invalid_via_invalid_reference_grant(suite: Suite) -> None:
+    suite.apply(
+        route(
+            f"{{matches: {prefix('/far')}, backendRefs: [{TO_FAR}]}}",
+            f"{{matches: {prefix('/both')}, backendRefs: [{TO_FAR}, {to('v2')}]}}",
+            f"{{{V1}}}",
+        ),
+        FAR,
+    )
+    assert [suite.ask(path).by for path in ("/far", "/")] == [500, "v1"]
+    assert {suite.ask("/both").by for _ in range(40)} == {500, "v2"}, "each has its share"
+
+
+def test_http_route_reference_grant(suite: Suite) -> None:
+    """Nobody serves `far`: 503 says that the waypoint would have asked it."""
+    suite.apply(route(f"{{backendRefs: [{TO_FAR}]}}"), FAR, GRANT)
+    assert suite.ask().status == 503
+    suite.apply(route(f"{{backendRefs: [{TO_FAR}]}}"), FAR)
+    assert suite.ask().status == 500
