@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +82,28 @@ class Through:
         destination = OriginalDestination(VIP, SERVICE_PORT, Route.TUNNEL)
         self.pair.plane.spawn((caller or self.pair.web).outbound.serve(proxied, destination))
         return await asyncio.open_connection(sock=app)
+
+    @contextlib.asynccontextmanager
+    async def door(self) -> AsyncIterator[int]:
+        """A port of 127.0.0.1 whose connections are web's to db, for programs of their own."""
+        loop = asyncio.get_running_loop()
+        data_plane, web = self.pair.plane, self.pair.web.outbound
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+
+            async def accept() -> None:
+                while True:
+                    sock, _ = await loop.sock_accept(listener)
+                    sock.setblocking(False)
+                    serving = web.serve(sock, OriginalDestination(VIP, SERVICE_PORT, Route.TUNNEL))
+                    data_plane.run(lambda serving=serving: data_plane.spawn(serving))
+
+            async with asyncio.TaskGroup() as tasks:
+                accepting = tasks.create_task(accept())
+                try:
+                    yield listener.getsockname()[1]
+                finally:
+                    accepting.cancel()
 
 
 @contextlib.asynccontextmanager

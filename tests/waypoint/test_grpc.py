@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +12,9 @@ import pytest
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
 from control.server.ca import Authority
 from tests.support import grpc_interop
-from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP
-from tests.support.through_waypoint import Through, running_waypoint, settled
+from tests.support.pair import DB_ADDRESS
+from tests.support.through_waypoint import running_waypoint, settled
 from uproxy import plane
-from uproxy.redirect import OriginalDestination, Route
 
 Seen = dict[str, object]
 _LOCAL = "127.0.0.1"
@@ -33,26 +29,6 @@ DENIED = AuthorizationPolicy(
     (Rule(operations=(Operation(paths=("/interop.Refused/*",)),)),),
     (Target("Gateway", "shop/wp"),),
 )
-
-
-@contextlib.asynccontextmanager
-async def a_door(through: Through) -> AsyncIterator[int]:
-    """A local port whose connections are web's to db."""
-    loop = asyncio.get_running_loop()
-    with socket.create_server((_LOCAL, 0)) as listener:
-        listener.setblocking(False)
-
-        async def accept() -> None:
-            while True:
-                sock, _ = await loop.sock_accept(listener)
-                sock.setblocking(False)
-                serving = through.pair.web.outbound.serve(sock, OriginalDestination(VIP, SERVICE_PORT, Route.TUNNEL))
-                through.pair.plane.run(lambda serving=serving: through.pair.plane.spawn(serving))
-
-        async with asyncio.TaskGroup() as tasks:
-            accepting = tasks.create_task(accept())
-            yield listener.getsockname()[1]
-            accepting.cancel()
 
 
 async def called(address: str, port: int) -> Seen:
@@ -71,7 +47,7 @@ async def both_ways(directory: Path) -> tuple[Seen, Seen, list[tuple[str, str]]]
     try:
         port = int(await server.stdout.readline())
         without = await called(DB_ADDRESS, port)
-        async with running_waypoint(directory, authority, port, "grpc") as through, a_door(through) as door:
+        async with running_waypoint(directory, authority, port, "grpc") as through, through.door() as door:
             through.pair.apply(DENIED)
             seen = await called(_LOCAL, door)
             through.pair.plane.run(through.gateway.close_idle)

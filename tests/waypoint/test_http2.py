@@ -15,6 +15,7 @@ from control.server.ca import Authority
 from tests.support.http2_peer import Headers, Http2Peer, Message, served_by, speaking
 from tests.support.pair import DB_ADDRESS
 from tests.support.through_waypoint import Server, Through, running_waypoint, settled
+from tests.support.waiting import until
 from uproxy import plane
 
 GET = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"db"), (b":path", b"/items")]
@@ -52,12 +53,6 @@ def run(
             app.close()
 
     plane.run(main())
-
-
-async def until(test: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not test():  # noqa: ASYNC110 - bounded by the timeout
-            await asyncio.sleep(0.01)
 
 
 async def echo(peer: Http2Peer, stream: int, message: Message) -> None:
