@@ -21,10 +21,11 @@ from enum import Enum
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Final
 
+from control.api.workload import host_of_key
 from uproxy.errors import Flag
 
 if TYPE_CHECKING:
-    from uproxy.telemetry import Connection, Peer
+    from uproxy.telemetry import Connection
 
 MAX_BUFFER: Final = 512 * 1024
 """Bytes of lines that wait; about a thousand connections. Beyond, new lines are dropped."""
@@ -242,16 +243,21 @@ def fields_when_opened(connection: Connection, field: Field) -> list[str]:
 
 
 def _ends(connection: Connection, field: Field) -> list[str]:
-    fields = [
-        field("src.addr", connection.source.address),
-        *_peer(field, connection.source, ""),
-        field("dst.addr", connection.destination.address),
-    ]
+    source, destination = connection.source, connection.destination
+    caller, callee = source.workload or _NOBODY, destination.workload or _NOBODY
+    fields = [field("src.addr", source.address)]
+    fields += _of_source(field, caller.name, caller.namespace, source.identity)
+    fields.append(field("dst.addr", destination.address))
     if connection.hbone_address:
         fields.append(field("dst.hbone_addr", connection.hbone_address))
-    if connection.destination_service:
-        fields.append(field("dst.service", connection.destination_hostname))
-    fields += _peer(field, connection.destination, connection.direction)
+    fields += _of_destination(
+        field,
+        connection.destination_service,
+        callee.name,
+        callee.namespace,
+        destination.identity,
+        connection.direction,
+    )
     return fields
 
 
@@ -266,24 +272,36 @@ def _add_names(fields: list[str], connection: Connection, field: Field) -> None:
         fields.append(field("request_id", connection.request_id))
 
 
-def _peer(field: Field, peer: Peer, direction: str) -> tuple[str, ...]:
-    """The source, when there is no direction yet, or else the destination and the direction behind it."""
-    workload = peer.workload
-    if workload is None:
-        return _peer_fields(field, "", "", peer.identity, direction)
-    return _peer_fields(field, workload.name, workload.namespace, peer.identity, direction)
+class _Nobody:
+    name = namespace = ""
 
 
-@functools.lru_cache(maxsize=512)  # the same peers come again and again; this saves a third of a line's cost
-def _peer_fields(field: Field, workload: str, namespace: str, identity: str, direction: str) -> tuple[str, ...]:
-    side = "dst" if direction else "src"
-    parts = (
-        (f"{side}.workload", workload),
-        (f"{side}.namespace", namespace),
-        (f"{side}.identity", identity),
+_NOBODY: Final = _Nobody()
+
+
+# The same peers come again and again; this saves half of a line's cost.
+@functools.lru_cache(maxsize=512)
+def _of_source(field: Field, workload: str, namespace: str, identity: str) -> tuple[str, ...]:
+    return _named(field, ("src.workload", workload), ("src.namespace", namespace), ("src.identity", identity))
+
+
+@functools.lru_cache(maxsize=512)
+def _of_destination(
+    field: Field, service: str, workload: str, namespace: str, identity: str, direction: str
+) -> tuple[str, ...]:
+    return _named(
+        field,
+        ("dst.service", host_of_key(service) if service else ""),
+        ("dst.workload", workload),
+        ("dst.namespace", namespace),
+        ("dst.identity", identity),
         ("direction", direction),
     )
-    return tuple(field(name, value) for name, value in parts if value)
+
+
+def _named(field: Field, *values: tuple[str, str]) -> tuple[str, ...]:
+    """Those that are known."""
+    return tuple(field(name, value) for name, value in values if value)
 
 
 def level_of(connection: Connection) -> str:

@@ -95,6 +95,8 @@ MAX_WINDOW: Final = (1 << 31) - 1
 LARGE_PEER_WINDOW: Final = 1 << 20
 _DEFAULT_WINDOW: Final = 65535
 _SMALLEST_FRAME: Final = 16384
+_CONNECTION_CREDIT: Final = CONNECTION_WINDOW * 3 // 4
+"""What is left of the connection's window when it is filled up again."""
 _HEADER = struct.Struct(">HBBBL")
 _U32 = struct.Struct(">L")
 _EMPTY: Final = memoryview(b"")
@@ -260,7 +262,6 @@ class Connection:
         self._withheld = 0  # of each stream's window
         self._most_data = RECORD - 9  # in one frame, as the peer allows it, in whole records with its header
         self._recv_window = CONNECTION_WINDOW
-        self._recv_unacknowledged = 0
         self._large: set[int] = set()  # streams that were given the large window; some may be gone
         self._bulk: Stream | None = None  # of which something larger than a small message came last
         self._undisturbed = UNDISTURBED  # bytes of such since the last small message of another stream
@@ -620,13 +621,11 @@ class Connection:
         if length > MAX_FRAME_SIZE:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes; at most {MAX_FRAME_SIZE}")
         self._recv_window -= length
-        if self._recv_window < 0:
-            raise ProtocolError(ErrorCode.FLOW_CONTROL_ERROR, "more DATA than the connection window")
-        self._recv_unacknowledged += length
-        if self._recv_unacknowledged * 4 >= CONNECTION_WINDOW:
-            self._recv_window += self._recv_unacknowledged
-            self._frame(WINDOW_UPDATE, 0, 0, _U32.pack(self._recv_unacknowledged))
-            self._recv_unacknowledged = 0
+        if self._recv_window <= _CONNECTION_CREDIT:
+            if self._recv_window < 0:
+                raise ProtocolError(ErrorCode.FLOW_CONTROL_ERROR, "more DATA than the connection window")
+            self._frame(WINDOW_UPDATE, 0, 0, _U32.pack(CONNECTION_WINDOW - self._recv_window))
+            self._recv_window = CONNECTION_WINDOW
         stream = self.streams.get(stream_id)
         if stream is None:
             self._check_gone(stream_id, "DATA")

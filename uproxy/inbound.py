@@ -125,6 +125,7 @@ class Inbound:
         self._connections = connections
         self._telemetry = telemetry
         self._own = own
+        self._hbone = host_port(own.addresses[0], HBONE_PORT)
         self._workload: Workload | None = None  # as it was last configured: what has begun is judged by it
         self._leaving = False  # the configuration has let go of it, and what has begun may still end
         self._admission = Admission(None, (), state.trust_domain)
@@ -151,8 +152,7 @@ class Inbound:
         """One CONNECT stream, to its end. Never raises."""
         fields = dict(headers)
         request_id, caller_span = listener.traced(fields)
-        record = self._record(host_port(carrier.peer_address, carrier.peer_port), request_id, time.monotonic())
-        record.source.identity = str(carrier.peer)
+        record = self._record(carrier.peer_end, request_id, time.monotonic(), carrier.peer_id)
         if caller_span:
             self._telemetry.follow(record, caller_span)
         try:
@@ -461,12 +461,12 @@ class Inbound:
 
     # -- records
 
-    def _record(self, source: str, request_id: str, started: float) -> Connection:
+    def _record(self, source: str, request_id: str, started: float, identity: str = "") -> Connection:
         own = self._state.workload(self._own.key)
         return Connection(
             direction="inbound",
-            source=Peer(source, None, ""),
-            destination=Peer(host_port(self._own.addresses[0], HBONE_PORT), own, self._own.identity),
+            source=Peer(source, None, identity),
+            destination=Peer(self._hbone, own, self._own.identity),
             request_id=request_id,
             started=started,
         )

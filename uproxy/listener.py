@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from uproxy import hbone, plane, trace, tunnel
@@ -269,7 +270,12 @@ def asked_for(fields: dict[bytes, bytes]) -> Asked:
     method = fields[b":method"]
     if method != b"CONNECT" or b":protocol" in fields:
         raise bad_request(f"{method.decode('latin-1')} on the HBONE port; only a plain CONNECT is served")
-    authority = fields.get(b":authority", b"").decode("latin-1")
+    return _read_authority(fields.get(b":authority", b""))
+
+
+@lru_cache(maxsize=256)  # of one workload few are asked for
+def _read_authority(value: bytes) -> Asked:
+    authority = value.decode("latin-1")
     match = _AUTHORITY.fullmatch(authority)
     if match is None or not 0 < int(match[3]) < 65536:
         raise bad_request(f"{authority[:300]!r} is no host:port")

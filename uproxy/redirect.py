@@ -10,6 +10,7 @@ import socket
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 
 from control.api.address import IpAddress, from_packed
 from uproxy.errors import Flag, RefusedError
@@ -80,6 +81,7 @@ def _not_captured(why: str) -> RefusedError:
     )
 
 
+@lru_cache(maxsize=1024)  # of one destination the kernel says the same each time
 def parse_original_destination(answer: bytes) -> OriginalDestination:
     """Read the kernel's answer: 16 or 28 bytes of sockaddr, or the whole structure. Raises ValueError."""
     if len(answer) < 16:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, Protocol
 
-from control.api.workload import CLUSTER_DOMAIN, Workload
+from control.api.workload import Workload, host_of_key
 from uproxy import access_log, trace
 from uproxy.access_log import AccessLog
 from uproxy.errors import Flag
@@ -106,8 +106,7 @@ class Connection:
 
     @property
     def destination_hostname(self) -> str:
-        namespace, _, name = self.destination_service.partition("/")
-        return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}"
+        return host_of_key(self.destination_service)
 
     @property
     def traceparent(self) -> bytes:

@@ -23,6 +23,7 @@ from uproxy import hbone, plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
 from uproxy.relay import Relay, StreamOwner
+from uproxy.resolve import host_port
 from uproxy.tls import Revocations, certificates_of, handshake_refusal, leaf_of
 
 CONNECT_TIMEOUT_S = 10.0  # ztunnel's
@@ -86,6 +87,8 @@ class Tunnel:
         # As the kernel writes it: canonical, and mapped addresses do not occur (IPV6_V6ONLY). Without a zone.
         self.peer_address = IpAddress(address[0].partition("%")[0])
         self.peer_port: int = address[1]
+        # Written once, for the records of all streams.
+        self.peer_end, self.peer_id = host_port(self.peer_address, self.peer_port), str(peer)
         self._sock = sock
         self._tls = tls
         self._incoming, self._outgoing = bios
@@ -485,7 +488,6 @@ async def _send_all(data_plane: plane.Plane, sock: socket.socket, data: bytes, d
 
 def _peername(sock: socket.socket) -> str:
     try:
-        host, port = sock.getpeername()[:2]
+        return host_port(*sock.getpeername()[:2])
     except OSError:
         return "a peer that is gone"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from control.api.workload import CLUSTER_DOMAIN, Workload
+from control.api.workload import Workload, host_of_key
 from uproxy import trace
 from uproxy.access_log import AccessLog, Field, json_line
 from uproxy.rehearsal import Rehearsals
@@ -211,8 +211,7 @@ _Key = tuple[int, str, int, str, str, int, str, bool, str]
 
 
 def _hostname(service: str) -> str:
-    namespace, _, name = service.partition("/")
-    return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}" if name else ""
+    return host_of_key(service) if service else ""
 
 
 def _labels(exchange: Exchange) -> str:

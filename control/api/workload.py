@@ -33,6 +33,12 @@ def key_of_host(host: str) -> str | None:
     return key(namespace, name) if not wrong_service_name(name) and not wrong_dns_label(namespace) else None
 
 
+def host_of_key(service_key: str) -> str:
+    """The full host name of a service."""
+    namespace, _, name = service_key.partition("/")
+    return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}"
+
+
 _HTTP1: Final = frozenset({"http", "http/1.1", "grpc-web"})
 _HTTP2: Final = frozenset({"http2", "grpc", "kubernetes.io/h2c"})
 
