@@ -216,3 +216,23 @@ def test_a_server_too_asks_a_silent_caller_and_gives_up_who_does_not_answer(tmp_
         app.close()
 
     run(tmp_path, client)
+
+
+def test_a_ping_is_answered_in_time_beside_much_else(tmp_path: Path) -> None:
+    async def client(pair: Pair) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            apps = [stack.enter_context(pair.dial()) for _ in range(24)]
+            senders = [loop.create_task(loop.sock_sendall(app, bytes(64 << 20))) for app in apps]
+            await until(lambda: len(pair.db.connections) == len(apps))  # nobody reads what comes back
+            (far, *_) = pair.db.inbound.server.tunnels()
+            far._heard_at = asked_at = time.monotonic()
+            pair.plane.run(lambda: far.tick(asked_at + tunnel.KEEPALIVE_S))
+            assert far._pinged_at is not None
+            await until(lambda: far._pinged_at is None)
+            assert time.monotonic() - asked_at < tunnel.KEEPALIVE_TIMEOUT_S
+            for sender in senders:
+                sender.cancel()
+            await asyncio.gather(*senders, return_exceptions=True)
+
+    run(tmp_path, client)

@@ -7,9 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,45 @@ def test_a_renewed_certificate_is_used_without_a_failed_connection(running: tupl
         assert call() == b"hello"
         app.sendall(b"b")
         assert app.recv(1) == b"b"  # a stream that was open stays on its tunnel
+
+
+def test_rotations_of_both_ends_under_load_fail_no_stream(running: tuple[Site, object, object]) -> None:
+    site, *_ = running
+    over = threading.Event()
+
+    def new_connections() -> int:
+        made = 0
+        while not over.is_set():
+            assert call() == b"hello"
+            made += 1
+        return made
+
+    def one_connection() -> int:
+        exchanged = 0
+        with socket.create_connection(FORWARD, timeout=8) as app:
+            while not over.is_set():
+                app.sendall(b"%08d" % exchanged)
+                assert app.recv(8, socket.MSG_WAITALL) == b"%08d" % exchanged
+                exchanged += 1
+                time.sleep(0.001)
+        return exchanged
+
+    def both_use(number: int) -> bool:
+        return all(site.log(name).count("a new certificate is in use") == number for name in ("web", "db"))
+
+    with ThreadPoolExecutor(6) as threads:
+        load = [threads.submit(work) for work in (new_connections,) * 3 + (one_connection,) * 3]
+        try:
+            for number in range(1, 4):
+                for name, identity in (("web", WEB), ("db", DB)):
+                    csr = (site.path / name / "csr.pem").read_bytes()
+                    write_identity(site.path / name, site.authority.issue(csr, identity), site.authority.bundle_pem)
+                eventually(partial(both_use, number))
+                assert not [one.exception() for one in load if one.done()]
+        finally:
+            over.set()
+    assert min(one.result() for one in load) > 10
+    assert "Traceback" not in site.log("web") + site.log("db")
 
 
 def test_a_new_root_in_the_bundle_is_trusted(running: tuple[Site, object, object], tmp_path: Path) -> None:
