@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,6 +25,7 @@ from uproxy.node.grants import Grants
 from uproxy.node.peers import Peer
 
 pytestmark = pytest.mark.root
+_SYN_SENT = 2  # <netinet/tcp.h>: what TCP_INFO begins with
 
 
 @dataclass
@@ -261,6 +263,23 @@ async def test_a_connection_that_was_just_being_made_ends_too(agreed):
         for end in (client, server):
             with pytest.raises((ConnectionAbortedError, ConnectionResetError)):
                 end.recv(1)
+
+
+@in_a_loop
+async def test_a_connection_whose_syn_is_not_answered_yet_ends_too(agreed):
+    await granted(agreed)
+    with agreed.pair.db.listen("app", PORT) as full, ExitStack() as stack:
+        full.listen(0)
+        for _ in range(10):
+            waiting = stack.enter_context(agreed.pair.web.socket("app"))
+            waiting.setblocking(False)
+            waiting.connect_ex((agreed.pair.db.address, PORT))
+            if waiting.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _SYN_SENT:
+                break
+        else:
+            pytest.fail("the queue does not become full")
+        agreed.say(allowed=())
+        assert waiting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNABORTED
 
 
 @in_a_loop
