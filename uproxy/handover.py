@@ -112,18 +112,18 @@ class Line:
     async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         await self.offer(lambda: (message, descriptors))
 
-    async def offer(self, make: Callable[[], tuple[Message, Sequence[int]]]) -> None:
-        """Send what `make` gives in the very moment in which it can be sent."""
+    async def offer(self, make: Callable[[], tuple[Message, Sequence[int]]]) -> bool:
+        """Send what `make` gives in the very moment in which it can be sent. Whether it was."""
         loop = asyncio.get_running_loop()
         while True:
             message, descriptors = make()
             try:
                 socket.send_fds(self._sock, [msgpack.packb(message)], descriptors)
-                return
+                return True
             except BlockingIOError:
                 await self._ready(loop.add_writer, loop.remove_writer)
             except ConnectionError:
-                return  # it is gone, but what it said last may still be here to be received
+                return False  # it is gone, but what it said last may still be here to be received
 
     async def receive(self, *, most: int = 0) -> tuple[dict[str, Any], list[int]]:
         """A message, with `most` descriptors at most, which are the caller's. Raises GoneError and HandoverError."""
@@ -357,6 +357,8 @@ async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
                 return
         except HandoverError as error:
             log.warning("nobody takes over: %s", error)
+        except Exception:
+            log.exception("a hand-over failed as none should; this one goes on")
 
 
 async def _converse(line: Line, own: Hello, giver: Giver) -> bool:
@@ -375,7 +377,7 @@ async def _converse(line: Line, own: Hello, giver: Giver) -> bool:
         async with asyncio.timeout(PATIENCE_S):
             paused = True
             listening = giver.pause()
-            log.info("version %s takes over from this one, %s", said["version"], own.version)
+            log.info("version %s takes over from this one, %s", said.get("version"), own.version)
             for at in range(0, len(listening), SOCKETS_AT_ONCE):
                 some = listening[at : at + SOCKETS_AT_ONCE]
                 await line.send({"sockets": len(some), "more": at + len(some) < len(listening)}, some)
@@ -424,6 +426,5 @@ async def _give(line: Line, connection: Movable) -> None:
         described = connection.describe()
         return ({}, ()) if described is None else ({"connection": described[0]}, described[1])
 
-    await line.offer(make)
-    if described is not None:
+    if await line.offer(make) and described is not None:
         connection.let_go()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
+import signal
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from tests.mesh.test_permissive import _PERMISSIVE, _dial, configured
 from tests.support import inside, open_loop
 from tests.support.job import FOREVER, gone, running
 from tests.support.secrecy import nothing_in_the_clear
-from tests.support.upgrading import attempt, upgrade
+from tests.support.upgrading import attempt, begun, upgrade
 from tests.support.upgrading import running as uproxies
 from uproxy.node.channel import RENEWAL_S
 
@@ -61,6 +63,31 @@ def test_upgrades_under_load_refuse_and_cut_nothing(mesh: Mesh) -> None:
 def test_twenty_upgrades_of_each_uproxy_refuse_and_cut_nothing(mesh: Mesh) -> None:
     for _ in range(4):  # a load has all of its sockets from the beginning
         _under_load(mesh, 5)
+
+
+@pytest.mark.soak
+def test_either_one_killed_at_random_moments_opens_nothing_and_leaves_one_that_serves(mesh: Mesh) -> None:
+    seed = secrets.randbits(32)
+    chance = random.Random(seed)
+    mark = secrets.token_bytes(16)
+    pairs = [(mesh.caller, mesh.peer, PEER), (mesh.caller6, mesh.peer6, PEER_V6)]
+    with nothing_in_the_clear((mesh.shop.a, mesh.shop.b), mark):
+        with open_loop.running(pairs, mark + random.randbytes(500), rate=_RATE, held=_HELD, most_s=100) as loads:
+            open_loop.wait_for(loads, 5)
+            for _ in range(12):
+                workload = chance.choice([mesh.caller, mesh.peer, mesh.caller6, mesh.peer6])
+                before = uproxies(workload)
+                with begun(workload) as asking:
+                    inside.eventually(lambda workload=workload, before=before: uproxies(workload) > before)
+                    time.sleep(chance.uniform(0, 1.2))  # it is ready within a second or so
+                    for pid in chance.choice([before, uproxies(workload) - before]):
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    asking.wait(120)
+                open_loop.go_on(loads)
+        open_loop.assert_refused_or_reset(loads, seed)
+    for workload in (mesh.caller, mesh.peer, mesh.caller6, mesh.peer6):
+        inside.eventually(lambda workload=workload: len(uproxies(workload)) == 1, 30)
 
 
 def test_connections_that_go_direct_never_notice(mesh: Mesh) -> None:

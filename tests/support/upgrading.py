@@ -19,9 +19,16 @@ def upgrade(workload: Workload) -> int:
 
 
 def attempt(workload: Workload) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_argv(workload), capture_output=True, text=True, timeout=120, check=False)
+
+
+def begun(workload: Workload) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(_argv(workload), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def _argv(workload: Workload) -> list[str]:
     state = workload.host.lab.directory / "state"
-    argv = [sys.executable, "-I", "-m", "uproxy", "upgrade", workload.name, "--state-dir", str(state)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    return [sys.executable, "-I", "-m", "uproxy", "upgrade", workload.name, "--state-dir", str(state)]
 
 
 def running(workload: Workload) -> set[int]:

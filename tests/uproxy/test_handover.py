@@ -273,6 +273,7 @@ class Giver:
     def __init__(self, listeners: Sequence[socket.socket] = ()) -> None:
         self.history: list[str] = []
         self.resumed = asyncio.Event()
+        self.given: Sequence[Movable] = ()
         self._listeners = listeners
 
     async def prepare(self) -> None:
@@ -290,10 +291,29 @@ class Giver:
         return [{"local": [str(number)]} for number in range(3)]
 
     def connections(self) -> Sequence[Movable]:
-        return ()
+        return self.given
 
     def leave(self) -> None:
         self.history.append("leave")
+
+
+class Given:
+    """A connection, of which much is to be said."""
+
+    def __init__(self) -> None:
+        self._ends = socket.socketpair()
+        self.gone = False
+
+    def describe(self) -> tuple[Message, Sequence[int]]:
+        return {"x": b"x" * 100_000}, [one.fileno() for one in self._ends]
+
+    def let_go(self) -> None:
+        assert not self.gone
+        self.gone = True
+
+    def close(self) -> None:
+        for one in self._ends:
+            one.close()
 
 
 OWN = Hello("1", "shop/web", (WEB,), "none")
@@ -327,6 +347,60 @@ def test_a_successor_that_is_slow_loses_its_turn(tmp_path: Path, monkeypatch: py
                 serving.cancel()
 
     asyncio.run(main())
+
+
+def test_connections_that_a_successor_can_no_longer_take_stay(tmp_path: Path) -> None:
+    async def main() -> None:
+        with listening(tmp_path) as listener:
+            giver = Giver([listener])
+            given = giver.given = [Given() for _ in range(50)]
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, OWN, giver))
+                first = await Predecessor.find(tmp_path, OWN)
+                assert first is not None
+                for sock in await first.sockets():
+                    sock.close()
+                await first._line.send({"ask": "rest"})
+                first.close()
+                await giver.resumed.wait()
+                assert not any(one.gone for one in given)
+                other = await Predecessor.find(tmp_path, OWN)
+                assert other is not None
+                for sock in await other.sockets():
+                    sock.close()
+                rest = await other.rest()
+                assert [len(said["x"]) for said, _, _ in rest.connections] == [100_000] * 50
+                for _, peer, app in rest.connections:
+                    peer.close()
+                    app.close()
+                assert all(one.gone for one in given)
+                other.close()
+                serving.cancel()
+            for one in given:
+                one.close()
+
+    asyncio.run(main())
+
+
+def test_a_bug_costs_the_hand_over_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        with listening(tmp_path) as listener:
+            giver = Giver([listener])
+            giver.given = [None]  # type: ignore[list-item]
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, OWN, giver))
+                other = await Predecessor.find(tmp_path, OWN)
+                assert other is not None
+                for sock in await other.sockets():
+                    sock.close()
+                await other.rest()
+                await giver.resumed.wait()
+                other.close()
+                assert not serving.done()
+                serving.cancel()
+
+    asyncio.run(main())
+    assert "a hand-over failed as none should" in caplog.text
 
 
 def test_one_that_does_not_answer_is_not_taken_over_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
