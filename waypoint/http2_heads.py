@@ -63,7 +63,7 @@ def read_request(headers: Headers, *, ended: bool) -> RequestHead:
         raise MessageError(400, "malformed :authority, or none")
     fields.insert(0, (b"host", hosts[0]))
     if b"cookie" in special:  # which may come in crumbs (RFC 9113 section 8.2.3)
-        fields.append((b"cookie", b"; ".join(special[b"cookie"])))
+        fields.append((b"cookie", b"; ".join(filter(None, special[b"cookie"]))))
     framing = _request_framing(special, method, ended=ended)
     expects = expects_continue(special.get(b"expect", ()), framing)
     if expects:

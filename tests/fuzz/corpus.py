@@ -24,6 +24,7 @@ PARSERS: Final = (
     "http1_requests",
     "http1_responses",
     "http2_frames",
+    "http2_heads",
     "identities",
     "records",
     "request_targets",

@@ -13,6 +13,7 @@ from tests.support.hbone import CONNECT, OK
 from uproxy.header_block import (
     decode_literals,
     encode_headers,
+    read_own,
     well_formed,
     well_formed_trailers,
 )
@@ -20,7 +21,8 @@ from uproxy.header_block import (
 MAX_BYTES = 1024
 WORDS = (
     b":method", b":authority", b":scheme", b":path", b":status", b":protocol", b"CONNECT", b"connection", b"te",
-    b"trailers", b"upgrade", b"\x0f\x2f", b"\x7f", b"\x00", b"\x10", b"\x20", b"\x88", b"\x82\x86\x84\x41",
+    b"trailers", b"upgrade", b"\x0f\x2f", b"\x7f", b"\x00\x09forwarded",
+    b"\x00\x0btraceparent\x37", b"\x00", b"\x10", b"\x20", b"\x88", b"\x82\x86\x84\x41",
 )  # fmt: skip
 _REQUEST = HeaderValidationFlags(is_client=False, is_trailer=False, is_response_header=False, is_push_promise=False)
 _TRAILERS = HeaderValidationFlags(is_client=False, is_trailer=True, is_response_header=False, is_push_promise=False)
@@ -29,7 +31,12 @@ _RESPONSE = HeaderValidationFlags(is_client=True, is_trailer=False, is_response_
 
 def seeds() -> Iterable[bytes]:
     more = [(b"forwarded", b'for="10.0.0.1:1";host=a.b'), (b"traceparent", b"00-" + b"a" * 32), (b"x-y", b"z" * 200)]
-    for headers in (CONNECT, OK, [*CONNECT, *more], [(b"grpc-status", b"0"), (b"te", b"trailers")]):
+    own = [
+        *CONNECT,
+        (b"forwarded", b'for="10.0.0.1:1"'),
+        (b"traceparent", b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"),
+    ]
+    for headers in (CONNECT, OK, own, [*CONNECT, *more], [(b"grpc-status", b"0"), (b"te", b"trailers")]):
         yield encode_headers(headers)
         yield Encoder().encode(headers)
         yield Encoder().encode(headers, huffman=False)
@@ -37,6 +44,9 @@ def seeds() -> Iterable[bytes]:
 
 def check(data: bytes) -> None:
     quick, whole = decode_literals(data), _decoded(data)
+    for _ in range(2):  # what was read once is remembered
+        own = read_own(data)
+        assert own is None or (list(own) == whole and well_formed(own, request=own[0][0] != b":status"))
     assert quick is None or quick == whole, (quick, whole)
     if whole is None:
         return
