@@ -24,6 +24,8 @@ class CurrentCredentials:
         """Raises CredentialsError when there are none that can be used."""
         self._directory = directory
         self._identity = identity
+        self.problem = ""
+        """Why what is in the directory now is not in use; empty while it is."""
         self._hurry = asyncio.Event()
         self._read = self._stamp()  # before reading: a change meanwhile is then one more
         self.value = Credentials.load(directory, identity)
@@ -32,25 +34,25 @@ class CurrentCredentials:
         """Take up each renewed certificate, bundle and revocation list. A bad one is reported, and tried again until it
         is mended.
         """
-        refused = ""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_WATCH_S):
                     await self._hurry.wait()
             self._hurry.clear()
             stamp = self._stamp()
-            if stamp == self._read and not refused:
+            if stamp == self._read and not self.problem:
                 continue
             self._read = stamp
             try:
                 self.value = Credentials.load(self._directory, self._identity)
                 on_renewed()
             except (CredentialsError, OSError) as error:  # OSError: of memory or descriptors, which may come back
-                if str(error) != refused:
-                    log.error("the new certificate is refused, the one before stays: %s", error)
-                refused = str(error)
+                problem = f"the new certificate is refused, the one before stays: {error}"
+                if problem != self.problem:
+                    log.error("%s", problem)
+                self.problem = problem
                 continue
-            refused = ""
+            self.problem = ""
             revoked = sum(len(one.serials) for one in self.value.revocations.lists)
             log.info("a new certificate is in use: serial %x, others revoked: %d", self.value.serial, revoked)
 

@@ -150,7 +150,8 @@ class Member:
 
     def problems(self) -> tuple[str, ...]:
         """What somebody should look at, the worst last."""
-        own = [*self._own_problems(), self._saving_problem, self._renewal.problem, self._revocations_problem]
+        own = [*self._own_problems(), self._saving_problem, self._renewal.problem]
+        own += [self._revocations_problem, self._credentials.problem]
         return (*self.replica.problems(), *self._subscriber.problems(), *(text for text in own if text))
 
     def dump(self) -> dict[str, object]:

@@ -295,6 +295,7 @@ def test_who_is_revoked_is_cut_off_everywhere_until_it_joins_anew(site: MemberSi
                 app.recv(1)
         assert refused_as_revoked(site, stolen)
         eventually(lambda: "CERT_REVOKED" in site.log("db"))
+        eventually(lambda: "revoked" in str(control_of(site, "web")["problems"]))
         for process in (web, db):
             process.kill()
             process.wait()
