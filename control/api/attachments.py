@@ -149,7 +149,7 @@ def _with_port(
     path = f"spec.parentRefs[{index}].sectionName"
     if section not in ports:
         known = ", ".join(sorted(filter(None, ports))) or "none"
-        problem = f"Service {service.key} has no port named {section}; names that there are: {known}"
+        problem = f"Service {service.key} has no port named {section} (NoMatchingParent); names that there are: {known}"
         findings.error(item.position, path, problem, (section, ports))
     elif parent.port not in (0, ports[section]):
         problem = f"is port {ports[section]} of Service {service.key}, and port is {parent.port}; remove one"
@@ -209,13 +209,15 @@ def _check_reference(
     findings: Findings,
 ) -> None:
     service = services.get(service_key)
+    reason = "NoMatchingParent" if ".parentRefs" in path else "BackendNotFound"
     tell = findings.error if service_key.startswith(f"{item.route.namespace}/") else findings.warn
     if service is None:
-        problem = f"there is no Service {service_key}; declare it or name another"
+        problem = f"there is no Service {service_key} ({reason}); declare it or name another"
         tell(item.position, f"{path}.name", problem, (service_key, services))
     elif port and all(one.port != port for one in service.ports):
         ports = ", ".join(str(one.port) for one in service.ports) or "none"
-        tell(item.position, f"{path}.port", f"Service {service_key} has no port {port}; its ports: {ports}")
+        problem = f"Service {service_key} has no port {port} ({reason}); its ports: {ports}"
+        tell(item.position, f"{path}.port", problem)
 
 
 def _check_parent(

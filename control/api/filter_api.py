@@ -230,7 +230,9 @@ def _read_mirror(reader: Reader, namespace: str) -> Mirror:
 
 def read_kind(reader: Reader) -> None:
     """Of what a reference to a backend names."""
-    reader.choice("kind", ["Service"], default="Service", others={"ServiceImport": "it is not implemented; remove it"})
+    reader.choice(
+        "kind", ["Service"], default="Service", others={"ServiceImport": "InvalidKind, it is not implemented"}
+    )
 
 
 def _read_cors(reader: Reader) -> Cors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Final
 
@@ -11,6 +12,7 @@ from control.api.declared import (
     DeclaredPeerAuthentication,
     DeclaredPolicy,
     DeclaredRequestAuthentication,
+    DeclaredRoute,
     DeclaredService,
     DeclaredWorkload,
 )
@@ -31,6 +33,7 @@ examples:
 `-o yaml` prints what `apply` takes. Exit status: 0 found, 1 there is no such resource, 4 no control plane.
 """
 
+_ROUTE_HEADS: Final = ("PARENTS", "ACCEPTED", "RESOLVED REFS", "ENFORCED")
 _HEADS: Final = {
     "Service": ("ADDRESSES", "PORTS", "ENDPOINTS"),
     "WorkloadEntry": ("ADDRESSES", "SERVICE ACCOUNT", "NODE"),
@@ -38,6 +41,8 @@ _HEADS: Final = {
     "AuthorizationPolicy": ("ACTION", "RULES", "SELECTS"),
     "PeerAuthentication": ("MODE", "SELECTS"),
     "RequestAuthentication": ("ISSUERS",),
+    "HTTPRoute": _ROUTE_HEADS,
+    "GRPCRoute": _ROUTE_HEADS,
 }
 
 
@@ -124,7 +129,17 @@ def _cells(resource: Answer) -> tuple[str, ...]:
             return declared.peer_authentication.mode.value, _selector(declared.peer_authentication.selector)
         case DeclaredRequestAuthentication():
             return (",".join(rule.issuer for rule in declared.request_authentication.rules),)
+        case DeclaredRoute():
+            parents = resource["parents"]
+            named = ",".join(f"{parent['service']}:{parent['port'] or '*'}" for parent in parents)
+            return named, *(_condition(parents, number) for number in range(3))
     return ()
+
+
+def _condition(parents: Sequence[Answer], number: int) -> str:
+    """`True`, or the reason of the first parent for which it does not hold."""
+    conditions = [parent["conditions"][number] for parent in parents]
+    return next((str(one["reason"]) for one in conditions if not one["status"]), "True")
 
 
 def _selector(selector: Labels | None) -> str:

@@ -35,14 +35,19 @@ from aiohttp import web
 
 from control.api import index, messages, records
 from control.api.address import IpAddress
+from control.api.conditions import statuses_of
 from control.api.declared import Place
 from control.api.identity import SpiffeId, TrustDomain
 from control.api.messages import Body
 from control.api.problems import ResourceErrors
+from control.api.records import Record
+from control.api.route import HTTPRoute
+from control.api.route_api import ROUTES
 from control.api.topics import (
     AddressesTopic,
     ManifestTopic,
     RecordTopic,
+    RouteTopic,
     ServiceTopic,
     StatusTopic,
     WorkloadTopic,
@@ -330,17 +335,34 @@ class Api:
         found: Json = {"kind": kind, "namespace": namespace, "name": name, "document": text}
         if kind == "Service":
             found["vips"], found["endpoints"] = self._service(namespace, name)
+        elif kind in ROUTES:
+            found["parents"] = self._parents(RouteTopic(namespace, name))
         return found
 
     def _service(self, namespace: str, name: str) -> tuple[list[IpAddress], int]:
         """What became of a service: its virtual addresses, and how many endpoints it has."""
-        topic = ServiceTopic(namespace, name)
-        body, manifest = self._body(topic), self._body(ManifestTopic(namespace, name))
-        service = records.read(topic, body, self._trust_domain) if body is not None else None
+        manifest = self._body(ManifestTopic(namespace, name))
+        service = self._record(ServiceTopic(namespace, name))
         vips = service.vips if isinstance(service, Service) else ()
         return list(vips), index.read_manifest(manifest).count if manifest is not None else 0
 
-    def _body(self, topic: ServiceTopic | ManifestTopic) -> Body | None:
+    def _parents(self, topic: RouteTopic) -> list[Json]:
+        """What became of a route, at each of its parents."""
+
+        def service(key: str) -> Service | None:
+            namespace, _, name = key.partition("/")
+            found = self._record(ServiceTopic(namespace, name))
+            return found if isinstance(found, Service) else None
+
+        route = self._record(topic)
+        return [asdict(one) for one in statuses_of(route, service)] if isinstance(route, HTTPRoute) else []
+
+    def _record(self, topic: ServiceTopic | RouteTopic) -> Record | None:
+        """As it is published."""
+        body = self._body(topic)
+        return records.read(topic, body, self._trust_domain) if body is not None else None
+
+    def _body(self, topic: ServiceTopic | RouteTopic | ManifestTopic) -> Body | None:
         message = self._store.message(format_topic(self._trust_domain, topic))
         return messages.decode(message.payload).body if message is not None else None
 

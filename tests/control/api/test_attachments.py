@@ -60,18 +60,22 @@ def test_a_policy_that_asks_for_http_where_there_is_none_is_told():
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("kind: Service, name: web", "kind: Service, name: wep", "parentRefs[0].name: there is no Service shop/wep"),
+        (
+            "kind: Service, name: web",
+            "kind: Service, name: wep",
+            "parentRefs[0].name: there is no Service shop/wep (NoMatchingParent); declare",
+        ),
         (
             "name: web}]\n  rules",
             "name: web, port: 81}]\n  rules",
-            "parentRefs[0].port: Service shop/web has no port 81",
+            "parentRefs[0].port: Service shop/web has no port 81 (NoMatchingParent); its ports: 80",
         ),
         (
             "{name: web, port: 80}",
             "{name: wep, port: 80}",
-            "rules[0].backendRefs[0].name: there is no Service shop/wep",
+            "rules[0].backendRefs[0].name: there is no Service shop/wep (BackendNotFound); declare",
         ),
-        ("{name: web, port: 80}", "{name: web, port: 81}", "backendRefs[0].port: Service shop/web has no port 81; its"),
+        ("{name: web, port: 80}", "{name: web, port: 81}", "backendRefs[0].port: Service shop/web has no port 81 (Ba"),
     ],
 )
 def test_a_route_from_or_to_what_is_not_there_is_refused(old, new, expected):
@@ -120,7 +124,10 @@ def test_a_port_is_meant_by_its_name():
 @pytest.mark.parametrize(
     ("parents", "expected"),
     [
-        ("sectionName: grpc}", "parentRefs[0].sectionName: Service shop/web has no port named grpc; names that there"),
+        (
+            "sectionName: grpc}",
+            "parentRefs[0].sectionName: Service shop/web has no port named grpc (NoMatchingParent); names",
+        ),
         ("sectionName: http, port: 81}", "parentRefs[0].sectionName: is port 80 of Service shop/web, and port is 81"),
         (
             "sectionName: http}, {kind: Service, name: web, port: 80}",

@@ -17,6 +17,7 @@ from control.api.topics import StatusTopic, format_topic
 from control.client.csr import request
 from control.server.api import BrokerState
 from tests.support.certificates import DB, WEB
+from tests.support.desired import grant, route, service
 from tests.support.operators import URL
 
 pytestmark = pytest.mark.usefixtures("plane")
@@ -260,6 +261,28 @@ def test_get_all_is_a_table_for_each_kind(meshctl, applied):
     assert [line.split() for line in workloads.splitlines()[1:]] == [
         ["db-1", "shop", "10.97.0.2", "db", "-"],
         ["web-1", "shop", "10.97.0.1", "web", "-"],
+    ]
+
+
+def test_get_tells_the_conditions_of_a_route(meshctl, applied, tmp_path):
+    path = tmp_path / "route.yaml"
+    path.write_text(
+        route("web", "web", ["web"]).replace("[{name: web, port: 80}]", "[{name: far, namespace: far, port: 80}]")
+        + "---\n"
+        + service("far", namespace="far")
+    )
+    assert meshctl("apply", "-f", path)[0] == 0
+    table = meshctl("get", "httproutes", "-n", "shop")[1].splitlines()
+    assert table[0].split()[:3] == ["HTTPROUTE", "NAMESPACE", "PARENTS"]
+    assert table[1].split() == ["web", "shop", "shop/web:*", "True", "RefNotPermitted", "NoWaypoint"]
+    path.write_text(grant("from-shop", "far", "far"))
+    assert meshctl("apply", "-f", path)[0] == 0
+    (found,) = json.loads(meshctl("get", "httproute", "web", "-n", "shop", "-o", "json")[1])["resources"]
+    (parent,) = found["parents"]
+    assert (parent["service"], parent["port"]) == ("shop/web", 0)
+    assert [(one["type"], one["status"], one["reason"]) for one in parent["conditions"][:2]] == [
+        ("Accepted", True, "Accepted"),
+        ("ResolvedRefs", True, "ResolvedRefs"),
     ]
 
 

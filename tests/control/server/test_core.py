@@ -488,7 +488,9 @@ def test_a_service_of_another_namespace_that_is_not_there_is_a_warning(plane):
     assert any(problem.startswith("there is no Service zoo/ape") for problem in told)
     plane.apply(service("ape", namespace="zoo"))
     told = [one.problem for one in plane.apply(abroad.replace("value: /", "value: /v2")).warnings]
-    assert any(problem.startswith("Service zoo/ape has no port 81; its ports: 80") for problem in told)
+    assert any(
+        problem.startswith("Service zoo/ape has no port 81 (BackendNotFound); its ports: 80") for problem in told
+    )
 
 
 def test_releasing_what_holds_everywhere_takes_no_service_its_last_endpoint(plane):
