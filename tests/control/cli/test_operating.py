@@ -253,6 +253,12 @@ def test_get_shows_what_became_of_resources(meshctl, applied):
     assert "web" in meshctl("get", "svc", "-A")[1]
 
 
+def test_get_tells_ports_whose_datagrams_pass_from_the_others(meshctl, applied):
+    applied.write_text(service("dns", vip="240.240.0.53", datagrams=53))
+    assert meshctl("apply", "-f", applied)[0] == 0
+    assert "240.240.0.53  80,53/UDP  0" in meshctl("get", "service", "dns", "-n", "shop")[1]
+
+
 def test_get_all_is_a_table_for_each_kind(meshctl, applied):
     out = meshctl("get", "all", "-n", "shop")[1]
     policies, services, workloads = out.strip().split("\n\n")
