@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
+from cryptography import x509
 
 from benchmarks.lab.apps import commands
 from benchmarks.lab.topology import Host, Lab, Workload
+from control import durable
 from tests.support import inside
 
 VIP = ("240.240.0.40", 9000)
@@ -194,6 +196,22 @@ def test_mode_that_is_taken_back_ends_it(near: Near) -> None:
         before = inside.dialled_direct(near.host)
         inside.exchange(near.web, VIP)
         assert inside.dialled_direct(near.host) == before
+
+
+def test_certificate_of_the_caller_that_is_revoked_ends_it(near: Near) -> None:
+    chain = x509.load_pem_x509_certificates((near.web.identity_dir / "chain.pem").read_bytes())
+    revocations = near.db.identity_dir / "crl.pem"
+    with open_direct(near) as made:
+        durable.write(revocations, near.lab.source.authority().revoke([chain[0].serial_number]), 0o600)
+        try:
+            made.settimeout(20)
+            with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
+                made.recv(1)
+            assert is_refused(near.web, VIP)
+        finally:
+            near.lab.issue(near.web.identity, near.web.identity_dir)
+            inside.eventually(lambda: not is_refused(near.web, VIP), 20)
+            revocations.unlink()
 
 
 def test_another_agent_goes_on_with_it(near: Near) -> None:

@@ -453,14 +453,13 @@ def with_the_units_capabilities(arguments: list[str]) -> list[str]:
     return ["setpriv", f"--bounding-set={bounds}", "--inh-caps=-all", *arguments]
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_datagrams_pass_on_without_an_agent_until_the_next_one_is_told_otherwise(host, site, end):
+def test_datagrams_pass_on_without_an_agent_until_the_next_one_is_told_otherwise(host, site):
     """With the capabilities of the unit; the application is another user."""
     host.config.write_text(WITH_DATAGRAMS)
     with host.running(with_the_units_capabilities(host.arguments())) as process:
         register(host, site)
         with connected(site, [BEACON, BEACON, (OUTSIDE_V4, 53)]) as ended:
-            process.send_signal(end)
+            process.kill()
             process.wait(20)
             site.in_app(lambda: send(BEACON))
             with host.running(with_the_units_capabilities(host.arguments())) as again:
