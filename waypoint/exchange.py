@@ -6,6 +6,7 @@ head -> authorise -> route -> pick -> forward -> relay both bodies -> record. Al
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -43,6 +44,7 @@ from waypoint.rules import RuleBook, Rules
 from waypoint.sides import IDEMPOTENT, STALL_TIMEOUT_S, Incoming, Outgoing
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.tokens import TokenError
+from waypoint.traffic import Excess, Place
 from waypoint.upstream import Upstream
 
 _CALLERS: Final = frozenset({b"x-forwarded-for", b"x-forwarded-client-cert", b"x-request-id"})
@@ -90,6 +92,8 @@ class _Course:
     """Whether nobody wants the rest of the request's body."""
     timer: Timer | None = None
     attempt_timer: Timer | None = None
+    place: Place | None = None
+    """What it takes up of what is limited."""
 
     def stop(self, cause: RefusalError) -> None:
         if self.cause is None:
@@ -122,6 +126,8 @@ class _Course:
         for timer in (self.timer, self.attempt_timer):
             if timer is not None:
                 timer.cancel()
+        if self.place is not None:
+            self.place.leave()
         if self.outgoing is not None:
             self.outgoing.abort("given up")
         for copy in self.copies:
@@ -192,6 +198,7 @@ class Exchanges:
             permitted = course.permitted = self._permitted(rules, caller, destination, judged, exchange)
             exchange.path = permitted.target
             rule = self._route(rules, destination, permitted)
+            course.place = self._let_through(rules, caller, permitted, rule)
             while True:
                 course.rule = rule
                 if rule is not None and (answer := _answered_here(rule.filters, course, destination)) is not None:
@@ -199,6 +206,7 @@ class Exchanges:
                     return
                 generation = self._state.generation
                 self._limit(rule, course)
+                await self._suffer(course)
                 course.backend, hops = await self._pick(rule, destination, course)
                 if self._state.generation == generation:
                     break
@@ -269,6 +277,41 @@ class Exchanges:
         if rule is None:
             raise RefusalError(404, "no-route", "no route of this service matches", flag=flags.NO_ROUTE)
         return rule
+
+    def _let_through(self, rules: Rules, caller: Caller, request: Request, rule: RouteRule | None) -> Place | None:
+        """Raises RefusalError for a request that is one too many."""
+        found = rules.traffic.enter(caller, request, rule.name if rule is not None else "", time.monotonic())
+        if not isinstance(found, Excess):
+            return found
+        if found.wait_s:
+            after = ((b"retry-after", str(math.ceil(found.wait_s)).encode()),)
+            text = "local_rate_limited"  # Envoy's
+            raise RefusalError(429, "rate-limited", text, flag=flags.RATE_LIMITED, policy=found.policy, fields=after)
+        text = "too many requests are under way"
+        raise RefusalError(503, "overload", text, flag=flags.TOO_MANY, policy=found.policy)
+
+    async def _suffer(self, course: _Course) -> None:
+        """What is done to a request on purpose, once. Raises RefusalError."""
+        place = course.place
+        if place is None:
+            return
+        delay_ms, place.delay_ms = place.delay_ms, 0
+        if delay_ms:
+            course.exchange.flag = flags.DELAYED
+            claim: Waiter[None] = Waiter(self._plane)
+            course.claim = claim
+            timer = self._plane.call_later(delay_ms / 1000, lambda: claim.set(None))
+            try:
+                await claim
+            except ConnectionResetError as error:
+                raise _broken(course, error) from None
+            finally:
+                timer.cancel()
+                course.claim = None
+            if course.cause is not None:
+                raise course.cause
+        if place.status:
+            raise RefusalError(place.status, "fault", "fault filter abort", flag=flags.ABORTED)
 
     def _limit(self, rule: RouteRule | None, course: _Course) -> None:
         """From the request's beginning on, in place of the limit of an earlier rule."""

@@ -37,6 +37,10 @@ NO_BACKEND: Final = "UH"
 NO_ROUTE: Final = "NR"
 TIMED_OUT: Final = "UT"
 MALFORMED: Final = "DPE"
+RATE_LIMITED: Final = "RL"
+TOO_MANY: Final = "UO"
+ABORTED: Final = "FI"
+DELAYED: Final = "DI"
 
 
 @dataclass(slots=True, eq=False)

@@ -33,6 +33,7 @@ from waypoint.request import Request, RequestError, read_request
 from waypoint.rewriting import location
 from waypoint.rules import rules_at
 from waypoint.tokens import Token, TokenError
+from waypoint.traffic import Ledger
 
 _NONE: Final[Mapping[Subject, str]] = MappingProxyType({})
 
@@ -150,7 +151,7 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         yield Step("waypoint", False, f"400: {error}", "bad-request")
         return
     asked = f"{request.method} {request.target}" if request is not None else "opaque TCP"
-    rules = rules_at(state, plan.gateway, destination)
+    rules = rules_at(state, plan.gateway, destination, Ledger())
     token: Token | None = None
     if request is not None:
         try:

@@ -18,6 +18,7 @@ from control.api.declared import (
     DeclaredRequestAuthentication,
     DeclaredRoute,
     DeclaredService,
+    DeclaredTraffic,
 )
 from control.api.filters import Filters, Mirror
 from control.api.problems import Findings
@@ -27,7 +28,7 @@ _UNBOUND = f"is bound to no waypoint; label it {label.USE_WAYPOINT}"
 
 
 def check_targets(
-    policies: Sequence[DeclaredPolicy | DeclaredRequestAuthentication],
+    policies: Sequence[DeclaredPolicy | DeclaredRequestAuthentication | DeclaredTraffic],
     services: Sequence[DeclaredService],
     gateways: Sequence[DeclaredGateway],
     wishes: Mapping[Subject, Wish],

@@ -17,6 +17,7 @@ from control.api.names import key
 from control.api.policy import AuthorizationPolicy, PeerAuthentication, Target
 from control.api.problems import Position
 from control.api.route import HTTPRoute
+from control.api.traffic import TrafficPolicy
 from control.api.workload import ServicePort
 
 
@@ -189,6 +190,18 @@ class DeclaredRequestAuthentication:
 
 
 @dataclass(frozen=True, slots=True)
+class DeclaredTraffic:
+    """`mesh.uproxy.dev` TrafficPolicy."""
+
+    traffic: TrafficPolicy
+    position: Position = field(compare=False, repr=False)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.traffic.targets
+
+
+@dataclass(frozen=True, slots=True)
 class DeclaredGateway:
     """Gateway API Gateway of class `istio-waypoint`."""
 
@@ -246,6 +259,7 @@ Resource = (
     | DeclaredPolicy
     | DeclaredPeerAuthentication
     | DeclaredRequestAuthentication
+    | DeclaredTraffic
     | DeclaredGateway
     | DeclaredRoute
     | DeclaredGrant
@@ -275,6 +289,8 @@ def place_of(resource: Resource) -> Place:
         case DeclaredRequestAuthentication():
             requests = resource.request_authentication
             return "RequestAuthentication", requests.namespace, requests.name
+        case DeclaredTraffic():
+            return "TrafficPolicy", resource.traffic.namespace, resource.traffic.name
         case DeclaredGateway():
             return "Gateway", resource.namespace, resource.name
         case DeclaredRoute():

@@ -23,6 +23,7 @@ from control.api.declared import (
     DeclaredRequestAuthentication,
     DeclaredRoute,
     DeclaredService,
+    DeclaredTraffic,
     DeclaredWorkload,
     Resource,
     place_of,
@@ -50,6 +51,7 @@ from control.api.problems import Findings, Position, ResourceError, shown
 from control.api.records import Record
 from control.api.route import HTTPRoute
 from control.api.selection import Workloads
+from control.api.traffic import TrafficPolicy
 from control.api.vips import Addresses, Vips
 from control.api.waypoints import PortBindings, Ports, gateways_of, guarded_by, processes_of, wishes_of
 from control.api.workload import Endpoint, Service, Workload
@@ -116,6 +118,7 @@ class Mesh:
     peer_authentications: tuple[PeerAuthentication, ...]
     """No records: what they say of a workload stands in its own."""
     request_authentications: tuple[RequestAuthentication, ...]
+    traffic: tuple[TrafficPolicy, ...]
     vips: Vips
     """Of the services that ask for no address. Who keeps them gives them back as `Elsewhere.vips`."""
     wishes: Mapping[Subject, Wish]
@@ -167,6 +170,7 @@ class Mesh:
         authentications = sorted(
             _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
         )
+        traffic = sorted(_of(DeclaredTraffic, declared), key=lambda item: item.traffic.key)
         targets = guarded_by((*policies, *authentications))
         processes = processes_of(gateways, declared_workloads, findings)
         every_gateway = {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}}
@@ -182,7 +186,7 @@ class Mesh:
         )
         standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
         ports = Ports(workloads, endpoints, processes, standing, wishes, every_gateway.keys())
-        check_targets((*policies, *authentications), declared_services, gateways, wishes.of, findings)
+        check_targets((*policies, *authentications, *traffic), declared_services, gateways, wishes.of, findings)
         check_routes(routes, declared_services, elsewhere.service, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,
@@ -195,6 +199,7 @@ class Mesh:
             policies=tuple(item.policy for item in policies),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
             request_authentications=tuple(_with_keys(item, elsewhere.fetched, findings) for item in authentications),
+            traffic=tuple(item.traffic for item in traffic),
             gateways=gateways_of(gateways, processes, standing),
             routes=tuple(item.route for item in routes),
             vips=addresses.allocated,
@@ -219,6 +224,7 @@ class Mesh:
             *self.endpoints,
             *self.policies,
             *self.request_authentications,
+            *self.traffic,
             *self.gateways,
             *self.routes,
         )

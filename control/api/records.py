@@ -69,11 +69,24 @@ from control.api.topics import (
     RevocationsTopic,
     RouteTopic,
     ServiceTopic,
+    TrafficTopic,
     WorkloadTopic,
 )
+from control.api.traffic import TrafficPolicy
+from control.api.traffic_record import read_traffic, write_traffic
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
-Record = Service | Endpoint | Workload | AuthorizationPolicy | RequestAuthentication | Gateway | HTTPRoute | Revocations
+Record = (
+    Service
+    | Endpoint
+    | Workload
+    | AuthorizationPolicy
+    | RequestAuthentication
+    | TrafficPolicy
+    | Gateway
+    | HTTPRoute
+    | Revocations
+)
 
 MAX_WEIGHT: Final = 65_535
 
@@ -92,6 +105,8 @@ def topic_of(record: Record) -> RecordTopic:
             return PolicyTopic(record.namespace, record.name)
         case RequestAuthentication():
             return RequestAuthenticationTopic(record.namespace, record.name)
+        case TrafficPolicy():
+            return TrafficTopic(record.namespace, record.name)
         case Gateway():
             return GatewayTopic(record.namespace, record.name)
         case HTTPRoute():
@@ -144,6 +159,8 @@ def write(record: Record) -> Body:
             }
         case RequestAuthentication():
             return write_request_authentication(record)
+        case TrafficPolicy():
+            return write_traffic(record)
         case Gateway():
             return {
                 "traffic": record.traffic.value,
@@ -177,6 +194,8 @@ def _read(topic: RecordTopic, fields: Fields, trust_domain: TrustDomain) -> Reco
             return _read_policy(topic, fields)
         case RequestAuthenticationTopic():
             return read_request_authentication(topic, fields)
+        case TrafficTopic():
+            return read_traffic(topic, fields)
         case GatewayTopic():
             return _read_gateway(topic, fields)
         case RouteTopic():

@@ -38,6 +38,7 @@ from control.api.records import MAX_WEIGHT
 from control.api.request_authentication import read_request_authentication
 from control.api.route_api import read_grpc_route, read_http_route, read_reference_grant
 from control.api.security import read_authorization_policy, read_peer_authentication
+from control.api.traffic_api import read_traffic_policy
 from control.api.workload import ServicePort
 
 _MAX_ADDRESSES: Final = 8
@@ -428,6 +429,7 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], Callable[[Reader], Resource]]]] =
     "AuthorizationPolicy": (_ISTIO_SECURITY, read_authorization_policy),
     "PeerAuthentication": (_ISTIO_SECURITY, read_peer_authentication),
     "RequestAuthentication": (_ISTIO_SECURITY, read_request_authentication),
+    "TrafficPolicy": (("mesh.uproxy.dev/v1alpha1",), read_traffic_policy),
     "Gateway": (("gateway.networking.k8s.io/v1",), read_gateway),
     "HTTPRoute": (("gateway.networking.k8s.io/v1",), read_http_route),
     "GRPCRoute": (("gateway.networking.k8s.io/v1",), read_grpc_route),
@@ -435,6 +437,5 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], Callable[[Reader], Resource]]]] =
 }
 _LATER: Final = (
     "ServiceEntry",
-    "TrafficPolicy",
     "Extension",
 )

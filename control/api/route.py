@@ -16,7 +16,6 @@ from control.api.problems import shown
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 """Those that Gateway API lets a match name."""
 MAX_WEIGHT: Final = 1_000_000  # Gateway API's
-MAX_TIMEOUT_MS: Final = 24 * 3_600_000
 MAX_ATTEMPTS: Final = 10
 """After the first: more would make of one request that fails a flood."""
 MAX_EXPRESSION: Final = 1024  # Gateway API's, of a path

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 from control.api.declared import DeclaredGrant, DeclaredRoute
 from control.api.document import Reader
+from control.api.durations import milliseconds
 from control.api.filter_api import (
     HTTP_FILTERS,
     as_is,
@@ -29,7 +30,6 @@ from control.api.names import wrong_dns_label, wrong_service_name, wrong_subdoma
 from control.api.problems import shown
 from control.api.route import (
     MAX_ATTEMPTS,
-    MAX_TIMEOUT_MS,
     MAX_WEIGHT,
     METHODS,
     Backend,
@@ -63,9 +63,6 @@ _ANY_ELEMENT: Final = "[^/]+"
 _EVERYTHING: Final = Match(PathMatch(PathKind.PREFIX, "/"), (), (), "")
 _ATTEMPTS: Final = 2  # Istio's, where nothing is said
 _BACKOFF_MS: Final = 25  # Envoy's
-_DURATION: Final = re.compile(r"([0-9]{1,5}(h|ms|m|s)){1,4}")
-_DURATION_PART: Final = re.compile(r"([0-9]+)(h|ms|m|s)")
-_UNIT_MS: Final = {"h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
 
 _T = TypeVar("_T")
 
@@ -166,7 +163,7 @@ def _check_rule(reader: Reader, rule: RouteRule) -> None:
 def _read_retry(reader: Reader) -> Retry:
     codes = reader.integers("codes", 400, 599)
     check_once(reader, "codes", map(str, codes))
-    backoff = reader.parsed("backoff", _milliseconds)
+    backoff = reader.parsed("backoff", milliseconds)
     retry = Retry(
         codes=tuple(sorted(codes)),
         attempts=reader.integer("attempts", 1, MAX_ATTEMPTS, default=_ATTEMPTS),
@@ -178,22 +175,12 @@ def _read_retry(reader: Reader) -> Retry:
 
 def _read_timeouts(reader: Reader) -> tuple[int, int]:
     """Those of the request and of each attempt, in milliseconds."""
-    whole = reader.parsed("request", _milliseconds) or 0
-    attempt = reader.parsed("backendRequest", _milliseconds) or 0
+    whole = reader.parsed("request", milliseconds) or 0
+    attempt = reader.parsed("backendRequest", milliseconds) or 0
     if whole and attempt > whole:
         reader.error("backendRequest", "is longer than request, which ends it anyway; make it shorter")
     reader.finish()
     return whole, attempt
-
-
-def _milliseconds(text: str) -> int:
-    """Gateway API's duration (GEP-2257), as `1m30s`."""
-    if not _DURATION.fullmatch(text):
-        raise ValueError(f"{shown(text)} is no duration, such as 500ms, 10s or 1m30s")
-    found = sum(int(number) * _UNIT_MS[unit] for number, unit in _DURATION_PART.findall(text))
-    if found > MAX_TIMEOUT_MS:
-        raise ValueError(f"{shown(text)} is longer than a day; write 0s for no timeout")
-    return found
 
 
 def _read_match(reader: Reader) -> Match:

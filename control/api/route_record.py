@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from control.api.durations import MAX_MS
 from control.api.fields import (
     Fields,
     RecordError,
@@ -22,7 +23,6 @@ from control.api.messages import Body, Value
 from control.api.names import key, wrong_service_name
 from control.api.route import (
     MAX_ATTEMPTS,
-    MAX_TIMEOUT_MS,
     MAX_WEIGHT,
     METHODS,
     NO_MODIFIER,
@@ -154,8 +154,8 @@ def _read_rule(value: Value, namespace: str) -> RouteRule:
         request=request,
         response=response,
         backends=tuple(_read_backend(item, namespace) for item in fields.take("backends", list)),
-        timeout_ms=fields.number("timeout_ms", 0, MAX_TIMEOUT_MS),
-        backend_timeout_ms=fields.number("backend_timeout_ms", 0, MAX_TIMEOUT_MS),
+        timeout_ms=fields.number("timeout_ms", 0, MAX_MS),
+        backend_timeout_ms=fields.number("backend_timeout_ms", 0, MAX_MS),
         filters=read_filters(fields, namespace),
         retry=_read_retry(fields.take("retry", list)) if fields.has("retry") else None,
     )
@@ -223,7 +223,7 @@ def _read_retry(value: Value) -> Retry:
             found = tuple(number_in(code, 400, 599, "retry") for code in codes)
             check_ordered(found, "retry")
             return Retry(
-                found, number_in(attempts, 1, MAX_ATTEMPTS, "retry"), number_in(backoff_ms, 0, MAX_TIMEOUT_MS, "retry")
+                found, number_in(attempts, 1, MAX_ATTEMPTS, "retry"), number_in(backoff_ms, 0, MAX_MS, "retry")
             )
     raise RecordError("retry must be [codes, attempts, backoff]")
 

@@ -1,7 +1,7 @@
 """Topic names, built and parsed in one place: `mesh/v1/<trust domain>/<kind>/...`.
 
 svc/<ns>/<name>, ep/<ns>/<service>/<workload>, wl/<proxy hash>/<instance>, policy/<ns>/<name>, gw/<ns>/<name>,
-route/<ns>/<name>, reqauth/<ns>/<name>
+route/<ns>/<name>, reqauth/<ns>/<name>, traffic/<ns>/<name>
                                 one record each
 ep/<ns>/<service>               manifest: how many endpoints a service has, and which
 index/<ns>/<00..3f>, root/<ns>  the records that decide security, by SHA-256, and the signed root above them
@@ -29,7 +29,7 @@ INDEX_SHARDS: Final = 64
 ADDRESS_SHARDS: Final = 256
 
 _ROOT: Final = "mesh/v1"
-_KINDS: Final = "svc, ep, wl, policy, reqauth, gw, route, crl, index, root, addr, trust, status"
+_KINDS: Final = "svc, ep, wl, policy, reqauth, traffic, gw, route, crl, index, root, addr, trust, status"
 _PROXY_HASH: Final = re.compile(r"[0-9a-f]{32}")
 _SHARD: Final = re.compile(r"[0-9a-f]{2}")
 
@@ -69,6 +69,14 @@ class PolicyTopic:
 
 @dataclass(frozen=True, slots=True, order=True)
 class RequestAuthenticationTopic:
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TrafficTopic:
+    """A TrafficPolicy."""
+
     namespace: str
     name: str
 
@@ -154,6 +162,7 @@ IndexedTopic = (
     | WorkloadTopic
     | PolicyTopic
     | RequestAuthenticationTopic
+    | TrafficTopic
     | GatewayTopic
     | RouteTopic
     | RevocationsTopic
@@ -206,6 +215,8 @@ def index_entry(topic: IndexedTopic) -> str:
             return f"policy/{name}"
         case RequestAuthenticationTopic(_, name):
             return f"reqauth/{name}"
+        case TrafficTopic(_, name):
+            return f"traffic/{name}"
         case GatewayTopic(_, name):
             return f"gw/{name}"
         case RouteTopic(_, name):
@@ -226,6 +237,8 @@ def entry_topic(namespace: str, entry: str) -> IndexedTopic:
             topic = PolicyTopic(namespace, name)
         case ["reqauth", name]:
             topic = RequestAuthenticationTopic(namespace, name)
+        case ["traffic", name]:
+            topic = TrafficTopic(namespace, name)
         case ["gw", name]:
             topic = GatewayTopic(namespace, name)
         case ["route", name]:
@@ -233,7 +246,8 @@ def entry_topic(namespace: str, entry: str) -> IndexedTopic:
         case ["crl"]:
             topic = RevocationsTopic(namespace)
         case _:
-            raise TopicError(f"{entry[:80]!r} is no entry of an index (svc, wl, policy, reqauth, gw, route, crl)")
+            known = "svc, wl, policy, reqauth, traffic, gw, route, crl"
+            raise TopicError(f"{entry[:80]!r} is no entry of an index ({known})")
     wrong = _wrong_level(topic)
     if wrong:
         raise TopicError(f"{entry[:80]!r}: {wrong}")
@@ -274,6 +288,8 @@ def _levels_of(topic: Topic) -> str:
             return f"policy/{namespace}/{name}"
         case RequestAuthenticationTopic(namespace, name):
             return f"reqauth/{namespace}/{name}"
+        case TrafficTopic(namespace, name):
+            return f"traffic/{namespace}/{name}"
         case GatewayTopic(namespace, name):
             return f"gw/{namespace}/{name}"
         case RouteTopic(namespace, name):
@@ -310,6 +326,8 @@ def _topic_of(levels: list[str], text: str) -> Topic:
             return PolicyTopic(namespace, name)
         case ["reqauth", namespace, name]:
             return RequestAuthenticationTopic(namespace, name)
+        case ["traffic", namespace, name]:
+            return TrafficTopic(namespace, name)
         case ["gw", namespace, name]:
             return GatewayTopic(namespace, name)
         case ["route", namespace, name]:
@@ -347,6 +365,7 @@ def _wrong_level(topic: Topic) -> str:
         case (
             PolicyTopic(namespace, name)
             | RequestAuthenticationTopic(namespace, name)
+            | TrafficTopic(namespace, name)
             | GatewayTopic(namespace, name)
             | RouteTopic(namespace, name)
         ):

@@ -18,6 +18,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "AuthorizationPolicy": ("authorizationpolicy", "ap", "policy"),
     "PeerAuthentication": ("peerauthentication", "pa"),
     "RequestAuthentication": ("requestauthentication", "ra"),
+    "TrafficPolicy": ("trafficpolicy", "tp"),
     "Gateway": ("gateway", "gtw"),
     "HTTPRoute": ("httproute",),
     "GRPCRoute": ("grpcroute",),

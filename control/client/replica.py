@@ -46,6 +46,7 @@ from control.api.topics import (
     StatusTopic,
     Topic,
     TopicError,
+    TrafficTopic,
     TrustTopic,
     WorkloadTopic,
     address_shard,
@@ -78,6 +79,7 @@ _NO_ENDPOINTS: Final = Manifest(0, manifest_digest({}))
 _LEVELS: Final[dict[type[IndexedTopic], str]] = {
     PolicyTopic: "policy",
     RequestAuthenticationTopic: "reqauth",
+    TrafficTopic: "traffic",
     RouteTopic: "route",
 }
 """Kinds that are wanted as a whole -> level of their topics."""
@@ -218,7 +220,7 @@ class Replica:
         if self._own is None or topic is None or topic.namespace != self._own[0]:
             raise ValueError(f"{gateway_key!r} is no Gateway of this workload's namespace")
         self._following = Following(topic)
-        self._kinds = (PolicyTopic, RequestAuthenticationTopic, RouteTopic)
+        self._kinds = (PolicyTopic, RequestAuthenticationTopic, TrafficTopic, RouteTopic)
         for namespace in self._namespaces.values():
             namespace.kinds = self._kinds
         self._namespaces[topic.namespace].want(topic)
@@ -873,7 +875,12 @@ class Replica:
             case ServiceTopic() | GatewayTopic():
                 of_interest = topic == self._following.waypoint or self._find(topic) is not None
                 return self._namespaces[topic.namespace] if of_interest else None
-            case PolicyTopic(namespace) | RequestAuthenticationTopic(namespace) | RouteTopic(namespace):
+            case (
+                PolicyTopic(namespace)
+                | RequestAuthenticationTopic(namespace)
+                | TrafficTopic(namespace)
+                | RouteTopic(namespace)
+            ):
                 found = self._namespaces.get(namespace)
                 return found if found is not None and isinstance(topic, found.kinds) else None
             case IndexTopic(namespace):

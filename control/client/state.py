@@ -21,6 +21,7 @@ from control.api.policy import DEFAULT_ROOT_NAMESPACE, AuthorizationPolicy, Targ
 from control.api.records import Record, RecordError
 from control.api.route import HTTPRoute
 from control.api.topics import AddressesTopic, RecordTopic, Topic, TopicError, address_shard
+from control.api.traffic import TrafficPolicy
 from control.api.workload import Endpoint, Service, ServicePort, Workload, key_of_host
 from control.client.residents import PackedShard
 
@@ -43,7 +44,7 @@ class Changes:
     endpoints: frozenset[str] = frozenset()
     """Keys of the services whose endpoints, or whose identities that may serve, changed."""
     policies: frozenset[str] = frozenset()
-    """And of RequestAuthentications."""
+    """And of RequestAuthentications and TrafficPolicies."""
     addresses: frozenset[IpAddress] = frozenset()
     """Where somebody else lives now than before, or nobody; or somebody who is bound otherwise."""
     gateways: frozenset[str] = frozenset()
@@ -137,6 +138,7 @@ class State:
         """By namespace and name, those without targets."""
         self._targeting: dict[Target, dict[str, AuthorizationPolicy]] = {}
         self._authenticating: dict[Target, dict[str, RequestAuthentication]] = {}
+        self._traffic: dict[Target, dict[str, TrafficPolicy]] = {}
         self._gateways: dict[str, Gateway] = {}
         self._routes: dict[str, dict[str, HTTPRoute]] = {}
         """By key of a parent, then their own."""
@@ -163,7 +165,7 @@ class State:
                             endpoints.add(record.key)
                     case Endpoint():
                         endpoints.add(record.service)
-                    case AuthorizationPolicy() | RequestAuthentication():
+                    case AuthorizationPolicy() | RequestAuthentication() | TrafficPolicy():
                         policies.add(record.key)
                     case Gateway():
                         gateways.add(record.key)
@@ -284,6 +286,14 @@ class State:
         """Likewise, of tokens."""
         return _in_order(self._authenticating.get(Target(kind, target_key), {}))
 
+    def traffic_targeting(self, kind: TargetKind, target_key: str) -> tuple[TrafficPolicy, ...]:
+        """Likewise, of how much is let through."""
+        return _in_order(self._traffic.get(Target(kind, target_key), {}))
+
+    def traffic_policies(self) -> set[TrafficPolicy]:
+        """All of them."""
+        return {policy for found in self._traffic.values() for policy in found.values()}
+
     def policies_for(self, workload: Workload) -> tuple[AuthorizationPolicy, ...]:
         """The policies that select a workload, in order of their keys. Linear: compile them once per generation."""
         scopes = {self.root_namespace, workload.namespace}
@@ -343,6 +353,9 @@ class State:
             case RequestAuthentication():
                 for target in new.targets:
                     self._authenticating.setdefault(target, {})[new.key] = new
+            case TrafficPolicy():
+                for target in new.targets:
+                    self._traffic.setdefault(target, {})[new.key] = new
             case Gateway():
                 self._gateways[new.key] = new
             case HTTPRoute():
@@ -369,6 +382,9 @@ class State:
             case RequestAuthentication():
                 for target in old.targets:
                     _discard(self._authenticating, target, old.key)
+            case TrafficPolicy():
+                for target in old.targets:
+                    _discard(self._traffic, target, old.key)
             case Gateway():
                 del self._gateways[old.key]
             case HTTPRoute():

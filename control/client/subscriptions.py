@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-_HEADLESS: Final = frozenset(("policy", "reqauth", "route", "index"))
+_HEADLESS: Final = frozenset(("policy", "reqauth", "traffic", "route", "index"))
 """Kinds whose filters have no topic at their root. In `ep/ns/service/#` that is the manifest, and the rest says little
 without it."""
 

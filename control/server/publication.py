@@ -42,6 +42,7 @@ from control.api.topics import (
     ServiceTopic,
     StatusTopic,
     Topic,
+    TrafficTopic,
     TrustTopic,
     WorkloadTopic,
     format_topic,
@@ -230,7 +231,7 @@ def rank(topic: Topic) -> Rank:
             return Rank.TRUST
         case ServiceTopic() | EndpointTopic() | WorkloadTopic() | GatewayTopic() | RouteTopic():
             return Rank.RECORD
-        case PolicyTopic() | RequestAuthenticationTopic() | RevocationsTopic() | StatusTopic():
+        case PolicyTopic() | RequestAuthenticationTopic() | TrafficTopic() | RevocationsTopic() | StatusTopic():
             return Rank.RECORD
         case ManifestTopic():
             return Rank.MANIFEST

@@ -45,6 +45,7 @@ from control.api.revocations import Revocations
 from control.api.route import HTTPRoute
 from control.api.route_api import ROUTES
 from control.api.topics import EndpointTopic, format_topic
+from control.api.traffic import TrafficPolicy
 from control.api.workload import Endpoint, Service, Workload, key
 from control.server import documents
 from control.server.bindings import Phase, State
@@ -560,6 +561,7 @@ def _forms_of(mesh: Mesh, before: Mapping[Hashable, _Form]) -> dict[Hashable, _F
         *mesh.policies,
         *mesh.gateways,
         *mesh.request_authentications,
+        *mesh.traffic,
         *mesh.routes,
     )
     for record in every:
@@ -605,6 +607,8 @@ def _key_of(record: Record) -> Hashable:
             return "policy", record.name
         case RequestAuthentication():
             return "reqauth", record.name
+        case TrafficPolicy():
+            return "traffic", record.name
         case Gateway():
             return "gw", record.name
         case HTTPRoute():

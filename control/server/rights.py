@@ -53,7 +53,7 @@ def rights_of(identity: SpiffeId, *, waypoint: bool = False) -> Rights:
     if not is_node(identity):
         reads += [subtree(domain, kind) for kind in ("svc", "ep", "gw", "index", "root")]
         if waypoint:
-            reads += [subtree(domain, kind) for kind in ("policy", "reqauth", "route")]
+            reads += [subtree(domain, kind) for kind in ("policy", "reqauth", "traffic", "route")]
         else:
             namespaces = sorted({identity.namespace, DEFAULT_ROOT_NAMESPACE})
             reads += [subtree(domain, "policy", namespace) for namespace in namespaces]

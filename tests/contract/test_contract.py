@@ -34,7 +34,17 @@ from control.api.problems import ResourceErrors
 from tests.contract.conftest import PROXIES
 from tests.contract.forgeries import FORGERIES
 from tests.contract.world import Site, World, world
-from tests.support.desired import endpoints, gateway, guard, policy, request_authentication, route, service, workload
+from tests.support.desired import (
+    endpoints,
+    gateway,
+    guard,
+    policy,
+    request_authentication,
+    route,
+    service,
+    traffic_policy,
+    workload,
+)
 
 SERVICES = ("shop/web", "shop/db", "bank/web")
 WORKLOADS = {
@@ -55,6 +65,7 @@ KINDS = {
     "policy": "AuthorizationPolicy",
     "guard": "AuthorizationPolicy",
     "reqauth": "RequestAuthentication",
+    "traffic": "TrafficPolicy",
     "slice": "EndpointSlice",
     "gw": "Gateway",
     "route": "HTTPRoute",
@@ -69,6 +80,7 @@ resources = st.one_of(
     st.tuples(st.just("policy"), st.sampled_from(POLICIES)),
     st.tuples(st.just("guard"), st.sampled_from(["shop/guard", "bank/guard"])),
     st.tuples(st.just("reqauth"), st.sampled_from(["shop/tokens", "bank/tokens"])),
+    st.tuples(st.just("traffic"), st.sampled_from(["shop/limit", "bank/limit"])),
     st.tuples(st.just("gw"), st.sampled_from(GATEWAYS)),
     st.tuples(st.just("route"), st.sampled_from(ROUTES)),
     st.tuples(st.just("slice"), st.just("shop/web-slice")),
@@ -145,6 +157,8 @@ class Contract(RuleBasedStateMachine):
                 return guard(own, "web", namespace, method=f"M{self.count}")
             case "reqauth":
                 return request_authentication(own, "web", namespace, issuer=f"issuer-{self.count}")
+            case "traffic":
+                return traffic_policy(own, "web", namespace, requests=self.count)
             case "gw":
                 return gateway(
                     own, namespace, labels=f"istio.io/waypoint-for: {self.chance.choice(['all', 'service'])}"

@@ -37,6 +37,7 @@ from control.api.topics import (
     RouteTopic,
     ServiceTopic,
     StatusTopic,
+    TrafficTopic,
     WorkloadTopic,
     format_topic,
     parse_topic,
@@ -354,7 +355,7 @@ class Proxy:
     def _kinds(self, namespace: str) -> tuple[str, ...]:
         """Kinds of which it has all records of a namespace in which it has anything."""
         if self.is_waypoint:
-            return ("policy", "reqauth", "route")
+            return ("policy", "reqauth", "traffic", "route")
         return ("policy",) if namespace in (self.who.identity.namespace, DEFAULT_ROOT_NAMESPACE) else ()
 
     def _endpoint_is_no_older(self, name: str, body: Body) -> None:
@@ -416,6 +417,8 @@ class Proxy:
                     namespace
                 ):
                     found[name] = body
+                case TrafficTopic(namespace, _) if namespace in namespaces and "traffic" in self._kinds(namespace):
+                    found[name] = body
                 case RouteTopic(namespace, _) if namespace in namespaces and "route" in self._kinds(namespace):
                     found[name] = body
                 case GatewayTopic(namespace, gateway) if f"{namespace}/{gateway}" in gateways:
@@ -448,7 +451,7 @@ class Proxy:
 
 def _is_indexed_in(name: str, namespace: str, who: Who) -> bool:
     kind, *rest = name.split("/")
-    return (kind in ("svc", "policy", "reqauth", "gw", "route", "crl") and rest[0] == namespace) or (
+    return (kind in ("svc", "policy", "reqauth", "traffic", "gw", "route", "crl") and rest[0] == namespace) or (
         kind == "wl" and who.identity.namespace == namespace
     )
 

@@ -112,6 +112,15 @@ def request_authentication(name: str, service: str, namespace: str = "shop", iss
     )
 
 
+def traffic_policy(name: str, service: str, namespace: str = "shop", requests: int = 100) -> str:
+    """So many requests to a service at one time."""
+    return (
+        "apiVersion: mesh.uproxy.dev/v1alpha1\nkind: TrafficPolicy\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec: {{targetRefs: [{{group: '', kind: Service, name: {service}}}], maxConcurrentRequests: {requests}}}\n"
+    )
+
+
 def namespace(name: str) -> str:
     return f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n"
 

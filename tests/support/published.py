@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from control.server.core import Core, Retained
 
 PREFIX = "mesh/v1/cluster.local/"
-KINDS = ("svc", "wl", "policy", "reqauth", "gw", "route", "crl")
+KINDS = ("svc", "wl", "policy", "reqauth", "traffic", "gw", "route", "crl")
 """Records that the index lists."""
 
 

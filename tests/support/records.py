@@ -42,6 +42,7 @@ from control.api.route import (
     RouteRule,
 )
 from control.api.topics import AddressesTopic, address_shard
+from control.api.traffic import Fault, RateLimit, Share, TrafficPolicy
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
 TRUST_DOMAIN = parse_trust_domain("cluster.local")
@@ -295,6 +296,40 @@ def request_authentications(draw: st.DrawFn) -> RequestAuthentication:
 
 
 @st.composite
+def _rate_limits(draw: st.DrawFn) -> RateLimit:
+    share = draw(st.sampled_from(Share))
+    numbers = st.integers(1, 1000)
+    return RateLimit(
+        draw(numbers),
+        draw(numbers),
+        draw(numbers),
+        share,
+        draw(st.sampled_from(["x-user", "cookie"])) if share is Share.HEADER else "",
+        draw(_few(st.sampled_from(["canary", "stable"]), unique=True)),
+    )
+
+
+_percentages = st.integers(1, 100)
+_faults = st.builds(Fault, _percentages, delay_ms=st.integers(1, 1000)) | st.builds(
+    Fault, _percentages, status=st.integers(200, 599)
+)
+
+
+@st.composite
+def traffic_policies(draw: st.DrawFn) -> TrafficPolicy:
+    namespace = draw(namespaces)
+    targets = st.builds(Target, st.sampled_from(["Gateway", "Service"]), names.map(lambda name: f"{namespace}/{name}"))
+    return TrafficPolicy(
+        namespace,
+        draw(names),
+        tuple(sorted(draw(st.sets(targets, min_size=1, max_size=2)))),
+        draw(_few(_rate_limits())),
+        draw(st.integers(0, 5)),
+        draw(_few(_faults)),
+    )
+
+
+@st.composite
 def gateways(draw: st.DrawFn) -> Gateway:
     namespace = draw(namespaces)
     instances = draw(st.dictionaries(workload_names, addresses(), max_size=2))
@@ -485,6 +520,7 @@ def records() -> st.SearchStrategy[Record]:
         endpoints(),
         policies,
         request_authentications(),
+        traffic_policies(),
         gateways(),
         routes(),
         revocations,

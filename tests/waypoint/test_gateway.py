@@ -31,6 +31,7 @@ from control.api.route import (
     PathMatch,
     RouteRule,
 )
+from control.api.traffic import Fault, RateLimit, TrafficPolicy
 from control.api.workload import Endpoint, Service, ServicePort
 from control.client.state import Changes
 from control.server.ca import Authority
@@ -407,6 +408,64 @@ def test_a_token_is_asked_for_checked_and_kept_from_the_backend(identities: Path
         writer.close()
         await settled_exchanges(through, 5)
         assert through.telemetry.exchanges[-1].path == "/a?b=c", "no token stands in the access log"
+
+    run(identities, authority, tell, client)
+
+
+def test_no_more_is_let_through_than_a_traffic_policy_says(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        target = (Target("Service", "shop/db"),)
+        through.pair.apply(TrafficPolicy("shop", "slow", target, (RateLimit(1, 3_600_000, 2),)))
+        reader, writer = await through.open()
+        for expected in (200, 200, 429):
+            writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+            status, head, body = await answer(reader)
+            assert status == expected
+        assert body == b"local_rate_limited\n"
+        assert b"\r\nretry-after: 3600\r\n" in head
+        assert b"\r\nx-uproxy-policy: shop/slow\r\n" in head
+        through.pair.apply(TrafficPolicy("shop", "slow", target, max_requests=1))
+        idle, other = await through.open()
+        other.write(b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: 1\r\n\r\n")
+        status, sent = 200, 6
+        while status == 200:  # until the other one is on its way
+            writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+            status, sent = (await answer(reader))[0], sent + 1
+        assert status == 503
+        other.write(b"x")
+        assert (await answer(idle))[0] == 200
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        for one in (writer, other):
+            one.close()
+        await settled_exchanges(through, sent - 1)
+        assert [e.flag for e in through.telemetry.exchanges][:3] == ["-", "-", "RL"]
+        assert [e.flag for e in through.telemetry.exchanges][-3:] == ["UO", "-", "-"]
+
+    run(identities, authority, tell, client)
+
+
+def test_what_is_broken_on_purpose(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        target = (Target("Service", "shop/db"),)
+        late = TrafficPolicy("shop", "late", target, faults=(Fault(100, delay_ms=300),))
+        broken = TrafficPolicy("shop", "broken", target, faults=(Fault(100, status=418),))
+        through.pair.apply(late)
+        reader, writer = await through.open()
+        began = time.monotonic()
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        assert (await answer(reader))[0] == 200
+        assert time.monotonic() - began >= 0.3
+        through.pair.apply(broken)
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        status, head, _ = await answer(reader)
+        assert status == 418
+        assert b"\r\nx-uproxy-reason: fault\r\n" in head
+        writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+        await asyncio.sleep(0.05)
+        writer.close()
+        await settled_exchanges(through, 3)
+        assert [e.flag for e in through.telemetry.exchanges][:2] == ["DI", "FI"]
 
     run(identities, authority, tell, client)
 

@@ -36,6 +36,7 @@ from control.api.topics import (
     RouteTopic,
     ServiceTopic,
     Topic,
+    TrafficTopic,
     TrustTopic,
     WorkloadTopic,
     address_shard,
@@ -47,7 +48,7 @@ from control.client.replica import ADDRESSES, Status
 from tests.support import plane
 from tests.support.examples import examples
 from tests.support.plane import NOW, ROOT_NAMESPACE, Broker, ControlPlane, Truth, namespace_of
-from tests.support.records import TRUST_DOMAIN, policies, request_authentications, workloads
+from tests.support.records import TRUST_DOMAIN, policies, request_authentications, traffic_policies, workloads
 
 WEB = make_id(TRUST_DOMAIN, "shop", "web")
 OWN = format_topic(TRUST_DOMAIN, WorkloadTopic(proxy_hash(WEB), "web-1"))
@@ -119,7 +120,9 @@ some = st.one_of(
 )
 changes = st.one_of(
     st.lists(some, min_size=1, max_size=4),
-    st.lists(st.one_of(some, workloads(), policies, request_authentications()), min_size=1, max_size=4),
+    st.lists(
+        st.one_of(some, workloads(), policies, request_authentications(), traffic_policies()), min_size=1, max_size=4
+    ),
 )
 
 
@@ -525,7 +528,7 @@ class Contract(RuleBasedStateMachine):
         roots = replica.roots()
         for namespace, root in roots.items():
             truth = self._truth(RootTopic(namespace), root)
-            for kind in (PolicyTopic, RequestAuthenticationTopic, RouteTopic):
+            for kind in (PolicyTopic, RequestAuthenticationTopic, TrafficTopic, RouteTopic):
                 expected = bodies(truth, namespace, kind)
                 found = {
                     t: b for t, b in held.items() if isinstance(p := _parsed(t), kind) and p.namespace == namespace
@@ -537,11 +540,8 @@ class Contract(RuleBasedStateMachine):
                 if service.startswith(f"{namespace}/") and status is not Status.WAITING:
                     assert state.service(service) == every_service.get(service)
                     assert (service in every_service) == (status is Status.KNOWN)
-        assert {
-            t.split("/")[4]
-            for t in held
-            if isinstance(_parsed(t), PolicyTopic | RequestAuthenticationTopic | RouteTopic)
-        } <= roots.keys()
+        whole = PolicyTopic | RequestAuthenticationTopic | TrafficTopic | RouteTopic
+        assert {t.split("/")[4] for t in held if isinstance(_parsed(t), whole)} <= roots.keys()
         assert set(replica.services()) == served(state.gateway(WAYPOINT), self._routes_held(held))
         if replica.whole:
             assert all(replica.service_status(service) is not Status.WAITING for service in replica.services())

@@ -20,6 +20,7 @@ from control.api.messages import Envelope
 from control.api.policy import AuthorizationPolicy, Target, applies
 from control.api.records import RecordError, topic_of, write
 from control.api.route import HTTPRoute
+from control.api.traffic import TrafficPolicy
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 from control.client import state as state_module
 from control.client.state import Changes, State
@@ -116,6 +117,7 @@ class Model:
             "policies": {p.key: p for *_, p in self.of(AuthorizationPolicy) if not p.targets},
             "targeting": {(t, p.key): p for *_, p in self.of(AuthorizationPolicy) for t in p.targets},
             "authenticating": {(t, one.key): one for *_, one in self.of(RequestAuthentication) for t in one.targets},
+            "traffic": {(t, one.key): one for *_, one in self.of(TrafficPolicy) for t in one.targets},
             "gateways": {g.key: g for *_, g in self.of(Gateway)},
             "routes": {(parent.service, r.key): r for *_, r in self.of(HTTPRoute) for parent in r.parents},
         }
@@ -151,6 +153,7 @@ def view(state, model):
         "authenticating": {
             (t, one.key): one for t in targets for one in ordered(state.authentications_targeting(t.kind, t.key))
         },
+        "traffic": {(t, one.key): one for t in targets for one in ordered(state.traffic_targeting(t.kind, t.key))},
         "gateways": {key: gateway for key in keys if (gateway := state.gateway(key)) is not None},
         "routes": {(key, route.key): route for key in keys for route in ordered(state.routes_for(key))},
     }
@@ -186,6 +189,7 @@ def test_the_state_is_that_of_the_newest_messages_in_any_order(drawn):
         assert changes == differences(before, model.view() | model.parts())
         assert state.generation == generation + bool(changes)
         assert state.whole
+    assert state.traffic_policies() == {one for *_, one in model.of(TrafficPolicy)}
     at_once = State(TRUST_DOMAIN, ROOT)
     at_once.apply([message(topic, stamp, record) for (topic, stamp), record in history.items()])
     assert view(at_once, model) == view(state, model)
@@ -207,7 +211,9 @@ def differences(before, after):
         services=frozenset(s.key for _, s in changed("services") | changed("vips")),
         workloads=frozenset(w.key for _, w in changed("workloads") | changed("claims")),
         endpoints=frozenset(e.service for _, e in changed("all endpoints")) | {k for k, _ in changed("identities")},
-        policies=frozenset(p.key for _, p in changed("policies") | changed("targeting") | changed("authenticating")),
+        policies=frozenset(
+            one.key for name in ("policies", "targeting", "authenticating", "traffic") for _, one in changed(name)
+        ),
         addresses=frozenset(ip for ip, _ in changed("residents")),
         gateways=frozenset(key for key, _ in changed("gateways")),
         routes=frozenset(r.key for _, r in changed("routes")),

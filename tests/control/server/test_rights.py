@@ -123,9 +123,11 @@ def test_rights_follow_from_the_identity() -> None:
     assert not is_node(SpiffeId(DOMAIN, "shop", "node-a"))
     assert rights_of(NODE).reads == (TREE + "trust", TREE + "addr/#")
     waypoint = rights_of(WEB, waypoint=True)
-    assert {TREE + "policy/#", TREE + "reqauth/#", TREE + "route/#", TREE + "gw/#"} <= set(waypoint.reads)
+    assert {TREE + "policy/#", TREE + "reqauth/#", TREE + "traffic/#", TREE + "route/#", TREE + "gw/#"} <= set(
+        waypoint.reads
+    )
     assert waypoint.writes == rights_of(WEB).writes
-    assert {TREE + "route/#", TREE + "reqauth/#"}.isdisjoint(rights_of(WEB).reads)
+    assert {TREE + "route/#", TREE + "reqauth/#", TREE + "traffic/#"}.isdisjoint(rights_of(WEB).reads)
     assert rights_of(NODE, waypoint=True) == rights_of(NODE)
     assert rights_of(NODE).writes == (f"{TREE}status/{NODE_HASH}/+",)
     # A service account of a namespace that merely looks like the root's gets no node's or control plane's rights.
