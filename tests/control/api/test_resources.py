@@ -229,8 +229,8 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
         (
             S,
             "kind: Service",
-            "kind: TrafficPolicy",
-            "f.yaml:2: kind: 'TrafficPolicy' is not taken (not implemented yet)",
+            "kind: Extension",
+            "f.yaml:2: kind: 'Extension' is not taken (not implemented yet)",
         ),
         (S, "apiVersion: v1", "apiVersion: v2", "f.yaml:1: apiVersion: 'v2' must be v1 for a Service"),
         (S, "spec:", "status: {}\nspec:", "f.yaml:4: status: is refused: it is what a controller writes; remove it"),
