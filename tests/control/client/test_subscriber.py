@@ -419,6 +419,25 @@ def test_a_renewed_certificate_is_taken_into_use_and_nobody_is_told_that_we_went
     plane.run(scenario())
 
 
+def test_one_that_falls_silent_goes_on_hearing_and_nobody_is_told_that_it_went(broker, operator, web_dir):
+    async def scenario() -> None:
+        async with operator() as control, reports(control) as told:
+            async with subscribed(access(broker, web_dir), f"{SHOP}/early", f"{SHOP}/late") as proxy:
+                await until(lambda: told)
+                proxy.subscriber.fall_silent()
+                await until(lambda: proxy.replica.sessions == 2 and proxy.subscriber.connected)
+                before = len(told)
+                proxy.subscriber.status_changed()
+                await publish(control, "late")
+                await until(lambda: proxy.replica.heard)
+            # As another process would, which the broker serves after whatever the silent one has said last.
+            async with subscribed(access(broker, web_dir), f"{SHOP}/none"):
+                await until(lambda: len(told) > before)
+            assert all(online for online, _ in told[: before + 1])
+
+    plane.run(scenario())
+
+
 def test_a_new_certificate_ends_the_wait_for_the_next_attempt(broker, web_dir, monkeypatch):
     monkeypatch.setattr(subscriber, "_retry_delay_s", lambda failures: 3600.0)
     usable = False
