@@ -46,6 +46,8 @@ spec:
   ports: [{{name: tcp, port: {VIP_V6[1]}, targetPort: tcp}}]
 """
 
+TOLD = "annotations: {mesh.uproxy.dev/proxy-protocol: tcp}"
+
 DENY = """\
 ---
 apiVersion: security.istio.io/v1
@@ -212,6 +214,31 @@ def test_certificate_of_the_caller_that_is_revoked_ends_it(near: Near) -> None:
             near.lab.issue(near.web.identity, near.web.identity_dir)
             inside.eventually(lambda: not is_refused(near.web, VIP), 20)
             revocations.unlink()
+
+
+def test_application_that_is_told_who_calls_ends_it(near: Near) -> None:
+    """By a PROXY protocol header, which a caller that comes without a uProxy could make up."""
+
+    def answer() -> bytes:
+        with inside.dial(near.web, VIP) as made:
+            made.sendall(b"x")
+            made.shutdown(socket.SHUT_WR)
+            return inside.read_all(made)
+
+    with open_direct(near) as made:
+        near.lab.configure(RESOURCES.replace("name: db, namespace: near}", f"name: db, namespace: near, {TOLD}}}"))
+        try:
+            with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
+                made.recv(1)
+            before = inside.dialled_direct(near.host)
+            for _ in range(3):
+                told = answer()
+                assert told.startswith(b"\r\n\r\n\0\r\nQUIT\n")
+                assert told.endswith(b"/ns/near/sa/webx")
+            assert inside.dialled_direct(near.host) == before
+        finally:
+            near.lab.configure(RESOURCES)
+            inside.eventually(lambda: answer() == b"x", 10)
 
 
 def test_another_agent_goes_on_with_it(near: Near) -> None:
