@@ -7,6 +7,7 @@ and its output buffer, and a reset is never an end. All of it belongs to the dat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol, Self
 
@@ -124,17 +125,28 @@ class ByteStream:
         if self._error:
             raise StreamError(self._error, self._code)
 
-    async def starts_with(self, prefix: bytes, timeout_s: float) -> bool:
-        """Whether what comes first is this; nothing of it is received. Raises as `receive` does."""
+    async def starts_with(self, prefix: bytes, idle_s: float, begun_s: float) -> bool:
+        """Whether what comes first is this; nothing of it is received. Raises as `receive` does.
+
+        It may be silent for `idle_s`; a beginning that decides nothing may last `begun_s`.
+        """
+        deadline = 0.0
         while True:
             start = bytes(self._received[: len(prefix)])
             if self._ended or self._error or not prefix.startswith(start) or len(start) == len(prefix):
                 return start == prefix
+            if start and not deadline:
+                deadline = time.monotonic() + begun_s
             self._reader = plane.Waiter(self.carrier.plane)
             try:
-                await self._wait(self._reader, timeout_s)
+                await self._wait(self._reader, max(deadline - time.monotonic(), 0.0) if start else idle_s)
             finally:
                 self._reader = None
+
+    def put_back(self, data: bytes) -> None:
+        """What was received last, and is for somebody else."""
+        self._received[:0] = data
+        self._given = max(self._given - len(data), 0)
 
     @property
     def quiet(self) -> bool:

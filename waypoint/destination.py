@@ -52,13 +52,11 @@ class Destinations:
         # The services' workloads, by their own addresses; None until somebody dials one.
         self._behind: dict[tuple[IpAddress, int], Destination] | None = None
         self._found: dict[tuple[str, int], Destination] = {}
+        self._http2: dict[tuple[str, int], bool] = {}  # of the services' ports that were asked for
 
     def find(self, asked: Asked) -> Destination:
         """Raises RefusedError: 400 `wrong-destination` for what this waypoint does not serve."""
-        if self._generation != self._state.generation:
-            self._generation = self._state.generation
-            self._found.clear()
-            self._behind = None
+        self._refresh()
         place = (asked.host, asked.port)
         found = self._found.get(place)
         if found is None:
@@ -67,6 +65,13 @@ class Destinations:
                 self._found.clear()
             self._found[place] = found
         return found
+
+    def _refresh(self) -> None:
+        if self._generation != self._state.generation:
+            self._generation = self._state.generation
+            self._found.clear()
+            self._http2.clear()
+            self._behind = None
 
     def unknown(self, asked: Asked) -> IpAddress | None:
         """The address that was dialled, if it may be a bound workload's and nothing is known of it yet."""
@@ -89,8 +94,14 @@ class Destinations:
 
     def speaks_http2(self, service_key: str, port: int) -> bool:
         """Whether the workloads of a service port take requests by HTTP/2."""
-        service = self._state.service(service_key)
-        return service is not None and any(one.port == port and one.is_http2 for one in service.ports)
+        self._refresh()
+        place = (service_key, port)
+        speaks = self._http2.get(place)
+        if speaks is None:
+            service = self._state.service(service_key)
+            speaks = service is not None and any(one.port == port and one.is_http2 for one in service.ports)
+            self._http2[place] = speaks
+        return speaks
 
     def _find(self, asked: Asked) -> Destination:
         gateway = self._state.gateway(self._gateway)

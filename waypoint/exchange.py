@@ -11,7 +11,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
@@ -21,12 +21,14 @@ from control.api.filters import Filters
 from control.api.route import NO_MODIFIER, Backend, RouteRule
 from control.client.state import State
 from uproxy import trace
+from uproxy.connections import Connections, Live
 from uproxy.errors import RefusedError
 from uproxy.hbone import ErrorCode
 from uproxy.listener import Asked
 from uproxy.plane import Plane, Timer, Waiter
+from uproxy.relay import CLEAN
 from uproxy.resolve import Hop, host_port
-from uproxy.telemetry import Peer
+from uproxy.telemetry import Connection, Peer
 from waypoint import cors
 from waypoint import telemetry as flags
 from waypoint.byte_stream import StreamError
@@ -42,6 +44,7 @@ from waypoint.rewriting import location, rewritten
 from waypoint.routing import choose_backend, modified
 from waypoint.rules import RuleBook, Rules
 from waypoint.sides import IDEMPOTENT, STALL_TIMEOUT_S, Incoming, Outgoing
+from waypoint.splice import Splice
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.tokens import TokenError
 from waypoint.traffic import Excess, Place
@@ -59,6 +62,10 @@ again, which it may not once there was a response."""
 _TRACE: Final = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
 
+def _forever() -> str:
+    return ""
+
+
 @dataclass(slots=True, eq=False)
 class _Course:
     """A request, and how far it has come, so that a deadline, or its caller's leaving, can end it where it waits."""
@@ -66,6 +73,8 @@ class _Course:
     request: Incoming
     caller: Caller
     exchange: Exchange
+    still_permitted: Callable[[], str] = _forever
+    """Why not, when policy has changed."""
     claim: Waiter[Outgoing] | Waiter[None] | None = None
     """What it waits for before it has a way to a backend."""
     http2: bool = False
@@ -145,6 +154,7 @@ class Exchanges:
         destinations: Destinations,
         rules: RuleBook,
         upstream: Upstream,
+        connections: Connections,
         telemetry: WaypointTelemetry,
         directory: Directory | None,
     ) -> None:
@@ -157,6 +167,7 @@ class Exchanges:
         self._destinations = destinations
         self._rules = rules
         self._upstream = upstream
+        self._connections = connections
         self._telemetry = telemetry
         self._directory = directory
         self._random = random.Random()
@@ -194,6 +205,7 @@ class Exchanges:
             destination, rules = self._rules_for(asked)
             exchange.destination_service = destination.service_key
             judged = _judged(head)
+            course.still_permitted = lambda: self._still_permitted(course, asked, judged)
             exchange.path, exchange.authority = judged.target, judged.host
             permitted = course.permitted = self._permitted(rules, caller, destination, judged, exchange)
             exchange.path = permitted.target
@@ -224,6 +236,8 @@ class Exchanges:
                 course.http2 = destination.http2
             else:
                 course.http2 = self._destinations.speaks_http2(backend.service, backend.port)
+            if head.upgrades and course.http2:
+                raise RefusalError(501, "bad-request", "the backend speaks HTTP/2, which has no upgrades")
             response = await self._forward(course, _onward(course, permitted), hops)
             await self._relay(course, destination, response)
         except RefusalError as refusal:
@@ -268,6 +282,16 @@ class Exchanges:
         if not decision.allowed:
             raise RefusalError(403, "policy", "RBAC: access denied", policy=decision.policy or decision.reason)
         return onward
+
+    def _still_permitted(self, course: _Course, asked: Asked, request: Request) -> str:
+        """Empty, or why a WebSocket that was permitted once must end."""
+        try:
+            destination, rules = self._rules_for(asked)
+            self._permitted(rules, course.caller, destination, request, course.exchange)
+        except RefusalError as refusal:
+            # A service that is no longer served here keeps what it has, and a token only opens.
+            return f"policy: no longer allowed: {refusal.policy}" if refusal.reason == "policy" else ""
+        return ""
 
     def _route(self, rules: Rules, destination: Destination, request: Request) -> RouteRule | None:
         """The rule for a request; None when its backend is settled. Raises RefusalError when no route matches."""
@@ -533,8 +557,9 @@ class Exchanges:
                     if not event.interim:
                         exchange.status = event.status
                         answering = True
-                        _note_grpc(exchange, event.fields)
-                else:
+                        if exchange.grpc:
+                            _note_grpc(exchange, event.fields)
+                elif exchange.grpc:
                     _note_grpc(exchange, event.trailers)
                 answer.append(event)
             whole = isinstance(answer[-1], End)
@@ -545,11 +570,37 @@ class Exchanges:
             except ValueError as error:  # as above
                 raise RefusalError(502, "upstream", str(error), flag=flags.BACKEND_BROKE) from None
             course.answering = answering
+            if answering and exchange.status == 101:
+                await self._switch(course, outgoing)
+                return
             if whole:
                 break
             events = await self._more(course)
         if not request.whole:
             await request.discard(course.uploaded)
+
+    async def _switch(self, course: _Course, outgoing: Outgoing) -> None:
+        """A WebSocket, to its end: bytes as they are, under the policies of the request that has opened it."""
+        request, exchange = course.request, course.exchange
+        request.on_gone = _nothing
+        course.outgoing = None
+        for timer in (course.timer, course.attempt_timer):
+            if timer is not None:
+                timer.cancel()
+        record = Connection("waypoint", exchange.source, exchange.destination, exchange.started)
+        splice = Splice(self._plane, request.switched(), outgoing.switched())
+        live = Live(splice, record, course.still_permitted)
+        self._connections.add(live)
+        try:
+            outcome = await splice.done
+        except RefusedError as error:  # this proxy shuts down
+            splice.cut(str(error))
+            outcome = await splice.done
+        self._connections.remove(live)
+        exchange.received += splice.received
+        exchange.sent += splice.sent
+        if outcome is not CLEAN:
+            exchange.flag, exchange.details = flags.BACKEND_BROKE, outcome.text
 
     def _turns_away(self, destination: Destination) -> bool:
         """Whether the caller should connect anew: this process ends, or the service's callers go another way now."""
@@ -588,8 +639,8 @@ class Exchanges:
 
     def _begin(self, caller: Caller, head: RequestHead | None) -> Exchange:
         fields = head.fields if head is not None else ()
-        given = next((value for name, value in fields if name == b"x-request-id"), b"")
-        agent = next((value for name, value in fields if name == b"user-agent"), b"")
+        first = dict(reversed(fields))
+        given = first.get(b"x-request-id", b"")
         exchange = Exchange(
             source=caller.peer(self._state),
             destination=Peer(""),
@@ -598,8 +649,8 @@ class Exchanges:
             method=head.method if head is not None else "",
             path=head.target if head is not None else "",
             protocol=head.protocol if head is not None else "",
-            user_agent=agent.decode("latin-1"),
-            grpc=_is_grpc(fields),
+            user_agent=first.get(b"user-agent", b"").decode("latin-1"),
+            grpc=_is_grpc(first.get(b"content-type", b"")),
         )
         self._place_in_trace(exchange, [value for name, value in fields if name == b"traceparent"])
         self._telemetry.began(exchange)
@@ -692,9 +743,9 @@ def _release(course: _Course, outgoing: Outgoing) -> None:
     outgoing.done(uploaded=course.uploaded is None or (course.uploaded.settled and course.request.whole))
 
 
-def _is_grpc(fields: Fields) -> bool:
-    kind = next((value for name, value in fields if name == b"content-type"), b"")
-    return kind == b"application/grpc" or kind.startswith((b"application/grpc+", b"application/grpc;"))
+def _is_grpc(kind: bytes) -> bool:
+    """By its content type; gRPC-Web is another protocol."""
+    return kind.startswith(b"application/grpc") and kind[16:17] in (b"", b"+", b";")
 
 
 def _judged(head: RequestHead) -> Request:
@@ -743,6 +794,7 @@ def _onward(course: _Course, request: Request) -> RequestHead:
         head.framing,
         expects_continue=head.expects_continue,
         takes_trailers=head.takes_trailers,
+        upgrades=head.upgrades,
     )
 
 
@@ -808,10 +860,9 @@ def _caller_gone() -> RefusalError:
 
 def _note_grpc(exchange: Exchange, fields: Fields) -> None:
     """From the trailers, or where there is nothing else, from the head."""
-    if exchange.grpc:
-        for name, value in fields:
-            if name == b"grpc-status" and value.isdigit():
-                exchange.grpc_status = value[:3].decode()
+    for name, value in fields:
+        if name == b"grpc-status" and value.isdigit():
+            exchange.grpc_status = value[:3].decode()
 
 
 def _note(exchange: Exchange, refusal: RefusalError) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Final
 
 from control.api.address import IpAddress
@@ -34,7 +33,7 @@ from waypoint.http2_incoming import Http2Incoming
 from waypoint.messages import UNREAD, MessageError
 from waypoint.opaque import Opaque
 from waypoint.rules import RuleBook
-from waypoint.sides import IDLE_TIMEOUT_S
+from waypoint.sides import HEAD_TIMEOUT_S, IDLE_TIMEOUT_S
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
 
@@ -67,7 +66,7 @@ class Gateway:
         self._destinations = Destinations(state, gateway, upstream.health)
         rules = RuleBook(state, gateway)
         self._exchanges = Exchanges(
-            data_plane, state, gateway, self._destinations, rules, upstream, telemetry, directory
+            data_plane, state, gateway, self._destinations, rules, upstream, connections, telemetry, directory
         )
         self._opaque = Opaque(data_plane, self._destinations, rules, upstream, connections, telemetry)
         self._waiting: dict[_Client, Asked] = {}
@@ -121,16 +120,19 @@ class Gateway:
     async def _serve_http(self, stream: ByteStream, caller: Caller, asked: Asked) -> None:
         """One caller's connection, of the version that it begins with. Raises nothing."""
         newcomer = Http1Incoming(stream, asked.authority.encode())
+        self._await(newcomer, asked)
         try:
-            with self._awaiting(newcomer, asked):
-                http2 = await stream.starts_with(PREFACE, IDLE_TIMEOUT_S)
-            if http2:
-                self._serve_http2(stream, caller, asked)
-                return
+            http2 = await stream.starts_with(PREFACE, IDLE_TIMEOUT_S, HEAD_TIMEOUT_S)
         except TimeoutError:
             stream.close()
+            return
         except (OSError, RefusedError) as error:  # RefusedError: this proxy shuts down
             stream.abort(str(error))
+            return
+        finally:
+            del self._waiting[newcomer]
+        if http2:
+            self._serve_http2(stream, caller, asked)
         else:
             await self._serve_http1(newcomer, caller, asked)
 
@@ -144,9 +146,9 @@ class Gateway:
 
     async def _awaited(self, client: Http1Incoming, caller: Caller, asked: Asked) -> bool:
         """Whether there is another request; what is none is refused. Raises nothing."""
+        self._await(client, asked)
         try:
-            with self._awaiting(client, asked):
-                return await client.next() is not None
+            return await client.next() is not None
         except MessageError as error:
             refused = error
         except TimeoutError:
@@ -154,6 +156,8 @@ class Gateway:
         except (OSError, RefusedError) as error:  # RefusedError: this proxy shuts down
             client.abort(str(error))
             return False
+        finally:
+            del self._waiting[client]
         await self._exchanges.refuse(client, caller, refused)
         return False
 
@@ -179,16 +183,11 @@ class Gateway:
             if self._exchanges.draining:
                 self._leave(connection)
 
-    @contextlib.contextmanager
-    def _awaiting(self, client: Http1Incoming, asked: Asked) -> Iterator[None]:
+    def _await(self, client: Http1Incoming, asked: Asked) -> None:
         """It waits for a request; within a drain, not for long."""
         self._waiting[client] = asked
         if self._exchanges.draining:
             self._leave(client)
-        try:
-            yield
-        finally:
-            del self._waiting[client]
 
     # -- what changes meanwhile
 

@@ -95,9 +95,9 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
     minor = 1 if version == b"1" else 0
     if not special and minor:
         return RequestHead(method.decode(), target.decode(), fields)
-    _refuse_upgrade(special)
     options = _options(special)
     framing = _framing(special, minor) or NO_BODY
+    upgrades = _upgrades(special, options, possible=method == b"GET" and minor == 1 and framing is NO_BODY)
     expects = expects_continue(special.get(b"expect", ()), framing) and minor == 1  # RFC 9110 section 10.1.1
     fields = [field for field in fields if field[0] not in options or field[0] == b"host"]
     if expects:
@@ -111,6 +111,7 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
         protocol="HTTP/1.1" if minor else OLD,
         expects_continue=expects,
         takes_trailers=_takes_trailers(special),
+        upgrades=upgrades,
     )
 
 
@@ -126,17 +127,20 @@ def check_start(head: bytearray) -> bool:
     return True
 
 
-def read_response(head: bytes, method: str) -> tuple[ResponseHead, bool]:
-    """A whole head that answers `method`; and whether the connection stays after it. Raises MessageError."""
+def read_response(head: bytes, method: str, *, upgrades: bool) -> tuple[ResponseHead, bool]:
+    """A whole head that answers `method`; and whether the connection stays after it. Raises MessageError.
+
+    `upgrades`: a WebSocket was asked for.
+    """
     found = _RESPONSE.fullmatch(head)
     if found is None:
         raise MessageError(502, _fault(head, re.compile(_STATUS_LINE)))
     version, code, reason, lines = found.groups()
     fields, special = _split(lines)
     status, minor = int(code), 1 if version == b"1" else 0
-    if status == 101:
-        raise MessageError(502, "101 (Switching Protocols), for which nobody has asked")
     options = _options(special)
+    if status == 101 and not (upgrades and _upgrades(special, options, possible=True)):
+        raise MessageError(502, "101 (Switching Protocols) to something for which nobody has asked")
     framing = _framing(special, minor)
     if status < 200 or status == 204:
         framing = NO_BODY
@@ -206,11 +210,17 @@ def refuse_lookalikes(fields: _Lines) -> None:
                 raise MessageError(400, f"the field {name.decode()} could be taken for {dashed.decode()}")
 
 
-def _refuse_upgrade(special: _Special) -> None:
-    """Java's client offers h2c with each request and does well without; whoever asks for another protocol needs it."""
-    for value in special.get(b"upgrade", ()):
-        if value.lower() != b"h2c":
-            raise MessageError(501, "protocol upgrades are not supported")
+def _upgrades(special: _Special, options: set[bytes], *, possible: bool) -> bool:
+    """Whether a WebSocket is asked for, or agreed to. Raises MessageError for other protocols.
+
+    Java's client offers h2c with each request and does well without; nothing else is let through unread.
+    """
+    wanted = [value.lower() for value in special.get(b"upgrade", ())]
+    if wanted == [b"websocket"] and possible and b"upgrade" in options:
+        return True
+    if any(value != b"h2c" for value in wanted):
+        raise MessageError(501, "protocol upgrades other than to WebSocket are not supported")
+    return False
 
 
 def _options(special: _Special) -> set[bytes]:

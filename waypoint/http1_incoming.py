@@ -165,5 +165,9 @@ class Http1Incoming:
         finally:
             timer.cancel()
 
+    def switched(self) -> ByteStream:
+        self._stream.put_back(self._reader.rest())
+        return self._stream
+
     def abort(self, text: str, code: ErrorCode = ErrorCode.INTERNAL_ERROR) -> None:
         self._stream.abort(text)

@@ -61,7 +61,7 @@ class Http1Outgoing:
         if ended:  # which may be chunked nevertheless: what comes next would be its chunks
             sent += self._writer.end()
             self._uploading = False
-        self._reader.expect(head.method)
+        self._reader.expect(head.method, upgrades=head.upgrades)
         await self._stream.send(sent, STALL_TIMEOUT_S)
 
     async def write(self, data: bytes) -> None:
@@ -89,6 +89,10 @@ class Http1Outgoing:
             self._keep(self)
         else:
             self._stream.close()
+
+    def switched(self) -> ByteStream:
+        self._stream.put_back(self._reader.rest())
+        return self._stream
 
     def abort(self, text: str) -> None:
         self._stream.abort(text)

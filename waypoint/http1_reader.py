@@ -26,6 +26,8 @@ class _State(Enum):
     CHUNK_END = auto()
     TRAILERS = auto()
     UNTIL_CLOSE = auto()
+    SWITCHED = auto()
+    """Nothing that is read here."""
     DONE = auto()
     """The next message's, or superfluous."""
     REFUSED = auto()
@@ -50,6 +52,10 @@ class _Reader:
         self._left = 0  # bytes of the body, or of the chunk, still to come
         self._trailers: Fields = ()
         self._seen = 0  # bytes of the buffer in which the end of a head was looked for in vain
+
+    def rest(self) -> bytes:
+        """What came behind a message with which HTTP ends."""
+        return self._take(len(self._buffer))
 
     def _begin_body(self, framing: Framing) -> None:
         self._left = framing.length or 0
@@ -204,20 +210,22 @@ class RequestReader(_Reader):
 class ResponseReader(_Reader):
     """The responses on one connection to a server, each to one request."""
 
-    __slots__ = ("_method", "_stays", "begun")
+    __slots__ = ("_method", "_stays", "_upgrades", "begun")
 
     def __init__(self) -> None:
         super().__init__(_State.DONE)
         self._method = ""
+        self._upgrades = False
         self._stays = True
         self.begun = False
         """Whether anything of the expected response has come: a byte of it, or of an interim response."""
 
-    def expect(self, method: str) -> None:
-        """A request was sent, or is about to be: what comes next answers it."""
+    def expect(self, method: str, *, upgrades: bool = False) -> None:
+        """A request was sent, or is about to be: what comes next answers it. `upgrades`: it asks for a WebSocket."""
         assert self.reusable
         self._state = _State.HEAD
         self._method = method
+        self._upgrades = upgrades
         self.begun = False
 
     @property
@@ -236,8 +244,11 @@ class ResponseReader(_Reader):
                 return [*self._rest()]
             events: list[ResponseEvent] = []
             while end := self._end_of_lines():
-                head, self._stays = read_response(self._take(end), self._method)
+                head, self._stays = read_response(self._take(end), self._method, upgrades=self._upgrades)
                 events.append(head)
+                if head.switches:
+                    self._state = _State.SWITCHED
+                    return events
                 if not head.interim:
                     self._begin_body(head.framing)
                     return [*events, *self._rest()]

@@ -65,7 +65,7 @@ class RequestWriter(_Writer):
         """Raises ValueError for a head that no reader of ours would take."""
         self._begin(request.framing)
         line = f"{request.method} {request.target} HTTP/1.1\r\n".encode("ascii")
-        return _written(line, request.fields, request.framing, request=True)
+        return _written(line, request.fields, request.framing, request=True, upgrade=request.upgrades)
 
 
 class ResponseWriter(_Writer):
@@ -89,6 +89,9 @@ class ResponseWriter(_Writer):
             if self._request.protocol == OLD:  # RFC 9110 section 15.2
                 return b""
             return _written(line, response.fields, response.framing)
+        if response.switches:
+            self.close = True  # once that is over
+            return _written(line, response.fields, response.framing, upgrade=True)
         framing = self._framing(response.status, response.framing)
         self.close = self.close or close
         if self._request.method != "HEAD":
@@ -108,7 +111,15 @@ class ResponseWriter(_Writer):
         return framing
 
 
-def _written(start: bytes, fields: Fields, framing: Framing, *, request: bool = False, close: bool = False) -> bytes:
+def _written(
+    start: bytes,
+    fields: Fields,
+    framing: Framing,
+    *,
+    request: bool = False,
+    close: bool = False,
+    upgrade: bool = False,
+) -> bytes:
     names = [name for name, _ in fields]
     if not OF_CONNECTION.isdisjoint(names):
         raise ValueError("a field that only writers may write is among the fields of a head")
@@ -119,7 +130,9 @@ def _written(start: bytes, fields: Fields, framing: Framing, *, request: bool = 
     if framing.ending is Ending.CLOSE and not close:
         raise ValueError("a body without an end")
     lines = [start, *[b"%b: %b\r\n" % field for field in fields]]
-    if close:
+    if upgrade:
+        lines += (b"connection: upgrade\r\n", b"upgrade: websocket\r\n")
+    elif close:
         lines.append(b"connection: close\r\n")
     if framing.length is not None:
         lines.append(b"content-length: %d\r\n" % framing.length)

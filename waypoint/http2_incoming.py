@@ -8,6 +8,7 @@ from uproxy import hbone
 from uproxy.hbone import ErrorCode
 from uproxy.plane import Waiter
 from waypoint import trailers
+from waypoint.byte_stream import ByteStream
 from waypoint.http2_connection import Http2Connection, Http2Stream
 from waypoint.http2_heads import written_response, written_trailers
 from waypoint.messages import Body, Ending, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead
@@ -72,6 +73,9 @@ class Http2Incoming:
     async def discard(self, reading: Waiter[None] | None) -> None:
         """Say so: the caller stops sending it."""
         self._stream.close()
+
+    def switched(self) -> ByteStream:
+        raise AssertionError("a request by HTTP/2 asks for no upgrade")
 
     def abort(self, text: str, code: ErrorCode = ErrorCode.INTERNAL_ERROR) -> None:
         self._stream.abort(text, code)

@@ -9,6 +9,7 @@ from uproxy.hbone import ErrorCode
 from uproxy.header_block import Headers
 from uproxy.resolve import Hop
 from waypoint import trailers
+from waypoint.byte_stream import ByteStream
 from waypoint.http2_connection import Http2Connection, Http2Stream
 from waypoint.http2_heads import read_response, written_request, written_trailers
 from waypoint.messages import END, Body, End, Ending, Fields, MessageError, RequestHead, ResponseEvent
@@ -88,6 +89,9 @@ class Http2Outgoing:
         """A body that nobody wants to its end is cancelled."""
         if self._stream is not None:
             self._stream.abort("the response is whole", ErrorCode.CANCEL)
+
+    def switched(self) -> ByteStream:
+        raise AssertionError("a request by HTTP/2 asks for no upgrade")
 
     def abort(self, text: str) -> None:
         if self._stream is not None:

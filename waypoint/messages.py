@@ -64,6 +64,8 @@ class RequestHead:
     """The client waits for 100 (Continue) before it sends the body. The Expect field is among the fields then."""
     takes_trailers: bool = False
     """The client has said `TE: trailers`."""
+    upgrades: bool = False
+    """The client asks for a WebSocket (RFC 6455)."""
 
 
 UNREAD = RequestHead("GET", "/", (), keep_alive=False)
@@ -80,7 +82,12 @@ class ResponseHead:
     @property
     def interim(self) -> bool:
         """1xx: the response itself is still to come."""
-        return self.status < 200
+        return self.status < 200 and not self.switches
+
+    @property
+    def switches(self) -> bool:
+        """The WebSocket begins: what comes next is no HTTP."""
+        return self.status == 101
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,9 @@ class Mirrors:
             fields = [field for field in head.fields if field[0] != b"expect"]
             self._under_way += 1
             self._plane.spawn(
-                self._send(copy, replace(head, fields=fields, expects_continue=False), caller, hops, cause)
+                self._send(
+                    copy, replace(head, fields=fields, expects_continue=False, upgrades=False), caller, hops, cause
+                )
             )
             made.append(copy)
         return tuple(made)

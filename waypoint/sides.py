@@ -8,6 +8,7 @@ from typing import Final, Protocol
 from uproxy.hbone import ErrorCode
 from uproxy.plane import Waiter
 from uproxy.resolve import Hop
+from waypoint.byte_stream import ByteStream
 from waypoint.messages import Fields, RequestHead, ResponseEvent
 
 IDLE_TIMEOUT_S: Final = 3600.0  # between two requests of a caller; Envoy's
@@ -54,6 +55,9 @@ class Incoming(Protocol):
     async def discard(self, reading: Waiter[None] | None) -> None:
         """The response is whole, and nobody wants the rest of the body. `reading` is settled when nobody reads it."""
 
+    def switched(self) -> ByteStream:
+        """What it came on, after the response has said that HTTP ends here. It is the caller's of this from now on."""
+
     def abort(self, text: str, code: ErrorCode = ErrorCode.INTERNAL_ERROR) -> None:
         """End it so that nobody takes what was sent for the whole; `text` is for those who wait. Again: nothing.
 
@@ -91,6 +95,9 @@ class Outgoing(Protocol):
 
     def done(self, *, uploaded: bool) -> None:
         """The response is whole, or nothing was sent at all. `uploaded`: nobody still writes the request's body."""
+
+    def switched(self) -> ByteStream:
+        """As of the other side."""
 
     def abort(self, text: str) -> None:
         """Give it up; `text` is for those who wait. Again: nothing."""

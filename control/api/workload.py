@@ -39,7 +39,7 @@ def host_of_key(service_key: str) -> str:
     return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}"
 
 
-_HTTP1: Final = frozenset({"http", "http/1.1", "grpc-web"})
+_HTTP1: Final = frozenset({"http", "http/1.1", "grpc-web", "kubernetes.io/ws"})
 _HTTP2: Final = frozenset({"http2", "grpc", "kubernetes.io/h2c"})
 
 

@@ -1235,3 +1235,90 @@ def test_what_is_not_served_is_refused(identities: Path, authority: Authority) -
         assert "wrong-destination" in through.telemetry.ended[-1].error
 
     run(identities, authority, tell, client)
+
+
+UPGRADE = b"Connection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Key: eA==\r\n"
+AGREED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: x\r\n\r\n"
+)
+
+
+async def shout(reader: Reader, writer: Writer) -> None:
+    """A server of WebSockets, as far as the upgrade goes; then it answers bytes in upper case."""
+    with contextlib.suppress(ConnectionResetError, asyncio.IncompleteReadError):
+        while (head := await request_head(reader)).startswith(b"GET /no "):
+            writer.write(b"HTTP/1.1 426 Upgrade Required\r\ncontent-length: 0\r\n\r\n")
+        if head.startswith(b"GET /other "):
+            writer.write(AGREED.replace(b"websocket\r", b"irc\r"))
+            return
+        assert b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n" in head, head
+        assert b"\r\nsec-websocket-key: eA==\r\n" in head, head
+        writer.write(AGREED + b"welcome ")
+        while data := await reader.read(1 << 16):
+            writer.write(data.upper())
+    writer.close()
+
+
+def test_a_websocket_crosses_with_both_ends(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET /no HTTP/1.1\r\nHost: db\r\n" + UPGRADE + b"\r\n")
+        assert (await answer(reader))[0] == 426
+        writer.write(b"GET /chat HTTP/1.1\r\nHost: db\r\n" + UPGRADE + b"\r\nhello")  # which may not wait
+        head = await request_head(reader)
+        assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+        assert b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n" in head
+        assert await reader.readexactly(13) == b"welcome HELLO"
+        assert len(through.connections) == 1
+        large = b"abcdefgh" * 100_000
+        writer.write(large)
+        assert await reader.readexactly(len(large)) == large.upper()
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+        await settled_exchanges(through, 2)
+        (one,) = [e for e in through.telemetry.exchanges if e.status == 101]
+        assert (one.flag, one.received, one.sent) == ("-", 5 + len(large), 13 + len(large))
+
+    run(identities, authority, shout, client)
+
+
+def test_a_policy_that_comes_later_ends_a_websocket(identities: Path, authority: Authority) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(b"GET /chat HTTP/1.1\r\nHost: db\r\n" + UPGRADE + b"\r\n")
+        assert (await request_head(reader)).startswith(b"HTTP/1.1 101")
+        await reader.readexactly(8)
+        through.pair.plane.run(lambda: through.connections.reauthorise())
+        writer.write(b"still there")
+        assert await reader.readexactly(11) == b"STILL THERE"
+        through.pair.apply(
+            AuthorizationPolicy("shop", "no", Action.DENY, None, (GET,), (Target("Gateway", "shop/wp"),))
+        )
+        through.pair.plane.run(lambda: through.connections.reauthorise())
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+
+    run(identities, authority, shout, client)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"POST /chat HTTP/1.1\r\nHost: db\r\n" + UPGRADE + b"Content-Length: 0\r\n\r\n", 501),
+        (b"GET /chat HTTP/1.1\r\nHost: db\r\nUpgrade: websocket\r\n\r\n", 501),
+        (b"GET /chat HTTP/1.1\r\nHost: db\r\nConnection: upgrade\r\nUpgrade: irc\r\n\r\n", 501),
+        (b"GET /chat HTTP/1.1\r\nHost: db\r\nConnection: upgrade\r\nUpgrade: websocket, h2c\r\n\r\n", 501),
+        (b"GET /chat HTTP/1.1\r\nHost: db\r\n" + UPGRADE + b"Content-Length: 1\r\n\r\nx", 501),
+        (b"GET /other HTTP/1.1\r\nHost: db\r\n" + UPGRADE + b"\r\n", 502),
+    ],
+)
+def test_other_upgrades_are_refused(identities: Path, authority: Authority, request_: bytes, status: int) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(request_)
+        assert (await answer(reader))[0] == status
+        writer.close()
+
+    run(identities, authority, shout, client)

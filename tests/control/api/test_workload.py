@@ -88,6 +88,7 @@ def test_a_port_is_http_by_its_protocol_else_by_its_name(name, app_protocol, htt
         ("http", "grpc", True),
         ("", "kubernetes.io/h2c", True),
         ("", "grpc-web", False),
+        ("", "kubernetes.io/ws", False),
     ],
 )
 def test_which_ports_speak_http2(name, app_protocol, http2):
