@@ -11,7 +11,8 @@ import contextlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -172,7 +173,14 @@ class Suite:
         self.warnings = [str(warning) for warning in mesh.warnings]
         records: dict[str, Record] = {
             f"{type(record).__name__} {getattr(record, 'key', record)}": record
-            for record in (*mesh.services, *mesh.workloads, *mesh.endpoints, *mesh.gateways, *mesh.routes)
+            for record in (
+                *mesh.services,
+                *mesh.workloads,
+                *mesh.endpoints,
+                *mesh.gateways,
+                *mesh.routes,
+                *mesh.policies,
+            )
         }
         pair = self.through.pair
 
@@ -204,25 +212,50 @@ class Suite:
         request = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
         return self._run(self._ask(request, method, to, port))
 
+    def load(self, paths: Sequence[str], each: int) -> Future[list[tuple[str, Answer]]]:
+        """Ask for each path so many times, one after the other on a connection of its own; all paths at once."""
+
+        async def main() -> list[tuple[str, Answer]]:
+            answers = await asyncio.gather(*(self._ask_often(path, each) for path in paths))
+            return [(path, answer) for path, found in zip(paths, answers, strict=True) for answer in found]
+
+        return asyncio.run_coroutine_threadsafe(main(), self._loop)
+
+    async def _ask_often(self, path: str, times: int) -> list[Answer]:
+        reader, writer = await self._connect("echo", 80)
+        found: list[Answer] = []
+        for _ in range(times):
+            writer.write(f"GET {path} HTTP/1.1\r\nhost: echo\r\n\r\n".encode())
+            found.append(await _answer(reader, "GET"))
+        writer.close()
+        return found
+
     async def _ask(self, request: bytes, method: str, to: str, port: int) -> Answer:
-        app, proxied = connected_pair()
-        destination = OriginalDestination(parse_address(_VIPS[to]), port, Route.TUNNEL)
-        self.through.pair.plane.spawn(self.through.pair.web.outbound.serve(proxied, destination))
-        reader, writer = await asyncio.open_connection(sock=app)
+        reader, writer = await self._connect(to, port)
         try:
             writer.write(request)
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            headers: dict[str, str] = {}
-            for line in head[1:-2]:
-                name, _, value = line.partition(": ")
-                headers[name] = f"{headers[name]},{value}" if name in headers else value
-            length = 0 if method == "HEAD" else int(headers.get("content-length", "0"))
-            return Answer(int(head[0].split(" ")[1]), headers, await reader.readexactly(length))
+            return await _answer(reader, method)
         finally:
             writer.close()
 
+    async def _connect(self, to: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        app, proxied = connected_pair()
+        destination = OriginalDestination(parse_address(_VIPS[to]), port, Route.TUNNEL)
+        self.through.pair.plane.spawn(self.through.pair.web.outbound.serve(proxied, destination))
+        return await asyncio.open_connection(sock=app)
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+
+async def _answer(reader: asyncio.StreamReader, method: str) -> Answer:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    headers: dict[str, str] = {}
+    for line in head[1:-2]:
+        name, _, value = line.partition(": ")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    length = 0 if method == "HEAD" else int(headers.get("content-length", "0"))
+    return Answer(int(head[0].split(" ")[1]), headers, await reader.readexactly(length))
 
 
 @contextlib.contextmanager

@@ -267,6 +267,7 @@ def test_mesh_http_route_rewrite_path(suite: Suite) -> None:
             filtered("/prefix/one", "URLRewrite", change("ReplacePrefixMatch", "/one"), to("v1")),
             filtered("/strip-prefix", "URLRewrite", change("ReplacePrefixMatch", "/"), to("v1")),
             filtered("/empty-prefix", "URLRewrite", change("ReplacePrefixMatch", "''"), to("v1")),
+            filtered("/", "URLRewrite", change("ReplacePrefixMatch", "/root"), to("v1")),
             filtered("/full/one", "URLRewrite", change("ReplaceFullPath", "/one"), to("v1")),
             modified % (prefix("/full/rewrite"), change("ReplaceFullPath", "/test"), to("v1")),
             modified % (prefix("/prefix/rewrite"), change("ReplacePrefixMatch", "/prefix"), to("v1")),
@@ -274,6 +275,7 @@ def test_mesh_http_route_rewrite_path(suite: Suite) -> None:
     )
     for path, wanted in (
         ("/prefix/one/two", "/one/two"),
+        ("/any/thing", "/root/any/thing"),
         ("/prefix/one", "/one"),
         ("/prefix/one/", "/one/"),
         ("/strip-prefix/three", "/three"),
