@@ -36,6 +36,7 @@ MAX_VALUE: Final = 2048
 """Characters of one value; the longest that is not an error text is a SPIFFE ID."""
 
 _CHUNK: Final = 4096  # PIPE_BUF: what a pipe that polls writable takes whole, without blocking (pipe(7))
+_CHUNK_OF_FILE: Final = 64 * 1024  # a file takes any size whole, and each write costs a few microseconds
 _STDOUT: Final = 1
 OPENED: Final = "connection opened"
 LIVES: Final = "connection"
@@ -73,6 +74,7 @@ class AccessLog:
         self._loop = loop
         self._wall_clock = wall_clock
         self._fd = _open(target)
+        self._chunk_size = _chunk_size(self._fd)
         self._timer: asyncio.TimerHandle | None = None
         self._lines: deque[str] = deque()
         self._buffered = 0
@@ -109,7 +111,7 @@ class AccessLog:
             if not poller.poll(wait_s * 1000):
                 break
             try:
-                written = os.write(self._fd, self._chunk[:_CHUNK])
+                written = os.write(self._fd, self._chunk[: self._chunk_size])
             except BlockingIOError:
                 break
             except OSError:  # a full disk, a reader that went away: the mesh goes on without these lines
@@ -133,7 +135,7 @@ class AccessLog:
             self._drop_chunk()  # what is left of it would be half a line in the new file
             self._torn = False
         os.close(self._fd)
-        self._fd = fd
+        self._fd, self._chunk_size = fd, _chunk_size(fd)
 
     def close(self, wait_s: float = 0.2) -> None:
         """Writes what is left, waiting at most `wait_s` in all for a slow sink, and closes."""
@@ -164,7 +166,7 @@ class AccessLog:
         """Takes whole lines, as many as fit one write; a longer line goes alone."""
         taken = [self._lines.popleft()]
         size = len(taken[0])
-        while self._lines and size + len(self._lines[0]) < _CHUNK:
+        while self._lines and size + len(self._lines[0]) < self._chunk_size:
             size += len(self._lines[0])
             taken.append(self._lines.popleft())
         self._buffered -= size
@@ -190,6 +192,11 @@ def _open(target: str) -> int:
         except OSError:
             pass  # another user's pipe: polling before each small write has to do
     return _STDOUT
+
+
+def _chunk_size(fd: int) -> int:
+    """Bytes that one write may have."""
+    return _CHUNK_OF_FILE if stat.S_ISREG(os.fstat(fd).st_mode) else _CHUNK
 
 
 @functools.lru_cache(maxsize=1)
