@@ -97,8 +97,9 @@ _DEFAULT_WINDOW: Final = 65535
 _SMALLEST_FRAME: Final = 16384
 _CONNECTION_CREDIT: Final = CONNECTION_WINDOW * 3 // 4
 """What is left of the connection's window when it is filled up again."""
-_HEADER = struct.Struct(">HBBBL")
+_HEADER = struct.Struct(">LBL")  # length (24 bits) and type, flags, stream
 _U32 = struct.Struct(">L")
+_new = tuple.__new__  # of an event, without the call into Python that its own takes
 _EMPTY: Final = memoryview(b"")
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -335,8 +336,9 @@ class Connection:
 
     def commit(self, stream: Stream, length: int) -> None:
         """Send the `length` > 0 bytes that were written into the last `reserve` of this stream."""
-        _HEADER.pack_into(self._output, self._used, length >> 8, length & 0xFF, DATA, 0, stream.id)
-        self._used += 9 + length
+        used = self._used
+        _HEADER.pack_into(self._output, used, length << 8, 0, stream.id)  # of DATA, which is 0
+        self._used = used + 9 + length
         stream.send_window -= length
         self.send_window -= length
         if self._quota < CONTROL_QUOTA:
@@ -492,8 +494,8 @@ class Connection:
                 if self._partial or end - position < 9:
                     position = self._take_partial(data, position, end, events)
                     continue
-                high, low, kind, flags, stream_id = _HEADER.unpack_from(data, position)
-                length = high << 8 | low
+                first, flags, stream_id = _HEADER.unpack_from(data, position)
+                length, kind = first >> 8, first & 0xFF
                 after = position + 9 + length
                 if kind == DATA and not flags & _PADDED and self._settings_seen and not self._block_stream:
                     stream = self._count_data(stream_id & 0x7FFFFFFF, flags, length, length)
@@ -504,7 +506,7 @@ class Connection:
                     # Whole, as nearly always.
                     if stream is not None:
                         if length:
-                            events.append(DataReceived(stream, data[position:after]))
+                            events.append(_new(DataReceived, (stream, data[position:after])))
                         if flags & _END_STREAM:
                             work -= _WORK_OF_END
                             self._remote_end(stream)
@@ -545,8 +547,8 @@ class Connection:
             position += taken
             if len(partial) < 9:
                 return position
-        high, low, kind, flags, stream_id = _HEADER.unpack_from(partial)
-        length, stream_id = high << 8 | low, stream_id & 0x7FFFFFFF
+        first, flags, stream_id = _HEADER.unpack_from(partial)
+        length, kind, stream_id = first >> 8, first & 0xFF, stream_id & 0x7FFFFFFF
         self._check_frame(kind, flags, stream_id, length)
         needed = 9 + length
         if kind == DATA:
@@ -938,9 +940,9 @@ class Connection:
         length, used = len(payload), self._used
         end = used + 9 + length
         if end > len(self._output) or self._spill:
-            self._append(_HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id) + payload)
+            self._append(_HEADER.pack(length << 8 | kind, flags, stream_id) + payload)
             return
-        _HEADER.pack_into(self._output, used, length >> 8, length & 0xFF, kind, flags, stream_id)
+        _HEADER.pack_into(self._output, used, length << 8 | kind, flags, stream_id)
         self._output[used + 9 : end] = payload
         self._used = end
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -440,3 +441,22 @@ def test_standard_output_is_shared_politely(sink, tmp_path):
         lines = (done.stdout if sink == "pipe" else file.read()).decode().splitlines()
     assert json.loads(lines[0])["direction"] == "inbound"
     assert lines[1:] == ["still open"]
+
+
+@pytest.mark.parametrize("into", ["file", "pipe"])
+def test_only_a_file_takes_more_in_one_write_than_a_pipe_takes_whole(tmp_path, monkeypatch, into):
+    path, lines, sizes = tmp_path / "log", 100, []
+    if into == "pipe":
+        os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CREAT)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: sizes.append(len(data)) or write(fd, data))
+    log = open_log(path)
+    for _ in range(lines):
+        log.record(connection(), 6.0)
+    log.flush()
+    monkeypatch.undo()
+    assert os.read(reader, 1 << 20).count(b"\n") == lines
+    assert (max(sizes) > select.PIPE_BUF) is (into == "file")
+    log.close()
+    os.close(reader)
