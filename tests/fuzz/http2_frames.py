@@ -1,8 +1,8 @@
-"""One end of a tunnel (`uproxy.hbone.Connection`) and any peer: frames and bytes, between what our own side does.
+"""Either end of an HTTP/2 connection (`uproxy.hbone.Connection`) and any peer: frames, between what our own side does.
 
-An input is a script: a byte that says which end, and steps (`_STEPS`). It is run twice, with what arrives whole and in
-pieces, and must come to the same. A ledger of RFC 9113's windows and stream states, kept from the bytes alone, judges
-what is sent.
+An input is a script: a byte that says which end, and whether of a tunnel or as in a waypoint, and steps (`_STEPS`). It is
+run twice, with what arrives whole and in pieces, and must come to the same. A ledger of RFC 9113's windows and stream
+states, kept from the bytes alone, judges what is sent.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from tests.support.hbone import (
 )
 from uproxy import hbone
 from uproxy.hbone import Connection, DataReceived, ErrorCode, ProtocolError, RequestReceived, Stream
+from waypoint.http2_connection import LIMITS
 
 MAX_BYTES = 1024
 WORDS = (
@@ -49,7 +50,7 @@ WORDS = (
     REQUEST_BLOCK, RESPONSE_BLOCK,
 )  # fmt: skip
 
-_CLIENT, _NO_HELLO = 1, 2
+_CLIENT, _NO_HELLO, _OF_WAYPOINT, _BITS = 1, 2, 4, 3
 _BLOCKS: Final = (
     REQUEST_BLOCK,
     RESPONSE_BLOCK,
@@ -84,8 +85,8 @@ def seeds() -> Iterable[bytes]:
         b"\x03\x00\x00" + _block_step(1, END_HEADERS, 1) + b"\x04\x00\xff" + _frame_step(WINDOW_UPDATE, 0, 1, u32(9)),
         b"\x03\x00\x00\x03\x00\x00" + _block_step(1, END_HEADERS, 2) + _block_step(1, END_HEADERS | END_STREAM, 1),
     ):
-        yield b"\x10" + steps
-        yield b"\x11" + steps
+        for how in (0x10, 0x11, 0x14, 0x15):
+            yield bytes((how,)) + steps
     yield b"\x12\x02\x2a" + CLIENT_HELLO
     yield b"\x13\x02\x12" + SERVER_HELLO
 
@@ -101,7 +102,7 @@ def _block_step(stream_id: int, flags: int, block: int) -> bytes:
 def check(data: bytes) -> None:
     how = data[0] if data else 0
     whole = _Run(how, data[1:], None).seen()
-    pieces = _Run(how, data[1:], 1 + (how >> 2)).seen()
+    pieces = _Run(how, data[1:], 1 + (how >> _BITS)).seen()
     # Who makes us answer and reads nothing is found out earlier in pieces.
     overflow = ("error", ErrorCode.ENHANCE_YOUR_CALM, True)
     assert whole == pieces or overflow in (whole[-1], pieces[-1]), f"\n{whole}\n{pieces}"
@@ -115,7 +116,8 @@ class _Run:
         self._at = 0
         self._step = step
         client = bool(how & _CLIENT)
-        self._connection = Connection(client=client)
+        self._limits = LIMITS if how & _OF_WAYPOINT else hbone.TUNNEL
+        self._connection = Connection(client=client, limits=self._limits)
         self._ledger = _Ledger(self._connection)
         self._streams: list[Stream] = []
         self._pending: Counter[int] = Counter()
@@ -178,7 +180,7 @@ class _Run:
         if how > 127:
             self._connection.reset(stream, ErrorCode.CANCEL)
         elif stream.answered:
-            self._connection.end(stream)
+            self._connection.end(stream, [(b"x-sum", b"7")] if how > 63 else ())
 
     def drain(self) -> None:
         self._byte()
@@ -251,8 +253,8 @@ class _Run:
             self._seen.append(("sent", new) if not self._seen or self._seen[-1][0] != "sent" else self._joined(new))
             self._ledger.made(new)
         self._looked_at = len(output)
-        assert len(output) <= hbone.OUTPUT_SIZE + hbone.MAX_SPILL
-        assert len(self._connection.streams) <= hbone.MAX_CONCURRENT_STREAMS
+        assert len(output) <= self._limits.output + hbone.MAX_SPILL
+        assert len(self._connection.streams) <= self._limits.streams
 
     def _joined(self, new: bytes) -> tuple[object, ...]:
         return ("sent", self._seen.pop()[1] + new)
@@ -313,7 +315,8 @@ class _Ledger:
             return
         assert 0 <= _DEFAULT_WINDOW + self._granted[0] <= hbone.CONNECTION_WINDOW
         for stream_id in self._connection.streams:
-            assert 0 <= hbone.INITIAL_STREAM_WINDOW + self._granted[stream_id] <= hbone.MAX_STREAM_WINDOW
+            window = self._connection.limits.stream_window + self._granted[stream_id]
+            assert 0 <= window <= hbone.MAX_STREAM_WINDOW
             assert self._passed_on.get(stream_id, b"") == self._arrived.get(stream_id, b"")
 
     def made(self, data: bytes) -> None:
@@ -338,7 +341,7 @@ class _Ledger:
             if kind == HEADERS:
                 self._began[stream_id] += 1
                 assert flags & END_HEADERS
-                assert self._began[stream_id] == 1
+                assert self._began[stream_id] == 1 or (self._began[stream_id] == 2 and flags & END_STREAM)
             else:
                 assert kind == DATA
                 assert self._began[stream_id], "DATA before HEADERS"
