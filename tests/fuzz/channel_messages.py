@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgpack
+
 from control.api.address import parse_address
 from control.api.identity import SpiffeId
 from tests.fuzz import pure_msgpack
@@ -35,7 +37,11 @@ def seeds() -> Iterable[bytes]:
     allowed = Allowed(_IDENTITY, (_V4, 40000), _V4, 8080), Allowed(_IDENTITY, (_V6, 1), _V6, 65535)
     yield pack_said(Said())
     yield pack_said(Said(direct=False))
-    yield pack_said(Said((Choice(_V4, 80, backends), Choice(_V6, 81, ())), allowed))
+    whole = pack_said(Said((Choice(_V4, 80, backends), Choice(_V6, 81, ())), allowed))
+    yield whole
+    for text in (str(_IDENTITY), _V4):
+        for other in ([], [1], {}, {"a": 1}, 5, b"x", msgpack.Timestamp(1)):
+            yield whole.replace(msgpack.packb(text), msgpack.packb(other))
 
 
 def check(data: bytes) -> None:

@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgpack
+
 from uproxy.entrance import Account, Entrance, Exposure
 from uproxy.fork_client import ForkServerError, Order
 
@@ -44,3 +46,6 @@ def check(data: bytes) -> None:
     assert order.descriptors == descriptors
     # What it starts is what was asked for: nothing is read into another shape.
     assert Order.unpack(order.pack(), descriptors) == order
+    asked = msgpack.unpackb(data[1:])
+    assert repr(order.entrance.restricted) == repr(asked["restricted"])
+    assert not isinstance(asked["arguments"], list) or repr(list(order.arguments)) == repr(asked["arguments"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tests.support.http1_judges import read_by_h11, relayed
-from waypoint.http1 import Body, MessageError, ResponseEvent, ResponseReader
+from tests.support.http1_judges import NEXT_RESPONSE, read_by_h11, relayed
+from waypoint.http1 import END, Body, MessageError, ResponseEvent, ResponseReader
 
 MAX_BYTES = 1024
 WORDS = (
@@ -57,7 +57,9 @@ def _read(data: bytes, step: int, method: str) -> tuple[list[ResponseEvent], int
                     if isinstance(events[-1], Body):
                         event = Body(events.pop().data + event.data)
                 events.append(event)
-        reusable = reader.reusable
+        if reusable := reader.reusable:
+            reader.expect("GET")
+            assert reader.feed(NEXT_RESPONSE)[1:] == [Body(b"next"), END]
         events += reader.eof()
     except MessageError as error:
         assert not reader.reusable

@@ -1,8 +1,8 @@
 """Either end of an HTTP/2 connection (`uproxy.hbone.Connection`) and any peer: frames, between what our own side does.
 
-An input is a script: a byte that says which end, and whether of a tunnel or as in a waypoint, and steps (`_STEPS`). It is
-run twice, with what arrives whole and in pieces, and must come to the same. A ledger of RFC 9113's windows and stream
-states, kept from the bytes alone, judges what is sent.
+An input is a script: a byte that says which end, and whether of a tunnel or as in a waypoint; and steps (`_STEPS`).
+It is run twice, with what arrives whole and in pieces, and must come to the same. A ledger of RFC 9113's windows and
+stream states, kept from the bytes alone, judges what is sent.
 """
 
 from __future__ import annotations

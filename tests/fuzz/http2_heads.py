@@ -36,6 +36,7 @@ def seeds() -> Iterable[bytes]:
         (b"GET", b"\nhost=a.b:80"),
         (b"DELETE", b"\ntransfer-encoding=chunked"),
         (b"HEAD", b"\ncontent-length=0\ncontent-length=0"),
+        (b"GET", b"\ncookie=a=b\ncookie="),
     ):
         for ended in (b"\x00", b"\x01"):
             yield ended + request % method + fields

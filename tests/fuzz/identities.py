@@ -18,6 +18,8 @@ def seeds() -> Iterable[bytes]:
     yield b"spiffe://a_b-c.1/ns/A.b-c_d/sa/..."
     yield b"spiffe://cluster.local/ns/" + b"x" * 1000 + b"/sa/" + b"y" * 1000
     yield b"spiffe://" + b"t" * 255 + b"/ns/n/sa/s"
+    for account in (b".", b"..", b"", b"a/", b"a%41", b"a?", b"\xc3\xa9", b"a\n"):
+        yield b"spiffe://cluster.local/ns/shop/sa/" + account
 
 
 def check(data: bytes) -> None:

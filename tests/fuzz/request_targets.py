@@ -13,12 +13,13 @@ WORDS = (
     b"%2F", b"%2f", b"%5C", b"%00", b"%2e", b"%2E%2e", b"%61", b"%", b"//", b"/./", b"/../", b"/..;", b";v=1", b"\\",
     b"?", b"#", b"{", b"|", b'"', b"\xff", b"..", b"[::1]:80", b"example.", b":80",
 )  # fmt: skip
+_REFUSED = (b"/a%2fb", b"/a%5Cb", b"/a%00", b"/a\\b", b"/%2e%2e;/", b"/a#b", b"/%zz", b"a", b"/a?b#c")
 _CANONICAL = re.compile(r"(?:/(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-F]{2})*)+")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
 
 def seeds() -> Iterable[bytes]:
-    for path in (b"/", b"/a/b?c=d", b"/%61%7e/./../{x}", b"/a//b/..", b"/a;b=c/..;x", b"/caf%c3%a9?q=%2F"):
+    for path in (b"/", b"/a/b?c=d", b"/%61%7e/./../{x}", b"/a//b/..", b"/a;b=c/..;x", b"/caf%c3%a9?q=%2F", *_REFUSED):
         yield b"shop.example:80 " + path
 
 

@@ -40,6 +40,8 @@ def seeds() -> Iterable[bytes]:
         for block in shown:
             yield from (part.encode() for part in block.split("---\n"))
         yield "---\n".join(shown).encode()
+    for number in (b".nan", b"-.inf", b"1.e5", b"0x1F", b"1_000", b"on", b"~"):
+        yield b"kind: " + number
 
 
 def check(data: bytes) -> None:
