@@ -57,12 +57,15 @@ def _read(data: bytes, step: int, method: str) -> tuple[list[ResponseEvent], int
                     if isinstance(events[-1], Body):
                         event = Body(events.pop().data + event.data)
                 events.append(event)
-        if reusable := reader.reusable:
-            reader.expect("GET")
-            assert reader.feed(NEXT_RESPONSE)[1:] == [Body(b"next"), END]
-        events += reader.eof()
+        reusable = reader.reusable
+        if not reusable:
+            events += reader.eof()
     except MessageError as error:
         assert not reader.reusable
         return events, error.status, False
+    if reusable:
+        reader.expect("GET")
+        assert reader.feed(NEXT_RESPONSE)[1:] == [Body(b"next"), END]
+    assert reader.eof() == []
     assert not reader.reusable
     return events, 0, reusable
