@@ -105,4 +105,6 @@ def test_a_member_takes_a_service_by_its_label_and_gives_it_back(tmp_path: Path)
         assert asked("DELETE", site).status == 403
         control.apply(unbound)
         eventually(lambda: not through(), 15)
+        control.revoke(tmp_path / "web")
+        eventually(lambda: "others revoked: 1" in site.log("wp"), 15)
         assert "Traceback" not in site.log("wp")
