@@ -334,6 +334,11 @@ class Connection:
         room = min(left, self._share - 9, self._most_data, stream.send_window, self.send_window)
         return self._output[used : used + room] if room > 0 else _EMPTY
 
+    @property
+    def frames_at_once(self) -> int:
+        """Frames that a stream may send in one turn: more than one where the peer wants them small, as Envoy does."""
+        return max(self._share // (self._most_data + 9), 1)
+
     def commit(self, stream: Stream, length: int) -> None:
         """Send the `length` > 0 bytes that were written into the last `reserve` of this stream."""
         used = self._used

@@ -212,15 +212,16 @@ class Relay:
                         return
                     if not events & plane.WRITE:
                         self._unwatch()
-                else:
-                    self._read()
+                elif self._read():
+                    self._read_more()
             if events & plane.WRITE and self.outcome is None:
                 self._write_pending()
         except Exception:
             log.exception("a relay failed")
             self.cut("a bug of this proxy; its log has the traceback")
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """One frame of what the application sent. Whether it filled all the room, so that more may be there."""
         assert self._sock is not None
         connection = self.tunnel.connection
         room = connection.reserve(self.stream)
@@ -229,26 +230,26 @@ class Relay:
             # the same order each time.
             self.tunnel.flush()
             if self.outcome is not None:
-                return
+                return False
             room = connection.reserve(self.stream)
         if not room:
             self._want(self._events & ~plane.READ)
             self.tunnel.starved[self] = None
-            return
+            return False
         try:
             length = self._sock.recv_into(room)
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._app_broke(error)
-            return
+            return False
         self.active = True
         if length:
             connection.commit(self.stream, length)
             self.sent += length
             self.answered = True
             self.tunnel.touch()
-            return
+            return length == len(room)
         self._read_closed = True
         connection.end(self.stream)
         self.tunnel.touch()
@@ -256,6 +257,13 @@ class Relay:
             self._finish(CLEAN)
         else:
             self._want(self._events & ~plane.READ)
+        return False
+
+    def _read_more(self) -> None:
+        """The rest of what a turn takes from one stream, where the peer wants frames that are smaller."""
+        for _ in range(self.tunnel.connection.frames_at_once - 1):
+            if not self._read():
+                return
 
     def _write_pending(self) -> None:
         assert self._sock is not None

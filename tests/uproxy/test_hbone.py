@@ -424,6 +424,8 @@ def test_a_frame_fills_whole_records_whatever_the_peer_allows(allowed):
     assert taken <= allowed
     assert (taken + 9) % hbone.RECORD == 0
     assert taken + 9 + hbone.RECORD > min(allowed, hbone.OUTPUT_SIZE)
+    in_a_turn = pair.client.frames_at_once * (taken + 9)
+    assert hbone.OUTPUT_SIZE // 2 < in_a_turn <= hbone.OUTPUT_SIZE
 
 
 def test_so_many_streams_have_the_large_window_and_those_that_end_make_room():

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from control.server.ca import Authority
 from tests.support.pair import DB_ADDRESS, Pair, running_pair
-from uproxy import plane
+from uproxy import hbone, plane
 from uproxy.errors import Flag
 
 PATTERN = random.Random(1).randbytes(1 << 20)
@@ -122,12 +122,22 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority.create(tmp_path_factory.mktemp("ca") / "ca", "cluster.local")
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=MAX_CONNECTIONS), st.lists(steps, max_size=40))
+@given(
+    st.sampled_from([hbone.MAX_FRAME_SIZE, 16384]),  # ours, and Envoy's
+    st.lists(st.booleans(), min_size=1, max_size=MAX_CONNECTIONS),
+    st.lists(steps, max_size=40),
+)
 @settings(print_blob=True)
 def test_a_connection_is_like_plain_tcp(
-    tmp_path_factory: pytest.TempPathFactory, authority: Authority, slow: list[bool], history: list[Step]
+    tmp_path_factory: pytest.TempPathFactory,
+    authority: Authority,
+    max_frame: int,
+    slow: list[bool],
+    history: list[Step],
 ) -> None:
-    plane.run(live_through(tmp_path_factory.getbasetemp() / "pair", authority, slow, history))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hbone, "MAX_FRAME_SIZE", max_frame)
+        plane.run(live_through(tmp_path_factory.getbasetemp() / "pair", authority, slow, history))
 
 
 async def live_through(directory: Path, authority: Authority, slow: list[bool], history: list[Step]) -> None:
