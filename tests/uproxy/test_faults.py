@@ -384,7 +384,7 @@ def test_streams_that_wait_for_their_own_window_are_left_alone(
         loop = asyncio.get_running_loop()
         slow = [pair.dial() for _ in range(30)]
         tasks = [loop.create_task(loop.sock_sendall(app, b"s" + bytes(16 << 20))) for app in slow]
-        carrier_waits = lambda: len(carrier_of(pair).starved) == len(slow)  # noqa: E731
+        carrier_waits = lambda: [len(c.starved) for c in pair.web.pool.tunnels()] == [len(slow)]  # noqa: E731
         await asyncio.sleep(0.3)
         await eventually(carrier_waits, "not all of them wait for their windows")
         woken = 0
