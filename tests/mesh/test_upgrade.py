@@ -152,24 +152,6 @@ def _fill(sock: socket.socket, content: bytes) -> int:
     return sent
 
 
-def test_policy_holds_for_connections_of_the_old_one_and_the_new_one(mesh: Mesh) -> None:
-    deny = (
-        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: nobody, namespace: load}\n"
-        "spec: {selector: {matchLabels: {app: peer}}, action: DENY, rules: [{}]}\n"
-    )
-    with inside.serving(mesh.peer, PEER[1], inside.echo), inside.dial(mesh.caller, PEER) as old:
-        old.sendall(b"a")
-        assert old.recv(1) == b"a"
-        upgrade(mesh.peer)
-        with inside.dial(mesh.caller, PEER) as new:
-            new.sendall(b"a")
-            assert new.recv(1) == b"a"
-            with configured(mesh, _PERMISSIVE + deny, "peer6"):
-                for one in (old, new):
-                    with pytest.raises(ConnectionResetError):
-                        one.recv(1)
-
-
 def test_sidecar_of_a_fork_server_is_upgraded_by_it(mesh: Mesh, job: Workload, path: Path) -> None:
     with (
         fork_server(job, path) as server,

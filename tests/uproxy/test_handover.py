@@ -22,7 +22,7 @@ from uproxy import handover
 from uproxy.handover import PROTOCOL, HandoverError, Hello, Line, Message, Movable, Predecessor
 from uproxy.listener import Inherited
 
-NETWORK = "127.0.98"
+NETWORK, STANDING = "127.0.98", "127.0.99"
 WEB, DB = f"{NETWORK}.1", f"{NETWORK}.2"
 
 DENY_WEB = """
@@ -47,6 +47,17 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def running(site: Site) -> Iterator[dict[str, subprocess.Popen[str]]]:
     with ExitStack() as stack:
         yield {name: stack.enter_context(site.running(name)) for name in ("db", "web")}
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, subprocess.Popen[str]]]:
+    """A mesh that is as before after each test, and the uProxy from which nobody takes over."""
+    site = Site.create(tmp_path_factory.mktemp("standing"), STANDING)
+    with echo_server(site.application), site.running("db"), site.running("web") as web:
+        yield site, web
+        assert web.poll() is None
+        with site.running("web", "--take-over"):
+            assert dial(site.forward) == b"hello"
 
 
 class Load:
@@ -175,7 +186,13 @@ class Successor:
         return msgpack.unpackb(raw) if raw else {}, fds
 
 
-HELLO = {"handover": PROTOCOL, "version": "9", "workload": "shop/web", "addresses": [WEB], "capture": "none"}
+HELLO = {
+    "handover": PROTOCOL,
+    "version": "9",
+    "workload": "shop/web",
+    "addresses": [f"{STANDING}.1"],
+    "capture": "none",
+}
 
 
 WRONG = [
@@ -187,32 +204,34 @@ WRONG = [
 ]
 
 
-def test_whoever_is_another_proxy_is_refused(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+def test_whoever_is_another_proxy_is_refused(standing: tuple[Site, object]) -> None:
+    site, _ = standing
     for wrong, why in WRONG:
         with Successor(site) as other:
             answer, fds = other.ask({**HELLO, **wrong})
         assert why in str(answer["refused"])
         assert not fds
-    said = site.refusal("web", "--take-over", "--address", f"{NETWORK}.3")
+    said = site.refusal("web", "--take-over", "--address", f"{STANDING}.3")
     assert "does not let this one take over" in said
     assert "addresses" in said
     assert dial(site.forward) == b"hello"
 
 
-def test_a_successor_that_dies_half_way_changes_nothing(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+def test_a_successor_that_dies_half_way_changes_nothing(standing: tuple[Site, object]) -> None:
+    site, _ = standing
+    before = site.log("web").count("this one goes on")
     for at in ("hello", "sockets", "rest"):
         _die_half_way(site, at)
-    assert site.log("web").count("this one goes on") == 3
-    with site.running("web", "--take-over"):
-        assert dial(site.forward) == b"hello"
+    assert site.log("web").count("this one goes on") == before + 3
 
 
-def test_whoever_asks_out_of_turn_is_refused(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+def test_whoever_asks_out_of_turn_is_refused(standing: tuple[Site, subprocess.Popen[str]]) -> None:
+    site, web = standing
     with Successor(site) as other:
         other.ask(HELLO)
         assert other.ask({"ask": "leave"}) == ({}, [])
     assert dial(site.forward) == b"hello"
-    assert running["web"].poll() is None
+    assert web.poll() is None
 
 
 def _die_half_way(site: Site, at: str) -> None:
@@ -240,8 +259,9 @@ def _die_half_way(site: Site, at: str) -> None:
     assert dial(site.forward) == b"hello"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_another_user_is_refused(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
+@pytest.mark.root
+def test_another_user_is_refused(standing: tuple[Site, object]) -> None:
+    site, _ = standing
     path = site.path / "web" / handover.SOCKET_NAME
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o666)  # as if it had been let in
