@@ -772,8 +772,8 @@ def test_a_backend_that_does_not_come_is_a_503_and_no_caller_waits_longer_than_i
         answered = await late.is_asked()
         through.pair.plane.run(lambda: answered.set(None))  # which says that there is none
         status, head, _ = await answer(reader)
-        assert status == 503
-        assert b"x-uproxy-reason: no-endpoint\r\n" in head
+        assert status == 500
+        assert b"x-uproxy-reason: no-backend\r\n" in head
         through.pair.apply(to_late(timeout_ms=100))
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         assert (await answer(reader))[0] == 504
@@ -784,7 +784,7 @@ def test_a_backend_that_does_not_come_is_a_503_and_no_caller_waits_longer_than_i
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         writer.transport.abort()
         await settled_exchanges(through, 4)
-        assert [e.flag for e in through.telemetry.exchanges] == ["UH", "UH", "UT", "DC"]
+        assert [e.flag for e in through.telemetry.exchanges] == ["UH", "NR", "UT", "DC"]
         through.pair.plane.run(lambda: [one.set(None) for one in unanswered])
 
     run(identities, authority, tell, client, known=late)

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from h2.errors import ErrorCodes
+from h2.settings import SettingCodes
 
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
 from control.server.ca import Authority
@@ -501,3 +503,98 @@ def test_large_heads_cross_in_several_frames(identities: Path, authority: Author
             assert b"x-19: " + b"y" * 2000 in answer.body
 
     run(identities, authority, served_by(echo), client)
+
+
+def test_a_backend_that_takes_one_request_at_a_time_gets_more_connections(
+    identities: Path, authority: Authority
+) -> None:
+    connections: set[Http2Peer] = set()
+
+    async def server(peer: Http2Peer, stream: int, message: Message) -> None:
+        connections.add(peer)
+        peer.h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: 1})
+        await converse(peer, stream, message)
+
+    async def client(through: Through) -> None:
+        async with speaking(*await through.open()) as peer:
+            streams = []
+            for _ in range(3):
+                streams.append(stream := peer.request(POST, ends=False))
+                await peer.send(stream, b"ping")
+                await peer.until(lambda stream=stream: peer.messages[stream].body == b"PING")
+            assert len(connections) == 3
+            for stream in streams:
+                peer.end(stream)
+            for stream in streams:
+                await peer.answer(stream)
+            assert (await peer.answer(peer.request(POST, b"x"))).body == b"X"
+            assert len(connections) == 3
+
+    run(identities, authority, served_by(server), client)
+
+
+@pytest.mark.parametrize(("said", "method"), [(3, b"GET"), (7, b"GET"), (5, b"HEAD")])
+def test_a_response_of_another_length_than_said_is_never_whole(
+    identities: Path, authority: Authority, said: int, method: bytes
+) -> None:
+    async def server(peer: Http2Peer, stream: int, _: Message) -> None:
+        peer.respond(stream, [*OK, (b"content-length", b"%d" % said)])
+        await peer.send(stream, b"hello", ends=True)
+
+    async def client(through: Through) -> None:
+        async with speaking(*await through.open()) as peer:
+            answer = await peer.answer(peer.request([(b":method", method), *GET[1:]]))
+            assert not answer.ended or answer.status == 502
+
+    run(identities, authority, served_by(server), client)
+
+
+def test_a_request_may_wait_for_100_continue(identities: Path, authority: Authority) -> None:
+    async def server(peer: Http2Peer, stream: int, message: Message) -> None:
+        assert dict(message.headers)[b"expect"] == b"100-continue"
+        assert not message.body
+        peer.respond(stream, [(b":status", b"100")])
+        await echo(peer, stream, message)
+
+    async def client(through: Through) -> None:
+        async with speaking(*await through.open()) as peer:
+            stream = peer.request([*POST, (b"expect", b"100-continue")], ends=False)
+            await peer.until(lambda: bool(peer.messages[stream].interim))
+            await peer.send(stream, b"hello", ends=True)
+            assert (await peer.answer(stream)).body.endswith(b"\n\nhello")
+
+    run(identities, authority, served_by(server), client)
+
+
+@pytest.mark.parametrize("flood", ["resets", "pings", "settings", "empty data"])
+def test_a_flood_ends_the_connection_that_it_comes_on_and_no_other(
+    identities: Path, authority: Authority, flood: str
+) -> None:
+    frames = {
+        "pings": b"\0\0\x08\6\0\0\0\0\0" + bytes(8),
+        "settings": b"\0\0\0\4\0\0\0\0\0",
+        "empty data": b"\0\0\0\0\0\0\0\0\1",
+    }
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        async with speaking(*await through.open()) as other, speaking(reader, writer) as peer:
+            kept = peer.request(POST, ends=False)
+            if flood == "resets":
+                for _ in range(3000):
+                    peer.reset(peer.request(GET), 8)
+                    await writer.drain()
+                    if peer.closed:
+                        break
+            else:
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(400):
+                        writer.write(frames[flood] * 100)
+                        await writer.drain()
+            await peer.until(lambda: peer.closed)
+            assert [code for _, code in peer.goaways] == [ErrorCodes.ENHANCE_YOUR_CALM]
+            assert not peer.messages[kept].ended
+            assert (await other.answer(other.request(POST, b"x"))).body == b"X"
+            assert through.server.tunnels(), "the caller's tunnel stays"
+
+    run(identities, authority, served_by(converse), client)
