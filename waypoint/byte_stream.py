@@ -117,9 +117,9 @@ class ByteStream:
             self.carrier.touch()
             self._given = 0
         if not (self._received or self._ended or self._error):
-            self._reader = plane.Waiter(self.carrier.plane)
+            self._reader = waiter = plane.Waiter[None](self.carrier.plane)
             try:
-                await self._wait(self._reader, timeout_s)
+                await (waiter if timeout_s is None else self.carrier.plane.wait(waiter, timeout_s))
             finally:
                 self._reader = None
         if self._error:
