@@ -19,13 +19,23 @@ static __always_inline int answer(struct bpf_sockopt *ctx, __s32 size)
 	return ALLOW;
 }
 
+/* Whether a query may not go on to a nameserver: in the mesh, unless a service says so. */
+static __always_inline int is_closed_to_queries(__u64 netns_cookie, const __be32 addr[4])
+{
+	return !is_loopback(addr) && !is_own(netns_cookie, addr) &&
+	       range_of(addr) == MESH_RANGE_MESH &&
+	       datagram_route(addr, PORT_53) != MESH_ROUTE_PLAINTEXT;
+}
+
 /*
- * Which nameserver is asked through a listening socket for name queries, in the same words. Returns
- * 0 when it is none of these.
+ * Which nameserver is asked through a listening socket for name queries, in the same words; with the
+ * route of tunnels where nothing else goes, so that no query does. Returns 0 when it is none of
+ * these.
  */
 static __always_inline int tell_nameserver(struct bpf_sockopt *ctx, struct bpf_sock *sk)
 {
 	struct mesh_orig_dst *dst = ctx->optval;
+	__u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	int is_ipv4 = sk->family == AF_INET;
 	struct mesh_nameserver *asked;
 	struct sockaddr_in6 *in6;
@@ -33,7 +43,7 @@ static __always_inline int tell_nameserver(struct bpf_sockopt *ctx, struct bpf_s
 
 	if (sk->protocol != IPPROTO_UDP || (void *)(dst + 1) > ctx->optval_end)
 		return 0;
-	asked = nameserver_at(bpf_get_netns_cookie(ctx), sk->src_port, is_ipv4);
+	asked = nameserver_at(netns_cookie, sk->src_port, is_ipv4);
 	if (!asked)
 		return 0;
 	__builtin_memset(dst, 0, sizeof(*dst));
@@ -50,6 +60,8 @@ static __always_inline int tell_nameserver(struct bpf_sockopt *ctx, struct bpf_s
 	}
 	dst->magic = MESH_ORIG_DST_MAGIC;
 	dst->version = MESH_ORIG_DST_VERSION;
+	if (is_closed_to_queries(netns_cookie, asked->addr))
+		dst->route = MESH_ROUTE_TUNNEL;
 	return 1;
 }
 

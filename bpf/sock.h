@@ -105,6 +105,17 @@ static __always_inline int refuse(__u32 counter, int error)
 	return REFUSE;
 }
 
+/* enum mesh_route of datagrams to a mesh address, or 0 when no service declares the port there. */
+static __always_inline __u32 datagram_route(const __be32 addr[4], __u16 port)
+{
+	struct mesh_service_key key = { .port = port };
+	struct mesh_service *service;
+
+	__builtin_memcpy(key.addr, addr, sizeof(key.addr));
+	service = bpf_map_lookup_elem(&datagrams, &key);
+	return service ? service->route : 0;
+}
+
 /*
  * Whether the configuration lets a UDP socket send to a mesh address: a service declares the port
  * there, or the one that the socket answers from.
@@ -113,15 +124,13 @@ static __always_inline int is_declared(struct bpf_sock_addr *ctx, __u64 netns_co
 				       const __be32 addr[4], __u16 port)
 {
 	struct mesh_answering_key from = { .netns_cookie = netns_cookie };
-	struct mesh_service_key to = { .port = port };
-	struct mesh_service *service;
+	__u32 route;
 
 	if (ctx->protocol != IPPROTO_UDP || !maps_whole())
 		return 0;
-	__builtin_memcpy(to.addr, addr, sizeof(to.addr));
-	service = bpf_map_lookup_elem(&datagrams, &to);
-	if (service)
-		return service->route == MESH_ROUTE_PLAINTEXT;
+	route = datagram_route(addr, port);
+	if (route)
+		return route == MESH_ROUTE_PLAINTEXT;
 	if (!ctx->sk)
 		return 0;
 	from.port = ctx->sk->src_port;

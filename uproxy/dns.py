@@ -30,7 +30,7 @@ from uproxy.dns_messages import Kind, MeshName, Question, UnansweredError
 from uproxy.errors import RefusedError
 from uproxy.listener import Inherited
 from uproxy.plane import Plane
-from uproxy.redirect import OriginalDestination, original_destination
+from uproxy.redirect import OriginalDestination, Route, original_destination
 from uproxy.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -185,6 +185,11 @@ class Responder:
 
     async def _forward(self, nameserver: OriginalDestination, query: bytes, question: Question) -> bytes | None:
         """The nameserver's answer. Each query has a port and a number of its own, which nobody else can guess."""
+        if nameserver.route is Route.TUNNEL:
+            raise RefusedError(
+                "dns-in-plaintext",
+                f"nameserver {nameserver.address} is in the mesh, and the query would go there in plaintext",
+            )
         if self._forwarding >= MAX_FORWARDED:
             raise RefusedError("dns-full", f"{MAX_FORWARDED} queries wait for nameservers already")
         number = os.urandom(2)

@@ -7,11 +7,11 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from bpf import layout, libbpf
+from bpf import layout, libbpf, maps
 from control.api.address import packed16, parse_address
 from tests.support.capture import (
     EXCLUDED_V4,
@@ -22,10 +22,12 @@ from tests.support.capture import (
     PEER_V6,
     UNKNOWN_V4,
     VIP_V4,
+    WORKLOAD_V4,
+    WORKLOAD_V6,
     Rig,
     background,
 )
-from uproxy.redirect import parse_original_destination
+from uproxy.redirect import OriginalDestination, Route, parse_original_destination
 
 pytestmark = pytest.mark.root
 
@@ -46,7 +48,9 @@ def captured(rig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def responder(rig: Rig) -> Iterator[None]:
+def responder(
+    rig: Rig, tell: Callable[[OriginalDestination], str] = lambda asked: f"{asked.address} {asked.port}"
+) -> Iterator[None]:
     """Answers a query with what the kernel says of it."""
     listening: list[socket.socket] = []
 
@@ -63,7 +67,7 @@ def responder(rig: Rig) -> Iterator[None]:
                 query, app = listener.recvfrom(4096)
                 level = socket.IPPROTO_IPV6 if listener.family == socket.AF_INET6 else socket.IPPROTO_IP
                 asked = parse_original_destination(listener.getsockopt(level, 80, 64))
-                listener.sendto(b"%s %s %d" % (query, asked.address.encode(), asked.port), app)
+                listener.sendto(b"%s %s" % (query, tell(asked).encode()), app)
 
     with background(rig.site.netns, rig.site.proxy, serve, ready):
         yield
@@ -251,3 +255,25 @@ def test_two_processes_that_begin_at_once_are_told_apart(rig):
 
     with responder(rig):
         rig.site.in_app(race)
+
+
+def route_to(rig: Rig, nameserver: str) -> str:
+    with responder(rig, lambda asked: asked.route.name):
+        ((answer, *_),) = rig.site.in_app(lambda: ask(nameserver))
+    return answer.decode().removeprefix("0 ")
+
+
+@pytest.mark.parametrize("nameserver", [PEER_V4, VIP_V4, UNKNOWN_V4, PEER_V6, f"::ffff:{PEER_V4}"])
+def test_no_query_is_to_go_on_into_the_mesh_unless_a_service_says_so(rig, nameserver):
+    """It would be in plaintext."""
+    assert route_to(rig, nameserver) == Route.TUNNEL.name
+    declared = (packed16(parse_address(plain(nameserver))), 53)
+    rig.maps.datagrams.put(declared, maps.Target(1, maps.Route.PLAINTEXT), 1)
+    assert route_to(rig, nameserver) == Route.UNKNOWN.name
+    rig.maps.datagrams.delete(declared)
+    assert route_to(rig, nameserver) == Route.TUNNEL.name
+
+
+@pytest.mark.parametrize("nameserver", [OUTSIDE_V4, OUTSIDE_V6, EXCLUDED_V4, "127.0.0.53", WORKLOAD_V4, WORKLOAD_V6])
+def test_elsewhere_it_may(rig, nameserver):
+    assert route_to(rig, nameserver) == Route.UNKNOWN.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
@@ -180,6 +181,20 @@ def test_other_names_are_asked_for_where_they_were(run, nameserver):
         assert site.count("forwarded") == 4
 
     run(test)
+
+
+def test_none_goes_on_to_a_nameserver_that_only_tunnels_reach(run, nameserver, monkeypatch):
+    heard = nameserver(echo)
+    asked = dataclasses.replace(responder.original_destination(None), route=Route.TUNNEL)
+    monkeypatch.setattr(responder, "original_destination", lambda listener: asked)
+
+    async def test(site: Site) -> None:
+        assert (await site.ask("www.example.com")).rcode() == dns.rcode.SERVFAIL
+        assert addresses(await site.ask("db.shop")) == [VIP]
+        assert [site.count(name) for name in ("failed", "answered", "forwarded")] == [1, 1, 0]
+
+    run(test)
+    assert heard == []
 
 
 def test_a_query_that_cannot_be_read_is_refused(run, nameserver):
