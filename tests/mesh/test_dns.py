@@ -296,7 +296,7 @@ def test_what_is_not_there_is_told_rightly(site: Site) -> None:
     for name in ("nobody.load.svc.cluster.local", "peer.nowhere.svc", "nowhere.svc.cluster.local", "a.peer.load.svc"):
         began = time.monotonic()
         assert site.ask(name).rcode() == dns.rcode.NXDOMAIN
-        assert time.monotonic() - began < 1, "nobody waits for what is known not to be there"
+        assert time.monotonic() - began < 2, "nobody waits for what is known not to be there"
     assert site.run(site.caller, site.resolv_conf(), _LOOK_UP, "nobody.load.svc") == ["nobody.load.svc -2"]
     assert site.nameserver.heard == []
 
