@@ -15,6 +15,8 @@ from pathlib import Path
 
 import msgpack
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import uproxy
 from tests.support.site import Site, dial, echo_server, eventually, get
@@ -486,17 +488,34 @@ def test_however_long_the_path_is(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("raw", [b"", b"\xc1", msgpack.packb([1]), msgpack.packb({"refused": "no"})])
-def test_what_is_no_message_is_an_error(raw: bytes) -> None:
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(0, 9), inner, max_size=3),
+)
+
+
+@given(st.binary(max_size=200) | ANYTHING.map(msgpack.packb))
+@example(b"")
+@example(b"\xc1")
+@example(msgpack.packb([1]))
+@example(msgpack.packb({"refused": "no"}))
+def test_any_bytes_are_a_message_or_an_error(raw: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     async def main() -> None:
         line = Line(ours)
         theirs.send(raw)
         theirs.close()
-        with pytest.raises((HandoverError, handover.GoneError)):
-            await line.receive()
-        line.close()
+        try:
+            said, descriptors = await line.receive()
+        except (HandoverError, handover.GoneError):
+            return
+        finally:
+            line.close()
+        assert said == msgpack.unpackb(raw)
+        assert "refused" not in said
+        assert descriptors == []
+        assert OWN.wrong(said), "who says none of what is asked for is nobody's successor"
 
     asyncio.run(main())
 
