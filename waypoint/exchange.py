@@ -209,7 +209,7 @@ class Exchanges:
             exchange.path, exchange.authority = judged.target, judged.host
             permitted = course.permitted = self._permitted(rules, caller, destination, judged, exchange)
             exchange.path = permitted.target
-            rule = self._route(rules, destination, permitted)
+            rule = self._route(rules, caller, destination, permitted)
             course.place = self._let_through(rules, caller, permitted, rule)
             while True:
                 course.rule = rule
@@ -225,7 +225,7 @@ class Exchanges:
                 # It has waited: what holds now counts.
                 destination, rules = self._rules_for(asked)
                 permitted = course.permitted = self._permitted(rules, caller, destination, judged, exchange)
-                before, rule = rule, self._route(rules, destination, permitted)
+                before, rule = rule, self._route(rules, caller, destination, permitted)
                 if rule == before:
                     break
             backend = course.backend
@@ -293,11 +293,11 @@ class Exchanges:
             return f"policy: no longer allowed: {refusal.policy}" if refusal.reason == "policy" else ""
         return ""
 
-    def _route(self, rules: Rules, destination: Destination, request: Request) -> RouteRule | None:
+    def _route(self, rules: Rules, caller: Caller, destination: Destination, request: Request) -> RouteRule | None:
         """The rule for a request; None when its backend is settled. Raises RefusalError when no route matches."""
         if destination.backend is not None:
             return None
-        rule = rules.router.route(request)
+        rule = rules.router.route(request, caller.identity.namespace)
         if rule is None:
             raise RefusalError(404, "no-route", "no route of this service matches", flag=flags.NO_ROUTE)
         return rule

@@ -9,7 +9,7 @@ for on, not given up, when the route of the more specific hostname has none.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
@@ -39,10 +39,13 @@ _MODIFIERS_KEPT: Final = 1024  # compiled; a mesh has fewer, and an old one only
 class Router:
     """The routes of one service port, compiled. Never changes; made by `compile_routes`."""
 
-    __slots__ = ("_asks_host", "_asks_query", "_by_host", "_default")
+    __slots__ = ("_asks_host", "_asks_query", "_by_host", "_default", "_of_callers")
 
-    def __init__(self, candidates: Iterable[_Candidate], default: RouteRule | None) -> None:
-        """`candidates`: of what is equal, the first wins."""
+    def __init__(
+        self, candidates: Iterable[_Candidate], default: RouteRule | None, of_callers: Mapping[str, Router]
+    ) -> None:
+        """`candidates`: of what is equal, the first wins. `of_callers`: for namespaces with routes of their own."""
+        self._of_callers = of_callers
         by_host: dict[str, list[_Candidate]] = {}
         for candidate in candidates:
             by_host.setdefault(candidate.hostname, []).append(candidate)
@@ -51,12 +54,15 @@ class Router:
         self._by_host = {hostname: _Paths(found) for hostname, found in by_host.items()}
         self._asks_host = any(by_host)
 
-    def route(self, request: Request) -> RouteRule | None:
+    def route(self, request: Request, callers: str = "") -> RouteRule | None:
         """The rule that a request falls under, with the one of its matches by which it does.
 
         None: there are routes, and none of them matches (404). Without routes, every request falls under a rule whose
-        only backend is the service itself.
+        only backend is the service itself. `callers`: the caller's namespace, whose own routes stand instead of all
+        others (GEP-1426).
         """
+        if self._of_callers and callers in self._of_callers:
+            return self._of_callers[callers].route(request)
         if self._default is not None:
             return self._default
         query = _parameters(request.query) if self._asks_query else {}
@@ -76,11 +82,19 @@ def compile_routes(routes: Iterable[HTTPRoute], service: str, port: int) -> Rout
         for route in routes
         if any(parent.service == service and parent.port in (0, port) for parent in route.parents)
     ]
-    if not attached:
+    of_callers = {
+        callers: _router([route for route in attached if route.callers == callers], service, port, {})
+        for callers in {route.callers for route in attached if route.callers}
+    }
+    return _router([route for route in attached if not route.callers], service, port, of_callers)
+
+
+def _router(routes: list[HTTPRoute], service: str, port: int, of_callers: Mapping[str, Router]) -> Router:
+    if not routes:
         itself = Backend(service, port, 1, NO_MODIFIER, NO_MODIFIER)
-        return Router((), RouteRule("", (), NO_MODIFIER, NO_MODIFIER, (itself,), 0, 0))
-    ordered = sorted(attached, key=lambda route: route.key)
-    return Router((candidate for route in ordered for candidate in _candidates(route)), None)
+        return Router((), RouteRule("", (), NO_MODIFIER, NO_MODIFIER, (itself,), 0, 0), of_callers)
+    ordered = sorted(routes, key=lambda route: route.key)
+    return Router((candidate for route in ordered for candidate in _candidates(route)), None, of_callers)
 
 
 def choose_backend(rule: RouteRule, rng: random.Random) -> Backend | None:

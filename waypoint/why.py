@@ -168,7 +168,7 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         return
     backends = [(destination.service_key, destination.port, 1)]
     if request is not None and destination.backend is None:
-        rule = rules.router.route(request)
+        rule = rules.router.route(request, caller.identity.namespace)
         step, backends = _route(rule, request, plan.port)
         yield step
     places = list(_behind(state, destination, backends))

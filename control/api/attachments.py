@@ -21,6 +21,7 @@ from control.api.declared import (
     DeclaredTraffic,
 )
 from control.api.filters import Filters, Mirror
+from control.api.names import wrong_subdomain
 from control.api.problems import Findings
 from control.api.route import Backend, HTTPRoute, Match, Parent, RouteRule
 
@@ -73,10 +74,11 @@ def with_ports(
             problem = f"{other.kind} {other.route.key} has the same name, which routes of a namespace share; rename one"
             findings.error(item.position, "metadata.name", problem)
         elif any(item.sections):
-            parents = tuple(
+            meant = (
                 _with_port(item, index, parent, by_key.get(parent.service), findings)
                 for index, parent in enumerate(item.route.parents)
             )
+            parents = tuple(parent for parent in meant if parent is not None)
             found[item.route.key] = replace(item, route=replace(item.route, parents=parents))
             if len(set(parents)) != len(parents):
                 findings.error(
@@ -106,11 +108,12 @@ def _sent_to(item: DeclaredRoute) -> Iterator[str]:
 
 def _granted(item: DeclaredRoute, grants: Sequence[DeclaredGrant], findings: Findings) -> DeclaredRoute:
     namespace = item.route.namespace
+    parents = {parent.service for parent in item.route.parents}
 
     def refused(service: str) -> bool:
-        return not service.startswith(f"{namespace}/") and not any(
-            grant.admits(item.kind, namespace, service) for grant in grants
-        )
+        if service in parents or service.startswith(f"{namespace}/"):
+            return False  # who calls a Service may be sent to it
+        return not any(grant.admits(item.kind, namespace, service) for grant in grants)
 
     def without(filters: Filters) -> Filters:
         kept = tuple(mirror for mirror in filters.mirrors if not refused(mirror.service))
@@ -140,9 +143,42 @@ def _granted(item: DeclaredRoute, grants: Sequence[DeclaredGrant], findings: Fin
     return replace(item, route=replace(item.route, rules=rules))
 
 
+def published(
+    routes: Sequence[DeclaredRoute],
+    elsewhere: Sequence[DeclaredRoute],
+    services: Sequence[DeclaredService],
+    findings: Findings,
+) -> tuple[HTTPRoute, ...]:
+    """What is published of the namespaces that these services are of, in the order of their keys.
+
+    `elsewhere`: routes of other namespaces with parents among the services.
+    """
+    keys = {service.key for service in services}
+    found: dict[str, HTTPRoute] = {}
+    for item in routes:
+        own = tuple(parent for parent in item.route.parents if parent.service.startswith(f"{item.route.namespace}/"))
+        if own:
+            found[item.route.key] = replace(item.route, parents=own)
+    for item in (*routes, *elsewhere):
+        callers, name = item.route.namespace, f"{item.route.namespace}.{item.route.name}"
+        for namespace in sorted(item.abroad):
+            here = [
+                one for one in item.route.parents if one.service in keys and one.service.startswith(f"{namespace}/")
+            ]
+            if not here:
+                continue
+            route = replace(item.route, namespace=namespace, name=name, parents=tuple(here), callers=callers)
+            if route.key in found or wrong_subdomain(name):
+                problem = f"is {name} where its Service is, which is a route there or too long; rename it"
+                findings.error(item.position, "metadata.name", problem)
+            found[route.key] = route
+    return tuple(found[key] for key in sorted(found))
+
+
 def _with_port(
     item: DeclaredRoute, index: int, parent: Parent, service: DeclaredService | None, findings: Findings
-) -> Parent:
+) -> Parent | None:
+    """None: there is no such port."""
     section = item.sections[index]
     if not section or service is None:
         return parent
@@ -152,10 +188,11 @@ def _with_port(
         known = ", ".join(sorted(filter(None, ports))) or "none"
         problem = f"Service {service.key} has no port named {section} (NoMatchingParent); names that there are: {known}"
         findings.error(item.position, path, problem, (section, ports))
-    elif parent.port not in (0, ports[section]):
+        return None
+    if parent.port not in (0, ports[section]):
         problem = f"is port {ports[section]} of Service {service.key}, and port is {parent.port}; remove one"
         findings.error(item.position, path, problem)
-    return Parent(parent.service, ports.get(section, parent.port))
+    return Parent(parent.service, ports[section])
 
 
 def check_routes(
@@ -178,7 +215,7 @@ def check_routes(
         for index, parent in enumerate(item.route.parents):
             path = f"spec.parentRefs[{index}]"
             _check_reference(item, path, parent.service, parent.port, by_key, findings)
-            if parent.service in by_key:
+            if parent.service in by_key and parent.service.startswith(f"{item.route.namespace}/"):
                 _check_parent(item, path, parent, by_key[parent.service], wishes, findings)
         for number, rule in enumerate(item.route.rules):
             path = f"spec.rules[{number}]"
@@ -285,7 +322,8 @@ def _matches(
 ) -> Iterator[tuple[int, tuple[str, int, str, Match]]]:
     """Index of a rule, and what it matches: service, port, host and match."""
     for parent in route.parents:
-        ports = services[parent.service].ports if parent.service in services else ()
+        own = parent.service.startswith(f"{route.namespace}/")  # of others', each namespace has its own
+        ports = services[parent.service].ports if own and parent.service in services else ()
         for port in ports:
             if parent.port in (0, port.port):
                 for number, rule in enumerate(route.rules):

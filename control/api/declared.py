@@ -228,6 +228,11 @@ class DeclaredRoute:
     """The name of the port that each parent means; empty where it names none."""
     position: Position = field(compare=False, repr=False)
 
+    @property
+    def abroad(self) -> frozenset[str]:
+        """Other namespaces that it has parents in."""
+        return frozenset(parent.service.partition("/")[0] for parent in self.route.parents) - {self.route.namespace}
+
 
 @dataclass(frozen=True, slots=True)
 class DeclaredGrant:

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 
 from control.api import records, topics, vips
 from control.api.address import IpAddress
-from control.api.attachments import check_routes, check_targets, with_grants, with_ports
+from control.api.attachments import check_routes, check_targets, published, with_grants, with_ports
 from control.api.bindings import Standings, Subject, Wish, at_once
 from control.api.declared import (
     DeclaredEndpoints,
@@ -95,6 +95,8 @@ class Elsewhere:
     """Where keys of issuers are published -> those that were fetched there, as `canonical_jwks`. None: nobody does."""
     grants: Sequence[DeclaredGrant] = ()
     """Those of other namespaces."""
+    routes: Sequence[DeclaredRoute] = ()
+    """Those of other namespaces with parents here."""
     service: Callable[[str], DeclaredService | None] = _unknown
     """The Service of another namespace that has a key."""
     last: Callable[[DeclaredService], Sequence[Endpoint]] = _none
@@ -167,6 +169,8 @@ class Mesh:
         declared_workloads, gateways = _of(DeclaredWorkload, declared), _of(DeclaredGateway, declared)
         grants = (*_of(DeclaredGrant, declared), *elsewhere.grants)
         routes = with_grants(with_ports(_of(DeclaredRoute, declared), declared_services, findings), grants, findings)
+        unsaid = Findings()  # it is said where they are declared
+        of_callers = with_grants(with_ports(elsewhere.routes, declared_services, unsaid), grants, unsaid)
         authentications = sorted(
             _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
         )
@@ -201,7 +205,7 @@ class Mesh:
             request_authentications=tuple(_with_keys(item, elsewhere.fetched, findings) for item in authentications),
             traffic=tuple(item.traffic for item in traffic),
             gateways=gateways_of(gateways, processes, standing),
-            routes=tuple(item.route for item in routes),
+            routes=published(routes, of_callers, declared_services, findings),
             vips=addresses.allocated,
             wishes=wishes.of,
             bindings={workload.key: bindings for workload in workloads if (bindings := ports.bindings(workload.key))},

@@ -159,7 +159,7 @@ class Parent:
     """To what a route is attached."""
 
     service: str
-    """Key of a service of the route's own namespace."""
+    """Key of a service, as it is published of the route's own namespace."""
     port: int
     """0: each of its ports."""
 
@@ -175,6 +175,11 @@ class HTTPRoute:
     hostnames: tuple[str, ...]
     """`example.com` or `*.example.com`; none: every host."""
     rules: tuple[RouteRule, ...]
+    callers: str = ""
+    """The namespace whose callers it is for, who declared it there: it is published in its parents', as `callers.name`.
+
+    Empty: it is for every caller for whom there is no such route.
+    """
 
     @property
     def key(self) -> str:

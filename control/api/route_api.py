@@ -117,9 +117,6 @@ def _read_parent(reader: Reader, namespace: str) -> tuple[Parent, str]:
     reader.choice("kind", ["Service"], default="", others={"Gateway": ingress, "ServiceEntry": _NOT_THERE})
     need(reader, "kind", "Service")
     service = read_service(reader, namespace)
-    if not service.startswith(f"{namespace}/"):
-        own = f"must be {namespace}, the route's own: a route of callers, in their namespace, is not implemented"
-        reader.error("namespace", own)
     parent = Parent(service, reader.integer("port", 1, 65535))
     section = reader.text("sectionName", wrong_dns_label)
     reader.finish()

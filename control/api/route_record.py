@@ -20,7 +20,7 @@ from control.api.fields import (
 from control.api.filter_record import name_from, read_filters, read_service, write_filters
 from control.api.http_text import wrong_field_value, wrong_header_name
 from control.api.messages import Body, Value
-from control.api.names import key, wrong_service_name
+from control.api.names import key, wrong_dns_label, wrong_service_name
 from control.api.route import (
     MAX_ATTEMPTS,
     MAX_WEIGHT,
@@ -55,6 +55,7 @@ def write_route(route: HTTPRoute) -> Body:
         "parents": [[name_from(parent.service, route.namespace), parent.port] for parent in route.parents],
         "hostnames": list(route.hostnames),
         "rules": [_write_rule(rule, route.namespace) for rule in route.rules],
+        **({"callers": route.callers} if route.callers else {}),
     }
 
 
@@ -71,7 +72,10 @@ def read_route(topic: RouteTopic, fields: Fields) -> HTTPRoute:
     rules = tuple(_read_rule(item, topic.namespace) for item in fields.take("rules", list))
     if not rules:
         raise RecordError("rules is empty")
-    return HTTPRoute(topic.namespace, topic.name, parents, hostnames, rules)
+    callers = checked(fields.take("callers", str), wrong_dns_label, "callers") if fields.has("callers") else ""
+    if callers and not topic.name.startswith(f"{callers}."):
+        raise RecordError(f"callers is {callers}, and the name does not begin with it")
+    return HTTPRoute(topic.namespace, topic.name, parents, hostnames, rules, callers)
 
 
 def _write_rule(rule: RouteRule, namespace: str) -> Body:

@@ -36,7 +36,7 @@ from aiohttp import web
 from control.api import index, messages, records
 from control.api.address import IpAddress
 from control.api.conditions import statuses_of
-from control.api.declared import Place
+from control.api.declared import DeclaredRoute, Place
 from control.api.identity import SpiffeId, TrustDomain
 from control.api.messages import Body
 from control.api.problems import ResourceErrors
@@ -336,7 +336,7 @@ class Api:
         if kind == "Service":
             found["vips"], found["endpoints"] = self._service(namespace, name)
         elif kind in ROUTES:
-            found["parents"] = self._parents(RouteTopic(namespace, name))
+            found["parents"] = self._parents(namespace, name, text)
         return found
 
     def _service(self, namespace: str, name: str) -> tuple[list[IpAddress], int]:
@@ -346,16 +346,19 @@ class Api:
         vips = service.vips if isinstance(service, Service) else ()
         return list(vips), index.read_manifest(manifest).count if manifest is not None else 0
 
-    def _parents(self, topic: RouteTopic) -> list[Json]:
+    def _parents(self, namespace: str, name: str, text: str) -> list[Json]:
         """What became of a route, at each of its parents."""
+        (document,) = documents.read(text, name)
+        assert isinstance(document.resource, DeclaredRoute)
+        abroad = [RouteTopic(other, f"{namespace}.{name}") for other in sorted(document.resource.abroad)]
 
         def service(key: str) -> Service | None:
             namespace, _, name = key.partition("/")
             found = self._record(ServiceTopic(namespace, name))
             return found if isinstance(found, Service) else None
 
-        route = self._record(topic)
-        return [asdict(one) for one in statuses_of(route, service)] if isinstance(route, HTTPRoute) else []
+        routes = [self._record(topic) for topic in (RouteTopic(namespace, name), *abroad)]
+        return [asdict(one) for route in routes if isinstance(route, HTTPRoute) for one in statuses_of(route, service)]
 
     def _record(self, topic: ServiceTopic | RouteTopic) -> Record | None:
         """As it is published."""

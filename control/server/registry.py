@@ -25,6 +25,7 @@ from control.api.declared import (
     DeclaredPeerAuthentication,
     DeclaredPolicy,
     DeclaredRequestAuthentication,
+    DeclaredRoute,
     DeclaredService,
     DeclaredWorkload,
     Family,
@@ -194,6 +195,12 @@ class Registry:
         self.fetched: Mapping[str, str] = store.fetched_keys()
         """Keys of issuers, by where they are published."""
         self._declared = frozenset(name for (_, _, name), _ in store.documents(kind="Namespace"))
+        self._abroad: dict[Place, frozenset[str]] = {}
+        """Routes with parents in other namespaces, and those namespaces."""
+        for place, text in (found for kind in ROUTES for found in store.documents(kind=kind)):
+            if text.count("namespace:") > 1:  # its own, and one more
+                (document,) = documents.read(text, named_place(place))
+                self._note_abroad(place, document.resource)
         self._vips: dict[str, dict[tuple[str, Family], IpAddress]] = {}
         for (service, family), address in store.vips().items():
             self._vips.setdefault(_namespace_of(service), {})[service, family] = address
@@ -242,6 +249,11 @@ class Registry:
             touched |= self._store.namespaces()  # it may let plaintext in everywhere, and says nothing of endpoints
         if any(kind == "ReferenceGrant" for kind, _, _ in texts):
             touched |= {place[1] for kind in ROUTES for place, _ in self._store.documents(kind=kind)}
+        parents = {name for place in texts for name in self._abroad.get(place, ())}
+        for document in given:
+            if document.place in texts and isinstance(document.resource, DeclaredRoute):
+                parents |= document.resource.abroad
+        touched |= parents & self._store.namespaces()
         resources = {name: dict(self._resources_of(name)) for name in touched}
         for place in texts:
             resources[_group(place)].pop(place, None)
@@ -303,8 +315,10 @@ class Registry:
         for name in list(self._forms)[:-_MAX_FORMS]:
             del self._forms[name]
         for place, text in plan.documents.items():
+            self._abroad.pop(place, None)
             if text is not None:
                 resources = self._held[_group(place)].resources
+                self._note_abroad(place, resources[place])
                 resources[place] = _stored(place, resources[place])
 
     def key_uris(self) -> dict[str, frozenset[str]]:
@@ -400,6 +414,7 @@ class Registry:
                 guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
                 grants=[grant for grant in grants if grant.namespace != name],
+                routes=self._routes_to(name, resources),
                 service=partial(self._service, resources),
                 last=partial(_ready_endpoints, trust_domain, {} if name in released else old),
                 fetched=fetched,
@@ -471,6 +486,20 @@ class Registry:
                     case DeclaredPolicy() | DeclaredRequestAuthentication():
                         guarded |= {target.key for target in resource.guards if target.kind == "Gateway"}
         return gateways, frozenset(guarded)
+
+    def _note_abroad(self, place: Place, resource: Resource) -> None:
+        if isinstance(resource, DeclaredRoute) and resource.abroad:
+            self._abroad[place] = resource.abroad
+
+    def _routes_to(self, name: str, resources: Mapping[str, Mapping[Place, Resource]]) -> list[DeclaredRoute]:
+        """The routes of other namespaces with parents in this one, when some namespaces are as given."""
+        held = (
+            self._resources_of(place[1])[place]
+            for place, namespaces in self._abroad.items()
+            if name in namespaces and place[1] not in resources
+        )
+        given = (one for namespace, found in resources.items() if namespace != name for one in found.values())
+        return [one for one in chain(held, given) if isinstance(one, DeclaredRoute) and name in one.abroad]
 
     def _grants(self, resources: Mapping[str, Mapping[Place, Resource]]) -> list[DeclaredGrant]:
         """All ReferenceGrants, when some namespaces are as given."""

@@ -19,12 +19,14 @@ from typing import Any, Final, TypeVar
 
 from control.api import resources
 from control.api.address import parse_address
+from control.api.identity import SpiffeId
 from control.api.mesh import Mesh
 from control.api.records import Record
 from control.server.ca import Authority
-from tests.support.pair import DB_ADDRESS, connected_pair
+from tests.support.pair import DB_ADDRESS, Proxy, connected_pair, issued
 from tests.support.through_waypoint import Through, running_waypoint
 from uproxy import plane
+from uproxy.outbound import Self
 from uproxy.redirect import OriginalDestination, Route
 
 T = TypeVar("T")
@@ -53,7 +55,13 @@ apiVersion: networking.istio.io/v1
 kind: WorkloadEntry
 metadata: {name: db, namespace: shop, labels: {app: echo}}
 spec: {address: 127.0.77.2, serviceAccount: db}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: app, namespace: consumer}
+spec: {address: 127.0.77.4, serviceAccount: app}
 """
+CONSUMER: Final = SpiffeId.parse("spiffe://cluster.local/ns/consumer/sa/app")
 _SERVICE: Final = """---
 apiVersion: v1
 kind: Service
@@ -151,7 +159,11 @@ class Echo:
 class Suite:
     """The running waypoint. Made by `running_suite`; used from another thread than it runs in."""
 
-    def __init__(self, through: Through, echoes: dict[str, Echo], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, through: Through, consumer: Proxy, echoes: dict[str, Echo], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """`consumer`: the uProxy of the client in another namespace."""
+        self.consumer = consumer
         self.echoes = echoes
         self.through = through
         self.warnings: list[str] = []
@@ -202,15 +214,16 @@ class Suite:
         port: int = 80,
         host: str = "",
         body: bytes = b"",
+        caller: Proxy | None = None,
         **headers: str,
     ) -> Answer:
-        """One request on a connection of its own. Names of headers have `_` for `-`."""
+        """One request on a connection of its own, by `client` or another. Names of headers have `_` for `-`."""
         lines = [f"{method} {path} HTTP/1.1", f"host: {host or to}", "connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         if body:
             lines.append(f"content-length: {len(body)}")
         request = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-        return self._run(self._ask(request, method, to, port))
+        return self._run(self._ask(request, method, to, port, caller))
 
     def load(self, paths: Sequence[str], each: int) -> Future[list[tuple[str, Answer]]]:
         """Ask for each path so many times, one after the other on a connection of its own; all paths at once."""
@@ -230,18 +243,20 @@ class Suite:
         writer.close()
         return found
 
-    async def _ask(self, request: bytes, method: str, to: str, port: int) -> Answer:
-        reader, writer = await self._connect(to, port)
+    async def _ask(self, request: bytes, method: str, to: str, port: int, caller: Proxy | None) -> Answer:
+        reader, writer = await self._connect(to, port, caller)
         try:
             writer.write(request)
             return await _answer(reader, method)
         finally:
             writer.close()
 
-    async def _connect(self, to: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(
+        self, to: str, port: int, caller: Proxy | None = None
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         app, proxied = connected_pair()
         destination = OriginalDestination(parse_address(_VIPS[to]), port, Route.TUNNEL)
-        self.through.pair.plane.spawn(self.through.pair.web.outbound.serve(proxied, destination))
+        self.through.pair.plane.spawn((caller or self.through.pair.web).outbound.serve(proxied, destination))
         return await asyncio.open_connection(sock=app)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -275,9 +290,14 @@ def running_suite(directory: Path) -> Iterator[Suite]:
             through = await stack.enter_async_context(
                 running_waypoint(directory / "identities", authority, echoes["v1"].port, "http")
             )
-            started.append(Suite(through, echoes, asyncio.get_running_loop()))
+            address = parse_address("127.0.77.4")
+            identity = issued(authority, directory / "identities" / "consumer", CONSUMER)
+            own = Self("consumer/app", str(CONSUMER), CONSUMER.trust_domain, (address,))
+            consumer = Proxy(through.pair.plane, through.pair.state, own, identity)
+            started.append(Suite(through, consumer, echoes, asyncio.get_running_loop()))
             running.set()
             await stop.wait()
+            through.pair.plane.run(consumer.pool.close)
 
     thread = threading.Thread(target=lambda: plane.run(main()))
     thread.start()
@@ -295,12 +315,13 @@ def route(
     parents: str = "[{kind: Service, name: echo}]",
     hostnames: str = "",
     kind: str = "HTTPRoute",
+    namespace: str = "shop",
 ) -> str:
     """A route in YAML; each rule as the mapping that it is, in one line or more."""
     lines = [
         "apiVersion: gateway.networking.k8s.io/v1",
         f"kind: {kind}",
-        f"metadata: {{name: {name}, namespace: shop}}",
+        f"metadata: {{name: {name}, namespace: {namespace}}}",
         "spec:",
         f"  parentRefs: {parents}",
         *([f"  hostnames: {hostnames}"] if hostnames else []),

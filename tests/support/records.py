@@ -455,9 +455,11 @@ def routes(draw: st.DrawFn) -> HTTPRoute:
         retry=st.none() | retries,
     )
     parents = st.builds(Parent, services, st.integers(0, 65535))
+    callers = draw(st.just("") | namespaces)
     return HTTPRoute(
         namespace=namespace,
-        name=draw(names),
+        name=f"{callers}.{draw(names)}" if callers else draw(names),
+        callers=callers,
         parents=draw(_few(parents, min_size=1, unique=True)),
         hostnames=draw(_few(st.sampled_from(["reviews.shop", "*.example"]), unique=True)),
         rules=draw(_few(rules, min_size=1)),

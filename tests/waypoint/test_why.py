@@ -218,6 +218,14 @@ def test_a_backend_that_no_grant_lets_it_send_to():
     assert last.detail == "GET /v2: 500, no ReferenceGrant lets rule second send to bank/reviews"
 
 
+def test_a_route_of_the_callers_namespace_stands_instead():
+    theirs = replace(ROUTE, name="shop.theirs", callers="shop", rules=(replace(ROUTE.rules[0], name="theirs"),))
+    others = replace(ROUTE, name="bank.theirs", callers="bank", rules=(replace(ROUTE.rules[0], name="others"),))
+    assert "rule theirs shop/reviews-v2:80" in ask(mesh(theirs, others), target="/v2")[4].detail
+    assert stages(ask(mesh(theirs), fields=((b"x-team", b"blue"),)))[-1] == ("route", "no-route")
+    assert "rule second shop/reviews-v2:80" in ask(mesh(others), target="/v2")[4].detail
+
+
 def test_no_route():
     assert stages(ask(mesh()))[-1] == ("route", "no-route")
 

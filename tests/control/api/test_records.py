@@ -41,7 +41,7 @@ _MATCH = Match(PathMatch(PathKind.PREFIX, "/"), (), (), "")
 _RULE = RouteRule("", (_MATCH,), NO_MODIFIER, NO_MODIFIER, (_BACKEND,), 0, 0)
 _ROUTE = HTTPRoute("shop", "web", (Parent("shop/web", 0),), (), (_RULE,))
 _REVOCATIONS = Revocations("mesh-system", (b"crl",))
-_OPTIONAL = {"binding", "bounds", "direct", "dryRun", "plaintext", "proxyProtocol", "targets"}
+_OPTIONAL = {"binding", "bounds", "callers", "direct", "dryRun", "plaintext", "proxyProtocol", "targets"}
 
 
 _items = st.integers() | st.text(max_size=5) | st.binary(max_size=5)

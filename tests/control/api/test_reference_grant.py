@@ -81,10 +81,5 @@ def test_each_bad_grant_is_refused_with_its_mend(old, new, expected):
     assert expected in str(caught.value)
 
 
-def test_a_route_of_callers_is_refused_by_name():
-    with pytest.raises(ResourceErrors, match="must be shop, the route's own: a route of callers, in their namespace"):
-        resources.parse(route("web", "web", ["web"]).replace("name: web}]", "name: web, namespace: zoo}]"), "f.yaml")
-
-
 def test_the_gateway_of_a_namespace_is_no_reason_to_send_there():
     assert backend(ABROAD, gateway("wp", namespace="zoo")).refused

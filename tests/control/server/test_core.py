@@ -481,6 +481,30 @@ def test_a_grant_holds_for_the_routes_of_another_namespace_as_long_as_it_is_ther
     assert refused(plane.settle()) == ("zoo/ape", True)
 
 
+def test_a_route_of_callers_follows_what_they_declare(plane):
+    def rules(found):
+        body = found.records.get("route/zoo/shop.web")
+        return body and (body["callers"], [match["path"][1] for match in body["rules"][0]["matches"]])
+
+    to_zoo = route("web", "ape", ["web"]).replace("name: ape}]", "name: ape, namespace: zoo}]")
+    plane.apply(SHOP, to_zoo)
+    assert rules(plane.settle()) is None
+    plane.restart()
+    plane.apply(service("ape", namespace="zoo"))
+    assert rules(plane.settle()) == ("shop", ["/"])
+    plane.restart()
+    plane.apply(to_zoo.replace("value: /", "value: /v2"))
+    assert rules(plane.settle()) == ("shop", ["/v2"])
+    plane.apply(service("bee", namespace="zoo"))
+    assert rules(plane.settle()) == ("shop", ["/v2"])
+    plane.apply(to_zoo.replace("name: ape, namespace: zoo}]", "name: web}]"))
+    assert rules(plane.settle()) is None
+    plane.apply(to_zoo)
+    assert rules(plane.settle()) == ("shop", ["/"])
+    plane.core.delete([("HTTPRoute", "shop", "web")])
+    assert rules(plane.settle()) is None
+
+
 def test_a_service_of_another_namespace_that_is_not_there_is_a_warning(plane):
     plane.apply(SHOP)
     abroad = route("web", "web", ["web"]).replace("[{name: web, port: 80}]", "[{name: ape, namespace: zoo, port: 81}]")

@@ -305,3 +305,30 @@ def test_mesh_http_route_weight(suite: Suite) -> None:
 def test_mesh_ports_by_section_name(suite: Suite) -> None:
     suite.apply(route(f"{{{V2}}}", parents="[{kind: Service, name: echo, sectionName: http-alt}]"))
     assert [suite.ask(port=port).by for port in (80, 8080, 8083)] == ["v1", "v2", "v1"]
+
+
+def test_mesh_consumer_route(suite: Suite) -> None:
+    def told(name: str, value: str) -> str:
+        setting = f"{{set: [{{name: {name}, value: {value}}}]}}"
+        return f"filters: [{{type: ResponseHeaderModifier, responseHeaderModifier: {setting}}}]"
+
+    producers = route(f"{{{told('x-by', 'producer')}, {V1}}}", parents="[{kind: Service, name: echo-v1}]")
+    to_v1 = "backendRefs: [{name: echo-v1, namespace: shop, port: 80}]"
+    consumers = route(
+        f"{{matches: {prefix('/mine')}, {told('x-by', 'consumer')}, {to_v1}}}",
+        parents="[{kind: Service, name: echo-v1, namespace: shop, port: 80}]",
+        namespace="consumer",
+    )
+
+    def asked(path: str, port: int = 80) -> list[tuple[str | int, str | None]]:
+        answers = [suite.ask(path, to="echo-v1", port=port, caller=caller) for caller in (None, suite.consumer)]
+        return [(answer.by, answer.headers.get("x-by")) for answer in answers]
+
+    suite.apply(producers)
+    assert asked("/mine") == [("v1", "producer")] * 2
+    suite.apply(producers, consumers)
+    assert asked("/mine") == [("v1", "producer"), ("v1", "consumer")]
+    assert asked("/other") == [("v1", "producer"), (404, None)], "it stands instead of the others, for its namespace"
+    assert asked("/mine", port=8080) == [("v1", "producer")] * 2
+    suite.apply(consumers)
+    assert asked("/mine") == [("v1", None), ("v1", "consumer")]
