@@ -29,6 +29,8 @@ WORDS = (
     b"gateway.networking.k8s.io/v1",
     b"kind: AuthorizationPolicy\n", b"kind: HTTPRoute\n", b"kind: Gateway\n", b"kind: WorkloadEntry\n",
 )  # fmt: skip
+_NOTHING = (None, "", "~", "null", "Null", "NULL")
+"""Documents that say nothing, as PyYAML reads them as text."""
 _TRUST_DOMAIN = parse_trust_domain("cluster.local")
 _DOCS = Path(__file__).parents[2] / "docs"
 
@@ -75,7 +77,7 @@ def _check_structure(text: str) -> None:
     report = Report()
     documents = [_plain(document) for document in read_documents(text, "f", report)]
     try:
-        second = [each for each in yaml.load_all(text, Loader=yaml.BaseLoader) if each not in (None, "")]
+        second = [each for each in yaml.load_all(text, Loader=yaml.BaseLoader) if each not in _NOTHING]
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return
     if not report.errors:
