@@ -57,7 +57,7 @@ NAMES: Final = ("web", "db", "wp")
 TRUST_DOMAIN: Final = "cluster.local"
 _WEB, _DB, _WP = IDENTITIES = tuple(SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{name}") for name in NAMES)
 _WEB_ADDRESS, _DB_ADDRESS, _WP_ADDRESS = (parse_address(f"127.0.79.{number}") for number in (1, 2, 3))
-_DIRECT, _BOUND, _SINK = (parse_address(f"240.240.9.{number}") for number in (9, 10, 11))
+_DIRECT, _BOUND = parse_address("240.240.9.9"), parse_address("240.240.9.10")
 _PORT: Final = 6379
 _POLICIES: Final = 40
 _ROUTES: Final = 20
@@ -99,7 +99,7 @@ class World:
         self.log = AccessLog(os.devnull, Style.JSON)  # flushed between scenarios: a timer would come at any time
         self._dialled: list[Application] = []
         self._listeners = Listeners(self.plane)
-        self._applications = [_application(self.plane, answer) for answer in (_echo, _serve_http, _take)]
+        self._applications = [_application(self.plane, answer) for answer in (_echo, _serve_http)]
         changes = self.state.apply([_published(record) for record in _mesh(*(port for _, port in self._applications))])
         self.web, self.db = (
             _UProxy(self, f"shop/{name}", identity, address)
@@ -190,18 +190,12 @@ class Application:
         self._answer = b""  # all of it, or what it begins with and how long it is at least
         self._received = 0
         self._waiter: Waiter[None] | None = None
-        self._writer: Waiter[None] | None = None
         data_plane.watch(sock.fileno(), plane.READ, self._on_events)
 
     async def exchange(self, content: bytes, answer: bytes) -> None:
         """Send, and wait for an answer that begins as this one, and is at least as long. Raises OSError."""
         self._waiter, self._answer, self._received = Waiter(self._plane), answer, 0
-        sent = self._sock.send(content)
-        while sent < len(content):
-            self._writer = Waiter(self._plane)
-            self._plane.rearm(self._sock.fileno(), plane.READ | plane.WRITE)
-            await self._plane.wait(self._writer, _STALL_S)
-            sent += self._sock.send(memoryview(content)[sent:])
+        self._sock.send(content)
         await self._plane.wait(self._waiter, _STALL_S)
 
     async def close(self) -> None:
@@ -214,12 +208,7 @@ class Application:
         self._plane.unwatch(self._sock.fileno())
         self._sock.close()
 
-    def _on_events(self, events: int) -> None:
-        if events & plane.WRITE:
-            assert self._writer is not None
-            self._plane.rearm(self._sock.fileno(), plane.READ)
-            self._writer.set(None)
-            return
+    def _on_events(self, _: int) -> None:
         data = self._sock.recv(1 << 16)
         assert self._waiter is not None
         if data[:_COMPARED] != self._answer[:_COMPARED] and not self._received:
@@ -261,11 +250,6 @@ def _echo(data: bytes) -> bytes:
     return data
 
 
-def _take(data: bytes) -> bytes:
-    """Of what is long, it tells the end."""
-    return b"." if data.endswith(b"\n") else b""
-
-
 def _serve_http(data: bytes) -> bytes:
     """It knows its callers: heads come whole, and bodies end so."""
     return _RESPONSE if data.endswith(b"\r\n\r\n") else b""
@@ -274,7 +258,7 @@ def _serve_http(data: bytes) -> bytes:
 # -- the mesh
 
 
-def _mesh(echo_port: int, http_port: int, sink_port: int) -> list[Record]:
+def _mesh(echo_port: int, http_port: int) -> list[Record]:
     web, db, wp = (
         Workload("shop", name, name, identity, (address,), {"app": name}, {}, "", 1)
         for name, identity, address in zip(NAMES, IDENTITIES, (_WEB_ADDRESS, _DB_ADDRESS, _WP_ADDRESS), strict=True)
@@ -283,7 +267,6 @@ def _mesh(echo_port: int, http_port: int, sink_port: int) -> list[Record]:
     for name, vip, port, protocol, binding in (
         ("db", _DIRECT, echo_port, "tcp", None),
         ("api", _BOUND, http_port, "http", Binding("shop/wp", Via.WAYPOINT)),
-        ("sink", _SINK, sink_port, "tcp", None),
     ):
         ports = (ServicePort("", _PORT, port, protocol),)
         services.append(Service("shop", name, (vip,), ports, {}, (_DB,), binding))
@@ -360,16 +343,6 @@ def _round_trips(size: int) -> Callable[[World], Coroutine[Any, Any, Run]]:
         return run
 
     return prepare
-
-
-async def _bulk(world: World) -> Run:
-    application, content = world.dial(_SINK), bytes((1 << 20) - 1) + b"\n"
-
-    async def run(count: int) -> None:
-        for _ in range(count):
-            await application.exchange(content, b".")
-
-    return run
 
 
 def _side_by_side(connections: int) -> Callable[[World], Coroutine[Any, Any, Run]]:
@@ -553,7 +526,6 @@ SCENARIOS: Final = (
     Scenario("round-trip-64", "a round trip of 64 B", 160, _round_trips(64), "tls-64"),
     Scenario("side-by-side", "a round trip of 64 B, 32 connections at once", 320, _side_by_side(32), "tls-64"),
     Scenario("round-trip-16k", "a round trip of 16 KB", 60, _round_trips(16 << 10), "tls-16k"),
-    Scenario("bulk", "1 MB of a stream", 8, _bulk, "tls-16k"),
     Scenario("connection", "a connection, opened and closed", 40, _connections, "python"),
     Scenario("connections", "a connection, 16 opened and closed at once", 320, _crowds(16), "python"),
     Scenario("tunnel", "a connection, opened on a tunnel of its own", 4, _tunnels, "tls-handshake"),
