@@ -225,7 +225,7 @@ LAST = "  - backendRefs: [{name: reviews, port: 80}]\n"
         ("{kind: Service, name: ratings}", "{name: ratings}", "parentRefs[1].kind: is missing; it must be Service"),
         ("{kind: Service, name: ratings}", "{kind: Service}", "parentRefs[1].name: is missing; it must be the name of"),
         ("name: ratings", "name: ratings, group: apps", "parentRefs[1].group: 'apps' must be '' for a Service"),
-        ("name: ratings", "name: ratings, namespace: bank", "parentRefs[1].namespace: must be shop, the route's own"),
+        ("name: ratings", "name: ratings, namespace: Bank", "parentRefs[1].namespace: 'Bank' must be 1-63"),
         ("name: ratings", "name: ratings, sectionName: 'a b'", "parentRefs[1].sectionName: 'a b' must be 1-"),
         ("name: ratings", "name: reviews, port: 80", "spec.parentRefs: names Service shop/reviews twice; remove one"),
         ("'*.example'", "'*.*'", "hostnames[1]: '*' must be 1-253"),
