@@ -35,7 +35,7 @@ from uproxy.node.workloads import Registration, Workloads
 
 PREFIX = "uproxy-test"
 _LOCKS = Path("/run/uproxy-test")
-_CHILD_TIMEOUT_S = 30
+_CHILD_TIMEOUT_S = 90  # an emulator is a twentieth as fast
 _numbers = itertools.count()
 _Result = TypeVar("_Result")
 
