@@ -241,7 +241,8 @@ class Tunnel:
         if length:
             _PLAINTEXT_VIEW[:length] = self._unread
         try:
-            while incoming.pending or tls.pending():
+            waiting = incoming.pending or tls.pending()
+            while waiting:
                 # The stubs know neither the buffer's type nor that a count comes back.
                 rest = _PLAINTEXT_VIEW[length:] if length else _PLAINTEXT_VIEW
                 taken: int = tls.read(len(rest), rest)  # type: ignore
@@ -249,6 +250,7 @@ class Tunnel:
                     error = "the peer closed the tunnel"
                     break
                 length += taken
+                waiting = incoming.pending  # a record is read whole: there is always room for one
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
