@@ -123,7 +123,7 @@ class Listeners:
                     self._plane.call_later(0.1, lambda: self._rearm(listener))
                     return
                 continue  # that one connection is gone (ECONNABORTED, EPROTO, ...)
-            sock = socket.socket(family, socket.SOCK_STREAM, fileno=fd)
+            sock = socket.socket(family, socket.SOCK_STREAM, 0, fileno=fd)  # a protocol left out would be asked for
             sock.setblocking(False)
             self._plane.spawn(serve(sock))
 
