@@ -7,6 +7,7 @@ in whatever that speaks. `uproxy.header_block` has refused what is no list of fi
 from __future__ import annotations
 
 import re
+from http import HTTPStatus
 from typing import Final
 
 from uproxy.header_block import Headers, well_formed, well_formed_trailers
@@ -33,6 +34,8 @@ from waypoint.messages import (
 )
 
 PROTOCOL: Final = "HTTP/2"
+# HTTP/2 has no reason phrases, and there are clients of HTTP/1.1 that take no response without one for a response.
+_REASONS: Final = {int(status): status.phrase.encode() for status in HTTPStatus}
 _METHOD: Final = re.compile(METHOD)
 _TARGET: Final = re.compile(TARGET)
 _WITH_CONTENT: Final = frozenset({b"POST", b"PUT", b"PATCH"})
@@ -100,7 +103,7 @@ def read_response(headers: Headers, method: str, *, ended: bool) -> ResponseHead
         framing = said or NO_BODY
     else:
         framing = said or CHUNKED
-    return ResponseHead(status, b"", fields, framing)
+    return ResponseHead(status, _REASONS.get(status, b""), fields, framing)
 
 
 def written_request(head: RequestHead) -> Headers:

@@ -131,7 +131,7 @@ def test_http1_becomes_http2_for_a_backend_that_speaks_that(identities: Path, au
         )
         writer.write(b"5\r\nhello\r\n0\r\n\r\n")
         head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200 \r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"transfer-encoding: chunked\r\n" in head
         body = b""
         while size := int(await reader.readline(), 16):

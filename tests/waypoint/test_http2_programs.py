@@ -141,8 +141,9 @@ def server(request: pytest.FixtureRequest) -> str:
 
 def test_programs_understand_each_other(server: str, tmp_path: Path) -> None:
     async def calls(through: Through, door: int) -> None:
-        told = await output("h2load", "-n", "500", "-c", "4", "-m", "25", f"http://127.0.0.1:{door}/small")
-        assert re.search(rb"500 done, 500 succeeded, 0 failed, 0 errored", told), told.decode()
+        for options in (("-m", "25"), ("--h1",)):
+            told = await output("h2load", "-n", "500", "-c", "4", *options, f"http://127.0.0.1:{door}/small")
+            assert re.search(rb"500 done, 500 succeeded, 0 failed, 0 errored", told), told.decode()
         assert (await output("nghttp", f"http://127.0.0.1:{door}/small")).endswith(SMALL)
         port = a_port("127.0.0.1")
         async with running(_envoy_calls(port, door), "127.0.0.1", port):
