@@ -18,6 +18,7 @@ from tests.support import hbone
 from tests.support.certificates import DB, WEB
 from tests.support.member_site import MemberSite
 from tests.support.site import dial, echo_server, eventually, get
+from uproxy.member import STATE_FILE
 from uproxy.tls import Credentials, client_context
 
 NETWORK = "127.0.84"
@@ -296,6 +297,7 @@ def test_who_is_revoked_is_cut_off_everywhere_until_it_joins_anew(site: MemberSi
         assert refused_as_revoked(site, stolen)
         eventually(lambda: "CERT_REVOKED" in site.log("db"))
         eventually(lambda: "revoked" in str(control_of(site, "web")["problems"]))
+        eventually((site.path / "db" / STATE_FILE).exists)
         for process in (web, db):
             process.kill()
             process.wait()

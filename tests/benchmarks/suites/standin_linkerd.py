@@ -33,7 +33,8 @@ def address(name: str) -> tuple[str, int]:
 
 
 def say(**what: object) -> None:
-    print(json.dumps(what), file=sys.stderr, flush=True)
+    sys.stderr.write(json.dumps(what) + "\n")  # at once: other threads write, too
+    sys.stderr.flush()
 
 
 def ask(service: str, path: str, message: bytes) -> bytes:

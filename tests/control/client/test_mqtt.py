@@ -271,20 +271,23 @@ def test_a_broker_that_breaks_the_protocol_is_left(broker_dir, web_dir, packet, 
 
 
 def test_connecting_that_is_cancelled_before_the_host_answers_leaves_nothing(broker_dir, web_dir, monkeypatch):
-    real = socket.create_connection
+    real, began, cancelled = socket.getaddrinfo, threading.Event(), threading.Event()
 
     def slowly(*arguments, **options):
-        time.sleep(0.1)
+        began.set()
+        cancelled.wait(10)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(socket, "create_connection", slowly)
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
 
     async def scenario() -> None:
         with Peer(broker_dir, silent) as peer:
             async with asyncio.TaskGroup() as group:
                 task = group.create_task(dial(peer.url, web_dir))
-                await asyncio.sleep(0.02)
+                while not began.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
                 task.cancel()
+            cancelled.set()
             while not peer.hung_up:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             await asyncio.sleep(0.05)
