@@ -71,7 +71,7 @@ class Plan:
     """For which they are held, in each round."""
 
 
-QUICK: Final = Plan(sidecars=3, idle=100, seconds=0.4)
+QUICK: Final = Plan(sidecars=3, idle=500, seconds=0.4)
 FULL: Final = Plan(sidecars=10, idle=1000, seconds=1.5)
 
 
