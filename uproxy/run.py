@@ -304,7 +304,8 @@ class _Proxy:
             self.settings.admin_port,
             admin.admin_routes(self._config_dump, self._stop, self._live, self._telemetry.taps),
             self._telemetry.render,
-            lambda: process.pending_of(self.pending, self._member),
+            # Whoever asked before it left is told of the workload, whose new uProxy is ready.
+            lambda: [] if self._left else process.pending_of(self.pending, self._member),
             self._inherited,
         )
 
