@@ -7,6 +7,7 @@ whole. Nothing of it is only in this process's memory, so another one can go on 
 
 from __future__ import annotations
 
+import errno
 import logging
 import select
 import socket
@@ -61,6 +62,7 @@ class PlainRelay:
         """The caller has said `reset_on_close` of `peer`, and keeps it until `attach`. `before`: what another process
         had done.
         """
+        self._goes_on = before is not None
         self._before = before or Progress()
         self.done: Waiter[Outcome] = Waiter(data_plane)
         self.outcome: Outcome | None = None
@@ -160,7 +162,9 @@ class PlainRelay:
         try:
             way.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self._broke(self._other(way), error)
+            # The process before has shut it already, and since the other end was said, too, it is closed.
+            if not (self._goes_on and error.errno == errno.ENOTCONN):
+                self._broke(self._other(way), error)
 
     def _broke(self, way: _Way, error: OSError | None) -> None:
         """The end that `way` reads is gone."""

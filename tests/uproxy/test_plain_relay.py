@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.uproxy.test_relay_model import PATIENCE_S, End, check, descriptors, sizes, to_the_end
@@ -70,6 +70,7 @@ def _connected(narrow: bool) -> tuple[socket.socket, socket.socket]:
 
 
 @given(st.booleans(), st.lists(steps, max_size=40))
+@example(False, [("end", 0, 1), ("wait", 0, 1), ("move", 0, 1)])
 @settings(print_blob=True)
 def test_it_is_like_plain_tcp(narrow: bool, history: list[Step]) -> None:
     plane.run(live_through(narrow, history))
