@@ -29,8 +29,11 @@ SUITES: Final = {
     "kernel": "benchmarks.suites.kernel",
     "architectures": "benchmarks.suites.architectures",
     "memory": "benchmarks.suites.memory",
+    "waypoint": "benchmarks.suites.waypoint",
 }
 """Name -> module, whose SUITE it is."""
+LONG: Final = frozenset({"waypoint"})
+"""Suites that a quick run has no time for, unless they are named."""
 PEERS: Final = ("ztunnel", "linkerd")
 """What no package brings: measured when a program is named."""
 LOCK: Final = Path("/run/uproxy-bench.lock")

@@ -114,7 +114,7 @@ class World:
         self._waypoint_pool = Pool(self.plane, lambda: contexts[0], (_WP_ADDRESS,))
         self._upstream = Upstream(self.plane, self._waypoint_pool)
         telemetry = WaypointTelemetry("guard", self.log)
-        found = gateway.Gateway(self.plane, self.state, "shop/wp", self._upstream, Connections(), telemetry)
+        found = gateway.Gateway(self.plane, self.state, "shop/wp", _WP, self._upstream, Connections(), telemetry)
         self._waypoint = TunnelServer(self.plane, lambda: contexts[1], TRUST_DOMAIN, found.on_request, _not_a_tunnel)
         self._listeners.listen(_WP_ADDRESS, HBONE_PORT, self._waypoint.serve)
 

@@ -392,11 +392,19 @@ def test_limits_in_the_architecture_exist_and_have_these_values():
                 continue
             module = owner if dot else module
             packages = ("uproxy", "waypoint", "control.api", "control.client", "control.server", "uproxy.node")
+            packages += ("waypoint.engine_envoy",)
             owners = [p for p in packages if importlib.util.find_spec(f"{p}.{module}") is not None]
             values = [getattr(importlib.import_module(f"{p}.{module}"), name, None) for p in owners]
             value = next((value for value in values if value is not None), None)
             assert value is not None, mark
             assert is_written(value, row[1]), f"{mark} is {value}, not {row[1]}"
+
+
+def test_tests_that_a_page_names_exist():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "authorization-tests.md").read_text()))
+    assert len(named) > 20
+    assert not [name for name in sorted(named) if f"def {name}(" not in sources]
 
 
 def test_pages_that_the_code_points_at_exist():

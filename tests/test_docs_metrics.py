@@ -41,6 +41,7 @@ def full_connection() -> Connection:
         request_id="ab",
         flag=Flag.DENY,
         error="policy: no",
+        audit="shop/seen[0]",
         dry_run="denied: denied by shop/web[0]",
         policy="n/p[0]",
         caller="spiffe://td/ns/n/sa/c",
@@ -109,8 +110,20 @@ def full_exchange() -> Exchange:
     exchange = Exchange(peer, peer, started=0.0, request_id="ab", status=403, grpc=True, grpc_status="7")
     for name in ("destination_service", "backend_service"):
         setattr(exchange, name, "n/s")
-    for name in ("method", "path", "authority", "user_agent", "route", "hbone_address", "details", "policy", "dry_run"):
+    for name in (
+        "method",
+        "path",
+        "authority",
+        "user_agent",
+        "route",
+        "hbone_address",
+        "details",
+        "policy",
+        "audit",
+        "dry_run",
+    ):
         setattr(exchange, name, "x")
+    exchange.upstream_s, exchange.dialled, exchange.forwarded_for = 0.1, "a:1", "b, c"
     return exchange
 
 
@@ -121,12 +134,14 @@ def test_what_a_waypoint_counts_and_logs_is_documented(tmp_path):
     log.close()
     fields = list(json.loads((tmp_path / "log").read_text()))
     assert [name for name, _ in table(ACCESS_LOG, "What is not known is left out.")] == fields[4:]
-    ours = dict(re.findall(r"^# TYPE (istio_request\S+) (\S+)$", telemetry.render().decode(), re.MULTILINE))
+    ours = dict(
+        re.findall(r"^# TYPE (istio_(?:request|response)\S+) (\S+)$", telemetry.render().decode(), re.MULTILINE)
+    )
     assert {name: kind for name, kind, _ in table(METRICS, "each HTTP request:")} == ours
     flags = {
         value
         for name, value in vars(waypoint_telemetry).items()
-        if name.isupper() and isinstance(value, str) and len(value) <= 3
+        if name.isupper() and isinstance(value, str) and len(value) <= 4
     }
     assert {flag for flag, _ in table(METRICS, "`response_flags` has Envoy's values:")} == flags
     labels = re.findall(
@@ -145,7 +160,9 @@ def test_the_histogram_is_istios():
         exchange.started = 100.0 - took_s
         telemetry.answered(exchange, 100.0)
     lines = telemetry.render().decode().splitlines()
-    counts = {m[1]: int(m[2]) for line in lines if (m := re.search(r'_bucket\{.*le="(\S+)"\} (\d+)$', line))}
+    counts = {
+        m[1]: int(m[2]) for line in lines if (m := re.search(r'milliseconds_bucket\{.*le="(\S+)"\} (\d+)$', line))
+    }
     assert (counts["0.5"], counts["250"], counts["500"], counts["3600000"], counts["+Inf"]) == (1, 2, 3, 3, 4)
     assert any(line.endswith("} 4") and line.startswith("istio_request_duration_milliseconds_count{") for line in lines)
 

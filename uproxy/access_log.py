@@ -236,6 +236,8 @@ def fields_so_far(connection: Connection, now: float, field: Field) -> list[str]
         fields.append(field("response_flags", connection.flag.value))
     if connection.policy:
         fields.append(field("policy", connection.policy))
+    if connection.audit:
+        fields.append(field("audit", connection.audit))
     if connection.dry_run:
         fields.append(field("dry_run", connection.dry_run))
     _add_names(fields, connection, field)

@@ -46,6 +46,8 @@ class _Gate:
     """One port's bound, ready to be asked."""
 
     waypoints: frozenset[SpiffeId]
+    processes: frozenset[tuple[SpiffeId, IpAddress]]
+    """Who is a waypoint only where it connects from one of its own addresses."""
     exempt: frozenset[SpiffeId]
     bound: Bound
 
@@ -72,8 +74,11 @@ class Admission:
             enforced = [replace(policy, dry_run=False) for policy in self._selecting]
             self.rehearsal = Admission(workload, enforced, trust_domain)
 
-    def enter(self, peer: SpiffeId | None, port: int, headers: Headers) -> Passage | None:
-        """How a stream comes to a port: None when its peer asks for itself. `peer`: None for who came in plaintext.
+    def enter(
+        self, peer: SpiffeId | None, port: int, headers: Headers, source: IpAddress | None = None
+    ) -> Passage | None:
+        """How a stream comes to a port: None when its peer asks for itself. `peer`: None for who came in plaintext;
+        `source`: from where it connects.
 
         Raises RefusedError: `waypoint-required`, or `bad-request` when a waypoint says who calls in no form we know.
         """
@@ -82,7 +87,7 @@ class Admission:
         gate = self._gates.get(port) or self._gates.get(0)
         if gate is None:
             return None
-        if peer in gate.waypoints:
+        if peer in gate.waypoints or (peer, source) in gate.processes:
             return Passage(self._caller(headers))
         if gate.bound.enforced and peer not in gate.exempt:
             who = peer or "a caller in plaintext"
@@ -132,7 +137,8 @@ class Admission:
 
     def _gate(self, bound: Bound) -> _Gate:
         waypoints = frozenset(gateway_identity(self._trust_domain, key) for key in bound.gateways)
-        return _Gate(waypoints, frozenset(bound.exempt), bound)
+        processes = frozenset((one.identity, address) for one in bound.processes for address in one.addresses)
+        return _Gate(waypoints, processes, frozenset(bound.exempt), bound)
 
     def _caller(self, headers: Headers) -> Caller | None:
         said = [value for name, value in headers if name == CALLER]
@@ -160,4 +166,5 @@ class Admission:
 
 def _named(bound: Bound) -> str:
     """Its waypoints, for people."""
-    return " or ".join(bound.gateways) or "a waypoint whose Gateway is not there"
+    named = (*bound.gateways, *(f"{one.identity} at {one.addresses[0]}" for one in bound.processes))
+    return " or ".join(named) or "a waypoint whose Gateway is not there, or of which no process serves this workload"

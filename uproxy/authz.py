@@ -90,7 +90,8 @@ class Relayed:
         verdicts = self._of_stranger if caller is None else self._verdicts
         facts = _facts(caller, caller_ip, destination_ip, destination_port)
         of_waypoint = _facts(waypoint, waypoint_ip, destination_ip, destination_port)
-        return verdicts.denied(facts) or self._of_waypoint.denied(of_waypoint) or verdicts.allowed(facts)
+        decision = verdicts.denied(facts) or self._of_waypoint.denied(of_waypoint) or verdicts.allowed(facts)
+        return verdicts.audited(decision, facts)
 
 
 _WHAT: Final = "this workload"
@@ -111,9 +112,9 @@ def _facts(
 
 def _clauses_of_stranger(action: Action, rule: Rule) -> Iterable[Clause] | None:
     """An ALLOW of a caller that is not known cannot be one of some sources, nor of all but some."""
-    if action is Action.DENY:
-        return connection_clauses(rule)
-    return _without(lambda test: test.fact in _SOURCE, connection_clauses(rule))
+    if action is Action.ALLOW:
+        return _without(lambda test: test.fact in _SOURCE, connection_clauses(rule))
+    return connection_clauses(rule)
 
 
 def _clauses_of_waypoint(action: Action, rule: Rule) -> Iterable[Clause] | None:

@@ -141,19 +141,7 @@ def parse(argv: Sequence[str]) -> Settings:
     capture.add_argument("--direct-socket", type=Path, help=argparse.SUPPRESS)
     capture.add_argument("--ready-fd", type=int, metavar="FD", help="write `ready` to this descriptor, then close it")
     capture.add_argument("--admin-port", type=int, default=15000, metavar="PORT", help="default: %(default)s")
-    upgrade = parser.add_argument_group("an upgrade")
-    upgrade.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take over from the uProxy that runs with this identity directory, if one does; it drains and ends",
-    )
-    upgrade.add_argument(
-        "--upgrade-drain-timeout-s",
-        type=float,
-        default=DEFAULT_UPGRADE_DRAIN_TIMEOUT_S,
-        metavar="S",
-        help="how long connections live on in this process when another one takes over; default: %(default)s",
-    )
+    add_upgrade_options(parser)
     add_log_options(parser)
     add_span_options(parser, "a service of the mesh, or an address on loopback")
     options = parser.parse_args(argv)
@@ -176,8 +164,6 @@ def parse(argv: Sequence[str]) -> Settings:
     if options.dns and options.capture != "ebpf":
         parser.error("--dns belongs to --capture ebpf: nothing else brings name queries here")
     check_ranges(parser, options)
-    if not 0 <= options.upgrade_drain_timeout_s <= MAX_UPGRADE_DRAIN_TIMEOUT_S:
-        parser.error(f"--upgrade-drain-timeout-s is between 0 and {MAX_UPGRADE_DRAIN_TIMEOUT_S}")
     return Settings(
         who=who,
         config=tuple(options.config),
@@ -206,6 +192,23 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
     logs.add_argument("--access-log", default="-", metavar="FILE", help="- for standard output (default), or off")
     logs.add_argument("--log-format", choices=("json", "text"), default="text")
     logs.add_argument("--drain-timeout-s", type=float, default=5.0, metavar="S", help="default: %(default)s")
+
+
+def add_upgrade_options(parser: argparse.ArgumentParser) -> None:
+    """Those that every proxy has."""
+    upgrade = parser.add_argument_group("an upgrade")
+    upgrade.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take over from the one that runs with this identity directory, if one does; it drains and ends",
+    )
+    upgrade.add_argument(
+        "--upgrade-drain-timeout-s",
+        type=float,
+        default=DEFAULT_UPGRADE_DRAIN_TIMEOUT_S,
+        metavar="S",
+        help="how long connections live on in this process when another one takes over; default: %(default)s",
+    )
 
 
 def add_span_options(parser: argparse.ArgumentParser, where: str) -> None:
@@ -238,11 +241,13 @@ def collector(parser: argparse.ArgumentParser, options: argparse.Namespace, *, m
 
 
 def check_ranges(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exits with status 2 for an --admin-port or a --drain-timeout-s that cannot be."""
+    """Exits with status 2 for an --admin-port or a drain time that cannot be."""
     if not 0 < options.admin_port < 65536:
         parser.error("--admin-port is between 1 and 65535")
     if not 0 <= options.drain_timeout_s <= 3600:
         parser.error("--drain-timeout-s is between 0 and 3600")
+    if not 0 <= options.upgrade_drain_timeout_s <= MAX_UPGRADE_DRAIN_TIMEOUT_S:
+        parser.error(f"--upgrade-drain-timeout-s is between 0 and {MAX_UPGRADE_DRAIN_TIMEOUT_S}")
 
 
 def _wrong_mode(options: argparse.Namespace) -> str:

@@ -116,9 +116,9 @@ class Demand:
                 self._want_service(service.key, self._dialled, MAX_SERVICES)
                 await self._until(_Service(service.key), deadline)
             case ResidentWorkload() as workload:
-                for _, binding in workload.bindings:
-                    self._want_gateway(binding.gateway)
-                    await self._until(_Gateway(binding.gateway), deadline)
+                for gateway in (one for _, binding in workload.bindings for one in binding.gateways):
+                    self._want_gateway(gateway)
+                    await self._until(_Gateway(gateway), deadline)
 
     async def service(self, service_key: str) -> None:
         """As `destination`, for a service that was dialled by its name."""

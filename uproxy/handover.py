@@ -1,4 +1,4 @@
-"""How a new uProxy takes over from the one that runs, without a connection refused or cut (docs/upgrades.md).
+"""How a new proxy takes over from the one that runs, without a connection refused or cut (docs/upgrades.md).
 
 The one that runs listens on a SOCK_SEQPACKET socket in its identity directory; msgpack maps, with descriptors:
 
@@ -10,6 +10,11 @@ The one that runs listens on a SOCK_SEQPACKET socket in its identity directory; 
     old  {"direct": {…}}, {"connection": {…}} + 2 descriptors, any number of each, then {"done": true}
     new  {"ask": "leave"}                        it is ready
     old  {"left": true}                          it drains
+
+An operator asks it for less, and waits for its successor:
+
+    {"ask": "upgrade"}                           somebody start one
+    old  {"pid": n}                              it has taken over
 
 Until it is asked to leave, the old one goes on as before when the new one is gone, or slow. Instead of any answer it
 may send {"refused": why}. Whoever hangs up without a word has died.
@@ -37,6 +42,8 @@ HELLO_S: Final = 5.0
 """For the first word, and for each answer of the old one."""
 CONFIGURED_S: Final = 60.0
 """For the new one to read its configuration."""
+UPGRADE_S: Final = 90.0
+"""For a successor that is started here, from its start to its readiness: above all that it is granted below."""
 PATIENCE_S: Final = 15.0
 """From the first socket handed over until the old one leaves, or takes its place back: what comes waits so long."""
 MAX_MESSAGE: Final = 192 << 10
@@ -67,6 +74,7 @@ class Hello:
     workload: str
     addresses: tuple[str, ...]
     capture: str
+    """Of a uProxy; a waypoint says `waypoint`."""
 
     def pack(self) -> Message:
         return {
@@ -99,7 +107,7 @@ class Line:
         sock.setblocking(False)
         uid = linux.peer_uid(sock)
         if uid not in (os.geteuid(), 0):
-            why = f"uid {uid} may not: only the uProxy's own user and root hand over"
+            why = f"uid {uid} may not: only its own user and root hand over"
             with sock, contextlib.suppress(OSError):
                 sock.send(msgpack.packb({"refused": why}))
             raise HandoverError(why)
@@ -192,17 +200,9 @@ class Predecessor:
     @classmethod
     async def find(cls, directory: Path, hello: Hello) -> Predecessor | None:
         """The one that runs with this identity directory; None when none does. Raises HandoverError when it refuses."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        try:
-            with linux.short_path(directory, SOCKET_NAME) as path:
-                sock.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            sock.close()
+        line = _dialled(directory)
+        if line is None:
             return None
-        except OSError as error:
-            sock.close()
-            raise HandoverError(f"{directory / SOCKET_NAME}: {error.strerror}") from None
-        line = Line(sock)
         try:
             async with asyncio.timeout(HELLO_S):
                 await line.send(hello.pack())
@@ -273,9 +273,40 @@ def _told_in_time() -> Iterator[None]:
     try:
         yield
     except GoneError:
-        log.warning("the uProxy to take over from is gone")
+        log.warning("the one to take over from is gone")
     except TimeoutError:
         raise HandoverError("it does not answer in time") from None
+
+
+async def ask_for_upgrade(directory: Path) -> int:
+    """Have the one that runs with this identity directory start its successor; its pid. Raises HandoverError."""
+    line = _dialled(directory)
+    if line is None:
+        raise HandoverError(f"nobody runs with {directory}")
+    try:
+        async with asyncio.timeout(UPGRADE_S + HELLO_S):
+            await line.send({"ask": "upgrade"})
+            said, _ = await line.receive()
+        return int(said["pid"])
+    except (GoneError, TimeoutError, KeyError, ValueError):
+        raise HandoverError("it does not say what has become of it: see its log") from None
+    finally:
+        line.close()
+
+
+def _dialled(directory: Path) -> Line | None:
+    """A line to the one that runs; None when none does. Raises HandoverError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        with linux.short_path(directory, SOCKET_NAME) as path:
+            sock.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    except OSError as error:
+        sock.close()
+        raise HandoverError(f"{directory / SOCKET_NAME}: {error.strerror}") from None
+    return Line(sock)
 
 
 # -- the old one
@@ -298,10 +329,12 @@ class Giver(Protocol):
         """Have what it knows on disk."""
 
     def pause(self) -> list[int]:
-        """Accept no more; returns the descriptors of all that it listens on, of which it closes none yet."""
+        """Accept no more where only one of the two may. Returns the descriptors of all that it listens on, of which it
+        closes none yet.
+        """
 
     def resume(self) -> None:
-        """Accept again."""
+        """It has its place back."""
 
     def direct(self) -> list[Message]:
         """What it has said of the direct path."""
@@ -312,6 +345,9 @@ class Giver(Protocol):
     def leave(self) -> None:
         """Drain."""
 
+    async def upgrade(self) -> int:
+        """Start a successor, and return its pid when it has taken over. Raises HandoverError when it has not."""
+
 
 def listen(directory: Path) -> socket.socket | None:
     """Where a successor finds us; None, and a line in the log, where none can. A dead process's socket is replaced."""
@@ -320,19 +356,15 @@ def listen(directory: Path) -> socket.socket | None:
         with linux.short_path(directory, SOCKET_NAME) as path:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
                 if probe.connect_ex(path) == 0:
-                    raise OSError(0, "another uProxy runs with this identity directory")
+                    raise OSError(0, "another one runs with this identity directory")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            before = os.umask(0o177)  # bind() makes the file; a chmod afterwards would come too late
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(before)
+            linux.bind_file(sock, path)
         sock.listen(1)
         return sock
     except OSError as error:
         sock.close()
-        log.warning("no other uProxy can take over from this one: %s: %s", directory / SOCKET_NAME, error.strerror)
+        log.warning("nobody can take over from this one: %s: %s", directory / SOCKET_NAME, error.strerror)
         return None
 
 
@@ -345,28 +377,60 @@ def remove(directory: Path) -> None:
 async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
     """Until somebody has taken over."""
     loop = asyncio.get_running_loop()
-    while True:
+    async with asyncio.TaskGroup() as group:
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left
+                log.warning("nobody takes over: %s", error)
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            try:
+                line = Line(sock)
+                said = await _first_word(line)
+                if said.get("ask") == "upgrade":
+                    group.create_task(_upgrade(line, giver))
+                elif await _converse(line, said, own, giver):
+                    return
+            except HandoverError as error:
+                log.warning("nobody takes over: %s", error)
+            except Exception:
+                log.exception("a hand-over failed as none should; this one goes on")
+
+
+async def _first_word(line: Line) -> Message:
+    """Raises HandoverError; the line is closed then."""
+    try:
+        async with asyncio.timeout(HELLO_S):
+            return (await line.receive())[0]
+    except (GoneError, TimeoutError):
+        line.close()
+        raise HandoverError("the other one says nothing; this one goes on") from None
+    except BaseException:
+        line.close()
+        raise
+
+
+async def _upgrade(line: Line, giver: Giver) -> None:
+    """What an operator asks for. Raises nothing."""
+    try:
         try:
-            sock, _ = await loop.sock_accept(listener)
-        except OSError as error:  # no descriptor is left
-            log.warning("nobody takes over: %s", error)
-            await asyncio.sleep(_PAUSE_S)
-            continue
-        try:
-            if await _converse(Line(sock), own, giver):
-                return
+            answer: Message = {"pid": await giver.upgrade()}
         except HandoverError as error:
-            log.warning("nobody takes over: %s", error)
-        except Exception:
-            log.exception("a hand-over failed as none should; this one goes on")
+            answer = {"refused": str(error)}
+        async with asyncio.timeout(HELLO_S):
+            await line.send(answer)
+    except (OSError, TimeoutError) as error:
+        log.warning("whoever asked for an upgrade is not told of it: %s", error)
+    finally:
+        line.close()
 
 
-async def _converse(line: Line, own: Hello, giver: Giver) -> bool:
-    """Whether it has taken over. Raises HandoverError."""
+async def _converse(line: Line, said: Message, own: Hello, giver: Giver) -> bool:
+    """Whether it has taken over; `said` was its first word. Raises HandoverError."""
     paused = False
     try:
         async with asyncio.timeout(HELLO_S):
-            said, _ = await line.receive()
             if wrong := own.wrong(said):
                 await line.send({"refused": wrong})
                 raise HandoverError(wrong)

@@ -38,8 +38,8 @@ from hpack.exceptions import HPACKError, OversizedHeaderListError
 
 from uproxy.header_block import (
     Headers,
-    decode_literals,
     encode_headers,
+    read_literals,
     read_own,
     well_formed,
     well_formed_trailers,
@@ -104,6 +104,7 @@ _EMPTY: Final = memoryview(b"")
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 _END_STREAM, _END_HEADERS, _PADDED, _PRIORITY_FLAG = 0x1, 0x4, 0x8, 0x20
+_WHOLE_BLOCK: Final = _END_HEADERS | _PADDED | _PRIORITY_FLAG
 _WORK: Final = {HEADERS: _WORK_OF_HEADERS, RST_STREAM: _WORK_OF_END, SETTINGS: _WORK_BY_H2, PING: _WORK_BY_H2}
 _FIXED_LENGTH: Final = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
 
@@ -145,6 +146,8 @@ class Limits(NamedTuple):
     header_table: int = 0
     """Bytes of HPACK's dynamic table. None: blocks stay decodable on their own, and short (see `decode_literals`)."""
     output: int = OUTPUT_SIZE
+    extended_connect: bool = False
+    """Whether the peer may send CONNECT with a protocol (RFC 8441), if it is the client."""
 
 
 TUNNEL: Final = Limits()
@@ -254,6 +257,7 @@ class Connection:
         self.limits = limits
         self.streams: dict[int, Stream] = {}
         self.peer_max_streams = 100  # until its SETTINGS say otherwise (RFC 9113 section 6.5.2 advises at least 100)
+        self.peer_extended_connect = False
         self.goaway_sent = False
         self.goaway_received = False
         self.overflowed = False  # frames were lost, because the peer reads none: the connection is over
@@ -339,16 +343,28 @@ class Connection:
         """Frames that a stream may send in one turn: more than one where the peer wants them small, as Envoy does."""
         return max(self._share // (self._most_data + 9), 1)
 
-    def commit(self, stream: Stream, length: int) -> None:
-        """Send the `length` > 0 bytes that were written into the last `reserve` of this stream."""
+    def commit(self, stream: Stream, length: int, *, end: bool = False) -> None:
+        """Send the `length` > 0 bytes that were written into the last `reserve` of this stream. `end`: no more come."""
         used = self._used
-        _HEADER.pack_into(self._output, used, length << 8, 0, stream.id)  # of DATA, which is 0
+        _HEADER.pack_into(self._output, used, length << 8, _END_STREAM if end else 0, stream.id)  # of DATA, which is 0
         self._used = used + 9 + length
         stream.send_window -= length
         self.send_window -= length
         if self._quota < CONTROL_QUOTA:
             # A WINDOW_UPDATE for the stream and one for the connection; some peers send both with each KiB they read.
             self._quota += 2 + (length >> 9)
+        if end:
+            self._local_end(stream)
+
+    def write(self, stream: Stream, data: bytes, *, end: bool = False) -> bool:
+        """`reserve` and `commit`, if there is room for all of it in one frame; at least a byte. `end`: no more come."""
+        length = len(data)
+        room = self.reserve(stream)
+        if length > len(room):
+            return False
+        room[:length] = data
+        self.commit(stream, length, end=end)
+        return True
 
     def open(self, headers: Headers, *, end: bool = False) -> Stream:
         """Start a request stream (client only). Raises ValueError for too many headers."""
@@ -361,6 +377,11 @@ class Connection:
         self._header_block(_END_STREAM if end else 0, stream.id, block)
         stream.local_closed = end
         return stream
+
+    @property
+    def new_window(self) -> int:
+        """Bytes that the peer would take now on another stream."""
+        return min(self._peer_initial_window - self._withheld, self.send_window)
 
     @property
     def can_open(self) -> bool:
@@ -521,6 +542,13 @@ class Connection:
                 if DATA < kind <= CONTINUATION and after <= end:  # whole, as nearly always
                     stream_id &= 0x7FFFFFFF
                     self._check_frame(kind, flags, stream_id, length)
+                    if kind == HEADERS and flags & _WHOLE_BLOCK == _END_HEADERS:
+                        self._take_block(
+                            stream_id, bytes(data[position + 9 : after]), bool(flags & _END_STREAM), events
+                        )
+                        work -= _WORK_OF_HEADERS
+                        position = after
+                        continue
                     self._handle(kind, flags, stream_id, bytes(data[position:after]), events)
                     work -= _WORK.get(kind, 0)
                     position = after
@@ -716,6 +744,8 @@ class Connection:
                     self._most_data = (change.new_value + 9) // RECORD * RECORD - 9
                 elif code == SettingCodes.MAX_CONCURRENT_STREAMS:
                     self.peer_max_streams = change.new_value
+                elif code == SettingCodes.ENABLE_CONNECT_PROTOCOL:
+                    self.peer_extended_connect = change.new_value == 1
         elif isinstance(event, SettingsAcknowledged):
             # Until now the peer was free to use the default table of 4096 bytes (RFC 7541 section 4.2).
             self._decoder.max_allowed_table_size = self.limits.header_table
@@ -784,7 +814,7 @@ class Connection:
 
     def _handle_headers(self, flags: int, stream_id: int, frame: bytes, events: list[Event]) -> None:
         ends = bool(flags & _END_STREAM)
-        if flags & (_END_HEADERS | _PADDED | _PRIORITY_FLAG) == _END_HEADERS:  # as nearly always
+        if flags & _WHOLE_BLOCK == _END_HEADERS:  # as nearly always
             self._take_block(stream_id, frame[9:], ends, events)
             return
         start, end = 9, len(frame)
@@ -815,10 +845,12 @@ class Connection:
         formed = headers is not None and (headers[0][0] == b":status") is self.client
         if headers is None:
             # A byte can stand for a whole header: a long block goes to the decoder that counts what comes out.
-            headers = decode_literals(block) if len(block) <= MAX_QUICK_BLOCK else None
-            if headers is None:
+            known = read_literals(block, request=not self.client) if len(block) <= MAX_QUICK_BLOCK else None
+            if known is None:
                 headers = self._decode(block)
-            formed = well_formed(headers, request=not self.client)
+                formed = well_formed(headers, request=not self.client)
+            else:
+                headers, formed = known
         if stream is not None:
             self._continue_stream(stream, headers, formed, ends, events)
         elif self.client:
@@ -975,6 +1007,8 @@ def _h2_connection(client: bool, limits: Limits) -> H2Connection:
     }
     if not client:
         values[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.streams
+        if limits.extended_connect:
+            values[SettingCodes.ENABLE_CONNECT_PROTOCOL] = 1
     connection.local_settings = Settings(client=client, initial_values=values)
     connection.initiate_connection()
     return connection

@@ -16,6 +16,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 MAX_HEADERS: Final = 100  # Envoy's
 MAX_STEADY: Final = 256  # beginnings of requests, of half a KiB each, that are remembered
+MAX_KNOWN: Final = 1024  # bytes of a block, or of all names in one, that are remembered
 MAX_BLOCK: Final = 64 << 10  # what is taken here, too
 
 _STATIC: Final = HeaderTable.STATIC_TABLE
@@ -23,9 +24,10 @@ _NAME_INDEX: Final[dict[bytes, int]] = {}
 for _index, (_name, _) in enumerate(_STATIC, start=1):
     _NAME_INDEX.setdefault(_name, _index)
 _OK: Final = ((b":status", b"200"),)
-_STEADY: Final = frozenset({b":method", b":authority", b":status"})
-_NAME = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+")
-_VALUE = re.compile(rb"[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?|")
+# Of many fields in one go: each name, and each value, ends with a line feed, which none of them has.
+_NAMES: Final = re.compile(rb"((?::[a-z]++\n)*+)(?:[!#$%&'*+\-.^_`|~0-9a-z]++\n)*+")
+_TEXT: Final = bytes((*b"\t\n", *range(0x20, 0x7F), *range(0x80, 0x100)))
+_PADDED: Final = re.compile(rb"\n[ \t]|[ \t]\n")
 _REQUEST_PSEUDO: Final = frozenset({b":method", b":authority", b":scheme", b":path", b":protocol"})
 _CONNECTION_HEADERS: Final = frozenset(
     {b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
@@ -33,27 +35,17 @@ _CONNECTION_HEADERS: Final = frozenset(
 
 
 def encode_headers(headers: Headers) -> bytes:
-    """A block of literals without indexing and without Huffman coding: 0.4 µs a header, no state in either end."""
-    block = bytearray()
-    for header in headers:
-        name, value = header
-        if name in _STEADY:
-            block += _encoded_steady(header)
-            continue
-        block += _encoded_name(name)
-        length = len(value)
-        if length < 127:
-            block.append(length)
-        else:
-            block += _integer(length, 7)
-        block += value
+    """A block of literals without indexing and without Huffman coding: no state in either end."""
+    # What one endpoint is asked for, and what is answered, is nearly always the same.
+    known = _encoded if sum([len(value) for _, value in headers]) <= MAX_KNOWN else _encoded.__wrapped__
+    block = b"".join(map(known, headers))
     if len(block) > MAX_BLOCK:
         raise ValueError(f"a header block of {len(block)} bytes does not fit what peers take: {MAX_BLOCK}")
-    return bytes(block)
+    return block
 
 
-@lru_cache(maxsize=1024)  # what one endpoint is asked for, and what is answered, is nearly always the same
-def _encoded_steady(header: tuple[bytes, bytes]) -> bytes:
+@lru_cache(maxsize=1024)
+def _encoded(header: tuple[bytes, bytes]) -> bytes:
     if header == _OK[0]:
         return b"\x88"  # static entry 8, whole
     name, value = header
@@ -111,6 +103,17 @@ def read_own(block: bytes) -> Headers | None:
     return (*before, (b"forwarded", forwarded), (b"traceparent", traceparent))
 
 
+def read_literals(block: bytes, *, request: bool) -> tuple[Headers, bool] | None:
+    """What `decode_literals` makes of a block, and whether it is well formed. What came before is remembered."""
+    return (_known_literals if len(block) <= MAX_KNOWN else _known_literals.__wrapped__)(block, request)
+
+
+@lru_cache(maxsize=MAX_STEADY)
+def _known_literals(block: bytes, request: bool) -> tuple[Headers, bool] | None:
+    headers = decode_literals(block)
+    return None if headers is None else (tuple(headers), well_formed(headers, request=request))
+
+
 def decode_literals(block: bytes) -> list[tuple[bytes, bytes]] | None:
     """Decode a block that uses neither Huffman coding nor the dynamic table, or None: then the general decoder must.
 
@@ -164,33 +167,45 @@ def decode_literals(block: bytes) -> list[tuple[bytes, bytes]] | None:
 
 def well_formed(headers: Headers, *, request: bool) -> bool:
     """RFC 9113 sections 8.2 and 8.3: few names, values, and pseudo-headers that are known, first and single."""
-    if len(headers) > MAX_HEADERS:
+    names = [name for name, _ in headers]
+    if not (_named(names, request=request) and _valued(headers, names)):
         return False
-    seen: set[bytes] = set()
-    regular = False
-    for name, value in headers:
-        if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
-            return False
-        if name[:1] == b":":
-            if regular or name in seen or (name not in _REQUEST_PSEUDO if request else name != b":status"):
-                return False
-            seen.add(name)
-        else:
-            regular = True
-            if name in _CONNECTION_HEADERS or (name == b"te" and value != b"trailers"):
-                return False
-    if request:
-        return b":method" in seen
-    return b":status" in seen and len(headers[0][1]) == 3 and headers[0][1].isdigit()
+    return request or (len(headers[0][1]) == 3 and headers[0][1].isdigit())
 
 
 def well_formed_trailers(headers: Headers) -> bool:
     """RFC 9113 section 8.1: as any headers, without pseudo-headers."""
-    return len(headers) <= MAX_HEADERS and all(
-        name[:1] != b":"
-        and name not in _CONNECTION_HEADERS
-        and (name != b"te" or value == b"trailers")
-        and _NAME.fullmatch(name) is not None
-        and _VALUE.fullmatch(value) is not None
-        for name, value in headers
-    )
+    names = [name for name, _ in headers]
+    return _named(names, request=None) and _valued(headers, names)
+
+
+def _named(names: Sequence[bytes], *, request: bool | None) -> bool:
+    """`request`: None for trailers. What was asked before is remembered: most heads have the names of another one."""
+    if len(names) > MAX_HEADERS:
+        return False
+    joined = b"\n".join(names)
+    known = _known_names if len(joined) <= MAX_KNOWN else _known_names.__wrapped__
+    return known(joined, len(names), request)
+
+
+@lru_cache(maxsize=MAX_STEADY)
+def _known_names(joined: bytes, count: int, request: bool | None) -> bool:
+    names = joined.split(b"\n") if count else []
+    found = _NAMES.fullmatch(joined + b"\n" if count else b"")
+    if found is None or len(names) != count or not _CONNECTION_HEADERS.isdisjoint(names):
+        return False
+    pseudo = found[1].split()
+    if request is None:
+        return not pseudo
+    if not request:
+        return pseudo == [b":status"]
+    return b":method" in pseudo and len(set(pseudo)) == len(pseudo) and _REQUEST_PSEUDO.issuperset(pseudo)
+
+
+def _valued(headers: Headers, names: Sequence[bytes]) -> bool:
+    joined = b"\n%b\n" % b"\n".join([value for _, value in headers])
+    if joined.count(b"\n") != max(len(headers) + 1, 2) or joined.translate(None, _TEXT):
+        return False
+    if (b" " in joined or b"\t" in joined) and _PADDED.search(joined) is not None:
+        return False
+    return b"te" not in names or all(value == b"trailers" for name, value in headers if name == b"te")

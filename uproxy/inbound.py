@@ -270,6 +270,7 @@ class Inbound:
         if (rehearsal := self._admission.rehearsal) is not None:
             would = rehearsal.decide_plaintext(source, address, port)
             record.dry_run = self._rehearsals.note(decision, would)
+        record.audit = decision.audit
         if not decision.allowed:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
 
@@ -355,13 +356,14 @@ class Inbound:
         self, carrier: Tunnel, headers: Headers, address: IpAddress, port: int, record: Connection
     ) -> Passage | None:
         """Whether it comes from a waypoint. Raises RefusedError when it had to, or when no policy allows it."""
-        passage = self._admission.enter(carrier.peer, port, headers)
+        passage = self._admission.enter(carrier.peer, port, headers, carrier.peer_address)
         if passage is not None and passage.caller is not None:
             record.caller = str(passage.caller.identity)
         decision = self._admission.decide(carrier.peer, carrier.peer_address, passage, address, port)
         if (rehearsal := self._admission.rehearsal) is not None:
             would = rehearsal.decide(carrier.peer, carrier.peer_address, passage, address, port)
             record.dry_run = self._rehearsals.note(decision, would)
+        record.audit = decision.audit
         if not decision.allowed:
             raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
         return passage
@@ -371,7 +373,7 @@ class Inbound:
         if self._wants_telling(port):  # what comes without it brings no header, or one that its caller made up
             return False
         try:
-            passage = self._admission.enter(peer, port, ())
+            passage = self._admission.enter(peer, port, (), peer_address)
         except RefusedError:
             return False
         return passage is None and self._admission.decide(peer, peer_address, None, address, port).allowed

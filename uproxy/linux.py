@@ -145,6 +145,18 @@ def short_path(directory: Path, name: str) -> Iterator[str]:
         os.close(held)
 
 
+def bind_file(sock: socket.socket, path: str, mode: int = 0o600) -> None:
+    """Bind a Unix socket, whose file has this mode from the beginning on: a chmod would come too late. Raises OSError.
+
+    The mask is the whole process's: what another thread makes meanwhile is narrowed, too.
+    """
+    before = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(before)
+
+
 def peer_uid(connection: socket.socket) -> int:
     """Who has connected to a Unix socket: SO_PEERCRED, unix(7)."""
     _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))

@@ -51,21 +51,27 @@ class Inherited:
     """Listening sockets that another process has handed over, until somebody wants to listen there."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[int, str, int], socket.socket] = {}
+        self._waiting: dict[tuple[int, str, int], list[socket.socket]] = {}
 
     def add(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         host, port = sock.getsockname()[:2] if sock.family != socket.AF_UNIX else ("", 0)
-        self._waiting[sock.type, host, port] = sock
+        self._waiting.setdefault((sock.type, host, port), []).append(sock)
 
     def take(self, kind: socket.SocketKind, address: str, port: int) -> socket.socket | None:
-        """The caller's from here on; None when there is none. A Unix socket is known by its kind alone."""
-        return self._waiting.pop((kind, address, port), None)
+        """The caller's from here on; None when there is none left. A Unix socket is known by its kind alone."""
+        waiting = self._waiting.get((kind, address, port))
+        return waiting.pop(0) if waiting else None
+
+    def count(self, kind: socket.SocketKind, address: str, port: int) -> int:
+        """How many may be taken."""
+        return len(self._waiting.get((kind, address, port), ()))
 
     def close(self) -> None:
         """Nobody listens there any more."""
-        for sock in self._waiting.values():
-            sock.close()
+        for waiting in self._waiting.values():
+            for sock in waiting:
+                sock.close()
         self._waiting.clear()
 
 
@@ -79,17 +85,20 @@ class Listeners:
         self._paused = False
         self.sockets: list[socket.socket] = []
 
-    def listen(
-        self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN, *, shared: bool = False
-    ) -> None:
-        """Spawn `serve` for each connection, at most `at_once` in one turn. Raises OSError.
+    def listen(self, address: str, port: int, serve: Serve, at_once: int = ACCEPTS_PER_TURN) -> None:
+        """Spawn `serve` for each connection, at most `at_once` in one turn. Raises OSError."""
+        self.add(self._inherited.take(socket.SOCK_STREAM, address, port) or opened(address, port), serve, at_once)
 
-        `shared`: with other processes of this user that say so too, among which the kernel spreads connections.
-        """
-        listener = self._inherited.take(socket.SOCK_STREAM, address, port) or _opened(address, port, shared=shared)
+    def add(self, listener: socket.socket, serve: Serve, at_once: int) -> None:
+        """As `listen`, with a socket that listens; it is closed with the others."""
         family = listener.family
         self.sockets.append(listener)
         self._plane.watch(listener.fileno(), plane.READ, lambda _: self._accept(listener, family, serve, at_once))
+
+    def drop(self, listener: socket.socket) -> None:
+        """Accept no more from this one. It stays open, and is the caller's again."""
+        self.sockets.remove(listener)
+        self._plane.unwatch(listener.fileno())
 
     def pause(self) -> None:
         """Accept no more; what comes waits in the kernel."""
@@ -128,11 +137,15 @@ class Listeners:
             self._plane.spawn(serve(sock))
 
     def _rearm(self, listener: socket.socket) -> None:
-        if listener.fileno() >= 0 and not self._paused:
+        if listener in self.sockets and not self._paused:
             self._plane.rearm(listener.fileno(), plane.READ)
 
 
-def _opened(address: str, port: int, *, shared: bool) -> socket.socket:
+def opened(address: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket that listens. Raises OSError.
+
+    `shared`: with other sockets of this user that say so too, among which the kernel spreads connections.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -266,11 +279,14 @@ class Asked(NamedTuple):
 
 
 def asked_for(fields: dict[bytes, bytes]) -> Asked:
-    """Read a request's headers. Raises RefusedError with status 400."""
+    """Read a request's headers (RFC 9113 sections 8.3.1 and 8.5). Raises RefusedError with status 400."""
     method = fields[b":method"]
     if method != b"CONNECT" or b":protocol" in fields:
         raise bad_request(f"{method.decode('latin-1')} on the HBONE port; only a plain CONNECT is served")
-    return _read_authority(fields.get(b":authority", b""))
+    authority = fields.get(b":authority", b"")
+    if fields.get(b"host", authority) != authority:
+        raise bad_request("Host names another destination than :authority does")
+    return _read_authority(authority)
 
 
 @lru_cache(maxsize=256)  # of one workload few are asked for

@@ -86,7 +86,7 @@ class Outbound:
         self._own = own
         self._demand = demand
         self._direct_path = direct_path
-        self._resolver = Resolver(state, random.Random(), pool.health)
+        self._resolver = Resolver(state, random.Random(), pool.health, caller=own.key)
         self._budget = RetryBudget(time.monotonic)
         self._once_bound: dict[str, None] = {}
         """What this process has seen bound to a waypoint, by key or address; the oldest comes first."""

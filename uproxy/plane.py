@@ -265,13 +265,18 @@ class Plane:
         """Wait with a deadline; raises TimeoutError when it passes."""
         if waiter.settled:
             return await waiter
-        waiter.patience_s = timeout_s
-        step = self._step(timeout_s)
-        step.add(waiter)
+        expired = self.expires(waiter, timeout_s)
         try:
             return await waiter
         finally:
-            step.discard(waiter)
+            expired.discard(waiter)
+
+    def expires(self, waiter: Waiter[Any], timeout_s: float) -> _Step:
+        """Let it fail when the deadline passes. Whoever waits takes it out of what is returned afterwards."""
+        waiter.patience_s = timeout_s
+        step = self._step(timeout_s)
+        step.add(waiter)
+        return step
 
     async def ready(self, sock: socket.socket, events: int, timeout_s: float) -> None:
         """Wait until an unwatched socket is readable or writable. Raises TimeoutError."""

@@ -53,6 +53,10 @@ class Pool:
         self._dialling: dict[Key, list[Waiter[None]]] = {}
         self.health = Health(time.monotonic)
 
+    def source(self, peer: str) -> IpAddress | None:
+        """Our own address that a peer sees; None: the host chooses one."""
+        return self._sources.get(":" in peer)
+
     def tunnels(self) -> list[Tunnel]:
         return [t for group in self._tunnels.values() for t in group]
 
@@ -129,7 +133,7 @@ class Pool:
 
         refused = RefusedError("connect-failed", f"{address}: a bug of this proxy; its log has the traceback")
         try:
-            source = self._sources.get(":" in address)
+            source = self.source(address)
             carrier = await tunnel.dial(self._plane, address, HBONE_PORT, self._context(), identify, source)
             carrier.on_close = lambda gone: self._forget(key, gone)
             carrier.retire_at = time.monotonic() + MAX_AGE_S * random.uniform(0.9, 1.0)

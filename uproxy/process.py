@@ -13,6 +13,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import uproxy
@@ -23,6 +24,7 @@ from uproxy import admin, linux
 from uproxy.access_log import AccessLog, Style
 from uproxy.config import Collector, Who
 from uproxy.credentials import CurrentCredentials
+from uproxy.handover import HandoverError, Hello, Predecessor
 from uproxy.joining import JoinError
 from uproxy.listener import Inherited
 from uproxy.telemetry import Listing, Telemetry
@@ -127,6 +129,14 @@ def record_spans(collector: Collector, dial: Dial, telemetry: Telemetry, service
     return exporter
 
 
+async def predecessor(directory: Path, hello: Hello) -> Predecessor | None:
+    """The one to take over from; None when none runs with this identity directory. Raises StartError."""
+    try:
+        return await Predecessor.find(directory, hello)
+    except HandoverError as error:
+        raise StartError(f"the one that runs does not let this one take over: {error}") from None
+
+
 async def listen_to_operators(
     hosts: Sequence[str],
     admin_port: int,
@@ -171,12 +181,18 @@ def listed(who: Who, live: Listing) -> bytes:
 
 
 def report_ready(who: Who, ready_fd: int | None, log: logging.Logger) -> None:
-    """Tells people, and whoever has started the process."""
+    """Tells people, whoever has started the process, and a service manager: that may know another process as this."""
     log.info("%s is ready as %s", who.key, who.identity)
     if ready_fd is not None:
         with contextlib.suppress(OSError):
             os.write(ready_fd, b"ready\n")
         os.close(ready_fd)
+    manager = os.environ.get("NOTIFY_SOCKET")  # sd_notify(3)
+    if manager:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(
+                f"READY=1\nMAINPID={os.getpid()}".encode(), "\0" + manager[1:] if manager.startswith("@") else manager
+            )
 
 
 def register_gauges(telemetry: Telemetry, credentials: CurrentCredentials, state: State) -> None:

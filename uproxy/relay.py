@@ -58,6 +58,14 @@ class StreamOwner(Protocol):
         """It waited in `Tunnel.starved`, and may send again."""
 
 
+def feed(connection: hbone.Connection, starved: dict[StreamOwner, None]) -> None:
+    """Let the streams that waited for room send again, but for those without a window."""
+    if connection.send_window > 0:
+        for owner in [one for one in starved if one.stream.send_window > 0]:
+            del starved[owner]
+            owner.on_room()
+
+
 class _Nobody:
     """Owns the streams of relays that have ended: what still arrives is dropped."""
 

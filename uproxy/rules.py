@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
@@ -24,6 +24,8 @@ class Decision:
     policy: str
     reason: str
     """For the operator: which policy, or that none matched."""
+    audit: str = ""
+    """Likewise `namespace/name[rule]` of an AUDIT policy, which decides nothing; empty when none matches."""
 
 
 class Fact(IntEnum):
@@ -40,11 +42,12 @@ class Fact(IntEnum):
     HEADERS = 8
     REQUEST_PRINCIPAL = 9
     TOKEN = 10
+    REMOTE_IP = 11
 
 
 Facts = tuple[object, ...]
 """In the order of `Fact`, as far as they are known. None: the connection has no such thing."""
-ADDRESSES: Final = (Fact.SOURCE_IP, Fact.DESTINATION_IP)
+ADDRESSES: Final = (Fact.SOURCE_IP, Fact.DESTINATION_IP, Fact.REMOTE_IP)
 """Facts that are `address_number`s."""
 
 
@@ -66,7 +69,7 @@ CompileRule = Callable[[Action, Rule], Iterable[Clause] | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class Verdict:
     """One rule and what is decided when it matches."""
 
     clauses: tuple[Clause, ...]
@@ -86,28 +89,38 @@ class _Verdict:
 
 
 class Verdicts:
-    """Policies that hold together for something, compiled. Never changes."""
+    """Policies that hold together for something, compiled. Never changes.
 
-    __slots__ = ("_allow", "_default", "_deny", "asked")
+    Nobody is asked here: what a CUSTOM policy matches is denied.
+    """
+
+    __slots__ = ("_allow", "_audit", "_default", "_deny", "asked")
 
     def __init__(self, policies: Iterable[AuthorizationPolicy], compile_rule: CompileRule, of_what: str) -> None:
         """`of_what`: what they hold for, for the operator. All of the policies count, but those in dry run."""
         # In order, so that the rule reported is always the same one.
         ordered = sorted((policy for policy in policies if not policy.dry_run), key=lambda policy: policy.key)
         allow = [policy for policy in ordered if policy.action is Action.ALLOW]
-        self._deny = _verdicts([policy for policy in ordered if policy.action is Action.DENY], compile_rule)
-        self._allow = _verdicts(allow, compile_rule)
+        deny = [policy for policy in ordered if policy.action in (Action.CUSTOM, Action.DENY)]
+        audit = [policy for policy in ordered if policy.action is Action.AUDIT]
+        self._deny, self._allow, self._audit = (verdicts(some, compile_rule) for some in (deny, allow, audit))
         if allow:
             self._default = Decision(False, "", f"no ALLOW policy matched ({_names(allow)})")
         else:
             self._default = Decision(True, "", f"no ALLOW policy selects {of_what}")
-        tests = (t for v in (*self._deny, *self._allow) for clause in v.clauses for tests in clause for t in tests)
-        self.asked = frozenset(test.fact for test in tests)
+        self.asked = facts_asked((*self._deny, *self._allow, *self._audit))
         """The facts that a decision may depend on; nobody looks at the others."""
 
     def decide(self, facts: Facts) -> Decision:
         """DENY before ALLOW, first match decides."""
-        return self.denied(facts) or self.allowed(facts)
+        return self.audited(self.denied(facts) or self.allowed(facts), facts)
+
+    def audited(self, decision: Decision, facts: Facts) -> Decision:
+        """With the AUDIT policy that matches, if one does."""
+        for verdict in self._audit:
+            if verdict.matches(facts):
+                return replace(decision, audit=verdict.decision.policy)
+        return decision
 
     def denied(self, facts: Facts) -> Decision | None:
         """The DENY that matches, if one does."""
@@ -124,7 +137,13 @@ class Verdicts:
         return self._default
 
 
-def _verdicts(policies: Iterable[AuthorizationPolicy], compile_rule: CompileRule) -> tuple[_Verdict, ...]:
+def facts_asked(of: Iterable[Verdict]) -> frozenset[Fact]:
+    """Those that their matching may depend on."""
+    return frozenset(test.fact for v in of for clause in v.clauses for tests in clause for test in tests)
+
+
+def verdicts(policies: Iterable[AuthorizationPolicy], compile_rule: CompileRule) -> tuple[Verdict, ...]:
+    """The rules of some policies that can match."""
     found = []
     for policy in policies:
         for index, rule in enumerate(policy.rules):
@@ -132,8 +151,9 @@ def _verdicts(policies: Iterable[AuthorizationPolicy], compile_rule: CompileRule
             if clauses is not None:
                 allowed = policy.action is Action.ALLOW
                 name = f"{policy.key}[{index}]"
-                decision = Decision(allowed, name, f"{'allowed' if allowed else 'denied'} by {name}")
-                found.append(_Verdict(tuple(clauses), decision))
+                nobody = ", since nobody can be asked here" if policy.action is Action.CUSTOM else ""
+                decision = Decision(allowed, name, f"{'allowed' if allowed else 'denied'} by {name}{nobody}")
+                found.append(Verdict(tuple(clauses), decision))
     return tuple(found)
 
 
@@ -187,7 +207,7 @@ def _matcher(fact: Fact, values: Collection[str | int]) -> Callable[[object], bo
     if fact is Fact.DESTINATION_PORT:
         return frozenset(int(value) for value in values).__contains__
     if fact in ADDRESSES:
-        return _block_matcher(str(value) for value in values)
+        return block_matcher(str(value) for value in values)
     return text_matcher(str(value) for value in values)
 
 
@@ -211,7 +231,7 @@ def text_matcher(patterns: Iterable[str]) -> Callable[[object], bool]:
     return holds
 
 
-def _block_matcher(blocks: Iterable[str]) -> Callable[[object], bool]:
+def block_matcher(blocks: Iterable[str]) -> Callable[[object], bool]:
     """Networks grouped by mask: one AND and one look-up per distinct prefix length."""
     by_mask: dict[int, set[int]] = {}
     for block in blocks:

@@ -186,7 +186,8 @@ class _Proxy:
         self._register_gauges()
         if self._exporter is not None:
             group.create_task(self._exporter.run())
-        predecessor = await self._found_predecessor() if self.settings.take_over else None
+        take_over = self.settings.take_over
+        predecessor = await process.predecessor(self.settings.identity_dir, self._hello) if take_over else None
         if predecessor is not None:
             await self._take_over(predecessor, group)
         else:
@@ -344,12 +345,6 @@ class _Proxy:
     def _hello(self) -> Hello:
         return Hello(uproxy.__version__, self._who.key, self._who.addresses, self.settings.capture)
 
-    async def _found_predecessor(self) -> Predecessor | None:
-        try:
-            return await Predecessor.find(self.settings.identity_dir, self._hello)
-        except HandoverError as error:
-            raise StartError(f"the uProxy that runs does not let this one take over: {error}") from None
-
     async def _take_over(self, predecessor: Predecessor, group: asyncio.TaskGroup) -> None:
         """From one that goes on as before until this one is ready. Raises StartError."""
         if self._member is not None and self._demand is not None:
@@ -432,6 +427,9 @@ class _Proxy:
         if self._direct_path is not None:
             self._direct_path.leave()
         self._stop()
+
+    async def upgrade(self) -> int:
+        raise HandoverError("its launcher starts what takes over from a uProxy: `uproxy upgrade NAME`")
 
     # -- changes
 

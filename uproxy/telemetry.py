@@ -91,6 +91,8 @@ class Connection:
     error: str = ""
     policy: str = ""
     """The rule that refused."""
+    audit: str = ""
+    """The rule of an AUDIT policy that matches."""
     dry_run: str = ""
     """What would have been decided otherwise with the policies in dry run, and by which."""
     caller: str = ""
@@ -170,11 +172,17 @@ class Telemetry:
         self._known: dict[_Key, tuple[_Series, Workload | None, Workload | None]] = {}
         self._registered: dict[str, tuple[str, str, Callable[[], float]]] = {}
         self._overflows = 0
+        self._audited = 0
         self.gauge("uproxy_live_connections", "Connections being relayed", lambda: len(self._live))
         self.counter(
             "uproxy_telemetry_overflow_total",
-            'Connections counted with labels "unknown" because the table of label sets was full',
+            'Connections and requests counted with labels "unknown" because the table of label sets was full',
             lambda: self._overflows,
+        )
+        self.counter(
+            "uproxy_audited_total",
+            "Connections and requests that a policy with action AUDIT matches",
+            lambda: self._audited,
         )
         if log is not None:
             self.counter(
@@ -205,6 +213,8 @@ class Telemetry:
     def closed(self, connection: Connection, now: float) -> None:
         """The connection ended at `now` (monotonic seconds), or, when it was never opened, was refused or failed."""
         connection.read_meter()
+        if connection.audit:
+            self._audited += 1
         series = self._live.pop(connection, None)
         if series is None:
             self._find(connection, connection.flag, now).failed += 1

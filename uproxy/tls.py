@@ -177,7 +177,7 @@ class Credentials:
     serial: int
     roots: tuple[bytes, ...] = field(repr=False)
     """Certificates (DER) of the mesh's roots."""
-    _chain_and_key: bytes = field(repr=False)
+    chain_and_key: bytes = field(repr=False)
     revocations: Revocations = field(repr=False)
 
     @classmethod
@@ -220,7 +220,7 @@ class Credentials:
                 not_before=leaf.not_before,
                 not_after=leaf.not_after,
                 serial=leaf.serial,
-                _chain_and_key=chain_pem + key,
+                chain_and_key=chain_pem + key,
                 roots=tuple(bundle),
                 revocations=revocations,
             )
@@ -361,7 +361,7 @@ def _context(protocol: int, credentials: Credentials) -> Context:
         _demand_revocation_lists(context, credentials)
     # `ssl` reads a key from a path alone. A file in memory keeps to the bytes that were checked, also when
     # a rotation replaces key and chain on disk at this moment.
-    with _memory_file(credentials._chain_and_key) as path:
+    with _memory_file(credentials.chain_and_key) as path:
         context.load_cert_chain(path, password=_no_passphrase)
     return context
 

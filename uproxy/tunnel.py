@@ -22,7 +22,7 @@ from control.client.x509 import CertificateId
 from uproxy import hbone, plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.header_block import Headers
-from uproxy.relay import Relay, StreamOwner
+from uproxy.relay import Relay, StreamOwner, feed
 from uproxy.resolve import host_port
 from uproxy.tls import Revocations, certificates_of, handshake_refusal, leaf_of
 
@@ -191,20 +191,13 @@ class Tunnel:
             self.blocked = False
             self._unsent = memoryview(b"")
             self._watch()
-            self._feed()
+            feed(self.connection, self.starved)
             self.touch()
 
     def _watch(self) -> None:
         self.plane.rearm(
             self._sock.fileno(), (0 if self._unread else plane.READ) | (plane.WRITE if self.blocked else 0)
         )
-
-    def _feed(self) -> None:
-        """Let the streams that waited for room read their applications again, but for those without a window."""
-        if self.connection.send_window > 0:
-            for owner in [one for one in self.starved if one.stream.send_window > 0]:
-                del self.starved[owner]
-                owner.on_room()
 
     # -- receiving
 
@@ -300,7 +293,7 @@ class Tunnel:
                 event.stream.owner.on_data(event.data)
             elif isinstance(event, hbone.WindowOpened):
                 if event.stream is None:
-                    self._feed()
+                    feed(self.connection, self.starved)
                 elif event.stream.owner in self.starved:
                     del self.starved[event.stream.owner]
                     event.stream.owner.on_room()

@@ -135,11 +135,7 @@ def requests(state_dir: Path, name: str) -> Iterator[Requests]:
         with linux.short_path(state_dir, _file(name)) as path:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-            before = os.umask(0o177)  # bind() makes the file; a chmod afterwards would come too late
-            try:
-                listener.bind(path)
-            finally:
-                os.umask(before)
+            linux.bind_file(listener, path)
         listener.listen(_MAX_WAITING)
         yield heard
     finally:

@@ -1,12 +1,18 @@
-"""The `waypoint` command: `run`."""
+"""The `waypoint` command: `run`, and `upgrade`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import uproxy
+
+_COMMANDS = {
+    "run": ("waypoint.run", "run one process of a waypoint"),
+    "upgrade": ("waypoint.upgrade", "replace a waypoint that runs by one of the software that is installed now"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,13 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("waypoint", description="The L7 proxy that a label puts before a service.")
     parser.add_argument("--version", action="version", version=f"waypoint {uproxy.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("run", help="run one process of a waypoint", add_help=False)
+    for name, (_, text) in _COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Only the first word is ours: what follows belongs to the command.
-    parser.parse_args(arguments[:1])
-    from waypoint import run  # once it is known that it is wanted: --help and --version are quick
-
-    return run.main(arguments[1:])
+    options = parser.parse_args(arguments[:1])
+    module, _ = _COMMANDS[options.command]
+    # Once it is known that it is wanted: --help and --version are quick.
+    status: int = import_module(module).main(arguments[1:])
+    return status
 
 
 if __name__ == "__main__":

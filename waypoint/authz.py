@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 from control.api.address import IpAddress
+from control.api.extension import ExternalAuthorization
 from control.api.identity import SpiffeId
 from control.api.policy import (
     ANY_SEGMENT,
@@ -39,34 +40,103 @@ from uproxy.rules import (
     Test,
     Verdicts,
     address_number,
+    block_matcher,
     condition_tests,
     connection_clauses,
+    facts_asked,
     port_tests,
     source_tests,
     text_matcher,
+    verdicts,
 )
+from waypoint.forwarded import remote_address
+from waypoint.messages import Fields
 from waypoint.request import Request, host_name, merged_slashes
 from waypoint.tokens import Token
 
 _CLAIM: Final = {ConditionKey.REQUEST_AUDIENCES: "aud", ConditionKey.REQUEST_PRESENTER: "azp"}
 _OF_WHAT: Final = "this service or its waypoint"
+_NO_REMOTE: Final = Decision(False, "", "x-forwarded-for has no address where a trusted proxy writes one")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Who else must allow a request."""
+
+    rule: str
+    """Of a CUSTOM policy, as `Decision.policy`."""
+    authorizer: ExternalAuthorization | None
+    """None: nobody can be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What somebody who lets a request pass adds to it."""
+
+    upstream: Fields = ()
+    """Of the request, in place of its own fields of these names."""
+    downstream: Fields = ()
+    """Of the response."""
+
+    def applied(self, request: Request) -> Request:
+        """The request as it goes on."""
+        if not self.upstream:
+            return request
+        names = {name for name, _ in self.upstream}
+        kept = [field for field in request.fields if field[0] not in names]
+        return replace(request, fields=[*kept, *self.upstream])
 
 
 class Policies:
     """The policies for one service at one waypoint. Made by `compile_policies`; never changes."""
 
-    __slots__ = ("_asks_addresses", "_asks_hosts", "_connections", "_requests", "rehearsal")
+    __slots__ = (
+        "_asks_addresses",
+        "_asks_hosts",
+        "_asks_remote",
+        "_connections",
+        "_custom",
+        "_requests",
+        "_trusted_proxies",
+        "asks_others",
+        "rehearsal",
+    )
 
-    def __init__(self, policies: Collection[AuthorizationPolicy]) -> None:
-        self._requests = Verdicts(policies, _request_clauses, _OF_WHAT)
-        self._connections = Verdicts(policies, _connection_clauses, _OF_WHAT)
-        asked = self._requests.asked | self._connections.asked
+    def __init__(self, policies: Collection[AuthorizationPolicy], trusted_proxies: int) -> None:
+        ordered = sorted(policies, key=lambda policy: policy.key)
+        custom = [policy for policy in ordered if policy.action is Action.CUSTOM]
+        self._custom = [(policy.authorizer, verdicts([policy], _request_clauses)) for policy in custom]
+        self.asks_others = bool(custom)
+        """Whether there may be any `checks`."""
+        self._requests = Verdicts([one for one in ordered if one not in custom], _request_clauses, _OF_WHAT)
+        self._connections = Verdicts(ordered, _connection_clauses, _OF_WHAT)
+        asked = self._requests.asked.union(self._connections.asked, *(facts_asked(found) for _, found in self._custom))
         self._asks_addresses = not asked.isdisjoint(ADDRESSES)
         self._asks_hosts = Fact.HOST in asked
+        self._asks_remote = Fact.REMOTE_IP in asked
+        self._trusted_proxies = trusted_proxies
         self.rehearsal: Policies | None = None
         """The same, as if policies in dry run were enforced; None when there are none."""
         if any(policy.dry_run for policy in policies):
-            self.rehearsal = Policies([replace(policy, dry_run=False) for policy in policies])
+            self.rehearsal = Policies([replace(policy, dry_run=False) for policy in policies], trusted_proxies)
+
+    def checks(
+        self,
+        source: SpiffeId | None,
+        source_ip: IpAddress,
+        destination_ip: IpAddress,
+        destination_port: int,
+        request: Request,
+        token: Token | None = None,
+    ) -> tuple[Check, ...]:
+        """Who is to be asked before `decide` is, as for that; each once."""
+        facts = self._facts(source, source_ip, destination_ip, destination_port, request, token)
+        found: dict[ExternalAuthorization | None, Check] = {}
+        for authorizer, rules in self._custom:
+            rule = next((rule.decision.policy for rule in rules if rule.matches(facts)), None)
+            if rule is not None:
+                found.setdefault(authorizer, Check(rule, authorizer))
+        return tuple(found.values())
 
     def decide(
         self,
@@ -82,6 +152,22 @@ class Policies:
         `request`: None for a connection that is not HTTP, of which nothing is known that a request would tell. `token`:
         the request's, verified.
         """
+        facts = self._facts(source, source_ip, destination_ip, destination_port, request, token)
+        if request is None:
+            return self._connections.decide(facts)
+        if self._asks_remote and facts[Fact.REMOTE_IP] is None:
+            return _NO_REMOTE
+        return self._requests.decide(facts)
+
+    def _facts(
+        self,
+        source: SpiffeId | None,
+        source_ip: IpAddress,
+        destination_ip: IpAddress,
+        destination_port: int,
+        request: Request | None,
+        token: Token | None,
+    ) -> Facts:
         connection: Facts = (
             None if source is None else source.principal,
             None if source is None else source.namespace,
@@ -90,15 +176,19 @@ class Policies:
             destination_port,
         )
         if request is None:
-            return self._connections.decide(connection)
+            return connection
         hosts = (request.host, host_name(request.host)) if self._asks_hosts and request.host else None
         principal = None if token is None else token.principal
-        return self._requests.decide((*connection, request.method, request.path, hosts, request, principal, token))
+        facts = (*connection, request.method, request.path, hosts, request, principal, token)
+        if not self._asks_remote:
+            return facts
+        remote = remote_address(request.header("x-forwarded-for"), source_ip, self._trusted_proxies)
+        return (*facts, None if remote is None else address_number(remote))
 
 
-def compile_policies(policies: Iterable[AuthorizationPolicy]) -> Policies:
+def compile_policies(policies: Iterable[AuthorizationPolicy], trusted_proxies: int = 0) -> Policies:
     """The policies that target a service or its Gateway (all of them: none is filtered here), ready to be asked."""
-    return Policies(tuple(policies))
+    return Policies(tuple(policies), trusted_proxies)
 
 
 def _connection_clauses(action: Action, rule: Rule) -> Iterable[Clause] | None:
@@ -118,8 +208,11 @@ def _request_clauses(action: Action, rule: Rule) -> Iterable[Clause]:
 
 
 def _source_tests(source: Source) -> Alternative:
-    asked = _tests(Fact.REQUEST_PRINCIPAL, text_matcher, source.request_principals, source.not_request_principals)
-    return (*source_tests(source), *asked)
+    return (
+        *source_tests(source),
+        *_tests(Fact.REQUEST_PRINCIPAL, text_matcher, source.request_principals, source.not_request_principals),
+        *_tests(Fact.REMOTE_IP, block_matcher, source.remote_ip_blocks, source.not_remote_ip_blocks),
+    )
 
 
 def _operation_tests(operation: Operation) -> Alternative:
@@ -177,6 +270,8 @@ def _request_tests(action: Action, condition: Condition) -> Alternative:
         return _header_tests(action, condition)
     if condition.key is ConditionKey.REQUEST_PRINCIPAL:
         return tuple(_tests(Fact.REQUEST_PRINCIPAL, text_matcher, condition.values, condition.not_values))
+    if condition.key is ConditionKey.REMOTE_IP:
+        return tuple(_tests(Fact.REMOTE_IP, block_matcher, condition.values, condition.not_values))
     claim = _CLAIM.get(condition.key, condition.name)
     return tuple(_tests(Fact.TOKEN, partial(_claim_matcher, claim), condition.values, condition.not_values))
 

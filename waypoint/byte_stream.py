@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from uproxy import hbone, plane
 from uproxy.hbone import ErrorCode
 from uproxy.header_block import Headers
 from uproxy.relay import NOBODY, Relay, StreamOwner
+
+T = TypeVar("T")
 
 
 class Carrier(Protocol):
@@ -57,6 +59,7 @@ class ByteStream:
         "_writer",
         "carrier",
         "on_gone",
+        "on_over",
         "stream",
     )
 
@@ -66,6 +69,8 @@ class ByteStream:
         self.stream = stream
         self.on_gone: Callable[[], None] = _ignore
         """Called once when the peer reads no more: the stream is lost, or whole and not wanted any longer."""
+        self.on_over: Callable[[], None] = _ignore
+        """Called once, when it is over for both sides; not by who took it over."""
         self._connection = carrier.connection
         self._error = ""  # why it is lost; empty while it is not
         self._code: int | None = None
@@ -117,24 +122,33 @@ class ByteStream:
             self.carrier.touch()
             self._given = 0
         if not (self._received or self._ended or self._error):
-            self._reader = waiter = plane.Waiter[None](self.carrier.plane)
+            data_plane = self.carrier.plane
+            waiter: plane.Waiter[None] = plane.Waiter(data_plane)
+            self._reader = waiter
+            expired = data_plane.expires(waiter, timeout_s) if timeout_s is not None else None
             try:
-                await (waiter if timeout_s is None else self.carrier.plane.wait(waiter, timeout_s))
+                await waiter
             finally:
                 self._reader = None
+                if expired is not None:
+                    expired.discard(waiter)
         if self._error:
             raise StreamError(self._error, self._code)
 
-    async def starts_with(self, prefix: bytes, idle_s: float, begun_s: float) -> bool:
-        """Whether what comes first is this; nothing of it is received. Raises as `receive` does.
+    async def told_by(self, judge: Callable[[bytes], T | None], idle_s: float, begun_s: float) -> T | None:
+        """What the judge makes of what comes first, of which nothing is received; None when the peer ends before that
+        is known. Raises as `receive` does.
 
-        It may be silent for `idle_s`; a beginning that decides nothing may last `begun_s`.
+        The peer may be silent for `idle_s`; a beginning that says nothing yet may last `begun_s`.
         """
         deadline = 0.0
         while True:
-            start = bytes(self._received[: len(prefix)])
-            if self._ended or self._error or not prefix.startswith(start) or len(start) == len(prefix):
-                return start == prefix
+            if self._error:
+                raise StreamError(self._error, self._code)
+            start = bytes(self._received)
+            told = judge(start) if start else None
+            if told is not None or self._ended:
+                return told
             if start and not deadline:
                 deadline = time.monotonic() + begun_s
             self._reader = plane.Waiter(self.carrier.plane)
@@ -142,6 +156,14 @@ class ByteStream:
                 await self._wait(self._reader, max(deadline - time.monotonic(), 0.0) if start else idle_s)
             finally:
                 self._reader = None
+
+    def at_hand(self, least: int, most: int) -> bytes:
+        """All that the peer has still to say, if that is here and of such a length; else empty: nothing is received."""
+        if not self._ended or self._error or not least <= len(self._received) <= most:
+            return b""
+        data = bytes(self._received)
+        self._received.clear()
+        return data
 
     def put_back(self, data: bytes) -> None:
         """What was received last, and is for somebody else."""
@@ -155,10 +177,20 @@ class ByteStream:
 
     # -- sending
 
-    async def send(self, data: bytes, timeout_s: float | None) -> None:
+    @property
+    def window(self) -> int:
+        """Bytes that the peer takes now."""
+        return min(self.stream.send_window, self._connection.send_window)
+
+    async def send(self, data: bytes, timeout_s: float | None, *, end: bool = False) -> None:
         """Return when all of it is on its way. Raises ConnectionResetError, or TimeoutError when the peer takes none of
         it in time. A peer that has ended its side and reads no more misses it, which is no error.
+
+        `end`: nothing more will be sent; the peer may go on. Then there is at least a byte.
         """
+        if data and not (self._error or self._deaf) and self._connection.write(self.stream, data, end=end):
+            self.carrier.touch()
+            return
         left = memoryview(data)
         while left and not self._deaf:
             if self._error:
@@ -167,9 +199,9 @@ class ByteStream:
             if room:
                 length = min(len(room), len(left))
                 room[:length] = left[:length]
-                self._connection.commit(self.stream, length)
-                self.carrier.touch()
                 left = left[length:]
+                self._connection.commit(self.stream, length, end=end and not left)
+                self.carrier.touch()
             elif not self._error:
                 self._writer = plane.Waiter(self.carrier.plane)
                 self.carrier.starved[self] = None
@@ -240,6 +272,7 @@ class ByteStream:
     def _leave(self, error: str) -> None:
         self._error = error
         self.stream.owner = NOBODY
+        self.on_over()
         self.carrier.starved.pop(self, None)
         self._wake(self._reader)
         self._wake(self._writer)

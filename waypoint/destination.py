@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from control.api.address import AddressError, IpAddress, parse_address
-from control.api.gateway import Gateway
-from control.api.workload import Endpoint, Service
+from control.api.gateway import Gateway, Placement
+from control.api.workload import OPAQUE_PORTS, Endpoint, Service, ServicePort
 from control.client.state import State
 from uproxy.errors import Flag, RefusedError
 from uproxy.health import Health
 from uproxy.listener import Asked
 from uproxy.resolve import Hop, Resolver, host_port
+from waypoint.balancers import Balancers
+from waypoint.balancing import Host
+from waypoint.caller import Caller
+from waypoint.request import Request
+from waypoint.turn import Hops
 
 _NOWHERE: Final = IpAddress("0.0.0.0")
 
@@ -30,6 +36,8 @@ class Destination:
     port: int
     """Of the first service; of the workload when there is none."""
     http: bool
+    undeclared: bool
+    """Whether nothing says what it speaks: HTTP is what begins as such, and backends are spoken to as callers speak."""
     http2: bool
     """Whether `backend` takes requests by HTTP/2."""
     backend: Hop | None
@@ -43,16 +51,23 @@ class Destination:
 class Destinations:
     """Those of one Gateway, by what callers ask for. Worked out once per configuration."""
 
-    def __init__(self, state: State, gateway: str, health: Health | None = None) -> None:
-        """`gateway`: key of the Gateway. `health`: what is known of backends; those that failed come last."""
+    def __init__(self, state: State, gateway: str, health: Health | None = None, own: str = "") -> None:
+        """`gateway`: key of the Gateway. `health`: what is known of backends; those that failed come last.
+
+        `own`: key of this process's workload, if it has one, whose node and account say what it serves, if not all.
+        """
         self._state = state
         self._gateway = gateway
-        self._resolver = Resolver(state, random.Random(), health)
+        self._own = own
+        known = health if health is not None else Health(lambda: 0.0)
+        self._resolver = Resolver(state, random.Random(), known, self.preferred, caller=own)
+        self.balancers = Balancers(state, gateway, own, self._resolver, known)
         self._generation = -1
         # The services' workloads, by their own addresses; None until somebody dials one.
         self._behind: dict[tuple[IpAddress, int], Destination] | None = None
         self._found: dict[tuple[str, int], Destination] = {}
-        self._http2: dict[tuple[str, int], bool] = {}  # of the services' ports that were asked for
+        # Of the services' ports that were asked for; None: nothing says so.
+        self._http2: dict[tuple[str, int], bool | None] = {}
 
     def find(self, asked: Asked) -> Destination:
         """Raises RefusedError: 400 `wrong-destination` for what this waypoint does not serve."""
@@ -65,6 +80,17 @@ class Destinations:
                 self._found.clear()
             self._found[place] = found
         return found
+
+    def all(self) -> Iterator[Destination]:
+        """Those that can be told beforehand: ports of services, and of the workloads behind them."""
+        self._refresh()
+        gateway = self._state.gateway(self._gateway)
+        if gateway is None:
+            return
+        for service in filter(None, map(self._state.service, gateway.services)):
+            for port in service.ports:
+                yield from (_destination(address, port.port, service, port, None) for address in service.vips)
+        yield from self._workloads_of(gateway).values()
 
     def _refresh(self) -> None:
         if self._generation != self._state.generation:
@@ -92,16 +118,44 @@ class Destinations:
             raise RefusedError("no-endpoint", f"there is no service {service_key}")
         return self._resolver.backends(service, port)
 
-    def speaks_http2(self, service_key: str, port: int) -> bool:
-        """Whether the workloads of a service port take requests by HTTP/2."""
+    def hops(
+        self,
+        service_key: str,
+        port: int,
+        caller: Caller,
+        request: Request | None,
+        *,
+        grpc: bool = False,
+        tried: Sequence[Host] = (),
+    ) -> Hops:
+        """Likewise for one attempt, as is said of how that service is balanced; `tried`: by attempts before.
+
+        `request`: None of opaque TCP. Whoever gets a Turn leaves it. Raises RefusedError when nobody is there.
+        """
+        turn = self.balancers.turn(service_key, port, caller, request, tried, grpc=grpc)
+        return turn if turn is not None else self.backends(service_key, port)
+
+    def preferred(self, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """Those that this process stands before; where there are none, which routes may lead to, all of them."""
+        gateway, own = self._state.gateway(self._gateway), self._state.workload(self._own)
+        if own is None or gateway is None or gateway.placement is Placement.REMOTE:
+            return endpoints
+        of_account = gateway.placement is Placement.SERVICE_ACCOUNT
+        served = [one for one in endpoints if one.node == own.node and (one.identity == own.identity or not of_account)]
+        return served or endpoints
+
+    def speaks_http2(self, service_key: str, port: int, caller: bool) -> bool:
+        """Whether the workloads of a service port take requests by HTTP/2; as the caller does, if nothing says so."""
         self._refresh()
         place = (service_key, port)
-        speaks = self._http2.get(place)
-        if speaks is None:
+        try:
+            speaks = self._http2[place]
+        except KeyError:
             service = self._state.service(service_key)
-            speaks = service is not None and any(one.port == port and one.is_http2 for one in service.ports)
-            self._http2[place] = speaks
-        return speaks
+            found = [one for one in service.ports if one.port == port] if service is not None else []
+            undeclared = any(one.is_undeclared for one in found)
+            speaks = self._http2[place] = None if undeclared else any(one.is_http2 for one in found)
+        return caller if speaks is None else speaks
 
     def _find(self, asked: Asked) -> Destination:
         gateway = self._state.gateway(self._gateway)
@@ -115,14 +169,15 @@ class Destinations:
         found = self._state.service_at(address, asked.port)
         if found is not None and found[0].key in gateway.services:
             service, port = found
-            return Destination(address, asked.port, (service,), port.port, port.is_http, port.is_http2, None)
+            return _destination(address, asked.port, service, port, None)
         behind = self._workloads_of(gateway).get((address, asked.port))
         if behind is not None:
             return behind
         workload = self._state.workload_at(address)
         if workload is not None and workload.key in gateway.workloads:
             straight = Hop(address, workload.identity, host_port(address, asked.port).encode(), workload)
-            return Destination(address, asked.port, (), asked.port, False, False, straight)
+            undeclared = asked.port not in OPAQUE_PORTS
+            return Destination(address, asked.port, (), asked.port, False, undeclared, False, straight)
         awaited = [service_key for service_key in gateway.services if self._state.service(service_key) is None]
         if awaited:  # it may be one of these: another process of the waypoint may know it
             raise RefusedError("no-config", f"{asked.authority}: {awaited[0]} has not come yet", flag=Flag.NO_CONFIG)
@@ -153,12 +208,22 @@ class Destinations:
             target = endpoint.ports.get(port.port)
             if target is None:
                 continue
-            place, http = (endpoint.address, target), port.is_http
+            place = endpoint.address, target
             other = behind.get(place)
             if other is None:
                 authority = host_port(endpoint.address, target).encode()
                 straight = Hop(endpoint.address, endpoint.identity, authority, workload)
-                behind[place] = Destination(*place, (service,), port.port, http, port.is_http2, straight)
+                behind[place] = _destination(*place, service, port, straight)
             else:
                 # What one service refuses is refused: of HTTP more can be asked.
-                behind[place] = replace(other, services=(*other.services, service), http=http or other.http)
+                http = port.is_http or other.http
+                undeclared = not http and (port.is_undeclared or other.undeclared)
+                services = (*other.services, service)
+                behind[place] = replace(other, services=services, http=http, undeclared=undeclared)
+
+
+def _destination(
+    address: IpAddress, dialled_port: int, service: Service, port: ServicePort, backend: Hop | None
+) -> Destination:
+    undeclared = port.is_undeclared
+    return Destination(address, dialled_port, (service,), port.port, port.is_http, undeclared, port.is_http2, backend)

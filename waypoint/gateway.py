@@ -11,19 +11,24 @@ import time
 from typing import Final
 
 from control.api.address import IpAddress
+from control.api.identity import SpiffeId
 from control.client.state import Changes, State
 from uproxy.connections import Connections
 from uproxy.errors import RefusedError
-from uproxy.hbone import PREFACE, Stream
+from uproxy.hbone import Stream
 from uproxy.header_block import Headers
 from uproxy.listener import Asked, asked_for, refuse, traced
 from uproxy.plane import Plane
 from uproxy.relay import Relay
 from uproxy.telemetry import Connection, Peer
 from uproxy.tunnel import Tunnel
+from waypoint import detection
+from waypoint.balancers import Balancers
 from waypoint.byte_stream import ByteStream
 from waypoint.caller import Caller
-from waypoint.destination import Destinations
+from waypoint.connection_limits import Limiters
+from waypoint.destination import Destination, Destinations
+from waypoint.detection import TIMEOUT_S, Begun
 from waypoint.directory import Directory
 from waypoint.exchange import Exchanges
 from waypoint.http1_incoming import Http1Incoming
@@ -40,7 +45,9 @@ from waypoint.upstream import Upstream
 _Client = Http1Incoming | Http2Connection
 
 GRACE_S: Final = 1.0
-"""Within a drain: how long a connection may wait for a request, which may be on its way."""
+"""Within a drain that is no upgrade: how long a connection may wait for a request, which may be on its way."""
+TOLD_GRACE_S: Final = 10.0
+"""Within an upgrade: likewise for a connection of HTTP/2, whose caller was told; it may be slow to read that."""
 
 
 class Gateway:
@@ -51,26 +58,47 @@ class Gateway:
         data_plane: Plane,
         state: State,
         gateway: str,
+        identity: SpiffeId,
         upstream: Upstream,
         connections: Connections,
         telemetry: WaypointTelemetry,
         directory: Directory | None = None,
+        own: str = "",
     ) -> None:
-        """`gateway`: key of the Gateway. `directory`: where what is not known is asked for, if anywhere."""
+        """`gateway`: key of the Gateway. `identity`: of this process. `directory`: where to ask, if anywhere.
+
+        `own`: key of this process's workload, if it has one.
+        """
         self._grace_s = GRACE_S
         self._plane = data_plane
         self._state = state
         self._connections = connections
         self._telemetry = telemetry
         self._directory = directory
-        self._destinations = Destinations(state, gateway, upstream.health)
-        rules = RuleBook(state, gateway)
+        self._destinations = Destinations(state, gateway, upstream.health, own)
+        self._rules = rules = RuleBook(state, gateway)
+        limiters = Limiters(data_plane, state, gateway)
         self._exchanges = Exchanges(
-            data_plane, state, gateway, self._destinations, rules, upstream, connections, telemetry, directory
+            data_plane,
+            state,
+            gateway,
+            identity,
+            self._destinations,
+            rules,
+            upstream,
+            limiters,
+            connections,
+            telemetry,
+            directory,
         )
-        self._opaque = Opaque(data_plane, self._destinations, rules, upstream, connections, telemetry)
+        self._opaque = Opaque(data_plane, self._destinations, rules, upstream, limiters, connections, telemetry)
         self._waiting: dict[_Client, Asked] = {}
         """Connections of callers that may bring a request: HTTP/1.1 while there is none, HTTP/2 for ever."""
+
+    @property
+    def balancers(self) -> Balancers:
+        """How backends are chosen."""
+        return self._destinations.balancers
 
     def on_request(self, carrier: Tunnel, relay: Relay, headers: Headers, ended: bool) -> None:
         """A CONNECT came, on a tunnel from a caller."""
@@ -90,19 +118,17 @@ class Gateway:
             await self._learn(asked, caller)
             destination = self._destinations.find(asked)
             record.destination_service = destination.service_key
-            if not destination.http:
-                if caller_span:
-                    self._telemetry.follow(record, caller_span)
-                await self._opaque.serve(carrier, relay, caller, asked, destination, record)
+            if caller_span and not destination.http:
+                self._telemetry.follow(record, caller_span)
+            if not (destination.http or destination.undeclared):
+                await self._opaque.serve(lambda: _taken(carrier, relay), caller, asked, destination, record)
                 return
         except RefusedError as error:
             refuse(carrier, relay, error, record.request_id)
-            record.flag, record.error, record.policy = error.flag, str(error), error.policy
-            self._telemetry.closed(record, time.monotonic())
+            self._refused(record, error)
             return
-        carrier.respond(relay, ((b":status", b"200"),))
         with contextlib.suppress(ConnectionResetError):
-            await self._serve_http(ByteStream.of(relay), caller, asked)
+            await self._serve_stream(_taken(carrier, relay), caller, asked, destination, record)
 
     async def _learn(self, asked: Asked, caller: Caller) -> None:
         """Ask who lives at an address that was dialled by itself, and, for telemetry and without waiting, who calls.
@@ -117,12 +143,17 @@ class Gateway:
         if unknown is not None:
             await self._directory.destination(unknown)
 
-    async def _serve_http(self, stream: ByteStream, caller: Caller, asked: Asked) -> None:
-        """One caller's connection, of the version that it begins with. Raises nothing."""
+    async def _serve_stream(
+        self, stream: ByteStream, caller: Caller, asked: Asked, destination: Destination, record: Connection
+    ) -> None:
+        """One caller's connection, as what it begins with. Raises ConnectionResetError."""
         newcomer = Http1Incoming(stream, asked.authority.encode())
         self._await(newcomer, asked)
         try:
-            http2 = await stream.starts_with(PREFACE, IDLE_TIMEOUT_S, HEAD_TIMEOUT_S)
+            if destination.http or self._rules.at(destination).asks_http:
+                begun = await stream.told_by(detection.version, IDLE_TIMEOUT_S, HEAD_TIMEOUT_S)
+            else:
+                begun = await _detected(stream)
         except TimeoutError:
             stream.close()
             return
@@ -131,8 +162,10 @@ class Gateway:
             return
         finally:
             del self._waiting[newcomer]
-        if http2:
+        if begun is Begun.HTTP2:
             self._serve_http2(stream, caller, asked)
+        elif begun is Begun.OPAQUE:
+            await self._serve_opaque(stream, caller, asked, destination, record)
         else:
             await self._serve_http1(newcomer, caller, asked)
 
@@ -183,6 +216,16 @@ class Gateway:
             if self._exchanges.draining:
                 self._leave(connection)
 
+    async def _serve_opaque(
+        self, stream: ByteStream, caller: Caller, asked: Asked, destination: Destination, record: Connection
+    ) -> None:
+        """What turned out not to be HTTP. Raises nothing."""
+        try:
+            await self._opaque.serve(lambda: stream, caller, asked, destination, record)
+        except RefusedError as error:
+            stream.abort(str(error))
+            self._refused(record, error)
+
     def _await(self, client: Http1Incoming, asked: Asked) -> None:
         """It waits for a request; within a drain, not for long."""
         self._waiting[client] = asked
@@ -197,6 +240,7 @@ class Gateway:
         """
         if not changes:
             return
+        self._exchanges.config_changed()
         self._connections.reauthorise()
         for client, asked in list(self._waiting.items()):
             try:
@@ -204,13 +248,14 @@ class Gateway:
             except RefusedError:
                 client.retire()
 
-    def drain(self, timeout_s: float) -> None:
-        """This process ends within `timeout_s`: close connections after their next response, or when none is asked for.
+    def drain(self, grace_s: float) -> None:
+        """This process ends: close connections after their next response, or when none is asked for within `grace_s`.
 
-        Whoever has connected or had a response may have sent a request that is not here yet: there is a moment for it.
+        Whoever has connected or had a response may have sent a request that is not here yet. Callers that speak HTTP/2
+        were told, and are waited for less.
         """
         self._exchanges.draining = True
-        self._grace_s = min(GRACE_S, timeout_s / 2)
+        self._grace_s = grace_s
         for client in list(self._waiting):
             self._leave(client)
 
@@ -220,17 +265,28 @@ class Gateway:
                 client.retire()
 
         client.turn_away()
-        self._plane.call_later(self._grace_s, retire)
+        told = isinstance(client, Http2Connection)
+        self._plane.call_later(min(TOLD_GRACE_S, self._grace_s) if told else self._grace_s, retire)
+
+    @property
+    def awaits(self) -> bool:
+        """Whether there are connections of callers that may bring a request."""
+        return bool(self._waiting)
 
     def close_idle(self) -> None:
         """The drain time is over: end the connections that wait for a request."""
         for client in list(self._waiting):
             client.close()
+        self._exchanges.close()
 
     def tick(self, now: float) -> None:
         """Called every few seconds."""
         for client in list(self._waiting):
             client.tick(now)
+
+    def _refused(self, record: Connection, error: RefusedError) -> None:
+        record.flag, record.error, record.policy = error.flag, str(error), error.policy
+        self._telemetry.closed(record, time.monotonic())
 
     def _record(self, caller: Caller, name: str) -> Connection:
         return Connection(
@@ -240,6 +296,20 @@ class Gateway:
             request_id=name,
             started=time.monotonic(),
         )
+
+
+def _taken(carrier: Tunnel, relay: Relay) -> ByteStream:
+    """Answer a CONNECT with 200. Raises ConnectionResetError."""
+    carrier.respond(relay, ((b":status", b"200"),))
+    return ByteStream.of(relay)
+
+
+async def _detected(stream: ByteStream) -> Begun:
+    """Raises OSError, RefusedError."""
+    try:
+        return await stream.told_by(detection.begun, TIMEOUT_S, TIMEOUT_S) or Begun.OPAQUE
+    except TimeoutError:  # it waits for its server to speak first
+        return Begun.OPAQUE
 
 
 async def _introduced(directory: Directory, caller: IpAddress) -> None:

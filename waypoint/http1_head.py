@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from waypoint import trailers
+from waypoint import trailers, websocket
 from waypoint.messages import (
     CHUNKED,
     NO_BODY,
@@ -19,6 +19,7 @@ from waypoint.messages import (
     ResponseHead,
     length,
 )
+from waypoint.remembered import MAX_KNOWN, Known, remembered
 
 MAX_HEAD: Final = 65536
 """Bytes of a head, and of the trailers of a chunked body."""
@@ -33,14 +34,15 @@ _FIELDS: Final = rb"((?:" + _TOKEN + rb":" + _TEXT + rb"\r\n)*+)"
 # Methods in lower case are nobody's, but some applications take `delete` for DELETE where a policy does not.
 METHOD: Final = rb"[A-Z]++(?:-[A-Z]++)*+"
 TARGET: Final = rb"[!\x22$-~]++"
-_REQUEST_LINE: Final = rb"(?:\r\n)?+(" + METHOD + rb") (" + TARGET + rb") HTTP/1\.([01])\r\n"
+REQUEST_LINE: Final = rb"(?:\r\n)?+(" + METHOD + rb") (" + TARGET + rb") HTTP/1\.([01])\r\n"
 # Some servers send no reason, and then no space before it.
 _STATUS_LINE: Final = rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: (" + _TEXT + rb"))?+\r\n"
-_START: Final = re.compile(_REQUEST_LINE)
-_REQUEST: Final = re.compile(_REQUEST_LINE + _FIELDS + rb"\r\n")
+_START: Final = re.compile(REQUEST_LINE)
+_REQUEST: Final = re.compile(REQUEST_LINE + _FIELDS + rb"\r\n")
 _RESPONSE: Final = re.compile(_STATUS_LINE + _FIELDS + rb"\r\n")
 _TRAILERS: Final = re.compile(_FIELDS + rb"\r\n")
 _OPTION: Final = re.compile(_TOKEN)
+_PROTOCOL: Final = re.compile(_TOKEN + rb"(?:/" + _TOKEN + rb")?")
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
 HOST: Final = re.compile(rb"(?:[0-9A-Za-z._-]++|\[[0-9A-Fa-f]*+:[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
 _ABSOLUTE: Final = re.compile(rb"http://([^/?]++)(.*)", re.IGNORECASE)
@@ -68,6 +70,7 @@ _Lines = list[tuple[bytes, bytes]]
 _Special = dict[bytes, list[bytes]]
 
 
+@remembered
 def read_request(head: bytes, default_host: bytes) -> RequestHead:
     """A whole head, with its empty line. Raises MessageError."""
     found = _REQUEST.fullmatch(head)
@@ -94,10 +97,12 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
     fields.insert(0, (b"host", hosts[0]))
     minor = 1 if version == b"1" else 0
     if not special and minor:
-        return RequestHead(method.decode(), target.decode(), fields)
+        return RequestHead(method.decode(), target.decode(), _kept(head, fields))
     options = _options(special)
     framing = _framing(special, minor) or NO_BODY
-    upgrades = _upgrades(special, options, possible=method == b"GET" and minor == 1 and framing is NO_BODY)
+    upgrades = _upgrades(special, options, method if minor and not framing.length and framing is not CHUNKED else b"")
+    if upgrades == websocket.PROTOCOL:
+        websocket.key_of(fields)
     expects = expects_continue(special.get(b"expect", ()), framing) and minor == 1  # RFC 9110 section 10.1.1
     fields = [field for field in fields if field[0] not in options or field[0] == b"host"]
     if expects:
@@ -105,7 +110,7 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
     return RequestHead(
         method.decode(),
         target.decode(),
-        fields,
+        _kept(head, fields),
         framing,
         keep_alive=minor == 1 and b"close" not in options,
         protocol="HTTP/1.1" if minor else OLD,
@@ -113,6 +118,10 @@ def read_request(head: bytes, default_host: bytes) -> RequestHead:
         takes_trailers=_takes_trailers(special),
         upgrades=upgrades,
     )
+
+
+def _kept(head: bytes, fields: _Lines) -> Fields:
+    return Known(fields) if len(head) <= MAX_KNOWN else fields
 
 
 def check_start(head: bytearray) -> bool:
@@ -127,10 +136,11 @@ def check_start(head: bytearray) -> bool:
     return True
 
 
-def read_response(head: bytes, method: str, *, upgrades: bool) -> tuple[ResponseHead, bool]:
+@remembered
+def read_response(head: bytes, method: str, *, upgrades: bytes) -> tuple[ResponseHead, bool]:
     """A whole head that answers `method`; and whether the connection stays after it. Raises MessageError.
 
-    `upgrades`: a WebSocket was asked for.
+    `upgrades`: the protocol that was asked for, if one was.
     """
     found = _RESPONSE.fullmatch(head)
     if found is None:
@@ -139,7 +149,7 @@ def read_response(head: bytes, method: str, *, upgrades: bool) -> tuple[Response
     fields, special = _split(lines)
     status, minor = int(code), 1 if version == b"1" else 0
     options = _options(special)
-    if status == 101 and not (upgrades and _upgrades(special, options, possible=True)):
+    if status == 101 and not (upgrades and _upgrades(special, options, b"GET") == upgrades):
         raise MessageError(502, "101 (Switching Protocols) to something for which nobody has asked")
     framing = _framing(special, minor)
     if status < 200 or status == 204:
@@ -150,7 +160,7 @@ def read_response(head: bytes, method: str, *, upgrades: bool) -> tuple[Response
         framing = UNTIL_CLOSE
     stays = minor == 1 and b"close" not in options
     fields = [field for field in fields if field[0] not in options]
-    return ResponseHead(status, reason or b"", fields, framing), stays
+    return ResponseHead(status, reason or b"", _kept(head, fields), framing), stays
 
 
 def read_trailers(lines: bytes) -> Fields:
@@ -210,17 +220,20 @@ def refuse_lookalikes(fields: _Lines) -> None:
                 raise MessageError(400, f"the field {name.decode()} could be taken for {dashed.decode()}")
 
 
-def _upgrades(special: _Special, options: set[bytes], *, possible: bool) -> bool:
-    """Whether a WebSocket is asked for, or agreed to. Raises MessageError for other protocols.
+def _upgrades(special: _Special, options: set[bytes], method: bytes) -> bytes:
+    """The protocol that is asked for, or agreed to, in lower case; empty: none. Raises MessageError for anything else.
 
-    Java's client offers h2c with each request and does well without; nothing else is let through unread.
+    `method`: the request's; empty where no upgrade is possible. Java's client offers h2c with each request, and does
+    well without.
     """
     wanted = [value.lower() for value in special.get(b"upgrade", ())]
-    if wanted == [b"websocket"] and possible and b"upgrade" in options:
-        return True
-    if any(value != b"h2c" for value in wanted):
-        raise MessageError(501, "protocol upgrades other than to WebSocket are not supported")
-    return False
+    if all(value == b"h2c" for value in wanted):
+        return b""
+    asked = wanted[0]
+    possible = method == b"GET" if asked == websocket.PROTOCOL else method
+    if len(wanted) == 1 and possible and b"upgrade" in options and _PROTOCOL.fullmatch(asked):
+        return asked
+    raise MessageError(501, "an upgrade to several protocols, with a body, or without the Connection option")
 
 
 def _options(special: _Special) -> set[bytes]:

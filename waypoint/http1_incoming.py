@@ -117,6 +117,17 @@ class Http1Incoming:
     def on_gone(self, callback: Callable[[], None]) -> None:
         self._stream.on_gone = callback
 
+    def at_hand(self, most: int) -> bytes:
+        events = self._events
+        if len(events) == 2 and isinstance(events[1], End) and not events[1].trailers:
+            body = events[0]
+            assert isinstance(body, Body)
+            if len(body.data) <= most:
+                events.clear()
+                self.whole = True
+                return body.data
+        return b""
+
     async def body(self) -> bytes:
         while not self.whole:
             while self._events:

@@ -63,6 +63,15 @@ class _Reader:
         if self._state is _State.LENGTH and not self._left:
             self._state = _State.DONE
 
+    def _begin_with(self, framing: Framing, data: bytes, start: int) -> list[Body | End]:
+        """What there is of the message after its head, all that has come: mostly it is the whole body."""
+        if framing.length == len(data) - start and framing.ending is Ending.LENGTH:
+            self._state = _State.DONE
+            return [Body(data[start:]), END] if framing.length else [END]
+        self._begin_body(framing)
+        self._buffer += data[start:]
+        return self._rest()
+
     def _rest(self) -> list[Body | End]:
         """What there is of the message after its head."""
         data = self._body() if self._buffer else b""
@@ -151,6 +160,12 @@ class _Reader:
         return 0
 
 
+def _whole_head(data: bytes) -> int:
+    """The length of the head that this begins with; 0: it does not, or may be none."""
+    end = data.find(b"\r\n\r\n", 0, MAX_HEAD) + 4
+    return end if end > 4 else 0
+
+
 class RequestReader(_Reader):
     """One client's requests."""
 
@@ -167,6 +182,13 @@ class RequestReader(_Reader):
 
         What comes after its end waits for `proceed`, all of it: do not go on receiving meanwhile.
         """
+        if self._state is _State.HEAD and not self._buffer and (end := _whole_head(data)):
+            try:
+                head = read_request(data[:end], self._default_host)
+                return [head, *self._begin_with(head.framing, data, end)]
+            except MessageError:
+                self._state = _State.REFUSED
+                raise
         self._buffer += data
         return self._read()
 
@@ -215,13 +237,13 @@ class ResponseReader(_Reader):
     def __init__(self) -> None:
         super().__init__(_State.DONE)
         self._method = ""
-        self._upgrades = False
+        self._upgrades = b""
         self._stays = True
         self.begun = False
         """Whether anything of the expected response has come: a byte of it, or of an interim response."""
 
-    def expect(self, method: str, *, upgrades: bool = False) -> None:
-        """A request was sent, or is about to be: what comes next answers it. `upgrades`: it asks for a WebSocket."""
+    def expect(self, method: str, *, upgrades: bytes = b"") -> None:
+        """A request was sent, or is about to be: what comes next answers it. `upgrades`: it asks for this protocol."""
         assert self.reusable
         self._state = _State.HEAD
         self._method = method
@@ -235,8 +257,17 @@ class ResponseReader(_Reader):
 
     def feed(self, data: bytes) -> list[ResponseEvent]:
         """Events of the expected response. Raises MessageError."""
-        self._buffer += data
         self.begun = True
+        if self._state is _State.HEAD and not self._buffer and (end := _whole_head(data)):
+            try:
+                head, self._stays = read_response(data[:end], self._method, upgrades=self._upgrades)
+                if not (head.interim or head.switches):
+                    return [head, *self._begin_with(head.framing, data, end)]
+            except MessageError as error:
+                self._state = _State.REFUSED
+                error.status = 502
+                raise
+        self._buffer += data
         if self._state in (_State.DONE, _State.REFUSED):  # `reusable` is False from here on
             return []
         try:

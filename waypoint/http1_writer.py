@@ -14,6 +14,7 @@ from waypoint.messages import (
     ResponseHead,
     length,
 )
+from waypoint.remembered import remembered
 
 
 class _Writer:
@@ -65,7 +66,7 @@ class RequestWriter(_Writer):
         """Raises ValueError for a head that no reader of ours would take."""
         self._begin(request.framing)
         line = f"{request.method} {request.target} HTTP/1.1\r\n".encode("ascii")
-        return _written(line, request.fields, request.framing, request=True, upgrade=request.upgrades)
+        return _written(request.fields, line, request.framing, request=True, upgrade=request.upgrades)
 
 
 class ResponseWriter(_Writer):
@@ -88,15 +89,15 @@ class ResponseWriter(_Writer):
         if response.interim:
             if self._request.protocol == OLD:  # RFC 9110 section 15.2
                 return b""
-            return _written(line, response.fields, response.framing)
+            return _written(response.fields, line, response.framing)
         if response.switches:
             self.close = True  # once that is over
-            return _written(line, response.fields, response.framing, upgrade=True)
+            return _written(response.fields, line, response.framing, upgrade=self._request.upgrades)
         framing = self._framing(response.status, response.framing)
         self.close = self.close or close
         if self._request.method != "HEAD":
             self._begin(framing)
-        return _written(line, response.fields, framing, close=self.close)
+        return _written(response.fields, line, framing, close=self.close)
 
     def last(self, trailers: Fields) -> bytes:
         """What says that the body is whole, with trailers for a client that takes them (RFC 9110 section 6.5.1)."""
@@ -111,14 +112,15 @@ class ResponseWriter(_Writer):
         return framing
 
 
+@remembered
 def _written(
-    start: bytes,
     fields: Fields,
+    start: bytes,
     framing: Framing,
     *,
     request: bool = False,
     close: bool = False,
-    upgrade: bool = False,
+    upgrade: bytes = b"",
 ) -> bytes:
     names = [name for name, _ in fields]
     if not OF_CONNECTION.isdisjoint(names):
@@ -131,7 +133,7 @@ def _written(
         raise ValueError("a body without an end")
     lines = [start, *[b"%b: %b\r\n" % field for field in fields]]
     if upgrade:
-        lines += (b"connection: upgrade\r\n", b"upgrade: websocket\r\n")
+        lines += (b"connection: upgrade\r\n", b"upgrade: %b\r\n" % upgrade)
     elif close:
         lines.append(b"connection: close\r\n")
     if framing.length is not None:

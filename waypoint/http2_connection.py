@@ -15,15 +15,15 @@ from typing import Final
 from uproxy import hbone
 from uproxy.hbone import ErrorCode
 from uproxy.header_block import Headers
-from uproxy.plane import Plane
-from uproxy.relay import NOBODY, StreamOwner
+from uproxy.plane import Plane, Waiter
+from uproxy.relay import NOBODY, StreamOwner, feed
 from waypoint.byte_stream import ByteStream
 
 MAX_STREAMS: Final = 256
 STREAM_WINDOW: Final = 64 << 10
 """Of a stream whose reader has not kept up: as many of these as there are streams may wait here."""
 OUTPUT_SIZE: Final = 32 << 10
-LIMITS: Final = hbone.Limits(MAX_STREAMS, STREAM_WINDOW, header_table=4096, output=OUTPUT_SIZE)
+LIMITS: Final = hbone.Limits(MAX_STREAMS, STREAM_WINDOW, header_table=4096, output=OUTPUT_SIZE, extended_connect=True)
 
 OnRequest = Callable[["Http2Connection", hbone.Stream, Headers, bool], None]
 
@@ -39,6 +39,10 @@ class Http2Stream(ByteStream):
         super().__init__(carrier, stream)
         self.trailers: Headers = ()
         stream.owner = self
+
+    def abort(self, text: str, code: ErrorCode = ErrorCode.CANCEL) -> None:
+        """`code`: a WebSocket's, by default, whose other side was reset (RFC 8441 section 5)."""
+        super().abort(text, code)
 
     def on_interim(self, headers: Headers) -> None: ...
 
@@ -68,6 +72,9 @@ class Http2Connection:
         self._on_close = on_close
         self._idle_timeout_s = idle_timeout_s
         self._on_request = on_request
+        self._introduced = False  # the peer's settings are known
+        self._asking: list[Waiter[None]] = []
+        """Who waits for them."""
         self._unsent = memoryview(b"")
         self._unread = b""  # work for later turns, for which the peer has no credit yet
         self._ended = False  # nothing comes behind that
@@ -91,6 +98,18 @@ class Http2Connection:
     def usable(self) -> bool:
         """Whether another request may be sent."""
         return not self.closed and not self._retiring and self.connection.can_open
+
+    async def takes_websockets(self, waiter: Waiter[None], timeout_s: float) -> bool:
+        """Whether the server does, once its settings are known. Raises TimeoutError, or what the waiter fails with."""
+        if not (self._introduced or self.closed):
+            self._asking.append(waiter)
+            await self.plane.wait(waiter, timeout_s)
+        return self.connection.peer_extended_connect
+
+    @property
+    def room(self) -> int:
+        """Bytes that the peer takes now, on a new stream."""
+        return self.connection.new_window
 
     def reset_stream(self, stream: hbone.Stream, code: ErrorCode) -> None:
         if not self.closed:
@@ -145,15 +164,8 @@ class Http2Connection:
     def on_room(self) -> None:
         self._push()
         if not self._unsent and not self.closed:
-            self._feed()
+            feed(self.connection, self.starved)
             self.touch()
-
-    def _feed(self) -> None:
-        """Let the streams that waited for room send again, but for those without a window."""
-        if self.connection.send_window > 0:
-            for owner in [one for one in self.starved if one.stream.send_window > 0]:
-                del self.starved[owner]
-                owner.on_room()
 
     # -- receiving
 
@@ -206,7 +218,7 @@ class Http2Connection:
                 event.stream.owner.on_data(event.data)
             elif isinstance(event, hbone.WindowOpened):
                 if event.stream is None:
-                    self._feed()
+                    feed(self.connection, self.starved)
                 elif event.stream.owner in self.starved:
                     del self.starved[event.stream.owner]
                     event.stream.owner.on_room()
@@ -223,6 +235,9 @@ class Http2Connection:
             elif isinstance(event, hbone.InterimReceived):
                 if isinstance(event.stream.owner, Http2Stream):
                     event.stream.owner.on_interim(event.headers)
+            elif isinstance(event, hbone.SettingsReceived):
+                self._introduced = True
+                self._wake()
             elif isinstance(event, hbone.RequestReceived):
                 assert self._on_request is not None
                 event.stream.owner = NOBODY
@@ -299,7 +314,13 @@ class Http2Connection:
         self.stream.owner = NOBODY
         self._carrier.starved.pop(self, None)
         self._carrier.touch()
+        self._wake()
         self._on_close(self)
+
+    def _wake(self) -> None:
+        for waiter in self._asking:
+            waiter.set(None)
+        self._asking.clear()
 
     def _lose(self, text: str) -> None:
         """Every stream ends as a reset, never as a clean end."""

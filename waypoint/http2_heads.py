@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Final
 
 from uproxy.header_block import Headers, well_formed, well_formed_trailers
+from waypoint import websocket
 from waypoint.http1_head import (
     HOST,
     MAX_START_LINE,
@@ -23,6 +24,7 @@ from waypoint.http1_head import (
 )
 from waypoint.messages import (
     CHUNKED,
+    HTTP2,
     NO_BODY,
     Ending,
     Fields,
@@ -32,8 +34,8 @@ from waypoint.messages import (
     ResponseHead,
     length,
 )
+from waypoint.remembered import Known, remembered
 
-PROTOCOL: Final = "HTTP/2"
 # HTTP/2 has no reason phrases, and there are clients of HTTP/1.1 that take no response without one for a response.
 _REASONS: Final = {int(status): status.phrase.encode() for status in HTTPStatus}
 _METHOD: Final = re.compile(METHOD)
@@ -42,12 +44,21 @@ _WITH_CONTENT: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 _Special = dict[bytes, list[bytes]]
 
 
+@remembered
 def read_request(headers: Headers, *, ended: bool) -> RequestHead:
     """`ended`: there is no body. Raises MessageError."""
     pseudo, fields, special = _split(headers)
     method, target = pseudo[b":method"], pseudo.get(b":path", b"")
+    protocol = pseudo.get(b":protocol")
     if method == b"CONNECT":
-        raise MessageError(501, "CONNECT inside a tunnel is not supported")
+        if protocol != websocket.PROTOCOL:
+            raise MessageError(501, "CONNECT inside a tunnel, but for WebSockets, is not supported")
+        if ended or b"content-length" in special:
+            raise MessageError(400, "a WebSocket that ends with its head, or has a length")
+        websocket.key_of(fields)
+        method = b"GET"  # as policies and HTTP/1.1 know it
+    elif protocol is not None:
+        raise MessageError(400, "a :protocol without CONNECT")
     if _METHOD.fullmatch(method) is None:
         raise MessageError(400, "malformed :method")
     if len(target) > MAX_START_LINE:
@@ -67,29 +78,35 @@ def read_request(headers: Headers, *, ended: bool) -> RequestHead:
     fields.insert(0, (b"host", hosts[0]))
     if b"cookie" in special:  # which may come in crumbs (RFC 9113 section 8.2.3)
         fields.append((b"cookie", b"; ".join(filter(None, special[b"cookie"]))))
-    framing = _request_framing(special, method, ended=ended)
+    framing = _request_framing(special, method, ended=ended or protocol is not None)
     expects = expects_continue(special.get(b"expect", ()), framing)
     if expects:
         fields.append((b"expect", b"100-continue"))
     return RequestHead(
         method.decode(),
         target.decode(),
-        fields,
+        _kept(headers, fields),
         framing,
-        protocol=PROTOCOL,
+        protocol=HTTP2,
         expects_continue=expects,
         takes_trailers=b"te" in special,
+        upgrades=protocol or b"",
     )
 
 
-def read_response(headers: Headers, method: str, *, ended: bool) -> ResponseHead:
-    """What answers `method`. Raises MessageError."""
+@remembered
+def read_response(headers: Headers, method: str, *, ended: bool, upgrades: bool = False) -> ResponseHead:
+    """What answers `method`; `upgrades`: a WebSocket was asked for, so that 2xx begins it. Raises MessageError."""
     pseudo, fields, special = _split(headers)
     status = int(pseudo[b":status"])
     if status < 100 or status == 101:
         raise MessageError(502, f"a response with status {status}")
     fields += [(b"cookie", value) for value in special.get(b"cookie", ())]
     lengths = special.get(b"content-length")
+    if upgrades and 200 <= status < 300:
+        if lengths:
+            raise MessageError(502, "a WebSocket with a Content-Length")
+        return ResponseHead(101, _REASONS[101], websocket.without_accept(fields))
     try:
         said = read_length(lengths) if lengths else None
     except MessageError as error:
@@ -103,19 +120,28 @@ def read_response(headers: Headers, method: str, *, ended: bool) -> ResponseHead
         framing = said or NO_BODY
     else:
         framing = said or CHUNKED
-    return ResponseHead(status, _REASONS.get(status, b""), fields, framing)
+    return ResponseHead(status, _REASONS.get(status, b""), _kept(headers, fields), framing)
+
+
+def _kept(headers: Headers, fields: list[tuple[bytes, bytes]]) -> Fields:
+    return Known(fields) if isinstance(headers, tuple) else fields
 
 
 def written_request(head: RequestHead) -> Headers:
     """Raises ValueError for a head that no reader of ours would take."""
-    host = next(value for name, value in head.fields if name == b"host")
+    (name, host), *others = head.fields
+    if name != b"host":
+        host = next(value for name, value in others if name == b"host")
+        others = [field for field in head.fields if field[0] != b"host"]
     headers = [
         (b":method", head.method.encode()),
         (b":scheme", b"http"),
         (b":authority", host),
         (b":path", head.target.encode()),
-        *(field for field in head.fields if field[0] != b"host"),
+        *others,
     ]
+    if head.upgrades:
+        headers[:1] = [(b":method", b"CONNECT"), (b":protocol", websocket.PROTOCOL)]
     if head.takes_trailers:
         headers.append((b"te", b"trailers"))
     return _written(headers, head.framing, request=True)
@@ -123,9 +149,17 @@ def written_request(head: RequestHead) -> Headers:
 
 def written_response(head: ResponseHead) -> Headers:
     """Raises ValueError for a head that no reader of ours would take."""
-    return _written([(b":status", b"%d" % head.status), *head.fields], head.framing, request=False)
+    if head.switches:
+        return _written([(b":status", b"200"), *head.fields], NO_BODY, request=False)
+    return _written_response(head.fields, head.status, head.framing)
 
 
+@remembered
+def _written_response(fields: Fields, status: int, framing: Framing) -> Headers:
+    return _written([(b":status", b"%d" % status), *fields], framing, request=False)
+
+
+@remembered
 def written_trailers(trailers: Fields) -> Headers:
     """Raises ValueError for what is none."""
     if not well_formed_trailers(trailers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from uproxy import hbone
 from uproxy.hbone import ErrorCode
@@ -11,7 +12,7 @@ from waypoint import trailers
 from waypoint.byte_stream import ByteStream
 from waypoint.http2_connection import Http2Connection, Http2Stream
 from waypoint.http2_heads import written_response, written_trailers
-from waypoint.messages import Body, Ending, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead
+from waypoint.messages import CHUNKED, Body, End, Ending, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead
 from waypoint.sides import STALL_TIMEOUT_S
 
 
@@ -21,11 +22,13 @@ class Http2Incoming:
     __slots__ = ("_connection", "_left", "_stream", "head", "whole")
 
     def __init__(self, connection: Http2Connection, stream: hbone.Stream, head: RequestHead, *, ended: bool) -> None:
+        self._left = head.framing.length if head.framing.ending is Ending.LENGTH else None
+        if self._left == 0 and not ended:  # in HTTP/1.1 the request would be whole before its end has come
+            head = replace(head, framing=CHUNKED)
         self.head = head
-        self.whole = ended
+        self.whole = ended or bool(head.upgrades)  # what follows is the WebSocket's
         self._connection = connection
         self._stream = Http2Stream(connection, stream)
-        self._left = head.framing.length if head.framing.ending is Ending.LENGTH else None
 
     @property
     def on_gone(self) -> Callable[[], None]:
@@ -39,6 +42,14 @@ class Http2Incoming:
     def trailers(self) -> Fields:
         return trailers.kept(self._stream.trailers) if self._stream.trailers else ()
 
+    def at_hand(self, most: int) -> bytes:
+        if self._stream.trailers or self._left == 0:
+            return b""
+        least = self._left or 1
+        data = self._stream.at_hand(least, most if self._left is None else min(most, least))
+        self.whole = bool(data)
+        return data
+
     async def body(self) -> bytes:
         if self.whole:
             return b""
@@ -47,6 +58,12 @@ class Http2Incoming:
             self._left -= len(data)
             if self._left < 0 or (self._left and not data):
                 raise MessageError(400, "a body that is not as long as its Content-Length says")
+            if not self._left and data:
+                # In HTTP/1.1 this ends it: the stream's end must be here first.
+                if await self._stream.receive(STALL_TIMEOUT_S):
+                    raise MessageError(400, "a body that is longer than its Content-Length says")
+                self.whole = True
+                return data
         self.whole = not data
         return data
 
@@ -57,7 +74,9 @@ class Http2Incoming:
         for index, event in enumerate(events):
             if isinstance(event, Body):
                 if self.head.method != "HEAD":
-                    await self._stream.send(event.data, STALL_TIMEOUT_S)
+                    ends = events[last]
+                    bare = index + 1 == last and isinstance(ends, End) and not ends.trailers
+                    await self._stream.send(event.data, STALL_TIMEOUT_S, end=bare)
             elif not isinstance(event, ResponseHead):
                 connection.end(stream, written_trailers(event.trailers))
             elif event.interim:
@@ -67,6 +86,8 @@ class Http2Incoming:
                 bare = index + 1 == last and not isinstance(ends, Body | ResponseHead) and not ends.trailers
                 connection.respond(stream, next(heads), end=bare)
         self._connection.touch()
+        if self.head.upgrades and isinstance(events[last], End):
+            self._stream.close()  # no WebSocket: what its caller still sends is for nobody
         if close:
             self._connection.retire()
 
@@ -75,7 +96,7 @@ class Http2Incoming:
         self._stream.close()
 
     def switched(self) -> ByteStream:
-        raise AssertionError("a request by HTTP/2 asks for no upgrade")
+        return self._stream
 
     def abort(self, text: str, code: ErrorCode = ErrorCode.INTERNAL_ERROR) -> None:
         self._stream.abort(text, code)

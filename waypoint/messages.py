@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import IntEnum, auto
+from typing import Final, NamedTuple
 
 Fields = Sequence[tuple[bytes, bytes]]
 """The header fields of a head in their order: names in lower case, values without white space at the ends."""
+
+
+HTTP2: Final = "HTTP/2"
 
 
 class MessageError(Exception):
@@ -18,7 +22,7 @@ class MessageError(Exception):
         self.status = status
 
 
-class Ending(Enum):
+class Ending(IntEnum):
     """How the end of a body is known."""
 
     NONE = auto()
@@ -29,8 +33,7 @@ class Ending(Enum):
     """Responses only: the connection ends with the body, so a lost connection cannot be told from a whole body."""
 
 
-@dataclass(frozen=True, slots=True)
-class Framing:
+class Framing(NamedTuple):
     """Where a message ends."""
 
     ending: Ending
@@ -59,13 +62,13 @@ class RequestHead:
     keep_alive: bool = True
     """Whether the client takes another response on this connection."""
     protocol: str = "HTTP/1.1"
-    """As it is logged; or HTTP/1.0."""
+    """As it is logged; or HTTP/1.0, HTTP/2."""
     expects_continue: bool = False
     """The client waits for 100 (Continue) before it sends the body. The Expect field is among the fields then."""
     takes_trailers: bool = False
     """The client has said `TE: trailers`."""
-    upgrades: bool = False
-    """The client asks for a WebSocket (RFC 6455)."""
+    upgrades: bytes = b""
+    """The protocol that the client asks for (RFC 9110 section 7.8), in lower case: `websocket`, mostly."""
 
 
 UNREAD = RequestHead("GET", "/", (), keep_alive=False)
@@ -86,7 +89,7 @@ class ResponseHead:
 
     @property
     def switches(self) -> bool:
-        """The WebSocket begins: what comes next is no HTTP."""
+        """The WebSocket, or another protocol, begins: what comes next is no HTTP."""
         return self.status == 101
 
 

@@ -16,11 +16,11 @@ from typing import Final
 from control.api.filters import Mirror
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane, Waiter
-from uproxy.resolve import Hop
 from waypoint.caller import Caller
 from waypoint.destination import Destinations
-from waypoint.messages import End, MessageError, RequestHead
+from waypoint.messages import HTTP2, End, MessageError, RequestHead
 from waypoint.sides import Outgoing
+from waypoint.turn import Hops, Turn
 from waypoint.upstream import Cause, Upstream
 
 MAX_COPIES: Final = 256
@@ -52,25 +52,26 @@ class Mirrors:
             if self._under_way >= MAX_COPIES or self._random.randrange(mirror.denominator) >= mirror.numerator:
                 continue
             try:
-                hops = self._destinations.backends(mirror.service, mirror.port)
+                hops = self._destinations.hops(mirror.service, mirror.port, caller, None)
             except RefusedError as error:
                 log.info("%s: no copy for %s: %s", cause.request_id, mirror.service, error)
                 continue
-            http2 = self._destinations.speaks_http2(mirror.service, mirror.port)
+            http2 = self._destinations.speaks_http2(mirror.service, mirror.port, head.protocol == HTTP2)
             copy = Copy(self._plane, mirror.service, http2=http2, ended=ended)
             # Nobody would tell the caller to go on with the body.
             fields = [field for field in head.fields if field[0] != b"expect"]
             self._under_way += 1
             self._plane.spawn(
                 self._send(
-                    copy, replace(head, fields=fields, expects_continue=False, upgrades=False), caller, hops, cause
+                    copy, replace(head, fields=fields, expects_continue=False, upgrades=b""), caller, hops, cause
                 )
             )
             made.append(copy)
         return tuple(made)
 
-    async def _send(self, copy: Copy, head: RequestHead, caller: Caller, hops: tuple[Hop, ...], cause: Cause) -> None:
+    async def _send(self, copy: Copy, head: RequestHead, caller: Caller, hops: Hops, cause: Cause) -> None:
         """Raises nothing."""
+        turn = hops if isinstance(hops, Turn) else None
         claim: Waiter[Outgoing] = Waiter(self._plane)
         timer = self._plane.call_later(TIMEOUT_S, lambda: copy.give_up(f"not done within {TIMEOUT_S:g} s"))
         copy.claim = claim
@@ -80,13 +81,15 @@ class Mirrors:
             if copy.lost:
                 outgoing.done(uploaded=True)
                 raise ConnectionResetError(copy.lost)
-            await _carry(copy, head, outgoing)
+            await _carry(copy, head, outgoing, turn)
         except (OSError, MessageError, ValueError, RefusedError) as error:
             log.info("%s: copy for %s: %s", cause.request_id, copy.service, copy.lost or error)
             copy.give_up(str(error))
         finally:
             timer.cancel()
             self._under_way -= 1
+            if turn is not None:
+                turn.leave()
 
 
 class Copy:
@@ -160,7 +163,7 @@ class Copy:
             self._more = None
 
 
-async def _carry(copy: Copy, head: RequestHead, outgoing: Outgoing) -> None:
+async def _carry(copy: Copy, head: RequestHead, outgoing: Outgoing, turn: Turn | None) -> None:
     """The request, and its answer to nobody. Raises OSError, MessageError, ValueError."""
     bodiless = copy.bodiless
     await outgoing.begin(head, ended=bodiless)
@@ -168,7 +171,11 @@ async def _carry(copy: Copy, head: RequestHead, outgoing: Outgoing) -> None:
         while data := await copy.body():
             await outgoing.write(data)
         await outgoing.end(())
-    while not isinstance((await outgoing.events())[-1], End):
-        pass
+    while True:
+        events = await outgoing.events()
+        if turn is not None:
+            turn.read(events)
+        if isinstance(events[-1], End):
+            break
     copy.outgoing = None
     outgoing.done(uploaded=True)

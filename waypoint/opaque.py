@@ -10,16 +10,17 @@ from uproxy.connections import Connections, Live
 from uproxy.errors import Flag, RefusedError
 from uproxy.listener import Asked
 from uproxy.plane import Plane
-from uproxy.relay import CLEAN, Relay
-from uproxy.resolve import Hop, host_port
+from uproxy.relay import CLEAN
+from uproxy.resolve import host_port
 from uproxy.telemetry import Connection, Peer
-from uproxy.tunnel import Tunnel
 from waypoint.byte_stream import ByteStream
 from waypoint.caller import Caller
+from waypoint.connection_limits import PENDING_TIMEOUT_S, Limiter, Limiters
 from waypoint.destination import Destination, Destinations
 from waypoint.rules import RuleBook
 from waypoint.splice import Splice
 from waypoint.telemetry import WaypointTelemetry
+from waypoint.turn import Hops, Turn
 from waypoint.upstream import Upstream
 
 
@@ -32,6 +33,7 @@ class Opaque:
         destinations: Destinations,
         rules: RuleBook,
         upstream: Upstream,
+        limiters: Limiters,
         connections: Connections,
         telemetry: WaypointTelemetry,
     ) -> None:
@@ -39,28 +41,34 @@ class Opaque:
         self._destinations = destinations
         self._rules = rules
         self._upstream = upstream
+        self._limiters = limiters
         self._connections = connections
         self._telemetry = telemetry
 
     async def serve(
         self,
-        carrier: Tunnel,
-        relay: Relay,
+        take: Callable[[], ByteStream],
         caller: Caller,
         asked: Asked,
         destination: Destination,
         record: Connection,
     ) -> None:
-        """Raises RefusedError before the 200, and nothing after it."""
+        """`take` is called for the caller's stream when the backend's is there; raises ConnectionResetError.
 
-        self._rehearse(caller, destination, record)
+        Raises RefusedError before that, and nothing after it.
+        """
+
+        self._note(caller, destination, record)
 
         def permitted() -> str:
             try:
                 found = self._destinations.find(asked)
             except RefusedError:
                 return ""  # the service is no longer served here: what was allowed goes on to its end
-            policies = self._rules.at(found).policies
+            rules = self._rules.at(found)
+            if found.undeclared and rules.asks_http:
+                return "something asks for what HTTP says, and this is none; declare the port's appProtocol"
+            policies = rules.policies
             decision = policies.decide(caller.identity, caller.address, found.address, found.dialled_port, None)
             if decision.allowed:
                 return ""
@@ -68,21 +76,46 @@ class Opaque:
             return decision.reason
 
         self._authorise(permitted, record)
-        hops = (
+        hops: Hops = (
             (destination.backend,)
             if destination.backend is not None
-            else self._destinations.backends(destination.service_key, destination.port)
+            else self._destinations.hops(destination.service_key, destination.port, caller, None)
         )
-        backend = await self._reach(caller, hops, record)
+        try:
+            await self._serve_by(hops, take, caller, destination, permitted, record)
+        finally:
+            if isinstance(hops, Turn):
+                hops.leave()
+
+    async def _serve_by(
+        self,
+        hops: Hops,
+        take: Callable[[], ByteStream],
+        caller: Caller,
+        destination: Destination,
+        permitted: Callable[[], str],
+        record: Connection,
+    ) -> None:
+        """As `serve`."""
+        limiter = self._limiters.at(destination.service_key)
+        if limiter is not None:
+            await self._room(limiter)
+        try:
+            backend = await self._reach(caller, hops, record)
+        except RefusedError:
+            if limiter is not None:
+                limiter.release()
+            raise
+        if limiter is not None:
+            backend.on_over = limiter.release
         try:
             # What changed during that is told to those in `_connections` alone.
             self._authorise(permitted, record)
         except RefusedError as error:
             backend.abort(str(error))
             raise
-        carrier.respond(relay, ((b":status", b"200"),))
         try:
-            stream = ByteStream.of(relay)
+            stream = take()
         except ConnectionResetError as error:
             backend.abort(str(error))
             record.flag, record.error = Flag.RESET, str(error)
@@ -103,12 +136,14 @@ class Opaque:
             record.flag, record.error = outcome.flag, outcome.text
         self._telemetry.closed(record, time.monotonic())
 
-    def _rehearse(self, caller: Caller, destination: Destination, record: Connection) -> None:
-        """Tell what policies in dry run would do."""
+    def _note(self, caller: Caller, destination: Destination, record: Connection) -> None:
+        """Tell what AUDIT policies match, and what policies in dry run would do."""
         policies = self._rules.at(destination).policies
+        asked = caller.identity, caller.address, destination.address, destination.dialled_port, None
+        decision = policies.decide(*asked)
+        record.audit = decision.audit
         if policies.rehearsal is not None:
-            asked = caller.identity, caller.address, destination.address, destination.dialled_port, None
-            record.dry_run = self._telemetry.rehearsals.note(policies.decide(*asked), policies.rehearsal.decide(*asked))
+            record.dry_run = self._telemetry.rehearsals.note(decision, policies.rehearsal.decide(*asked))
 
     def _authorise(self, permitted: Callable[[], str], record: Connection) -> None:
         """Raises RefusedError when no policy allows it."""
@@ -116,7 +151,20 @@ class Opaque:
         if refusal:
             raise RefusedError("policy", refusal, status=401, flag=Flag.DENY, policy=record.policy)
 
-    async def _reach(self, caller: Caller, hops: tuple[Hop, ...], record: Connection) -> ByteStream:
+    async def _room(self, limiter: Limiter) -> None:
+        """Wait until another connection may be opened, which is counted then. Raises RefusedError."""
+        waited = False
+        while not limiter.take(waited=waited):
+            claim = limiter.line_up(waited=waited)
+            if claim is None:
+                raise RefusedError("overload", "too many connections to the service wait for another to end")
+            waited = True
+            try:
+                await self._plane.wait(claim, PENDING_TIMEOUT_S)
+            except TimeoutError:
+                raise RefusedError("overload", "no other connection to the service has ended in time") from None
+
+    async def _reach(self, caller: Caller, hops: Hops, record: Connection) -> ByteStream:
         """A stream to the first backend that takes it. Raises RefusedError."""
         failed: RefusedError | None = None
         for hop in hops:
@@ -124,12 +172,16 @@ class Opaque:
             try:
                 stream = await self._upstream.stream(caller, hop, record)
                 record.destination.identity = str(hop.expected)  # the pool proved it
+                if isinstance(hops, Turn):
+                    hops.answered(200)
                 return stream
             except RefusedError as error:
                 failed = error
                 if not error.retriable:
                     break
         assert failed is not None  # there is at least one hop
+        if isinstance(hops, Turn) and failed.retriable:
+            hops.unanswered(late=False)
         try:
             raise failed
         finally:

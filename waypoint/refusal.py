@@ -32,12 +32,22 @@ REASONS: Final = {
 }
 
 
+def retry_after(seconds: int) -> Fields:
+    """For those who should ask again, and not sooner."""
+    return ((b"retry-after", str(seconds).encode()),)
+
+
+SOON: Final = retry_after(1)
+"""Of what may well go through when it is asked for again: the least that the header can say."""
+
+
 class RefusalError(Exception):
     """A request that this waypoint answers by itself.
 
     `reason` is for programs, `detail` for people; `flag` is Envoy's response flag; `policy` names the rule; `fields`:
     more of the answer's head; `close`: whoever asks again must connect anew for it; `code`: of the reset, if the
-    response has begun; `retriable`: a backend may be asked again, as far as this failure goes.
+    response has begun; `retriable`: a backend may be asked again, as far as this failure goes; `body`: what is answered
+    instead of `detail`, of `content_type`.
     """
 
     def __init__(
@@ -52,6 +62,8 @@ class RefusalError(Exception):
         close: bool = False,
         retriable: bool = False,
         code: ErrorCode = ErrorCode.INTERNAL_ERROR,
+        body: bytes | None = None,
+        content_type: bytes = b"text/plain",
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -63,6 +75,8 @@ class RefusalError(Exception):
         self.close = close
         self.retriable = retriable
         self.code = code
+        self.body = body
+        self.content_type = content_type
 
 
 # github.com/grpc/grpc, doc/http-grpc-status-mapping.md

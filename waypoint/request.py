@@ -7,7 +7,7 @@ read another path than the one that was routed and allowed:
 - and further, since a DENY must not be missed (Istio's MERGE_SLASHES, which its security practices recommend): `//` is
   one slash;
 - refused, since applications differ on whether they are slashes: `%2F`, `%5C` and the backslash; and `..;` with any
-  path parameters behind it, which is `..` to some.
+  path parameters behind it, or `..%3B`, which is `..` to some.
 Characters that must be encoded and were not (`{`, `|`, `"`, ...) are encoded. The query goes on as it came.
 A host with an empty label (`shop.example..`) is refused: applications that drop the dots know a name that no rule saw.
 """
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from waypoint.messages import Fields
+from waypoint.remembered import remembered
 
 _PLAIN: Final = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,;=:@-][A-Za-z0-9._~!$&'()*+,;=:@-]*)+/?|/")
 """Most paths: nothing to do."""
@@ -61,6 +62,11 @@ class Request:
 
 def read_request(method: str, target: str, fields: Fields) -> Request:
     """What is judged of a head that is well formed. Raises RequestError."""
+    return _read(fields, method, target)
+
+
+@remembered
+def _read(fields: Fields, method: str, target: str) -> Request:
     path, query = _split(target)
     host = (_joined(fields, b"host") or "").lower()
     if host.startswith(".") or ".." in host:
@@ -122,7 +128,7 @@ def _without_dots(segments: Sequence[str]) -> Iterable[str]:
     kept: list[str] = []
     last = len(segments) - 1
     for index, segment in enumerate(segments):
-        if segment.startswith((".;", "..;")):
+        if segment.startswith((".;", "..;", ".%3B", "..%3B")):
             raise RequestError("the path has a dot segment with parameters, which applications read in different ways")
         if segment not in (".", ".."):
             kept.append(segment)

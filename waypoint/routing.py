@@ -54,6 +54,31 @@ class Router:
         self._by_host = {hostname: _Paths(found) for hostname, found in by_host.items()}
         self._asks_host = any(by_host)
 
+    @property
+    def callers(self) -> Iterable[str]:
+        """Namespaces whose callers have routes of their own."""
+        return self._of_callers.keys()
+
+    def of(self, callers: str) -> Router:
+        """The routes of the callers of one such namespace."""
+        return self._of_callers[callers]
+
+    @property
+    def hostnames(self) -> Iterable[str]:
+        """What routes call hosts; empty for every host."""
+        return self._by_host.keys()
+
+    def ordered(self, hostname: str) -> Iterator[RouteRule]:
+        """The rules that hosts of one of `hostnames` may fall under, in the order in which they are asked, each with
+        one match. One without any takes all requests.
+        """
+        if self._default is not None:
+            yield self._default
+            return
+        for name in dict.fromkeys(_hostnames(hostname)):
+            if name in self._by_host:
+                yield from self._by_host[name].ordered()
+
     def route(self, request: Request, callers: str = "") -> RouteRule | None:
         """The rule that a request falls under, with the one of its matches by which it does.
 
@@ -65,7 +90,7 @@ class Router:
             return self._of_callers[callers].route(request)
         if self._default is not None:
             return self._default
-        query = _parameters(request.query) if self._asks_query else {}
+        query = parameters(request.query) if self._asks_query else {}
         for hostname in _hostnames(host_name(request.host)) if self._asks_host else ("",):
             paths = self._by_host.get(hostname)
             if paths is not None:
@@ -175,6 +200,15 @@ class _Paths:
                 self._expressions.append((expression(path.value), candidate))
         self._lengths = sorted({len(prefix) for prefix in self._prefixes}, reverse=True)
 
+    def ordered(self) -> Iterator[RouteRule]:
+        """As `find` asks them."""
+        longest = sorted(self._prefixes.items(), key=lambda item: -len(item[0]))
+        for candidates in (*self._exact.values(), *(found for _, found in longest)):
+            for candidate in candidates:
+                yield candidate.rule
+        for _, candidate in self._expressions:
+            yield candidate.rule
+
     def find(self, request: Request, query: _Query) -> RouteRule | None:
         """An exact path goes before the longest prefix, and that before an expression, as in Istio."""
         path = request.path
@@ -221,7 +255,7 @@ def _hostnames(name: str) -> Iterator[str]:
     yield ""
 
 
-def _parameters(query: str) -> _Query:
+def parameters(query: str) -> _Query:
     """Query parameters by name, decoded as forms are. Of several with one name the first counts (Gateway API)."""
     found: _Query = {}
     for pair in query[1:].split("&"):

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from control.api.address import IpAddress
-from control.api.policy import Target
+from control.api.extension import PythonFilter
+from control.api.jwt import RequestAuthentication
+from control.api.policy import AuthorizationPolicy, Target
+from control.api.route import HTTPRoute
+from control.api.traffic import TrafficPolicy
 from control.client.state import State
+from waypoint import websocket
 from waypoint.authz import Policies, compile_policies
 from waypoint.destination import Destination
 from waypoint.routing import Router, compile_routes
@@ -28,23 +33,68 @@ class Rules:
     policies: Policies
     tokens: Tokens
     traffic: Traffic
+    trusted_proxies: int
+    """As the Gateway says."""
+    asks_http: bool
+    """Whether anything here asks for what HTTP says: then what is not HTTP must not pass where nobody has said so."""
+    upgrades: frozenset[bytes]
+    """To which protocols requests may upgrade."""
+    filters: tuple[PythonFilter, ...]
+    """In the order in which requests come to them."""
 
 
-def rules_at(state: State, gateway: str, destination: Destination, ledger: Ledger) -> Rules:
-    """`gateway`: key of the waypoint's Gateway. All policies of it and of the destination's services hold, and so do
-    their RequestAuthentications and TrafficPolicies, which count in the ledger."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The resources that hold at one destination: those of its Gateway and of its services."""
+
+    policies: tuple[AuthorizationPolicy, ...]
+    routes: tuple[HTTPRoute, ...]
+    """Of the first service, which alone may have some."""
+    traffic: tuple[TrafficPolicy, ...]
+    """In the order of their keys."""
+    authentications: tuple[RequestAuthentication, ...]
+    trusted_proxies: int
+    """As the Gateway says."""
+
+    @property
+    def asks_http(self) -> bool:
+        """As `Rules.asks_http`."""
+        return (
+            bool(self.routes or self.authentications)
+            or any(policy.asks_http and not policy.dry_run for policy in self.policies)
+            or any(one.rate_limits or one.max_requests or one.faults or one.filters for one in self.traffic)
+        )
+
+
+def held_at(state: State, gateway: str, destination: Destination) -> Held:
+    """`gateway`: key of the waypoint's Gateway."""
     keys = tuple(service.key for service in destination.services)
     targets = (Target("Gateway", gateway), *(Target("Service", key) for key in keys))
     policies = {p.key: p for target in targets for p in state.policies_targeting(target.kind, target.key)}
-    first = destination.service_key
-    routes = state.routes_for(first) if keys else ()
     traffic = {one.key: one for t in targets for one in state.traffic_targeting(t.kind, t.key)}
     authentications = {one.key: one for t in targets for one in state.authentications_targeting(t.kind, t.key)}
+    own = state.gateway(gateway)
+    return Held(
+        policies=tuple(policies.values()),
+        routes=state.routes_for(destination.service_key) if keys else (),
+        traffic=tuple(traffic[its] for its in sorted(traffic)),
+        authentications=tuple(authentications.values()),
+        trusted_proxies=own.trusted_proxies if own is not None else 0,
+    )
+
+
+def rules_at(state: State, gateway: str, destination: Destination, ledger: Ledger) -> Rules:
+    """`gateway`: key of the waypoint's Gateway. TrafficPolicies count in the ledger."""
+    held = held_at(state, gateway, destination)
     return Rules(
-        compile_routes(routes, first, destination.port),
-        compile_policies(policies.values()),
-        Tokens(authentications.values(), time.time),
-        Traffic([traffic[its] for its in sorted(traffic)], ledger, random.Random()),
+        compile_routes(held.routes, destination.service_key, destination.port),
+        compile_policies(held.policies, held.trusted_proxies),
+        Tokens(held.authentications, time.time),
+        Traffic(held.traffic, ledger, random.Random()),
+        held.trusted_proxies,
+        held.asks_http,
+        frozenset({websocket.PROTOCOL, *(name.encode() for policy in held.traffic for name in policy.upgrades)}),
+        tuple(one for policy in held.traffic for one in policy.filters),
     )
 
 

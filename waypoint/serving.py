@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from control.api.address import HBONE_PORT
-from control.api.names import key
 from control.api.status import Knowledge
 from control.client.state import Changes, State
 from uproxy import config_dump, process
@@ -18,13 +18,14 @@ from uproxy.config import Collector, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import RefusedError
-from uproxy.listener import HANDSHAKES_PER_TURN, Listeners, TunnelServer
+from uproxy.listener import HANDSHAKES_PER_TURN, Inherited, Listeners, TunnelServer
 from uproxy.plane import Plane
 from uproxy.pool import Pool
-from uproxy.process import FAREWELL_S, TICK_S, StartError
+from uproxy.process import FAREWELL_S, TICK_S
 from uproxy.telemetry import Connection, Listing, Peer
 from uproxy.tls import Context, client_context, server_context
 from waypoint.directory import Directory
+from waypoint.doors import doors
 from waypoint.gateway import Gateway
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
@@ -42,11 +43,11 @@ class Serving:
         self,
         data_plane: Plane,
         who: Who,
+        gateway_key: str,
         state: State,
         credentials: CurrentCredentials,
         telemetry: WaypointTelemetry,
         access_log: AccessLog | None,
-        drain_timeout_s: float,
         directory: Directory | None = None,
         collector: Collector | None = None,
     ) -> None:
@@ -56,7 +57,6 @@ class Serving:
         self._credentials = credentials
         self._telemetry = telemetry
         self._log = access_log
-        self._drain_timeout_s = drain_timeout_s
         self._loop = asyncio.get_running_loop()
         self.exporter: Exporter | None = None
         """Somebody runs it."""
@@ -66,8 +66,17 @@ class Serving:
         self._connections = Connections()
         self._pool = Pool(data_plane, lambda: self._client_context, who.addresses)
         self._upstream = Upstream(data_plane, self._pool)
-        gateway_key = key(who.identity.namespace, who.identity.service_account)
-        self._gateway = Gateway(data_plane, state, gateway_key, self._upstream, self._connections, telemetry, directory)
+        self._gateway = Gateway(
+            data_plane,
+            state,
+            gateway_key,
+            who.identity,
+            self._upstream,
+            self._connections,
+            telemetry,
+            directory,
+            who.key,
+        )
         self._server = TunnelServer(
             data_plane,
             lambda: self._server_context,
@@ -76,25 +85,31 @@ class Serving:
             self._not_a_tunnel,
         )
         self._listeners = Listeners(data_plane)
+        self._drain_by = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._client_context: Context
         self._server_context: Context
         self._register_gauges()
 
-    async def start(self, group: asyncio.TaskGroup) -> None:
-        """Take callers. Raises StartError."""
+    async def start(self, group: asyncio.TaskGroup, inherited: Inherited) -> None:
+        """Take callers, also at the sockets that another process has handed over. Raises StartError."""
         if self.exporter is not None:
             group.create_task(self.exporter.run())
-        self.listen(shared=False)
+        self.listen([sock for door in doors(self._who.addresses, inherited, 1) for sock in door])
 
-    def listen(self, *, shared: bool) -> None:
-        """Take callers; `shared`: other processes listen at the same port. Raises StartError."""
-        for own in self._who.addresses:
-            try:
-                self._listeners.listen(own, HBONE_PORT, self._server.serve, HANDSHAKES_PER_TURN, shared=shared)
-            except OSError as error:
-                raise StartError(f"cannot listen on {own}:{HBONE_PORT}: {error.strerror}") from error
-        self._tick()
+    def listen(self, sockets: Sequence[socket.socket]) -> None:
+        """Take callers at these, and no more at any other."""
+        for sock in [one for one in self._listeners.sockets if one not in sockets]:
+            self._listeners.drop(sock)
+        for sock in sockets:
+            if sock not in self._listeners.sockets:
+                self._listeners.add(sock, self._server.serve, HANDSHAKES_PER_TURN)
+        if self._timer is None:
+            self._tick()
+
+    def sockets(self) -> list[socket.socket]:
+        """Where callers are taken."""
+        return self._listeners.sockets
 
     def take(self, batch: Sequence[tuple[str, bytes]], changes: Changes) -> None:
         """The state has changed, by this batch."""
@@ -142,21 +157,26 @@ class Serving:
             "tunnels": config_dump.of_tunnels(self._pool.tunnels()),
             "tunnels_inbound": config_dump.of_tunnels(self._server.tunnels()),
             "idle_connections": self._upstream.idle,
+            "ejected_endpoints": self._gateway.balancers.ejected(),
         }
 
-    async def drain(self) -> None:
-        """Accept nothing more, tell callers, and let requests and connections end by themselves, for a while."""
-        log.info("draining for up to %g s", self._drain_timeout_s)
-        deadline = time.monotonic() + self._drain_timeout_s
+    async def drain(self, timeout_s: float, grace_s: float) -> None:
+        """Accept nothing more, tell callers, and let requests and connections end by themselves, for a while.
+
+        `grace_s`: how long a connection may wait for a request, which may be on its way.
+        """
+        log.info("draining for up to %g s", timeout_s)
         self._listeners.close()
         self._plane.run(lambda: self._server.drain(final=False))
         # Behind the GOAWAY, so that nobody comes back here.
-        self._plane.run(lambda: self._gateway.drain(self._drain_timeout_s))
+        self.hasten(timeout_s, grace_s)
         # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
-        await asyncio.sleep(min(0.1, self._drain_timeout_s))
+        await asyncio.sleep(min(0.1, timeout_s))
         self._plane.run(lambda: self._server.drain(final=True))
-        while self._plane.tasks and time.monotonic() < deadline:  # noqa: ASYNC110 - once in a process's life
-            await asyncio.sleep(0.02)
+        pause_s = 0.02
+        while (self._plane.tasks or self._gateway.awaits) and time.monotonic() < self._drain_by:
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.1 * pause_s, 0.5)
         self._plane.run(lambda: self._connections.cut_all("the drain time of this waypoint is over"))
         self._plane.run(self._gateway.close_idle)
         if self.exporter is not None:
@@ -165,12 +185,17 @@ class Serving:
         self._plane.run(self._upstream.close)
         self._plane.run(self._pool.finish)
         self._plane.run(self._server.finish)
-        deadline = max(deadline, time.monotonic() + FAREWELL_S)
+        deadline = max(self._drain_by, time.monotonic() + FAREWELL_S)
         while (self._pool.tunnels() or self._server.tunnels()) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         self._plane.run(self._pool.close)
         self._plane.run(self._server.close)
         log.info("drained")
+
+    def hasten(self, timeout_s: float, grace_s: float) -> None:
+        """Drain within this time, if more is left."""
+        self._drain_by = min(self._drain_by, time.monotonic() + timeout_s)
+        self._plane.run(lambda: self._gateway.drain(grace_s))
 
     def close(self) -> None:
         if self._timer is not None:
@@ -217,4 +242,13 @@ class Serving:
             "uproxy_waypoint_idle_connections",
             "HTTP connections to backends that wait for a request",
             lambda: self._upstream.idle,
+        )
+        balancers = self._gateway.balancers
+        gauge(
+            "uproxy_waypoint_ejected_endpoints",
+            "Endpoints that get no requests for a while because they have failed",
+            lambda: len(balancers.ejected()),
+        )
+        self._telemetry.counter(
+            "uproxy_waypoint_ejections_total", "Endpoints ejected so far", lambda: balancers.ejections
         )

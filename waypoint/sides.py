@@ -14,6 +14,7 @@ from waypoint.messages import Fields, RequestHead, ResponseEvent
 IDLE_TIMEOUT_S: Final = 3600.0  # between two requests of a caller; Envoy's
 HEAD_TIMEOUT_S: Final = 30.0  # from a head's first byte to its last
 STALL_TIMEOUT_S: Final = 300.0  # Envoy's: a body that does not move, a response that does not come
+HEAD_ROOM: Final = 16 << 10  # of a stream's window, for a head that a body leaves with
 MAX_DISCARDED: Final = 1 << 20
 DISCARD_TIMEOUT_S: Final = 5.0
 """Of a body that nobody wants: how much of it is read, and for how long."""
@@ -38,6 +39,9 @@ class Incoming(Protocol):
     @property
     def trailers(self) -> Fields:
         """What came behind the body and goes on, once that is whole."""
+
+    def at_hand(self, most: int) -> bytes:
+        """All of the body, if it is here, not longer and without trailers: it is `whole` then. Else nothing is read."""
 
     async def body(self) -> bytes:
         """More of the body; empty at its end.
@@ -75,8 +79,12 @@ class Outgoing(Protocol):
     def begun(self) -> bool:
         """Whether anything of the response has come."""
 
-    async def begin(self, head: RequestHead, *, ended: bool) -> None:
-        """Send the head; `ended`: there is no body. Raises ConnectionResetError, TimeoutError.
+    @property
+    def room(self) -> int:
+        """How much of a body can be sent with the head without waiting for the backend."""
+
+    async def begin(self, head: RequestHead, *, ended: bool, body: bytes = b"") -> None:
+        """Send the head; `ended`: with all of the body. Raises ConnectionResetError, TimeoutError.
 
         Raises ValueError, and has sent nothing, for a head that no reader of ours would take.
         """

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, unquote_plus
 
@@ -68,7 +69,7 @@ class Tokens:
         """`clock`: seconds since 1970."""
         rules = [rule for one in authentications for rule in one.rules]
         self._clock = clock
-        self._rules = tuple(_Compiled(rule, _keys_of(rule)) for rule in rules)
+        self._rules = tuple(_Compiled(rule, _keys_of(rule.jwks)) for rule in rules)
         self._outputs = frozenset(name.encode() for rule in rules for name in rule.outputs)
         self._checked: dict[tuple[int, str], Claims] = {}
         """Rule and token -> what it says."""
@@ -148,11 +149,13 @@ class _Compiled:
         raise TokenError("Jwt verification fails")
 
 
-def _keys_of(rule: JwtRule) -> tuple[_Key, ...]:
+@lru_cache(maxsize=256)
+def _keys_of(jwks: str) -> tuple[_Key, ...]:
+    """Kept from one configuration to the next: each compiles all rules anew, and keys seldom change."""
     import jwt  # see the module
 
     found = []
-    for one in json.loads(rule.jwks)["keys"]:
+    for one in json.loads(jwks)["keys"]:
         algorithms = algorithms_of(one)
         try:
             found.append(_Key(one.get("kid", ""), algorithms, jwt.PyJWK(one, algorithms[0]).key))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from control.api.traffic import RateLimit, Share, TrafficPolicy
+from control.api.traffic import RateLimit, Redis, Share, TrafficPolicy
 from waypoint.caller import Caller
 from waypoint.request import Request
 
@@ -95,6 +95,17 @@ class Excess:
     """Until another would be let through; 0: when one of those under way ends."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one policy's Redis is asked about one request (`global_limits`)."""
+
+    policy: str
+    """Key."""
+    redis: Redis
+    keys: list[bytes]
+    arguments: list[bytes]
+
+
 @dataclass(slots=True, eq=False)
 class Place:
     """What a request that was let through takes up, until it leaves."""
@@ -114,7 +125,7 @@ class Place:
 class Traffic:
     """The policies at one destination. Never changes; what it counts is in the ledger."""
 
-    __slots__ = ("_counted", "_faults", "_limits", "_random")
+    __slots__ = ("_counted", "_everywhere", "_faults", "_limits", "_random")
 
     def __init__(self, policies: Sequence[TrafficPolicy], ledger: Ledger, chance: random.Random) -> None:
         """`policies`: in the order of their keys."""
@@ -122,6 +133,12 @@ class Traffic:
             (policy.key, limit, ledger.bucket(policy, index))
             for policy in policies
             for index, limit in enumerate(policy.rate_limits)
+            if not limit.everywhere
+        ]
+        self._everywhere = [
+            (policy.key, policy.redis, [one for one in enumerate(policy.rate_limits) if one[1].everywhere])
+            for policy in policies
+            if policy.redis is not None
         ]
         self._counted = [
             (policy.key, policy.max_requests, ledger.count(policy)) for policy in policies if policy.max_requests
@@ -159,6 +176,27 @@ class Traffic:
             counts,
         )
 
+    @property
+    def asks(self) -> bool:
+        """Whether others count, too."""
+        return bool(self._everywhere)
+
+    def questions(self, caller: Caller, request: Request, rule: str) -> list[Asked]:
+        """Whom to ask about a request that `enter` has let through."""
+        found = [
+            _asked(
+                policy,
+                redis,
+                [
+                    (index, limit, _share(limit, caller, request))
+                    for index, limit in limits
+                    if not limit.rules or rule in limit.rules
+                ],
+            )
+            for policy, redis, limits in self._everywhere
+        ]
+        return [one for one in found if one.keys]
+
 
 def _share(limit: RateLimit, caller: Caller, request: Request) -> str | None:
     match limit.share:
@@ -170,3 +208,17 @@ def _share(limit: RateLimit, caller: Caller, request: Request) -> str | None:
                 return hashlib.sha256(value.encode("latin-1")).hexdigest()
             return value
     return ""
+
+
+def _asked(policy: str, redis: Redis, limits: Iterable[tuple[int, RateLimit, str | None]]) -> Asked:
+    """`limits`: each with its place in the policy, and whose allowance is asked for."""
+    keys: list[bytes] = []
+    arguments: list[bytes] = []
+    for index, limit, share in limits:
+        each_us = limit.per_ms * 1000 / limit.requests
+        of_whom = "" if share is None else f"={share}"
+        # Braces keep all of a policy in one place of a Redis Cluster. A limit that changes counts anew.
+        name = f"uproxy:{{{policy}}}:{index}:{limit.requests}/{limit.per_ms}/{limit.burst}:{limit.share.value}{of_whom}"
+        keys.append(name.encode("latin-1"))
+        arguments += (b"%.3f" % each_us, b"%.3f" % (each_us * limit.burst))
+    return Asked(policy, redis, keys, arguments)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from copy import copy
 from typing import Final, Protocol
 
+from control.api.address import IpAddress
 from uproxy.errors import RefusedError
 from uproxy.health import Health
 from uproxy.plane import Plane, Waiter
@@ -19,6 +20,7 @@ from uproxy.pool import Pool
 from uproxy.resolve import Hop, host_port
 from waypoint.byte_stream import ByteStream
 from waypoint.caller import Caller, Key
+from waypoint.connection_limits import Limiter
 from waypoint.http1_outgoing import Http1Outgoing
 from waypoint.http2_connection import Http2Connection
 from waypoint.http2_outgoing import Http2Outgoing
@@ -50,13 +52,17 @@ class Upstream:
         self._pool = pool
         self._idle: dict[Key, list[Http1Outgoing]] = {}
         self._count = 0
-        self._shared: dict[Key, list[Http2Connection]] = {}
+        self._shared: dict[Key, dict[Http2Connection, Limiter | None]] = {}
         self._opening: dict[Key, list[Waiter[None]]] = {}
 
     @property
     def health(self) -> Health:
         """What is known of backends that failed."""
         return self._pool.health
+
+    def source(self, peer: IpAddress) -> IpAddress | None:
+        """This process's own address that a peer sees; None: the host chooses one."""
+        return self._pool.source(peer)
 
     @property
     def idle(self) -> int:
@@ -82,26 +88,29 @@ class Upstream:
     async def outgoing(
         self,
         caller: Caller,
-        hops: Sequence[Hop],
+        hops: Iterable[Hop],
         cause: Cause,
         claim: Waiter[Outgoing],
         *,
         http2: bool,
         fresh: bool,
+        limiter: Limiter | None = None,
     ) -> None:
         """Settle `claim` with a way to the first of the hops that answers, or fail it with RefusedError.
 
         A claim that was given up meanwhile leaves the connection for the next request. `fresh`: on a connection that
-        has carried no request.
+        has carried no request. `limiter` has counted the one that may be opened.
         """
         failed: RefusedError | None = None
+        unopened = limiter
         try:
             for hop in hops:
                 try:
                     found = None if fresh else self.kept(caller, hop, http2=http2)
                     if found is None:
                         open_ = self._share if http2 else self._dial
-                        found = await open_(caller, hop, cause)
+                        found = await open_(caller, hop, cause, limiter)
+                        unopened = None
                 except RefusedError as error:
                     log.info("%s: %s", cause.request_id, error)
                     failed = error
@@ -114,6 +123,8 @@ class Upstream:
                     claim.set(found)
                 return
         finally:
+            if unopened is not None:
+                unopened.release()
             # Nothing, if it was settled; whoever waits must learn of a bug, too.
             claim.fail(failed or RefusedError("connect-failed", "a bug of this proxy; its log has the traceback"))
             del failed  # its traceback holds this frame
@@ -122,14 +133,16 @@ class Upstream:
         """A connection that waits for a request, or can take another one beside those that it carries."""
         key = caller.key(hop, http2=http2)
         if http2:
-            for shared in self._shared.get(key, ()):
+            for shared, limiter in self._shared.get(key, {}).items():
                 if shared.usable:
-                    return Http2Outgoing(shared, hop, fresh=False)
+                    return Http2Outgoing(shared, hop, limiter, fresh=False)
             return None
-        kept = self._idle.get(key, [])
+        kept = self._idle.get(key)
         while kept:
-            connection = kept[-1]
-            self._forget(connection)
+            connection = kept.pop()
+            self._released(connection)
+            if not kept:
+                del self._idle[key]
             if connection.quiet:
                 return connection
             connection.close()  # its server has said something unasked, mostly that it closes
@@ -137,7 +150,7 @@ class Upstream:
 
     # -- HTTP/2: a connection carries many requests of one caller at once
 
-    async def _share(self, caller: Caller, hop: Hop, cause: Cause) -> Outgoing:
+    async def _share(self, caller: Caller, hop: Hop, cause: Cause, limiter: Limiter | None) -> Outgoing:
         """A new connection; of requests that come at once, one opens it for all. Raises RefusedError."""
         key = caller.key(hop, http2=True)
         while (opening := self._opening.get(key)) is not None:
@@ -146,17 +159,24 @@ class Upstream:
             await waiter
             found = self.kept(caller, hop, http2=True)
             if found is not None:
+                if limiter is not None:
+                    limiter.release()
                 return found
         waiting = self._opening[key] = []
         failed: RefusedError | None = None
         try:
             stream = await self.stream(caller, hop, cause)
             try:
-                connection = Http2Connection(stream, lambda gone: self._gone(key, gone), IDLE_TIMEOUT_S)
+                connection = Http2Connection(stream, lambda gone: self._gone(key, gone, limiter), IDLE_TIMEOUT_S)
             except ConnectionResetError as error:
                 raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
-            self._shared.setdefault(key, []).append(connection)
-            return Http2Outgoing(connection, hop, fresh=True)
+            if connection.closed:
+                raise RefusedError("connect-failed", f"{hop.address}: broke HTTP/2 at once", retriable=True)
+            self._shared.setdefault(key, {})[connection] = limiter
+            if limiter is not None:
+                limiter.shared[connection] = 0
+                limiter.go_on()  # who waits may be of this caller
+            return Http2Outgoing(connection, hop, limiter, fresh=True)
         except RefusedError as error:
             failed = error
             raise
@@ -169,19 +189,24 @@ class Upstream:
                     waiter.fail(copy(failed))
             del failed  # its traceback holds this frame
 
-    def _gone(self, key: Key, connection: Http2Connection) -> None:
-        shared = self._shared.get(key, [])
+    def _gone(self, key: Key, connection: Http2Connection, limiter: Limiter | None) -> None:
+        shared = self._shared.get(key, {})
         if connection in shared:
-            shared.remove(connection)
+            del shared[connection]
             if not shared:
                 del self._shared[key]
+            if limiter is not None:
+                del limiter.shared[connection]
+                limiter.release()
 
     # -- HTTP/1.1: a connection carries one request at a time
 
-    async def _dial(self, caller: Caller, hop: Hop, cause: Cause) -> Outgoing:
+    async def _dial(self, caller: Caller, hop: Hop, cause: Cause, limiter: Limiter | None) -> Outgoing:
         """Raises RefusedError."""
         stream = await self.stream(caller, hop, cause)
-        return Http1Outgoing(caller.key(hop, http2=False), hop, stream, self._keep)
+        if limiter is not None:
+            stream.on_over = limiter.release
+        return Http1Outgoing(caller.key(hop, http2=False), hop, stream, self._keep, limiter)
 
     def _keep(self, connection: Http1Outgoing) -> None:
         """It can carry another request."""
@@ -195,15 +220,28 @@ class Upstream:
         connection.on_gone = lambda: self._forget(connection)
         kept.append(connection)
         self._count += 1
+        if connection.limiter is not None:
+            connection.limiter.idle[connection] = lambda: self._drop(connection)
+            connection.limiter.go_on()
+
+    def _drop(self, connection: Http1Outgoing) -> None:
+        self._forget(connection)
+        connection.close()
 
     def _forget(self, connection: Http1Outgoing) -> None:
-        connection.on_gone = _nothing
         kept = self._idle.get(connection.key, [])
         if connection in kept:
             kept.remove(connection)
-            self._count -= 1
+            self._released(connection)
             if not kept:
                 del self._idle[connection.key]
+
+    def _released(self, connection: Http1Outgoing) -> None:
+        """It is idle no longer."""
+        self._count -= 1
+        connection.on_gone = _nothing
+        if connection.limiter is not None:
+            connection.limiter.idle.pop(connection, None)
 
     # -- the end
 
@@ -212,8 +250,7 @@ class Upstream:
         for kept in list(self._idle.values()):
             for connection in list(kept):
                 if now - connection.idle_since > IDLE_TIMEOUT_S or not connection.quiet:
-                    self._forget(connection)
-                    connection.close()
+                    self._drop(connection)
         for shared in list(self._shared.values()):
             for one in list(shared):
                 one.tick(now)
@@ -222,8 +259,7 @@ class Upstream:
         """Close every connection; requests that are under way are lost."""
         for kept in list(self._idle.values()):
             for connection in list(kept):
-                self._forget(connection)
-                connection.close()
+                self._drop(connection)
         for shared in list(self._shared.values()):
             for one in list(shared):
                 one.close()

@@ -14,7 +14,7 @@ from typing import Final
 
 from control.api.address import FORBIDDEN_PORTS, AddressError, IpAddress, parse_address
 from control.api.bindings import Subject
-from control.api.gateway import Via, gateway_identity
+from control.api.gateway import Placement, Via
 from control.api.identity import SpiffeId
 from control.api.route import RouteRule
 from control.api.workload import Workload, key
@@ -27,6 +27,8 @@ from uproxy.rehearsal import difference
 from uproxy.resolve import Plan, Resolver, host_port
 from uproxy.rules import Decision
 from waypoint import http1_head
+from waypoint.authz import Check
+from waypoint.balancers import said_of
 from waypoint.destination import Destination, Destinations
 from waypoint.messages import Fields, MessageError, RequestHead
 from waypoint.request import Request, RequestError, read_request
@@ -107,7 +109,7 @@ def _steps(
         yield Step("capture", False, detail, "no-config")
         return
     yield Step("capture", True, f"{caller.key} ({caller.identity}) dials {dialled}; its uProxy takes the connection")
-    resolver = Resolver(state, random.Random())
+    resolver = Resolver(state, random.Random(), caller=caller.key)
     try:
         plan = resolver.plan(address, question.port)
     except RefusedError as error:
@@ -119,16 +121,24 @@ def _steps(
     subject: Subject = ("Service", plan.service.key) if plan.service else ("WorkloadEntry", _name(state, address))
     how_far = f"; {under_way[subject]}" if subject in under_way else ""
     gateway = state.gateway(plan.gateway) if plan.gateway else None
-    if plan.gateway and gateway is not None and gateway.instances:
+    if gateway is not None and any(hop.address == one.address for hop in plan.hops for one in gateway.instances):
         instances = ", ".join(instance.workload for instance in gateway.instances)
+        if gateway.placement is not Placement.REMOTE:
+            instances += f" (placement {gateway.placement.value}: the one before the endpoint)"
         binding = state.binding_at(address, question.port)
         passed = " (directly while none answers)" if binding is not None and binding.via is Via.PREFERRED else ""
+        if binding is not None and binding.canary:
+            whose = "one" if plan.gateway == binding.canary else "none"
+            passed += (
+                f"; {caller.key} is {whose} of the {binding.percent} % of callers whose waypoint is {binding.canary}"
+            )
         yield Step("binding", True, f"through waypoint {plan.gateway}, run by {instances}{passed}{how_far}")
         yield from _through(state, question, caller, plan)
         return
     none_runs = f"waypoint {plan.gateway} is optional, and no process of it runs: " if plan.gateway else ""
     yield Step("binding", True, f"{none_runs}directly, with mTLS from instance to instance{how_far}")
-    yield from _destinations(state, _places(state, plan), caller.identity, caller.addresses[0], ())
+    for place in _places(state, plan):
+        yield _admitted(state, place, caller.identity, caller.addresses[0], ())
 
 
 def _through(state: State, question: Question, caller: Workload, plan: Plan) -> Iterator[Step]:
@@ -138,7 +148,7 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
     request: Request | None = None
     try:
         destination = destinations.find(Asked(authority, plan.address, plan.port))
-        if destination.http:
+        if destination.http or destination.undeclared:  # asked as a request, whatever it will begin with
             head = _head(question, plan)
             request = read_request(head.method, head.target, head.fields)
     except RefusedError as error:
@@ -159,7 +169,13 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         except TokenError as error:
             yield Step("waypoint token", False, f"{asked}: {error}", "token")
             return
-    facts = caller.identity, caller.addresses[0], plan.address, plan.port, request, token
+    who = caller.identity, caller.addresses[0], plan.address, plan.port
+    for check in rules.policies.checks(*who, request, token) if request is not None else ():
+        step = _check(check, asked)
+        yield step
+        if not step.ok:
+            return
+    facts = (*who, request, token)
     decision, rehearsal = rules.policies.decide(*facts), rules.policies.rehearsal
     would = None if rehearsal is None else rehearsal.decide(*facts)
     said = f"{asked}: {decision.reason}{_rehearsed(decision, would)}"
@@ -171,15 +187,30 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         rule = rules.router.route(request, caller.identity.namespace)
         step, backends = _route(rule, request, plan.port)
         yield step
+    if destination.backend is None:
+        yield from _balancing(state, plan.gateway, dict.fromkeys(service for service, _, _ in backends))
     places = list(_behind(state, destination, backends))
     if not places and backends:
         yield Step("destination", False, "no backend has a ready endpoint", "no-endpoint")
     said = f"{caller.identity};{host_port(caller.addresses[0], 0)}"
-    waypoint = gateway_identity(state.trust_domain, plan.gateway)
     gateway = state.gateway(plan.gateway)
     assert gateway is not None  # the plan leads to one of its instances
-    peer = gateway.instances[0].address
-    yield from _destinations(state, places, waypoint, peer, ((CALLER, said.encode()),))
+    for place in places:
+        workload = state.workload(place.workload)
+        serving = gateway.before(workload.node, workload.service_account) if workload is not None else ()
+        process = (serving or gateway.instances)[0]
+        waypoint = gateway.identity_of(state.trust_domain, process)
+        yield _admitted(state, place, waypoint, process.address, ((CALLER, said.encode()),))
+
+
+def _check(check: Check, asked: str) -> Step:
+    """Who else decides: what that would say, nobody knows here."""
+    stage = "waypoint external authorization"
+    if check.authorizer is None:
+        refused = f"{asked}: {check.rule} names no Extension that is there, so nobody can be asked"
+        return Step(stage, False, refused, "policy")
+    place = f"{check.authorizer.service}:{check.authorizer.port}"
+    return Step(stage, True, f"{asked}: by {check.rule} Service {place} is asked, and must answer 200")
 
 
 def _head(question: Question, plan: Plan) -> RequestHead:
@@ -217,6 +248,20 @@ def _route(rule: RouteRule | None, request: Request, port: int) -> tuple[Step, l
     return Step("route", True, f"{asked}: {name} {shares}"), backends
 
 
+def _balancing(state: State, gateway: str, services: Iterable[str]) -> Iterator[Step]:
+    """Where something says how endpoints are chosen. Which are ejected, each process knows for itself."""
+    for service in filter(None, map(state.service, services)):
+        said, detection = said_of(state, gateway, service)
+        if said is None and detection is None:
+            continue
+        how = "at random" if said is None else said.algorithm.value
+        if said is not None and said.hash is not None:
+            how = f"by {' '.join(filter(None, (said.hash.of.value, said.hash.name)))}"
+        nearest = ", the nearest first" if said is not None and said.local else ""
+        failing = ", without those that fail" if detection is not None else ""
+        yield Step("balancing", True, f"{service.key}: {how}{nearest}{failing}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """A workload's port that the connection may end at."""
@@ -248,15 +293,8 @@ def _ready(state: State, service: str, port: int) -> Iterator[_Place]:
             yield _Place(endpoint.workload, endpoint.address, endpoint.ports[port])
 
 
-def _destinations(
-    state: State, places: Iterable[_Place], peer: SpiffeId, peer_address: IpAddress, headers: Headers
-) -> Iterator[Step]:
-    """What the uProxy of each says to a stream from this peer. The address of its waypoint may be another's."""
-    for place in places:
-        yield _admitted(state, place, peer, peer_address, headers)
-
-
 def _admitted(state: State, place: _Place, peer: SpiffeId, peer_address: IpAddress, headers: Headers) -> Step:
+    """What its uProxy says to a stream from this peer. The address of its waypoint may be another's."""
     where = f"{place.workload} ({host_port(place.address, place.port)})"
     if place.port in FORBIDDEN_PORTS:
         return Step("destination", False, f"{where}: the port belongs to the proxy", "port-forbidden")
@@ -264,7 +302,7 @@ def _admitted(state: State, place: _Place, peer: SpiffeId, peer_address: IpAddre
     policies = state.policies_for(workload) if workload is not None else ()
     admission = Admission(workload, policies, state.trust_domain)
     try:
-        passage = admission.enter(peer, place.port, headers)
+        passage = admission.enter(peer, place.port, headers, peer_address)
     except RefusedError as error:
         return Step("destination", False, f"{where}: {error.detail}", error.reason)
     facts = peer, peer_address, passage, place.address, place.port

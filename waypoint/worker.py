@@ -1,10 +1,11 @@
 """One worker process of a waypoint: serves callers by the configuration that the first process hands it.
 
-`python -m waypoint.worker FD PARENT` is started by `workers`, never by people. FD is this end of the socket pair,
-PARENT the first process, with whose life this one ends. In come, by `channel`: `start` (once, what this waypoint is),
-`apply` (a batch), `listen`, `metrics`, `live`, `tap` (whether anybody watches), `answer` (to `destination` and
-`followed`), `level`; out go `applied`, `listening`, `metrics`, `live`, `tapped`, `destination`, `followed` and
-`introduce`.
+`python -m waypoint.worker FD PARENT SOCKET...` is started by `workers`, never by people. FD is this end of the socket
+pair, PARENT the first process, with whose life this one ends, and which alone ends it: signals to the whole group are
+for that. SOCKET is each listening socket that there is. In come, by `channel`: `start` (once, what this waypoint is),
+`apply` (a batch), `listen` (at which of the sockets), `metrics`, `live`, `tap` (whether anybody watches), `answer` (to
+`destination` and `followed`), `level`, `drain` (for how long); out go `applied`, `listening`, `metrics`, `live`,
+`tapped`, `destination`, `followed` and `introduce`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -41,23 +42,22 @@ log = logging.getLogger("waypoint")
 
 
 def main() -> int:
-    """Run until SIGTERM. Returns the exit status."""
-    fd, parent = map(int, sys.argv[1:])
+    """Run until it has drained. Returns the exit status."""
+    fd, parent, *listening = map(int, sys.argv[1:])
     linux.die_with_parent(parent)
     process.harden()
     try:
-        return plane.run(_run(socket.socket(fileno=fd)))
+        return plane.run(_run(socket.socket(fileno=fd), [socket.socket(fileno=one) for one in listening]))
     except (StartError, CredentialsError) as error:
         print(f"waypoint worker: {error}", file=sys.stderr)
         return 1
 
 
-async def _run(sock: socket.socket) -> int:
+async def _run(sock: socket.socket, listening: Sequence[socket.socket]) -> int:
     """Raises StartError or CredentialsError."""
-    worker = _Worker()
-    loop = asyncio.get_running_loop()
+    worker = _Worker(listening)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.stop)
+        signal.signal(number, signal.SIG_IGN)
     await worker.run(sock)
     return 0
 
@@ -89,7 +89,8 @@ def _nothing() -> None:
 class _Worker:
     """The worker, and where its data plane asks what it does not know."""
 
-    def __init__(self) -> None:
+    def __init__(self, listening: Sequence[socket.socket]) -> None:
+        self._listening = listening
         self._loop = asyncio.get_running_loop()
         self._plane = Plane(self._loop)
         self._stopping = asyncio.Event()
@@ -104,8 +105,10 @@ class _Worker:
         self._questions = 0
         self._strangers: set[IpAddress] = set()
         self._untap: Callable[[], None] = _nothing
+        self._draining = 0.0, 0.0
+        """Seconds to drain, and of grace."""
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         self._stopping.set()
         self._started.set()
 
@@ -136,10 +139,17 @@ class _Worker:
                     group.create_task(serving.exporter.run())
                 await self._stopping.wait()
                 if self._failed is None:
-                    await serving.drain()
+                    await self._drain(serving)
                 raise _Stopped
         except* _Stopped:
             pass
+
+    async def _drain(self, serving: Serving) -> None:
+        # Nobody waits at a door that is left open here, when those who come after are gone.
+        serving.listen(())
+        for sock in self._listening:
+            sock.close()
+        await serving.drain(*self._draining)
 
     # -- what the first process says
 
@@ -154,8 +164,13 @@ class _Worker:
                     self._fail(StartError(f"cannot open the access log: {error}"))
             case ["apply", int(serial), list(batch)]:
                 self._apply(serial, [(topic, payload) for topic, payload in batch])
-            case ["listen"]:
-                self._listen()
+            case ["listen", list(numbers)]:
+                self._listen([self._listening[number] for number in numbers])
+            case ["drain", float(timeout_s), float(grace_s)]:
+                if self._stopping.is_set() and self._serving is not None:
+                    self._serving.hasten(timeout_s, grace_s)
+                self._draining = timeout_s, grace_s
+                self._stop()
             case ["metrics", int(question)] if self._telemetry is not None:
                 self._send("metrics", question, self._telemetry.render())
             case ["live", int(question)] if self._serving is not None:
@@ -187,16 +202,15 @@ class _Worker:
         self._credentials = CurrentCredentials(Path(str(settings["identity_dir"])), who.identity)
         access_log = process.open_log(str(settings["access_log"]), bool(settings["log_json"]), self._loop)
         self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
-        drain_timeout_s = float(str(settings["drain_timeout_s"]))
         otlp = settings["otlp"]
         self._serving = Serving(
             self._plane,
             who,
+            str(settings["gateway"]),
             self._state,
             self._credentials,
             self._telemetry,
             access_log,
-            drain_timeout_s,
             self,
             _collector(*otlp) if isinstance(otlp, list) and otlp else None,
         )
@@ -209,14 +223,11 @@ class _Worker:
         # It is in force now: live connections were authorised again, too.
         self._send("applied", serial)
 
-    def _listen(self) -> None:
+    def _listen(self, sockets: Sequence[socket.socket]) -> None:
         if self._state is None or self._serving is None or not self._state.whole:
             raise ValueError("told to listen before there is a configuration")
-        try:
-            self._serving.listen(shared=True)
-        except StartError as error:
-            self._fail(error)
-        else:
+        if not self._stopping.is_set():
+            self._serving.listen(sockets)
             self._send("listening")
 
     def _tap(self, taps: Taps, watched: bool) -> None:
@@ -229,7 +240,7 @@ class _Worker:
 
     def _fail(self, error: Exception) -> None:
         self._failed = self._failed or error
-        self.stop()
+        self._stop()
 
     def _send(self, *message: object) -> None:
         if self._channel is not None:

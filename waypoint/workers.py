@@ -1,8 +1,9 @@
 """The worker processes of a waypoint, as its first process sees them: started, configured, watched, started again.
 
 All listen at one port (SO_REUSEPORT), so a change is in force when the slowest of them says so, and not before: what
-is *in force* here is the newest configuration that every worker has applied. A worker that has died serves nobody;
-until there is another one in its place, with all of the configuration, the process is neither whole nor ready.
+is *in force* here is the newest configuration that every worker has applied. The listening sockets, its *doors*, belong
+to the first process, and each worker has all of them: those of one that has died are minded by another. Until there is
+one in its place, with all of the configuration, the process is neither whole nor ready.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from control.api import messages
@@ -27,11 +28,14 @@ from control.api.status import Knowledge
 from control.client.state import Changes
 from uproxy import log_levels
 from uproxy.errors import RefusedError
+from uproxy.listener import Inherited
 from uproxy.plane import Plane
 from uproxy.process import FAREWELL_S, StartError
 from uproxy.telemetry import Listing
 from waypoint.channel import Channel, Message, encode
 from waypoint.directory import Directory
+from waypoint.doors import Door, doors
+from waypoint.in_force import InForce
 from waypoint.metrics import counters, summed
 from waypoint.telemetry import WaypointTelemetry
 
@@ -64,6 +68,8 @@ class _Worker:
     owes_since: float | None = None
     """Monotonic seconds since which it has batches that it has not applied."""
     listening: bool = False
+    minds: list[int] = field(default_factory=list)
+    """At which of all listening sockets it was told to take callers."""
     restart_delay_s: float = FIRST_RESTART_S
     metrics: bytes = b""
     """As it last told them."""
@@ -87,6 +93,7 @@ class Workers:
         self,
         count: int,
         settings: dict[str, object],
+        addresses: Sequence[IpAddress],
         data_plane: Plane,
         telemetry: WaypointTelemetry,
         directory: Directory | None,
@@ -97,6 +104,9 @@ class Workers:
         `on_change` is called when what is in force, or `waiting`, may have changed.
         """
         self._settings = settings
+        self._addresses = addresses
+        self._doors: list[Door] = []
+        self._drain_by = math.inf
         self._plane = data_plane
         self._telemetry = telemetry
         self._directory = directory
@@ -106,9 +116,7 @@ class Workers:
         self._held: dict[str, bytes] = {}
         """The newest message of each topic that is not deleted: all of the configuration."""
         self._sent = 0
-        self._marks: deque[tuple[int, Knowledge]] = deque()
-        """What was known when a batch was the newest one, of those that not every worker has applied."""
-        self._confirmed = Knowledge(False, (), {})
+        self._in_force = InForce()
         self._questions: dict[int, _Question] = {}
         self._asked = 0
         self._remains = b""
@@ -143,21 +151,11 @@ class Workers:
 
     def progressed(self, known: Callable[[], Knowledge]) -> None:
         """More may be known now, and everything that follows from it was taken."""
-        if self._applied() >= self._sent:
-            return  # then all that is known is in force
-        if self._marks and self._marks[-1][0] == self._sent:
-            self._marks.pop()
-        self._marks.append((self._sent, known()))
+        self._in_force.progressed(self._sent, self._applied(), known)
 
     def in_force(self, known: Knowledge) -> Knowledge:
         """What of all that is known every worker has applied; not whole while a worker is missing."""
-        if self._applied() >= self._sent:
-            self._marks.clear()
-            self._confirmed = known
-        missing = self.waiting()
-        if missing:
-            return Knowledge(False, (*missing, *self._confirmed.waiting), self._confirmed.roots)
-        return self._confirmed
+        return self._in_force.told(self._sent, self._applied(), known, self.waiting())
 
     def waiting(self) -> tuple[str, ...]:
         """What keeps it from serving as it should."""
@@ -168,15 +166,16 @@ class Workers:
         return min((worker.applied for worker in self._workers if worker.channel is not None), default=-1)
 
     def _settle(self) -> None:
-        applied = self._applied()
-        while self._marks and self._marks[0][0] <= applied:
-            self._confirmed = self._marks.popleft()[1]
+        self._in_force.settle(self._applied())
 
     # -- the workers' lives
 
-    async def start(self, group: asyncio.TaskGroup) -> None:
-        """Return when all listen, or `interrupt` was called. Raises StartError when one ends before."""
+    async def start(self, group: asyncio.TaskGroup, inherited: Inherited) -> None:
+        """Return when all take callers, also at the sockets that another process has handed over, or `interrupt` was
+        called. Raises StartError when one ends before.
+        """
         self._group = group
+        self._doors = doors(self._addresses, inherited, len(self._workers))
         for worker in self._workers:
             await self._launch(worker)
         self._later(_WATCH_S, self._watch)
@@ -189,7 +188,7 @@ class Workers:
         ours.setblocking(False)
         with theirs:
             try:
-                worker.process = _process(theirs.fileno())
+                worker.process = _process(theirs.fileno(), [sock.fileno() for sock in self.sockets()])
             except OSError as error:
                 ours.close()
                 log.error("worker %d does not start: %s", worker.number, error)
@@ -203,7 +202,8 @@ class Workers:
         await channel.attach(ours)
         channel.send("start", {**self._settings, "number": worker.number, "level": self._level})
         channel.send("apply", self._sent, list(self._held.items()))
-        channel.send("listen")
+        worker.minds = self._minded_by(worker)
+        channel.send("listen", worker.minds)
         channel.send("tap", self._telemetry.taps.watched)
 
     def _on_message(self, worker: _Worker, message: Message) -> None:
@@ -215,6 +215,7 @@ class Workers:
                 self._on_change()
             case ["listening"]:
                 worker.listening = True
+                self._share()
                 if not self.waiting():
                     self._ready.set()
                 self._on_change()
@@ -262,6 +263,7 @@ class Workers:
 
     def _ended(self, worker: _Worker) -> None:
         """Start another one, later."""
+        self._share()
         self._settle()
         self._on_change()
         if self._ending or self._failure:
@@ -270,6 +272,23 @@ class Workers:
             worker.restart_delay_s = FIRST_RESTART_S
         self._later(worker.restart_delay_s, lambda: self._restart(worker))
         worker.restart_delay_s = min(2 * worker.restart_delay_s, LAST_RESTART_S)
+
+    def _minded_by(self, worker: _Worker) -> list[int]:
+        """At which sockets it takes callers: at those of its own doors, and of workers before it that are not there."""
+        count = len(self._workers)
+        found: list[int] = []
+        for number, door in enumerate(self._doors):
+            places = (self._workers[(number + step) % count] for step in range(count))
+            if next((one for one in places if one.listening or one is worker), None) is worker:
+                found += range(number * len(door), (number + 1) * len(door))
+        return found
+
+    def _share(self) -> None:
+        """There is one more worker that takes callers, or one less."""
+        for worker in self._workers:
+            if worker.listening and worker.channel is not None and worker.minds != self._minded_by(worker):
+                worker.minds = self._minded_by(worker)
+                worker.channel.send("listen", worker.minds)
 
     def _restart(self, worker: _Worker) -> None:
         if not self._ending:
@@ -406,19 +425,37 @@ class Workers:
         """Let `start` return."""
         self._ready.set()
 
-    async def drain(self) -> None:
-        """Let all workers drain, and end."""
+    def sockets(self) -> list[socket.socket]:
+        """Where callers are taken."""
+        return [sock for door in self._doors for sock in door]
+
+    async def drain(self, timeout_s: float, grace_s: float) -> None:
+        """As `Serving.drain`: let all workers drain, and end."""
         self._ending = True
+        self._close_doors()
+        self.hasten(timeout_s, grace_s)
+        pause_s = 0.02
+        while any(worker.process is not None for worker in self._workers):
+            if time.monotonic() >= self._drain_by + FAREWELL_S + _END_S:
+                break
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.1 * pause_s, 0.5)
+
+    def hasten(self, timeout_s: float, grace_s: float) -> None:
+        """As `Serving.hasten`."""
+        self._drain_by = min(self._drain_by, time.monotonic() + timeout_s)
         for worker in self._workers:
-            if worker.process is not None:
-                worker.process.send_signal(signal.SIGTERM)
-        timeout_s = float(str(self._settings["drain_timeout_s"])) + FAREWELL_S + _END_S
-        deadline = time.monotonic() + timeout_s
-        while any(worker.process is not None for worker in self._workers) and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+            if worker.channel is not None:
+                worker.channel.send("drain", timeout_s, grace_s)
+
+    def _close_doors(self) -> None:
+        for sock in self.sockets():
+            sock.close()
+        self._doors = []
 
     def close(self) -> None:
         self._ending = True
+        self._close_doors()
         for timer in self._timers:
             timer.cancel()
         for worker in self._workers:
@@ -429,8 +466,8 @@ class Workers:
                 worker.channel.close()
 
 
-def _process(fd: int) -> subprocess.Popen[bytes]:
+def _process(fd: int, listening: Sequence[int]) -> subprocess.Popen[bytes]:
     """A worker at the other end of a socket pair. Raises OSError."""
     # -P: a module in the working directory must not stand in for one of ours.
-    command = [sys.executable, "-P", "-m", "waypoint.worker", str(fd), str(os.getpid())]
-    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-P", "-m", "waypoint.worker", str(fd), str(os.getpid()), *map(str, listening)]
+    return subprocess.Popen(command, pass_fds=[fd, *listening], stdin=subprocess.DEVNULL)

@@ -18,6 +18,7 @@ BASELINES: Final = {
     "kernel/filling": "single",
     "architectures": "sidecar",
     "memory": "envoy",
+    "waypoint": "envoy-as-guided",
 }
 """Suite of a measure -> the subject that all others are compared to."""
 
@@ -64,15 +65,17 @@ TARGETS: Final = (
         "less",
     ),
     *(
-        _elsewhere(
-            f"{what} of HTTP through a waypoint, 8 clients, at 10, 50 and 80 % of the knee",
-            f"paths/http-open/{key}",
+        Target(
+            f"{what} of HTTP/1.1 through a waypoint, 8 clients, at {share} % of the knee",
+            f"waypoint/{part}http1/10/{share}",
+            "built-in",
+            BASELINES["waypoint"],
+            "value",
             bound,
-            _NOT_BUILT,
-            "waypoint",
-            BASELINES["paths/http"],
+            "less",
         )
-        for what, key, bound in (("CPU per request", "cpu", 0.5), ("p99", "p99", 0.7))
+        for what, part, bound in (("the waypoint's CPU per request", "cpu/", 0.5), ("p99", "", 0.7))
+        for share in (10, 50, 80)
     ),
     _direct("round trip of 64 B", "rr/1/64", 1.03, "less"),
     _direct("bulk throughput, 1 stream", "bulk/1", 0.97, "more"),

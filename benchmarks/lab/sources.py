@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import yaml
 
 from control.api.identity import SpiffeId
+from control.api.labels import NODE
 from control.client import csr
 from control.server.ca import Authority, write_identity
 
@@ -103,7 +104,7 @@ def entry(workload: Workload) -> str:
             "metadata": {
                 "name": workload.name,
                 "namespace": workload.identity.namespace,
-                "labels": {"app": workload.name, **options.labels},
+                "labels": {"app": workload.name, NODE: workload.host.name, **options.labels},
             },
             "spec": {
                 "address": workload.address,

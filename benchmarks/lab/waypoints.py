@@ -7,8 +7,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from benchmarks.lab.control import ControlPlane
@@ -48,27 +48,40 @@ spec: {{address: {address}, serviceAccount: {gateway}}}
 class Waypoint:
     """One process of a waypoint. Its Gateway and its workload are declared as an operator does, with `meshctl`."""
 
-    def __init__(self, control: ControlPlane, host: Host, gateway: str) -> None:
-        """Make its place; `apply` declares it and `start` starts it."""
+    def __init__(self, control: ControlPlane, host: Host, gateway: str, account: str = "", number: int = 0) -> None:
+        """Make its place; `apply` declares it and `start` starts it. `account`: whose workloads it serves, where each
+        process of the Gateway has a service account of its own; `number`: of those on a host, from 0.
+        """
         self.gateway = gateway
-        self.name = f"{gateway}-{host.name}"
-        self.address = f"10.96.{host.index}.{_FIRST_NUMBER}"
-        self.identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/default/sa/{gateway}")
+        self.account = account
+        self.node = host.name
+        self.name = f"{gateway}-{host.name}{f'-{account}' if account else ''}"
+        self.address = f"10.96.{host.index}.{_FIRST_NUMBER + number}"
+        self.identity = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/default/sa/{account or gateway}")
         self._control = control
         self._lab = host.lab
         self._box = host.place(self.name, self.address)
         self._log = self._lab.directory / f"{self.name}.log"
+        self.state = self._lab.directory / "state" / self.name
+        """Its identity, and its last good configuration."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def apply(self, *options: str) -> None:
         """The Gateway, and this process as its instance."""
-        self._control.meshctl("waypoint", "apply", self.gateway, "--instance", f"{self.name}={self.address}", *options)
+        where = f"@{self.node}{f'/{self.account}' if self.account else ''}"
+        instance = f"{self.name}={self.address}{where}"
+        self._control.meshctl("waypoint", "apply", self.gateway, "--instance", instance, *options)
 
     def start(self) -> None:
         """Join the first time, take up where it was later, and return when it is ready."""
-        state = self._lab.directory / "state" / self.name
-        arguments = ["--join", str(self._control.token(self.name, "--namespace", "default")), "--state", str(state)]
-        arguments += ["--log-format", "json"]
+        self.launch()
+        self.await_ready()
+
+    def launch(self) -> None:
+        """As `start`, and return at once."""
+        token = self._control.token(self.name, "--namespace", "default")
+        arguments = ["--join", str(token), "--state", str(self.state)]
+        arguments += ["--log-format", "json", *(["--gateway", self.gateway] if self.account else [])]
         with open(self._log, "ab") as log:
             self._process = self._lab.spawn(
                 [sys.executable, "-I", "-m", "waypoint", "run", *arguments],
@@ -78,6 +91,9 @@ class Waypoint:
                 stdout=log,
                 stderr=log,
             )
+
+    def await_ready(self) -> None:
+        """Return when it is ready. Raises LabError."""
         try:
             self._lab.wait([self.ready], _START_S, self.name)
         except LabError as error:
@@ -96,6 +112,12 @@ class Waypoint:
                 connection.request("GET", "/healthz/ready")
                 return connection.getresponse().status == 200
         return False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """In its network namespace: sockets that this thread makes meanwhile are made there."""
+        with entered(self._box.netns_path):
+            yield
 
     def kill(self) -> int:
         """SIGKILL, for all its processes at once; the first one's pid."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.harness import histogram
 from benchmarks.harness.histogram import Histogram
@@ -42,6 +42,8 @@ _WARM_UP_SHARE = 0.1
 _READY_S = 10.0
 _GRACE_S = 45.0
 """After its time the generator waits 10 s for answers, and as long at the start for each of its first ones."""
+
+Protocol = Literal["http1", "http2", "grpc"]
 
 Spawn = Callable[[list[str]], subprocess.Popen[bytes]]
 """Starts a command where it belongs (namespace, cgroup, core), with stdout and stderr in pipes."""
@@ -73,14 +75,38 @@ def opened(connections: int, size: int, rate: float, *, poisson: bool = True, se
     return _load("open", connections=connections, size=size, rate=rate, poisson=int(poisson), seed=seed)
 
 
-def http_closed(connections: int, path: str, host: str) -> Load:
-    """GETs, one after the other on each connection; all but a 200 is an error. Value: us per request."""
-    return _load("http-closed", connections=connections, path=path, host=host)
+def http_closed(connections: int, path: str, host: str, protocol: Protocol = "http1", body: int = 0) -> Load:
+    """Requests, one after the other on each connection; all but a 200 is an error. Value: us per request.
+
+    Here and below: with a `body` it is a POST, or a gRPC call that has to end with the status 0, whose answer is as
+    long; without, a GET of HTTP/1.1.
+    """
+    return _load("http-closed", connections=connections, **_asked(path, host, protocol, body))
 
 
-def http_open(connections: int, path: str, host: str, rate: float, *, poisson: bool = True, seed: int = 1) -> Load:
-    """GETs at `rate` a second, on whichever connection is free. Value: p99 in us."""
-    return _load("http-open", connections=connections, path=path, host=host, rate=rate, poisson=int(poisson), seed=seed)
+def http_open(
+    connections: int,
+    path: str,
+    host: str,
+    rate: float,
+    protocol: Protocol = "http1",
+    body: int = 0,
+    *,
+    poisson: bool = True,
+    seed: int = 1,
+) -> Load:
+    """Requests at `rate` a second, on whichever connection is free. Value: p99 in us."""
+    asked = _asked(path, host, protocol, body)
+    return _load("http-open", connections=connections, **asked, rate=rate, poisson=int(poisson), seed=seed)
+
+
+def http_idle(count: int, path: str, host: str, body: int = 0) -> Load:
+    """`idle`, with a request of HTTP/1.1 in the place of the byte."""
+    return _load("http-idle", connections=count, **_asked(path, host, "http1", body))
+
+
+def _asked(path: str, host: str, protocol: Protocol, body: int) -> dict[str, object]:
+    return {"path": path, "host": host} | ({"protocol": protocol, "body": body} if body else {})
 
 
 def connects(in_flight: int) -> Load:
@@ -187,7 +213,7 @@ class Outcome:
     value: float
     """In the load's natural unit: see the functions that make loads."""
     histogram: Histogram
-    """Latencies of the counted part; empty for `bulk` and `idle`."""
+    """Latencies of the counted part; empty for `bulk` and whatever is idle."""
     mean_us: float
     max_us: float
     """Exact, not from the histogram. 0 where nothing was timed, or answered."""
@@ -285,7 +311,7 @@ def _outcome(found: Mapping[str, Any]) -> Outcome:
     operations: float = timed
     if kind == "bulk":
         operations, value = found["bytes"] / 2**20, gbit_per_s
-    elif kind == "idle":
+    elif kind in ("idle", "http-idle"):
         operations = value = found["held"]
     elif kind == "connects":
         value = timed / seconds

@@ -2,11 +2,14 @@
  *
  *   load serve ADDRESS PORT [--stall-ms MS --every-ms MS]
  *       Runs until killed. PORT echoes, PORT + 1 sinks (and answers its count after a FIN), PORT + 2 is HTTP/1.1
- *       (GET /bytes/N), PORT + 3 sends until it is closed. With a stall, all of it sleeps MS every MS.
+ *       (GET /bytes/N, and POST, whose answer is as long) and HTTP/2 (which echoes bodies, as gRPC where it is),
+ *       PORT + 3 sends until it is closed. With a stall, all of it sleeps MS every MS.
  *   load closed HOST PORT SECONDS --connections N --size BYTES
  *   load open HOST PORT SECONDS --connections N --size BYTES --rate N --poisson 0|1 --seed N
  *   load http-closed HOST PORT SECONDS --connections N --path PATH --host NAME
  *   load http-open HOST PORT SECONDS --connections N --path PATH --host NAME --rate N --poisson 0|1 --seed N
+ *       both with --protocol http1|http2|grpc --body BYTES: POSTs, or unary gRPC calls; without, they are GETs
+ *   load http-idle HOST PORT SECONDS --connections N --path PATH --host NAME   as idle, with an HTTP request
  *   load connects HOST PORT SECONDS --connections N         connect, a byte there and back, close; N at once
  *   load dials HOST PORT SECONDS --spread N --seed N        the same one by one, each to one of N addresses from HOST on
  *   load bulk HOST PORT SECONDS --streams N                 to the sink
@@ -58,9 +61,9 @@
 #define MAX_READERS 4096
 
 struct options {
-	const char *kind, *address, *path, *host;
+	const char *kind, *address, *path, *host, *protocol;
 	int port, connections, streams, readers, poisson;
-	size_t size;
+	size_t size, body;
 	double seconds, rate, bulk_rate;
 	uint64_t seed;
 	uint32_t spread;
@@ -79,7 +82,7 @@ static double number(const char *text, double least, double most)
 
 static struct options read_options(int argc, char **argv)
 {
-	struct options made = { .kind = argc > 3 ? argv[1] : "", .path = "/", .host = "load" };
+	struct options made = { .kind = argc > 3 ? argv[1] : "", .path = "/", .host = "load", .protocol = "http1" };
 	int first = strcmp(made.kind, "serve") == 0 ? 4 : 5;
 
 	if (argc < first || (argc - first) % 2)
@@ -113,6 +116,10 @@ static struct options read_options(int argc, char **argv)
 			made.path = value;
 		else if (strcmp(name, "--host") == 0)
 			made.host = value;
+		else if (strcmp(name, "--protocol") == 0)
+			made.protocol = value;
+		else if (strcmp(name, "--body") == 0)
+			made.body = (size_t)number(value, 1, MAX_BODY_BYTES);
 		else if (strcmp(name, "--stall-ms") == 0)
 			made.stall.for_ns = (uint64_t)(number(value, 1, 60000) * 1e6);
 		else if (strcmp(name, "--every-ms") == 0)
@@ -220,17 +227,43 @@ static void report_requests(const struct options *options, struct window window,
 
 /* ---- the loads */
 
+/* What is asked for by HTTP: the request of HTTP/1.1, or else what http2_prepare takes. */
+static void prepare_question(const struct options *options, struct requests *requests)
+{
+	static char question[4096 + MAX_BODY_BYTES];
+	struct http2_question asked = { .path = options->path, .host = options->host, .body = options->body };
+	char length[128] = "";
+	int head;
+
+	requests->question = question;
+	if (strcmp(options->protocol, "http1") != 0) {
+		asked.grpc = strcmp(options->protocol, "grpc") == 0;
+		if (!asked.grpc && strcmp(options->protocol, "http2") != 0)
+			die("unknown protocol %s", options->protocol);
+		http2_prepare(&asked);
+		requests->http2 = 1;
+		return;
+	}
+	if (options->body)
+		snprintf(length, sizeof(length), "User-Agent: load\r\nContent-Type: application/octet-stream\r\n"
+			 "Content-Length: %zu\r\n", options->body);
+	head = snprintf(question, 4096, "%s %s HTTP/1.1\r\nHost: %s\r\n%s\r\n", options->body ? "POST" : "GET",
+			options->path, options->host, length);
+	if (head >= 4096)
+		die("a path and host of 4 KB");
+	memcpy(question + head, pattern, options->body);
+	requests->question_length = (size_t)head + options->body;
+}
+
 static void load_requests(const struct options *options)
 {
 	static struct findings findings;
-	static char question[4096];
 	int is_http = strncmp(options->kind, "http-", 5) == 0, is_connects = strcmp(options->kind, "connects") == 0;
 	int is_open = !is_connects && !strstr(options->kind, "closed");
 	struct requests requests = {
 		.target = address_of(options->address, options->port),
 		.connections = options->connections,
 		.size = is_http ? 0 : is_connects ? 1 : options->size,
-		.question = question,
 		.fresh = is_connects,
 		.rate = is_open ? options->rate : 0,
 		.poisson = options->poisson,
@@ -245,9 +278,7 @@ static void load_requests(const struct options *options)
 	want(is_http || requests.size, "--size");
 	want(!is_open || options->rate > 0, "--rate");
 	want(!options->streams || options->bulk_rate > 0, "--bulk-rate");
-	if (snprintf(question, sizeof(question), "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", options->path, options->host) >=
-	    (int)sizeof(question))
-		die("a path and host of 4 KB");
+	prepare_question(options, &requests);
 	if (options->streams) {
 		sink = address_of(options->address, options->port + SINK_PORT);
 		beside = fork_bulk(&sink, options->streams, options->bulk_rate);
@@ -313,11 +344,12 @@ static void hold_idle(const struct options *options)
 	struct requests requests = {
 		.target = address_of(options->address, options->port),
 		.connections = options->connections,
-		.size = 1,
+		.size = strcmp(options->kind, "idle") == 0,
 	};
 	struct window window;
 
 	want(options->connections, "--connections");
+	prepare_question(options, &requests);
 	prepare(&requests);
 	say_ready();
 	window = window_of(options->seconds);
@@ -359,7 +391,7 @@ int main(int argc, char **argv)
 		load_bulk(&options);
 	else if (strcmp(options.kind, "dials") == 0)
 		load_dials(&options);
-	else if (strcmp(options.kind, "idle") == 0)
+	else if (strcmp(options.kind, "idle") == 0 || strcmp(options.kind, "http-idle") == 0)
 		hold_idle(&options);
 	else if (is_requests(options.kind))
 		load_requests(&options);

@@ -30,8 +30,9 @@ struct call {
 	const char *question;
 	size_t to_send, sent;
 	size_t to_come;        /* of the answer; of an HTTP answer once its head is there */
-	char *head;            /* of an HTTP answer */
+	char *head;            /* of an HTTP answer; of HTTP/2 whatever frame is not whole */
 	size_t head_length;
+	struct http2 *http2;   /* and the request, after it */
 	uint32_t turns;        /* requests so far */
 	int fd;                /* -1: not connected */
 	uint16_t status;       /* of an HTTP answer whose head is whole, or 0 */
@@ -88,6 +89,9 @@ static void disconnect(struct call *call)
 		close(call->fd);
 	call->fd = -1;
 	call->connected = call->waiting = 0;
+	call->head_length = 0;
+	if (call->http2)
+		memset(call->http2, 0, sizeof(*call->http2));
 }
 
 static void count_reason(const char *text)
@@ -191,6 +195,26 @@ static void dial(struct call *call)
 	call->waiting = 1;
 }
 
+static void *at_hand(void *made, size_t size)
+{
+	if (!made && !(made = calloc(1, size)))
+		die("out of memory");
+	return made;
+}
+
+static void ask(struct call *call)
+{
+	if (load->http2) {
+		call->http2 = at_hand(call->http2, sizeof(*call->http2) + MAX_FRAMES);
+		call->question = (char *)(call->http2 + 1);
+		call->to_send = http2_ask(call->http2, (char *)(call->http2 + 1));
+	} else {
+		call->question = load->question;
+		call->to_send = load->question_length;
+	}
+	call->to_come = 0;
+}
+
 static void begin(struct call *call, uint64_t intended, uint64_t now)
 {
 	/* Each request of each connection has bytes of its own, so that an answer to another is seen to be one. */
@@ -200,10 +224,15 @@ static void begin(struct call *call, uint64_t intended, uint64_t now)
 	busy++;
 	call->intended = intended;
 	call->begun = now;
-	call->question = load->size ? pattern + place : load->question;
-	call->to_send = load->size ? (findings ? load->size : 1) : strlen(load->question);
-	call->to_come = load->size ? call->to_send : 0;
-	call->sent = call->head_length = 0;
+	if (load->size) {
+		call->question = pattern + place;
+		call->to_send = call->to_come = findings ? load->size : 1;
+	} else {
+		ask(call);
+	}
+	call->sent = 0;
+	if (!load->http2)
+		call->head_length = 0;
 	call->status = 0;
 	call->closing = 0;
 	if (findings)
@@ -262,8 +291,7 @@ static int pull_http(struct call *call, ssize_t *got)
 			call->to_come -= (size_t)*got;
 		return *got > 0 && call->to_come == 0;
 	}
-	if (!call->head && !(call->head = malloc(MAX_HEAD)))
-		die("out of memory");
+	call->head = at_hand(call->head, MAX_HEAD);
 	*got = recv(call->fd, call->head + call->head_length, MAX_HEAD - 1 - call->head_length, MSG_DONTWAIT);
 	if (*got <= 0)
 		return 0;
@@ -288,6 +316,38 @@ static int pull_http(struct call *call, ssize_t *got)
 	return call->to_come == 0;
 }
 
+/* Reads frames, of an answer or between two. Returns what is wrong with them, or NULL. */
+static const char *read_frames(struct call *call, ssize_t *got)
+{
+	const char *wrong;
+	size_t read;
+
+	call->head = at_hand(call->head, MAX_FRAMES);
+	*got = recv(call->fd, call->head + call->head_length, MAX_FRAMES - call->head_length, MSG_DONTWAIT);
+	if (*got <= 0)
+		return NULL;
+	call->head_length += (size_t)*got;
+	read = http2_read_answer(call->http2, call->head, call->head_length, &wrong);
+	call->head_length -= read;
+	memmove(call->head, call->head + read, call->head_length);
+	call->closing |= call->http2->going_away;
+	return wrong;
+}
+
+static int pull_http2(struct call *call, ssize_t *got)
+{
+	const char *wrong = read_frames(call, got);
+
+	if (!wrong && call->http2->ended)
+		wrong = http2_verdict(call->http2);
+	if (wrong) {
+		fail(call, "", wrong);
+		return 0;
+	}
+	call->status = (uint16_t)call->http2->status;
+	return call->http2->ended;
+}
+
 static int pull_echo(struct call *call, ssize_t *got)
 {
 	size_t most = call->to_come < CHUNK ? call->to_come : CHUNK;
@@ -304,7 +364,7 @@ static int pull_echo(struct call *call, ssize_t *got)
 static void pull(struct call *call)
 {
 	ssize_t got = 0;
-	int whole = load->size ? pull_echo(call, &got) : pull_http(call, &got);
+	int whole = load->size ? pull_echo(call, &got) : load->http2 ? pull_http2(call, &got) : pull_http(call, &got);
 
 	if (whole)
 		finish(call);
@@ -318,9 +378,18 @@ static void pull(struct call *call)
 static void look(struct call *call)
 {
 	char byte;
-	ssize_t got = call->fd < 0 ? -1 : recv(call->fd, &byte, 1, MSG_DONTWAIT);
+	ssize_t got;
 
-	if (call->fd < 0 || (got < 0 && errno == EAGAIN))
+	if (call->fd < 0)
+		return;
+	if (load->http2) {
+		/* Frames of the connection come at any time. */
+		if (!read_frames(call, &got) && got > 0 && !call->closing)
+			return;
+	} else {
+		got = recv(call->fd, &byte, 1, MSG_DONTWAIT);
+	}
+	if (got < 0 && errno == EAGAIN)
 		return;
 	if (got > 0 && load->size)
 		die("bytes that nobody asked for");

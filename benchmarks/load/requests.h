@@ -14,6 +14,7 @@
 #include "bulk.h"
 #include "common.h"
 #include "histogram.h"
+#include "http2.h"
 
 #define MAX_CONNECTIONS 60000
 #define MAX_REASONS 16
@@ -22,7 +23,9 @@ struct requests {
 	struct address target;
 	int connections;
 	size_t size;           /* of an echo, in bytes; 0: HTTP */
-	const char *question;  /* an HTTP request */
+	const char *question;  /* an HTTP/1.1 request */
+	size_t question_length;
+	int http2;             /* what http2_prepare was told, in its place */
 	int fresh;             /* a new connection for each request */
 	double rate;           /* a second, all connections together; 0: closed loop */
 	int poisson;           /* or at even distances */

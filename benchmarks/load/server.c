@@ -2,6 +2,7 @@
 #include "server.h"
 
 #include "common.h"
+#include "http2.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -27,7 +28,8 @@ struct peer {
 	uint64_t sunk;
 	char *head;            /* of a request that is not whole */
 	size_t head_length;
-	uint8_t kind, closing;
+	uint8_t kind, closing, speaks_http2;
+	struct http2 http2;
 };
 
 static struct peer peers[MAX_FD];
@@ -129,24 +131,71 @@ static int answer(int fd, const char *status, uint64_t size, int closing)
 	return 1;
 }
 
+static void forget(struct peer *peer, size_t length)
+{
+	peer->head_length -= length;
+	memmove(peer->head, peer->head + length, peer->head_length);
+}
+
+/* The same in HTTP/2, whatever is asked for. 0: it hung up. */
+static int answer_http2(int fd)
+{
+	static char made[8 * MAX_FRAMES];
+	struct peer *peer = &peers[fd];
+	size_t length = 0;
+	long read = has_waiting(peer) ? 0 : http2_serve(&peer->http2, peer->head, peer->head_length, made, &length);
+
+	if (read < 0) {
+		hang_up(fd);
+		return 0;
+	}
+	forget(peer, (size_t)read);
+	return !length || send_or_keep(fd, made, length);
+}
+
+/* The length of a request's body, which its head, ended by a zero, says. */
+static size_t body_of(const char *head)
+{
+	const char *value = strcasestr(head, "\r\ncontent-length:");
+
+	return value ? strtoull(value + strlen("\r\ncontent-length:"), NULL, 10) : 0;
+}
+
 /* Answers the requests that are whole, one after the other, until an answer has to wait. 0: it hung up. */
 static int answer_requests(int fd)
 {
 	struct peer *peer = &peers[fd];
+	size_t begun = peer->head_length < PREFACE_LENGTH ? peer->head_length : PREFACE_LENGTH;
 	char *end;
 
+	if (!peer->speaks_http2 && begun && memcmp(peer->head, PREFACE, begun) == 0) {
+		if (begun < PREFACE_LENGTH)
+			return 1;
+		peer->speaks_http2 = 1;
+	}
+	if (peer->speaks_http2)
+		return answer_http2(fd);
 	while (!has_waiting(peer) && (end = memmem(peer->head, peer->head_length, "\r\n\r\n", 4))) {
 		char *stop = NULL;
 		unsigned long long size = 0;
+		size_t whole = (size_t)(end + 4 - peer->head);
 
 		*end = '\0';
-		if (strncmp(peer->head, "GET /bytes/", 11) == 0)
+		if (strncmp(peer->head, "GET /bytes/", 11) == 0) {
 			size = strtoull(peer->head + 11, &stop, 10);
-		/* Bodies are not read: whatever else is asked ends the connection. */
-		if (!stop || *stop != ' ' || size > MAX_BODY)
+		} else if (strncmp(peer->head, "POST ", 5) == 0) {
+			size = body_of(peer->head);
+			stop = strchr(peer->head + 5, ' ');
+			whole += size;
+			if (size <= MAX_BODY_BYTES && whole > peer->head_length) {
+				*end = '\r';  /* the rest of the body comes */
+				break;
+			}
+		}
+		/* Whatever else is asked ends the connection. */
+		if (!stop || *stop != ' ' || size > MAX_BODY || whole > peer->head_length)
 			return answer(fd, "404 Not Found", 0, 1);
-		peer->head_length -= (size_t)(end + 4 - peer->head);
-		memmove(peer->head, end + 4, peer->head_length);
+		forget(peer, whole);
 		if (!answer(fd, "200 OK", size, 0))
 			return 0;
 	}

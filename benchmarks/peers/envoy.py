@@ -11,7 +11,7 @@ import http.client
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ _LOGGED = (
     "dst=%UPSTREAM_HOST% dst.service=%REQ(:AUTHORITY)% bytes_sent=%BYTES_SENT% bytes_recv=%BYTES_RECEIVED% "
     "duration_ms=%DURATION% flags=%RESPONSE_FLAGS%\n"
 )
-
+# Envoy's defaults of 1,024 would refuse the benchmark's warm-up bursts.
+_NOT_BROKEN = {"thresholds": [{"max_connections": 65536, "max_pending_requests": 65536, "max_requests": 65536}]}
 
 Address = tuple[str, int]
 
@@ -124,12 +125,39 @@ def tls_client_config(
 
 
 def waypoint_config(
-    identity: Path, trust_domain: str, listen: Address, upstream: Address, authority: str
+    identity: Path,
+    trust_domain: str,
+    listen: Address,
+    upstream: Address,
+    authority: str,
+    *,
+    denied: str = "/deny",
+    routes: Mapping[str, Sequence[str]] | None = None,
+    shipped: bool = False,
 ) -> dict[str, Any]:
-    """An Istio waypoint's shape: CONNECT ended, HTTP inside (RBAC denies `/deny*`), CONNECT to `upstream`."""
-    routes = [{"match": {"prefix": "/"}, "route": {"cluster": "encap"}}]
-    middle = _http_manager("main", [{"name": "main", "domains": ["*"], "routes": routes}], normalize_path=True)
-    middle["typed_config"]["http_filters"].insert(0, _deny("/deny"))
+    """An Istio waypoint's shape: CONNECT ended, HTTP inside (RBAC denies paths by prefix), CONNECT to `upstream`.
+
+    `routes`: host -> prefixes of paths, in this order; any request has one of its own by default. `shipped`: with what
+    Istio configures at each waypoint; else as Envoy's own guide to benchmarking says, without what costs and is not
+    needed (envoyproxy.io, faq/performance/how_to_benchmark_envoy).
+    """
+    filters: list[dict[str, Any]] = [_deny(denied)]
+    options: dict[str, Any] = {"normalize_path": True, "upgrade_configs": [{"upgrade_type": "websocket"}]}
+    if shipped:
+        # pilot/pkg/networking/core/listener_waypoint.go, less its filters that are not Envoy's own.
+        filters = [_filter("cors", "cors.v3.Cors"), _filter("fault", "fault.v3.HTTPFault"), *filters]
+        filters.append(_filter("grpc_stats", "grpc_stats.v3.FilterConfig", emit_filter_state=True))
+        options |= {"preserve_external_request_id": True, "stream_idle_timeout": "0s", "server_name": "istio-envoy"}
+    hosts = [
+        {
+            "name": host,
+            "domains": [host],
+            "routes": [_request_route(prefix, shipped=shipped) for prefix in prefixes],
+        }
+        for host, prefixes in (routes or {"*": ["/"]}).items()
+    ]
+    middle = _http_manager("main", hosts, **options)
+    middle["typed_config"]["http_filters"][:0] = filters
     everything = [{"name": "any", "domains": ["*"], "routes": [_connect_route("main")]}]
     bootstrap = _bootstrap(
         [
@@ -139,7 +167,7 @@ def waypoint_config(
         ],
         [
             _internal_cluster("main"),
-            _internal_cluster("encap"),
+            _internal_cluster("encap") | _as_the_caller_speaks(),
             _tunnel_cluster(identity, trust_domain, upstream, None),
         ],
     )
@@ -149,7 +177,52 @@ def waypoint_config(
             "typed_config": {"@type": f"{_TYPE}.bootstrap.internal_listener.v3.InternalListener"},
         }
     ]
+    if not shipped:
+        for listener in bootstrap["static_resources"]["listeners"]:
+            for chain in listener["filter_chains"]:
+                _leave_out_what_costs(chain["filters"][0])
     return bootstrap
+
+
+def _leave_out_what_costs(network_filter: dict[str, Any]) -> None:
+    if network_filter["name"] == "hcm":
+        manager = network_filter["typed_config"]
+        manager["generate_request_id"] = False
+        manager["http_filters"][-1]["typed_config"]["dynamic_stats"] = False
+
+
+def _request_route(prefix: str, *, shipped: bool) -> dict[str, Any]:
+    action: dict[str, Any] = {"cluster": "encap", "timeout": "0s"}
+    if shipped:
+        # pilot/pkg/networking/core/route/retry/retry.go: of every route that says nothing else.
+        action["retry_policy"] = {
+            "retry_on": "connect-failure,refused-stream,unavailable,cancelled",
+            "num_retries": 2,
+            "retry_host_predicate": [
+                {
+                    "name": "previous",
+                    "typed_config": {
+                        "@type": f"{_TYPE}.retry.host.previous_hosts.v3.PreviousHostsPredicate",
+                    },
+                }
+            ],
+            "host_selection_retry_max_attempts": "5",
+        }
+    match = {"prefix": prefix} if prefix == "/" else {"path_separated_prefix": prefix}
+    return {"match": match, "route": action}
+
+
+def _filter(name: str, kind: str, **options: Any) -> dict[str, Any]:
+    return {"name": name, "typed_config": {"@type": f"{_TYPE}.filters.http.{kind}", **options}}
+
+
+def _as_the_caller_speaks() -> dict[str, Any]:
+    """HTTP/2 goes on as HTTP/2, and HTTP/1.1 as HTTP/1.1."""
+    options = {
+        "@type": f"type.googleapis.com/{_HTTP_OPTIONS}",
+        "use_downstream_protocol_config": {"http2_protocol_options": {}},
+    }
+    return {"typed_extension_protocol_options": {_HTTP_OPTIONS: options}}
 
 
 def _connect_route(cluster: str) -> dict[str, Any]:
@@ -278,6 +351,7 @@ def _internal_cluster(listener: str) -> dict[str, Any]:
     endpoint = {"endpoint": {"address": {"envoy_internal_address": {"server_listener_name": listener}}}}
     return {
         "name": listener,
+        "circuit_breakers": _NOT_BROKEN,
         "load_assignment": {"cluster_name": listener, "endpoints": [{"lb_endpoints": [endpoint]}]},
         "transport_socket": {"name": "internal_upstream", "typed_config": internal},
     }
@@ -304,10 +378,7 @@ def _cluster(name: str, address: Address) -> dict[str, Any]:
         "name": name,
         "type": "STATIC",
         "connect_timeout": "5s",
-        # Envoy's defaults of 1,024 would refuse the benchmark's warm-up bursts.
-        "circuit_breakers": {
-            "thresholds": [{"max_connections": 65536, "max_pending_requests": 65536, "max_requests": 65536}]
-        },
+        "circuit_breakers": _NOT_BROKEN,
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
     }
 

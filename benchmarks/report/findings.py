@@ -15,7 +15,20 @@ from benchmarks.report.wording import NAMES, UNITS, percent, question
 ASIDE: Final = frozenset({"taken_s", "operations"})
 """Details that say how a round was taken, not what it found."""
 OURS: Final = frozenset(
-    ("uproxy", "uproxy-forked", "waypoint", "remote", "remote-l4", "captured", "captured-full", "direct")
+    (
+        *(
+            "uproxy",
+            "uproxy-forked",
+            "waypoint",
+            "built-in",
+            "remote",
+            "remote-l4",
+            "captured",
+            "captured-full",
+            "direct",
+        ),
+        *("ours", "ours-node", "ours-service-account"),
+    )
 )
 """Subjects that are made of uProxies or of our programs in the kernel; every other one is a peer, or a floor."""
 TAIL: Final = 10

@@ -1,20 +1,20 @@
 """Where should an L7 proxy live: beside every workload, once per node, once per service account, or far away?
 
-The same application, routes, policy and identities stand behind every placement (placements/), all at once. All callers
-together ask at a fixed rate that every placement sustains; the answers are processor time and memory of all proxies,
-latency, and how many private keys one process holds.
+The same application, routes, policy and identities stand behind every placement (placements/), all at once: with Envoy
+as the proxy, and in full runs with our waypoint, which a Gateway's annotation places. All callers together ask at a
+fixed rate that every placement sustains; the answers are processor time and memory of all proxies, latency, and how
+many private keys one process holds.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from benchmarks import load
-from benchmarks.harness import histogram
 from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
 from benchmarks.harness.results import Check, Measure, Results, Round, Series
 from benchmarks.harness.rounds import judge
@@ -22,7 +22,8 @@ from benchmarks.harness.statistics import LEAST_ROUNDS
 from benchmarks.harness.usage import Meter
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
-from benchmarks.load import LoadError, Outcome
+from benchmarks.load import LoadError
+from benchmarks.load.together import Started, run_together
 from benchmarks.suites.placements.application import INSTANCES, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.placement import LOAD_CORE, PLAIN, PROXY_CORE, Placement
@@ -35,8 +36,6 @@ CONNECTIONS = 4
 WORKLOADS = 2 * len(SERVICES) * INSTANCES
 CPU_RATE = 500
 """Requests a second of all callers, at which processor time is taken."""
-_GRACE_S = 45.0
-"""Of a generator, as the wrapper of one gives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,11 @@ class Plan:
     rates: Sequence[int]
     rounds: int
     seconds: float
+    ours: bool = True
+    """Our waypoints, too."""
 
 
-QUICK = Plan(rates=(CPU_RATE,), rounds=5, seconds=1.3)
+QUICK = Plan(rates=(CPU_RATE,), rounds=5, seconds=1.3, ours=False)
 FULL = Plan(rates=(250, CPU_RATE, 1000), rounds=9, seconds=2.5)
 
 
@@ -64,7 +65,7 @@ class Architectures:
         try:
             program = load.build(bench.directory)
             with Lab() as lab:
-                site = stand(lab, bench.progress)
+                site = stand(lab, bench.progress, ours=plan.ours)
                 _prove(bench, site)
                 _say_conditions(bench)
                 _measure(bench, site, program, plan)
@@ -112,66 +113,19 @@ def _latency(program: Path, rate: int) -> Probe[Placement]:
 
 def take(program: Path, placement: Placement, rate: int, seconds: float, number: int) -> Sample:
     """All callers at once, each with its share of the rate; in each round with other arrivals."""
+    callers: dict[str, Started] = {}
+    for place, caller in enumerate(placement.callers):
+        service = next(one.name for one in SERVICES if one.caller == caller.member.account)
+        share = rate / len(placement.callers)
+        # The same schedule for every placement, and another for each caller and round.
+        seed = number * len(placement.callers) + place
+        asked = load.http_open(CONNECTIONS, "/", service, share, seed=seed)
+        argv = load.argv(program, asked, *caller.entries[service], seconds)
+        callers[caller.member.name] = partial(caller.start, argv)
     with Meter({"application": placement.applications}) as meter:
-        outcomes = _load(program, placement, rate, seconds, number)
-        # They began one after the other: only the time in which all of them counted is divided by.
-        begin, end = max(one.start_ns for one in outcomes), min(one.end_ns for one in outcomes)
-        shared_s = (end - begin) / 1e9
-        if shared_s < seconds / 4:
-            raise BenchError(f"{placement.subject.name}: its callers shared only {shared_s:.2f} s of {seconds:g} s")
-        busy_ns = meter.used((begin, end)).processor_ns["application"]
-    found = histogram.merge(one.histogram for one in outcomes)
-    percentiles = {"p50_us": 0.5, "p90_us": 0.9, "p99_us": 0.99, "p999_us": 0.999}
-    details = {name: histogram.percentile(found, share) / 1000 for name, share in percentiles.items()}
-    details["max_us"] = max(one.max_us for one in outcomes)
-    details["mean_us"] = histogram.mean(found) / 1000
-    details |= load.punctual(histogram.merge(one.punctual for one in outcomes))
-    details["late_p99_us"] = max(one.generator.late_p99_us for one in outcomes)
-    details["behind_share"] = max(one.generator.behind_s / one.seconds for one in outcomes)
-    details["load_core_share"] = sum(one.generator.cpu_share for one in outcomes) + busy_ns / 1e9 / shared_s
-    return Sample(
-        value=details["p99_us"],
-        operations=sum(one.operations / one.seconds for one in outcomes) * shared_s,
-        details=details,
-        histogram=found,
-        bottleneck=_bottleneck(outcomes, details),
-        counted=(begin, end),
-    )
-
-
-def _load(program: Path, placement: Placement, rate: int, seconds: float, number: int) -> list[Outcome]:
-    """Raises BenchError when a generator failed, or a request did."""
-    started: list[subprocess.Popen[bytes]] = []
-    outcomes = []
-    try:
-        for place, caller in enumerate(placement.callers):
-            service = next(one.name for one in SERVICES if one.caller == caller.member.account)
-            share = rate / len(placement.callers)
-            # The same schedule for every placement, and another for each caller and round.
-            seed = number * len(placement.callers) + place
-            asked = load.http_open(CONNECTIONS, "/", service, share, seed=seed)
-            started.append(caller.start(load.argv(program, asked, *caller.entries[service], seconds)))
-        for caller, process in zip(placement.callers, started, strict=True):
-            out, err = process.communicate(timeout=seconds * 1.1 + _GRACE_S)
-            if process.returncode:
-                raise BenchError(f"{placement.subject.name}: {caller.member.name}: {err.decode().strip()}")
-            outcomes.append(load.parse(out.decode()))
-            if failed := dict(outcomes[-1].errors):
-                raise BenchError(f"{placement.subject.name}: requests of {caller.member.name} failed: {failed}")
-    except (LoadError, subprocess.TimeoutExpired) as error:
-        raise BenchError(f"{placement.subject.name}: {error}") from error
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    return outcomes
-
-
-def _bottleneck(outcomes: Sequence[Outcome], details: Mapping[str, float]) -> str:
-    if details["load_core_share"] >= load.BUSIEST:
-        return f"generators and applications used {details['load_core_share']:.0%} of their core"
-    return next((one.bottleneck for one in outcomes if one.bottleneck), "")
+        found = run_together(placement.subject.name, callers, seconds)
+        busy_ns = meter.used(found.counted).processor_ns["application"]
+    return found.sample("p99_us", busy_ns)
 
 
 def add_difference(results: Results, measure: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from control.api import labels as label
 from control.api.bindings import Subject, Wish
 from control.api.declared import (
+    DeclaredExtension,
     DeclaredGateway,
     DeclaredGrant,
     DeclaredPolicy,
@@ -20,10 +21,13 @@ from control.api.declared import (
     DeclaredService,
     DeclaredTraffic,
 )
+from control.api.extension import ExternalAuthorization, PythonFilter
 from control.api.filters import Filters, Mirror
-from control.api.names import wrong_subdomain
+from control.api.names import key, wrong_subdomain
+from control.api.policy import Action, AuthorizationPolicy, Target
 from control.api.problems import Findings
 from control.api.route import Backend, HTTPRoute, Match, Parent, RouteRule
+from control.api.traffic import Redis, TrafficPolicy
 
 _UNBOUND = f"is bound to no waypoint; label it {label.USE_WAYPOINT}"
 
@@ -50,13 +54,117 @@ def check_targets(
                 problem = f"nobody enforces this: Service {target.key} {_UNBOUND}"
                 findings.warn(item.position, path, problem)
             elif target.kind == "Service" and isinstance(item, DeclaredPolicy) and item.policy.asks_http:
-                opaque = [str(port.port) for port in by_key[target.key].ports if not port.is_http]
+                opaque = [str(port.port) for port in by_key[target.key].ports if port.is_opaque]
                 if opaque:
                     problem = (
                         f"asks for what HTTP says, and Service {target.key} has ports that are not HTTP: "
                         f"{', '.join(opaque)}. There an ALLOW does not match, and a DENY as if it did not ask"
                     )
                     findings.warn(item.position, path, problem)
+
+
+def with_authorizers(
+    policies: Sequence[DeclaredPolicy], extensions: Sequence[DeclaredExtension], root_namespace: str, findings: Findings
+) -> list[AuthorizationPolicy]:
+    """With who is asked, by Extensions of a policy's own namespace or else of the root namespace.
+
+    Warns of CUSTOM policies about which nobody can be: what they match is refused.
+    """
+    by_key = {one.key: one.content for one in extensions if isinstance(one.content, ExternalAuthorization)}
+    found: list[AuthorizationPolicy] = []
+    for item in policies:
+        policy = item.policy
+        if policy.action is Action.CUSTOM and not policy.targets:
+            problem = "a uProxy cannot ask anybody: what this matches is refused. Write targetRefs, for a waypoint"
+            findings.warn(item.position, "spec.action", problem)
+        elif policy.action is Action.CUSTOM:
+            places = [key(namespace, item.provider) for namespace in (policy.namespace, root_namespace)]
+            authorizer = next((by_key[place] for place in places if place in by_key), None)
+            policy = replace(policy, authorizer=authorizer)
+            if authorizer is None:
+                problem = (
+                    f"there is no Extension {' or '.join(dict.fromkeys(places))} of type ExternalAuthorization; until "
+                    "there is, what this matches is refused"
+                )
+                findings.warn(item.position, "spec.provider.name", problem, (places[0], by_key))
+        found.append(policy)
+    return found
+
+
+def with_filters(
+    policies: Sequence[DeclaredTraffic],
+    extensions: Sequence[DeclaredExtension],
+    root_namespace: str,
+    findings: Findings,
+) -> list[TrafficPolicy]:
+    """Likewise, with the filters that TrafficPolicies name. One that is not there refuses requests."""
+    by_key = {one.key: one.content for one in extensions if isinstance(one.content, PythonFilter)}
+    found: list[TrafficPolicy] = []
+    for item in policies:
+        filters: list[PythonFilter] = []
+        for name in item.extensions:
+            places = [key(namespace, name) for namespace in (item.traffic.namespace, root_namespace)]
+            there = next((by_key[place] for place in places if place in by_key), None)
+            filters.append(there or PythonFilter(places[0]))
+            if there is None:
+                problem = (
+                    f"there is no Extension {' or '.join(dict.fromkeys(places))} of type PythonFilter; until there is, "
+                    "requests are refused"
+                )
+                findings.warn(item.position, "spec.extensions", problem, (places[0], by_key))
+        found.append(replace(item.traffic, filters=tuple(filters)))
+    return found
+
+
+def check_asked(
+    extensions: Sequence[DeclaredExtension],
+    policies: Sequence[DeclaredTraffic],
+    services: Sequence[DeclaredService],
+    wishes: Mapping[Subject, Wish],
+    findings: Findings,
+) -> None:
+    """Warns of services that cannot be asked."""
+    by_key = {one.key: one for one in services}
+    asked: list[tuple[DeclaredExtension | DeclaredTraffic, str, ExternalAuthorization | Redis]] = [
+        (one, "spec.externalAuthorization", one.content)
+        for one in extensions
+        if isinstance(one.content, ExternalAuthorization)
+    ]
+    asked += ((one, "spec.redis", one.traffic.redis) for one in policies if one.traffic.redis is not None)
+    for item, path, whom in asked:
+        service, port = by_key.get(whom.service), whom.port
+        wish = wishes.get(("Service", whom.service))
+        if service is None:
+            problem = f"there is no Service {whom.service}; until there is, nobody can be asked"
+            findings.warn(item.position, f"{path}.service", problem, (whom.service, by_key))
+        elif all(one.port != port for one in service.ports):
+            known = ", ".join(str(one.port) for one in service.ports) or "none"
+            problem = f"Service {service.key} has no port {port}, and so nobody can be asked; its ports: {known}"
+            findings.warn(item.position, f"{path}.port", problem)
+        elif wish is not None:
+            problem = (
+                f"Service {service.key} is bound to waypoint {wish.gateway}, and no other waypoint can ask it; label "
+                f"it {label.USE_WAYPOINT}: none"
+            )
+            findings.warn(item.position, f"{path}.service", problem)
+
+
+def check_balancing(policies: Sequence[DeclaredTraffic], findings: Findings) -> None:
+    """Warns of what is said a second time of how a target's endpoints are chosen; `policies` in the order of keys."""
+    first: dict[tuple[str, Target], str] = {}
+    for item in policies:
+        for said, field in (
+            (item.traffic.load_balancing, "loadBalancing"),
+            (item.traffic.outlier_detection, "outlierDetection"),
+        ):
+            for target in item.targets if said is not None else ():
+                other = first.setdefault((field, target), item.traffic.key)
+                if other != item.traffic.key:
+                    problem = (
+                        f"TrafficPolicy {other} says it of {target.kind} {target.key} too, and comes first by name; "
+                        "there, this does nothing"
+                    )
+                    findings.warn(item.position, f"spec.{field}", problem)
 
 
 def with_ports(
@@ -270,7 +378,7 @@ def _check_parent(
         findings.warn(item.position, path, f"does nothing: Service {service.key} {_UNBOUND}")
         return
     meant = [port for port in service.ports if parent.port in (0, port.port)]
-    if meant and not any(port.is_http for port in meant):
+    if meant and all(port.is_opaque for port in meant):
         numbers = ", ".join(str(port.port) for port in meant)
         problem = (
             f"does nothing: port {numbers} of Service {service.key} is not HTTP; write its appProtocol: http, or "
@@ -285,7 +393,7 @@ def _check_backend(
     """Warns of a backend whose destinations do not take the word on the caller of the waypoint that calls them."""
     own = wishes.get(("Service", backend))
     parents = {parent.service for parent in item.route.parents}
-    for gateway in sorted({wish.gateway for key in parents if (wish := wishes.get(("Service", key)))}):
+    for gateway in sorted({wish.gateway for parent in parents if (wish := wishes.get(("Service", parent)))}):
         if own is None or own.gateway != gateway:
             problem = (
                 f"Service {backend} is not bound to Gateway {gateway}, which sends it these requests: its policies "

@@ -17,6 +17,15 @@ Subject = tuple[Literal["Service", "WorkloadEntry"], str]
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """A Gateway that serves a share of the callers (`mesh.uproxy.dev/waypoint-canary`)."""
+
+    gateway: str
+    """Key of the Gateway."""
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
     """What the labels and annotations of a service or workload, or of its namespace, ask for."""
 
@@ -26,6 +35,8 @@ class Wish:
     """`mesh.uproxy.dev/waypoint-binding: optional`: a waypoint that does not answer is passed by."""
     guarded: bool
     """Whether an L7 AuthorizationPolicy targets the service or the Gateway, so that going directly must not last."""
+    canary: Canary | None = None
+    """Another Gateway, which is not that one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +44,8 @@ class Standing:
     """How far a binding is, in the terms of the records that show it."""
 
     gateways: tuple[str, ...]
-    """Keys of the Gateways that list it, and whose word on the caller its destinations take; in order. Two while it
-    moves from one to the other."""
+    """Keys of the Gateways that list it, and whose word on the caller its destinations take; in order. Several while
+    it moves from one to the other, or has a canary."""
     enforced: bool
     """Whether its destinations refuse everybody else."""
     binding: Binding | None
@@ -48,4 +59,7 @@ Standings = Mapping[Subject, Standing]
 def at_once(wish: Wish) -> Standing:
     """Where a wish ends up."""
     via = Via.PREFERRED if wish.optional else Via.WAYPOINT
-    return Standing((wish.gateway,), not wish.optional, Binding(wish.gateway, via))
+    if wish.canary is None:
+        return Standing((wish.gateway,), not wish.optional, Binding(wish.gateway, via))
+    binding = Binding(wish.gateway, via, canary=wish.canary.gateway, percent=wish.canary.percent)
+    return Standing(tuple(sorted(binding.gateways)), not wish.optional, binding)

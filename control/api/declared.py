@@ -9,12 +9,14 @@ from itertools import count
 from typing import Final
 
 from control.api.address import IpAddress
-from control.api.gateway import Traffic
+from control.api.bindings import Canary
+from control.api.extension import ExternalAuthorization, PythonFilter
+from control.api.gateway import Engine, Placement, Traffic
 from control.api.identity import SpiffeId
 from control.api.jwt import RequestAuthentication
 from control.api.labels import Labels
 from control.api.names import key
-from control.api.policy import AuthorizationPolicy, PeerAuthentication, Target
+from control.api.policy import Action, AuthorizationPolicy, PeerAuthentication, Target
 from control.api.problems import Position
 from control.api.route import HTTPRoute
 from control.api.traffic import TrafficPolicy
@@ -38,6 +40,8 @@ class WaypointChoice:
     """Whether a waypoint that does not answer is passed by."""
     exempt: tuple[SpiffeId, ...] | None = None
     """Who may connect directly, in order."""
+    canary: Canary | None = None
+    """Which Gateway serves a share of the callers."""
 
     def over(self, namespace: WaypointChoice) -> WaypointChoice:
         """What holds for an object of a namespace that chose otherwise."""
@@ -45,6 +49,7 @@ class WaypointChoice:
             gateway=namespace.gateway if self.gateway is None else self.gateway,
             optional=namespace.optional if self.optional is None else self.optional,
             exempt=namespace.exempt if self.exempt is None else self.exempt,
+            canary=namespace.canary if self.canary is None else self.canary,
         )
 
 
@@ -84,6 +89,7 @@ class DeclaredService:
     """Its ports that want the header: `metadata.PROXY_PROTOCOL`."""
     datagrams: Mapping[int, ServicePort] = field(default_factory=dict, hash=False)
     """Index in `spec.ports` -> port, of those of UDP, whose datagrams pass in plaintext: `metadata.UDP`."""
+    prefers_zone: bool = False
 
     @property
     def key(self) -> str:
@@ -113,6 +119,8 @@ class DeclaredWorkload:
     """None: what its namespace says."""
     proxy_protocol: tuple[int, ...] = ()
     """Of its own ports, likewise."""
+    locality: str = ""
+    """Empty: it says nothing of it."""
 
     @property
     def key(self) -> str:
@@ -150,7 +158,10 @@ class DeclaredPolicy:
     """`security.istio.io` AuthorizationPolicy."""
 
     policy: AuthorizationPolicy
+    """Without its authorizer."""
     position: Position = field(compare=False, repr=False)
+    provider: str = ""
+    """Name of the Extension that says who is asked; empty unless it is CUSTOM."""
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -159,7 +170,7 @@ class DeclaredPolicy:
     @property
     def guards(self) -> tuple[Target, ...]:
         """What must not be reached past the waypoint that enforces it."""
-        return () if self.policy.dry_run else self.policy.targets
+        return () if self.policy.dry_run or self.policy.action is Action.AUDIT else self.policy.targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +205,34 @@ class DeclaredTraffic:
     """`mesh.uproxy.dev` TrafficPolicy."""
 
     traffic: TrafficPolicy
+    """Without its filters."""
     position: Position = field(compare=False, repr=False)
+    extensions: tuple[str, ...] = ()
+    """Names of the Extensions that are its filters, in order."""
 
     @property
     def targets(self) -> tuple[Target, ...]:
         return self.traffic.targets
+
+    @property
+    def guards(self) -> tuple[Target, ...]:
+        """What must not be reached past the waypoint: its filters may refuse; limits are no such matter."""
+        return self.targets if self.extensions else ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredExtension:
+    """`mesh.uproxy.dev` Extension."""
+
+    namespace: str
+    name: str
+    content: ExternalAuthorization | PythonFilter | None
+    """By its type. None: its type was none."""
+    position: Position = field(compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        return key(self.namespace, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +245,9 @@ class DeclaredGateway:
     admits: Labels | None
     """Namespaces whose objects it serves: those with these labels (none: every one); None: its own."""
     position: Position = field(compare=False, repr=False)
+    trusted_proxies: int = 0
+    placement: Placement = Placement.REMOTE
+    engine: Engine = Engine.BUILT_IN
 
     @property
     def key(self) -> str:
@@ -265,6 +302,7 @@ Resource = (
     | DeclaredPeerAuthentication
     | DeclaredRequestAuthentication
     | DeclaredTraffic
+    | DeclaredExtension
     | DeclaredGateway
     | DeclaredRoute
     | DeclaredGrant
@@ -296,6 +334,8 @@ def place_of(resource: Resource) -> Place:
             return "RequestAuthentication", requests.namespace, requests.name
         case DeclaredTraffic():
             return "TrafficPolicy", resource.traffic.namespace, resource.traffic.name
+        case DeclaredExtension():
+            return "Extension", resource.namespace, resource.name
         case DeclaredGateway():
             return "Gateway", resource.namespace, resource.name
         case DeclaredRoute():

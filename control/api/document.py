@@ -333,6 +333,20 @@ class Reader:
             return default
         return node.value
 
+    def hundredths(self, name: str, low: int, high: int, *, default: int) -> int:
+        """A number with up to two decimals, and its range, in hundredths."""
+        expected = f"a number from {low / 100:g} to {high / 100:g}, with up to two decimals"
+        node = self._scalar(name, "", expected)
+        if node is None:
+            return default
+        if node.ambiguous or isinstance(node.value, (bool, str)) or node.value is None:
+            self._wrong_type(self.path(name), node, expected)
+            return default
+        if not low / 100 <= node.value <= high / 100 or round(node.value, 2) != node.value:
+            self.error(name, f"{node.text} must be {expected}")
+            return default
+        return round(node.value * 100)
+
     def integers(self, name: str, low: int, high: int) -> tuple[int, ...]:
         """Numbers of a list; absent is empty, but a written list has at least one item."""
         found: list[int] = []

@@ -20,5 +20,5 @@ def milliseconds(text: str) -> int:
         raise ValueError(f"{shown(text)} is no duration, such as 500ms, 10s or 1m30s")
     found = sum(int(number) * _UNIT_MS[unit] for number, unit in _PART.findall(text))
     if found > MAX_MS:
-        raise ValueError(f"{shown(text)} is longer than a day; write 0s for no timeout")
+        raise ValueError(f"{shown(text)} is longer than a day, which is the most")
     return found

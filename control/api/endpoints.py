@@ -82,6 +82,8 @@ def _endpoint(
         weight=workload.weight,
         ready=ready,
         labels=label.telemetry(workload.labels),
+        locality=workload.locality,
+        node=workload.node,
     )
 
 

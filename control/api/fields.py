@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from control.api.policy import Target, TargetKind
 
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
-_Ordered = TypeVar("_Ordered", int, str, tuple[str, str], SpiffeId)
+_Ordered = TypeVar("_Ordered", int, str, tuple[str, str], SpiffeId, tuple[SpiffeId, tuple[IpAddress, ...]])
 
 
 class RecordError(ValueError):
@@ -108,13 +109,26 @@ def read_key(value: Value, name: str, wrong: Callable[[str], str] = wrong_subdom
 
 def read_binding(value: Value, name: str) -> Binding:
     match value:
-        case [gateway, via]:
-            return Binding(read_key(gateway, name), read_member(via, Via, name))
-    raise RecordError(f"{name} must be [gateway, via]")
+        case [gateway, via, *more] if len(more) < 4:
+            node = checked(typed(more.pop(0), str, name), label.wrong_value, name) if len(more) % 2 else None
+            if node == "":
+                raise RecordError(f"{name}: the node is empty; it must then be absent")
+            found = Binding(read_key(gateway, name), read_member(via, Via, name), node or "")
+            return _with_canary(found, more, name) if more else found
+    raise RecordError(f"{name} must be [gateway, via], with a node behind it or not, then [canary, percent] or not")
+
+
+def _with_canary(binding: Binding, more: list[Value], name: str) -> Binding:
+    canary = read_key(more[0], name)
+    if canary == binding.gateway:
+        raise RecordError(f"{name}: {canary} is its own canary")
+    return replace(binding, canary=canary, percent=number_in(more[1], 0, 100, name))
 
 
 def write_binding(binding: Binding) -> list[Value]:
-    return [binding.gateway, binding.via.value]
+    node: list[Value] = [binding.node] if binding.node else []
+    canary: list[Value] = [binding.canary, binding.percent] if binding.canary else []
+    return [binding.gateway, binding.via.value, *node, *canary]
 
 
 def read_target(value: Value, name: str, namespace: str) -> Target:
@@ -128,6 +142,15 @@ def read_target(value: Value, name: str, namespace: str) -> Target:
         case _:
             raise RecordError(f"{name}: each must be [Gateway or Service, name]")
     return Target(kind, key(namespace, checked(typed(target, str, name), wrong, name)))
+
+
+def read_targets(fields: Fields, namespace: str) -> tuple[Target, ...]:
+    """What a policy of this namespace is about: at least one."""
+    targets = tuple(read_target(item, "targets", namespace) for item in fields.take("targets", list))
+    if not targets:
+        raise RecordError("targets is empty")
+    check_ordered([(target.kind, target.key) for target in targets], "targets")
+    return targets
 
 
 def write_target(target: Target) -> list[Value]:

@@ -9,9 +9,9 @@ from control.api.address import HBONE_PORT
 from control.api.declared import DeclaredGateway
 from control.api.document import Reader
 from control.api.filter_api import need
-from control.api.gateway import Traffic
+from control.api.gateway import MAX_TRUSTED_PROXIES, Engine, Placement, Traffic
 from control.api.labels import Labels
-from control.api.metadata import read_metadata
+from control.api.metadata import ENGINE, PLACEMENT, TRUSTED_PROXIES, Metadata, read_metadata
 from control.api.names import wrong_subdomain
 from control.api.problems import shown
 
@@ -22,7 +22,12 @@ _NOT_THERE: Final = "it is not implemented; remove it"
 
 def read_gateway(document: Reader) -> DeclaredGateway:
     """Reads a Gateway."""
-    metadata = read_metadata(document, wrong_subdomain, own_labels=(label.WAYPOINT_FOR,))
+    metadata = read_metadata(
+        document,
+        wrong_subdomain,
+        own_labels=(label.WAYPOINT_FOR,),
+        own_annotations=(ENGINE, PLACEMENT, TRUSTED_PROXIES),
+    )
     traffic = metadata.labels.get(label.WAYPOINT_FOR, Traffic.SERVICE.value)
     known = [one.value for one in Traffic]
     if traffic not in known:
@@ -52,7 +57,37 @@ def read_gateway(document: Reader) -> DeclaredGateway:
         traffic=Traffic(traffic) if traffic in known else Traffic.NONE,
         admits=admits[0] if admits else None,
         position=document.position,
+        trusted_proxies=_trusted_proxies(document, metadata),
+        engine=_engine(document, metadata),
+        placement=_read_placement(document, metadata),
     )
+
+
+def _engine(document: Reader, metadata: Metadata) -> Engine:
+    text = metadata.annotations.get(ENGINE, Engine.BUILT_IN.value)
+    known = [one.value for one in Engine]
+    if text in known:
+        return Engine(text)
+    document.error_at(f"metadata.annotations[{ENGINE!r}]", f"{shown(text)} must be one of {', '.join(known)}")
+    return Engine.BUILT_IN
+
+
+def _trusted_proxies(document: Reader, metadata: Metadata) -> int:
+    text = metadata.annotations.get(TRUSTED_PROXIES, "0")
+    if text.isascii() and text.isdigit() and len(text) <= 2 and int(text) <= MAX_TRUSTED_PROXIES:
+        return int(text)
+    problem = f"{shown(text)} must be a number from 0 to {MAX_TRUSTED_PROXIES}, in quotes"
+    document.error_at(f"metadata.annotations[{TRUSTED_PROXIES!r}]", problem)
+    return 0
+
+
+def _read_placement(document: Reader, metadata: Metadata) -> Placement:
+    text = metadata.annotations.get(PLACEMENT, Placement.REMOTE.value)
+    known = [one.value for one in Placement]
+    if text in known:
+        return Placement(text)
+    document.error_at(f"metadata.annotations[{PLACEMENT!r}]", f"{shown(text)} must be one of {', '.join(known)}")
+    return Placement.REMOTE
 
 
 def _read_listener(reader: Reader) -> Labels | None:

@@ -13,8 +13,21 @@ from control.api.problems import shown
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _VALUE: Final = re.compile(r"[!-~]([ \t!-~]{0,4094}[!-~])?|")
 _PATH: Final = re.compile(r"(?:[A-Za-z0-9/._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2}){1,1024}")
+_COOKIE_PATH: Final = re.compile(r"/[!-:<-~]{0,1023}")
 _ENCODED: Final = re.compile(r"%[0-9A-Fa-f]{2}")
 _UNRESERVED: Final = re.compile(r"[A-Za-z0-9._~-]")
+
+
+def wrong_token(text: str) -> str:
+    """A cookie's name."""
+    return "" if _TOKEN.fullmatch(text) else f"{shown(text)} is no cookie's name"
+
+
+def wrong_cookie_path(text: str) -> str:
+    """The path of a cookie (RFC 6265 section 4.1.1)."""
+    if _COOKIE_PATH.fullmatch(text):
+        return ""
+    return f"{shown(text)} is no cookie's path: it begins with '/', and has up to 1024 of printable ASCII but ';'"
 
 
 def wrong_header_name(text: str) -> str:

@@ -329,7 +329,7 @@ def _read_bindings(value: Value) -> tuple[tuple[int, Binding], ...]:
             case [port, *binding]:
                 found.append((number_in(port, 0, 65535, "addresses"), read_binding(binding, "addresses")))
             case _:
-                raise RecordError("addresses: each binding must be [port, gateway, via]")
+                raise RecordError("addresses: each binding must be [port, gateway, via], or with more behind it")
     if not found:
         raise RecordError("addresses: bindings are empty; they must then be absent")
     check_ordered([port for port, _ in found], "addresses")

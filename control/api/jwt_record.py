@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from control.api.fields import Fields, RecordError, check_ordered, checked, read_flag, read_target, typed, write_target
+from control.api.fields import Fields, RecordError, checked, read_flag, read_targets, typed, write_target
 from control.api.http_text import wrong_header_name
 from control.api.jwt import (
     MAX_RULES,
@@ -28,10 +28,7 @@ def write_request_authentication(record: RequestAuthentication) -> Body:
 
 def read_request_authentication(topic: RequestAuthenticationTopic, fields: Fields) -> RequestAuthentication:
     """The RequestAuthentication in a body, whose rest the caller looks at. Raises RecordError."""
-    targets = tuple(read_target(item, "targets", topic.namespace) for item in fields.take("targets", list))
-    if not targets:
-        raise RecordError("targets is empty")
-    check_ordered([(target.kind, target.key) for target in targets], "targets")
+    targets = read_targets(fields, topic.namespace)
     rules = tuple(_read_rule(item) for item in fields.take("rules", list))
     if len(rules) > MAX_RULES:
         raise RecordError(f"rules has {len(rules)}; at most {MAX_RULES}")

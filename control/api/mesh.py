@@ -11,10 +11,21 @@ from typing import Final, TypeVar
 
 from control.api import records, topics, vips
 from control.api.address import IpAddress
-from control.api.attachments import check_routes, check_targets, published, with_grants, with_ports
+from control.api.attachments import (
+    check_asked,
+    check_balancing,
+    check_routes,
+    check_targets,
+    published,
+    with_authorizers,
+    with_filters,
+    with_grants,
+    with_ports,
+)
 from control.api.bindings import Standings, Subject, Wish, at_once
 from control.api.declared import (
     DeclaredEndpoints,
+    DeclaredExtension,
     DeclaredGateway,
     DeclaredGrant,
     DeclaredNamespace,
@@ -29,13 +40,15 @@ from control.api.declared import (
     place_of,
 )
 from control.api.endpoints import datagrams_of, endpoints_of
-from control.api.gateway import Gateway
+from control.api.engines import check_engines
+from control.api.gateway import Gateway, Instance
 from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain
 from control.api.index import Resident, ResidentService, ResidentWorkload
 from control.api.jwt import NO_KEYS, JwtRule, RequestAuthentication
 from control.api.labels import Labels, telemetry
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
+from control.api.placements import check_placed, led_to
 from control.api.plaintext import MAX_PORTS, plaintext_of
 from control.api.policy import (
     DEFAULT_ROOT_NAMESPACE,
@@ -85,12 +98,16 @@ class Elsewhere:
     """What was allocated earlier: a service that still asks for none keeps its own."""
     gateways: Mapping[str, DeclaredGateway] = field(default_factory=dict)
     """Those of other namespaces, by key."""
+    processes: Mapping[str, Sequence[Instance]] = field(default_factory=dict)
+    """Of those that are not remote, by key."""
     guarded: frozenset[str] = frozenset()
     """Keys of the Gateways that policies of other namespaces target."""
     selects: Callable[[Labels], bool] = _nowhere
     """Whether a workload of another namespace has these labels. Asked for policies of the root namespace only."""
     peer_authentications: Sequence[PeerAuthentication] = ()
     """Those of the root namespace, unless that is built too."""
+    extensions: Sequence[DeclaredExtension] = ()
+    """Likewise."""
     fetched: Mapping[str, str] | None = None
     """Where keys of issuers are published -> those that were fetched there, as `canonical_jwks`. None: nobody does."""
     grants: Sequence[DeclaredGrant] = ()
@@ -175,7 +192,8 @@ class Mesh:
             _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
         )
         traffic = sorted(_of(DeclaredTraffic, declared), key=lambda item: item.traffic.key)
-        targets = guarded_by((*policies, *authentications))
+        extensions = _of(DeclaredExtension, declared)
+        targets = guarded_by((*policies, *authentications, *traffic))
         processes = processes_of(gateways, declared_workloads, findings)
         every_gateway = {**elsewhere.gateways, **{gateway.key: gateway for gateway in gateways}}
         wishes = wishes_of(
@@ -189,26 +207,41 @@ class Mesh:
             findings,
         )
         standing = {subject: at_once(wish) for subject, wish in wishes.of.items()} if standings is None else standings
-        ports = Ports(workloads, endpoints, processes, standing, wishes, every_gateway.keys())
+        ports = Ports(
+            workloads,
+            endpoints,
+            {**elsewhere.processes, **processes},
+            standing,
+            wishes,
+            every_gateway,
+            led_to((*routes, *of_callers)),
+            domain,
+        )
+        check_placed(
+            declared_services, endpoints, wishes.of, every_gateway, {**elsewhere.processes, **processes}, findings
+        )
+        check_balancing(traffic, findings)
         check_targets((*policies, *authentications, *traffic), declared_services, gateways, wishes.of, findings)
+        check_asked(extensions, traffic, declared_services, wishes.of, findings)
+        check_engines(policies, traffic, every_gateway, wishes.of, findings)
         check_routes(routes, declared_services, elsewhere.service, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,
             services=_services(declared_services, endpoints, addresses, standing, findings),
             workloads=tuple(
-                replace(workload, bounds=bounds) if (bounds := ports.bounds(workload.key)) else workload
+                replace(workload, bounds=bounds) if (bounds := ports.bounds(workload)) else workload
                 for workload in workloads
             ),
             endpoints=endpoints,
-            policies=tuple(item.policy for item in policies),
+            policies=tuple(with_authorizers(policies, (*extensions, *elsewhere.extensions), root_namespace, findings)),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
             request_authentications=tuple(_with_keys(item, elsewhere.fetched, findings) for item in authentications),
-            traffic=tuple(item.traffic for item in traffic),
+            traffic=tuple(with_filters(traffic, (*extensions, *elsewhere.extensions), root_namespace, findings)),
             gateways=gateways_of(gateways, processes, standing),
             routes=published(routes, of_callers, declared_services, findings),
             vips=addresses.allocated,
             wishes=wishes.of,
-            bindings={workload.key: bindings for workload in workloads if (bindings := ports.bindings(workload.key))},
+            bindings={workload.key: bindings for workload in workloads if (bindings := ports.bindings(workload))},
             datagrams=datagrams_of(declared_services, workloads, findings),
             virtual_datagrams={
                 service.key: tuple(sorted(port.port for port in service.datagrams.values()))
@@ -319,6 +352,7 @@ def _workloads(
             node=entry.node,
             weight=entry.weight,
             direct=entry.namespace in direct if entry.direct is None else entry.direct,
+            locality=entry.locality,
         )
         for address in entry.addresses:
             other = addresses.claim(address, f"WorkloadEntry {entry.key}")
@@ -355,6 +389,7 @@ def _services(
             labels=service.labels,
             identities=tuple(sorted(identities.get(service.key, ()))),
             binding=standing.binding if (standing := standings.get(("Service", service.key))) else None,
+            prefers_zone=service.prefers_zone,
         )
         for service in declared
     )

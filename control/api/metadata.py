@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from control.api import labels as label
+from control.api.bindings import Canary
 from control.api.declared import NO_CHOICE, WaypointChoice
 from control.api.document import Reader, Wrong
 from control.api.identity import IdentityError, SpiffeId
@@ -28,6 +30,15 @@ PROXY protocol, version 2, who calls."""
 UDP: Final = "mesh.uproxy.dev/udp"
 """On a Service: `plaintext` lets datagrams to its ports of protocol UDP pass outside of any tunnel; else they are
 `refused`."""
+
+TRUSTED_PROXIES: Final = "mesh.uproxy.dev/trusted-proxies"
+"""On a Gateway: how many proxies before its callers write into X-Forwarded-For whom they were called by."""
+
+PLACEMENT: Final = "mesh.uproxy.dev/placement"
+"""On a Gateway: where its processes stand (`gateway.Placement`); else they are `remote`."""
+
+ENGINE: Final = "mesh.uproxy.dev/engine"
+"""On a Gateway: what serves there, `built-in` or `envoy`."""
 
 _OWN_PREFIX: Final = "mesh.uproxy.dev/"
 _MAX_ANNOTATIONS: Final = 256
@@ -54,7 +65,10 @@ WAYPOINT_BINDING: Final = "mesh.uproxy.dev/waypoint-binding"
 """Beside `istio.io/use-waypoint`: `optional` passes by a waypoint that does not answer, else it is `required`."""
 WAYPOINT_EXEMPT: Final = "mesh.uproxy.dev/waypoint-exempt"
 """Likewise: SPIFFE IDs, separated by commas, of those who may connect directly."""
+WAYPOINT_CANARY: Final = "mesh.uproxy.dev/waypoint-canary"
+"""Likewise: `GATEWAY=PERCENT`, of which callers another Gateway serves; `NAMESPACE/GATEWAY` for one elsewhere."""
 
+_PERCENT: Final = re.compile("[0-9]{1,3}", re.ASCII)
 _MAX_EXEMPT: Final = 64  # as they stand in the record of every workload behind the service
 _MAX_PROXY_PROTOCOL: Final = 64  # likewise
 
@@ -79,8 +93,12 @@ _ANNOTATIONS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     SAME_HOST: (("encrypted",), "it is said of a WorkloadEntry or a Namespace; remove it"),
     PROXY_PROTOCOL: ((), "it is said of a Service or a WorkloadEntry; remove it"),
     UDP: (("refused",), "it is said of a Service; remove it"),
+    TRUSTED_PROXIES: (("0",), "it is said of a Gateway; remove it"),
+    ENGINE: (("built-in",), "it is said of a Gateway; remove it"),
+    PLACEMENT: (("remote",), "it is said of a Gateway; remove it"),
     WAYPOINT_BINDING: ((), _BINDS),
     WAYPOINT_EXEMPT: ((), _BINDS),
+    WAYPOINT_CANARY: ((), _BINDS),
 }
 _CAPTURE_PREFIXES: Final = ("traffic.sidecar.istio.io/", "ambient.istio.io/")
 _CAPTURE: Final = "capture covers all TCP of a workload and cannot be narrowed; remove it"
@@ -144,12 +162,13 @@ def read_bindable_metadata(
         wrong_name,
         namespaced,
         (label.USE_WAYPOINT, label.USE_WAYPOINT_NAMESPACE),
-        (*own_annotations, WAYPOINT_BINDING, WAYPOINT_EXEMPT),
+        (*own_annotations, WAYPOINT_BINDING, WAYPOINT_EXEMPT, WAYPOINT_CANARY),
     )
     choice = WaypointChoice(
         gateway=_gateway(reader, metadata.namespace or metadata.name, metadata.labels),
         optional=_optional(reader, metadata.annotations),
         exempt=_exempt(reader, metadata.annotations),
+        canary=_canary(reader, metadata.namespace or metadata.name, metadata.annotations),
     )
     return metadata, NO_CHOICE if choice == NO_CHOICE else choice  # one object for all that say nothing
 
@@ -191,6 +210,22 @@ def _exempt(reader: Reader, annotations: dict[str, str]) -> tuple[SpiffeId, ...]
     if len(found) > _MAX_EXEMPT:
         reader.child("annotations").error(WAYPOINT_EXEMPT, f"has more than {_MAX_EXEMPT} identities")
     return tuple(sorted(found))
+
+
+def _canary(reader: Reader, own: str, annotations: dict[str, str]) -> Canary | None:
+    text = annotations.get(WAYPOINT_CANARY)
+    if text is None:
+        return None
+    gateway, _, share = text.partition("=")
+    namespace, slash, name = gateway.partition("/")
+    namespace, name = (namespace, name) if slash else (own, gateway)
+    problem = wrong_dns_label(namespace) or wrong_subdomain(name)
+    if not problem and not (_PERCENT.fullmatch(share) and int(share) <= 100):
+        problem = f"{shown(share)} is no percentage from 0 to 100"
+    if problem:
+        reader.child("annotations").error(WAYPOINT_CANARY, f"{problem}; write GATEWAY=PERCENT, such as wp-v2=10")
+        return None
+    return Canary(key(namespace, name), int(share))
 
 
 def read_same_host(document: Reader, metadata: Metadata) -> bool | None:

@@ -1,7 +1,8 @@
 """AuthorizationPolicy and PeerAuthentication, data only; `uproxy.authz` decides.
 
-Semantics are Istio's. DENY policies are asked first and one match refuses. Then, if any ALLOW policy
-selects the workload, one of them must match. A policy matches when one of its rules does: an ALLOW
+Semantics are Istio's. What a CUSTOM policy matches must be allowed by a service that is asked. Then DENY policies are
+asked, and one match refuses. Then, if any ALLOW policy selects the workload, one of them must match. An AUDIT policy
+decides nothing. A policy matches when one of its rules does: an ALLOW
 policy without rules therefore allows nobody, a rule without fields matches everybody. Within a rule one
 of `sources`, one of `operations` and all of `conditions` must hold; within a source or an operation all
 fields must hold; within a field one value must, and in a `not_` field none may. A caller without an
@@ -9,7 +10,8 @@ identity matches no positive field of identity, and every negative one.
 
 A policy with targets holds at the waypoints that serve them, and one without at the uProxy of each workload that it
 selects. Only the former may ask for what HTTP says (hosts, methods, paths, headers). Of a connection that is not HTTP
-nothing is known of that: a DENY matches as if the rule did not ask for it, and an ALLOW does not match.
+nothing is known of that: an ALLOW does not match, and any other matches as if the rule did not ask for it. About such a
+connection, and at the uProxy of a workload, nobody can be asked: what a CUSTOM policy matches is refused there.
 
 Patterns (all but ports, blocks and keys): `exact`, `prefix*`, `*suffix`, and `*` for anything that is present. A path
 may be a template instead: `{*}` in place of a segment is any one segment, `{**}` at last any number of them.
@@ -24,6 +26,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from control.api.address import IpBlock, parse_block
+from control.api.extension import ExternalAuthorization
 from control.api.http_text import normal_path, wrong_field_value, wrong_header_name, wrong_method
 from control.api.identity import SCHEME, IdentityError, SpiffeId
 from control.api.labels import Labels, selects
@@ -44,6 +47,10 @@ class Action(Enum):
 
     ALLOW = "ALLOW"
     DENY = "DENY"
+    AUDIT = "AUDIT"
+    """Says so in logs and metrics."""
+    CUSTOM = "CUSTOM"
+    """Has another service asked."""
 
 
 class ConditionKey(Enum):
@@ -54,10 +61,12 @@ class ConditionKey(Enum):
     SOURCE_PRINCIPAL = "source.principal"
     DESTINATION_IP = "destination.ip"
     DESTINATION_PORT = "destination.port"
+    REMOTE_IP = "remote.ip"
+    """At waypoints only: the address that trusted proxies say, `Gateway.trusted_proxies`."""
     REQUEST_HEADERS = "request.headers"
-    """At waypoints only. Written `request.headers[x-name]`: any of the header's values."""
+    """Likewise. Written `request.headers[x-name]`: any of the header's values."""
     REQUEST_PRINCIPAL = "request.auth.principal"
-    """At waypoints only, as what follows: of the request's token, `<issuer>/<subject>`."""
+    """Likewise, as what follows: of the request's token, `<issuer>/<subject>`."""
     REQUEST_AUDIENCES = "request.auth.audiences"
     """Any of those that the token is for."""
     REQUEST_PRESENTER = "request.auth.presenter"
@@ -96,10 +105,15 @@ class Source:
     request_principals: tuple[str, ...] = ()
     """Patterns over `<issuer>/<subject>` of the request's token; for waypoints."""
     not_request_principals: tuple[str, ...] = ()
+    remote_ip_blocks: tuple[IpBlock, ...] = ()
+    """Of the address that trusted proxies say; for waypoints."""
+    not_remote_ip_blocks: tuple[IpBlock, ...] = ()
 
     @property
     def asks_http(self) -> bool:
-        return bool(self.request_principals or self.not_request_principals)
+        return bool(
+            self.request_principals or self.not_request_principals or self.remote_ip_blocks or self.not_remote_ip_blocks
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +150,7 @@ class Condition:
 
     @property
     def asks_http(self) -> bool:
-        return self.key.value.startswith("request.")
+        return self.key.value.startswith(("request.", "remote."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +197,8 @@ class AuthorizationPolicy:
     """At which waypoints it holds, in order, each once; none: at the workloads that it selects."""
     dry_run: bool = False
     """What it would do is told, and not done."""
+    authorizer: ExternalAuthorization | None = None
+    """Who is asked about what a CUSTOM policy with targets matches; None: nobody, and so that is refused."""
 
     @property
     def key(self) -> str:
@@ -217,7 +233,7 @@ def pattern_matches(pattern: str, name: str) -> bool:
 def canonical_value(key: ConditionKey, text: str) -> str:
     """The one form of a condition's value. Raises ValueError with what would be right."""
     match key:
-        case ConditionKey.SOURCE_IP | ConditionKey.DESTINATION_IP:
+        case ConditionKey.SOURCE_IP | ConditionKey.DESTINATION_IP | ConditionKey.REMOTE_IP:
             return parse_block(text)
         case ConditionKey.DESTINATION_PORT:
             return str(parse_port(text))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -112,6 +111,8 @@ def _with_suggestion(error: ResourceError, near: Near | None) -> ResourceError:
     if near is None:
         return error
     word, known = near
+    import difflib  # here, as a uProxy that runs needs nothing of it
+
     found = difflib.get_close_matches(word[:100], itertools.islice(known, _MAX_WORDS), n=1, cutoff=0.6)
     if not found:
         return error

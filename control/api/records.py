@@ -2,16 +2,18 @@
 
 What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
 every field must be there, none may be added, and every value must be in its canonical form. What waypoints ask for
-(`binding`, `bounds`, `targets`), and `direct`, `plaintext` and `dryRun`, are absent where there is none, so that a
-mesh without them is as it was.
+(`binding`, `bounds`, `targets`, `authorizer`, `trustedProxies`, `placement`, `engine`), and `direct`, `plaintext`,
+`locality`, `dryRun` and an endpoint's `node`, are absent where there is none, so that a mesh without them is as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from control.api.address import AddressError, IpBlock, parse_block
+from control.api.extension import ExternalAuthorization
 from control.api.fields import (
     Fields,
     check_distinct,
@@ -32,10 +34,21 @@ from control.api.fields import (
     write_target,
 )
 from control.api.fields import RecordError as RecordError  # what `read` raises
-from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic
+from control.api.gateway import (
+    MAX_TRUSTED_PROXIES,
+    Binding,
+    Bound,
+    Engine,
+    Gateway,
+    Instance,
+    Placement,
+    Process,
+    Traffic,
+)
 from control.api.identity import SpiffeId, TrustDomain, make_id, proxy_hash
 from control.api.jwt import RequestAuthentication
-from control.api.jwt_record import read_request_authentication, write_request_authentication
+from control.api.labels import wrong_value
+from control.api.locality import wrong_locality
 from control.api.messages import Body, Value
 from control.api.names import key, wrong_dns_label, wrong_service_name, wrong_subdomain
 from control.api.plaintext import MAX_PORTS, Plaintext
@@ -59,7 +72,6 @@ from control.api.policy import (
 )
 from control.api.revocations import MAX_LISTS, Revocations
 from control.api.route import HTTPRoute
-from control.api.route_record import read_route, write_route
 from control.api.topics import (
     EndpointTopic,
     GatewayTopic,
@@ -73,7 +85,6 @@ from control.api.topics import (
     WorkloadTopic,
 )
 from control.api.traffic import TrafficPolicy
-from control.api.traffic_record import read_traffic, write_traffic
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
 Record = (
@@ -89,6 +100,10 @@ Record = (
 )
 
 MAX_WEIGHT: Final = 65_535
+
+
+# Codecs of what only waypoints and the control plane have are imported where they are called: a uProxy that runs needs
+# none of them, and half a megabyte less.
 
 
 def topic_of(record: Record) -> RecordTopic:
@@ -125,6 +140,7 @@ def write(record: Record) -> Body:
                 "labels": dict(record.labels),
                 "identities": [str(identity) for identity in record.identities],
                 **({} if record.binding is None else {"binding": write_binding(record.binding)}),
+                **({"prefersZone": True} if record.prefers_zone else {}),
             }
         case Endpoint():
             return {
@@ -134,6 +150,8 @@ def write(record: Record) -> Body:
                 "weight": record.weight,
                 "ready": record.ready,
                 "labels": dict(record.labels),
+                **({"locality": record.locality} if record.locality else {}),
+                **({"node": record.node} if record.node else {}),
             }
         case Workload():
             return {
@@ -148,6 +166,7 @@ def write(record: Record) -> Body:
                 **({"direct": True} if record.direct else {}),
                 **({} if record.plaintext is None else {"plaintext": _write_plaintext(record.plaintext)}),
                 **({"proxyProtocol": list(record.proxy_protocol)} if record.proxy_protocol else {}),
+                **({"locality": record.locality} if record.locality else {}),
             }
         case AuthorizationPolicy():
             return {
@@ -156,19 +175,29 @@ def write(record: Record) -> Body:
                 "rules": [_write_rule(rule) for rule in record.rules],
                 **({"targets": [write_target(target) for target in record.targets]} if record.targets else {}),
                 **({"dryRun": True} if record.dry_run else {}),
+                **({} if record.authorizer is None else {"authorizer": _write_authorizer(record.authorizer)}),
             }
         case RequestAuthentication():
+            from control.api.jwt_record import write_request_authentication
+
             return write_request_authentication(record)
         case TrafficPolicy():
+            from control.api.traffic_record import write_traffic
+
             return write_traffic(record)
         case Gateway():
             return {
                 "traffic": record.traffic.value,
-                "instances": [[_name_in(instance.workload), instance.address] for instance in record.instances],
+                "instances": [_write_instance(record, instance) for instance in record.instances],
                 "services": list(record.services),
                 "workloads": list(record.workloads),
+                **({"trustedProxies": record.trusted_proxies} if record.trusted_proxies else {}),
+                **({"engine": record.engine.value} if record.engine is not Engine.BUILT_IN else {}),
+                **({} if record.placement is Placement.REMOTE else {"placement": record.placement.value}),
             }
         case HTTPRoute():
+            from control.api.route_record import write_route
+
             return write_route(record)
         case Revocations():
             return {"lists": list(record.lists)}
@@ -193,12 +222,18 @@ def _read(topic: RecordTopic, fields: Fields, trust_domain: TrustDomain) -> Reco
         case PolicyTopic():
             return _read_policy(topic, fields)
         case RequestAuthenticationTopic():
+            from control.api.jwt_record import read_request_authentication
+
             return read_request_authentication(topic, fields)
         case TrafficTopic():
+            from control.api.traffic_record import read_traffic
+
             return read_traffic(topic, fields)
         case GatewayTopic():
             return _read_gateway(topic, fields)
         case RouteTopic():
+            from control.api.route_record import read_route
+
             return read_route(topic, fields)
         case RevocationsTopic():
             return _read_revocations(topic, fields)
@@ -242,11 +277,15 @@ def _read_service(topic: ServiceTopic, fields: Fields, trust_domain: TrustDomain
         labels=fields.labels("labels"),
         identities=_read_identities(fields.take("identities", list), trust_domain, topic.namespace),
         binding=_read_binding(fields),
+        prefers_zone=read_flag(fields, "prefersZone"),
     )
 
 
 def _read_binding(fields: Fields) -> Binding | None:
-    return read_binding(fields.take("binding", list), "binding") if fields.has("binding") else None
+    binding = read_binding(fields.take("binding", list), "binding") if fields.has("binding") else None
+    if binding is not None and binding.node:
+        raise RecordError("binding names a node; only that of a workload's own address does")
+    return binding
 
 
 def _read_identities(values: list[Value], trust_domain: TrustDomain, namespace: str) -> tuple[SpiffeId, ...]:
@@ -288,7 +327,16 @@ def _read_endpoint(topic: EndpointTopic, fields: Fields, trust_domain: TrustDoma
         weight=fields.number("weight", 1, MAX_WEIGHT),
         ready=fields.take("ready", bool),
         labels=fields.labels("labels"),
+        locality=_read_locality(fields),
+        node=_read_node(fields.take("node", str)) if fields.has("node") else "",
     )
+
+
+def _read_node(value: Value) -> str:
+    node = checked(typed(value, str, "node"), wrong_value, "node")
+    if not node:
+        raise RecordError("node is empty; it must then be absent")
+    return node
 
 
 def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDomain) -> Workload:
@@ -314,20 +362,24 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         direct=read_flag(fields, "direct"),
         plaintext=_read_plaintext(fields),
         proxy_protocol=_read_proxy_protocol(fields),
+        locality=_read_locality(fields),
     )
 
 
 def _write_bound(bound: Bound) -> list[Value]:
     # Said only where it is so, so that all other records are those of before there was this.
-    guarded: list[Value] = [True] if bound.guarded else []
-    return [bound.port, list(bound.gateways), [str(identity) for identity in bound.exempt], bound.enforced, *guarded]
+    rest: list[Value] = [True] if bound.guarded else []
+    if bound.processes:
+        processes: list[Value] = [[str(one.identity), *one.addresses] for one in bound.processes]
+        rest = [bound.guarded, processes]
+    return [bound.port, list(bound.gateways), [str(identity) for identity in bound.exempt], bound.enforced, *rest]
 
 
 def _read_bounds(fields: Fields, trust_domain: TrustDomain) -> tuple[Bound, ...]:
     def read_bound(value: Value, name: str) -> Bound:
         match value:
-            case [port, gateways, exempt, enforced, *guarded] if not guarded or (
-                guarded[0] is True and len(guarded) == 1
+            case [port, gateways, exempt, enforced, *rest] if (
+                not rest or len(rest) == 2 or (rest[0] is True and len(rest) == 1)
             ):
                 found = Bound(
                     port=number_in(port, 0, 65535, name),
@@ -336,18 +388,36 @@ def _read_bounds(fields: Fields, trust_domain: TrustDomain) -> tuple[Bound, ...]
                         read_any_identity(typed(item, str, name), trust_domain) for item in typed(exempt, list, name)
                     ),
                     enforced=typed(enforced, bool, name),
-                    guarded=bool(guarded),
+                    guarded=bool(rest) and typed(rest[0], bool, name),
+                    processes=_read_processes(rest[1], name, trust_domain) if len(rest) == 2 else (),
                 )
                 check_ordered(found.gateways, name)
                 check_ordered(found.exempt, name)
                 return found
         raise RecordError(
-            f"{name}: each must be [port, [gateways], [exempt identities], enforced], or with true behind it"
+            f"{name}: each must be [port, [gateways], [exempt identities], enforced], or with true behind it, or with "
+            "true or false and [[identity, addresses...]]"
         )
 
     bounds = fields.optional_list("bounds", read_bound)
     check_ordered([bound.port for bound in bounds], "bounds")
     return bounds
+
+
+def _read_processes(value: Value, name: str, trust_domain: TrustDomain) -> tuple[Process, ...]:
+    found: list[Process] = []
+    for item in typed(value, list, name):
+        match item:
+            case [identity, _, *_]:
+                addresses = tuple(read_address(address, name) for address in item[1:])
+                check_distinct(addresses, name)
+                found.append(Process(read_any_identity(typed(identity, str, name), trust_domain), addresses))
+            case _:
+                raise RecordError(f"{name}: each process must be [identity, addresses...]")
+    if not found:
+        raise RecordError(f"{name}: processes are empty; they must then be absent")
+    check_ordered([(one.identity, one.addresses) for one in found], name)
+    return tuple(found)
 
 
 def _write_plaintext(plaintext: Plaintext) -> list[Value]:
@@ -373,6 +443,10 @@ def _read_proxy_protocol(fields: Fields) -> tuple[int, ...]:
     return ports
 
 
+def _read_locality(fields: Fields) -> str:
+    return checked(fields.take("locality", str), wrong_locality, "locality") if fields.has("locality") else ""
+
+
 def _read_revocations(topic: RevocationsTopic, fields: Fields) -> Revocations:
     lists = tuple(typed(item, bytes, "lists") for item in fields.take("lists", list))
     if not 1 <= len(lists) <= MAX_LISTS:
@@ -385,27 +459,71 @@ def _name_in(of_namespace: str) -> str:
     return of_namespace.partition("/")[2]
 
 
+def _write_instance(gateway: Gateway, instance: Instance) -> Value:
+    named: list[Value] = [_name_in(instance.workload), instance.address]
+    if gateway.placement is Placement.REMOTE:
+        return named
+    return [*named, instance.account, instance.node, list(instance.others)]
+
+
+def _read_instance(value: Value, namespace: str, placement: Placement) -> Instance:
+    match value:
+        case [name, address, *rest] if len(rest) == (0 if placement is Placement.REMOTE else 3):
+            name = checked(typed(name, str, "instances"), wrong_subdomain, "instances")
+            found = Instance(key(namespace, name), read_address(address, "instances"))
+            if not rest:
+                return found
+            account = typed(rest[0], str, "instances")
+            if placement is Placement.SERVICE_ACCOUNT:
+                checked(account, wrong_subdomain, "instances")
+            elif account:
+                raise RecordError("instances: only of placement service-account has each an account of its own")
+            others = tuple(read_address(other, "instances") for other in typed(rest[2], list, "instances"))
+            check_distinct((found.address, *others), "instances")
+            return replace(found, account=account, node=_read_node(rest[1]), others=others)
+    raise RecordError(
+        "instances: each must be [name of a workload, address], and with another placement than remote "
+        "[..., account, node, [further addresses]]"
+    )
+
+
+def _read_placement(fields: Fields) -> Placement:
+    if not fields.has("placement"):
+        return Placement.REMOTE
+    placement = read_member(fields.take("placement", str), Placement, "placement")
+    if placement is Placement.REMOTE:
+        raise RecordError("placement is remote; it must then be absent")
+    return placement
+
+
 def _read_gateway(topic: GatewayTopic, fields: Fields) -> Gateway:
-    instances: list[Instance] = []
-    for item in fields.take("instances", list):
-        match item:
-            case [name, address]:
-                checked(typed(name, str, "instances"), wrong_subdomain, "instances")
-                instances.append(Instance(key(topic.namespace, name), read_address(address, "instances")))
-            case _:
-                raise RecordError("instances: each must be [name of a workload, address]")
+    placement = _read_placement(fields)
     gateway = Gateway(
         namespace=topic.namespace,
         name=topic.name,
         traffic=read_member(fields.take("traffic", str), Traffic, "traffic"),
-        instances=tuple(instances),
+        instances=tuple(_read_instance(item, topic.namespace, placement) for item in fields.take("instances", list)),
         services=tuple(read_key(item, "services", wrong_service_name) for item in fields.take("services", list)),
         workloads=tuple(read_key(item, "workloads") for item in fields.take("workloads", list)),
+        trusted_proxies=(
+            fields.number("trustedProxies", 1, MAX_TRUSTED_PROXIES) if fields.has("trustedProxies") else 0
+        ),
+        placement=placement,
+        engine=_read_engine(fields),
     )
     check_ordered([instance.workload for instance in gateway.instances], "instances")
     check_ordered(gateway.services, "services")
     check_ordered(gateway.workloads, "workloads")
     return gateway
+
+
+def _read_engine(fields: Fields) -> Engine:
+    if not fields.has("engine"):
+        return Engine.BUILT_IN
+    engine = read_member(fields.take("engine", str), Engine, "engine")
+    if engine is Engine.BUILT_IN:
+        raise RecordError("engine: is not said of a waypoint that has the built-in one")
+    return engine
 
 
 def _write_rule(rule: Rule) -> Body:
@@ -421,6 +539,8 @@ def _write_rule(rule: Rule) -> Body:
                 not_ip_blocks=source.not_ip_blocks,
                 request_principals=source.request_principals,
                 not_request_principals=source.not_request_principals,
+                remote_ip_blocks=source.remote_ip_blocks,
+                not_remote_ip_blocks=source.not_remote_ip_blocks,
             )
             for source in rule.sources
         ]
@@ -454,6 +574,18 @@ def _present(**lists: tuple[str, ...] | tuple[int, ...]) -> Body:
     return {name: list(items) for name, items in lists.items() if items}
 
 
+def _write_authorizer(authorizer: ExternalAuthorization) -> Body:
+    from control.api.extension_record import write_external_authorization
+
+    return write_external_authorization(authorizer)
+
+
+def _read_authorizer(fields: Fields) -> ExternalAuthorization:
+    from control.api.extension_record import read_external_authorization
+
+    return read_external_authorization(fields.take("authorizer", dict), "authorizer")
+
+
 def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
     policy = AuthorizationPolicy(
         namespace=topic.namespace,
@@ -463,12 +595,15 @@ def _read_policy(topic: PolicyTopic, fields: Fields) -> AuthorizationPolicy:
         rules=tuple(_read_rule(item) for item in fields.take("rules", list)),
         targets=fields.optional_list("targets", lambda value, name: read_target(value, name, topic.namespace)),
         dry_run=read_flag(fields, "dryRun"),
+        authorizer=_read_authorizer(fields) if fields.has("authorizer") else None,
     )
     check_ordered([(target.kind, target.key) for target in policy.targets], "targets")
     if policy.targets and policy.selector is not None:
         raise RecordError("selector cannot stand beside targets")
     if policy.asks_http and not policy.targets:
         raise RecordError("rules ask for what only a waypoint sees, and there are no targets")
+    if policy.authorizer is not None and not (policy.targets and policy.action is Action.CUSTOM):
+        raise RecordError("an authorizer belongs to CUSTOM and targets, and to nothing else")
     return policy
 
 
@@ -494,6 +629,8 @@ def _read_source(value: Value, name: str) -> Source:
         not_ip_blocks=fields.optional_list("not_ip_blocks", _block),
         request_principals=fields.optional_list("request_principals", _canonical(canonical_claim)),
         not_request_principals=fields.optional_list("not_request_principals", _canonical(canonical_claim)),
+        remote_ip_blocks=fields.optional_list("remote_ip_blocks", _block),
+        not_remote_ip_blocks=fields.optional_list("not_remote_ip_blocks", _block),
     )
     fields.finish()
     return source

@@ -18,7 +18,9 @@ from control.api.declared import (
 )
 from control.api.declared import place_of as place_of  # beside `parse`, since whoever parses goes on to ask it
 from control.api.document import Map, Reader, position_of, read_documents
+from control.api.extension_api import read_extension
 from control.api.gateway_api import read_gateway
+from control.api.locality import wrong_locality
 from control.api.metadata import (
     MORE_ADDRESSES,
     PROXY_PROTOCOL,
@@ -122,10 +124,15 @@ def _read_service(document: Reader) -> DeclaredService:
                 "allocateLoadBalancerNodePorts",
                 "healthCheckNodePort",
                 "sessionAffinityConfig",
-                "trafficDistribution",
             ),
             "it is not implemented; remove it",
         )
+    )
+    nearest = spec.choice(
+        "trafficDistribution",
+        ["PreferClose", "PreferSameZone"],
+        default="",
+        others={"PreferSameNode": "callers do not compare nodes; write PreferSameZone"},
     )
     cluster_ips, families = _read_cluster_ips(spec)
     ports, datagrams = _read_service_ports(spec, needed=bool(families), udp=udp)
@@ -156,6 +163,7 @@ def _read_service(document: Reader) -> DeclaredService:
         waypoint=waypoint,
         proxy_protocol=read_proxy_protocol(document, metadata, port_of),
         datagrams=datagrams,
+        prefers_zone=bool(nearest),
     )
     spec.finish()
     return service
@@ -279,12 +287,7 @@ def _read_workload_entry(document: Reader) -> DeclaredWorkload:
         document, wrong_subdomain, own_annotations=(MORE_ADDRESSES, PROXY_PROTOCOL, SAME_HOST)
     )
     spec = document.child("spec", required="a mapping with address and serviceAccount")
-    spec.refuse(
-        {
-            "network": "all workloads share one network; remove it",
-            "locality": "locality is not implemented; remove it",
-        }
-    )
+    spec.refuse({"network": "all workloads share one network; remove it"})
     labels = spec.pairs("labels", label.wrong_key, label.wrong_value, most=label.MAX_LABELS)
     for name in labels.keys() & metadata.labels.keys():
         if labels[name] != metadata.labels[name]:
@@ -316,6 +319,7 @@ def _read_workload_entry(document: Reader) -> DeclaredWorkload:
         waypoint=waypoint,
         direct=read_same_host(document, metadata),
         proxy_protocol=read_proxy_protocol(document, metadata, port_of),
+        locality=spec.text("locality", wrong_locality),
     )
     spec.finish()
     return workload
@@ -430,12 +434,10 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], Callable[[Reader], Resource]]]] =
     "PeerAuthentication": (_ISTIO_SECURITY, read_peer_authentication),
     "RequestAuthentication": (_ISTIO_SECURITY, read_request_authentication),
     "TrafficPolicy": (("mesh.uproxy.dev/v1alpha1",), read_traffic_policy),
+    "Extension": (("mesh.uproxy.dev/v1alpha1",), read_extension),
     "Gateway": (("gateway.networking.k8s.io/v1",), read_gateway),
     "HTTPRoute": (("gateway.networking.k8s.io/v1",), read_http_route),
     "GRPCRoute": (("gateway.networking.k8s.io/v1",), read_grpc_route),
     "ReferenceGrant": (("gateway.networking.k8s.io/v1", "gateway.networking.k8s.io/v1beta1"), read_reference_grant),
 }
-_LATER: Final = (
-    "ServiceEntry",
-    "Extension",
-)
+_LATER: Final = ("ServiceEntry",)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from control.api.expression import expression
 from control.api.filters import NO_FILTERS, Filters, Mirror
 from control.api.http_text import normal_path, wrong_header_name
 from control.api.names import key, wrong_subdomain
@@ -204,6 +203,8 @@ def wrong_expression(text: str) -> str:
     """What is wrong with a regular expression, or an empty string."""
     if not 1 <= len(text) <= MAX_EXPRESSION:
         return f"{shown(text)} must have 1 to {MAX_EXPRESSION} characters"
+    from control.api.expression import expression  # here, as a uProxy that runs has no routes
+
     try:
         expression(text)
     except ValueError as error:

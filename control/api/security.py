@@ -45,15 +45,9 @@ NEEDS_WAYPOINT: Final = (
     "needs a waypoint; an L4 proxy cannot see it. Write targetRefs: a Service that is bound to one, or its Gateway"
 )
 """Of what is not written for one."""
-_FORWARDED: Final = "it is the address that an HTTP header names, which anybody writes; write ipBlocks or notIpBlocks"
 _MAX_TARGETS: Final = 16  # Istio's
-_ACTIONS: Final = {
-    "CUSTOM": "external authorisation is not there; write ALLOW or DENY",
-    "AUDIT": "auditing is not there; write ALLOW or DENY",
-}
 _OTHER_CONDITIONS: Final = {
     "connection.sni": "tunnels carry no server name; remove it",
-    "remote.ip": _FORWARDED,
     "experimental.": "it is not implemented; remove it",
 }
 _NAMED: Final = re.compile(r"(request\.headers|request\.auth\.claims)\[(.*)\]")
@@ -69,29 +63,44 @@ def read_authorization_policy(document: Reader) -> DeclaredPolicy:
     """Reads an AuthorizationPolicy."""
     metadata = read_metadata(document, wrong_subdomain, own_annotations=(DRY_RUN,))
     spec = document.child("spec", required="a mapping; `spec: {}` allows nobody")
-    spec.refuse({"targetRef": "write targetRefs, a list", "provider": _ACTIONS["CUSTOM"]})
+    spec.refuse({"targetRef": "write targetRefs, a list"})
     targets = read_targets(spec, metadata.namespace)
     http = spec.has("targetRefs")
-    action = spec.choice("action", [action.value for action in Action], default="ALLOW", others=_ACTIONS)
+    action = Action(spec.choice("action", [action.value for action in Action], default="ALLOW"))
     policy = AuthorizationPolicy(
         namespace=metadata.namespace,
         name=metadata.name,
-        action=Action(action),
+        action=action,
         selector=_selector(spec),
         rules=tuple(_rule(reader, metadata.namespace, http=http) for reader in spec.children("rules")),
         targets=targets,
-        dry_run=_dry_run(document, metadata),
+        dry_run=_dry_run(document, metadata, action),
     )
+    provider = _provider(spec, action)
     if http and spec.has("selector"):
         spec.error("selector", "cannot stand beside targetRefs: a policy holds at workloads or at waypoints")
     spec.finish()
-    return DeclaredPolicy(policy, document.position)
+    return DeclaredPolicy(policy, document.position, provider)
 
 
-def _dry_run(document: Reader, metadata: Metadata) -> bool:
+def _provider(spec: Reader, action: Action) -> str:
+    """The name of the Extension that a CUSTOM policy has asked."""
+    if action is not Action.CUSTOM:
+        spec.refuse({"provider": "it belongs to action CUSTOM; remove it"})
+        return ""
+    reader = spec.child("provider", required="a mapping, as {name: sign-in}, with the name of an Extension")
+    name = reader.text("name", wrong_subdomain, required="the name of an Extension")
+    reader.finish()
+    return name
+
+
+def _dry_run(document: Reader, metadata: Metadata, action: Action) -> bool:
     text = metadata.annotations.get(DRY_RUN, "false")
+    field = f"metadata.annotations[{DRY_RUN!r}]"
     if text not in ("true", "false"):
-        document.error_at(f"metadata.annotations[{DRY_RUN!r}]", f"{shown(text)} must be true or false")
+        document.error_at(field, f"{shown(text)} must be true or false")
+    elif text == "true" and action in (Action.AUDIT, Action.CUSTOM):
+        document.error_at(field, f"is for ALLOW and DENY; this is {action.value}: remove it")
     return text == "true"
 
 
@@ -209,10 +218,12 @@ def _source(item: Reader, namespace: str, *, http: bool) -> Source:
         not_ip_blocks=reader.parsed_list("notIpBlocks", parse_block),
         request_principals=reader.parsed_list("requestPrincipals", canonical_claim) if http else (),
         not_request_principals=reader.parsed_list("notRequestPrincipals", canonical_claim) if http else (),
+        remote_ip_blocks=reader.parsed_list("remoteIpBlocks", parse_block) if http else (),
+        not_remote_ip_blocks=reader.parsed_list("notRemoteIpBlocks", parse_block) if http else (),
     )
     if not http:
-        reader.refuse(dict.fromkeys(("requestPrincipals", "notRequestPrincipals"), NEEDS_WAYPOINT))
-    reader.refuse(dict.fromkeys(("remoteIpBlocks", "notRemoteIpBlocks"), _FORWARDED))
+        names = ("requestPrincipals", "notRequestPrincipals", "remoteIpBlocks", "notRemoteIpBlocks")
+        reader.refuse(dict.fromkeys(names, NEEDS_WAYPOINT))
     reader.finish()
     if reader.empty:
         item.error("source", "names nothing; a rule without `from` means every caller")
@@ -257,7 +268,7 @@ def _condition(reader: Reader, *, http: bool) -> Condition | None:
     if attribute is ConditionKey.REQUEST_HEADERS:
         name = name.lower()
     refused = next((reason for start, reason in _OTHER_CONDITIONS.items() if text.startswith(start)), "")
-    if not refused and not http and text.startswith("request."):
+    if not refused and not http and text.startswith(("request.", "remote.")):
         refused = NEEDS_WAYPOINT
     if refused:
         reader.error("key", f"{shown(text)} is refused: {refused}")

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
+from control.api.balancing_api import read_load_balancing, read_outlier_detection
 from control.api.declared import DeclaredTraffic
 from control.api.document import Reader
 from control.api.durations import milliseconds
 from control.api.http_text import wrong_header_name
 from control.api.metadata import read_metadata
-from control.api.names import wrong_subdomain
+from control.api.names import key, wrong_service_name, wrong_subdomain
 from control.api.security import NEEDS_WAYPOINT, read_targets
-from control.api.traffic import MAX_RATE_LIMITS, MAX_REQUESTS, MAX_RULES, Fault, RateLimit, Share, TrafficPolicy
+from control.api.traffic import (
+    DEFAULT_PENDING,
+    DEFAULT_REDIS_MS,
+    MAX_FILTERS,
+    MAX_RATE_LIMITS,
+    MAX_REDIS_MS,
+    MAX_REQUESTS,
+    MAX_RULES,
+    MAX_UPGRADES,
+    ConnectionLimits,
+    Fault,
+    RateLimit,
+    Redis,
+    Share,
+    TrafficPolicy,
+    wrong_upgrade,
+)
 
-_EMPTY: Final = "says nothing; write rateLimits, maxConcurrentRequests or fault"
+_EMPTY: Final = (
+    "says nothing; write rateLimits, maxConcurrentRequests, connectionLimits, fault, loadBalancing, "
+    "outlierDetection, extensions or upgrades"
+)
 
 
 def read_traffic_policy(document: Reader) -> DeclaredTraffic:
@@ -33,11 +54,36 @@ def read_traffic_policy(document: Reader) -> DeclaredTraffic:
         tuple(_read_limit(reader) for reader in limits[:MAX_RATE_LIMITS]),
         spec.integer("maxConcurrentRequests", 1, MAX_REQUESTS),
         _read_faults(spec.child("fault")),
+        _read_connection_limits(spec.child("connectionLimits")) if spec.has("connectionLimits") else None,
+        read_load_balancing(spec),
+        read_outlier_detection(spec),
+        upgrades=_read_upgrades(spec),
     )
-    if not (policy.rate_limits or policy.max_requests or policy.faults or spec.lost):
+    policy = replace(policy, redis=_read_redis(spec, policy))
+    extensions = spec.parsed_list("extensions", _rule_name)
+    if len(set(extensions)) != len(extensions):
+        spec.error("extensions", "names one twice; remove one")
+    elif len(extensions) > MAX_FILTERS:
+        spec.error("extensions", f"has {len(extensions)}; at most {MAX_FILTERS} are taken")
+    if not (spec.lost or extensions) and policy == TrafficPolicy(policy.namespace, policy.name, targets):
         document.error("spec", _EMPTY)
     spec.finish()
-    return DeclaredTraffic(policy, document.position)
+    return DeclaredTraffic(policy, document.position, extensions)
+
+
+def _read_upgrades(spec: Reader) -> tuple[str, ...]:
+    found = spec.parsed_list("upgrades", _upgrade)
+    if len(found) > MAX_UPGRADES:
+        spec.error("upgrades", f"has {len(found)}; at most {MAX_UPGRADES} are taken")
+    elif len(set(found)) != len(found):
+        spec.error("upgrades", "names one twice; remove one")
+    return tuple(sorted(set(found)))[:MAX_UPGRADES]
+
+
+def _upgrade(text: str) -> str:
+    if problem := wrong_upgrade(text.lower()):
+        raise ValueError(problem)
+    return text.lower()
 
 
 def _read_limit(reader: Reader) -> RateLimit:
@@ -57,8 +103,46 @@ def _read_limit(reader: Reader) -> RateLimit:
     elif len(rules) > MAX_RULES:
         reader.error("rules", f"has {len(rules)}; at most {MAX_RULES} are taken")
     burst = reader.integer("burst", 1, MAX_REQUESTS, default=requests)
+    scope = reader.choice("scope", ["Process", "Global"], default="Process")
     reader.finish()
-    return RateLimit(requests, per_ms or 1, burst, share, header, rules)
+    return RateLimit(requests, per_ms or 1, burst, share, header, rules, scope == "Global")
+
+
+def _read_redis(spec: Reader, policy: TrafficPolicy) -> Redis | None:
+    wanted = any(limit.everywhere for limit in policy.rate_limits)
+    if not spec.has("redis"):
+        if wanted and not spec.lost:
+            spec.error(
+                "redis", "is missing: a rate limit of scope Global is counted there; write {service: …, port: …}"
+            )
+        return None
+    reader = spec.child("redis")
+    if not wanted and not spec.lost:
+        spec.error("redis", "counts rate limits of scope Global, and there is none")
+    service = reader.text("service", wrong_service_name, required="the name of a Service of this namespace")
+    timeout_ms = reader.parsed("timeout", milliseconds)
+    if timeout_ms is not None and not 1 <= timeout_ms <= MAX_REDIS_MS:
+        reader.error("timeout", f"must be from 1ms to {MAX_REDIS_MS // 1000}s")
+    found = Redis(
+        key(policy.namespace, service),
+        reader.integer("port", 1, 65535, required="a port of that Service"),
+        timeout_ms or DEFAULT_REDIS_MS,
+        reader.boolean("failOpen", default=True),
+    )
+    reader.finish()
+    return found
+
+
+def _read_connection_limits(reader: Reader) -> ConnectionLimits:
+    connections = reader.integer("maxConnections", 1, MAX_REQUESTS)
+    if reader.has("maxPendingRequests") and not connections and not reader.lost:
+        reader.error("maxPendingRequests", "needs maxConnections: without it no request waits for a connection")
+    pending = reader.integer("maxPendingRequests", 1, MAX_REQUESTS, default=DEFAULT_PENDING if connections else 0)
+    requests_each = reader.integer("maxRequestsPerConnection", 1, MAX_REQUESTS)
+    if not (connections or pending or requests_each or reader.lost):
+        reader.error_at(reader.path("maxConnections"), "is missing; write it or maxRequestsPerConnection")
+    reader.finish()
+    return ConnectionLimits(connections, pending, requests_each)
 
 
 def _read_faults(reader: Reader) -> tuple[Fault, ...]:

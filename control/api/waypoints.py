@@ -8,10 +8,11 @@ nothing that somebody else changes may take a policy away. Nor may a Gateway tha
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from control.api import labels as label
+from control.api.address import IpAddress
 from control.api.bindings import Standing, Standings, Subject, Wish
 from control.api.declared import (
     NO_CHOICE,
@@ -20,15 +21,16 @@ from control.api.declared import (
     DeclaredPolicy,
     DeclaredRequestAuthentication,
     DeclaredService,
+    DeclaredTraffic,
     DeclaredWorkload,
     Place,
     WaypointChoice,
     place_of,
 )
-from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic
-from control.api.identity import SpiffeId, TrustDomain
+from control.api.gateway import Binding, Bound, Gateway, Instance, Placement, Process, Traffic, before
+from control.api.identity import SpiffeId, TrustDomain, make_id
 from control.api.labels import Labels, selects
-from control.api.metadata import WAYPOINT_BINDING, WAYPOINT_EXEMPT
+from control.api.metadata import WAYPOINT_BINDING, WAYPOINT_CANARY, WAYPOINT_EXEMPT
 from control.api.policy import Target
 from control.api.problems import Findings
 from control.api.workload import Endpoint, Workload
@@ -41,6 +43,9 @@ _TAKEN: Final = {
     "WorkloadEntry": (Traffic.WORKLOAD, Traffic.ALL),
 }
 _FIELD: Final = f"metadata.labels[{label.USE_WAYPOINT!r}]"
+_CANARY_FIELD: Final = f"metadata.annotations[{WAYPOINT_CANARY!r}]"
+
+Asking = DeclaredService | DeclaredWorkload | DeclaredNamespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +94,25 @@ def wishes_of(
             gateway=choice.gateway,
             optional=bool(choice.optional),
             guarded=Target("Gateway", choice.gateway) in guarded or Target("Service", one.key) in guarded,
+            canary=choice.canary,
         )
-        # What the namespace's label asks for is said once, of the namespace.
-        asking: DeclaredService | DeclaredWorkload | DeclaredNamespace = one
-        if one.waypoint.gateway is None and namespace is not None:
-            asking = namespace
-        bound = standings is not None and wish.gateway in _gateways_of(standings.get(subject))
+        serving = _gateways_of(standings.get(subject)) if standings is not None else ()
+        bound = wish.gateway in serving
+        namespace_labels = {} if namespace is None else namespace.labels
+        # What the namespace asks for is said once, of the namespace.
+        asking = one if one.waypoint.gateway is not None or namespace is None else namespace
+        asked: list[tuple[Asking, str, str]] = [(asking, _FIELD, wish.gateway)]
+        if wish.canary is not None:
+            asking_canary = one if one.waypoint.canary is not None or namespace is None else namespace
+            asked.append((asking_canary, _CANARY_FIELD, wish.canary.gateway))
+        for whose, field, name in asked:
+            problem = _problem(name, gateways.get(name), one.namespace, namespace_labels)
+            if problem and (place_of(whose), problem) not in told:
+                told.add((place_of(whose), problem))
+                refuse = standings is None if name not in gateways else name not in serving
+                report = findings.error if refuse else findings.warn
+                report(whose.position, field, problem, (name, gateways))
         gateway = gateways.get(wish.gateway)
-        problem = _problem(subject, wish, gateway, one.namespace, {} if namespace is None else namespace.labels)
-        if problem and (place_of(asking), problem) not in told:
-            told.add((place_of(asking), problem))
-            refuse = standings is None if gateway is None else not bound
-            report = findings.error if refuse else findings.warn
-            report(asking.position, _FIELD, problem, (wish.gateway, gateways))
         if gateway is not None and gateway.traffic not in _TAKEN[subject[0]]:
             if bound:
                 findings.warn(one.position, _FIELD, _taken_still(gateway, subject))
@@ -109,6 +120,12 @@ def wishes_of(
                 if asking is one:
                     findings.warn(one.position, _FIELD, _not_taken(gateway, subject))
                 continue
+        if wish.canary is not None and (idle := _idle_canary(subject, wish.gateway, gateways.get(wish.canary.gateway))):
+            if one.waypoint.canary is not None:
+                findings.warn(one.position, _CANARY_FIELD, idle)
+            wish = replace(wish, canary=None)
+        elif wish.canary is not None and one.waypoint.canary is not None:
+            _check_policies(one, wish.gateway, wish.canary.gateway, guarded, findings)
         found[subject] = wish
     return Wishes(found, exempt)
 
@@ -117,7 +134,9 @@ def subject_of(one: DeclaredService | DeclaredWorkload) -> Subject:
     return ("Service" if isinstance(one, DeclaredService) else "WorkloadEntry", one.key)
 
 
-def guarded_by(policies: Iterable[DeclaredPolicy | DeclaredRequestAuthentication]) -> frozenset[Target]:
+def guarded_by(
+    policies: Iterable[DeclaredPolicy | DeclaredRequestAuthentication | DeclaredTraffic],
+) -> frozenset[Target]:
     """What some policies hold for."""
     return frozenset(target for item in policies for target in item.guards)
 
@@ -129,21 +148,35 @@ def processes_of(
 
     A workload that has a Gateway's identity and is no process of it would be believed about who calls: an error.
     """
-    by_key = {gateway.key for gateway in gateways}
+    by_key = {gateway.key: gateway for gateway in gateways}
+    believed = {gateway.key for gateway in by_key.values() if gateway.placement is not Placement.SERVICE_ACCOUNT}
     instances: dict[str, list[Instance]] = {}
     for workload in workloads:
         account = f"{workload.namespace}/{workload.service_account}"
         name = workload.labels.get(label.GATEWAY_NAME)
-        if name is None and account not in by_key:
+        if name is None and account not in believed:
             continue
-        if name != workload.service_account:
-            findings.error(workload.position, "spec.serviceAccount", _mistaken(workload, name))
-        elif account not in by_key:
+        gateway = by_key.get(f"{workload.namespace}/{name}")
+        of_account = gateway is not None and gateway.placement is Placement.SERVICE_ACCOUNT
+        if account in believed if of_account else name != workload.service_account:
+            findings.error(workload.position, "spec.serviceAccount", _mistaken(workload, None if of_account else name))
+        elif gateway is None:
             problem = f"names no Gateway of namespace {workload.namespace}: {name!r}; apply it"
             findings.warn(workload.position, f"metadata.labels[{label.GATEWAY_NAME!r}]", problem)
+        elif gateway.placement is not Placement.REMOTE and not workload.node:
+            problem = f"serves nothing: Gateway {gateway.key} has a process for each node; label it {label.NODE}"
+            findings.warn(workload.position, "metadata.labels", problem)
         elif workload.addresses:
-            instances.setdefault(account, []).append(Instance(workload.key, workload.addresses[0]))
+            instances.setdefault(gateway.key, []).append(_instance(gateway.placement, workload))
     return {account: sorted(found, key=lambda instance: instance.workload) for account, found in instances.items()}
+
+
+def _instance(placement: Placement, workload: DeclaredWorkload) -> Instance:
+    address, *others = workload.addresses
+    if placement is Placement.REMOTE:
+        return Instance(workload.key, address)
+    account = workload.service_account if placement is Placement.SERVICE_ACCOUNT else ""
+    return Instance(workload.key, address, account, workload.node, tuple(others))
 
 
 def gateways_of(
@@ -164,6 +197,9 @@ def gateways_of(
             instances=tuple(processes.get(gateway.key, ())),
             services=tuple(sorted(key for kind, key in served.get(gateway.key, ()) if kind == "Service")),
             workloads=tuple(sorted(key for kind, key in served.get(gateway.key, ()) if kind == "WorkloadEntry")),
+            trusted_proxies=gateway.trusted_proxies,
+            placement=gateway.placement,
+            engine=gateway.engine,
         )
         for gateway in sorted(declared, key=lambda one: one.key)
     )
@@ -182,11 +218,18 @@ class Ports:
         processes: Mapping[str, Sequence[Instance]],
         standings: Standings,
         wishes: Wishes,
-        gateways: Collection[str],
+        gateways: Mapping[str, DeclaredGateway],
+        led_to: Collection[str],
+        trust_domain: TrustDomain,
     ) -> None:
-        """`processes`: as of `processes_of`. `gateways`: keys of those that there are, in all namespaces."""
+        """`processes`: as of `processes_of`. `gateways`: those that there are, in all namespaces, by key. `led_to`:
+        keys of the services to which routes of others lead.
+        """
         self._wishes = wishes
         self._gateways = gateways
+        self._processes = processes
+        self._led_to = led_to
+        self._trust_domain = trust_domain
         self._standing: dict[str, dict[int, dict[Subject, Standing]]] = {}
         if not standings:
             return
@@ -206,7 +249,7 @@ class Ports:
                 for of_port in ports.values():
                     of_port[subject] = standing
 
-    def bounds(self, workload_key: str) -> tuple[Bound, ...]:
+    def bounds(self, workload: Workload) -> tuple[Bound, ...]:
         """What is demanded at its ports. Who is exempt of a port that several bind is exempt of all these.
 
         A Gateway that is not there, which takes --force, is nobody whose word counts: a workload may have its name.
@@ -215,17 +258,44 @@ class Ports:
             Bound(
                 port=port,
                 gateways=tuple(
-                    sorted({key for one in found.values() for key in one.gateways if key in self._gateways})
+                    sorted({key for one in found.values() for key in one.gateways if self._serves_all(key)})
                 ),
                 exempt=self._exempt_of(found),
                 enforced=any(one.enforced for one in found.values()),
                 guarded=any(one.enforced and self._is_guarded(subject) for subject, one in found.items()),
+                processes=self._believed(workload, found),
             )
-            for port, found in sorted(self._standing.get(workload_key, {}).items())
+            for port, found in sorted(self._standing.get(workload.key, {}).items())
         )
 
-    def bindings(self, workload_key: str) -> PortBindings:
+    def _serves_all(self, gateway_key: str) -> bool:
+        gateway = self._gateways.get(gateway_key)
+        return gateway is not None and gateway.placement is Placement.REMOTE
+
+    def _believed(self, workload: Workload, found: Mapping[Subject, Standing]) -> tuple[Process, ...]:
+        """Of Gateways whose processes each serve a part: those before the workload, and all where routes lead here."""
+        believed: set[tuple[SpiffeId, tuple[IpAddress, ...]]] = set()
+        for (_, key), standing in found.items():
+            for gateway_key in standing.gateways:
+                gateway = self._gateways.get(gateway_key)
+                if gateway is None or gateway.placement is Placement.REMOTE:
+                    continue
+                processes: Sequence[Instance] = self._processes.get(gateway_key, ())
+                if key not in self._led_to:
+                    processes = before(gateway.placement, processes, workload.node, workload.service_account)
+                for one in processes:
+                    identity = make_id(self._trust_domain, gateway.namespace, one.account or gateway.name)
+                    believed.add((identity, (one.address, *one.others)))
+        return tuple(Process(*one) for one in sorted(believed))
+
+    def bindings(self, workload: Workload) -> PortBindings:
         """How callers that dial its own address reach it: by its own waypoint, else by that of a service."""
+        return tuple((port, self._located(binding, workload)) for port, binding in self._bindings(workload.key))
+
+    def _located(self, binding: Binding, workload: Workload) -> Binding:
+        return binding if all(map(self._serves_all, binding.gateways)) else replace(binding, node=workload.node)
+
+    def _bindings(self, workload_key: str) -> PortBindings:
         ports = self._standing.get(workload_key, {})
         for standing in ports.get(0, {}).values():
             if standing.binding is not None:
@@ -258,16 +328,19 @@ def _gateways_of(standing: Standing | None) -> tuple[str, ...]:
     return () if standing is None else standing.gateways
 
 
-def _problem(
-    subject: Subject, wish: Wish, gateway: DeclaredGateway | None, namespace: str, namespace_labels: Labels
-) -> str:
-    """Why a Gateway cannot be had; empty when it can."""
+def _problem(name: str, gateway: DeclaredGateway | None, namespace: str, namespace_labels: Labels) -> str:
+    """Why a Gateway (its key is `name`) cannot be had; empty when it can."""
     if gateway is None:
-        return f"there is no Gateway {wish.gateway}; apply it, as `meshctl waypoint apply` does, or name another"
+        return f"there is no Gateway {name}; apply it, as `meshctl waypoint apply` does, or name another"
     if not _admits(gateway, namespace, namespace_labels):
         return (
             f"Gateway {gateway.key} does not admit namespace {namespace}; widen its "
             "spec.listeners[0].allowedRoutes.namespaces, or name a Gateway of this namespace"
+        )
+    if gateway.placement is Placement.SERVICE_ACCOUNT and gateway.namespace != namespace:
+        return (
+            f"Gateway {gateway.key} has a process for each service account of its own namespace; name one of namespace "
+            f"{namespace}"
         )
     return ""
 
@@ -288,6 +361,27 @@ def _not_taken(gateway: DeclaredGateway, subject: Subject) -> str:
         f"does nothing: Gateway {gateway.key} does not take traffic to {what} "
         f"({label.WAYPOINT_FOR}: {gateway.traffic.value}); label the Gateway otherwise"
     )
+
+
+def _idle_canary(subject: Subject, waypoint: str, canary: DeclaredGateway | None) -> str:
+    """Why a canary gets nobody; empty when it does. One that is not there yet is waited for."""
+    if canary is None:
+        return ""
+    if canary.key == waypoint:
+        return f"does nothing: Gateway {waypoint} is the waypoint itself; name another, or remove it"
+    return "" if canary.traffic in _TAKEN[subject[0]] else _not_taken(canary, subject)
+
+
+def _check_policies(
+    one: DeclaredService | DeclaredWorkload, waypoint: str, canary: str, guarded: frozenset[Target], findings: Findings
+) -> None:
+    """Warns of policies that its callers leave behind."""
+    if Target("Gateway", waypoint) in guarded and Target("Gateway", canary) not in guarded:
+        problem = (
+            f"policies that target Gateway {waypoint} do not hold for callers that go through {canary}, which none "
+            "targets; target both, or the Service"
+        )
+        findings.warn(one.position, _CANARY_FIELD, problem)
 
 
 def _taken_still(gateway: DeclaredGateway, subject: Subject) -> str:
@@ -320,7 +414,11 @@ def _check_exempt(
 
 def _check_idle(one: DeclaredService | DeclaredWorkload, findings: Findings) -> None:
     """Warns of what an object says for the case that it is bound, when it is not."""
-    for annotation, said in ((WAYPOINT_BINDING, one.waypoint.optional), (WAYPOINT_EXEMPT, one.waypoint.exempt)):
+    for annotation, said in (
+        (WAYPOINT_BINDING, one.waypoint.optional),
+        (WAYPOINT_EXEMPT, one.waypoint.exempt),
+        (WAYPOINT_CANARY, one.waypoint.canary),
+    ):
         if said is not None:
             problem = f"does nothing: no {label.USE_WAYPOINT} binds this to a waypoint"
             findings.warn(one.position, f"metadata.annotations[{annotation!r}]", problem)

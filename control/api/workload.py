@@ -41,6 +41,9 @@ def host_of_key(service_key: str) -> str:
 
 _HTTP1: Final = frozenset({"http", "http/1.1", "grpc-web", "kubernetes.io/ws"})
 _HTTP2: Final = frozenset({"http2", "grpc", "kubernetes.io/h2c"})
+_OPAQUE: Final = frozenset({"tcp", "tls", "https", "mongo", "mysql", "redis"})
+OPAQUE_PORTS: Final = frozenset({25, 53, 3306, 27017})
+"""SMTP, DNS, MySQL, MongoDB, as Istio has it: opaque TCP where nothing else is said. Their servers speak first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,16 @@ class ServicePort:
         """Whether requests go to its workloads by HTTP/2, without TLS and without asking (gRPC does)."""
         return self._speaks(_HTTP2) and not self._speaks(_HTTP1)
 
+    @property
+    def is_undeclared(self) -> bool:
+        """Whether nothing says what it speaks: a waypoint goes by the first bytes of each connection."""
+        return not (self.app_protocol or self.is_http or self._speaks(_OPAQUE) or self.port in OPAQUE_PORTS)
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether a waypoint reads nothing here."""
+        return not (self.is_http or self.is_undeclared)
+
     def _speaks(self, protocols: frozenset[str]) -> bool:
         if self.app_protocol:
             return self.app_protocol in protocols
@@ -84,6 +97,8 @@ class Service:
     """Who may serve it, in order. Services are signed and endpoints are not: an endpoint of anybody else is none."""
     binding: Binding | None = None
     """How callers reach it; None: directly."""
+    prefers_zone: bool = False
+    """Whether callers take endpoints of their own zone first, then of their region."""
 
     @property
     def key(self) -> str:
@@ -119,6 +134,8 @@ class Workload:
     """Ports that take plaintext too; None: none does."""
     proxy_protocol: tuple[int, ...] = ()
     """Ports, in order, whose application reads from a PROXY protocol header who calls."""
+    locality: str = ""
+    """Where it runs: `control.api.locality`; empty when not declared."""
 
     @property
     def key(self) -> str:
@@ -169,6 +186,10 @@ class Endpoint:
     """Whether it takes new connections."""
     labels: Labels = field(hash=False)
     """The workload's `labels.telemetry`."""
+    locality: str = ""
+    """The workload's."""
+    node: str = ""
+    """The host that the workload runs on; empty when not declared."""
 
     def as_workload(self) -> Workload:
         """The workload behind it, as far as a caller needs to know it: for metrics and logs."""
@@ -181,6 +202,7 @@ class Endpoint:
             addresses=(self.address,),
             labels=self.labels,
             ports={},
-            node="",
+            node=self.node,
             weight=self.weight,
+            locality=self.locality,
         )

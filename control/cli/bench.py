@@ -59,7 +59,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--suite",
         action="append",
         metavar="NAME",
-        help="paths, kernel, architectures or memory; may be repeated (default: all)",
+        help="paths, kernel, architectures, memory or waypoint; repeatable (default: all; --quick: all but waypoint)",
     )
     run.add_argument("--quick", action="store_true", help="fewer, shorter rounds and measures, for a first look")
     run.add_argument(
@@ -98,7 +98,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from benchmarks import run as benchmarks
     from benchmarks.harness.results import FILE
 
-    names = _known(arguments.suite or benchmarks.SUITES, benchmarks.SUITES, "suite")
+    every = [name for name in benchmarks.SUITES if not (arguments.quick and name in benchmarks.LONG)]
+    names = _known(arguments.suite or every, benchmarks.SUITES, "suite")
     _known([name for name, _ in arguments.peer], benchmarks.PEERS, "peer")
     directory = arguments.output or Path(f"bench-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if (directory / FILE).exists():

@@ -46,6 +46,8 @@ def show_changes(answer: Answer, output: Format, *, texts: bool = False) -> None
         )
     for one in answer["bindings"]:
         what = f"waypoint {one['gateway']}: {one['phase']}" if one["gateway"] else "bound to no waypoint any more"
+        if one["canary"]:
+            what += f"; canary {one['canary']['gateway']} ({one['canary']['percent']} %): {one['canary']['step']}"
         print(f"{one['kind']} {one['key']}: {what}")
     print(_sum(answer))
 

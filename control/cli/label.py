@@ -6,12 +6,10 @@ import argparse
 from functools import partial
 from typing import Final, Literal
 
-from control.cli.ca import duration_s
-from control.cli.changes import add_change_options, show_changes
-from control.cli.client import ControlPlane
+from control.cli.changes import add_change_options
 from control.cli.output import CommandError
 from control.cli.references import add_namespace_option, parse_references
-from control.cli.waypoint import WAIT_S, await_settled
+from control.cli.waypoint import add_wait_option, relabel
 
 _EXAMPLES: Final = """\
 examples:
@@ -46,14 +44,7 @@ def _add(
     parser.add_argument("words", nargs="+", metavar="KIND NAME KEY=VALUE", help="or KIND/NAME; KEY- removes")
     add_namespace_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace values that are there")
-    parser.add_argument(
-        "--wait",
-        nargs="?",
-        type=duration_s,
-        const=WAIT_S,
-        metavar="TIME",
-        help=f"until every proxy concerned has it, at most so long; {WAIT_S}s if no time is given",
-    )
+    add_wait_option(parser)
     add_change_options(parser)
     parser.set_defaults(run=partial(_relabel, pairs))
 
@@ -76,19 +67,4 @@ def _relabel(pairs: Pairs, arguments: argparse.Namespace) -> int:
         if key in changes:
             raise CommandError(f"{key!r} is given twice")
         changes[key] = value if equals else None
-    plane = ControlPlane(arguments.socket)
-    answer = plane.post(
-        "relabel",
-        {
-            "reference": reference,
-            pairs: changes,
-            "overwrite": arguments.overwrite,
-            "dry_run": arguments.dry_run,
-            "release": arguments.release,
-            "force": arguments.force,
-        },
-    )
-    show_changes(answer, arguments.output)
-    if arguments.wait is None or arguments.dry_run:
-        return 0
-    return await_settled(plane, reference, answer["version"], arguments.wait)
+    return relabel(arguments, reference, {pairs: changes}, overwrite=arguments.overwrite)

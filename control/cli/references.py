@@ -19,6 +19,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "PeerAuthentication": ("peerauthentication", "pa"),
     "RequestAuthentication": ("requestauthentication", "ra"),
     "TrafficPolicy": ("trafficpolicy", "tp"),
+    "Extension": ("extension", "ext"),
     "Gateway": ("gateway", "gtw"),
     "HTTPRoute": ("httproute",),
     "GRPCRoute": ("grpcroute",),

@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from control.api.labels import WAYPOINT_FOR
+from control.api.gateway import Placement
+from control.api.labels import NODE, WAYPOINT_FOR
+from control.api.metadata import PLACEMENT, WAYPOINT_CANARY
 from control.cli.ca import duration_s
 from control.cli.changes import add_change_options, show_changes
 from control.cli.client import Answer, ControlPlane, add_socket_option
@@ -23,15 +25,19 @@ _POLL_S: Final = 0.05
 _EXAMPLES: Final = """\
 examples:
   meshctl waypoint apply wp -n shop --instance wp-1=10.97.0.9
+  meshctl waypoint apply wp -n shop --placement node --instance wp-a=10.97.1.9@host-a wp-b=10.97.2.9@host-b
   meshctl label service reviews istio.io/use-waypoint=wp -n shop --wait
   meshctl waypoint list
+  meshctl waypoint canary reviews wp-v2=10 -n shop --wait
+  meshctl waypoint canary reviews --end -n shop
   meshctl waypoint bypass reviews -n shop --for 30m --reason 'the waypoint refuses everything'
 
 `apply` makes a Gateway, and a WorkloadEntry for each --instance, and prints how each is started. A binding is pending
 (until a process of the waypoint has its configuration), switching, enforced, then, when its label is gone, releasing,
-leaving and lingering; or refused, when an L7 policy must not be missed until the waypoint is ready. A bypass ends by
-itself; it is in the control plane's log, and `meshctl status` shows it. Exit status of `list` and `status`: 3 when a
-binding waits for somebody or a service goes round its waypoint.
+leaving and lingering; or refused, when an L7 policy must not be missed until the waypoint is ready. A canary is
+preparing, sharing (so many of the callers go through it, always the same ones), then leaving. A bypass ends by itself;
+it is in the control plane's log, and `meshctl status` shows it. Exit status of `list` and `status`: 3 when a binding
+waits for somebody or a service goes round its waypoint.
 """
 
 _GATEWAY: Final = """\
@@ -42,6 +48,8 @@ metadata:
   namespace: {namespace}
   labels:
     istio.io/waypoint-for: {takes}
+  annotations:
+    mesh.uproxy.dev/placement: {placement}
 spec:
   gatewayClassName: istio-waypoint
   listeners:
@@ -62,9 +70,9 @@ metadata:
   namespace: {namespace}
   labels:
     gateway.networking.k8s.io/gateway-name: {name}
-spec:
+{labels}spec:
   address: {address}
-  serviceAccount: {name}
+  serviceAccount: {account}
 """
 
 
@@ -94,12 +102,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "new one",
     )
     apply.add_argument(
+        "--placement",
+        choices=[placement.value for placement in Placement],
+        help="where its processes stand, which docs/placements.md explains; default: as it is, remote for a new one",
+    )
+    apply.add_argument(
         "--instance",
         nargs="+",
         action="extend",
         default=[],
-        metavar="NAME=ADDRESS",
-        help="a process of it, and the mesh address of that",
+        metavar="NAME=ADDRESS[@NODE[/ACCOUNT]]",
+        help="a process of it, and the mesh address of that; with placement node also its node, and with "
+        "service-account that and the service account whose workloads it serves",
     )
     add_namespace_option(apply)
     add_change_options(apply)
@@ -120,6 +134,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         add_output_option(shown)
         shown.set_defaults(run=_show)
 
+    canary = actions.add_parser("canary", help="let a second waypoint serve a share of a service's callers")
+    canary.add_argument("service", metavar="SERVICE")
+    canary.add_argument("share", nargs="?", metavar="GATEWAY=PERCENT", help="such as wp-v2=10; NAMESPACE/GATEWAY too")
+    canary.add_argument("--end", action="store_true", help="let all callers go through the waypoint again")
+    add_namespace_option(canary)
+    add_wait_option(canary)
+    add_change_options(canary)
+    canary.set_defaults(run=_canary)
+
     bypass = actions.add_parser("bypass", help="let a service be reached directly for a while")
     bypass.add_argument("service", metavar="SERVICE")
     lasts = bypass.add_mutually_exclusive_group(required=True)
@@ -129,6 +152,43 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_namespace_option(bypass)
     add_socket_option(bypass)
     bypass.set_defaults(run=_bypass)
+
+
+def add_wait_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--wait",
+        nargs="?",
+        type=duration_s,
+        const=WAIT_S,
+        metavar="TIME",
+        help=f"until every proxy concerned has it, at most so long; {WAIT_S}s if no time is given",
+    )
+
+
+def relabel(
+    arguments: argparse.Namespace,
+    reference: dict[str, str],
+    changes: dict[str, dict[str, str | None]],
+    *,
+    overwrite: bool,
+) -> int:
+    """Change `labels` or `annotations` of a resource, and wait if that is asked for; the exit status."""
+    plane = ControlPlane(arguments.socket)
+    answer = plane.post(
+        "relabel",
+        {
+            "reference": reference,
+            **changes,
+            "overwrite": overwrite,
+            "dry_run": arguments.dry_run,
+            "release": arguments.release,
+            "force": arguments.force,
+        },
+    )
+    show_changes(answer, arguments.output)
+    if arguments.wait is None or arguments.dry_run:
+        return 0
+    return await_settled(plane, reference, answer["version"], arguments.wait)
 
 
 def await_settled(plane: ControlPlane, reference: dict[str, str], version: Sequence[int] | None, wait_s: int) -> int:
@@ -180,15 +240,22 @@ def _behind(plane: ControlPlane, reference: dict[str, str], version: Sequence[in
 def _apply(arguments: argparse.Namespace) -> int:
     name, namespace = arguments.name, arguments.namespace
     plane = ControlPlane(arguments.socket)
-    text = _gateway(plane, name, namespace, arguments.takes, arguments.admit)
-    instances: list[str] = []
+    text = _gateway(plane, name, namespace, arguments)
+    instances: dict[str, str] = {}
     for word in arguments.instance:
-        instance, equals, address = word.partition("=")
-        if not equals or not instance or not address:
-            raise CommandError(f"{word!r} must be NAME=ADDRESS, such as {name}-1=10.97.0.9")
-        instances.append(instance)
+        instance, equals, where = word.partition("=")
+        address, at, node = where.partition("@")
+        node, slash, account = node.partition("/")
+        if not (equals and instance and address) or (at and not node) or (slash and not account):
+            raise CommandError(f"{word!r} must be NAME=ADDRESS[@NODE[/ACCOUNT]], such as {name}-1=10.97.0.9")
+        instances[instance] = account
         text += _INSTANCE.format(
-            instance=_text(instance), namespace=_text(namespace), name=_text(name), address=_text(address)
+            instance=_text(instance),
+            namespace=_text(namespace),
+            name=_text(name),
+            address=_text(address),
+            labels=f"    {NODE}: {_text(node)}\n" if node else "",
+            account=_text(account or name),
         )
     answer = plane.post(
         "apply",
@@ -201,24 +268,32 @@ def _apply(arguments: argparse.Namespace) -> int:
     )
     show_changes(answer, arguments.output)
     if arguments.output == "table" and not arguments.dry_run:
-        for instance in instances:
+        for instance, account in instances.items():
             token = shlex.quote(f"{instance}.token")
             print(f"\nTo start {instance}:")
             print(f"  meshctl token create {shlex.quote(instance)} -n {shlex.quote(namespace)} --out {token}")
-            print(f"  waypoint run --join {token} --state {shlex.quote(instance)}")
+            of = f" --gateway {shlex.quote(name)}" if account else ""
+            print(f"  waypoint run --join {token} --state {shlex.quote(instance)}{of}")
     return 0
 
 
-def _gateway(plane: ControlPlane, name: str, namespace: str, takes: str | None, admits: str | None) -> str:
+def _gateway(plane: ControlPlane, name: str, namespace: str, arguments: argparse.Namespace) -> str:
     """The document of a Gateway: what is there with what is asked for changed, else a new one."""
+    takes, admits, placement = arguments.takes, arguments.admit, arguments.placement
     found = plane.get("resources", kind="Gateway", namespace=namespace, name=name)["resources"]
     if not found:
         return _GATEWAY.format(
-            name=_text(name), namespace=_text(namespace), takes=takes or "service", admits=admits or "Same"
+            name=_text(name),
+            namespace=_text(namespace),
+            takes=takes or "service",
+            placement=placement or Placement.REMOTE.value,
+            admits=admits or "Same",
         )
     text: str = found[0]["document"]
     if takes is not None:
         text = documents.with_metadata(text, {"labels": {WAYPOINT_FOR: takes}})
+    if placement is not None:
+        text = documents.with_metadata(text, {"annotations": {PLACEMENT: placement}})
     if admits is not None:
         document: Answer = dict(documents.values(text))
         document["spec"]["listeners"][0]["allowedRoutes"] = {"namespaces": {"from": admits}}
@@ -251,7 +326,7 @@ def _show(arguments: argparse.Namespace) -> int:
     answer = ControlPlane(arguments.socket).get("bindings")
     if "name" in arguments:
         gateway = f"{arguments.namespace}/{arguments.name}"
-        answer["bindings"] = [one for one in answer["bindings"] if gateway in (one["gateway"], one["previous"])]
+        answer["bindings"] = [one for one in answer["bindings"] if gateway in _gateways(one)]
         bound = {one["key"] for one in answer["bindings"]}
         answer["bypasses"] = [one for one in answer["bypasses"] if one["service"] in bound]
     if arguments.output == "json":
@@ -259,6 +334,17 @@ def _show(arguments: argparse.Namespace) -> int:
     else:
         _show_tables(answer)
     return DIFFERS if answer["bypasses"] or not all(one["settled"] for one in answer["bindings"]) else 0
+
+
+def _gateways(binding: Answer) -> tuple[str, ...]:
+    canary = (binding["canary"]["gateway"],) if binding["canary"] else ()
+    return binding["gateway"], binding["previous"], *canary
+
+
+def _waypoint(binding: Answer) -> str:
+    found = f"{binding['previous']} -> {binding['gateway']}" if binding["previous"] else str(binding["gateway"])
+    canary = binding["canary"]
+    return f"{found}, canary {canary['gateway']} ({canary['percent']} %, {canary['step']})" if canary else found
 
 
 def _show_tables(answer: Answer) -> None:
@@ -271,7 +357,7 @@ def _show_tables(answer: Answer) -> None:
                 (
                     one["kind"],
                     one["key"],
-                    f"{one['previous']} -> {one['gateway']}" if one["previous"] else one["gateway"],
+                    _waypoint(one),
                     f"{one['phase']} (optional)" if one["optional"] else one["phase"],
                     "" if one["settled"] else ", ".join(one["waits_for"]),
                 )
@@ -281,6 +367,13 @@ def _show_tables(answer: Answer) -> None:
     for one in answer["bypasses"]:
         left = f"{one['left_s']:.0f} s"
         print(f"Service {one['service']} goes round its waypoint for {left} more: {printable(one['reason'])}")
+
+
+def _canary(arguments: argparse.Namespace) -> int:
+    if (arguments.share is None) != arguments.end:
+        raise CommandError("write GATEWAY=PERCENT, such as wp-v2=10, or --end")
+    reference = {"kind": "Service", "namespace": arguments.namespace, "name": arguments.service}
+    return relabel(arguments, reference, {"annotations": {WAYPOINT_CANARY: arguments.share}}, overwrite=True)
 
 
 def _bypass(arguments: argparse.Namespace) -> int:

@@ -371,9 +371,9 @@ class Replica:
             return Status.WAITING
         if not wanted.visible:
             return Status.ABSENT
-        gateway = self._following.gateway_of(ServiceTopic(wanted.topic.namespace, wanted.topic.name))
-        if gateway is not None and self.gateway_status(key(gateway.namespace, gateway.name)) is Status.WAITING:
-            return Status.WAITING
+        for gateway in self._following.gateways_of(ServiceTopic(wanted.topic.namespace, wanted.topic.name)):
+            if self.gateway_status(key(gateway.namespace, gateway.name)) is Status.WAITING:
+                return Status.WAITING
         return Status.KNOWN if wanted.complete else Status.WAITING
 
     def gateway_status(self, gateway_key: str) -> Status:
@@ -731,7 +731,9 @@ class Replica:
         """Emits what roots list, and notes where it leads."""
         for name, payload in changes:
             topic = topics.parse_topic(self._trust_domain, name)
-            if isinstance(topic, ServiceTopic | GatewayTopic | RouteTopic):
+            if isinstance(topic, PolicyTopic) and self._following.waypoint is None:
+                continue  # a uProxy of a workload may hold many, and they lead it nowhere
+            if isinstance(topic, ServiceTopic | GatewayTopic | RouteTopic | PolicyTopic):
                 body = messages.decode(payload).body if payload is not None else None
                 record = records.read(topic, body, self._trust_domain) if body is not None else None
                 self._following.note(topic, record)

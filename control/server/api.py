@@ -57,6 +57,7 @@ from control.api.topics import (
 )
 from control.api.workload import Service, key
 from control.server import documents, proxies
+from control.server.bindings import Trial
 from control.server.core import Core
 from control.server.enrolment import TOKEN_TTL_S, Enrolment, EnrolmentError
 from control.server.members import Members
@@ -258,6 +259,7 @@ class Api:
                     "previous": one.state.previous,
                     "phase": one.state.phase.value,
                     "optional": one.state.optional,
+                    "canary": _canary(one.state.trial),
                     "since_s": max(0.0, now - one.state.since),
                     "settled": one.settled,
                     "waits_for": one.waits_for,
@@ -303,6 +305,7 @@ class Api:
                     "key": name,
                     "gateway": state.gateway if state else None,
                     "phase": state.phase.value if state else None,
+                    "canary": _canary(state.trial) if state else None,
                 }
                 for (kind, name), state in sorted(change.bindings.items())
             ],
@@ -595,3 +598,9 @@ def _proxy(row: Row, now: float) -> Json:
         "certificate": {"serial": status.serial, "left_s": status.not_after - now} if status else None,
         "notes": row.notes,
     }
+
+
+def _canary(trial: Trial | None) -> Json | None:
+    if trial is None:
+        return None
+    return {"gateway": trial.canary.gateway, "percent": trial.canary.percent, "step": trial.step.value}

@@ -21,16 +21,26 @@ and waypoint processes are a phase behind the others, so that each phase must ag
 
 While it moves from one waypoint to another, destinations accept only the two, callers use the previous one (PENDING)
 and then the new one (SWITCHING), and the previous one is kept for 5 min as when LINGERING.
+
+Beside that, what callers go through for good may have a canary, whose word destinations take all the time:
+
+    wanted -> PREPARING -> SHARING -> unwanted -> LEAVING -> gone
+
+| step      | callers                | goes on when                                                                |
+|-----------|------------------------|-----------------------------------------------------------------------------|
+| PREPARING | the waypoint           | all live processes of the canary hold it, destinations have this, or 60 s   |
+| SHARING   | a share to the canary  | for as long as it is wanted                                                 |
+| LEAVING   | the waypoint           | 5 min, and callers have this, or 6 min                                      |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
-from control.api.bindings import Standing, Subject, Wish
+from control.api.bindings import Canary, Standing, Subject, Wish
 from control.api.gateway import Binding, Via
 from control.api.messages import Stamp
 from control.api.status import ADDRESSES, Kind, ProxyStatus, RootStamp
@@ -56,6 +66,24 @@ class Phase(Enum):
     LINGERING = "lingering"
 
 
+class Step(Enum):
+    """How far a canary has come."""
+
+    PREPARING = "preparing"
+    SHARING = "sharing"
+    LEAVING = "leaving"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A canary on its way."""
+
+    canary: Canary
+    step: Step
+    since: float
+    """Unix time."""
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """Where one service or workload is on its way."""
@@ -70,6 +98,19 @@ class State:
     """Of the change set that said so: who has applied this holds to the phase."""
     since: float
     """Unix time."""
+    trial: Trial | None = None
+    """Of its canary."""
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether neither reports nor time take it further."""
+        return self.phase is Phase.ENFORCED and (self.trial is None or self.trial.step is Step.SHARING)
+
+    @property
+    def gateways(self) -> frozenset[str]:
+        """Keys of all that it has to do with."""
+        trial = self.trial.canary.gateway if self.trial is not None else ""
+        return frozenset((self.gateway, self.previous, trial)) - {""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +127,8 @@ class Seen:
     """Keys of the live workloads behind it that have not applied the stamp."""
     callers: tuple[str, ...]
     """Keys of the live proxies that know of it and have not applied the stamp."""
+    canary: bool = False
+    """Whether a process of the canary is there, and all that are have their configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +164,9 @@ def step(old: State | None, wish: Wish | None, seen: Seen, now: float, stamp: St
         return None
     if wish is not None and wish.optional != new.optional:
         new = replace(new, optional=wish.optional)
+    trial = _tried(old.trial, _wanted_canary(new, wish), seen, now)
+    if trial != new.trial:
+        new = replace(new, trial=trial)
     if new == old:
         return old
     moved = (new.gateway, new.previous, new.phase) != (old.gateway, old.previous, old.phase)
@@ -158,9 +204,9 @@ def _followed(old: State, wish: Wish | None, seen: Seen, now: float) -> State | 
             return _phase(old, Phase.PENDING, gateway=wish.gateway, previous=old.gateway)
         case Phase.RELEASING if wish is not None:
             # Callers may go directly still, so that nothing can be enforced yet; and none of them shall any more.
-            return _phase(old, Phase.SWITCHING)
+            return old if _uses_previous(old, seen, waited) else _phase(old, Phase.SWITCHING, previous="")
         case Phase.LEAVING if wish is not None and seen.ready and (wanted or _guarded(wish)):
-            return _phase(old, Phase.SWITCHING)
+            return old if _uses_previous(old, seen, waited) else _phase(old, Phase.SWITCHING, previous="")
         case Phase.RELEASING:
             return _phase(old, Phase.LEAVING) if not seen.destinations or waited >= LONGEST_S else old
         case Phase.LEAVING:
@@ -169,6 +215,33 @@ def _followed(old: State, wish: Wish | None, seen: Seen, now: float) -> State | 
             return _phase(old, Phase.PENDING, gateway=wish.gateway, previous="")
         case Phase.LINGERING:
             return None if waited >= LINGER_S else old
+    return old
+
+
+def _wanted_canary(state: State, wish: Wish | None) -> Canary | None:
+    """The canary that a state may have: where no caller goes directly any more, and none has to."""
+    enforced = state.phase is Phase.ENFORCED or (state.phase is Phase.SWITCHING and state.previous)
+    return wish.canary if wish is not None and wish.gateway == state.gateway and enforced else None
+
+
+def _tried(old: Trial | None, wanted: Canary | None, seen: Seen, now: float) -> Trial | None:
+    if old is None:
+        return None if wanted is None else Trial(wanted, Step.PREPARING, now)
+    waited = now - old.since
+    again = wanted is not None and wanted.gateway == old.canary.gateway
+    match old.step:
+        case Step.PREPARING if not again:
+            return None  # no caller has heard of it
+        case Step.SHARING if not again:
+            return replace(old, step=Step.LEAVING, since=now)
+        case Step.PREPARING if wanted is not None and seen.canary and (not seen.destinations or waited >= LONGEST_S):
+            return Trial(wanted, Step.SHARING, now)
+        case Step.LEAVING if wanted is not None and again and seen.canary:
+            return Trial(wanted, Step.SHARING, now)
+        case Step.LEAVING if waited >= LINGER_S and (not seen.callers or waited >= LINGER_S + LONGEST_S):
+            return None
+        case Step.PREPARING | Step.SHARING if wanted is not None and wanted != old.canary:
+            return replace(old, canary=wanted)
     return old
 
 
@@ -189,12 +262,19 @@ def _is_ready(old: State, wish: Wish, seen: Seen, waited: float) -> bool:
     return old.phase is Phase.REFUSED or not seen.processes or waited >= patience
 
 
+def _uses_previous(old: State, seen: Seen, waited: float) -> bool:
+    """Whether a caller may go through the previous waypoint still, and is waited for."""
+    return bool(old.previous and seen.callers) and waited < LONGEST_S
+
+
 def _guarded(wish: Wish) -> bool:
     return wish.guarded and not wish.optional
 
 
 def settled(state: State, seen: Seen) -> bool:
     """Whether every proxy concerned does what was asked for last, so that an operator need not wait."""
+    if state.trial is not None and (state.trial.step is Step.PREPARING or seen.callers):
+        return False
     match state.phase:
         case Phase.ENFORCED:
             return not seen.destinations and not seen.callers
@@ -224,33 +304,58 @@ def waits_for(state: State, seen: Seen) -> tuple[str, ...]:
             found += sorted({*seen.destinations, *seen.callers})
         case Phase.LINGERING:
             pass
+    trial = state.trial
+    if trial is not None and trial.step is Step.PREPARING:
+        if not seen.canary:
+            found.append(f"a process of Gateway {trial.canary.gateway} that has its configuration")
+        found += [one for one in seen.destinations if one not in found]
     return tuple(found)
 
 
 def next_look(state: State, now: float) -> float | None:
     """Seconds until time alone may take a state further; None when it cannot."""
+    looks = [_next(state.since, now, _bounds(state))]
+    if state.trial is not None:
+        looks.append(_next(state.trial.since, now, _BOUNDS[state.trial.step]))
+    return min((seconds for seconds in looks if seconds is not None), default=None)
+
+
+_BOUNDS: Final[Mapping[Step, tuple[float, ...]]] = {
+    Step.PREPARING: (LONGEST_S,),
+    Step.SHARING: (),
+    Step.LEAVING: (LINGER_S, LINGER_S + LONGEST_S),
+}
+
+
+def _next(since: float, now: float, bounds: tuple[float, ...]) -> float | None:
+    left = [bound - (now - since) for bound in bounds]
+    return min((seconds for seconds in left if seconds > 0), default=None)
+
+
+def _bounds(state: State) -> tuple[float, ...]:
+    """Seconds since its phase began at which time alone may take it further."""
     match state.phase:
         case Phase.ENFORCED:
-            return None
+            return ()
         case Phase.LINGERING:
-            bounds: tuple[float, ...] = (LINGER_S,)
+            return (LINGER_S,)
         case Phase.SWITCHING if state.previous:
-            bounds = (LINGER_S, LINGER_S + LONGEST_S)
+            return (LINGER_S, LINGER_S + LONGEST_S)
         case Phase.SWITCHING:
-            bounds = (SWITCH_S,)
+            return (SWITCH_S,)
         case Phase.PENDING:
-            bounds = (SWITCH_S, LONGEST_S)
+            return (SWITCH_S, LONGEST_S)
         case _:
-            bounds = (LONGEST_S,)
-    left = [bound - (now - state.since) for bound in bounds]
-    return min((seconds for seconds in left if seconds > 0), default=None)
+            return (LONGEST_S,)
 
 
 def standing(state: State) -> Standing:
     """What records say of a state."""
-    gateways = tuple(sorted({state.gateway, state.previous} - {""}))
+    gateways = tuple(sorted(state.gateways))
     via = Via.PREFERRED if state.optional else Via.WAYPOINT
     through = Binding(state.gateway, via)
+    if state.trial is not None and state.trial.step is Step.SHARING:
+        through = replace(through, canary=state.trial.canary.gateway, percent=state.trial.canary.percent)
     match state.phase:
         case Phase.PENDING if state.previous:
             return Standing(gateways, not state.optional, Binding(state.previous, via))
@@ -268,10 +373,14 @@ def standing(state: State) -> Standing:
 
 def resumed(states: Mapping[Subject, State], now: float) -> dict[Subject, State]:
     """The states after a time in which nothing was heard of any proxy: whoever is waited for gets the whole time."""
-    return {
-        subject: state if state.phase is Phase.ENFORCED else replace(state, since=now)
-        for subject, state in states.items()
-    }
+
+    def begun(state: State) -> State:
+        if state.phase is not Phase.ENFORCED:
+            state = replace(state, since=now)
+        trial = state.trial
+        return state if trial is None else replace(state, trial=replace(trial, since=now))
+
+    return {subject: state if state.at_rest else begun(state) for subject, state in states.items()}
 
 
 def look(
@@ -280,26 +389,38 @@ def look(
     reports: Iterable[Report],
     published: Mapping[str, RootStamp],
     instances: Mapping[str, str],
+    canaries: Mapping[str, str],
     destinations: frozenset[str],
+    *,
+    all_needed: Collection[str] = (),
 ) -> Seen:
     """What proxies have reported that matters to a state.
 
     `reports`: of the proxies that are online and within their lease; `published`: namespace, or `ADDRESSES`, -> its
     root; `instances`: key of each workload that is a process of the Gateway -> proxy hash of its identity;
-    `destinations`: keys of the workloads behind the subject.
+    `canaries`: likewise of the canary; `destinations`: keys of the workloads behind the subject; `all_needed`: keys of
+    the Gateways of which a process that is not there is waited for.
     """
     namespace = _namespace(subject[1])
-    needed = (namespace, _namespace(state.gateway))
+    owners = {_namespace(one) for one in (subject[1], *state.gateways)}
+    needed = {namespace, _namespace(state.gateway)}
+    trial = state.trial.canary.gateway if state.trial is not None else ""
+    needed_by_canary = {namespace, _namespace(trial)}
     alive = ready = False
+    missing = set(instances) if state.gateway in all_needed else set()
+    canary: list[bool] = []
     lagging: list[str] = []
     behind: list[str] = []
     callers: list[str] = []
     for report in reports:
         status = report.status
-        held = {owner: _has(status, owner, state.stamp, published) for owner in (*needed, ADDRESSES)}
+        held = {owner: _has(status, owner, state.stamp, published) for owner in (*owners, ADDRESSES)}
         if status.kind is Kind.WAYPOINT:
+            if canaries.get(status.workload) == report.proxy_hash:
+                canary.append(status.whole and all(held[owner] is True for owner in needed_by_canary))
             if instances.get(status.workload) == report.proxy_hash:
                 alive = True
+                missing.discard(status.workload)
                 if status.whole and all(held[owner] is True for owner in needed):
                     ready = True
                 else:
@@ -308,7 +429,10 @@ def look(
             callers.append(status.workload)
         if status.workload in destinations and held[namespace] is not True:
             behind.append(status.workload)
-    return Seen(alive, ready, tuple(sorted(lagging)), tuple(sorted(behind)), tuple(sorted(callers)))
+    lagging += missing
+    complete = trial not in all_needed or len(canary) == len(canaries)
+    held_by_canary = bool(canary) and all(canary) and complete
+    return Seen(alive, ready, tuple(sorted(lagging)), tuple(sorted(behind)), tuple(sorted(callers)), held_by_canary)
 
 
 def _has(status: ProxyStatus, owner: str, stamp: Stamp, published: Mapping[str, RootStamp]) -> bool | None:

@@ -22,10 +22,11 @@ from control.api import index, messages, records, status
 from control.api.bindings import Subject
 from control.api.declared import Place
 from control.api.fields import RecordError
-from control.api.gateway import gateway_identity
+from control.api.gateway import Gateway, gateway_identity
 from control.api.identity import SpiffeId, TrustDomain
 from control.api.index import AddressShard
 from control.api.messages import Body, MessageError, Stamp
+from control.api.metadata import PLACEMENT
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.problems import ResourceError, ResourceErrors
 from control.api.revocations import Revocations
@@ -33,6 +34,7 @@ from control.api.status import ADDRESSES, ProxyStatus, RootStamp
 from control.api.topics import (
     AddressesRootTopic,
     AddressesTopic,
+    GatewayTopic,
     NamespacesTopic,
     RevocationsTopic,
     RootTopic,
@@ -439,8 +441,20 @@ class Core:
 
     def waypoints(self) -> frozenset[SpiffeId]:
         """Those of the processes of all Gateways."""
-        places = (place for place, _ in self._store.documents(kind="Gateway"))
-        return frozenset(gateway_identity(self._trust_domain, key(namespace, name)) for _, namespace, name in places)
+        found: set[SpiffeId] = set()
+        placed: list[str] = []
+        for (_, namespace, name), text in self._store.documents(kind="Gateway"):
+            found.add(gateway_identity(self._trust_domain, key(namespace, name)))
+            if PLACEMENT in text:
+                placed.append(format_topic(self._trust_domain, GatewayTopic(namespace, name)))
+        for message in self._store.messages(placed):
+            body = messages.decode(message.payload).body
+            topic = self._parsed(message.topic)
+            if body is not None and isinstance(topic, GatewayTopic):
+                gateway = records.read(topic, body, self._trust_domain)
+                assert isinstance(gateway, Gateway)
+                found.update(gateway.identity_of(self._trust_domain, one) for one in gateway.instances)
+        return frozenset(found)
 
     def problems(self) -> tuple[str, ...]:
         """What people should know of: statuses that cannot be read and the like; bounded, newest last."""

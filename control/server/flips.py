@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from control.api.bindings import Standing, Subject, Wish
-from control.api.gateway import gateway_identity
-from control.api.identity import TrustDomain, proxy_hash
+from control.api.identity import TrustDomain
 from control.api.messages import Stamp
 from control.api.status import RootStamp
 from control.server import bindings
@@ -59,7 +58,7 @@ class Flips:
     @property
     def under_way(self) -> bool:
         """Whether the report of a proxy may take something further."""
-        return any(state.phase not in (Phase.ENFORCED, Phase.LINGERING) for state in self.states.values())
+        return any(not state.at_rest and state.phase is not Phase.LINGERING for state in self.states.values())
 
     def namespaces(self) -> frozenset[str]:
         """Those that must be built for the bindings to be worked on."""
@@ -104,20 +103,25 @@ class Flips:
 
     def _seen(self, subject: Subject, old: State | None, wish: Wish | None, world: World) -> Seen:
         if old is not None:
-            return _NOTHING if old.phase is Phase.ENFORCED else self._look(subject, old, world)
+            return _NOTHING if old.at_rest else self._look(subject, old, world)
         if wish is None:
             return _NOTHING
         return self._look(subject, State(wish.gateway, "", Phase.PENDING, wish.optional, (0, 0), world.now), world)
 
     def _look(self, subject: Subject, state: State, world: World) -> Seen:
-        home = world.bound.get(_namespace(state.gateway))
-        instances = home.instances.get(state.gateway, frozenset()) if home is not None else frozenset()
-        identity = proxy_hash(gateway_identity(self._trust_domain, state.gateway))
+        trial = state.trial.canary.gateway if state.trial is not None else ""
+        instances, canaries = self._processes(state.gateway, world), self._processes(trial, world)
         bound = world.bound.get(_namespace(subject[1]))
         destinations = bound.served.get(subject, frozenset()) if bound is not None else frozenset()
+        needed = frozenset(one for home in world.bound.values() for one in home.needed)
         return bindings.look(
-            subject, state, world.reports, world.published, dict.fromkeys(instances, identity), destinations
+            subject, state, world.reports, world.published, instances, canaries, destinations, all_needed=needed
         )
+
+    def _processes(self, gateway: str, world: World) -> Mapping[str, str]:
+        """Key of each process of a Gateway -> proxy hash of its identity."""
+        home = world.bound.get(_namespace(gateway))
+        return home.instances.get(gateway, {}) if home is not None else {}
 
 
 def standings(states: Mapping[Subject, State]) -> dict[Subject, Standing]:
@@ -127,7 +131,7 @@ def standings(states: Mapping[Subject, State]) -> dict[Subject, Standing]:
 
 def concerned(states: Mapping[Subject, State]) -> frozenset[str]:
     """Namespaces whose records tell of these bindings: those of services and workloads, and of Gateways."""
-    keys = {key for (_, key), state in states.items() for key in (key, state.gateway, state.previous) if key}
+    keys = {one for (_, key), state in states.items() for one in (key, *state.gateways)}
     return frozenset(map(_namespace, keys))
 
 

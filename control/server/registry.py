@@ -20,6 +20,7 @@ from control.api import messages, records, vips
 from control.api.address import IpAddress
 from control.api.bindings import Standings, Subject, Wish
 from control.api.declared import (
+    DeclaredExtension,
     DeclaredGateway,
     DeclaredGrant,
     DeclaredPeerAuthentication,
@@ -27,26 +28,28 @@ from control.api.declared import (
     DeclaredRequestAuthentication,
     DeclaredRoute,
     DeclaredService,
+    DeclaredTraffic,
     DeclaredWorkload,
     Family,
     Place,
     Resource,
 )
-from control.api.gateway import Gateway
-from control.api.identity import TrustDomain, make_id, parse_trust_domain
+from control.api.gateway import Gateway, Instance, Placement
+from control.api.identity import TrustDomain, make_id, parse_trust_domain, proxy_hash
 from control.api.index import Resident
 from control.api.jwt import RequestAuthentication
-from control.api.labels import USE_WAYPOINT, Labels, selects
+from control.api.labels import GATEWAY_NAME, USE_WAYPOINT, Labels, selects
 from control.api.mesh import Elsewhere, Mesh
 from control.api.messages import Body, Stamp
 from control.api.policy import AuthorizationPolicy, PeerAuthentication
-from control.api.problems import Position, ResourceError, ResourceErrors
+from control.api.problems import Findings, Position, ResourceError, ResourceErrors
 from control.api.records import Record
 from control.api.revocations import Revocations
 from control.api.route import HTTPRoute
 from control.api.route_api import ROUTES
 from control.api.topics import EndpointTopic, format_topic
 from control.api.traffic import TrafficPolicy
+from control.api.waypoints import processes_of
 from control.api.workload import Endpoint, Service, Workload, key
 from control.server import documents
 from control.server.bindings import Phase, State
@@ -128,8 +131,10 @@ class Bound:
     """What its labels ask for."""
     served: Mapping[Subject, frozenset[str]]
     """Keys of the workloads behind whatever is bound or asks to be; what is not there any more is not in it."""
-    instances: Mapping[str, frozenset[str]]
-    """Key of each of its Gateways -> keys of the workloads that are processes of it."""
+    instances: Mapping[str, Mapping[str, str]]
+    """Key of each of its Gateways -> key of each workload that is a process of it -> proxy hash of its identity."""
+    needed: frozenset[str]
+    """Those of its Gateways whose processes each serve a part, so that none of them can stand for another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +237,7 @@ class Registry:
             changes.append(self._removal(place))
             texts[place] = None
         touched = {_group(place) for place in texts} | (set(again) & self._store.namespaces())
-        if any(kind in _HEARD_OF_ELSEWHERE for kind, _, _ in texts):
+        if any(kind in _HEARD_OF_ELSEWHERE for kind, _, _ in texts) or self._changes_processes(texts, given):
             touched |= {
                 _namespace_of(subject[1])
                 for subject, standing in standings.items()
@@ -247,6 +252,9 @@ class Registry:
         released = frozenset(touched) if release else frozenset()
         if any(kind == "PeerAuthentication" and name == self._root_namespace for kind, name, _ in texts):
             touched |= self._store.namespaces()  # it may let plaintext in everywhere, and says nothing of endpoints
+        if any(kind == "Extension" and name == self._root_namespace for kind, name, _ in texts):
+            kinds = ("AuthorizationPolicy", "TrafficPolicy")
+            touched |= {place[1] for kind in kinds for place, _ in self._store.documents(kind=kind)}
         if any(kind == "ReferenceGrant" for kind, _, _ in texts):
             touched |= {place[1] for kind in ROUTES for place, _ in self._store.documents(kind=kind)}
         parents = {name for place in texts for name in self._abroad.get(place, ())}
@@ -274,6 +282,17 @@ class Registry:
             fetched=keys,
         )
 
+    def _changes_processes(self, changed: Collection[Place], given: Sequence[Document]) -> bool:
+        """Whether what changes is a process of a Gateway, before or after: workloads elsewhere may believe it."""
+        places = [place for place in changed if place[0] == "WorkloadEntry"]
+        after = {document.place: document.resource for document in given}
+        for place in places:
+            before = self._resources_of(_group(place)).get(place)
+            for one in (before, after.get(place)):
+                if isinstance(one, DeclaredWorkload) and GATEWAY_NAME in one.labels:
+                    return True
+        return False
+
     def check_gateways(self, plan: Plan, old: Mapping[Subject, State], new: Mapping[Subject, State]) -> None:
         """Raises Loose when a plan takes away a Gateway that something is bound to, or binds something to none.
 
@@ -284,19 +303,27 @@ class Registry:
             key(namespace, name): text for (kind, namespace, name), text in plan.documents.items() if kind == "Gateway"
         }
         gone = {gateway for gateway, text in named.items() if text is None}
+        moved = {gateway for gateway, text in named.items() if text is not None and self._moves(plan, gateway)}
         for subject, state in new.items():
-            if state.phase is not Phase.LINGERING and (lost := gone & {state.gateway, state.previous}):
+            if state.phase is not Phase.LINGERING and (lost := gone & state.gateways):
                 raise Loose(
                     f"Gateway {min(lost)} serves {' '.join(subject)}, whose callers would be refused. Take the label "
                     f"{USE_WAYPOINT} away first, or insist with --force"
                 )
+            if state.phase is not Phase.LINGERING and (torn := moved & state.gateways):
+                raise Loose(
+                    f"Gateway {min(torn)} serves {' '.join(subject)}, and would stand elsewhere: some calls fail until "
+                    f"every proxy knows. Make another Gateway, and move the label {USE_WAYPOINT}, or insist with "
+                    "--force"
+                )
         there = (there | named.keys()) - gone
         for bound in plan.bound.values():
             for subject, wish in bound.wishes.items():
-                asked = subject not in old or old[subject].gateway != wish.gateway
-                if asked and wish.gateway not in there:
+                named_before = old[subject].gateways if subject in old else frozenset()
+                wanted = {wish.gateway} if wish.canary is None else {wish.gateway, wish.canary.gateway}
+                if lacking := wanted - there - named_before:
                     raise Loose(
-                        f"{' '.join(subject)} would be bound to Gateway {wish.gateway}, and there is none. Make it "
+                        f"{' '.join(subject)} would be bound to Gateway {min(lacking)}, and there is none. Make it "
                         "with `meshctl waypoint apply`, or insist with --force"
                     )
 
@@ -330,6 +357,15 @@ class Registry:
                     for uri in filter(None, resource.key_uris):
                         found.setdefault(uri, set()).add(namespace)
         return {uri: frozenset(namespaces) for uri, namespaces in found.items()}
+
+    def _moves(self, plan: Plan, gateway_key: str) -> bool:
+        """Whether a plan gives a Gateway that is there another placement."""
+        namespace, _, name = gateway_key.partition("/")
+        place: Place = ("Gateway", namespace, name)
+        old, new = self._resources_of(namespace).get(place), plan.namespaces[namespace].resources.get(place)
+        return (
+            isinstance(old, DeclaredGateway) and isinstance(new, DeclaredGateway) and old.placement is not new.placement
+        )
 
     def _change(self, document: Document) -> ResourceChange:
         old = self._store.document(document.place)
@@ -398,7 +434,9 @@ class Registry:
                 claims.setdefault(address, (name, holder))
         principals = self._principals(resources)
         gateways, guarded = self._gateways(resources)
+        placed = self._placed(gateways.values(), resources)
         of_mesh = self._peer_authentications(resources)
+        extensions = self._extensions(resources)
         grants = self._grants(resources)
         trust_domain = parse_trust_domain(self._trust_domain)
         built: dict[str, Built] = {}
@@ -411,6 +449,7 @@ class Registry:
                 principals=principals,
                 vips=self._vips.get(name, {}),
                 gateways={key: one for key, one in gateways.items() if one.namespace != name},
+                processes={key: found for key, found in placed.items() if _namespace_of(key) != name},
                 guarded=frozenset(key for key in guarded if _namespace_of(key) != name),
                 selects=partial(self._selected_elsewhere, name, resources),
                 grants=[grant for grant in grants if grant.namespace != name],
@@ -419,6 +458,7 @@ class Registry:
                 last=partial(_ready_endpoints, trust_domain, {} if name in released else old),
                 fetched=fetched,
                 peer_authentications=() if name == self._root_namespace else of_mesh,
+                extensions=() if name == self._root_namespace else extensions,
             )
             try:
                 built[name] = self._build_one(name, resources[name], elsewhere, standings, old)
@@ -483,9 +523,21 @@ class Registry:
                 match resource:
                     case DeclaredGateway():
                         gateways[resource.key] = resource
-                    case DeclaredPolicy() | DeclaredRequestAuthentication():
+                    case DeclaredPolicy() | DeclaredRequestAuthentication() | DeclaredTraffic():
                         guarded |= {target.key for target in resource.guards if target.kind == "Gateway"}
         return gateways, frozenset(guarded)
+
+    def _placed(
+        self, gateways: Iterable[DeclaredGateway], resources: Mapping[str, Mapping[Place, Resource]]
+    ) -> dict[str, list[Instance]]:
+        """The processes of Gateways that are not remote, by the Gateways' keys, when some namespaces are as given."""
+        placed = [gateway for gateway in gateways if gateway.placement is not Placement.REMOTE]
+        found: dict[str, list[Instance]] = {}
+        for name in {gateway.namespace for gateway in placed}:
+            held = resources[name] if name in resources else self._resources_of(name)
+            workloads = [resource for resource in held.values() if isinstance(resource, DeclaredWorkload)]
+            found |= processes_of([one for one in placed if one.namespace == name], workloads, Findings())
+        return found
 
     def _note_abroad(self, place: Place, resource: Resource) -> None:
         if isinstance(resource, DeclaredRoute) and resource.abroad:
@@ -519,6 +571,12 @@ class Registry:
         root = self._root_namespace
         found = resources[root] if root in resources else self._resources_of(root)
         return [one.peer_authentication for one in found.values() if isinstance(one, DeclaredPeerAuthentication)]
+
+    def _extensions(self, resources: Mapping[str, Mapping[Place, Resource]]) -> list[DeclaredExtension]:
+        """Those of the root namespace, which policies of all others may name too, when some namespaces are as given."""
+        root = self._root_namespace
+        found = resources[root] if root in resources else self._resources_of(root)
+        return [one for one in found.values() if isinstance(one, DeclaredExtension)]
 
     def _selected_elsewhere(
         self, name: str, resources: Mapping[str, Mapping[Place, Resource]], selector: Labels
@@ -618,9 +676,13 @@ def _bound(namespace: str, mesh: Mesh, standings: Standings) -> Bound:
             elif kind == "WorkloadEntry" and key in workloads:
                 served[subject] = frozenset({key})
     instances = {
-        gateway.key: frozenset(instance.workload for instance in gateway.instances) for gateway in mesh.gateways
+        gateway.key: {
+            one.workload: proxy_hash(gateway.identity_of(mesh.trust_domain, one)) for one in gateway.instances
+        }
+        for gateway in mesh.gateways
     }
-    return Bound(mesh.wishes, served, instances)
+    needed = frozenset(gateway.key for gateway in mesh.gateways if gateway.placement is not Placement.REMOTE)
+    return Bound(mesh.wishes, served, instances, needed)
 
 
 def _key_of(record: Record) -> Hashable:

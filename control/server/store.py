@@ -7,6 +7,7 @@ meta          epoch and version of the last change set
 tokens        join tokens: a digest of the secret, whom it is for, and what it was taken for
 certificates  the certificates that were given out, until they end
 bindings      how far each binding to a waypoint has come
+canaries      likewise each canary of one
 bypasses      bindings that an operator has suspended for a while
 fetched_keys  what issuers publish of the keys that they sign tokens with
 
@@ -27,10 +28,10 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from control.api.address import IpAddress
-from control.api.bindings import Subject
+from control.api.bindings import Canary, Subject
 from control.api.declared import Family, Place
 from control.api.messages import Stamp
-from control.server.bindings import Bypass, Phase, State
+from control.server.bindings import Bypass, Phase, State, Step, Trial
 from control.server.publication import Message, Rank
 
 Vips = dict[tuple[str, Family], IpAddress]
@@ -78,6 +79,12 @@ _MIGRATIONS: Final = (
     """,
     """
     CREATE TABLE fetched_keys (uri TEXT NOT NULL PRIMARY KEY, jwks TEXT NOT NULL) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE canaries (
+        kind TEXT NOT NULL, key TEXT NOT NULL, gateway TEXT NOT NULL, percent INTEGER NOT NULL, step TEXT NOT NULL,
+        since REAL NOT NULL, PRIMARY KEY (kind, key)
+    ) WITHOUT ROWID;
     """,
 )
 """Each brings a store from its index to the next version (PRAGMA user_version). Never edited once released."""
@@ -191,6 +198,15 @@ class Store:
                     if one is not None
                 ],
             )
+            rows.executemany("DELETE FROM canaries WHERE kind = ? AND key = ?", batch.bindings)
+            rows.executemany(
+                "INSERT INTO canaries VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (*subject, trial.canary.gateway, trial.canary.percent, trial.step.value, trial.since)
+                    for subject, one in batch.bindings.items()
+                    if one is not None and (trial := one.trial) is not None
+                ],
+            )
             rows.executemany("DELETE FROM bypasses WHERE service = ?", [(service,) for service in batch.bypasses])
             rows.executemany(
                 "INSERT INTO bypasses VALUES (?, ?, ?)",
@@ -234,9 +250,16 @@ class Store:
         return {(service, Family(family)): IpAddress(address) for service, family, address in found}
 
     def bindings(self) -> dict[Subject, State]:
+        canaries = self._all("SELECT * FROM canaries")
+        trials = {
+            (kind, key): Trial(Canary(gateway, percent), Step(step), since)
+            for kind, key, gateway, percent, step, since in canaries
+        }
         found = self._all("SELECT * FROM bindings ORDER BY kind, key")
         return {
-            (kind, key): State(gateway, previous, Phase(phase), bool(optional), (epoch, version), since)
+            (kind, key): State(
+                gateway, previous, Phase(phase), bool(optional), (epoch, version), since, trials.get((kind, key))
+            )
             for kind, key, gateway, previous, phase, optional, epoch, version, since in found
         }
 

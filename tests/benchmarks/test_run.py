@@ -249,6 +249,17 @@ def test_two_runs_at_once_are_refused_until_the_first_has_ended(suites, tmp_path
     assert main(words) == 0
 
 
+def test_a_quick_run_leaves_out_what_takes_long_unless_it_is_named(suites, tmp_path, capsys):
+    ran = []
+    suites(paths=lambda bench: ran.append("paths"), waypoint=lambda bench: ran.append("waypoint"))
+    for words in (["--quick"], [], ["--quick", "--suite", "waypoint"]):
+        ran.append(words)
+        assert main(["bench", "run", *words, "--output", str(tmp_path / str(len(ran)))]) == 0
+    assert ran == [
+        ["--quick"], "paths", [], "paths", "waypoint", ["--quick", "--suite", "waypoint"], "waypoint",
+    ]  # fmt: skip
+
+
 def test_a_check_that_did_not_pass_is_a_failure(suites, tmp_path, capsys):
     suites(paths=lambda bench: bench.check(Check("stalls are seen", False, "p99 was 3 ms")))
     assert main(["bench", "run", "--suite", "paths", "--output", str(tmp_path)]) == 1

@@ -147,7 +147,8 @@ class Contract(RuleBasedStateMachine):
                         ", istio.io/use-waypoint: gw, istio.io/use-waypoint-namespace: bank",
                     ]
                 )
-                return service(own, namespace, labels=f"version: v{self.count}{waypoint}")
+                canary = self.chance.choice(["", "", "bank/gw=50", "shop/wp=10"])
+                return service(own, namespace, labels=f"version: v{self.count}{waypoint}", canary=canary)
             case "wl":
                 address, app = WORKLOADS[name]
                 return workload(own, address, namespace, app, version=f"v{self.count}")

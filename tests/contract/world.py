@@ -404,7 +404,8 @@ class Proxy:
             return {name: body for name, body in truth.items() if name.startswith("addr/") and body["addresses"]}
         own = WorkloadTopic(proxy_hash(self.who.identity), self.who.workload)
         wanted = self._served(truth) if self.is_waypoint else set(self.replica.services())
-        bound = {truth[f"svc/{one}"]["binding"][0] for one in wanted if "binding" in truth.get(f"svc/{one}", {})}
+        bindings = (truth.get(f"svc/{one}", {}).get("binding", ()) for one in wanted)
+        bound = {gateway for binding in bindings for gateway in binding[::2]}  # of a canary, too, if there is one
         gateways = bound | {WAYPOINT} if self.is_waypoint else bound
         namespaces = {one.partition("/")[0] for one in (*wanted, *gateways)}
         namespaces |= {self.who.identity.namespace, DEFAULT_ROOT_NAMESPACE}

@@ -87,10 +87,13 @@ class _Run:
 
     def __str__(self) -> str:
         text = f"{self.name}: {self._spent():.0f} of {_SECONDS:.0f} s"
-        if found := _STATUS.findall(self._log.read_text(errors="replace")):
-            executed, edges, features, kept = found[-1]
-            text += f", {int(executed):,} inputs, {edges} places in the code, {features} features, {kept} inputs kept"
-        return text
+        executed, edges, features, kept = self._status()
+        return f"{text}, {executed:,} inputs, {edges} places in the code, {features} features, {kept} inputs kept"
+
+    def _status(self) -> list[int]:
+        """As it says itself: inputs tried, places reached, features, inputs kept."""
+        found = _STATUS.findall(self._log.read_text(errors="replace"))
+        return [int(number) for number in found[-1]] if found else [0, 0, 0, 0]
 
     @property
     def over(self) -> bool:
@@ -107,6 +110,7 @@ class _Run:
         print(self, flush=True)
         self._process.terminate()
         self._process.wait()
+        corpus.spend(self.name, self._seconds, self._status()[0])
         if not self._stopped:
             print(f"{self.name}: BROKEN; the input and the traceback are in {self._folder}", flush=True)
             return

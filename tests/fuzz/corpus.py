@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,11 +28,13 @@ PARSERS: Final = (
     "http2_heads",
     "identities",
     "records",
+    "redis_replies",
     "request_targets",
     "resources",
     "tokens",
 )
 FOLDER: Final = Path(__file__).parent / "corpus"
+_SPENT: Final = FOLDER.with_name("spent.json")
 _A_DAY: Final = (1980, 1, 1, 0, 0, 0)
 """Of all files in an archive, so that the same inputs are the same bytes."""
 
@@ -64,6 +67,17 @@ def keep(name: str, inputs: Iterable[bytes]) -> None:
     with zipfile.ZipFile(FOLDER / f"{name}.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for input_name, data in sorted(by_digest.items()):
             archive.writestr(zipfile.ZipInfo(input_name, _A_DAY), data, zipfile.ZIP_DEFLATED)
+
+
+def spend(name: str, seconds: float, inputs: int) -> None:
+    """Add to what was ever spent on a parser: seconds of processor time, and inputs that were tried."""
+    everything: dict[str, dict[str, int]] = json.loads(_SPENT.read_text()) if _SPENT.exists() else {}
+    before = everything.get(name, {})
+    everything[name] = {
+        "processor_s": before.get("processor_s", 0) + round(seconds),
+        "inputs": before.get("inputs", 0) + inputs,
+    }
+    _SPENT.write_text(json.dumps(dict(sorted(everything.items())), indent=1) + "\n")
 
 
 def digest(data: bytes) -> str:

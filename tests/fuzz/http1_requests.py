@@ -1,4 +1,7 @@
-"""What a waypoint reads of clients (`waypoint.http1.RequestReader`), whole and in pieces; h11 and llhttp beside it."""
+"""What a waypoint reads of clients (`waypoint.http1.RequestReader`), whole and in pieces; h11 and llhttp beside it.
+
+And what it tells by the first bytes where nobody has said that they are HTTP (`waypoint.detection`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import httptools
 
 from tests.support.http1_judges import NEXT_REQUEST, by_h11, by_llhttp, forwarded
 from tests.support.http1_vectors import REFUSED, TAKEN
+from waypoint.detection import Begun, begun
 from waypoint.http1 import (
     END,
     Body,
@@ -43,6 +47,10 @@ def check(data: bytes) -> None:
     pieces, refused_in_pieces = _read(sent, step)
     assert refused == refused_in_pieces, (refused, refused_in_pieces)
     assert refused or whole == pieces, f"\n{whole}\n{pieces}"
+    if sent:
+        told = begun(sent)
+        assert begun(sent[:step]) in (None, told)
+        assert told is Begun.HTTP1 or not whole, "a request that would pass as none"
     for event in whole:
         if isinstance(event, RequestHead):
             _same_when_written_again(event)

@@ -15,10 +15,10 @@ from waypoint.messages import Ending, Framing, MessageError, RequestHead
 
 MAX_BYTES = 1024
 WORDS = (
-    b":method=", b":path=", b":scheme=http", b":authority=", b":status=", b":protocol=", b"host=", b"content-length=",
-    b"transfer-encoding=chunked", b"te=trailers", b"cookie=", b"expect=100-continue", b"connection=", b"upgrade=",
-    b"trailer=", b"keep-alive=", b"x_forwarded_for=", b"GET", b"CONNECT", b"HEAD", b"\r", b"\x00", b" ", b"\t", b"/..",
-    b"#", b"5, 5", b"+5", b"0x5", b"204", b"304", b"100", b"[::1]:80", b"a@b",
+    b":method=", b":path=", b":scheme=http", b":authority=", b":status=", b":protocol=websocket", b"host=",
+    b"content-length=", b"transfer-encoding=chunked", b"te=trailers", b"cookie=", b"expect=100-continue",
+    b"connection=", b"upgrade=", b"trailer=", b"keep-alive=", b"x_forwarded_for=", b"GET", b"CONNECT", b"HEAD", b"\r",
+    b"\x00", b" ", b"\t", b"/..", b"#", b"5, 5", b"+5", b"0x5", b"204", b"304", b"100", b"[::1]:80", b"a@b",
 )  # fmt: skip
 _ENDED, _RESPONSE, _TO_HEAD = 1, 2, 4
 _LONGEST_BODY = 1 << 12
@@ -40,6 +40,7 @@ def seeds() -> Iterable[bytes]:
     ):
         for ended in (b"\x00", b"\x01"):
             yield ended + request % method + fields
+    yield b"\x00:protocol=websocket\n" + request % b"CONNECT" + b"\nsec-websocket-version=13"
     for status in (b"200", b"204", b"304", b"404", b"103"):
         for how in (b"\x02", b"\x03", b"\x06", b"\x07"):
             yield how + b":status=%b\ncontent-length=5\nx=y" % status
@@ -65,7 +66,7 @@ def _check_request(headers: Headers, *, ended: bool) -> None:
         _same(head, read_request(written_request(head), ended=False))
     elif not head.framing.length:
         _same(head, read_request(written_request(head), ended=True))
-    if (body := _body(head.framing)) is None:
+    if head.upgrades or (body := _body(head.framing)) is None:
         return
     writer = RequestWriter()
     sent = writer.head(head) + writer.body(body) + writer.end()
@@ -91,6 +92,7 @@ def _check_response(headers: Headers, method: str, *, ended: bool) -> None:
 
 def _same(one: RequestHead, other: RequestHead) -> None:
     assert (one.method, one.target, one.framing) == (other.method, other.target, other.framing)
+    assert one.upgrades == other.upgrades
     assert sorted(one.fields) == sorted(other.fields)
 
 

@@ -40,6 +40,7 @@ WORDS = (
     b"\xa5rules", b"\xa7targets", b"\xa6dryRun", b"\xa7sources", b"\xaaoperations", b"\xaaconditions", b"\xa7traffic",
     b"\xa9instances", b"\xa8services", b"\xa9workloads", b"\xa7parents", b"\xa9hostnames", b"\xa7matches",
     b"\xa8backends", b"\xaatimeout_ms", b"\xa7request", b"\xa8response", b"\xa3set", b"\xa3add", b"\xa6remove",
+    b"\xadloadBalancing", b"\xa4hash", b"\xa6warmup", b"\xa8failover", b"\xb0outlierDetection", b"\xa8locality",
     b"\xa6method", b"\xa5query", b"\xa7headers", b"\xa4path", b"\xc0", b"\xc2", b"\xc3", b"\x90", b"\x80", b"\xa0",
 )  # fmt: skip
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tests.support.http_app import running
 
 
 class Collector:
@@ -57,13 +58,5 @@ def collecting(address: tuple[str, int]) -> Iterator[Collector]:
 
         def log_message(self, *_: object) -> None: ...
 
-    server = http.server.ThreadingHTTPServer(address, Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with running(address, Handler):
         yield collector
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

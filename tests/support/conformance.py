@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,15 @@ from control.api.address import parse_address
 from control.api.identity import SpiffeId
 from control.api.mesh import Mesh
 from control.api.records import Record
+from control.client.state import Changes
 from control.server.ca import Authority
-from tests.support.pair import DB_ADDRESS, Proxy, connected_pair, issued
-from tests.support.through_waypoint import Through, running_waypoint
+from tests.support.envoy_waypoint import envoy_serving
+from tests.support.pair import DB_ADDRESS, Pair, Proxy, connected_pair, issued
+from tests.support.through_waypoint import WP, Recorder, Through, bound_pair, running_waypoint
 from uproxy import plane
 from uproxy.outbound import Self
 from uproxy.redirect import OriginalDestination, Route
+from waypoint.telemetry import Exchange
 
 T = TypeVar("T")
 VERSIONS: Final = ("v1", "v2", "v3")
@@ -156,16 +160,38 @@ class Echo:
         writer.write(b"" if method == "HEAD" else text)
 
 
+@dataclass
+class Running:
+    """A waypoint between two uProxies, whichever its engine is."""
+
+    pair: Pair
+    telemetry: Recorder
+    applied: Callable[[], Awaitable[None]]
+    """Returns when requests are served by what the pair's state says."""
+
+    @classmethod
+    def built_in(cls, through: Through) -> Running:
+        async def at_once() -> None: ...
+
+        return cls(through.pair, through.telemetry, at_once)
+
+
 class Suite:
     """The running waypoint. Made by `running_suite`; used from another thread than it runs in."""
 
     def __init__(
-        self, through: Through, consumer: Proxy, echoes: dict[str, Echo], loop: asyncio.AbstractEventLoop
+        self,
+        running: Running,
+        consumer: Proxy,
+        echoes: dict[str, Echo],
+        loop: asyncio.AbstractEventLoop,
+        engine: str,
     ) -> None:
-        """`consumer`: the uProxy of the client in another namespace."""
+        """`consumer`: the uProxy of the client in another namespace. `engine`: one of `ENGINES`."""
         self.consumer = consumer
+        self.engine = engine
         self.echoes = echoes
-        self.through = through
+        self.running = running
         self.warnings: list[str] = []
         """Of what was applied last."""
         self._loop = loop
@@ -192,15 +218,18 @@ class Suite:
                 *mesh.gateways,
                 *mesh.routes,
                 *mesh.policies,
+                *mesh.request_authentications,
+                *mesh.traffic,
             )
         }
-        pair = self.through.pair
+        pair = self.running.pair
 
         async def take() -> None:
             for name, record in self._applied.items():
                 if name not in records:
                     pair.withdraw(record)
             pair.apply(*(record for name, record in records.items() if self._applied.get(name) != record))
+            await self.running.applied()
 
         self._run(take())
         self._applied = records
@@ -218,12 +247,21 @@ class Suite:
         **headers: str,
     ) -> Answer:
         """One request on a connection of its own, by `client` or another. Names of headers have `_` for `-`."""
-        lines = [f"{method} {path} HTTP/1.1", f"host: {host or to}", "connection: close"]
+        lines = [f"{method} {path} HTTP/1.1", f"host: {host or to}"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         if body:
             lines.append(f"content-length: {len(body)}")
         request = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
         return self._run(self._ask(request, method, to, port, caller))
+
+    def record_of(self, request_id: str) -> Exchange:
+        """What was recorded of a request, by its `x-request-id`."""
+        for _ in range(500):
+            for exchange in self.running.telemetry.exchanges:
+                if exchange.request_id == request_id:
+                    return exchange
+            time.sleep(0.01)
+        raise AssertionError(f"nothing was recorded of {request_id}")
 
     def load(self, paths: Sequence[str], each: int) -> Future[list[tuple[str, Answer]]]:
         """Ask for each path so many times, one after the other on a connection of its own; all paths at once."""
@@ -256,7 +294,8 @@ class Suite:
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         app, proxied = connected_pair()
         destination = OriginalDestination(parse_address(_VIPS[to]), port, Route.TUNNEL)
-        self.through.pair.plane.spawn((caller or self.through.pair.web).outbound.serve(proxied, destination))
+        pair = self.running.pair
+        pair.plane.spawn((caller or pair.web).outbound.serve(proxied, destination))
         return await asyncio.open_connection(sock=app)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -273,8 +312,30 @@ async def _answer(reader: asyncio.StreamReader, method: str) -> Answer:
     return Answer(int(head[0].split(" ")[1]), headers, await reader.readexactly(length))
 
 
+@contextlib.asynccontextmanager
+async def _built_in(directory: Path, authority: Authority, app_port: int) -> AsyncIterator[Running]:
+    async with running_waypoint(directory, authority, app_port, "http") as through:
+        yield Running.built_in(through)
+
+
+@contextlib.asynccontextmanager
+async def _envoy(directory: Path, authority: Authority, app_port: int) -> AsyncIterator[Running]:
+    async with bound_pair(directory, authority, app_port, "http") as pair:
+        telemetry = Recorder()
+        async with envoy_serving(pair, issued(authority, directory / "wp", WP), telemetry) as serving:
+
+            async def applied() -> None:
+                serving.take((), Changes())
+                await serving.applied()
+
+            yield Running(pair, telemetry, applied)
+
+
+ENGINES: Final = {"built-in": _built_in, "envoy": _envoy}
+
+
 @contextlib.contextmanager
-def running_suite(directory: Path) -> Iterator[Suite]:
+def running_suite(directory: Path, engine: str = "built-in") -> Iterator[Suite]:
     """The waypoint and what is behind it, in a thread of its own."""
     authority = Authority.create(directory / "ca", "cluster.local")
     echoes = {name: Echo(name) for name in VERSIONS}
@@ -287,17 +348,17 @@ def running_suite(directory: Path) -> Iterator[Suite]:
                 server = await asyncio.start_server(echo.serve, DB_ADDRESS, 0)
                 stack.callback(server.close)
                 echo.port = server.sockets[0].getsockname()[1]
-            through = await stack.enter_async_context(
-                running_waypoint(directory / "identities", authority, echoes["v1"].port, "http")
+            waypoint = await stack.enter_async_context(
+                ENGINES[engine](directory / "identities", authority, echoes["v1"].port)
             )
-            address = parse_address("127.0.77.4")
+            address, pair = parse_address("127.0.77.4"), waypoint.pair
             identity = issued(authority, directory / "identities" / "consumer", CONSUMER)
             own = Self("consumer/app", str(CONSUMER), CONSUMER.trust_domain, (address,))
-            consumer = Proxy(through.pair.plane, through.pair.state, own, identity)
-            started.append(Suite(through, consumer, echoes, asyncio.get_running_loop()))
+            consumer = Proxy(pair.plane, pair.state, own, identity)
+            started.append(Suite(waypoint, consumer, echoes, asyncio.get_running_loop(), engine))
             running.set()
             await stop.wait()
-            through.pair.plane.run(consumer.pool.close)
+            pair.plane.run(consumer.pool.close)
 
     thread = threading.Thread(target=lambda: plane.run(main()))
     thread.start()

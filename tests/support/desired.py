@@ -6,18 +6,26 @@ from collections.abc import Sequence
 
 
 def service(
-    name: str, namespace: str = "shop", app: str = "", vip: str = "", labels: str = "", datagrams: int = 0
+    name: str,
+    namespace: str = "shop",
+    app: str = "",
+    vip: str = "",
+    labels: str = "",
+    datagrams: int = 0,
+    canary: str = "",
 ) -> str:
     """A Service that selects `app`, by default the label of its own name; `app="-"`: without selector. `datagrams`: a
-    port of protocol UDP whose datagrams pass.
+    port of protocol UDP whose datagrams pass. `canary`: the share of another waypoint.
     """
     udp = f", {{name: beacon, port: {datagrams}, targetPort: {datagrams + 1}, protocol: UDP}}" if datagrams else ""
-    annotations = ", annotations: {mesh.uproxy.dev/udp: plaintext}" if datagrams else ""
+    said = {"udp": "plaintext" if datagrams else "", "waypoint-canary": canary}
+    annotations = ", ".join(f"mesh.uproxy.dev/{name}: {value}" for name, value in said.items() if value)
+    annotated = f", annotations: {{{annotations}}}" if annotations else ""
     selector = "" if app == "-" else f"  selector: {{app: {app or name}}}\n"
     address = f"  clusterIP: {vip}\n" if vip else ""
     return (
         "apiVersion: v1\nkind: Service\n"
-        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}{annotations}}}\n"
+        f"metadata: {{name: {name}, namespace: {namespace}, labels: {{{labels}}}{annotated}}}\n"
         f"spec:\n{selector}{address}  ports: [{{name: http, port: 80, targetPort: 8080}}{udp}]\n"
     )
 
@@ -118,6 +126,25 @@ def traffic_policy(name: str, service: str, namespace: str = "shop", requests: i
         "apiVersion: mesh.uproxy.dev/v1alpha1\nkind: TrafficPolicy\n"
         f"metadata: {{name: {name}, namespace: {namespace}}}\n"
         f"spec: {{targetRefs: [{{group: '', kind: Service, name: {service}}}], maxConcurrentRequests: {requests}}}\n"
+    )
+
+
+def extension(name: str, service: str, namespace: str = "shop", port: int = 80) -> str:
+    """A service that is asked whether requests may pass."""
+    return (
+        "apiVersion: mesh.uproxy.dev/v1alpha1\nkind: Extension\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec: {{type: ExternalAuthorization, externalAuthorization: {{service: {service}, port: {port}}}}}\n"
+    )
+
+
+def custom_policy(name: str, service: str, provider: str, namespace: str = "shop") -> str:
+    """All requests to a service, about which an Extension's service is asked."""
+    return (
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n"
+        f"metadata: {{name: {name}, namespace: {namespace}}}\n"
+        f"spec:\n  targetRefs: [{{group: '', kind: Service, name: {service}}}]\n  action: CUSTOM\n"
+        f"  provider: {{name: {provider}}}\n  rules: [{{}}]\n"
     )
 
 

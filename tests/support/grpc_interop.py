@@ -34,6 +34,8 @@ class Service:
         if not request:
             return b""
         asked = json.loads(request.rstrip(b"\0"))
+        if "compressed" in asked:
+            context.set_compression(grpc.Compression.Gzip)
         if "code" in asked:
             context.abort(list(grpc.StatusCode)[asked["code"]], asked["message"])
         return bytes(asked["size"])
@@ -125,6 +127,17 @@ class Caller:
 
     def empty_stream(self) -> object:
         return list(self._converse(iter(())))
+
+    def compressed_unary(self) -> object:
+        return len(self._unary(_asking(314159, 271828), compression=grpc.Compression.Gzip))
+
+    def compressed_streaming(self) -> object:
+        requests = (_asking(wanted, sent) for wanted, sent in zip(_WANTED, _SENT, strict=True))
+        return [len(answer) for answer in self._converse(requests, compression=grpc.Compression.Deflate)]
+
+    def unary_to_a_compressing_server(self) -> object:
+        asked = json.dumps({"size": 314159, "compressed": True}).encode()
+        return len(self._unary(asked))
 
     def custom_metadata(self) -> object:
         metadata = (("x-initial", "initial value"), ("x-trailing-bin", b"\xab\xab\0"))

@@ -18,12 +18,13 @@ _ENDS = (h2.events.StreamReset, h2.events.StreamEnded, h2.events.ConnectionTermi
 class HandTunnel:
     """Open until `close`. Raises AssertionError when it is refused, and ConnectionError when it ends too soon."""
 
-    def __init__(self, made: socket.socket, identity_dir: Path, authority: str) -> None:
+    def __init__(self, made: socket.socket, identity_dir: Path, authority: str, *more: tuple[str, str]) -> None:
+        """`more`: further fields of the CONNECT."""
         made.settimeout(_TIMEOUT_S)
         self._tls = tls_context(identity_dir).wrap_socket(made)
         self._http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
         self._http.initiate_connection()
-        self._http.send_headers(1, [(":method", "CONNECT"), (":authority", authority)])
+        self._http.send_headers(1, [(":method", "CONNECT"), (":authority", authority), *more])
         self._received = bytearray()
         self.status = ""
         self._flush()

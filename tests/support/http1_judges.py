@@ -30,7 +30,7 @@ LEFT_ALONE = ("x", "x-a", "x-b", "y", "user_id", "!#$%&'*+-.^`|~09az")
 
 
 def forwarded(data: bytes) -> tuple[bytes, Request] | None:
-    """What goes on of the first request, and what we take it for. None when it is refused or not whole."""
+    """What goes on of the first request, and what we take it for. None when it is refused, not whole or the last."""
     reader = RequestReader(b"dialled:1")
     try:
         events = reader.feed(data)
@@ -39,6 +39,8 @@ def forwarded(data: bytes) -> tuple[bytes, Request] | None:
     if not events or not isinstance(events[0], RequestHead) or len(events) == 1 + isinstance(events[-1], Body):
         return None
     head = events[0]
+    if head.upgrades:
+        return None  # what a judge reads behind it is no request
     body = b"".join(event.data for event in events if isinstance(event, Body))
     writer = RequestWriter()
     sent = writer.head(head) + writer.body(body) + writer.end()

@@ -6,7 +6,9 @@ names and values, start lines, pipelining.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from hypothesis import strategies as st
 
 _CRLF = b"\r\n"
 
@@ -117,6 +119,9 @@ def _fields() -> Iterator[tuple[str, bytes]]:
         b"X_UPROXY_CALLER: a",
     ):  # fmt: skip
         yield f"field {field!r}", request(field, b"Y: z")
+    keys = b"Sec-WebSocket-Key: a", b"Sec-WebSocket-Key: b"
+    asked = request(b"Connection: upgrade", b"Upgrade: websocket", *keys, line=b"GET /x HTTP/1.1")
+    yield "a WebSocket with two keys", asked
     yield "a first field that begins with a space", b"GET / HTTP/1.1\r\n X: y\r\nHost: a\r\n\r\n"
     yield "a first field that begins with a tab", b"GET / HTTP/1.1\r\n\tHost: a\r\n\r\n"
     for option in (b"close x", b"x(y)", b"\xa0close", b'"close"', b"x:y"):
@@ -234,3 +239,19 @@ TAKEN = {
     "an expectation": request(b"Expect: 100-Continue", b"Content-Length: 5", body=b"hello"),
 }
 """Each one request."""
+
+_FRAGMENTS = (
+    b"\r\n", b"\n", b"\r", b" ", b"\t", b"\0", b":", b",", b";", b"0", b"5", b"0x", b"\xa0", b"\x0b", b"#", b"?", b"//",
+    b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close, x\r\n", b"Host: b\r\n",
+    b"Expect: 100-continue\r\n", b"0\r\n\r\n", b"5\r\nhello\r\n", b"X: y\r\n", b"GET /y HTTP/1.1\r\nHost: c\r\n\r\n",
+)  # fmt: skip
+
+
+@st.composite
+def mutated(draw: st.DrawFn, messages: Sequence[bytes]) -> bytes:
+    """One of the messages with up to three of its places altered."""
+    data = draw(st.sampled_from(messages))
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(data)))
+        data = data[:at] + draw(st.sampled_from(_FRAGMENTS)) + data[at + draw(st.sampled_from((0, 0, 1, 2, 8))) :]
+    return data

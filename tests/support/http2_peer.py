@@ -11,6 +11,7 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.exceptions
+import h2.settings
 
 _GOAWAY = 7
 Headers = Sequence[tuple[bytes, bytes]]
@@ -47,6 +48,7 @@ class Http2Peer:
         on_request: Handler | None,
         *,
         reads: bool,
+        websockets: bool,
     ) -> None:
         config = h2.config.H2Configuration(
             client_side=on_request is None,
@@ -55,6 +57,9 @@ class Http2Peer:
             normalize_outbound_headers=False,
         )
         self.h2 = h2.connection.H2Connection(config)
+        if websockets:
+            offered = {h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 1}
+            self.h2.local_settings = h2.settings.Settings(client=on_request is None, initial_values=offered)
         self.messages: dict[int, Message] = {}
         self.goaways: list[tuple[int, int]] = []
         self.closed = False
@@ -177,14 +182,19 @@ Handler = Callable[[Http2Peer, int, Message], Coroutine[None, None, None]]
 
 @contextlib.asynccontextmanager
 async def speaking(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_request: Handler | None = None, *, reads: bool = True
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    on_request: Handler | None = None,
+    *,
+    reads: bool = True,
+    websockets: bool = False,
 ) -> AsyncIterator[Http2Peer]:
     """`on_request`: it is the server, and this is called for each stream, in a task of its own.
 
-    `reads`: credit is given for what comes.
+    `reads`: credit is given for what comes. `websockets`: it says that it takes them (RFC 8441).
     """
     async with asyncio.TaskGroup() as tasks:
-        peer = Http2Peer(reader, writer, tasks, on_request, reads=reads)
+        peer = Http2Peer(reader, writer, tasks, on_request, reads=reads, websockets=websockets)
         pump = tasks.create_task(peer.pump())
         try:
             yield peer
@@ -193,11 +203,13 @@ async def speaking(
             writer.close()
 
 
-def served_by(on_request: Handler) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+def served_by(
+    on_request: Handler, *, websockets: bool = False
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
     """For `asyncio.start_server`."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with speaking(reader, writer, on_request) as peer:
+        async with speaking(reader, writer, on_request, websockets=websockets) as peer:
             await peer.until(lambda: peer.closed, 60)
 
     return serve

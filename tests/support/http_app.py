@@ -24,16 +24,29 @@ class Told(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Connections that break are what some tests are about."""
+
+
 @contextmanager
-def telling(address: tuple[str, int]) -> Iterator[None]:
-    """The application, running."""
-    server = http.server.ThreadingHTTPServer(address, Told)
-    server.daemon_threads = True
+def running(address: tuple[str, int], handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[int]:
+    """A server with this handler; its port."""
+    server = _Server(address, handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
-        yield
+        yield server.server_address[1]
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def telling(address: tuple[str, int]) -> Iterator[None]:
+    """The application, running."""
+    with running(address, Told):
+        yield

@@ -100,6 +100,11 @@ class Control:
         self.plane.core.apply([("mesh.yaml", text)])
         self._call(self.plane.settled())
 
+    def annotate(self, kind: str, namespace: str, name: str, annotations: dict[str, str | None]) -> None:
+        """Likewise with annotations of one resource; None takes one away."""
+        self.plane.core.relabel((kind, namespace, name), annotations=annotations)
+        self._call(self.plane.settled())
+
     def delete(self, kind: str, namespace: str, name: str) -> None:
         self.plane.core.delete([(kind, namespace, name)], release=True)
         self._call(self.plane.settled())

@@ -5,10 +5,21 @@ from __future__ import annotations
 import base64
 import ipaddress
 import json
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
 from control.api.address import IpAddress, IpBlock, parse_address, parse_block
+from control.api.balancing import (
+    Algorithm,
+    ConsistentHash,
+    Failover,
+    HashOf,
+    LoadBalancing,
+    OutlierDetection,
+    Warmup,
+)
+from control.api.extension import ExternalAuthorization, PythonFilter
 from control.api.filters import (
     REDIRECTS,
     SCHEMES,
@@ -20,7 +31,7 @@ from control.api.filters import (
     Replaced,
     Rewrite,
 )
-from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
+from control.api.gateway import Binding, Bound, Gateway, Instance, Placement, Process, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.index import AddressShard, ResidentService, ResidentWorkload
 from control.api.jwt import JwtRule, RequestAuthentication, TokenHeader, canonical_jwks
@@ -42,7 +53,7 @@ from control.api.route import (
     RouteRule,
 )
 from control.api.topics import AddressesTopic, address_shard
-from control.api.traffic import Fault, RateLimit, Share, TrafficPolicy
+from control.api.traffic import ConnectionLimits, Fault, RateLimit, Redis, Share, TrafficPolicy
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 
 TRUST_DOMAIN = parse_trust_domain("cluster.local")
@@ -55,7 +66,16 @@ ports = st.integers(1, 65535)
 weights = st.integers(1, 65535)
 service_keys = st.builds("{}/{}".format, namespaces, names)
 gateway_keys = service_keys
-bindings = st.builds(Binding, gateway_keys, st.sampled_from(Via))
+nodes = st.sampled_from(["", "a", "b"])
+
+
+def _bindings(nodes: st.SearchStrategy[str]) -> st.SearchStrategy[Binding]:
+    return st.builds(Binding, gateway_keys, st.sampled_from(Via), nodes) | st.builds(
+        Binding, gateway_keys, st.sampled_from(Via), nodes, gateway_keys, st.integers(0, 100)
+    ).filter(lambda binding: binding.canary != binding.gateway)
+
+
+bindings = _bindings(st.just(""))
 labels = st.dictionaries(st.sampled_from(["app", "version", "a.b/c"]), st.sampled_from(["", "web", "v1"]), max_size=3)
 
 
@@ -98,7 +118,17 @@ def services(draw: st.DrawFn) -> Service:
         labels=draw(labels),
         identities=tuple(make_id(TRUST_DOMAIN, namespace, account) for account in sorted(draw(st.sets(accounts)))),
         binding=draw(st.none() | bindings),
+        prefers_zone=draw(st.booleans()),
     )
+
+
+processes = st.sets(
+    st.tuples(
+        st.builds(make_id, st.just(TRUST_DOMAIN), namespaces, accounts),
+        st.lists(addresses(), min_size=1, max_size=2, unique=True).map(tuple),
+    ),
+    max_size=2,
+).map(lambda found: tuple(Process(*one) for one in sorted(found)))
 
 
 @st.composite
@@ -111,6 +141,7 @@ def bounds(draw: st.DrawFn) -> Bound:
         exempt=tuple(sorted(exempt)),
         enforced=draw(st.booleans()),
         guarded=draw(st.booleans()),
+        processes=draw(processes),
     )
 
 
@@ -121,6 +152,9 @@ plaintexts = st.builds(Plaintext, st.booleans(), st.sets(ports, max_size=2).map(
 
 def _by_port(items: list[Bound]) -> tuple[Bound, ...]:
     return tuple(sorted(items, key=lambda bound: bound.port))
+
+
+localities = st.sampled_from(["", "eu", "eu/eu-1", "eu/eu-1/rack.7"])
 
 
 @st.composite
@@ -134,12 +168,13 @@ def workloads(draw: st.DrawFn) -> Workload:
         addresses=tuple(draw(st.lists(addresses(), min_size=1, max_size=2, unique=True))),
         labels=draw(labels),
         ports=draw(st.dictionaries(st.sampled_from(["http", "tcp"]), ports, max_size=2)),
-        node=draw(st.sampled_from(["", "a"])),
+        node=draw(nodes),
         weight=draw(weights),
         bounds=draw(st.lists(bounds(), max_size=2, unique_by=lambda bound: bound.port).map(_by_port)),
         direct=draw(st.booleans()),
         plaintext=draw(st.none() | plaintexts),
         proxy_protocol=tuple(sorted(draw(st.sets(ports, max_size=2)))),
+        locality=draw(localities),
     )
 
 
@@ -155,6 +190,8 @@ def endpoints(draw: st.DrawFn) -> Endpoint:
         weight=draw(weights),
         ready=draw(st.booleans()),
         labels=draw(labels),
+        locality=draw(localities),
+        node=draw(nodes),
     )
 
 
@@ -175,6 +212,8 @@ http_sources = st.builds(
     principals=_few(principals),
     request_principals=_few(_request_principals),
     not_request_principals=_few(_request_principals),
+    remote_ip_blocks=_few(blocks),
+    not_remote_ip_blocks=_few(blocks),
 )
 operations = st.builds(Operation, ports=_few(ports), not_ports=_few(ports))
 http_operations = st.builds(
@@ -191,7 +230,7 @@ http_operations = st.builds(
 
 def _values(key: ConditionKey) -> st.SearchStrategy[str] | st.SearchStrategy[IpBlock]:
     match key:
-        case ConditionKey.SOURCE_IP | ConditionKey.DESTINATION_IP:
+        case ConditionKey.SOURCE_IP | ConditionKey.DESTINATION_IP | ConditionKey.REMOTE_IP:
             return blocks
         case ConditionKey.SOURCE_PRINCIPAL:
             return principals
@@ -225,7 +264,9 @@ http_rules = _rules(
 rules = _rules(
     sources,
     operations,
-    st.sampled_from([one for one in ConditionKey if not one.value.startswith("request.")]).flatmap(_conditions),
+    st.sampled_from([one for one in ConditionKey if not one.value.startswith(("request.", "remote."))]).flatmap(
+        _conditions
+    ),
 )
 selecting_policies = st.builds(
     AuthorizationPolicy,
@@ -239,18 +280,41 @@ selecting_policies = st.builds(
 """Those that uProxies enforce."""
 
 
+_header_patterns = st.sets(st.sampled_from(["*", "x-user", "x-*", "*-id"]), max_size=2).map(sorted).map(tuple)
+external_authorizations = st.builds(
+    ExternalAuthorization,
+    service=service_keys,
+    port=ports,
+    timeout_ms=st.integers(1, 60_000),
+    path_prefix=st.sampled_from(["", "/check"]),
+    fail_open=st.booleans(),
+    status_on_error=st.integers(400, 599),
+    checked=_header_patterns,
+    added=st.dictionaries(st.sampled_from(["x-mesh", "x-zone"]), st.sampled_from(["", "a b"])).map(
+        lambda added: tuple(sorted(added.items()))
+    ),
+    body_bytes=st.integers(0, 100),
+    partial_body=st.booleans(),
+    upstream_on_allow=_header_patterns,
+    downstream_on_allow=_header_patterns,
+    downstream_on_deny=_header_patterns,
+)
+
+
 @st.composite
 def targeting_policies(draw: st.DrawFn) -> AuthorizationPolicy:
     """Those that waypoints enforce."""
     namespace = draw(namespaces)
     targets = st.builds(Target, st.sampled_from(["Gateway", "Service"]), names.map(lambda name: f"{namespace}/{name}"))
+    action = draw(st.sampled_from(Action))
     return AuthorizationPolicy(
         namespace=namespace,
         name=draw(names),
-        action=draw(st.sampled_from(Action)),
+        action=action,
         selector=None,
         rules=draw(_few(http_rules)),
         targets=tuple(sorted(draw(st.sets(targets, min_size=1, max_size=2)))),
+        authorizer=draw(st.none() | external_authorizations) if action is Action.CUSTOM else None,
     )
 
 
@@ -306,6 +370,7 @@ def _rate_limits(draw: st.DrawFn) -> RateLimit:
         share,
         draw(st.sampled_from(["x-user", "cookie"])) if share is Share.HEADER else "",
         draw(_few(st.sampled_from(["canary", "stable"]), unique=True)),
+        draw(st.booleans()),
     )
 
 
@@ -315,17 +380,73 @@ _faults = st.builds(Fault, _percentages, delay_ms=st.integers(1, 1000)) | st.bui
 )
 
 
+_connection_limits = st.builds(ConnectionLimits, st.integers(1, 9), st.integers(1, 9), st.integers(0, 9)) | st.builds(
+    ConnectionLimits, requests_each=st.integers(1, 9)
+)
+
+
+_hashes = (
+    st.builds(ConsistentHash, st.sampled_from([HashOf.HEADER, HashOf.PARAMETER]), st.just("x-user"))
+    | st.builds(ConsistentHash, st.sampled_from([HashOf.ADDRESS, HashOf.IDENTITY]))
+    | st.builds(ConsistentHash, st.just(HashOf.COOKIE), st.just("Id"), st.integers(0, 10), st.sampled_from(["", "/a"]))
+    | st.just(ConsistentHash(HashOf.COOKIE, "Id"))
+)
+_outlier_detections = st.builds(
+    OutlierDetection,
+    st.integers(0, 10),
+    st.integers(0, 10),
+    st.integers(0, 10),
+    st.booleans(),
+    st.integers(1, 1000),
+    st.integers(1, 1000),
+    st.integers(0, 100),
+    st.integers(0, 100),
+)
+
+
+@st.composite
+def load_balancings(draw: st.DrawFn) -> LoadBalancing:
+    local = draw(st.booleans())
+    return LoadBalancing(
+        draw(st.sampled_from(Algorithm)),
+        draw(st.none() | _hashes),
+        draw(st.none() | st.builds(Warmup, st.integers(1, 1000), st.integers(1, 100), st.integers(100, 1000))),
+        local,
+        (Failover("eu", "us"), Failover("us", "eu"))[: draw(st.integers(0, 2))] if local else (),
+    )
+
+
+_python_filters = st.builds(
+    PythonFilter,
+    st.sampled_from(["shop/a", "shop/b"]),
+    st.sampled_from(["", "greeter", "a.b-c"]),
+    st.sampled_from([(), (("a", "1"), ("b", ""))]),
+    st.integers(1, 10_000),
+    st.booleans(),
+)
+
+
 @st.composite
 def traffic_policies(draw: st.DrawFn) -> TrafficPolicy:
     namespace = draw(namespaces)
     targets = st.builds(Target, st.sampled_from(["Gateway", "Service"]), names.map(lambda name: f"{namespace}/{name}"))
+    limits = draw(_few(_rate_limits()))
+    counted = any(limit.everywhere for limit in limits)
     return TrafficPolicy(
         namespace,
         draw(names),
         tuple(sorted(draw(st.sets(targets, min_size=1, max_size=2)))),
-        draw(_few(_rate_limits())),
+        limits,
         draw(st.integers(0, 5)),
         draw(_few(_faults)),
+        draw(st.none() | _connection_limits),
+        draw(st.none() | load_balancings()),
+        draw(st.none() | _outlier_detections),
+        draw(_few(_python_filters, unique_by=lambda one: one.extension)),
+        Redis(f"{namespace}/redis", draw(st.integers(1, 65535)), draw(st.integers(1, 10_000)), draw(st.booleans()))
+        if counted
+        else None,
+        tuple(sorted(draw(st.sets(st.sampled_from(["spdy/3.1", "tcp", "x"]))))),
     )
 
 
@@ -333,13 +454,25 @@ def traffic_policies(draw: st.DrawFn) -> TrafficPolicy:
 def gateways(draw: st.DrawFn) -> Gateway:
     namespace = draw(namespaces)
     instances = draw(st.dictionaries(workload_names, addresses(), max_size=2))
+    placement = draw(st.sampled_from(Placement))
+
+    def instance(name: str) -> Instance:
+        found = Instance(f"{namespace}/{name}", instances[name])
+        if placement is Placement.REMOTE:
+            return found
+        account = draw(accounts) if placement is Placement.SERVICE_ACCOUNT else ""
+        others = draw(st.lists(addresses().filter(lambda one: one != found.address), max_size=1))
+        return replace(found, account=account, node=draw(nodes.filter(bool)), others=tuple(others))
+
     return Gateway(
         namespace=namespace,
         name=draw(names),
         traffic=draw(st.sampled_from(Traffic)),
-        instances=tuple(Instance(f"{namespace}/{name}", instances[name]) for name in sorted(instances)),
+        instances=tuple(instance(name) for name in sorted(instances)),
         services=tuple(sorted(draw(st.sets(service_keys, max_size=3)))),
         workloads=tuple(sorted(draw(st.sets(st.builds("{}/{}".format, namespaces, workload_names), max_size=3)))),
+        trusted_proxies=draw(st.integers(0, 2)),
+        placement=placement,
     )
 
 
@@ -471,7 +604,7 @@ datagrams = st.sets(ports, max_size=2).map(sorted).map(tuple)
 
 @st.composite
 def resident_workloads(draw: st.DrawFn) -> ResidentWorkload:
-    bound = draw(st.dictionaries(st.integers(0, 3), bindings, max_size=2))
+    bound = draw(st.dictionaries(st.integers(0, 3), _bindings(nodes), max_size=2))
     return ResidentWorkload(
         draw(namespaces),
         draw(workload_names),

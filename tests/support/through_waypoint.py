@@ -30,6 +30,7 @@ from tests.support.pair import (
     running_pair,
     workload,
 )
+from uproxy import plane
 from uproxy.connections import Connections
 from uproxy.listener import Listeners, TunnelServer
 from uproxy.pool import Pool
@@ -65,16 +66,10 @@ class Recorder(WaypointTelemetry):
 
 
 @dataclass
-class Through:
-    """The pair, and the waypoint's parts."""
+class Between:
+    """The pair, and some waypoint between its two."""
 
     pair: Pair
-    gateway: gateway.Gateway
-    upstream: Upstream
-    connections: Connections
-    telemetry: Recorder
-    server: TunnelServer
-    pool: Pool
 
     async def open(self, caller: Proxy | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection of an application of web's, or of another caller's, to db."""
@@ -84,10 +79,10 @@ class Through:
         return await asyncio.open_connection(sock=app)
 
     @contextlib.asynccontextmanager
-    async def door(self) -> AsyncIterator[int]:
-        """A port of 127.0.0.1 whose connections are web's to db, for programs of their own."""
+    async def door(self, caller: Proxy | None = None) -> AsyncIterator[int]:
+        """A port of 127.0.0.1 whose connections are web's to db, or another caller's, for programs of their own."""
         loop = asyncio.get_running_loop()
-        data_plane, web = self.pair.plane, self.pair.web.outbound
+        data_plane, web = self.pair.plane, (caller or self.pair.web).outbound
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
 
@@ -106,11 +101,21 @@ class Through:
                     accepting.cancel()
 
 
+@dataclass
+class Through(Between):
+    """The pair, and the waypoint's parts."""
+
+    gateway: gateway.Gateway
+    upstream: Upstream
+    connections: Connections
+    telemetry: Recorder
+    server: TunnelServer
+    pool: Pool
+
+
 @contextlib.asynccontextmanager
-async def running_waypoint(
-    directory: Path, authority: Authority, app_port: int, protocol: str, known: Directory | None = None
-) -> AsyncIterator[Through]:
-    """`protocol` is the service port's appProtocol; `app_port` as for `running_pair`; `known` is the directory."""
+async def bound_pair(directory: Path, authority: Authority, app_port: int, protocol: str) -> AsyncIterator[Pair]:
+    """The pair, and what is said of a waypoint that somebody else runs. The arguments: as of `running_waypoint`."""
     async with running_pair(directory, authority, app_port) as pair:
         bound = Bound(0, ("shop/wp",), (), True)
         service = Service(
@@ -128,11 +133,22 @@ async def running_waypoint(
             replace(workload("wp-1", WP_ADDRESS, WP), service_account="wp"),
             Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp-1", WP_ADDRESS),), ("shop/db",), ()),
         )
+        yield pair
+
+
+@contextlib.asynccontextmanager
+async def running_waypoint(
+    directory: Path, authority: Authority, app_port: int, protocol: str, known: Directory | None = None
+) -> AsyncIterator[Through]:
+    """`protocol` is the service port's appProtocol; `app_port` as for `running_pair`; `known` is the directory."""
+    async with bound_pair(directory, authority, app_port, protocol) as pair:
         credentials = Credentials.load(issued(authority, directory / "wp", WP))
         contexts = client_context(credentials), server_context(credentials)
         pool = Pool(pair.plane, lambda: contexts[0], (WP_ADDRESS,))
         upstream, connections, telemetry = Upstream(pair.plane, pool), Connections(), Recorder()
-        waypoint = gateway.Gateway(pair.plane, pair.state, "shop/wp", upstream, connections, telemetry, known)
+        waypoint = gateway.Gateway(
+            pair.plane, pair.state, "shop/wp", WP, upstream, connections, telemetry, known, "shop/wp-1"
+        )
         server = TunnelServer(pair.plane, lambda: contexts[1], "cluster.local", waypoint.on_request, lambda *_: None)
         listeners = Listeners(pair.plane)
         listeners.listen(WP_ADDRESS, HBONE_PORT, server.serve)
@@ -147,10 +163,36 @@ async def running_waypoint(
             await asyncio.sleep(0.01)
 
 
-async def settled(through: Through) -> None:
+async def settled(through: Between) -> None:
     """Wait until no coroutine of the data plane is left."""
     for _ in range(200):
         if not through.pair.plane.tasks:
             return
         await asyncio.sleep(0.01)
     raise AssertionError(f"left: {through.pair.plane.tasks}")
+
+
+def run_through(
+    directory: Path,
+    authority: Authority,
+    server: Server,
+    client: Callable[[Through], Awaitable[None]],
+    protocol: str = "http",
+    known: Directory | None = None,
+) -> None:
+    """Serve as db's application, and run the client against the waypoint."""
+
+    async def main() -> None:
+        app = await asyncio.start_server(server, DB_ADDRESS, 0)
+        port = app.sockets[0].getsockname()[1]
+        try:
+            async with running_waypoint(directory, authority, port, protocol, known) as through, asyncio.timeout(30):
+                await client(through)
+                through.pair.plane.run(through.gateway.close_idle)
+                through.pair.plane.run(through.upstream.close)
+                await settled(through)
+                assert not through.connections
+        finally:
+            app.close()
+
+    plane.run(main())

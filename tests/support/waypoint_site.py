@@ -6,14 +6,16 @@ import http.client
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 
 from control.api.identity import SpiffeId
-from tests.support.certificates import identity_dir
+from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.http_app import telling
+from tests.support.member_site import MemberSite, controlled
 from tests.support.site import Site
 
 WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
@@ -55,6 +57,32 @@ def bound_site(directory: Path, network: str) -> Site:
     return site
 
 
+@contextmanager
+def members(directory: Path, network: str, first: Callable[[str, str], str] | None = None) -> Iterator[MemberSite]:
+    """web and db, running, members of a mesh that a waypoint may join.
+
+    `first` makes what is applied to begin with of the site's resources and the waypoint's. None: db is behind it.
+    """
+    with ExitStack() as stack:
+        broker, control = stack.enter_context(controlled(directory, [WEB, DB, WP]))
+        broker.waypoints = {WP}
+        broker.admit([WEB, DB, WP])
+        site = MemberSite(directory, control.plane.authority, network, broker, control)
+        own, of_waypoint = site.resources, resources(network)
+        control.apply(first(own, of_waypoint) if first is not None else labelled(own) + of_waypoint)
+        stack.enter_context(telling(site.application))
+        for name in ("db", "web", "wp-1"):
+            site.token_file(name)
+        stack.enter_context(site.running("db"))
+        stack.enter_context(site.running("web"))
+        yield site
+
+
+def joining(site: MemberSite) -> tuple[str, str]:
+    """The waypoint's options."""
+    return "--join", str(site.path / "wp-1.token")
+
+
 def labelled(resources: str) -> str:
     """db behind the waypoint, and its port HTTP."""
     named = "{name: db, namespace: shop, labels: {istio.io/use-waypoint: wp}}\nspec: {selector"
@@ -63,17 +91,17 @@ def labelled(resources: str) -> str:
 
 
 @contextmanager
-def waypoint(site: Site, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """From ready to its end; killed if it has not ended by itself."""
+def waypoint(site: Site, *options: str, name: str = "wp") -> Iterator[subprocess.Popen[bytes]]:
+    """From ready to its end; killed if it has not ended by itself. `name`: of its directory and its log."""
     ready, theirs = os.pipe()
-    command = [sys.executable, "-m", "waypoint", "run", "--state", str(site.path / "wp"), *options]
+    command = [sys.executable, "-m", "waypoint", "run", "--state", str(site.path / name), *options]
     command += [f"--ready-fd={theirs}", "--log-format", "json"]
-    with (site.path / "wp.log").open("a") as log:
+    with (site.path / f"{name}.log").open("a") as log:
         process = subprocess.Popen(command, pass_fds=[theirs], stdout=log, stderr=log)
     os.close(theirs)
     try:
         with os.fdopen(ready) as pipe:
-            assert pipe.read() == "ready\n", site.log("wp")
+            assert pipe.read() == "ready\n", site.log(name)
         yield process
     finally:
         process.kill()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control.api.address import parse_address
-from control.api.gateway import Bound
+from control.api.gateway import Bound, Process
 from control.api.identity import SpiffeId
 from control.api.plaintext import Plaintext
 from control.api.policy import Action, AuthorizationPolicy, Rule, Source
@@ -183,3 +183,19 @@ def test_nobody_may_come_to_a_workload_that_is_gone() -> None:
     gone = Admission(None, (), WORKLOAD.identity.trust_domain)
     for passage in (None, Passage(None)):
         assert not gone.decide(WEB, A, passage, B, 80).allowed
+
+
+def test_a_process_is_believed_at_its_own_addresses_only() -> None:
+    process = Process(DB, (A, parse_address("fd00::9")))
+    one = admission(dataclasses.replace(BOUND, gateways=(), processes=(process,)))
+    for source in process.addresses:
+        assert one.enter(DB, 80, [SAYS_WEB], source) == Passage(Caller(WEB, A, 4711))
+    for peer, source in ((DB, B), (DB, None), (WEB, A), (WAYPOINT, A)):
+        with pytest.raises(RefusedError, match=r"reached through spiffe://cluster.local/ns/shop/sa/db at 10.0.0.1"):
+            one.enter(peer, 80, [SAYS_WEB], source)
+    assert one.enter(PROMETHEUS, 80, [SAYS_WEB], A) is None
+
+
+def test_without_a_process_nobody_comes() -> None:
+    nobody = admission(dataclasses.replace(BOUND, gateways=()))
+    assert "no process serves this workload" in refusal(nobody, WAYPOINT, 80).detail

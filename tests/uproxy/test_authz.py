@@ -37,6 +37,9 @@ def allowed(*policies: AuthorizationPolicy, source=WEB, source_ip=A, destination
     return compile_policies(policies).decide(source, source_ip, destination_ip, port).allowed
 
 
+REFUSING = (Action.DENY, Action.CUSTOM)
+"""Nobody can be asked at a uProxy."""
+
 # The documentation, read literally.
 # https://istio.io/latest/docs/reference/config/security/authorization-policy/
 
@@ -44,7 +47,7 @@ def allowed(*policies: AuthorizationPolicy, source=WEB, source_ip=A, destination
 def naive_decision(policies, source, source_ip, destination_ip, port) -> bool:
     call = (source, source_ip, destination_ip, port)
     # "2. If there are any DENY policies that match the request, deny the request."
-    if any(p.action is Action.DENY and naive_policy(p, call) for p in policies):
+    if any(p.action in REFUSING and naive_policy(p, call) for p in policies):
         return False
     # "3. If there are no ALLOW policies for the workload, allow the request."
     if not any(p.action is Action.ALLOW for p in policies):
@@ -209,6 +212,7 @@ calls = st.tuples(st.none() | identities, addresses, addresses, ports)
 def test_compiled_policies_agree_with_the_documentation(given_policies, call):
     decision = compile_policies(given_policies).decide(*call)
     assert decision.allowed is naive_decision(given_policies, *call)
+    assert bool(decision.audit) is any(p.action is Action.AUDIT and naive_policy(p, call) for p in given_policies)
 
 
 @settings(deadline=None)
@@ -291,7 +295,7 @@ def test_the_policy_named_is_one_that_matches(given_policies, call):
         assert naive_rule(named.rules[int(index)], call)
         assert decision.policy in decision.reason
     else:
-        assert not any(naive_policy(p, call) for p in unique)
+        assert not any(naive_policy(p, call) for p in unique if p.action is not Action.AUDIT)
 
 
 EVERYBODY = Rule()
@@ -402,7 +406,7 @@ def naive_relayed(policies, caller, caller_ip, waypoint, waypoint_ip, destinatio
     of_caller = (caller, caller_ip, destination_ip, port)
     of_waypoint = (waypoint, waypoint_ip, destination_ip, port)
     for p in policies:
-        if p.action is Action.DENY:
+        if p.action in REFUSING:
             # "A DENY matches if caller or waypoint matches"; "header absent: ... a notPrincipals DENY does" match.
             if naive_policy(p, of_caller):
                 return False

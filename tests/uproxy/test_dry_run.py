@@ -1,4 +1,4 @@
-"""Policies in dry run at a running uProxy: what they would do is in the access log and counted, and not done."""
+"""Policies in dry run, and those that audit, at a running uProxy: in the access log, counted, and not done."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def lines(server: Server) -> list[dict[str, str]]:
     return [json.loads(line) for line in (server.wire.directory / "db" / "access.log").read_text().splitlines()]
 
 
-def counted(server: Server) -> list[str]:
+def counted(server: Server, metric: str = "uproxy_dry_run") -> list[str]:
     with server.wire.db.entered():
         connection = http.client.HTTPConnection(server.wire.db_address, 15020, timeout=PATIENCE_S)
         connection.connect()
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
-    return [line for line in text.splitlines() if line.startswith("uproxy_dry_run")]
+    return [line for line in text.splitlines() if line.startswith(metric)]
 
 
 def ask(server: Server, name: str) -> bytes:
@@ -97,4 +97,25 @@ def test_an_allow_in_dry_run_refuses_nobody_and_lets_nobody_in(tmp_path: Path) -
         eventually(lambda: len(lines(server)) == 2)
         assert [line.get("dry_run") for line in lines(server)] == [None, "allowed: allowed by shop/no-mallory[0]"]
         assert counted(server) == ["uproxy_dry_run_allowed_total 2", "uproxy_dry_run_denied_total 0"]
+        assert_no_bug_was_logged(wire)
+
+
+@pytest.mark.parametrize(("action", "status"), [("AUDIT", b"200"), ("CUSTOM", b"401")])
+def test_an_audit_is_told_and_what_nobody_can_be_asked_about_is_refused(
+    action: str, status: bytes, tmp_path: Path
+) -> None:
+    policy = POLICY.replace('  annotations: {istio.io/dry-run: "true"}\n', "").replace("DENY", action)
+    policy += "  provider: {name: nobody}\n" if action == "CUSTOM" else ""
+    with (
+        pairs.wire(tmp_path, extra=("mallory",)) as wire,
+        pairs.uproxy_server(wire, mesh=MESH + policy) as process,
+        wire.db.listen(APP, PATIENCE_S) as listener,
+    ):
+        server = Server(wire, process.pid, listener)
+        assert ask(server, "mallory") == status
+        assert ask(server, "web") == b"200"
+        eventually(lambda: len(lines(server)) == 2)
+        told = [line.get("audit") for line in lines(server)]
+        assert told == (["shop/no-mallory[0]", None] if action == "AUDIT" else [None, None])
+        assert counted(server, "uproxy_audited") == [f"uproxy_audited_total {int(action == 'AUDIT')}"]
         assert_no_bug_was_logged(wire)

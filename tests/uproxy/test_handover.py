@@ -469,7 +469,7 @@ def test_a_directory_in_which_nothing_can_be_made_costs_only_the_upgrade(
     assert handover.listen(tmp_path / "none") is None
     with listening(tmp_path):
         assert handover.listen(tmp_path) is None, "another one runs"
-    assert caplog.text.count("no other uProxy can take over from this one") == 2
+    assert caplog.text.count("nobody can take over from this one") == 2
 
 
 def test_however_long_the_path_is(tmp_path: Path) -> None:

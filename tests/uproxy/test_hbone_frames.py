@@ -337,7 +337,7 @@ def test_trailers_end_the_stream():
     (received,) = feed(server, request())
     server.respond(received.stream, OK)
     trailers = frame(HEADERS, END, 1, literal_block([(b"x-checksum", b"1")]))
-    assert feed(server, trailers) == [StreamEnded(received.stream, [(b"x-checksum", b"1")])]
+    assert feed(server, trailers) == [StreamEnded(received.stream, ((b"x-checksum", b"1"),))]
 
 
 @pytest.mark.parametrize("header", [(b":path", b"/"), (b"connection", b"close"), (b"te", b"gzip"), (b"A", b"b")])

@@ -89,6 +89,7 @@ BAD_REQUESTS = {
     "POST with an authority": request(method=b"POST"),
     "an extended CONNECT": [*request(), (b":protocol", b"websocket"), (b":scheme", b"https"), (b":path", b"/")],
     "no authority": [(b":method", b"CONNECT")],
+    "a Host that is another authority": [*request(), (b"host", b"10.77.0.9:8080")],
     "an empty authority": request(b""),
     "no port": request(b"10.77.0.2"),
     "an empty port": request(b"10.77.0.2:"),

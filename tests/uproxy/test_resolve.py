@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from control.api.address import parse_address
-from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
+from control.api.gateway import Binding, Gateway, Instance, Placement, Traffic, Via
 from control.api.identity import SpiffeId
 from control.api.index import ResidentWorkload
 from control.api.workload import Endpoint, Service, ServicePort
@@ -179,6 +180,44 @@ def test_a_preferred_waypoint_does_without_endpoints_and_is_not_conjured_up() ->
     assert refusal(bound_state(Via.PREFERRED, waypoint=None), VIP, SERVICE_PORT).reason == "no-waypoint"
 
 
+def shared_state(percent: int, *canaries: str) -> State:
+    """Of infra/wp, which has one process, so many callers go through infra/v2."""
+    state = bound_state(Via.WAYPOINT, waypoint=gateway(WAYPOINTS[0]))
+    service = state.service("shop/db")
+    assert service is not None
+    instances = tuple(Instance(f"infra/v2-{ip}", parse_address(ip)) for ip in canaries)
+    binding = Binding("infra/wp", Via.WAYPOINT, canary="infra/v2", percent=percent)
+    canary = Gateway("infra", "v2", Traffic.ALL, instances, ("shop/db",), ())
+    state.apply([published(record, 3) for record in (dataclasses.replace(service, binding=binding), canary)])
+    return state
+
+
+def gateways_of_callers(state: State) -> list[str]:
+    resolvers = [Resolver(state, random.Random(1), caller=f"shop/caller-{number}") for number in range(1000)]
+    return [resolver.plan(VIP, SERVICE_PORT).gateway for resolver in resolvers]
+
+
+def test_a_canary_has_its_share_of_callers_who_stay_when_they_become_more() -> None:
+    before: set[int] = set()
+    for percent in (0, 10, 50, 100):
+        found = gateways_of_callers(shared_state(percent, WAYPOINTS[1]))
+        assert found == gateways_of_callers(shared_state(percent, WAYPOINTS[1]))
+        through = {number for number, name in enumerate(found) if name == "infra/v2"}
+        assert abs(len(through) - 10 * percent) < 40
+        assert before <= through
+        before = through
+
+
+def test_who_does_not_get_to_a_canary_goes_to_its_waypoint() -> None:
+    assert set(gateways_of_callers(shared_state(100))) == {"infra/wp"}, "it has no process"
+    plan = Resolver(shared_state(100, *WAYPOINTS[1:]), random.Random(1)).plan(VIP, SERVICE_PORT)
+    assert [hop.expected.service_account for hop in plan.hops] == ["v2", "v2", "wp"]
+    health = Health(lambda: 0.0)
+    health.failed(WAYPOINTS[1])
+    first, second = Resolver(shared_state(100, WAYPOINTS[1]), random.Random(1), health).plan(VIP, SERVICE_PORT).hops
+    assert (first.expected.service_account, second.expected.service_account) == ("wp", "v2")
+
+
 def test_a_workload_is_bound_by_port() -> None:
     state = state_of()
     state.apply([published(gateway(WAYPOINTS[0]), 2)])
@@ -189,3 +228,120 @@ def test_a_workload_is_bound_by_port() -> None:
     assert (bound.address, bound.expected, bound.authority) == (WAYPOINTS[0], WP, b"10.0.0.7:7000")
     (direct,) = Resolver(state, random.Random(1)).plan(address, 7001).hops
     assert (direct.address, direct.expected) == (address, DB)
+
+
+# -- waypoints with a process for each node
+
+_PLACED_WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
+_BOUND = Binding("shop/wp", Via.WAYPOINT)
+
+
+def on(node: str, number: int, *, weight: int = 1) -> Endpoint:
+    return dataclasses.replace(endpoint(number, weight=weight), node=node)
+
+
+def process(name: str, number: int, node: str, account: str = "") -> Instance:
+    return Instance(f"shop/{name}", parse_address(f"10.1.0.{number}"), account, node)
+
+
+def placed(placement: Placement, instances: Sequence[Instance], *endpoints: Endpoint) -> Resolver:
+    state = state_of(*endpoints)
+    service = state.service("shop/db")
+    assert service is not None
+    gateway = Gateway("shop", "wp", Traffic.SERVICE, tuple(instances), ("shop/db",), (), placement=placement)
+    state.apply([published(dataclasses.replace(service, binding=_BOUND), 2), published(gateway, 2)])
+    return Resolver(state, random.Random(1), Health(lambda: 0.0))
+
+
+def first(resolver: Resolver, times: int) -> Counter[str]:
+    return Counter(resolver.plan(VIP, SERVICE_PORT).hops[0].address for _ in range(times))
+
+
+def test_each_process_has_the_calls_of_the_endpoints_that_it_stands_before() -> None:
+    instances = process("a", 1, "a"), process("b", 2, "b"), process("b-2", 3, "b"), process("c", 4, "c")
+    resolver = placed(Placement.NODE, instances, on("a", 1), on("b", 2), on("b", 3, weight=6), on("d", 4, weight=99))
+    share = first(resolver, 8000)
+    assert share.keys() == {"10.1.0.1", "10.1.0.2", "10.1.0.3"}, "nobody goes where there is no endpoint, or no process"
+    assert abs(share["10.1.0.1"] - 1000) < 150
+    assert abs(share["10.1.0.2"] - 3500) < 250
+    plan = resolver.plan(VIP, SERVICE_PORT)
+    assert {(hop.expected, hop.authority) for hop in plan.hops} == {(_PLACED_WP, f"{VIP}:{SERVICE_PORT}".encode())}
+    assert len({hop.address for hop in plan.hops}) == MAX_HOPS, "another one is tried when the first fails"
+    assert plan.gateway == "shop/wp"
+
+
+def test_a_process_of_a_service_account_is_expected_to_be_that() -> None:
+    instances = process("db", 1, "a", "db"), process("db-b", 3, "b", "db"), process("web", 2, "a", "web")
+    resolver = placed(Placement.SERVICE_ACCOUNT, instances, on("a", 1))
+    (hop,) = resolver.plan(VIP, SERVICE_PORT).hops
+    assert (hop.address, hop.expected) == ("10.1.0.1", DB)
+
+
+def test_a_service_without_a_process_before_any_endpoint_is_refused() -> None:
+    for instances in ((), (process("b", 2, "b"),)):
+        with pytest.raises(RefusedError, match=r"no process serves it \(placement node\)") as refused:
+            placed(Placement.NODE, instances, on("a", 1)).plan(VIP, SERVICE_PORT)
+        assert refused.value.reason == "no-waypoint"
+
+
+def test_a_workloads_own_address_is_reached_through_the_process_of_its_node() -> None:
+    instances = process("a", 1, "a"), process("b", 2, "b")
+    state = state_of()
+    gateway = Gateway("shop", "wp", Traffic.ALL, instances, (), (), placement=Placement.NODE)
+    resident = ResidentWorkload("shop", "db", "db", {}, ((0, dataclasses.replace(_BOUND, node="b")),))
+    state.apply([published(gateway, 2), published_addresses({DB_ADDRESS: resident}, 2)])
+    (hop,) = Resolver(state, random.Random(1)).plan(DB_ADDRESS, 7000).hops
+    assert (hop.address, hop.authority) == ("10.1.0.2", f"{DB_ADDRESS}:7000".encode())
+
+
+ZONES = ("us/1", "eu/2", "eu/1/a", "eu/1/b", "")
+
+
+def near(own: str, *, prefers: bool = True, health: Health | None = None) -> Resolver:
+    """Of db, and of a service with an endpoint in each zone."""
+    state = State("cluster.local")
+    ports = (ServicePort("", SERVICE_PORT, 7000, ""),)
+    known = (
+        Service("shop", "db", (VIP,), ports, {}, (DB,), prefers_zone=prefers),
+        dataclasses.replace(workload("db", DB_ADDRESS, DB), locality=own),
+        *(dataclasses.replace(endpoint(number), locality=zone) for number, zone in enumerate(ZONES)),
+    )
+    state.apply([published(record, 1) for record in known])
+    return Resolver(state, random.Random(5), health, caller="shop/db")
+
+
+def numbers(resolver: Resolver, drawn: int = 0) -> list[int]:
+    return [int(hop.address.rpartition(".")[2]) for hop in resolver.plan(VIP, SERVICE_PORT, drawn).hops]
+
+
+def test_endpoints_of_the_caller_s_zone_come_first_and_then_those_of_its_region() -> None:
+    resolver = near("eu/1/a")
+    found = [numbers(resolver) for _ in range(200)]
+    assert {tuple(sorted(hops[:2])) for hops in found} == {(2, 3)}, "a zone is one, whatever its subzones"
+    assert {hops[0] for hops in found} == {2, 3}
+    assert {hops[2] for hops in found} == {1}
+    beyond = near("asia/1")
+    assert {numbers(beyond)[0] for _ in range(200)} == set(range(5)), "nobody is near"
+    assert [numbers(near("us/1/x"))[0], len(numbers(near("us/1/x")))] == [0, 3]
+
+
+@pytest.mark.parametrize("resolver", [near("eu/1", prefers=False), near("")])
+def test_nobody_is_preferred_unless_the_service_says_so_and_the_caller_knows_where_it_is(resolver: Resolver) -> None:
+    assert {numbers(resolver)[0] for _ in range(200)} == set(range(5))
+
+
+def test_what_failed_nearby_comes_behind_what_works_elsewhere() -> None:
+    health = Health(lambda: 0.0)
+    resolver = near("eu/1", health=health)
+    for number in (2, 3):
+        health.failed(parse_address(f"10.0.0.{number}"))
+    found = [numbers(resolver) for _ in range(100)]
+    assert {hops[0] for hops in found} == {1}
+    assert {number for hops in found for number in hops[1:]} == {0, 4}
+
+
+def test_what_the_kernel_has_drawn_elsewhere_does_not_come_first() -> None:
+    resolver = near("eu/1")
+    for number, first in ((3, {3}), (0, {2, 3})):
+        drawn = backend_id(parse_address(f"10.0.0.{number}"), 7000)
+        assert {numbers(resolver, drawn)[0] for _ in range(50)} == first

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from control.api.address import parse_address
-from control.api.gateway import Gateway, Traffic
+from control.api.gateway import Gateway, Placement, Traffic
 from control.api.records import Record
 from control.api.workload import Endpoint, Service, ServicePort
 from control.client.state import State
-from tests.support.certificates import DB
+from tests.support.certificates import DB, WEB
 from tests.support.pair import published, workload
 from uproxy.errors import RefusedError
 from uproxy.listener import asked_for
@@ -98,3 +98,28 @@ def test_what_has_not_come_yet_may_be_known_elsewhere() -> None:
 )
 def test_which_ports_are_http(name: str, protocol: str, http: bool) -> None:
     assert ServicePort(name, 80, 8080, protocol).is_http is http
+
+
+def test_a_process_sends_to_what_it_stands_before_and_elsewhere_only_where_that_is_nothing() -> None:
+    endpoints = [
+        replace(
+            ENDPOINT, workload=f"shop/db-{number}", address=parse_address(f"10.0.1.{number}"), node=node, identity=one
+        )
+        for number, (node, one) in enumerate((("a", DB), ("a", WEB), ("b", DB)), 1)
+    ]
+    service = replace(SERVICE, identities=tuple(sorted((DB, WEB))))
+
+    def chosen(placement: Placement, node: str) -> set[str]:
+        state = State("cluster.local")
+        own = replace(workload("db", "10.0.0.9", DB), node=node)
+        records = (service, *endpoints, replace(GATEWAY, placement=placement), own)
+        state.apply([published(record, 1) for record in records])
+        destinations = Destinations(state, "shop/wp", own=own.key)
+        return {hop.address for hop in destinations.backends("shop/db", 80)}
+
+    everywhere = {"10.0.1.1", "10.0.1.2", "10.0.1.3"}
+    assert chosen(Placement.REMOTE, "a") == everywhere
+    assert chosen(Placement.NODE, "a") == {"10.0.1.1", "10.0.1.2"}
+    assert chosen(Placement.NODE, "b") == {"10.0.1.3"}
+    assert chosen(Placement.SERVICE_ACCOUNT, "a") == {"10.0.1.1"}
+    assert chosen(Placement.NODE, "c") == everywhere, "where a route led it"

@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,53 +37,18 @@ from control.client.state import Changes
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT
-from tests.support.through_waypoint import WP_ADDRESS, Server, Through, running_waypoint, settled
+from tests.support.through_waypoint import WP_ADDRESS, Through, settled
+from tests.support.through_waypoint import run_through as run
+from tests.support.waiting import until
 from uproxy import plane
 from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
 from waypoint.caller import Caller
-from waypoint.directory import Directory
 from waypoint.gateway import GRACE_S
 from waypoint.sides import Outgoing
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority.create(tmp_path_factory.mktemp("ca") / "ca", "cluster.local")
-
-
-@pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("identities")
-
-
-def run(
-    directory: Path,
-    authority: Authority,
-    server: Server,
-    client: Callable[[Through], Awaitable[None]],
-    protocol: str = "http",
-    known: Directory | None = None,
-) -> None:
-    """Serve as db's application, and run the client against the waypoint."""
-
-    async def main() -> None:
-        app = await asyncio.start_server(server, DB_ADDRESS, 0)
-        port = app.sockets[0].getsockname()[1]
-        try:
-            async with running_waypoint(directory, authority, port, protocol, known) as through, asyncio.timeout(30):
-                await client(through)
-                through.pair.plane.run(through.gateway.close_idle)
-                through.pair.plane.run(through.upstream.close)
-                await settled(through)
-                assert not through.connections
-        finally:
-            app.close()
-
-    plane.run(main())
 
 
 async def request_head(reader: Reader) -> bytes:
@@ -201,6 +166,36 @@ def test_a_body_crosses_both_ways_and_the_connection_goes_on(identities: Path, a
         assert through.telemetry.exchanges[0].received == len(body)
 
     run(identities, authority, tell, client)
+
+
+def test_a_small_body_leaves_with_its_head(identities: Path, authority: Authority) -> None:
+    pieces: list[bytes] = []
+
+    async def keep(reader: Reader, writer: Writer) -> None:
+        while piece := await reader.read(1 << 16):
+            pieces.append(piece)
+            if b"last" in piece:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        head = b"POST / HTTP/1.1\r\nHost: db\r\nContent-Length: %d\r\n\r\n"
+        writer.write(head % 4 + b"last")
+        assert (await answer(reader))[0] == 200
+        (whole,) = pieces
+        assert whole.endswith(b"content-length: 4\r\n\r\nlast")
+        # One that has not come yet is not waited for.
+        writer.write(head % 9 + b"first")
+        await until(lambda: len(pieces) > 1)
+        writer.write(b"last")
+        assert (await answer(reader))[0] == 200
+        assert b"".join(pieces[1:]).endswith(b"content-length: 9\r\n\r\nfirstlast")
+        writer.close()
+        await settled_exchanges(through, 2)
+        assert [one.received for one in through.telemetry.exchanges] == [4, 9]
+
+    run(identities, authority, keep, client)
 
 
 def test_a_request_s_id_is_that_of_the_backend_s_connection(identities: Path, authority: Authority) -> None:
@@ -840,6 +835,7 @@ def test_a_caller_that_goes_away_just_when_the_backend_is_there_takes_its_reques
             *,
             http2: bool,
             fresh: bool,
+            limiter: object,
         ) -> None:
             await connect(caller, hops, request_id, claim, http2=http2, fresh=fresh)
             await go_away()
@@ -974,7 +970,7 @@ def test_a_request_may_wait_for_100_continue(identities: Path, authority: Author
 def test_a_drain_closes_connections_after_their_answer(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         reader, writer = await through.open()
-        through.pair.plane.run(lambda: through.gateway.drain(5))
+        through.pair.plane.run(lambda: through.gateway.drain(GRACE_S))
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         status, head, _ = await answer(reader)
         assert status == 200
@@ -1012,7 +1008,7 @@ def test_a_drain_closes_what_stays_quiet_and_lets_the_others_finish(identities: 
         await asyncio.wait_for(begun.wait(), 5)
         await asyncio.sleep(0.1)
         started = time.monotonic()
-        through.pair.plane.run(lambda: through.gateway.drain(5))
+        through.pair.plane.run(lambda: through.gateway.drain(GRACE_S))
         half[1].write(b"Host: db\r\n\r\n")
         status, head, _ = await answer(half[0])
         assert (status, b"connection: close\r\n" in head) == (200, True)
@@ -1051,7 +1047,7 @@ def test_a_request_that_is_on_its_way_when_a_drain_begins_is_answered(identities
         busy[1].write(b"GET /held HTTP/1.1\r\nHost: db\r\n\r\n")
         await asyncio.wait_for(begun.wait(), 5)
         assert b"connection: close" not in await request_head(busy[0])
-        through.pair.plane.run(lambda: through.gateway.drain(5))
+        through.pair.plane.run(lambda: through.gateway.drain(GRACE_S))
         await asyncio.sleep(0.1)  # as long as a request may be on its way
         go_on.set()
         assert await busy[0].readexactly(4) == b"done"
@@ -1066,13 +1062,13 @@ def test_a_request_that_is_on_its_way_when_a_drain_begins_is_answered(identities
     run(identities, authority, held, client)
 
 
-def test_a_short_drain_waits_no_longer_than_half_of_it(identities: Path, authority: Authority) -> None:
+def test_a_drain_waits_no_longer_than_it_may(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         reader, writer = await through.open()
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         assert (await answer(reader))[0] == 200
         started = time.monotonic()
-        through.pair.plane.run(lambda: through.gateway.drain(0.4))
+        through.pair.plane.run(lambda: through.gateway.drain(0.2))
         assert await reader.read() == b""
         assert 0.15 < time.monotonic() - started < GRACE_S - 0.3
         writer.close()
@@ -1322,3 +1318,51 @@ def test_other_upgrades_are_refused(identities: Path, authority: Authority, requ
         writer.close()
 
     run(identities, authority, shout, client)
+
+
+async def spdy(reader: Reader, writer: Writer) -> None:
+    """As `shout`, of another protocol."""
+    head = await request_head(reader)
+    assert b"\r\nconnection: upgrade\r\nupgrade: spdy/3.1\r\n" in head, head
+    if head.startswith(b"POST /other "):
+        writer.write(AGREED.replace(b"websocket\r", b"tcp\r"))
+    else:
+        writer.write(AGREED.replace(b"websocket\r", b"SPDY/3.1\r"))
+        while data := await reader.read(1 << 16):
+            writer.write(data.upper())
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "fields", "status"),
+    [
+        (b"POST /exec", b"Upgrade: SPDY/3.1\r\nContent-Length: 0\r\n", 101),
+        (b"GET /exec", b"Upgrade: SPDY/3.1\r\n", 101),
+        (b"POST /other", b"Upgrade: SPDY/3.1\r\n", 502),
+        (b"POST /exec", b"Upgrade: SPDY/3.1\r\nContent-Length: 1\r\n", 501),
+        (b"POST /exec", b"Upgrade: SPDY/3.1, tcp\r\n", 501),
+        (b"POST /exec", b"Upgrade: SPDY/3.2\r\n", 501),
+        (b"POST /exec", b"Upgrade: websocket\r\n", 501),
+        (b"DELETE /exec", b"Upgrade: SPDY/3.1\r\n", 403),
+    ],
+)
+def test_requests_upgrade_to_what_a_traffic_policy_names(
+    identities: Path, authority: Authority, line: bytes, fields: bytes, status: int
+) -> None:
+    async def client(through: Through) -> None:
+        target = (Target("Service", "shop/db"),)
+        delete = Rule(operations=(Operation(methods=("DELETE",)),))
+        through.pair.apply(
+            TrafficPolicy("shop", "exec", target, upgrades=("spdy/3.1",)),
+            AuthorizationPolicy("shop", "no", Action.DENY, None, (delete,), target),
+        )
+        reader, writer = await through.open()
+        writer.write(b"%b HTTP/1.1\r\nHost: db\r\nConnection: Upgrade\r\n%b\r\nhello" % (line, fields))
+        head = await request_head(reader)
+        assert head.startswith(b"HTTP/1.1 %d " % status), head
+        if status == 101:
+            assert b"\r\nconnection: upgrade\r\nupgrade: spdy/3.1\r\n" in head
+            assert await reader.readexactly(5) == b"HELLO"
+        writer.close()
+
+    run(identities, authority, spdy, client)

@@ -54,6 +54,10 @@ async def both_ways(directory: Path) -> tuple[Seen, Seen, list[tuple[str, str]]]
             through.pair.plane.run(through.upstream.close)
             await settled(through)
             logged = [(one.path, one.grpc_status) for one in through.telemetry.exchanges]
+            sizes = [(one.received, one.sent) for one in through.telemetry.exchanges]
+            # Compressed messages stay so, one way and the other.
+            assert any(received < 2000 and sent > 300_000 for received, sent in sizes)
+            assert any(received < 2000 and 0 < sent < 2000 for received, sent in sizes)
     finally:
         server.terminate()
         await server.wait()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
@@ -15,46 +18,15 @@ from h2.settings import SettingCodes
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
 from control.server.ca import Authority
 from tests.support.http2_peer import Headers, Http2Peer, Message, served_by, speaking
-from tests.support.pair import DB_ADDRESS
-from tests.support.through_waypoint import Server, Through, running_waypoint, settled
+from tests.support.through_waypoint import Through, run_through
 from tests.support.waiting import until
-from uproxy import plane
 
 GET = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"db"), (b":path", b"/items")]
 POST = [(b":method", b"POST"), *GET[1:]]
 OK = [(b":status", b"200")]
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority.create(tmp_path_factory.mktemp("ca") / "ca", "cluster.local")
-
-
-@pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("identities")
-
-
-def run(
-    directory: Path,
-    authority: Authority,
-    server: Server,
-    client: Callable[[Through], Awaitable[None]],
-    protocol: str = "kubernetes.io/h2c",
-) -> None:
-    async def main() -> None:
-        app = await asyncio.start_server(server, DB_ADDRESS, 0)
-        port = app.sockets[0].getsockname()[1]
-        try:
-            async with running_waypoint(directory, authority, port, protocol) as through, asyncio.timeout(30):
-                await client(through)
-                through.pair.plane.run(through.gateway.close_idle)
-                through.pair.plane.run(through.upstream.close)
-                await settled(through)
-        finally:
-            app.close()
-
-    plane.run(main())
+run = partial(run_through, protocol="kubernetes.io/h2c")
 
 
 async def echo(peer: Http2Peer, stream: int, message: Message) -> None:
@@ -78,6 +50,30 @@ def test_requests_cross_with_their_heads_and_bodies(identities: Path, authority:
         assert sorted(dict(answer.headers)[b"served"] for answer in answers) == [b"1", b"3", b"5"], "one connection"
 
     run(identities, authority, served_by(echo), client)
+
+
+def test_a_small_body_is_one_frame_that_ends_the_stream(identities: Path, authority: Authority) -> None:
+    frames: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        connection.initiate_connection()
+        writer.write(connection.data_to_send())
+        while data := await reader.read(1 << 16):
+            for event in connection.receive_data(data):
+                if isinstance(event, h2.events.DataReceived):
+                    frames.append(event.data)
+                elif isinstance(event, h2.events.StreamEnded):
+                    connection.send_headers(event.stream_id, [(":status", "200")], end_stream=True)
+            writer.write(connection.data_to_send())
+        writer.close()
+
+    async def client(through: Through) -> None:
+        async with speaking(*await through.open()) as peer:
+            assert (await peer.answer(peer.request(POST, b"hello"))).status == 200
+        assert frames == [b"hello"]
+
+    run(identities, authority, serve, client)
 
 
 async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -120,7 +116,7 @@ def test_http2_becomes_http1_for_a_backend_that_speaks_that(identities: Path, au
             empty = await peer.answer(peer.request(POST))
             assert b"content-length: 0\r\n" in empty.body
 
-    run(identities, authority, tell, client, "http")
+    run(identities, authority, tell, client, protocol="http")
 
 
 def test_http1_becomes_http2_for_a_backend_that_speaks_that(identities: Path, authority: Authority) -> None:
@@ -359,16 +355,17 @@ def test_what_could_be_read_in_two_ways_is_refused_and_the_connection_goes_on(
 
 
 @pytest.mark.parametrize("protocol", ["http", "kubernetes.io/h2c"])
-@pytest.mark.parametrize("length", [3, 7])
+@pytest.mark.parametrize("length", [0, 3, 7])
+@pytest.mark.parametrize("body", [b"hello", b"h"])
 def test_a_body_of_another_length_than_said_is_refused(
-    identities: Path, authority: Authority, protocol: str, length: int
+    identities: Path, authority: Authority, protocol: str, length: int, body: bytes
 ) -> None:
     async def client(through: Through) -> None:
         async with speaking(*await through.open()) as peer:
-            answer = await peer.answer(peer.request([*POST, (b"content-length", b"%d" % length)], b"hello"))
+            answer = await peer.answer(peer.request([*POST, (b"content-length", b"%d" % length)], body))
             assert answer.status == 400
 
-    run(identities, authority, tell if protocol == "http" else served_by(echo), client, protocol)
+    run(identities, authority, tell if protocol == "http" else served_by(echo), client, protocol=protocol)
 
 
 BAD_FIELDS = ((b"connection", b"close"), (b"transfer-encoding", b"chunked"), (b"a", b"b\r\nc: d"), (b"A", b""))
@@ -436,7 +433,7 @@ def test_a_drain_lets_streams_end_and_takes_no_more(identities: Path, authority:
             await busy.send(stream, b"ping")
             await busy.until(lambda: busy.messages[stream].body == b"PING")
             assert (await idle.answer(idle.request(POST, b""))).status == 200
-            through.pair.plane.run(lambda: through.gateway.drain(2.0))
+            through.pair.plane.run(lambda: through.gateway.drain(1.0))
             await idle.until(lambda: idle.closed)
             assert idle.goaways[-1] == (1, 0)
             await busy.until(lambda: len(busy.goaways) == 2)

@@ -58,8 +58,11 @@ def get(site: Site, *traceparent: str, method: str = "GET") -> tuple[int, dict[s
     return response.status, json.loads(body) if response.status == 200 else {}
 
 
-def by_service(collector: Collector) -> dict[str, dict[str, Any]]:
-    return {span["service"]: span for span in collector.spans()}
+SERVER, CLIENT = 2, 3
+
+
+def by_service(collector: Collector, *kinds: int) -> dict[str, dict[str, Any]]:
+    return {span["service"]: span for span in collector.spans() if span["kind"] in kinds}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -69,13 +72,19 @@ def test_a_request_whose_caller_records_it_goes_on_in_that_trace(tmp_path: Path,
         assert status == 200
         eventually(collector.spans)
         process.terminate()  # its connection to the backend waits for another request until then
-        eventually(lambda: len(collector.spans()) == 2)
-        spans = by_service(collector)
+        eventually(lambda: len(collector.spans()) == 3)
+        spans = by_service(collector, SERVER)
         ours, backends = spans["wp.shop"], spans["db.shop"]
-        assert ours["traceId"] == backends["traceId"] == TRACE
+        attempt = by_service(collector, CLIENT)["wp.shop"]
+        assert ours["traceId"] == attempt["traceId"] == backends["traceId"] == TRACE
         assert ours["parentSpanId"] == SPAN
-        assert backends["parentSpanId"] == ours["spanId"]
-        assert seen["traceparent"] == f"00-{TRACE}-{ours['spanId']}-01"
+        assert attempt["parentSpanId"] == ours["spanId"]
+        assert backends["parentSpanId"] == attempt["spanId"]
+        assert seen["traceparent"] == f"00-{TRACE}-{attempt['spanId']}-01"
+        assert attempt["attributes"]["upstream_host"] == ours["attributes"]["upstream_host"]
+        assert (attempt["name"], attempt["attributes"]["response_code"]) == (ours["name"], 200)
+        began, ended = "startTimeUnixNano", "endTimeUnixNano"
+        assert int(ours[began]) <= int(attempt[began]) <= int(attempt[ended]) <= int(ours[ended])
         assert (ours["name"], ours["kind"]) == ("db.shop.svc.cluster.local", 2)
         assert (ours["attributes"]["method"], ours["attributes"]["response_code"]) == ("GET", 200)
         assert "status" not in ours
@@ -90,10 +99,12 @@ def test_a_trace_begins_at_the_waypoint_only_where_there_is_none(tmp_path: Path)
         begun = get(site)[1]["traceparent"]
         process.terminate()
         assert process.wait(20) == 0
-        first, second = collector.spans()
-        assert {first["service"], second["service"]} == {"wp.shop"}
+        first, second = (span for span in collector.spans() if span["kind"] == SERVER)
+        attempts = [span for span in collector.spans() if span["kind"] == CLIENT]
+        assert {span["service"] for span in (first, second, *attempts)} == {"wp.shop"}
+        assert [attempt["parentSpanId"] for attempt in attempts] == [first["spanId"], second["spanId"]]
         assert "parentSpanId" not in first
-        assert begun == f"00-{second['traceId']}-{second['spanId']}-01"
+        assert begun == f"00-{second['traceId']}-{attempts[1]['spanId']}-01"
 
 
 def test_a_waypoint_that_records_nothing_passes_the_trace_on(tmp_path: Path) -> None:
@@ -120,7 +131,7 @@ def test_a_connection_of_opaque_tcp_is_one_trace_from_end_to_end(tmp_path: Path)
     with running(tmp_path, *otlp(0), http=False, web=1) as (site, collector, _):
         assert dial(site.forward) == b"hello"
         eventually(lambda: len(collector.spans()) == 3)
-        spans = by_service(collector)
+        spans = by_service(collector, SERVER, CLIENT)
         web, ours, db = spans["web.shop"], spans["wp.shop"], spans["db.shop"]
         assert web["traceId"] == ours["traceId"] == db["traceId"]
         assert (ours["parentSpanId"], db["parentSpanId"]) == (web["spanId"], ours["spanId"])

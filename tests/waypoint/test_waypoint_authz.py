@@ -12,6 +12,7 @@ from control.api.identity import SpiffeId
 from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
 from tests.support.examples import examples
 from waypoint.authz import compile_policies
+from waypoint.forwarded import extended
 from waypoint.request import host_name, read_request
 from waypoint.tokens import Token
 
@@ -55,8 +56,10 @@ def matches(rule, request, **call):
 
 
 def naive_decision(policies, call) -> bool:
-    # "2. If there are any DENY policies that match the request, deny the request."
-    if any(p.action is Action.DENY and naive_policy(p, call) for p in policies):
+    # "2. If there are any DENY policies that match the request, deny the request." Nobody can be asked about a
+    # connection that is not HTTP; about requests, `checks` says who is.
+    refusing = (Action.DENY,) if call[4] is not None else (Action.DENY, Action.CUSTOM)
+    if any(p.action in refusing and naive_policy(p, call) for p in policies):
         return False
     # "3. If there are no ALLOW policies for the workload, allow the request."
     if not any(p.action is Action.ALLOW for p in policies):
@@ -76,7 +79,11 @@ def naive_rule(action, rule, call) -> bool:
     asks_http = any(
         o.hosts or o.not_hosts or o.methods or o.not_methods or o.paths or o.not_paths for o in rule.operations
     ) or any(c.key.value.startswith("request.") for c in rule.conditions)
-    asks_http = asks_http or any(s.request_principals or s.not_request_principals for s in rule.sources)
+    asks_http = asks_http or any(c.key is ConditionKey.REMOTE_IP for c in rule.conditions)
+    asks_http = asks_http or any(
+        s.request_principals or s.not_request_principals or s.remote_ip_blocks or s.not_remote_ip_blocks
+        for s in rule.sources
+    )
     if action is Action.ALLOW and asks_http and not is_http:
         return False
     if rule.sources and not any(naive_source(source, call) for source in rule.sources):
@@ -96,6 +103,9 @@ def naive_source(source, call) -> bool:
     if request is not None and not both(
         source.request_principals, source.not_request_principals, lambda v: naive_texts(v, principal)
     ):
+        return False
+    remote = source.remote_ip_blocks, source.not_remote_ip_blocks
+    if request is not None and not both(*remote, lambda v: naive_blocks(v, naive_remote(call))):
         return False
     return (
         both(source.principals, source.not_principals, lambda v: naive_texts(v, identity and identity.principal))
@@ -138,17 +148,25 @@ def naive_condition(action, condition, call) -> bool:
             lines = [value.decode() for name, value in request.fields if name.decode() == condition.name]
             whole = [",".join(lines)] if lines else []
             each = whole + [part.strip() for line in lines for part in line.split(",")]
-            refusing, letting = (values, not_values) if action is Action.DENY else (not_values, values)
+            refusing, letting = (not_values, values) if action is Action.ALLOW else (values, not_values)
             one = both(refusing, (), lambda v: any(naive_texts(v, text) for text in each))
             other = both(letting, (), lambda v: any(naive_texts(v, text) for text in whole))
             # Each is a positive field for one of the actions and a `not` field for the other.
-            if action is Action.DENY:
+            if action is not Action.ALLOW:
                 return (one or not values) and not (not_values and other)
             return (other or not values) and not (not_values and one)
     if request is None:
         return True
+    if condition.key is ConditionKey.REMOTE_IP:
+        return both(values, not_values, lambda v: naive_blocks(v, naive_remote(call)))
     said = naive_claims(condition, token) if token is not None else []
     return both(values, not_values, lambda v: any(naive_texts(v, text) for text in said))
+
+
+def naive_remote(call):
+    """One proxy is trusted here."""
+    said = [part.strip() for part in (call[4].header("x-forwarded-for") or "").split(",")]
+    return said[-1] or call[1]
 
 
 def naive_claims(condition, token) -> list[str]:
@@ -216,6 +234,8 @@ sources = st.builds(
     some(blocks),
     some(request_principals),
     some(request_principals),
+    some(blocks),
+    some(blocks),
 )
 operations = st.builds(
     Operation,
@@ -255,6 +275,7 @@ conditions = (
         st.builds(Condition, st.just(key), some(kind), some(kind))
         for key, kind in {
             ConditionKey.SOURCE_IP: blocks,
+            ConditionKey.REMOTE_IP: blocks,
             ConditionKey.DESTINATION_PORT: ports.map(str),
             ConditionKey.SOURCE_NAMESPACE: namespaces,
         }.items()
@@ -275,7 +296,13 @@ requests = st.builds(
     st.sampled_from(["GET", "PUT", "DELETE"]),
     st.sampled_from(["/", "/admin", "//admin", "/admin/x?y=1", "/x/../admin", "/administer"]),
     st.sampled_from(["", "shop.io", "SHOP.io:80", "a.shop.io", "shop.io."]),
-    st.lists(st.tuples(st.sampled_from([b"x", b"y"]), st.sampled_from([b"1", b"2", b"1, 2", b"3"])), max_size=3),
+    st.lists(
+        st.tuples(st.sampled_from([b"x", b"y"]), st.sampled_from([b"1", b"2", b"1, 2", b"3"]))
+        | st.tuples(
+            st.just(b"x-forwarded-for"), st.sampled_from([b"10.0.0.1", b"9.9.9.9, fd00::1", b"10.0.0.1,6.6.6.6"])
+        ),
+        max_size=3,
+    ),
 )
 callers = st.sampled_from([None, WEB, DB])
 addresses = st.sampled_from(["10.0.0.1", "10.1.0.1", "fd00::1"]).map(parse_address)
@@ -297,14 +324,23 @@ calls = st.tuples(callers, addresses, st.just(VIP), ports, st.none(), st.none())
 @settings(max_examples=examples(200))
 @given(st.lists(policies, max_size=3), calls)
 def test_decisions_agree_with_the_documentation(given_policies, call):
-    assert compile_policies(given_policies).decide(*call).allowed is naive_decision(given_policies, call)
+    compiled = compile_policies(given_policies, 1)
+    decision = compiled.decide(*call)
+    assert decision.allowed is naive_decision(given_policies, call)
+    audited = any(one.action is Action.AUDIT and naive_policy(one, call) for one in given_policies)
+    assert bool(decision.audit) is audited
+    if call[4] is not None:
+        asked = any(one.action is Action.CUSTOM and naive_policy(one, call) for one in given_policies)
+        assert [check.authorizer for check in compiled.checks(*call)] == [None] * asked
+        assert compiled.asks_others or not asked
 
 
 @settings(deadline=None)
 @given(st.lists(policies, max_size=3), st.lists(policies, max_size=2), calls)
 def test_what_is_in_dry_run_decides_nothing_and_is_rehearsed(enforced, rehearsed, call):
-    compiled = compile_policies([*enforced, *(replace(one, dry_run=True) for one in rehearsed)])
-    assert compiled.decide(*call) == compile_policies(enforced).decide(*call)
+    rehearsed = [one for one in rehearsed if one.action in (Action.ALLOW, Action.DENY)]
+    compiled = compile_policies([*enforced, *(replace(one, dry_run=True) for one in rehearsed)], 1)
+    assert compiled.decide(*call) == compile_policies(enforced, 1).decide(*call)
     assert (compiled.rehearsal is not None) is bool(rehearsed)
     if compiled.rehearsal is not None:
         assert compiled.rehearsal.decide(*call).allowed is naive_decision([*enforced, *rehearsed], call)
@@ -320,7 +356,7 @@ def test_what_is_in_dry_run_decides_nothing_and_is_rehearsed(enforced, rehearsed
 def test_one_field_agrees_with_the_documentation(action, rule, call):
     """Fewer things at once, so that each one decides more often than in the test above."""
     one = [AuthorizationPolicy("shop", "p", action, None, (rule,), TARGETS)]
-    assert compile_policies(one).decide(*call).allowed is naive_decision(one, call)
+    assert compile_policies(one, 1).decide(*call).allowed is naive_decision(one, call)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +483,87 @@ def test_decisions_name_their_rule():
 )
 def test_request_principals(source, user, wanted):
     token = Token({}, f"accounts/{user}") if user else None
-    for action in Action:
+    for action in (Action.ALLOW, Action.DENY):
         verdict = compile_policies([policy(action.value, Rule((source,)))]).decide(WEB, CALLER, VIP, 80, http(), token)
         assert verdict.allowed is (wanted is (action is Action.ALLOW))
+
+
+@pytest.mark.parametrize(
+    ("trusted", "said", "wanted"),
+    [
+        (0, [], "10.0.0.1"),
+        (0, [b"6.6.6.6"], "10.0.0.1"),  # anybody writes it
+        (1, [], "10.0.0.1"),  # who comes past the proxy is who connects
+        (1, [b"6.6.6.6"], "6.6.6.6"),
+        (1, [b"9.9.9.9, 6.6.6.6"], "6.6.6.6"),
+        (1, [b"9.9.9.9", b"6.6.6.6"], "6.6.6.6"),
+        (2, [b"6.6.6.6"], "10.0.0.1"),
+        (2, [b"9.9.9.9,6.6.6.6 ,7.7.7.7"], "6.6.6.6"),
+        (1, [b"6.6.6.6:4711"], "6.6.6.6"),
+        (1, [b"fd00::6"], "fd00::6"),
+        (1, [b"[fd00::6]:80"], "fd00::6"),
+        (1, [b"::ffff:6.6.6.6"], "6.6.6.6"),
+    ],
+)
+def test_remote_addresses(trusted, said, wanted):
+    request = http("GET", "/", "h", *((b"x-forwarded-for", line) for line in said))
+    block = parse_block(wanted)
+    sources = Rule((Source(remote_ip_blocks=(block,)),))
+    conditions = Rule(conditions=(Condition(ConditionKey.REMOTE_IP, (block,)),))
+    not_sources = Rule((Source(not_remote_ip_blocks=(block,)),))
+    for rule_, holds in ((sources, True), (conditions, True), (not_sources, False)):
+        for action in (Action.ALLOW, Action.DENY):
+            compiled = compile_policies([policy(action.value, rule_)], trusted)
+            allowed_ = compiled.decide(WEB, CALLER, VIP, 80, request).allowed
+            assert allowed_ is (holds is (action is Action.ALLOW))
+
+
+@pytest.mark.parametrize("said", ["unknown", "", "6.6.6.6.6", "_hidden", "[6.6.6.6", "6.6.6.6 7.7.7.7", "1:2:3"])
+@pytest.mark.parametrize("action", [Action.ALLOW, Action.DENY])
+def test_a_trusted_proxy_that_says_no_address_is_refused(said, action):
+    """Neither side of a rule may be the one that lets it through."""
+    for source in (Source(remote_ip_blocks=(parse_block("0.0.0.0/0"),)), Source(not_remote_ip_blocks=("::/0",))):
+        compiled = compile_policies([policy(action.value, Rule((source,)))], 1)
+        request = http("GET", "/", "h", (b"x-forwarded-for", said.encode()))
+        decision = compiled.decide(WEB, CALLER, VIP, 80, request)
+        assert not decision.allowed
+        assert decision.reason.startswith("x-forwarded-for has no address")
+
+
+@pytest.mark.parametrize(
+    ("trusted", "said", "wanted"),
+    [
+        (0, "6.6.6.6", "10.0.0.1"),
+        (1, None, "10.0.0.1"),
+        (1, "9.9.9.9, 6.6.6.6", "6.6.6.6, 10.0.0.1"),
+        (2, "9.9.9.9,6.6.6.6", "9.9.9.9, 6.6.6.6, 10.0.0.1"),
+        (2, "6.6.6.6", "10.0.0.1"),
+    ],
+)
+def test_only_what_trusted_proxies_wrote_goes_on(trusted, said, wanted):
+    assert extended(said, CALLER, trusted) == wanted
+
+
+def test_an_audit_policy_is_told_and_decides_nothing():
+    audit = policy("AUDIT", to(methods=("PUT",)), to(paths=("/x",)), name="a")
+    deny = policy("DENY", to(methods=("PUT",)))
+    compiled = compile_policies([audit, deny])
+
+    def decide(request):
+        decision = compiled.decide(WEB, CALLER, VIP, 80, request)
+        return decision.allowed, decision.audit, decision.policy
+
+    assert decide(http("GET", "/x")) == (True, "shop/a[1]", "")
+    assert decide(http("PUT", "/x")) == (False, "shop/a[0]", "shop/p[0]")
+    assert decide(http("GET", "/")) == (True, "", "")
+
+
+def test_what_a_custom_policy_matches_is_refused_where_nobody_can_be_asked():
+    compiled = compile_policies([policy("CUSTOM", to(methods=("PUT",)), to(ports=(81,)))])
+    assert compiled.decide(WEB, CALLER, VIP, 80, None).policy == "shop/p[0]"
+    assert "nobody can be asked" in compiled.decide(WEB, CALLER, VIP, 80, None).reason
+    only_http = compile_policies([policy("CUSTOM", to(ports=(81,)))])
+    assert only_http.decide(WEB, CALLER, VIP, 80, None).allowed
+    # About a request somebody else decides.
+    assert [check.rule for check in compiled.checks(WEB, CALLER, VIP, 80, http("PUT"))] == ["shop/p[0]"]
+    assert compiled.checks(WEB, CALLER, VIP, 80, http("GET")) == ()

@@ -6,6 +6,8 @@ import pytest
 
 from control.api import index, messages, topics
 from control.api.address import parse_address
+from control.api.balancing import ConsistentHash, HashOf, LoadBalancing, OutlierDetection
+from control.api.extension import ExternalAuthorization
 from control.api.filters import Filters, Redirect
 from control.api.gateway import Binding, Bound, Gateway, Instance, Traffic, Via
 from control.api.identity import SpiffeId
@@ -25,6 +27,7 @@ from control.api.route import (
     RouteRule,
 )
 from control.api.topics import AddressesTopic, address_shard
+from control.api.traffic import TrafficPolicy
 from control.api.workload import Endpoint, Service, ServicePort, Workload
 from control.client.state import State
 from tests.support.pair import published
@@ -247,6 +250,20 @@ def test_policies_in_dry_run_are_told_where_they_would_change_the_answer():
     assert "dry run" not in str(ask(mesh(), target="/v2"))
 
 
+def test_who_else_is_asked():
+    post = Rule(operations=(Operation(methods=("POST",)),))
+    custom = policy("ask", "CUSTOM", post, targets=(Target("Service", "shop/reviews"),))
+    named = replace(custom, authorizer=ExternalAuthorization("shop/authz", 8000, 100))
+    steps = ask(mesh(named), method="POST", target="/v2")
+    (told,) = [step.detail for step in steps if step.stage == "waypoint external authorization"]
+    assert told == "POST /v2: by shop/ask[0] Service shop/authz:8000 is asked, and must answer 200"
+    assert stages(steps)[-1] == ("destination", True)
+    assert "external" not in str(ask(mesh(named), target="/v2"))
+    steps = ask(mesh(custom), method="POST", target="/v2")
+    assert stages(steps)[-1] == ("waypoint external authorization", "policy")
+    assert "nobody can be asked" in steps[-1].detail
+
+
 def test_an_end_users_token():
     of_reviews = (Target("Service", "shop/reviews"),)
     tokens = RequestAuthentication("shop", "tokens", of_reviews, (JwtRule("accounts", '{"keys":[]}'),))
@@ -335,3 +352,22 @@ def test_a_service_without_endpoints():
 def test_what_is_not_there_is_named(caller, host):
     with pytest.raises(QuestionError, match=r"nobody|a/b"):
         ask(mesh(), host, caller=caller)
+
+
+def test_how_endpoints_are_chosen_is_told_where_something_says_it():
+    target = (Target("Gateway", GATEWAY),)
+    near = LoadBalancing(hash=ConsistentHash(HashOf.HEADER, "x-user"), local=True)
+    blue = {"fields": ((b"x-team", b"blue"),)}
+
+    def told(*more):
+        return [step.detail for step in ask(mesh(*more), **blue) if step.stage == "balancing"]
+
+    assert not told()
+    assert told(TrafficPolicy("shop", "a", target, load_balancing=near)) == [
+        "shop/reviews: by httpHeaderName x-user, the nearest first"
+    ]
+    assert told(TrafficPolicy("shop", "a", target, outlier_detection=OutlierDetection())) == [
+        "shop/reviews: at random, without those that fail"
+    ]
+    own = TrafficPolicy("shop", "b", (Target("Service", "shop/reviews"),), load_balancing=LoadBalancing())
+    assert told(TrafficPolicy("shop", "a", target, load_balancing=near), own) == ["shop/reviews: LEAST_REQUEST"]

@@ -19,18 +19,18 @@ from pathlib import Path
 
 import pytest
 
-from control.api.address import parse_address
+from control.api.address import HBONE_PORT, parse_address
 from control.api.gateway import Gateway, Instance, Traffic
 from control.api.status import ProxyStatus
 from control.api.workload import Workload
 from control.server.bindings import Phase
-from tests.support.certificates import DB, WEB, identity_dir
+from tests.support.certificates import WEB, identity_dir
 from tests.support.hand_tunnel import HandTunnel
 from tests.support.http_app import telling
-from tests.support.member_site import MemberSite, controlled
 from tests.support.pair import published
 from tests.support.site import Site, eventually, get
-from tests.support.waypoint_site import WP, asked, bound_site, labelled, resources, waypoint
+from tests.support.waypoint_site import WP, asked, bound_site, joining, members, resources, waypoint
+from uproxy.listener import opened
 from uproxy.tls import Credentials, client_context
 from waypoint.channel import Channel, Message
 from waypoint.workers import APPLY_TIMEOUT_S
@@ -160,6 +160,8 @@ def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Si
             eventually(lambda: get(ADDRESS, 15021, "/healthz/ready") == (503, "not ready, pending:\nworker 1\n"))
             assert "worker 1 ended with signal 9" in site.log("wp")
             assert asked("DELETE", site).status in (403, 503)  # 503: web's tunnel went to it
+            for newcomer in connected(site, 30):  # also those for which it was chosen
+                newcomer.close()
         ended = [tunnel for tunnel in tunnels if has_ended(tunnel)]
         assert 3 <= len(ended) <= 45  # 20 are its share
         for tunnel in tunnels:
@@ -223,7 +225,7 @@ def test_what_a_worker_does_not_know_it_asks_the_first_process(site: Site) -> No
         await channel.attach(ours)
         channel.send("start", {**settings, "number": 1, "level": "INFO"})
         channel.send("apply", 1, [published(record, 1) for record in (gateway, process_of_it)])
-        channel.send("listen")
+        channel.send("listen", [0])
         await heard("listening")
         async with asyncio.TaskGroup() as group:
             first = group.create_task(asyncio.to_thread(asks, "10.9.9.1:80"))
@@ -255,20 +257,21 @@ def test_what_a_worker_does_not_know_it_asks_the_first_process(site: Site) -> No
     settings: dict[str, object] = {
         "workload": "wp-1",
         "identity": str(WP),
+        "gateway": "shop/wp",
         "addresses": [ADDRESS],
         "identity_dir": str(site.path / "wp"),
         "access_log": "off",
         "log_json": False,
-        "drain_timeout_s": 1.0,
         "otlp": (),
     }
     address = parse_address(ADDRESS)
     process_of_it = Workload("shop", "wp-1", "wp", WP, (address,), {}, {}, "", 1)
     gateway = Gateway("shop", "wp", Traffic.ALL, (Instance("shop/wp-1", address),), (), ("shop/db",))
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "waypoint.worker", str(theirs.fileno()), str(os.getpid())]
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-    theirs.close()
+    with opened(ADDRESS, HBONE_PORT, shared=True) as listening, theirs:
+        given = [theirs.fileno(), listening.fileno()]
+        command = [sys.executable, "-m", "waypoint.worker", str(given[0]), str(os.getpid()), str(given[1])]
+        process = subprocess.Popen(command, pass_fds=given)
     try:
         asyncio.run(first_process())
     finally:
@@ -286,19 +289,9 @@ def test_workers_end_with_the_first_process(site: Site) -> None:
 
 def test_only_what_every_worker_has_applied_is_reported(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        broker, control = stack.enter_context(controlled(tmp_path, [WEB, DB, WP]))
-        broker.waypoints = {WP}
-        broker.admit([WEB, DB, WP])
-        site = MemberSite(tmp_path, control.plane.authority, NETWORK, broker, control)
-        control.apply(labelled(site.resources) + resources(NETWORK))
-        stack.enter_context(telling(site.application))
-        for name in ("db", "web", "wp-1"):
-            site.token_file(name)
-        stack.enter_context(site.running("db"))
-        stack.enter_context(site.running("web"))
-        stack.enter_context(
-            waypoint(site, "--join", str(tmp_path / "wp-1.token"), f"--workers={WORKERS}", "--access-log=off")
-        )
+        site = stack.enter_context(members(tmp_path, NETWORK))
+        control = site.control
+        stack.enter_context(waypoint(site, *joining(site), f"--workers={WORKERS}", "--access-log=off"))
 
         def reported() -> ProxyStatus:
             status = control.status(WP, "wp-1")

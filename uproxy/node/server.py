@@ -54,14 +54,11 @@ def listen(path: Path, *, for_all: bool = False, who: str = "node agent", option
         else:
             raise ListenError(f"{path}: another {who} listens there; stop it, or use another {option}")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    before = os.umask(0o111 if for_all else 0o177)  # bind() makes the file; a chmod afterwards would come too late
     try:
-        listener.bind(str(path))
+        linux.bind_file(listener, str(path), 0o666 if for_all else 0o600)
     except OSError as error:
         listener.close()
         raise ListenError(f"{path}: {error.strerror or error}") from None
-    finally:
-        os.umask(before)
     listener.setblocking(False)
     listener.listen(_MAX_CONVERSATIONS)
     return listener

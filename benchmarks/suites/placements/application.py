@@ -14,6 +14,8 @@ INSTANCES = 2
 SERVICE_PORT = 80
 HTTP_PORT, L4_PORT = 8080, 8081
 """Of the application: the second is served alike and needs no L7."""
+NUMBER = "number"
+"""Label of an instance: which one of its service account it is."""
 DENIED = "/admin"
 """Nobody may ask for what begins with it."""
 

@@ -15,6 +15,7 @@ from benchmarks.suites.placements.application import (
     member_name,
     version,
 )
+from benchmarks.suites.placements.mesh import GATEWAYS
 from benchmarks.suites.placements.placement import PLAIN, Answer, Caller
 from benchmarks.suites.placements.standing import Site
 
@@ -38,7 +39,7 @@ def prove(site: Site, name: str) -> None:
                     raise LabError(f"{name}: {path} went to {answer.told['version']} of {called.name}")
             _expect_status(caller, called, f"{DENIED}/all", 403)
             _expect_status(caller, other, "/", 403)
-        if name == "remote":
+        if name == "remote" or name in GATEWAYS:
             _expect_no_way_around(site.workloads[caller.member.name], site.workloads[member_name(called.name, 1)])
 
 

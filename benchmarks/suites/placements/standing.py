@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,12 +17,15 @@ from pathlib import Path
 from benchmarks.harness.results import Subject
 from benchmarks.lab import cores
 from benchmarks.lab.apps import commands
+from benchmarks.lab.sources import TRUST_DOMAIN
 from benchmarks.lab.topology import Host, Lab, Workload
 from benchmarks.peers import envoy
+from benchmarks.peers.place import Place
 from benchmarks.suites.placements import envoys
 from benchmarks.suites.placements.application import (
     HTTP_PORT,
     INSTANCES,
+    NUMBER,
     SERVICE_PORT,
     SERVICES,
     Member,
@@ -30,7 +34,15 @@ from benchmarks.suites.placements.application import (
     member_name,
 )
 from benchmarks.suites.placements.envoys import INBOUND_PORT, LOOPBACK, OUTBOUND_PORT, Endpoint, Json
-from benchmarks.suites.placements.mesh import GATEWAY, RESOURCES, WAYPOINT_ADDRESS
+from benchmarks.suites.placements.mesh import (
+    GATEWAY,
+    GATEWAYS,
+    OURS,
+    RESOURCES,
+    WAYPOINT_ADDRESS,
+    Ours,
+    address_behind,
+)
 from benchmarks.suites.placements.placement import (
     LOAD_CORE,
     PLAIN,
@@ -52,6 +64,9 @@ _LABELS = {
     "service-account": "Envoy per service account and node",
     "remote": "uProxy per workload, remote Envoy",
     "remote-l4": "uProxy per workload, no L7",
+    "ours": "uProxy per workload, our waypoint remote",
+    "ours-node": "uProxy per workload, our waypoint per node",
+    "ours-service-account": "uProxy per workload, our waypoint per service account and node",
     PLAIN: "no proxy",
 }
 _DESCRIPTIONS = {
@@ -65,6 +80,11 @@ _DESCRIPTIONS = {
     "Envoy on a third host, holds its own, and sees all requests in the clear. One L7 pass; HBONE before and behind "
     "it. The two hosts' node agents are counted; the launchers (`uproxy exec`), in a pod the runtime's work, are not.",
     "remote-l4": "The same uProxies, for services that no label sends through the waypoint: L4 policy, no L7 pass.",
+    "ours": "As remote, with `waypoint run` in the Envoy's place.",
+    "ours-node": "The same uProxies. The Gateway has placement `node`, and one `waypoint run` on the called host, "
+    "which holds the Gateway's key. One L7 pass.",
+    "ours-service-account": "As ours-node, with placement `service-account`: a `waypoint run` for each service account "
+    "that is called, which holds that account's key.",
     PLAIN: "No proxy: each caller dials one instance.",
 }
 
@@ -104,8 +124,8 @@ class _Seat:
         return "client proxy" if self.host.name == "a" else "server proxy"
 
 
-def stand(lab: Lab, progress: Callable[[str], None]) -> Site:
-    """Start everything in a new lab, and return when all of it is ready. Raises LabError."""
+def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Site:
+    """Start everything in a new lab, and return when all of it is ready; `ours`: our waypoints too. Raises LabError."""
     a, b, c = lab.host("a"), lab.host("b"), lab.host("c")
     accounts = [(a, one.caller) for one in SERVICES] + [(b, one.name) for one in SERVICES]
     everybody = [(host, account, number + 1) for host, account in accounts for number in range(INSTANCES)]
@@ -126,11 +146,13 @@ def stand(lab: Lab, progress: Callable[[str], None]) -> Site:
     key = _key(lab, GATEWAY, GATEWAY)
     config = envoys.waypoint(WAYPOINT_ADDRESS, _tunnels(workloads), key, _admin(lab, GATEWAY))
     waypoint = _start(lab, config, GATEWAY, "waypoint", "c", waypoint_box.netns_path)
+    waypoints = [_start_ours(lab, one, {"b": b, "c": c}[one.host]) for one in OURS] if ours else []
     every = [waypoint, *(one for group in running.values() for one in group)]
     lab.wait([one.ready for one in every], _START_S, "the Envoys")
     progress(f"running: {len(every)} Envoys")
-    ours = _ours(workloads, (a, b))
-    cores.pin((one.pid for one in ours), PROXY_CORE)
+    uproxies = _uproxies(workloads, (a, b))
+    cores.pin((one.pid for one in uproxies), PROXY_CORE)
+    cores.pin((one.pid for one in waypoints), PROXY_CORE)
     captured = [_pid(workload.data) for workload in workloads if workload.host is b]
     cores.pin(captured, LOAD_CORE)
     versions = f"Envoy {waypoint.version()}", f"uProxy {version('uproxy-mesh')}"
@@ -139,12 +161,14 @@ def stand(lab: Lab, progress: Callable[[str], None]) -> Site:
         for name, group in seats.items()
     ]
     for name, members, services in (
-        ("remote", [*ours, waypoint], {one.name: (one.address, SERVICE_PORT) for one in SERVICES}),
-        ("remote-l4", ours, {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}),
+        ("remote", [*uproxies, waypoint], {one.name: (one.address, SERVICE_PORT) for one in SERVICES}),
+        ("remote-l4", uproxies, {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}),
     ):
         subject = _subject(name, " and ".join(reversed(versions)) if name == "remote" else versions[1])
         callers = [Caller(lab, _member(one), one.box, services) for one in workloads if one.host is a]
         made.append(Placement(subject, callers, members, captured))
+    if ours:
+        made += [_of_ours(lab, gateway, uproxies, waypoints, workloads, captured, versions[1]) for gateway in GATEWAYS]
     made.append(_plain(lab, twins, applications))
     return Site({one.subject.name: one for one in made}, {one.name: one for one in workloads})
 
@@ -152,7 +176,9 @@ def stand(lab: Lab, progress: Callable[[str], None]) -> Site:
 def _workload(host: Host, account: str, number: int) -> Workload:
     """One that uProxies serve."""
     app = commands.idle() if host.name == "a" else application(account, number)
-    return host.workload(member_name(account, number), app, service_account=account, labels={"service": account})
+    return host.workload(
+        member_name(account, number), app, service_account=account, labels={"service": account, NUMBER: str(number)}
+    )
 
 
 def _member(workload: Workload) -> Member:
@@ -249,7 +275,7 @@ def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path
     return Envoy(label, role, host, admin, log, process)
 
 
-def _ours(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Process]:
+def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Process]:
     """The uProxies and the node agents."""
     found: list[Process] = [
         UProxy(
@@ -265,6 +291,37 @@ def _ours(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Process]
         assert host.agent is not None
         found.append(NodeAgent(f"node-{host.name}", "node agent", host.name, host.agent.pid))
     return found
+
+
+def _start_ours(lab: Lab, one: Ours, host: Host) -> UProxy:
+    """Start a process of one of our waypoints, and return when it listens."""
+    identity_dir = lab.directory / "identities" / one.name
+    lab.issue(identity(one.identity), identity_dir)
+    place = Place(lab, host.place(one.name, one.address), identity(one.identity), identity_dir)
+    argv = [
+        *(sys.executable, "-I", "-m", "waypoint", "run", "--workload", f"default/{one.name}", "--gateway", one.gateway),
+        *("--trust-domain", TRUST_DOMAIN, "--config", str(lab.directory / "mesh.yaml")),
+        *("--identity-dir", str(identity_dir), "--access-log", "off"),
+    ]
+    process = place.start(argv, [(one.address, HBONE_PORT)])
+    return UProxy(one.name, "waypoint", one.host, process.pid, place.box.netns_path)
+
+
+def _of_ours(
+    lab: Lab,
+    gateway: str,
+    uproxies: Sequence[Process],
+    waypoints: Sequence[UProxy],
+    workloads: Sequence[Workload],
+    applications: Sequence[int],
+    program: str,
+) -> Placement:
+    """One of our waypoints between the uProxies."""
+    names = {one.name for one in OURS if one.gateway == gateway}
+    entries = {one.name: (address_behind(gateway, one), SERVICE_PORT) for one in SERVICES}
+    callers = [Caller(lab, _member(one), one.box, entries) for one in workloads if one.host.name == "a"]
+    members = [*uproxies, *(one for one in waypoints if one.name in names)]
+    return Placement(_subject(gateway, program), callers, members, applications)
 
 
 def _subject(name: str, program: str = "") -> Subject:

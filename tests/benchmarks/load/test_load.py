@@ -76,6 +76,10 @@ LOADS = [
     (load.http_closed(8, "/bytes/100", "db"), load.HTTP, "HTTP closed"),
     (load.http_closed(2, "/bytes/1000000", "db"), load.HTTP, "long answers"),
     (load.http_open(8, "/bytes/0", "db", 1000), load.HTTP, "HTTP open"),
+    (load.http_closed(8, "/any", "db", "http1", 1024), load.HTTP, "POST"),
+    (load.http_closed(8, "/any", "db", "http2", 1024), load.HTTP, "HTTP/2"),
+    (load.http_closed(8, "/any", "db", "grpc", 1024), load.HTTP, "gRPC"),
+    (load.http_open(8, "/any", "db", 1000, "grpc", 10), load.HTTP, "gRPC open"),
     (load.connects(4), 0, "connects"),
     (load.dials(), 0, "dials"),
     (load.beside_bulk(4, 64, 500, 2, 0.2), 0, "beside bulk"),
@@ -152,6 +156,11 @@ def test_streams_that_cannot_be_carried_make_the_round_one_that_does_not_count(r
 def test_idle_connections_are_held_and_work(ran: Ran, served: Served):
     found = ran(load.idle(2000), served())
     assert (found.value, found.operations) == (2000, 2000)
+
+
+def test_idle_connections_may_be_of_http(ran: Ran, served: Served):
+    found = ran(load.http_idle(200, "/any", "db", 64), served() + load.HTTP)
+    assert (found.value, found.operations) == (200, 200)
 
 
 def test_ipv6(ran: Ran, served: Served):

@@ -25,7 +25,8 @@ from benchmarks.suites.placements.placement import PLAIN
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
 
-WITH_L7 = ("sidecar", "node", "service-account", "remote")
+OURS = ("ours", "ours-node", "ours-service-account")
+WITH_L7 = ("sidecar", "node", "service-account", "remote", *OURS)
 PROXIED = (*WITH_L7, "remote-l4")
 
 
@@ -86,6 +87,9 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
         "service-account": [["cart"], ["ratings"], ["reviews"], ["web"]],
         "remote": [[], [], *each, ["wp"]],
         "remote-l4": [[], [], *each],
+        "ours": [[], [], *each[:2], ["ours"], *each[2:]],
+        "ours-node": [[], [], *each[:2], ["ours-node"], *each[2:]],
+        "ours-service-account": [[], [], *sorted([*each, ["ratings"], ["reviews"]])],
         PLAIN: [],
     }
     for name in PROXIED:
@@ -194,7 +198,7 @@ def test_a_run_measures_every_placement(site: Site, tmp_path: Path, monkeypatch:
     tiny = architectures.Plan(rates=(architectures.CPU_RATE,), rounds=1, seconds=1.0)
     monkeypatch.setattr(architectures, "QUICK", tiny)
     monkeypatch.setattr(architectures, "Lab", contextlib.nullcontext)
-    monkeypatch.setattr(architectures, "stand", lambda lab, progress: site)
+    monkeypatch.setattr(architectures, "stand", lambda lab, progress, *, ours: site)
     found = Results("now", quick=True)
     bench = Bench(found, tmp_path, quick=True)
     architectures.SUITE.run(bench)

@@ -51,10 +51,12 @@ def test_a_policy_of_an_unbound_service_is_told():
 
 def test_a_policy_that_asks_for_http_where_there_is_none_is_told():
     asking = POLICY.replace("name: web}]", "name: web}], rules: [{to: [{operation: {methods: [GET]}}]}]")
-    opaque = SERVICE.replace("name: http,", "name: raw,")
+    opaque = SERVICE.replace("name: http,", "name: tcp,")
     (warning,) = warnings_of(opaque, WORKLOAD, GATEWAY, asking)
     assert "Service shop/web has ports that are not HTTP: 80. There an ALLOW does not match" in warning
     assert warnings_of(opaque, WORKLOAD, GATEWAY, POLICY) == []
+    undeclared = SERVICE.replace("name: http,", "name: raw,")  # there, whatever it asks for is asked
+    assert warnings_of(undeclared, WORKLOAD, GATEWAY, asking) == []
 
 
 @pytest.mark.parametrize(
@@ -88,8 +90,9 @@ def test_a_route_from_or_to_what_is_not_there_is_refused(old, new, expected):
 def test_a_route_that_does_nothing_is_told():
     (warning,) = warnings_of(UNBOUND, WORKLOAD, GATEWAY, ROUTE)
     assert "spec.parentRefs[0]: does nothing: Service shop/web is bound to no waypoint" in warning
-    (warning,) = warnings_of(SERVICE.replace("name: http,", "name: raw,"), WORKLOAD, GATEWAY, ROUTE)
+    (warning,) = warnings_of(SERVICE.replace("name: http,", "name: tcp,"), WORKLOAD, GATEWAY, ROUTE)
     assert "does nothing: port 80 of Service shop/web is not HTTP; write its appProtocol: http" in warning
+    assert warnings_of(SERVICE.replace("name: http,", "name: raw,"), WORKLOAD, GATEWAY, ROUTE) == []
 
 
 def test_a_backend_that_is_not_told_who_calls_is_told_of():

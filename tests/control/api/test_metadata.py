@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from control.api.bindings import Canary
 from control.api.declared import NO_CHOICE, WaypointChoice
 from control.api.identity import SpiffeId
 from control.api.mesh import Mesh
@@ -106,6 +107,27 @@ def test_more_labels_than_the_bound_are_refused():
 def test_a_choice_of_waypoint_is_read(labels, annotations, choice):
     (found,) = parse(service(labels=labels, annotations=annotations), "f")
     assert found.waypoint == choice
+
+
+CANARY = "mesh.uproxy.dev/waypoint-canary"
+
+
+@pytest.mark.parametrize(
+    ("text", "canary"),
+    [
+        ("v2=10", Canary("default/v2", 10)),
+        ("infra/v2=0", Canary("infra/v2", 0)),
+        ("v2=100", Canary("default/v2", 100)),
+        *((wrong, None) for wrong in ("v2", "v2=", "=10", "v2=101", "v2=-1", "v2=1e1", "v2=10%", "V2=1", "a/b/c=1")),
+    ],
+)
+def test_a_canary_is_a_gateway_and_a_percentage(text, canary):
+    written = service(annotations=f"{{{CANARY}: '{text}'}}")
+    if canary is not None:
+        assert parse(written, "f")[0].waypoint.canary == canary
+    else:
+        with pytest.raises(ResourceErrors, match="write GATEWAY=PERCENT, such as wp-v2=10"):
+            parse(written, "f")
 
 
 def test_the_gateway_of_a_namespace_is_its_own():

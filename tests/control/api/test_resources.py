@@ -119,6 +119,12 @@ def test_a_service():
     )
 
 
+@pytest.mark.parametrize("said", ["PreferClose", "PreferSameZone"])
+def test_a_service_whose_callers_prefer_their_own_zone(said):
+    assert one(SERVICE.replace("spec:\n", f"spec:\n  trafficDistribution: {said}\n")).prefers_zone
+    assert not one(SERVICE).prefers_zone
+
+
 @pytest.mark.parametrize(
     ("fields", "addresses", "families"),
     [
@@ -229,8 +235,14 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
         (
             S,
             "kind: Service",
-            "kind: Extension",
-            "f.yaml:2: kind: 'Extension' is not taken (not implemented yet)",
+            "kind: ServiceEntry",
+            "f.yaml:2: kind: 'ServiceEntry' is not taken (not implemented yet)",
+        ),
+        (
+            S,
+            "spec:\n",
+            "spec:\n  trafficDistribution: PreferSameNode\n",
+            "f.yaml:5: spec.trafficDistribution: PreferSameNode is refused: callers do not compare nodes",
         ),
         (S, "apiVersion: v1", "apiVersion: v2", "f.yaml:1: apiVersion: 'v2' must be v1 for a Service"),
         (S, "spec:", "status: {}\nspec:", "f.yaml:4: status: is refused: it is what a controller writes; remove it"),
@@ -402,7 +414,7 @@ S, W, E, N = SERVICE, WORKLOAD, SLICE, NAMESPACE
         ),
         (W, "weight: 3", "weight: 0", "f.yaml:13: spec.weight: 0 is out of range: 1 to 65535"),
         (W, "weight: 3", "network: net1", "f.yaml:13: spec.network: is refused: all workloads share one network"),
-        (W, "weight: 3", "locality: a/b", "f.yaml:13: spec.locality: is refused"),
+        (W, "weight: 3", "locality: a//b", "f.yaml:13: spec.locality: must be a region, region/zone"),
         (
             W,
             "networking.istio.io/v1",

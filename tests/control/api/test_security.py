@@ -133,8 +133,8 @@ L7_OPERATION = ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths
     [
         ("requestPrincipals", "needs a waypoint; an L4 proxy"),
         ("notRequestPrincipals", "needs a waypoint; an L4 proxy"),
-        ("remoteIpBlocks", "it is the address that an HTTP header names"),
-        ("notRemoteIpBlocks", "it is the address that an HTTP header names"),
+        ("remoteIpBlocks", "needs a waypoint; an L4 proxy"),
+        ("notRemoteIpBlocks", "needs a waypoint; an L4 proxy"),
     ],
 )
 def test_a_source_that_nobody_can_vouch_for_is_refused_by_name(field, reason):
@@ -154,7 +154,7 @@ def test_an_operation_that_only_a_waypoint_sees_is_refused_by_name(field):
         ("request.headers[x]", "needs a waypoint; an L4 proxy"),
         ("request.auth.claims[iss]", "needs a waypoint; an L4 proxy"),
         ("connection.sni", "tunnels carry no server name"),
-        ("remote.ip", "it is the address that an HTTP header names"),
+        ("remote.ip", "needs a waypoint; an L4 proxy"),
         ("experimental.envoy.filters.a", "it is not implemented"),
     ],
 )
@@ -174,7 +174,10 @@ spec:
   - {kind: Service, group: "", name: web, namespace: shop}
   - {kind: Gateway, group: gateway.networking.k8s.io, name: wp}
   rules:
-  - to:
+  - from:
+    - source: {requestPrincipals: [iss/ann], notRequestPrincipals: ['*/ben']}
+    - source: {remoteIpBlocks: [10.0.0.0/8], notRemoteIpBlocks: [10.1.2.3, 'fd00::/8']}
+    to:
     - operation:
         hosts: [Web.Shop, '*.example']
         notHosts: ['x:*']
@@ -185,7 +188,12 @@ spec:
         ports: ["80"]
     when:
     - {key: 'request.headers[X-Role]', values: [admin, 'a*'], notValues: ['*z']}
+    - {key: remote.ip, values: [10.0.0.0/8]}
 """
+    sources = (
+        Source(request_principals=("iss/ann",), not_request_principals=("*/ben",)),
+        Source(remote_ip_blocks=("10.0.0.0/8",), not_remote_ip_blocks=("10.1.2.3/32", "fd00::/8")),
+    )
     operation = Operation(
         ports=(80,),
         hosts=("web.shop", "*.example"),
@@ -195,14 +203,17 @@ spec:
         paths=("/v2/*", "*.css", "/a~b", "/~/{*}/b/{**}"),
         not_paths=("/v2/admin",),
     )
-    condition = Condition(ConditionKey.REQUEST_HEADERS, ("admin", "a*"), ("*z",), "x-role")
+    conditions = (
+        Condition(ConditionKey.REQUEST_HEADERS, ("admin", "a*"), ("*z",), "x-role"),
+        Condition(ConditionKey.REMOTE_IP, ("10.0.0.0/8",)),
+    )
     found = policy(spec)
     assert found == AuthorizationPolicy(
         namespace="shop",
         name="p",
         action=Action.DENY,
         selector=None,
-        rules=(Rule(operations=(operation,), conditions=(condition,)),),
+        rules=(Rule(sources, (operation,), conditions),),
         targets=(Target("Gateway", "shop/wp"), Target("Service", "shop/web")),
     )
     assert found.asks_http
@@ -273,11 +284,13 @@ def test_each_bad_policy_of_waypoints_is_refused_with_its_mend(spec, expected):
     ("spec", "expected"),
     [
         ("", "1: spec: is missing; it must be a mapping; `spec: {}` allows nobody"),
-        ("spec: {action: CUSTOM}", "4: spec.action: CUSTOM is refused: external authorisation is not there"),
-        ("spec: {action: AUDIT}", "4: spec.action: AUDIT is refused: auditing is not there; write ALLOW or DENY"),
-        ("spec: {action: deny}", "4: spec.action: 'deny' must be ALLOW or DENY"),
+        ("spec: {action: CUSTOM}", "4: spec.provider: is missing; it must be a mapping, as {name: sign-in}"),
+        ("spec: {action: CUSTOM, provider: {}}", "4: spec.provider.name: is missing; it must be the name of an Ext"),
+        ("spec: {action: CUSTOM, provider: {name: A}}", "4: spec.provider.name: 'A'"),
+        ("spec: {action: AUDIT, provider: {name: a}}", "4: spec.provider: is refused: it belongs to action CUSTOM"),
+        ("spec: {action: deny}", "4: spec.action: 'deny' must be ALLOW or DENY or AUDIT or CUSTOM"),
         ("spec: {action: ''}", "4: spec.action: '' must be ALLOW or DENY"),
-        ("spec: {provider: {name: x}}", "4: spec.provider: is refused: external authorisation"),
+        ("spec: {provider: {name: x}}", "4: spec.provider: is refused: it belongs to action CUSTOM"),
         ("spec: {targetRef: {kind: Gateway, name: w}}", "4: spec.targetRef: is refused: write targetRefs, a list"),
         ("spec: {targetRefs: []}", "4: spec.targetRefs: is an empty list"),
         ("spec: {selector: {}}", "4: spec.selector: has no matchLabels"),

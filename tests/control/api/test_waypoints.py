@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from control.api import records, resources
 from control.api.bindings import Standing, Wish
 from control.api.declared import DeclaredGateway
-from control.api.gateway import Binding, Bound, Instance, Traffic, Via
+from control.api.gateway import Binding, Bound, Instance, Placement, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.mesh import Elsewhere, Mesh
 from control.api.problems import Position, ResourceErrors
@@ -361,3 +361,170 @@ def test_each_namespace_built_alone_is_that_part_of_the_whole(standings):
     assert found == whole.records()
     assert wishes == whole.wishes
     assert all(wish.guarded for wish in wishes.values())
+
+
+# -- placements
+
+
+def placed(placement):
+    return GATEWAY.replace("shop,", f"shop, annotations: {{mesh.uproxy.dev/placement: {placement}}},")
+
+
+def process(name, address, node="", account="wp", more=""):
+    host = f", kubernetes.io/hostname: {node}" if node else ""
+    text = INSTANCE.replace("wp-1", name).replace("gateway-name: wp", f"gateway-name: wp{host}")
+    text = text.replace("10.0.0.9, serviceAccount: wp", f"{address}, serviceAccount: {account}")
+    return text.replace("labels:", f"annotations: {{mesh.uproxy.dev/addresses: '{more}'}}, labels:") if more else text
+
+
+def on(node, name="web-1", address="10.0.0.1", account="web"):
+    text = WORKLOAD.replace("web-1", name).replace(
+        "10.0.0.1, serviceAccount: web", f"{address}, serviceAccount: {account}"
+    )
+    return text.replace("{app: web}", f"{{app: web, kubernetes.io/hostname: {node}}}")
+
+
+BY_NODE = (
+    on("a"),
+    on("b", "web-2", "10.0.0.2"),
+    process("wp-a", "10.0.0.9", "a", more="fd00::9"),
+    process("wp-b", "10.0.0.8", "b"),
+)
+
+
+def believed(mesh, name="web-1"):
+    return [(str(one.identity).partition("/ns/")[2], *one.addresses) for one in bounds_of(mesh, name)[0].processes]
+
+
+def test_a_workload_believes_the_process_of_its_own_node():
+    mesh = build(SERVICE, placed("node"), *BY_NODE)
+    assert believed(mesh) == [("shop/sa/wp", "10.0.0.9", "fd00::9")]
+    assert believed(mesh, "web-2") == [("shop/sa/wp", "10.0.0.8")]
+    assert bounds_of(mesh)[0].gateways == (), "nobody by the identity alone"
+    (gateway,) = mesh.gateways
+    assert gateway.placement is Placement.NODE
+    assert [(one.workload, one.account, one.node) for one in gateway.instances] == [
+        ("shop/wp-a", "", "a"),
+        ("shop/wp-b", "", "b"),
+    ]
+    assert [endpoint.node for endpoint in mesh.endpoints] == ["a", "b"]
+    assert mesh.bindings["shop/web-2"] == ((8080, Binding("shop/wp", Via.WAYPOINT, "b")),)
+    assert mesh.services[0].binding == THROUGH, "of a service the endpoint says it"
+    assert not mesh.warnings
+
+
+def test_a_workload_believes_the_process_of_its_own_service_account():
+    processes = process("wp-web", "10.0.0.8", "a", "web"), process("wp-api", "10.0.0.9", "a", "api")
+    mesh = build(SERVICE, placed("service-account"), on("a"), on("a", "web-2", "10.0.0.2", "api"), *processes)
+    assert believed(mesh) == [("shop/sa/web", "10.0.0.8")]
+    assert believed(mesh, "web-2") == [("shop/sa/api", "10.0.0.9")]
+    assert {one.account for one in mesh.gateways[0].instances} == {"web", "api"}
+    assert "wp-web" not in {endpoint.workload for endpoint in mesh.endpoints}
+
+
+def test_where_routes_lead_all_processes_may_come():
+    other = UNBOUND.replace("name: web", "name: other").replace("240.240.0.1", "240.240.0.2")
+    route = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: to-web, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: "", name: other}]
+  rules: [{backendRefs: [{name: web, port: 80}]}]
+"""
+    bound = other.replace("namespace: shop", "namespace: shop, labels: {istio.io/use-waypoint: wp}")
+    mesh = build(SERVICE, placed("node"), *BY_NODE, bound, route)
+    assert len(believed(mesh)) == len(believed(mesh, "web-2")) == 2
+    own = route.replace("name: other", "name: web")
+    assert len(believed(build(SERVICE, placed("node"), *BY_NODE, own))) == 1, "its own route leads nowhere else"
+
+
+def test_an_endpoint_without_a_process_before_it_is_told():
+    mesh = build(
+        SERVICE, placed("node"), *BY_NODE[:3], on("", "web-3", "10.0.0.3").replace(", kubernetes.io/hostname: ", "")
+    )
+    assert believed(mesh, "web-2") == believed(mesh, "web-3") == []
+    said = [str(warning) for warning in mesh.warnings]
+    assert len(said) == 2
+    assert "Gateway shop/wp has no process on node b: endpoints there get no calls" in said[1]
+    mesh = build(SERVICE, placed("service-account"), on("a"), process("wp-api", "10.0.0.9", "a", "api"))
+    assert "no process on node a for service account web" in str(mesh.warnings[0])
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        ((placed("everywhere"),), "'everywhere' must be one of remote, node, service-account"),
+        ((placed("node"), process("wp-a", "10.0.0.9", "a", "web")), "must be 'wp', the name of the Gateway"),
+        ((WORKLOAD.replace("labels", "annotations: {mesh.uproxy.dev/placement: node}, labels"),), "said of a Gateway"),
+        ((placed("node"), WORKLOAD.replace("serviceAccount: web", "serviceAccount: wp")), "is the identity of Gateway"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(texts, problem):
+    assert problem in "\n".join(errors_of(*texts))
+
+
+def test_a_process_that_says_no_node_serves_nothing():
+    mesh = build(SERVICE, placed("node"), on("a"), process("wp-a", "10.0.0.9"))
+    assert mesh.gateways[0].instances == ()
+    assert any("label it kubernetes.io/hostname" in str(warning) for warning in mesh.warnings)
+
+
+def test_the_processes_of_another_namespace_are_believed_by_node():
+    there = build(placed("node"), *BY_NODE[2:])
+    service, workload = (text.replace("namespace: shop", "namespace: bank") for text in (SERVICE, on("a")))
+    service = service.replace("use-waypoint: wp", "use-waypoint: wp, istio.io/use-waypoint-namespace: shop")
+    gateway = next(one for one in resources.parse(placed("node").replace("from: Same", "from: All"), "f.yaml"))
+    elsewhere = Elsewhere(gateways={"shop/wp": gateway}, processes={"shop/wp": there.gateways[0].instances})
+    mesh = build(service, workload, elsewhere=elsewhere)
+    assert believed(mesh) == [("shop/sa/wp", "10.0.0.9", "fd00::9")]
+    of_account = resources.parse(placed("service-account").replace("from: Same", "from: All"), "f.yaml")
+    elsewhere = Elsewhere(gateways={"shop/wp": next(iter(of_account))})
+    assert "of its own namespace" in "\n".join(errors_of(service, workload, elsewhere=elsewhere))
+
+
+# -- canaries
+
+
+def canaried(text, share="v2=10"):
+    end = "}}" if "wp}}" in text else ", tier: a}}"
+    annotation = f"annotations: {{mesh.uproxy.dev/waypoint-canary: {share}}}"
+    return text.replace(f"wp{end}", f"wp{end[:-1]}, {annotation}}}")
+
+
+V2 = GATEWAY.replace("name: wp", "name: v2")
+GROUP = "gateway.networking.k8s.io"
+
+
+def test_a_canary_is_believed_as_its_waypoint_is_and_gets_its_share():
+    mesh = build(canaried(SERVICE), WORKLOAD, GATEWAY, INSTANCE, V2)
+    through = Binding("shop/wp", Via.WAYPOINT, canary="shop/v2", percent=10)
+    assert mesh.services[0].binding == through
+    assert bounds_of(mesh) == (Bound(8080, ("shop/v2", "shop/wp"), (), enforced=True),)
+    assert mesh.residents()["10.0.0.1"].bindings == ((8080, through),)
+    assert [gateway.services for gateway in mesh.gateways] == [("shop/web",)] * 2
+    assert mesh.warnings == ()
+    inherited = build(canaried(NAMESPACE), UNBOUND, WORKLOAD, GATEWAY, INSTANCE, V2)
+    assert inherited.services[0].binding == through
+
+
+def test_a_canary_that_is_none_is_told():
+    assert "there is no Gateway shop/v2" in errors_of(canaried(SERVICE), WORKLOAD, GATEWAY, INSTANCE)[0]
+    for mesh, said in (
+        (build(canaried(SERVICE, "wp=10"), WORKLOAD, GATEWAY, INSTANCE), "is the waypoint itself"),
+        (
+            build(canaried(SERVICE), WORKLOAD, GATEWAY, INSTANCE, V2.replace("for: all", "for: workload")),
+            "does not take traffic",
+        ),
+        (build(canaried(SERVICE, "v2=10").replace("use-waypoint: wp", "a: wp"), WORKLOAD), "does nothing"),
+    ):
+        assert said in str(mesh.warnings[0])
+        assert mesh.services[0].binding in (THROUGH, None)
+
+
+def test_policies_that_callers_of_a_canary_leave_behind_are_told():
+    policy = POLICY.replace("{kind: Service, name: web}", f"{{group: {GROUP}, kind: Gateway, name: wp}}")
+    (warning,) = build(canaried(SERVICE), WORKLOAD, GATEWAY, INSTANCE, V2, policy).warnings
+    assert "policies that target Gateway shop/wp do not hold for callers that go through shop/v2" in str(warning)
+    both = policy, policy.replace("name: wp}", "name: v2}").replace("name: p,", "name: p2,")
+    assert build(canaried(SERVICE), WORKLOAD, GATEWAY, INSTANCE, V2, *both).warnings == ()

@@ -170,6 +170,28 @@ def test_delete_needs_force_while_something_is_bound(meshctl):
     assert meshctl("waypoint", "delete", "wp", "-n", "shop", "--force")[0] == 0
 
 
+@pytest.mark.usefixtures("waypoint")
+def test_a_canary_is_begun_shown_and_ended(meshctl, plane):
+    assert meshctl("waypoint", "apply", "v2", "-n", "shop", "--instance", "v2-1=10.97.0.8")[0] == 0
+    assert meshctl("label", "service", "web", f"{USE}=wp", "-n", "shop")[0] == 0
+    for _ in range(3):
+        follow(plane)
+    canary = ("waypoint", "canary", "web", "-n", "shop")
+    assert meshctl(*canary)[0] == meshctl(*canary, "v2=10", "--end")[0] == 1
+    assert "is no percentage" in meshctl(*canary, "v2=101")[2]
+    found, out, _ = meshctl(*canary, "v2=10", "--wait", "1s")
+    assert found == 3
+    assert "Service shop/web: waypoint shop/wp: enforced; canary shop/v2 (10 %): preparing" in out
+    assert "waits for shop/web (enforced): " in out
+    assert "a process of Gateway shop/v2 that has its configuration" in out
+    for command in (("waypoint", "list"), ("waypoint", "status", "v2", "-n", "shop")):
+        found, out, _ = meshctl(*command)
+        assert found == 3
+        assert "shop/wp, canary shop/v2 (10 %, preparing)" in out
+    assert meshctl(*canary, "--end")[0] == 0
+    assert plane.core.progress()[0].state.trial is None
+
+
 @pytest.mark.usefixtures("waypoint", "proxies")
 def test_a_bypass_is_told_wherever_one_looks_and_ends(meshctl, plane):
     assert meshctl("label", "service", "web", f"{USE}=wp", "-n", "shop", "--wait", "20s")[0] == 0
@@ -200,3 +222,23 @@ def test_a_bypass_that_makes_no_sense_is_refused(meshctl, options, told):
 
 def test_nothing_bound_is_said(meshctl):
     assert meshctl("waypoint", "list") == (0, "nothing is bound to a waypoint\n", "")
+
+
+def test_processes_of_a_placement_are_declared_with_their_node_and_account(plane, meshctl):
+    where = "--instance", "wp-a=10.97.1.9@host-a", "--placement", "node"
+    status, out, _ = meshctl("waypoint", "apply", "wp", "-n", "shop", *where)
+    assert status == 0
+    assert "waypoint run --join wp-a.token --state wp-a\n" in out
+    (document,) = (text for place, text in plane.core.get("WorkloadEntry", "shop", "wp-a"))
+    assert "kubernetes.io/hostname: host-a" in document
+    assert "placement: node" in plane.core.get("Gateway", "shop", "wp")[0][1]
+    assert meshctl("waypoint", "apply", "wp", "-n", "shop")[0] == 0
+    assert "placement: node" in plane.core.get("Gateway", "shop", "wp")[0][1], "what is not asked for stays"
+    where = "--instance", "web-a=10.97.1.8@host-a/web", "--placement", "service-account"
+    out = meshctl("waypoint", "apply", "wp2", "-n", "shop", *where)[1]
+    assert "waypoint run --join web-a.token --state web-a --gateway wp2\n" in out
+    assert "serviceAccount: web" in plane.core.get("WorkloadEntry", "shop", "web-a")[0][1]
+    for wrong in ("wp-a=10.97.1.9@", "wp-a=10.97.1.9@host-a/", "wp-a"):
+        status, _, err = meshctl("waypoint", "apply", "wp", "-n", "shop", "--instance", wrong)
+        assert status == 1
+        assert "must be NAME=ADDRESS[@NODE[/ACCOUNT]]" in err

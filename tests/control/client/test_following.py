@@ -8,6 +8,7 @@ import pytest
 
 from control.api import messages, records
 from control.api.address import IpAddress
+from control.api.extension import ExternalAuthorization
 from control.api.filters import Filters, Mirror
 from control.api.gateway import Binding, Gateway, Instance, Traffic, Via
 from control.api.identity import make_id, proxy_hash
@@ -71,8 +72,13 @@ def route(own, parent, *backends, namespace="shop"):
     return HTTPRoute(namespace, own, (Parent(f"{namespace}/{parent}", 0),), (), (rule,))
 
 
-def policy(own, namespace="shop", targets=()):
-    return AuthorizationPolicy(namespace, own, Action.DENY, None, (), targets)
+def policy(own, namespace="shop", targets=(), asked=""):
+    """`asked`: key of the service that a CUSTOM one has asked."""
+    if not asked:
+        return AuthorizationPolicy(namespace, own, Action.DENY, None, (), targets)
+    return AuthorizationPolicy(
+        namespace, own, Action.CUSTOM, None, (), targets, authorizer=ExternalAuthorization(asked, 80, 1000)
+    )
 
 
 def workload(identity, instance):
@@ -410,3 +416,21 @@ def test_a_waypoint_follows_its_routes_to_mirrors_too():
     copied = dataclasses.replace(made.rules[0], filters=Filters(mirrors=(Mirror("shop/copy", 80, 1, 1),)))
     following.note(RouteTopic("shop", "r"), dataclasses.replace(made, rules=(copied,)))
     assert following.wanted() == {ServiceTopic("shop", one) for one in ("reviews", "v2", "copy")}
+
+
+def test_a_waypoint_has_whom_it_asks(waypoint):
+    def held_with(*targets):
+        waypoint.put(policy("p", targets=targets, asked="bank/authz"))
+        waypoint.settle()
+        return waypoint.held("svc"), waypoint.held("ep")
+
+    waypoint.put(gateway("shop/reviews"), service(), service("bank/authz"), endpoint("bank/authz"))
+    waypoint.up()
+    both = {"shop/reviews", "bank/authz"}, {"bank/authz/web-1"}
+    assert held_with(Target("Service", "shop/reviews")) == both
+    assert held_with(Target("Service", "shop/db")) == ({"shop/reviews"}, set()), "nobody asks that here"
+    assert held_with(Target("Gateway", "shop/wp"), Target("Service", "shop/db")) == both
+    assert waypoint.replica.whole
+    waypoint.put(policy("p", targets=(Target("Gateway", "shop/wp"),)))
+    waypoint.settle()
+    assert waypoint.held("svc") == {"shop/reviews"}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import permutations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -56,6 +57,10 @@ OWN_NAMESPACES = ("shop", ROOT_NAMESPACE)
 WP = make_id(TRUST_DOMAIN, "shop", "wp")
 WAYPOINT = "shop/wp"
 GATEWAYS = (WAYPOINT, "bank/gw")
+BINDINGS = (
+    *(Binding(one, Via.WAYPOINT) for one in GATEWAYS),
+    *(Binding(one, Via.WAYPOINT, canary=other, percent=10) for one, other in permutations(GATEWAYS)),
+)
 
 service_keys = st.sampled_from(["shop/web", "shop/web", "shop/db", "bank/db", "bank/x"])
 sides = st.sampled_from(["uproxy", "uproxy", "waypoint", "node"])
@@ -67,7 +72,7 @@ residents = st.builds(ResidentService, st.just("shop"), st.sampled_from(["web", 
 def services(draw) -> Service:
     namespace, service = draw(service_keys).split("/")
     ports = (ServicePort("http", draw(st.integers(1, 3)), 8080, ""),)
-    binding = draw(st.none() | st.builds(Binding, st.sampled_from(GATEWAYS), st.just(Via.WAYPOINT)))
+    binding = draw(st.none() | st.sampled_from(BINDINGS))
     return Service(namespace, service, (draw(ips),), ports, {}, (make_id(TRUST_DOMAIN, namespace, "web"),), binding)
 
 
@@ -498,12 +503,14 @@ class Contract(RuleBasedStateMachine):
 
     def _lacks_gateway(self, service):
         binding = self.uproxy.state.service(service).binding
-        return binding is not None and self.uproxy.replica.gateway_status(binding.gateway) is Status.WAITING
+        if binding is None:
+            return False
+        return any(self.uproxy.replica.gateway_status(one) is Status.WAITING for one in binding.gateways)
 
     def _check_gateways(self, proxy):
         """Whatever is bound leads to its Gateway, which is what the same root says as everything else."""
         replica, state = proxy.replica, proxy.state
-        bound = {one.binding.gateway for one in state.services() if one.binding is not None}
+        bound = {one for service in state.services() if service.binding is not None for one in service.binding.gateways}
         own = set() if proxy is self.uproxy else {WAYPOINT}
         assert bound - own <= set(replica.gateways())
         if replica.whole:

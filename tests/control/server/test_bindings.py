@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from control.api.bindings import Standing, Wish, at_once
+from control.api.bindings import Canary, Standing, Wish, at_once
 from control.api.gateway import Binding, Via
 from control.api.status import ADDRESSES, Kind, ProxyStatus
 from control.server.bindings import (
@@ -27,6 +27,8 @@ from control.server.bindings import (
     Report,
     Seen,
     State,
+    Step,
+    Trial,
     look,
     next_look,
     resumed,
@@ -38,18 +40,24 @@ from control.server.bindings import (
 from tests.support.examples import examples
 
 WEB = ("Service", "shop/web")
-WP, OTHER = "shop/wp", "infra/other"
+WP, OTHER, V2 = "shop/wp", "infra/other", "shop/wp-v2"
+CANARY = Canary(V2, 10)
 NONE = Standing((), enforced=False, binding=None)
 READY = Seen(alive=True, ready=True, processes=(), destinations=(), callers=())
 ABSENT = Seen(alive=False, ready=False, processes=(), destinations=(), callers=())
 
 
-def wish(gateway=WP, *, optional=False, guarded=False):
-    return Wish(gateway, optional, guarded)
+def wish(gateway=WP, *, optional=False, guarded=False, canary=None):
+    return Wish(gateway, optional, guarded, canary)
 
 
-def state(phase, *, gateway=WP, previous="", optional=False, stamp=(1, 1), since=0.0):
-    return State(gateway, previous, phase, optional, stamp, since)
+def state(phase, *, gateway=WP, previous="", optional=False, stamp=(1, 1), since=0.0, trial=None):
+    return State(gateway, previous, phase, optional, stamp, since, trial)
+
+
+def patience_of_trial(trial):
+    """How long proxies that are there are waited for, for a canary's sake."""
+    return LINGER_S + LONGEST_S if trial.step is Step.LEAVING else LONGEST_S
 
 
 def patience(old):
@@ -71,7 +79,7 @@ class Proxy:
 
 
 class Flips(RuleBasedStateMachine):
-    """One service; two waypoints with two processes each, two callers, two destinations."""
+    """One service; three waypoints with two processes each, two callers, two destinations."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +91,7 @@ class Flips(RuleBasedStateMachine):
         self.was_refused = [False]
         self.callers = [Proxy(0), Proxy(0)]
         self.destinations = [Proxy(0), Proxy(0)]
-        self.waypoints = {WP: [Proxy(0), Proxy(0)], OTHER: [Proxy(0), Proxy(0)]}
+        self.waypoints = {one: [Proxy(0), Proxy(0)] for one in (WP, OTHER, V2)}
         self.readied = set()
 
     # What happens in the world
@@ -92,9 +100,17 @@ class Flips(RuleBasedStateMachine):
         gateway=st.sampled_from([WP, WP, OTHER]),
         optional=st.sampled_from([False, False, False, True]),
         guarded=st.sampled_from([False, False, False, True]),
+        canary=st.sampled_from([None, CANARY, CANARY, Canary(V2, 60), Canary(OTHER, 10)]),
     )
-    def label(self, gateway, optional, guarded):
-        self.wish = wish(gateway, optional=optional, guarded=guarded)
+    def label(self, gateway, optional, guarded, canary):
+        canary = None if canary is None or canary.gateway == gateway else canary
+        self.wish = wish(gateway, optional=optional, guarded=guarded, canary=canary)
+        self.go_on()
+
+    @precondition(lambda self: self.wish)
+    @rule(percent=st.sampled_from([None, 0, 50, 100]))
+    def annotate(self, percent):
+        self.wish = replace(self.wish, canary=None if percent is None else Canary(V2, percent))
         self.go_on()
 
     @precondition(lambda self: self.wish)
@@ -167,6 +183,8 @@ class Flips(RuleBasedStateMachine):
         seen = self.seen()
         if seen.ready and old is not None:
             self.readied.add(old.gateway)
+        if seen.canary:
+            self.readied.add(old.trial.canary.gateway)
         stamp = (1, len(self.published))
         self.state = step(old, self.wish, seen, self.now, stamp)
         if self.state is None:
@@ -176,6 +194,8 @@ class Flips(RuleBasedStateMachine):
             self.excuse(old, self.proxies())
         elif old and self.state is not old and self.hurries(old):
             self.excuse(old, self.waypoints[old.gateway])
+        elif old and old.trial and self.state is not old and self.now - old.trial.since >= patience_of_trial(old.trial):
+            self.excuse(old, self.proxies())
         if before != after:
             self.published.append(after)
             self.was_refused.append(bool(self.state and self.state.phase is Phase.REFUSED))
@@ -185,12 +205,15 @@ class Flips(RuleBasedStateMachine):
         needed = min(stamp, len(self.published) - 1)
         gateway = self.state.gateway if self.state else self.wish.gateway if self.wish else WP
         processes = {f"w{number}": one for number, one in enumerate(self.waypoints[gateway]) if one.live}
+        trial = self.state.trial if self.state else None
+        canaries = [one for one in self.waypoints[trial.canary.gateway] if one.live] if trial else []
         return Seen(
             bool(processes),
             any(one.applied >= needed for one in processes.values()),
             tuple(name for name, one in processes.items() if one.applied < needed),
             tuple(f"d{number}" for number, one in enumerate(self.destinations) if one.live and one.applied < needed),
             tuple(f"c{number}" for number, one in enumerate(self.callers) if one.live and one.applied < needed),
+            bool(canaries) and all(one.applied >= needed for one in canaries),
         )
 
     def hurries(self, old):
@@ -211,7 +234,7 @@ class Flips(RuleBasedStateMachine):
                 proxy.excused = False
 
     def proxies(self):
-        return [*self.callers, *self.destinations, *self.waypoints[WP], *self.waypoints[OTHER]]
+        return [*self.callers, *self.destinations, *(one for them in self.waypoints.values() for one in them)]
 
     @invariant()
     def nobody_is_refused(self):
@@ -229,11 +252,11 @@ class Flips(RuleBasedStateMachine):
             assert not demanded.enforced, "a caller goes directly and is refused"
             return
         assert seen.binding.via is not Via.REFUSE
-        gateway = seen.binding.gateway
-        assert gateway in demanded.gateways, "a destination does not know the waypoint that a caller goes through"
-        for process in self.waypoints[gateway]:
-            if process.live and not process.excused:
-                assert gateway in self.published[process.applied].gateways, "a waypoint does not know the service"
+        for gateway in seen.binding.gateways:
+            assert gateway in demanded.gateways, "a destination does not know the waypoint that a caller goes through"
+            for process in self.waypoints[gateway]:
+                if process.live and not process.excused:
+                    assert gateway in self.published[process.applied].gateways, "a waypoint does not know the service"
 
     @invariant()
     def nothing_is_bound_before_a_waypoint_was_ready(self):
@@ -241,6 +264,15 @@ class Flips(RuleBasedStateMachine):
             assert self.state.gateway in self.readied
         if self.state and self.state.previous:
             assert self.state.previous in self.readied
+        if self.state and self.state.trial and self.state.trial.step is not Step.PREPARING:
+            assert self.state.trial.canary.gateway in self.readied
+
+    @invariant()
+    def whoever_goes_to_a_canary_could_go_to_its_waypoint(self):
+        for seen in self.published[-1:]:
+            if seen.binding and seen.binding.canary:
+                assert set(seen.binding.gateways) <= set(seen.gateways)
+                assert seen.binding.via is not Via.REFUSE
 
     @invariant()
     def refusal_is_for_policies(self):
@@ -255,14 +287,14 @@ class Flips(RuleBasedStateMachine):
     @initialize(bound=st.booleans())
     def begin(self, bound):
         if bound:
-            self.label(WP, False, False)
+            self.label(WP, False, False, None)
             self.everybody_applies(3)
 
     def teardown(self):
         """Whoever is there follows; then everything ends as labels say."""
         for proxy in self.proxies():
             proxy.live, proxy.excused = True, False
-        for _ in range(12):
+        for _ in range(16):
             for proxy in self.proxies():
                 proxy.applied = len(self.published) - 1
             self.now += LINGER_S
@@ -389,6 +421,16 @@ def test_another_waypoint_while_it_is_released_never_opens_the_direct_way():
     ]
 
 
+@pytest.mark.parametrize("phase", [Phase.RELEASING, Phase.LEAVING])
+def test_who_moved_and_was_released_and_is_wanted_again_enforces_nothing_before_callers_follow(phase):
+    old = state(phase, gateway=OTHER, previous=WP)
+    lagging = replace(READY, callers=("shop/a",))
+    assert step(old, wish(OTHER), lagging, LONGEST_S - 1, (1, 2)) is old
+    again = step(old, wish(OTHER), lagging, LONGEST_S, (1, 2))
+    assert again == step(old, wish(OTHER), READY, LONGEST_S, (1, 2))
+    assert standing(again) == Standing((OTHER,), enforced=False, binding=Binding(OTHER, Via.WAYPOINT))
+
+
 @pytest.mark.parametrize(
     ("asked", "seen", "follows"),
     [
@@ -438,6 +480,82 @@ def test_whatever_waits_for_time_is_looked_at_in_time(phase, previous):
 def test_only_what_is_under_way_begins_anew_after_a_restart():
     states = {WEB: state(Phase.SWITCHING), ("Service", "shop/db"): state(Phase.ENFORCED)}
     assert [one.since for one in resumed(states, 50.0).values()] == [50.0, 0.0]
+    leaving = {WEB: state(Phase.ENFORCED, trial=Trial(CANARY, Step.LEAVING, 0.0))}
+    assert [(one.since, one.trial.since) for one in resumed(leaving, 50.0).values()] == [(0.0, 50.0)]
+
+
+# -- canaries
+
+
+def test_a_canary_gets_its_share_when_it_is_ready_and_destinations_take_it_and_goes_when_callers_have_left():
+    old, found = state(Phase.ENFORCED), []
+    lagging = replace(READY, canary=True, destinations=("shop/web-1",))
+    for number, (canary, seen, now) in enumerate(
+        [
+            (CANARY, READY, 0.0),
+            (CANARY, READY, 1e6),
+            (CANARY, lagging, LONGEST_S - 1),
+            (CANARY, replace(READY, canary=True), 1.0),
+            (Canary(V2, 60), READY, 2.0),
+            (None, READY, 10.0),
+            (None, replace(READY, callers=("shop/a",)), 10.0 + LINGER_S),
+            (None, READY, 10.0 + LINGER_S),
+        ]
+    ):
+        old = step(old, wish(canary=canary), seen, now, (1, number))
+        found.append((old.trial and old.trial.step, len(standing(old).gateways), standing(old).binding.percent))
+    assert found == [
+        (Step.PREPARING, 2, 0),
+        (Step.PREPARING, 2, 0),
+        (Step.PREPARING, 2, 0),
+        (Step.SHARING, 2, 10),
+        (Step.SHARING, 2, 60),
+        (Step.LEAVING, 2, 0),
+        (Step.LEAVING, 2, 0),
+        (None, 1, 0),
+    ]
+
+
+def test_stragglers_of_a_canary_are_waited_for_so_long_and_no_longer():
+    lagging = replace(READY, canary=True, destinations=("shop/web-1",), callers=("shop/a",))
+    preparing, leaving = (
+        state(Phase.ENFORCED, trial=Trial(CANARY, one, 0.0)) for one in (Step.PREPARING, Step.LEAVING)
+    )
+    assert next_look(preparing, 0.0) == LONGEST_S
+    assert step(preparing, wish(canary=CANARY), lagging, LONGEST_S, (1, 2)).trial.step is Step.SHARING
+    assert next_look(leaving, LINGER_S) == LONGEST_S
+    assert step(leaving, wish(), lagging, LINGER_S + LONGEST_S, (1, 2)).trial is None
+
+
+def test_another_canary_waits_until_the_one_before_is_gone():
+    sharing = state(Phase.ENFORCED, trial=Trial(CANARY, Step.SHARING, 0.0))
+    other = wish(canary=Canary(OTHER, 10))
+    leaving = step(sharing, other, replace(READY, canary=True), 1.0, (1, 2))
+    assert leaving.trial == Trial(CANARY, Step.LEAVING, 1.0)
+    gone = step(leaving, other, READY, 1.0 + LINGER_S, (1, 3))
+    assert step(gone, other, READY, 500.0, (1, 4)).trial == Trial(Canary(OTHER, 10), Step.PREPARING, 500.0)
+
+
+@pytest.mark.parametrize("phase", [Phase.PENDING, Phase.REFUSED, Phase.SWITCHING])
+def test_no_canary_before_its_waypoint_is_enforced(phase):
+    seen = replace(ABSENT, callers=("shop/a",), canary=True)
+    assert step(state(phase), wish(canary=CANARY, guarded=True), seen, 0.0, (1, 2)).trial is None
+
+
+def test_a_canary_leaves_with_its_waypoint():
+    old = state(Phase.ENFORCED, trial=Trial(CANARY, Step.SHARING, 0.0))
+    released = step(old, None, READY, 5.0, (1, 2))
+    assert (released.phase, released.trial.step) == (Phase.RELEASING, Step.LEAVING)
+    assert standing(released).binding == Binding(WP, Via.WAYPOINT)
+
+
+def test_what_is_waited_for_of_a_canary():
+    preparing = state(Phase.ENFORCED, trial=Trial(CANARY, Step.PREPARING, 0.0))
+    assert not settled(preparing, READY)
+    assert waits_for(preparing, READY) == ("a process of Gateway shop/wp-v2 that has its configuration",)
+    sharing = state(Phase.ENFORCED, trial=Trial(CANARY, Step.SHARING, 0.0))
+    assert settled(sharing, READY)
+    assert not settled(sharing, replace(READY, callers=("shop/a",)))
 
 
 def test_settled_and_what_is_waited_for():
@@ -463,14 +581,24 @@ def report(workload, kind=Kind.UPROXY, *, whole=True, proxy_hash="h", **roots):
 PUBLISHED = {"shop": (1, 7, 0), "infra": (1, 4, 0), ADDRESSES: (1, 7, 0)}
 
 
-def looked(*reports, gateway=WP, version=7, instances=None, destinations=frozenset({"shop/web-1"})):
+def looked(
+    *reports,
+    gateway=WP,
+    version=7,
+    instances=None,
+    destinations=frozenset({"shop/web-1"}),
+    all_needed=frozenset(),
+    trial=None,
+):
     return look(
         WEB,
-        state(Phase.PENDING, gateway=gateway, stamp=(1, version)),
+        state(Phase.PENDING, gateway=gateway, stamp=(1, version), trial=trial),
         reports,
         PUBLISHED,
         {"shop/wp-1": "w"} if instances is None else instances,
+        {"shop/v2-1": "v", "shop/v2-2": "v"},
         destinations,
+        all_needed=all_needed,
     )
 
 
@@ -515,6 +643,25 @@ def test_every_process_of_a_waypoint_counts():
         instances={"shop/wp-1": "w", "shop/wp-2": "w"},
     )
     assert (found.alive, found.ready, found.processes) == (True, True, ("shop/wp-2",))
+
+
+def test_of_processes_that_serve_a_part_each_one_that_is_not_there_is_waited_for():
+    there = report("shop/wp-1", Kind.WAYPOINT, proxy_hash="w", shop=7)
+    instances = {"shop/wp-1": "w", "shop/wp-2": "w", "shop/wp-3": "x"}
+    assert looked(there, instances=instances).processes == ()
+    found = looked(there, instances=instances, all_needed=frozenset({WP}))
+    assert (found.alive, found.ready, found.processes) == (True, True, ("shop/wp-2", "shop/wp-3"))
+
+
+@pytest.mark.parametrize(("one", "two", "ready"), [(7, 7, True), (7, 6, False), (6, 6, False)])
+def test_a_canary_is_ready_when_all_its_processes_that_are_there_have_all_of_it(one, two, ready):
+    trial = Trial(CANARY, Step.PREPARING, 0.0)
+    reports = [report(f"shop/v2-{n}", Kind.WAYPOINT, proxy_hash="v", shop=has) for n, has in ((1, one), (2, two))]
+    assert looked(*reports, trial=trial).canary is ready
+    assert looked(*reports[:1], trial=trial).canary is (one == 7)
+    assert not looked(trial=trial).canary
+    assert not looked(*(replace(found, proxy_hash="x") for found in reports), trial=trial).canary
+    assert not looked(*reports[:1], trial=trial, all_needed=frozenset({V2})).canary
 
 
 def test_a_root_that_the_change_left_as_it_was_need_not_be_newer():

@@ -215,7 +215,8 @@ def test_files_of_a_ca_have_their_modes_and_keys_are_encrypted(ca_dir):
         content = (ca_dir / name).read_bytes()
         assert content.startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----")
         assert serialization.load_pem_private_key(content, passphrase)
-        with pytest.raises(ValueError, match="password"):
+        # Of 256 wrong keys one leaves padding that looks right: then what is inside is no key.
+        with pytest.raises(ValueError, match=r"password|key data"):
             serialization.load_pem_private_key(content, b"wrong")
 
 

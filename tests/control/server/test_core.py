@@ -21,7 +21,9 @@ from control.server.registry import Held as HeldBack
 from control.server.signing import ConfigKey
 from control.server.store import Batch, Store
 from tests.support.desired import (
+    custom_policy,
     endpoints,
+    extension,
     grant,
     namespace,
     peer_authentication,
@@ -456,6 +458,24 @@ def test_the_root_namespaces_peer_authentication_holds_in_every_namespace(plane)
     assert open_ones(plane.settle()) == {"ape", "bee"}
     plane.core.delete([("PeerAuthentication", "mesh-system", "mesh")])
     assert open_ones(plane.settle()) == set()
+
+
+def test_an_extension_of_the_root_namespace_is_asked_by_policies_of_every_namespace(plane):
+    def asked(found):
+        return found.records["policy/shop/p"].get("authorizer", {}).get("service")
+
+    plane.apply(SHOP)
+    plane.apply(custom_policy("p", "web", "sign-in"))
+    assert asked(plane.settle()) is None
+    plane.restart()
+    plane.apply(extension("sign-in", "gate", namespace="mesh-system"))
+    assert asked(plane.settle()) == "mesh-system/gate"
+    plane.apply(workload("web-9", "10.0.0.10"))  # builds this namespace alone
+    assert asked(plane.settle()) == "mesh-system/gate"
+    plane.apply(extension("sign-in", "authz"))
+    assert asked(plane.settle()) == "shop/authz"
+    plane.core.delete([("Extension", "shop", "sign-in"), ("Extension", "mesh-system", "sign-in")])
+    assert asked(plane.settle()) is None
 
 
 def test_a_grant_holds_for_the_routes_of_another_namespace_as_long_as_it_is_there(plane):

@@ -58,6 +58,15 @@ spec: {{address: {address}, serviceAccount: {name}}}
 """
 
 
+def at(text, placement, node="", account=""):
+    """A Gateway, or an instance of one, that is placed."""
+    text = text.replace(
+        ", labels: {istio.io", f", annotations: {{mesh.uproxy.dev/placement: {placement}}}, labels: {{istio.io"
+    )
+    text = text.replace("gateway-name: wp}", f"gateway-name: wp, kubernetes.io/hostname: {node}}}")
+    return text.replace("serviceAccount: wp", f"serviceAccount: {account}") if account else text
+
+
 SHOP = together(
     service("web"), workload("web-1", "10.0.0.1"), workload("db-1", "10.0.0.3", app="db"), gateway(), instance()
 )
@@ -130,6 +139,11 @@ class Plane:
             self.everybody_follows()
         assert self.phase() is Phase.ENFORCED
 
+    def believed(self):
+        """The processes that web-1 believes."""
+        bounds = next(record for name, record in self.settle().records.items() if name.endswith("/web-1")).get("bounds")
+        return bounds[0][5] if bounds and len(bounds[0]) == 6 else []
+
     def phase(self, key="shop/web"):
         return next((one.state.phase for one in self.core.progress() if one.subject[1] == key), None)
 
@@ -195,6 +209,50 @@ def test_and_back(plane):
     plane.core.advance()
     gone = plane.seen()
     assert (plane.phase(), gone.binding, gone.bounds, gone.serves) == (None, None, None, [])
+
+
+CANARY = "mesh.uproxy.dev/waypoint-canary"
+
+
+def test_a_canary_as_it_is_published(plane):
+    plane.apply(gateway("v2"), instance("v2", address="10.0.9.2"))
+    plane.enforce()
+    plane.core.relabel(WEB, annotations={CANARY: "v2=10"})
+    preparing = plane.seen()
+    assert preparing.binding == ["shop/wp", "waypoint"]
+    assert "['shop/v2', 'shop/wp']" in repr(preparing.bounds)
+    plane.everybody_follows()
+    assert plane.core.progress()[0].waits_for == ("a process of Gateway shop/v2 that has its configuration",)
+    plane.report("v2-1", "v2", Kind.WAYPOINT)
+    plane.core.advance()
+    sharing = plane.seen()
+    assert sharing.binding == ["shop/wp", "waypoint", "shop/v2", 10]
+    assert sharing.bounds == preparing.bounds
+    plane.restart()
+    assert plane.seen().binding == sharing.binding
+    plane.core.relabel(WEB, annotations={CANARY: "v2=60"})
+    assert plane.seen().binding == ["shop/wp", "waypoint", "shop/v2", 60]
+    with pytest.raises(Loose, match="serves Service shop/web"):
+        plane.core.delete([("Gateway", "shop", "v2")])
+    plane.core.relabel(WEB, annotations={CANARY: None})
+    leaving = plane.seen()
+    assert (leaving.binding, leaving.bounds) == (preparing.binding, preparing.bounds)
+    plane.everybody_follows()
+    plane.now += LINGER_S
+    plane.core.advance()
+    gone = plane.seen()
+    assert "shop/v2" not in repr((gone.binding, gone.bounds))
+    assert plane.store.bindings()["Service", "shop/web"].trial is None
+    assert plane.core.advance() is None
+
+
+def test_a_canary_that_is_not_there_takes_force(plane):
+    plane.enforce()
+    with pytest.raises(Loose, match="would be bound to Gateway shop/v2, and there is none"):
+        plane.core.relabel(WEB, annotations={CANARY: "v2=10"})
+    plane.core.relabel(WEB, annotations={CANARY: "v2=10"}, force=True)
+    plane.everybody_follows()
+    assert plane.seen().binding == ["shop/wp", "waypoint"]
 
 
 def test_nothing_is_bound_while_no_waypoint_is_ready(plane):
@@ -346,6 +404,44 @@ def test_a_service_that_is_deleted_is_bound_no_more(plane):
     assert plane.settle().records["gw/shop/wp"]["services"] == []
 
 
+# -- Gateways whose processes each serve a part
+
+
+def test_a_process_of_another_namespace_reaches_the_workloads_of_its_node(plane):
+    on_node = workload("web-1", "10.0.0.1").replace("labels: {", "labels: {kubernetes.io/hostname: a, ")
+    plane.apply(namespace("infra"), namespace("shop"), at(gateway(where="infra", admits="All"), "node"), on_node)
+    plane.core.relabel(WEB, labels={USE: "wp", FROM: "infra"})
+    plane.apply(at(instance(where="infra", address="10.0.9.2"), "node", "b"))
+    assert plane.believed() == []
+    plane.apply(at(instance(where="infra", address="10.0.9.3"), "node", "a"))
+    assert plane.believed() == [["spiffe://cluster.local/ns/infra/sa/wp", "10.0.9.3"]]
+    plane.restart()
+    plane.core.delete([("WorkloadEntry", "infra", "wp-1")])
+    assert plane.believed() == []
+
+
+def test_all_processes_are_waited_for_before_callers_go_that_way(plane):
+    other = at(instance(address="10.0.9.2"), "node", "b").replace("wp-1", "wp-2")
+    plane.apply(at(gateway(), "node"), at(instance(), "node", "a"), other)
+    plane.label()
+    for _ in range(3):
+        plane.everybody_follows()
+    (progress,) = plane.core.progress()
+    assert (progress.state.phase, progress.waits_for) == (Phase.PENDING, ("shop/wp-2",))
+    plane.settle()
+    plane.report("wp-2", "wp", Kind.WAYPOINT)
+    plane.everybody_follows()
+    assert plane.phase() is Phase.SWITCHING
+
+
+def test_processes_of_service_accounts_have_a_waypoints_rights(plane):
+    assert {str(one) for one in plane.core.waypoints()} == {"spiffe://cluster.local/ns/shop/sa/wp"}
+    plane.apply(at(gateway(), "service-account"), at(instance(), "", "a", "web"))
+    assert "spiffe://cluster.local/ns/shop/sa/web" in {str(one) for one in plane.core.waypoints()}
+    plane.restart()
+    assert "spiffe://cluster.local/ns/shop/sa/web" in {str(one) for one in plane.core.waypoints()}
+
+
 # -- what is refused
 
 
@@ -368,6 +464,16 @@ def test_a_gateway_that_serves_somebody_is_not_deleted_but_by_force(plane):
     plane.core.delete([place], force=True)
     assert plane.phase() is Phase.ENFORCED
     assert "shop/wp" in repr(plane.settle().records["svc/shop/web"]["binding"])
+
+
+def test_a_gateway_that_serves_somebody_keeps_its_placement_but_by_force(plane):
+    placed = at(gateway(), "node")
+    plane.enforce()
+    with pytest.raises(Loose, match="Gateway shop/wp serves Service shop/web, and would stand elsewhere"):
+        plane.apply(placed)
+    plane.apply(placed, force=True)
+    assert plane.settle().records["gw/shop/wp"]["placement"] == "node"
+    plane.apply(placed)
 
 
 def test_a_gateway_that_serves_nobody_goes(plane):

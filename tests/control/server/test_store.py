@@ -137,7 +137,7 @@ def test_a_store_that_fails_to_open_lets_go_of_its_lock(tmp_path):
 def test_a_store_of_a_newer_release_is_refused(tmp_path):
     with closing(sqlite3.connect(tmp_path / "mesh.db")) as rows:
         rows.execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreError, match=r"a newer release \(schema 99; this one knows 3\)"):
+    with pytest.raises(StoreError, match=r"a newer release \(schema 99; this one knows 4\)"):
         Store(tmp_path / "mesh.db")
 
 

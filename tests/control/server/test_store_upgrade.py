@@ -118,7 +118,7 @@ def test_opening_it_changes_no_row(old):
         assert len(store.messages_above_records(Rank.ROOT)) == 3
         assert len(store.tombstones(THEN + 1)) == 3
     assert content(old.path) == before
-    assert schema(old.path) == 3
+    assert schema(old.path) == 4
 
 
 def test_what_was_published_is_taken_up_and_outdone(old):
@@ -236,6 +236,6 @@ def test_a_store_of_a_newer_schema_is_refused_and_left_alone(old, tmp_path):
     with closing(sqlite3.connect(old.path)) as rows:
         rows.execute(f"PRAGMA user_version = {newer}")
     copyfile(old.path, tmp_path / "before.db")
-    with pytest.raises(StoreError, match=rf"newer release \(schema {newer}; this one knows 3\)\. Run that release"):
+    with pytest.raises(StoreError, match=rf"newer release \(schema {newer}; this one knows 4\)\. Run that release"):
         Store(old.path)
     assert content(old.path) == content(tmp_path / "before.db")

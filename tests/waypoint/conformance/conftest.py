@@ -1,15 +1,15 @@
-"""One waypoint for the cases of a module."""
+"""One waypoint for the cases of a module, of each engine."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.conformance import Suite, running_suite
+from tests.support.conformance import ENGINES, Suite, running_suite
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
-    with running_suite(tmp_path_factory.mktemp("conformance")) as found:
+@pytest.fixture(scope="module", params=ENGINES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
+    with running_suite(tmp_path_factory.mktemp("conformance"), request.param) as found:
         yield found
 
 

@@ -79,8 +79,8 @@ def test_grpc_route_listener_hostname_matching(suite: Suite) -> None:
 
 def test_grpc_route_named_rule(suite: Suite) -> None:
     suite.apply(grpc(f"{{name: named, backendRefs: [{to('v2')}]}}"))
-    assert call(suite, "Echo") == "v2"
-    assert suite.through.telemetry.exchanges[-1].route == "named"
+    assert call(suite, "Echo", x_request_id="named") == "v2"
+    assert suite.record_of("named").route == "named"
 
 
 def test_grpc_route_request_header_modifier(suite: Suite) -> None:

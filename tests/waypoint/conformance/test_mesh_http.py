@@ -33,8 +33,9 @@ def test_mesh_http_route_named_rule(suite: Suite) -> None:
     suite.apply(
         route(f"{{name: first, matches: {prefix('/')}, {V1}}}", f"{{name: other, matches: {prefix('/v2')}, {V2}}}")
     )
-    assert [suite.ask(path).by for path in ("/", "/v2")] == ["v1", "v2"]
-    assert [exchange.route for exchange in suite.through.telemetry.exchanges[-2:]] == ["first", "other"]
+    for path, by, rule in (("/", "v1", "first"), ("/v2", "v2", "other")):
+        assert suite.ask(path, x_request_id=rule).by == by
+        assert suite.record_of(rule).route == rule
 
 
 def test_mesh_ports(suite: Suite) -> None:

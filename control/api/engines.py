@@ -1,0 +1,81 @@
+"""What the engine envoy does not know of resources: `waypoint.engine_envoy` refuses the requests that it is about, and
+whoever applies it is warned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Final
+
+from control.api.bindings import Subject, Wish
+from control.api.declared import DeclaredGateway, DeclaredPolicy, DeclaredTraffic
+from control.api.gateway import Engine
+from control.api.metadata import ENGINE
+from control.api.policy import Action, AuthorizationPolicy, Target
+from control.api.problems import Findings
+from control.api.traffic import RateLimit, TrafficPolicy
+
+_TRAFFIC: Final = frozenset(
+    (
+        *("namespace", "name", "targets", "rate_limits", "max_requests", "faults"),
+        *("connection_limits", "load_balancing", "outlier_detection"),
+    )
+)
+_LIMIT: Final = frozenset(("requests", "per_ms", "burst", "share", "header", "rules"))
+_OF_PLACES: Final = frozenset(("filters", "redis"))
+"""What holds where a service is dialled, and not where a route sends requests."""
+
+
+def unknown_to_envoy(policy: AuthorizationPolicy | TrafficPolicy, *, backend: bool = False) -> str:
+    """The first thing that it asks for and the engine envoy does not know; empty: nothing.
+
+    `backend`: whether it is asked only about how requests go to a service, whatever was dialled.
+    """
+    if isinstance(policy, AuthorizationPolicy):
+        return "" if policy.dry_run or policy.action is not Action.CUSTOM else f"action {policy.action.value}"
+    if unknown := _unknown(policy, _TRAFFIC | _OF_PLACES if backend else _TRAFFIC):
+        return unknown
+    if policy.connection_limits is not None and policy.connection_limits.connections:
+        return "connectionLimits.maxConnections"
+    return next(filter(None, (_unknown(limit, _LIMIT) for limit in policy.rate_limits)), "")
+
+
+def _unknown(value: TrafficPolicy | RateLimit, known: frozenset[str]) -> str:
+    """As it is written in a resource."""
+    said = (one.name for one in fields(value) if one.name not in known and getattr(value, one.name) != one.default)
+    first, *others = next(said, "").split("_")
+    return first + "".join(map(str.title, others))
+
+
+def check_engines(
+    policies: Sequence[DeclaredPolicy],
+    traffic: Sequence[DeclaredTraffic],
+    gateways: Mapping[str, DeclaredGateway],
+    wishes: Mapping[Subject, Wish],
+    findings: Findings,
+) -> None:
+    """Warns of what waypoints will refuse. `gateways`: all there are, by key."""
+    asked: list[tuple[DeclaredPolicy | DeclaredTraffic, str, str]] = [
+        (item, "spec.action", unknown_to_envoy(item.policy)) for item in policies
+    ]
+    asked += ((item, "spec", "filters" if item.extensions else unknown_to_envoy(item.traffic)) for item in traffic)
+    for item, path, unknown in asked:
+        for gateway_key in dict.fromkeys(_gateways(item.targets, wishes)) if unknown else ():
+            gateway = gateways.get(gateway_key)
+            if gateway is not None and gateway.engine is Engine.ENVOY:
+                problem = (
+                    f"the engine envoy of Gateway {gateway_key} does not know {unknown}, and refuses all requests that "
+                    f"this is about; remove it, or the annotation {ENGINE}"
+                )
+                findings.warn(item.position, path, problem)
+
+
+def _gateways(targets: Sequence[Target], wishes: Mapping[Subject, Wish]) -> Iterator[str]:
+    for target in targets:
+        if target.kind == "Gateway":
+            yield target.key
+        elif (wish := wishes.get((target.kind, target.key))) is not None:
+            yield wish.gateway
+            if wish.canary is not None:
+                yield wish.canary.gateway
