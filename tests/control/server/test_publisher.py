@@ -208,14 +208,14 @@ def test_a_stolen_identity_cannot_have_everything_published_again_and_again(
 
     async def check() -> None:
         async with site.running():
-            for number in range(1, 4):
-                await site.report(web_status(site.plane.core.epoch + 10))
-                if number == 1:
-                    epoch = site.plane.core.epoch
-                    await until(lambda before=epoch: site.plane.core.epoch > before)
-                    epoch = site.plane.core.epoch
+            first = site.plane.core.epoch
+            await site.report(web_status(first + 10))
+            await until(lambda: site.plane.core.epoch > first)
+            raised = site.plane.core.epoch
+            for _ in range(2):
+                await site.report(web_status(raised + 10))
                 await asyncio.sleep(0.5)
-            assert site.plane.core.epoch == epoch
+            assert site.plane.core.epoch == raised
             assert "is there another control plane of this mesh" in site.plane.core.problems()[-1]
 
     asyncio.run(check())
