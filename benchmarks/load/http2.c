@@ -2,6 +2,7 @@
 #include "http2.h"
 
 #include "common.h"
+#include "ids.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -33,6 +34,7 @@ static const char STATUS[] = "grpc-status", STATUS_CODED[] = "\x9a\xca\xc8\xb2\x
 static struct http2_question asked;
 static char fields[2048];
 static size_t fields_length;
+static struct ids ids;
 
 /* ---- writing */
 
@@ -141,20 +143,24 @@ static const uint8_t *find(const struct frame *frame, const char *plain, const c
 
 void http2_prepare(const struct http2_question *question)
 {
-	char *end = fields;
+	char *end = fields, path[128];
 
 	if (question->body > MAX_BODY_BYTES)
 		die("a body of more than %d bytes", MAX_BODY_BYTES);
 	asked = *question;
 	end = put_field(end, ":method", "POST");
 	end = put_field(end, ":scheme", "http");
-	end = put_field(end, ":path", question->path);
+	/* What a gRPC call is for is no part of its path. */
+	snprintf(path, sizeof(path), question->grpc ? "%s" : "%s?id=" ID, question->path);
+	end = put_field(end, ":path", path);
 	end = put_field(end, ":authority", question->host);
 	end = put_field(end, "user-agent", "load");
+	end = put_field(end, "x-request-id", ID);
 	end = put_field(end, "content-type", question->grpc ? GRPC : "application/octet-stream");
 	if (question->grpc)
 		end = put_field(end, "te", "trailers");
 	fields_length = (size_t)(end - fields);
+	ids = find_ids(fields, fields_length);
 }
 
 size_t http2_ask(struct http2 *http2, char *into)
@@ -173,6 +179,7 @@ size_t http2_ask(struct http2 *http2, char *into)
 	http2->ended = http2->trailed = 0;
 	http2->status = 0;
 	http2->received = 0;
+	put_id(fields, &ids);
 	end = put_frame(end, HEADERS, END_HEADERS | (length ? 0 : END_STREAM), http2->stream, fields, fields_length);
 	if (length) {
 		char *message = body;

@@ -37,7 +37,7 @@ struct http2 {
 	size_t received;
 };
 
-/* Encodes the one question that all connections ask. */
+/* Encodes the question that all connections ask, each time with another id. */
 void http2_prepare(const struct http2_question *question);
 
 /* The next request, and what is owed before it; its length. `into` has room for MAX_FRAMES. */

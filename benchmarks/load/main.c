@@ -8,7 +8,8 @@
  *   load open HOST PORT SECONDS --connections N --size BYTES --rate N --poisson 0|1 --seed N
  *   load http-closed HOST PORT SECONDS --connections N --path PATH --host NAME
  *   load http-open HOST PORT SECONDS --connections N --path PATH --host NAME --rate N --poisson 0|1 --seed N
- *       both with --protocol http1|http2|grpc --body BYTES: POSTs, or unary gRPC calls; without, they are GETs
+ *       both with --protocol http1|http2|grpc --body BYTES: POSTs, or unary gRPC calls; without, they are GETs. Each
+ *       has an id of its own, in the field X-Request-Id and, but for gRPC, in the query
  *   load http-idle HOST PORT SECONDS --connections N --path PATH --host NAME   as idle, with an HTTP request
  *   load connects HOST PORT SECONDS --connections N         connect, a byte there and back, close; N at once
  *   load dials HOST PORT SECONDS --spread N --seed N        the same one by one, each to one of N addresses from HOST on
@@ -46,6 +47,7 @@
 #include "bulk.h"
 #include "common.h"
 #include "dials.h"
+#include "ids.h"
 #include "requests.h"
 #include "server.h"
 
@@ -247,8 +249,8 @@ static void prepare_question(const struct options *options, struct requests *req
 	if (options->body)
 		snprintf(length, sizeof(length), "User-Agent: load\r\nContent-Type: application/octet-stream\r\n"
 			 "Content-Length: %zu\r\n", options->body);
-	head = snprintf(question, 4096, "%s %s HTTP/1.1\r\nHost: %s\r\n%s\r\n", options->body ? "POST" : "GET",
-			options->path, options->host, length);
+	head = snprintf(question, 4096, "%s %s?id=" ID " HTTP/1.1\r\nHost: %s\r\nX-Request-Id: " ID "\r\n%s\r\n",
+			options->body ? "POST" : "GET", options->path, options->host, length);
 	if (head >= 4096)
 		die("a path and host of 4 KB");
 	memcpy(question + head, pattern, options->body);

@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "requests.h"
 
+#include "ids.h"
+
 #include <errno.h>
 #include <math.h>
 #include <sched.h>
@@ -32,6 +34,7 @@ struct call {
 	size_t to_come;        /* of the answer; of an HTTP answer once its head is there */
 	char *head;            /* of an HTTP answer; of HTTP/2 whatever frame is not whole */
 	size_t head_length;
+	char *own;             /* an HTTP/1.1 request: there may be much to send of it yet while others are made */
 	struct http2 *http2;   /* and the request, after it */
 	uint32_t turns;        /* requests so far */
 	int fd;                /* -1: not connected */
@@ -43,6 +46,7 @@ static const struct requests *load;
 static struct findings *findings;  /* NULL while connections are proven */
 static struct window window;
 static struct call calls[MAX_CONNECTIONS];
+static struct ids ids;  /* of an HTTP/1.1 request */
 static int epoll;
 static int busy, resting;
 static uint64_t last_answer;
@@ -209,7 +213,10 @@ static void ask(struct call *call)
 		call->question = (char *)(call->http2 + 1);
 		call->to_send = http2_ask(call->http2, (char *)(call->http2 + 1));
 	} else {
-		call->question = load->question;
+		if (!call->own)
+			call->own = memcpy(at_hand(NULL, load->question_length), load->question, load->question_length);
+		put_id(call->own, &ids);
+		call->question = call->own;
 		call->to_send = load->question_length;
 	}
 	call->to_come = 0;
@@ -495,6 +502,8 @@ void prepare(const struct requests *requests)
 	if (requests->connections < 1 || requests->connections > MAX_CONNECTIONS || requests->size > CHUNK)
 		die("wants 1 to %d connections and up to %zu bytes", MAX_CONNECTIONS, CHUNK);
 	load = requests;
+	if (load->question_length)
+		ids = find_ids(load->question, load->question_length);
 	epoll = epoll_create1(EPOLL_CLOEXEC);
 	for (int i = 0; i < load->connections; i++)
 		calls[i].fd = -1;

@@ -23,7 +23,7 @@ struct requests {
 	struct address target;
 	int connections;
 	size_t size;           /* of an echo, in bytes; 0: HTTP */
-	const char *question;  /* an HTTP/1.1 request */
+	const char *question;  /* an HTTP/1.1 request, with places for its id */
 	size_t question_length;
 	int http2;             /* what http2_prepare was told, in its place */
 	int fresh;             /* a new connection for each request */

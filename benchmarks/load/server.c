@@ -193,7 +193,7 @@ static int answer_requests(int fd)
 			}
 		}
 		/* Whatever else is asked ends the connection. */
-		if (!stop || *stop != ' ' || size > MAX_BODY || whole > peer->head_length)
+		if (!stop || (*stop != ' ' && *stop != '?') || size > MAX_BODY || whole > peer->head_length)
 			return answer(fd, "404 Not Found", 0, 1);
 		forget(peer, whole);
 		if (!answer(fd, "200 OK", size, 0))

@@ -76,8 +76,8 @@ def test_h2load_is_answered_by_the_server(served: Served, tmp_path: Path) -> Non
 
 
 @contextmanager
-def _serving(answer: Answer) -> Iterator[int]:
-    """A server of the library h2; its port."""
+def _serving(answer: Answer, seen: list[list[tuple[bytes, bytes]]] | None = None) -> Iterator[int]:
+    """A server of the library h2; its port. `seen`: gets the heads that come."""
 
     def serve(made: socket.socket) -> None:
         connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
@@ -89,6 +89,8 @@ def _serving(answer: Answer) -> Iterator[int]:
                 if isinstance(event, h2.events.DataReceived):
                     assert event.flow_controlled_length is not None
                     connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                elif isinstance(event, h2.events.RequestReceived) and seen is not None:
+                    seen.append([(bytes(name), bytes(value)) for name, value in event.headers])
                 elif isinstance(event, h2.events.StreamEnded):
                     answer(connection, event.stream_id, answered % 2 == 0)
                     answered += 1
@@ -161,6 +163,28 @@ def test_a_grpc_call_has_to_end_with_the_status_0(ran: Ran, status: str | None, 
     with _serving(answer) as port:
         found = ran(port, "grpc")
     assert set(found.errors) == (set() if good else {"a gRPC call without the status 0"})
+
+
+@pytest.mark.parametrize(
+    ("protocol", "differing"), [("http2", {b":path", b"x-request-id"}), ("grpc", {b"x-request-id"})]
+)
+def test_each_request_has_an_id_of_its_own(ran: Ran, protocol: Protocol, differing: set[bytes]) -> None:
+    def answer(connection: h2.connection.H2Connection, stream: int, well: bool) -> None:
+        kind = "application/grpc" if protocol == "grpc" else "text/plain"
+        connection.send_headers(stream, [(":status", "200"), ("content-type", kind)])
+        if protocol == "grpc":
+            connection.send_data(stream, bytes(BODY + 5))
+            connection.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+        else:
+            connection.send_data(stream, bytes(BODY), end_stream=True)
+
+    seen: list[list[tuple[bytes, bytes]]] = []
+    with _serving(answer, seen) as port:
+        assert not ran(port, protocol).errors
+    assert len(seen) > 10
+    for name in dict(seen[0]):
+        values = {dict(fields)[name] for fields in seen}
+        assert len(values) == (len(seen) if name in differing else 1)
 
 
 def test_a_window_that_is_never_opened_again_is_an_error(ran: Ran) -> None:

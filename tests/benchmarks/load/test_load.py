@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -213,6 +214,24 @@ def test_a_target_that_is_not_there_is_said(ran: Ran, wanted: load.Load):
         pass
     with pytest.raises(load.LoadError, match="before the load, connection 0: connect: Connection refused"):
         ran(wanted, port)
+
+
+def test_each_request_has_an_id_of_its_own(ran: Ran):
+    seen = []
+
+    def collect(made: socket.socket) -> None:
+        for head in heads(made):
+            seen.append(head)
+            made.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    with answering(collect) as port:
+        assert not ran(load.http_closed(2, "/of", "x"), port).errors
+    named = [
+        re.fullmatch(rb"GET /of\?id=(\w{15}) HTTP/1.1\r\nHost: x\r\nX-Request-Id: (\w{15})", head) for head in seen
+    ]
+    ids = [found[1] for found in named if found is not None and found[1] == found[2]]
+    assert len(seen) > 10
+    assert len(set(ids)) == len(seen)
 
 
 def test_every_status_but_200_is_an_error_and_not_an_operation(ran: Ran):
