@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import cast
@@ -81,9 +81,45 @@ class BadRequestError(Exception):
         self.detail = detail
 
 
+class Pages:
+    """A socket that is listened on, and what was accepted there. As a context manager it ends at once."""
+
+    def __init__(self, server: asyncio.Server, connections: set[_Connection]) -> None:
+        self._server = server
+        self._connections = connections
+
+    @property
+    def sockets(self) -> Sequence[socket.socket]:
+        return self._server.sockets
+
+    def leave(self) -> None:
+        """Accept no more; what was accepted is answered while the loop runs."""
+        loop = asyncio.get_running_loop()
+        for sock in self._server.sockets:
+            loop.remove_reader(sock.fileno())
+        # Not yet: asyncio resets what it accepted in this turn when its server is closed before the next one.
+        loop.call_soon(self._server.close)
+
+    async def answered(self) -> None:
+        """Leave, and wait until all that ask have their answers, or took longer than anybody may. Streams go on."""
+        self.leave()
+        await asyncio.sleep(0)
+        while any(not one.streaming for one in self._connections):  # noqa: ASYNC110 - their timers end it
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        self._server.close()
+
+    async def __aenter__(self) -> Pages:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
 async def serve(
     address: str, port: int, routes: Mapping[str, Handler], listening: socket.socket | None = None
-) -> asyncio.Server:
+) -> Pages:
     """Listen and answer by exact path. OSError if the address cannot be bound. `listening`: a socket that does so."""
     loop = asyncio.get_running_loop()
     open_connections: set[_Connection] = set()
@@ -92,8 +128,8 @@ async def serve(
         return _Connection(loop, routes, open_connections)
 
     if listening is not None:
-        return await loop.create_server(connected, sock=listening)
-    return await loop.create_server(connected, address, port)
+        return Pages(await loop.create_server(connected, sock=listening), open_connections)
+    return Pages(await loop.create_server(connected, address, port), open_connections)
 
 
 def admin_routes(
@@ -252,6 +288,7 @@ class _Connection(asyncio.Protocol):
         self._answered = False
         self._left: Callable[[], None] | None = None
         """What a stream wants called when its reader has left."""
+        self.streaming = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # a stream's, since create_server made it
@@ -311,7 +348,7 @@ class _Connection(asyncio.Protocol):
     # -- the answer
 
     def _begin(self, stream: Stream) -> None:
-        self._answered = True
+        self._answered = self.streaming = True
         self._received.clear()
         self._timer.cancel()
         self._transport.write(_head(HTTPStatus.OK, stream.content_type))

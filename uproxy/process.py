@@ -144,13 +144,13 @@ async def listen_to_operators(
     metrics: Callable[[], bytes | asyncio.Future[bytes]],
     pending: Callable[[], list[str]],
     inherited: Inherited | None = None,
-) -> list[asyncio.Server]:
+) -> list[admin.Pages]:
     """Metrics and readiness at each of `hosts`; admin on loopback, at the first when it is one. Raises StartError.
 
     `inherited`: as for `Listeners`.
     """
     operator = hosts[0] if ipaddress.ip_address(hosts[0]).is_loopback else "127.0.0.1"
-    servers: list[asyncio.Server] = []
+    servers: list[admin.Pages] = []
     for address, port, routes in (
         (operator, admin_port, admin_routes),
         *((host, METRICS_PORT, admin.metrics_routes(metrics)) for host in hosts),

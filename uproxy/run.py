@@ -139,7 +139,7 @@ class _Proxy:
         self._listeners = Listeners(self._plane, self._inherited)
         self._door = Door(self._plane, self._inbound.serve_plaintext, self._inherited)
         self._responder: Responder | None = None
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[admin.Pages] = []
         self._successors: socket.socket | None = None
         """Where the next one comes."""
         self._left = False
@@ -419,7 +419,7 @@ class _Proxy:
         self._left = True
         self._drain_timeout_s = self.settings.upgrade_drain_timeout_s
         for server in self._servers:
-            server.close()
+            server.leave()
         if self._responder is not None:
             self._responder.leave()
         if self._member is not None:
@@ -579,6 +579,7 @@ class _Proxy:
             await asyncio.sleep(0.01)
         self._plane.run(self._pool.close)
         self._plane.run(self._inbound.server.close)
+        await asyncio.gather(*(server.answered() for server in self._servers))
         log.info("drained; %d connections were cut", left)
 
     def close(self) -> None:

@@ -121,7 +121,7 @@ class _Process:
         self.serving: Serving | Workers | EnvoyServing
         self.serving = self._serve_here() if settings.workers == 1 else self._serve_in_workers()
         self._inherited = Inherited()
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[admin.Pages] = []
         self._handover: socket.socket | None = None
         """Where a successor comes."""
         self._left = False
@@ -354,7 +354,7 @@ class _Process:
         # Callers keep connections for minutes: who closes one that waits may meet a request that is on its way.
         self._drain = timeout_s, timeout_s / 2
         for server in self._servers:
-            server.close()
+            server.leave()
         if self._member is not None:
             self._member.leave()
         self._stop()
@@ -468,6 +468,7 @@ class _Process:
         """Accept nothing more, tell callers, and let requests and connections end by themselves, for a while."""
         self.pending.add("draining")
         await self.serving.drain(*self._drain)
+        await asyncio.gather(*(server.answered() for server in self._servers))
 
     def close(self) -> None:
         if self._timer is not None:

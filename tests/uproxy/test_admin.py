@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
+from collections.abc import Callable
 from http import HTTPStatus
 
 import pytest
@@ -372,3 +374,35 @@ class TestTap:
             await close((await self.watch(address))[1])
 
         self.converse(conversation)
+
+
+class LeftAtOnce(socket.socket):
+    """A listening socket whose pages end in the very turn in which something is accepted."""
+
+    left: Callable[[], object]
+
+    def accept(self) -> tuple[socket.socket, object]:
+        accepted = super().accept()
+        asyncio.get_running_loop().call_soon(self.left)
+        return accepted
+
+
+def test_whoever_was_accepted_is_answered_before_the_pages_end() -> None:
+    async def run() -> bytes:
+        listening = LeftAtOnce()
+        listening.bind(("127.0.0.1", 0))
+        pages = await admin.serve("127.0.0.1", 0, {"/a": echo}, listening)
+        listening.left = pages.leave
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            ending = group.create_task(pages.answered())
+            await asyncio.sleep(0.1)
+            assert not ending.done(), "one has not asked yet"
+            writer.write(OK.format("/a").encode())
+            answer = await reader.read()
+            await ending
+            assert listening.fileno() < 0
+            await close(writer)
+        return answer
+
+    assert status(asyncio.run(run())) == 200

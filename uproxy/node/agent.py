@@ -508,7 +508,7 @@ async def _listen_to_operators(agent: Agent, address: str, port: int) -> None:
         _log.error("no metrics: cannot listen on %s:%d: %s; see --metrics", address, port, error.strerror or error)
         return
     async with listening:
-        await listening.serve_forever()
+        await asyncio.Event().wait()
 
 
 async def _follow(agent: Agent, membership: Membership, credentials: CurrentCredentials, directory: Path) -> None:
