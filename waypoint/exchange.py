@@ -18,6 +18,7 @@ from control.api.route import RouteRule
 from control.client.state import State
 from uproxy import trace
 from uproxy.connections import Connections, Live
+from uproxy.directory import Directory
 from uproxy.errors import RefusedError
 from uproxy.listener import Asked
 from uproxy.plane import Plane
@@ -31,7 +32,6 @@ from waypoint.caller import Caller
 from waypoint.connection_limits import Limiters
 from waypoint.course import Course
 from waypoint.destination import Destination, Destinations
-from waypoint.directory import Directory
 from waypoint.external_authorization import Authorizers
 from waypoint.filters import Filters
 from waypoint.forwarding import Forwarding, release

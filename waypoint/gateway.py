@@ -14,6 +14,7 @@ from control.api.address import IpAddress
 from control.api.identity import SpiffeId
 from control.client.state import Changes, State
 from uproxy.connections import Connections
+from uproxy.directory import Directory
 from uproxy.errors import RefusedError
 from uproxy.hbone import Stream
 from uproxy.header_block import Headers
@@ -29,7 +30,6 @@ from waypoint.caller import Caller
 from waypoint.connection_limits import Limiters
 from waypoint.destination import Destination, Destinations
 from waypoint.detection import TIMEOUT_S, Begun
-from waypoint.directory import Directory
 from waypoint.exchange import Exchanges
 from waypoint.http1_incoming import Http1Incoming
 from waypoint.http2_connection import Http2Connection

@@ -6,13 +6,13 @@ import random
 
 from control.api.route import Backend, RouteRule
 from control.client.state import State
+from uproxy.directory import Directory
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane, Waiter
 from uproxy.resolve import Hop
 from waypoint import telemetry as flags
 from waypoint.course import Course
 from waypoint.destination import Destination, Destinations
-from waypoint.directory import Directory
 from waypoint.refusal import RefusalError
 from waypoint.routing import choose_backend
 from waypoint.turn import Hops, Turn

@@ -26,6 +26,7 @@ from control.client.state import Changes, State
 from uproxy import admin, config_dump, handover, joining, log_levels, plane, process
 from uproxy.config import Who
 from uproxy.credentials import CurrentCredentials
+from uproxy.doors import doors
 from uproxy.handover import HandoverError, Hello, Movable, Predecessor
 from uproxy.joining import JoinError
 from uproxy.listener import Inherited
@@ -33,13 +34,13 @@ from uproxy.plane import Plane
 from uproxy.process import TICK_S, WATCH_S, StartError
 from uproxy.telemetry import Listing
 from uproxy.tls import CredentialsError
+from uproxy.workers import Workers
 from waypoint import config
 from waypoint.config import Settings
 from waypoint.gateway import GRACE_S
 from waypoint.serving import Serving
 from waypoint.successor import Successor
 from waypoint.telemetry import WaypointTelemetry
-from waypoint.workers import Workers
 
 if TYPE_CHECKING:
     from uproxy.demand import Demand
@@ -181,7 +182,7 @@ class _Process:
         return Workers(
             self.settings.workers,
             settings,
-            self._who.addresses,
+            lambda inherited: doors(self._who.addresses, inherited, self.settings.workers),
             self._plane,
             self._telemetry,
             self._demand,

@@ -17,6 +17,8 @@ from uproxy.access_log import AccessLog
 from uproxy.config import Collector, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
+from uproxy.directory import Directory
+from uproxy.doors import doors
 from uproxy.errors import RefusedError
 from uproxy.listener import HANDSHAKES_PER_TURN, Inherited, Listeners, TunnelServer
 from uproxy.plane import Plane
@@ -24,8 +26,6 @@ from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S
 from uproxy.telemetry import Connection, Listing, Peer
 from uproxy.tls import Context, client_context, server_context
-from waypoint.directory import Directory
-from waypoint.doors import doors
 from waypoint.gateway import Gateway
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream

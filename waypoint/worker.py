@@ -24,6 +24,7 @@ from control.api.address import IpAddress, parse_address
 from control.api.identity import SpiffeId
 from control.client.state import State
 from uproxy import linux, log_levels, plane, process
+from uproxy.channel import Channel, Message
 from uproxy.config import Collector, Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import Flag, RefusedError
@@ -31,7 +32,6 @@ from uproxy.plane import Plane, Waiter
 from uproxy.process import StartError
 from uproxy.tap import Taps
 from uproxy.tls import CredentialsError
-from waypoint.channel import Channel, Message
 from waypoint.serving import Serving
 from waypoint.telemetry import WaypointTelemetry
 

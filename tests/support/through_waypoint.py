@@ -32,13 +32,13 @@ from tests.support.pair import (
 )
 from uproxy import plane
 from uproxy.connections import Connections
+from uproxy.directory import Directory
 from uproxy.listener import Listeners, TunnelServer
 from uproxy.pool import Pool
 from uproxy.redirect import OriginalDestination, Route
 from uproxy.telemetry import Connection
 from uproxy.tls import Credentials, client_context, server_context
 from waypoint import gateway
-from waypoint.directory import Directory
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.upstream import Upstream
 

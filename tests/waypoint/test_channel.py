@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from waypoint import channel
-from waypoint.channel import Channel
+from uproxy import channel
+from uproxy.channel import Channel
 
 
 async def ends() -> tuple[Channel, list[list[object]], asyncio.Event, socket.socket]:

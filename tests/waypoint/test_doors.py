@@ -8,9 +8,9 @@ import socket
 import pytest
 
 from control.api.address import HBONE_PORT, parse_address
+from uproxy.doors import doors
 from uproxy.listener import Inherited, opened
 from uproxy.process import StartError
-from waypoint.doors import doors
 
 ADDRESSES = [parse_address("127.0.68.3"), parse_address("127.0.68.4")]
 

@@ -1,6 +1,6 @@
 """Metrics of several processes as one."""
 
-from waypoint.metrics import counters, summed
+from uproxy.metrics import counters, summed
 
 ONE = b"""# HELP a_total A
 # TYPE a_total counter

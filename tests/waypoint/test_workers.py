@@ -30,10 +30,10 @@ from tests.support.http_app import telling
 from tests.support.pair import published
 from tests.support.site import Site, eventually, get
 from tests.support.waypoint_site import WP, asked, bound_site, joining, members, resources, waypoint
+from uproxy.channel import Channel, Message
 from uproxy.listener import opened
 from uproxy.tls import Credentials, client_context
-from waypoint.channel import Channel, Message
-from waypoint.workers import APPLY_TIMEOUT_S
+from uproxy.workers import APPLY_TIMEOUT_S
 
 NETWORK = "127.0.97"
 ADDRESS = f"{NETWORK}.3"

@@ -16,7 +16,7 @@ from typing import Final
 
 from uproxy import linux
 from uproxy.process import StartError
-from waypoint.workers import FIRST_RESTART_S, LAST_RESTART_S
+from uproxy.workers import FIRST_RESTART_S, LAST_RESTART_S
 
 ADMIN: Final = "admin.sock"
 PROBE: Final = "probe.sock"

@@ -12,12 +12,12 @@ import re
 import time
 from typing import Final
 
+from uproxy.workers import APPLY_TIMEOUT_S
 from waypoint.engine_envoy.child import PROBE, Child
 from waypoint.engine_envoy.files import Files
 from waypoint.engine_envoy.rendering import PROBE as PROBED
 from waypoint.engine_envoy.rendering import Rendering, probed
 from waypoint.engine_envoy.routes import refusing
-from waypoint.workers import APPLY_TIMEOUT_S
 
 _POLL_S: Final = 0.005
 _SLOWEST_POLL_S: Final = 0.1

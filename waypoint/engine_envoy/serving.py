@@ -19,19 +19,19 @@ from control.client.state import Changes, State
 from uproxy.access_log import AccessLog
 from uproxy.config import Who
 from uproxy.credentials import CurrentCredentials
+from uproxy.directory import Directory
 from uproxy.errors import RefusedError
+from uproxy.in_force import InForce
 from uproxy.listener import Inherited
 from uproxy.plane import Plane
 from uproxy.process import StartError
 from uproxy.telemetry import Listing
-from waypoint.directory import Directory
 from waypoint.engine_envoy.child import Child
 from waypoint.engine_envoy.delivery import Delivery
 from waypoint.engine_envoy.files import Files
 from waypoint.engine_envoy.records import Records
 from waypoint.engine_envoy.rendering import Layout, Renderer, Rendering, bootstrap
 from waypoint.gateway import GRACE_S
-from waypoint.in_force import InForce
 from waypoint.telemetry import WaypointTelemetry
 
 START_TIMEOUT_S: Final = 20.0

@@ -27,17 +27,16 @@ from control.api.address import IpAddress, parse_address
 from control.api.status import Knowledge
 from control.client.state import Changes
 from uproxy import log_levels
+from uproxy.channel import Channel, Message, encode
+from uproxy.directory import Directory
+from uproxy.doors import Door
 from uproxy.errors import RefusedError
+from uproxy.in_force import InForce
 from uproxy.listener import Inherited
+from uproxy.metrics import counters, summed
 from uproxy.plane import Plane
 from uproxy.process import FAREWELL_S, StartError
-from uproxy.telemetry import Listing
-from waypoint.channel import Channel, Message, encode
-from waypoint.directory import Directory
-from waypoint.doors import Door, doors
-from waypoint.in_force import InForce
-from waypoint.metrics import counters, summed
-from waypoint.telemetry import WaypointTelemetry
+from uproxy.telemetry import Listing, Telemetry
 
 APPLY_TIMEOUT_S: Final = 20.0
 """For a worker to start or to apply a batch; one that takes longer hangs, and is killed."""
@@ -93,18 +92,19 @@ class Workers:
         self,
         count: int,
         settings: dict[str, object],
-        addresses: Sequence[IpAddress],
+        open_doors: Callable[[Inherited], list[Door]],
         data_plane: Plane,
-        telemetry: WaypointTelemetry,
+        telemetry: Telemetry,
         directory: Directory | None,
         on_change: Callable[[], None],
     ) -> None:
-        """`settings`: of `worker`'s `start`. `telemetry`: of this process. `directory` answers what workers ask.
+        """`settings`: of `worker`'s `start`. `open_doors` raises StartError. `telemetry`: of this process. `directory`
+        answers what workers ask.
 
         `on_change` is called when what is in force, or `waiting`, may have changed.
         """
         self._settings = settings
-        self._addresses = addresses
+        self._open_doors = open_doors
         self._doors: list[Door] = []
         self._drain_by = math.inf
         self._plane = data_plane
@@ -175,7 +175,7 @@ class Workers:
         called. Raises StartError when one ends before.
         """
         self._group = group
-        self._doors = doors(self._addresses, inherited, len(self._workers))
+        self._doors = self._open_doors(inherited)
         for worker in self._workers:
             await self._launch(worker)
         self._later(_WATCH_S, self._watch)
@@ -327,14 +327,14 @@ class Workers:
     async def _look_up(
         self, channel: Channel | None, question: int, ask: Callable[[Directory], Coroutine[Any, Any, None]]
     ) -> None:
-        reason = detail = ""
+        refusal = ("", "")
         try:
             if self._directory is not None:
                 await ask(self._directory)
         except RefusedError as error:
-            reason, detail = error.reason, error.detail
+            refusal = (error.reason, error.detail)
         if channel is not None:  # the configuration that is the answer went before
-            channel.send("answer", question, reason, detail)
+            channel.send("answer", question, *refusal)
 
     async def _introduce(self, address: IpAddress) -> None:
         with contextlib.suppress(RefusedError):  # this proxy shuts down
