@@ -38,6 +38,17 @@ Ratios of subject and baseline agree when their intervals have a value in common
 1 in 200 moves all the same: repeat a run before you believe a small move. Exit status: 0 all agree, 1 something moved,
 or B lacks a ratio that A has, 2 a file is not understood.
 """
+_PLAN_EXAMPLES: Final = """\
+examples:
+  curl -sG prometheus:9090/api/v1/query --data-urlencode 'query=sum without (instance)
+      (rate(istio_requests_total[1d]))' >rates.json
+  kubectl get pods -A -o json >pods.json
+  meshctl bench plan --prometheus rates.json --topology pods.json --run bench-20261123T221300Z
+  meshctl bench plan --prometheus metrics.txt --seconds 3600 --topology instances.csv --l7 shop/reviews -o json
+
+The coefficients are those of the machine that RUN was measured on: read what one placement costs to another, not cores.
+Of placements whose interval reaches 1 it cannot be said that they cost more than the least.
+"""
 _NOT_UNDERSTOOD: Final = 2
 _DIFFERS: Final = 1
 _INTERRUPTED: Final = 130
@@ -45,7 +56,7 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `bench run` and `bench compare` to the parser."""
+    """Add `bench run`, `bench compare` and `bench plan` to the parser."""
     bench = commands.add_parser("bench", help="measure on this machine", description="Measure, and compare runs.")
     actions = bench.add_subparsers(metavar="COMMAND", required=True)
     run = actions.add_parser(
@@ -85,6 +96,61 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     compare.add_argument("b", type=Path, metavar="B", help="of another")
     add_output_option(compare)
     compare.set_defaults(run=_compare)
+    _add_plan(actions)
+
+
+def _add_plan(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = actions.add_parser(
+        "plan",
+        help="say which placement of the L7 proxy would cost a mesh least",
+        description="Say which placement of the L7 proxy would cost least, for a mesh whose istio_requests_total is "
+        "known, by what the suite architectures has measured.",
+        epilog=_PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument(
+        "--prometheus",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="istio_requests_total: the JSON of an instant query of its rate(), or counters as /metrics has them",
+    )
+    plan.add_argument("--seconds", type=_positive, metavar="S", help="how long counters have counted; rates need none")
+    plan.add_argument(
+        "--topology",
+        type=Path,
+        metavar="FILE",
+        help="instances with service account and node: kubectl get pods -A -o json, or CSV with the columns namespace, "
+        "workload, service_account and node (default: what the labels pod and node say of reporters)",
+    )
+    plan.add_argument(
+        "--l7",
+        action="append",
+        metavar="NAMESPACE/SERVICE",
+        help="a service that needs L7; repeatable (default: all that are called)",
+    )
+    plan.add_argument(
+        "--core-gb", type=_positive, metavar="GB", help="memory that costs as much as a core (default: 8)"
+    )
+    plan.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN",
+        dest="measured",
+        help="results.json of a run with the suite architectures, or its directory (default: the newest bench-* here)",
+    )
+    add_output_option(plan)
+    plan.set_defaults(run=_plan)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 def _peer(text: str) -> tuple[str, Path]:
@@ -204,3 +270,88 @@ def _compare(arguments: argparse.Namespace) -> int:
     lost = f", {len(gone)} gone" if gone else ""
     print(f"{both - moved} of {counted(both, 'ratio')} agree within their intervals, {moved} moved{lost}")
     return status
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from benchmarks.harness.compare import load
+    from benchmarks.harness.results import ResultsError
+    from benchmarks.plan import model, topology, traffic
+    from benchmarks.report import wording
+
+    try:
+        run = arguments.measured or _newest()
+        made = model.Model(load(run))
+        seen = traffic.read(_text(arguments.prometheus), arguments.seconds)
+        listed = topology.read(_text(arguments.topology)) if arguments.topology else seen.instances
+        asked = model.demand(seen, topology.of(model.workloads(seen), listed), arguments.l7)
+    except (ResultsError, topology.PlanError) as error:
+        raise CommandError(str(error), _NOT_UNDERSTOOD) from error
+    core_gb = arguments.core_gb or model.CORE_GB
+    estimates, even = made.estimates(asked, core_gb), made.break_even(asked, core_gb)
+    if arguments.output == "json":
+        show_json(
+            {
+                "run": str(run),
+                "demand": asdict(asked) | {"outside_per_second": seen.outside_per_second},
+                "core_gb": core_gb,
+                "placements": [asdict(one) for one in estimates],
+                "break_even": asdict(even) if even else None,
+                "proofs": [asdict(one) for one in made.proofs()],
+            }
+        )
+        return 0
+    print(
+        f"{wording.number(asked.per_second)} calls/s between {counted(sum(asked.instances.values()), 'instance')} on "
+        f"{counted(len(asked.instances), 'node')}, {asked.l7_share:.0%} of which need L7"
+    )
+    if seen.outside_per_second:
+        print(f"left out: {wording.number(seen.outside_per_second)} calls/s with an end outside of the mesh")
+    show_table(
+        ("PLACEMENT", "IS", "PROXIES", "CORES", "MEMORY GB", "COST IN CORES", "TO THE LEAST (95 %)"),
+        (
+            (
+                one.subject,
+                one.label,
+                str(one.processes),
+                wording.number(one.cores),
+                wording.number(one.memory_gb),
+                wording.number(one.cost),
+                f"{one.to_least.median:.2f} ({one.to_least.low:.2f}{wording.DASH}{one.to_least.high:.2f})",
+            )
+            for one in estimates
+        ),
+    )
+    least, *others = estimates
+    tied = [one.subject for one in others if one.to_least.low <= 1]
+    print(f"least: {least.subject}" + (f"; by these numbers not more than it: {', '.join(tied)}" if tied else ""))
+    if even is not None:
+        print(
+            f"{even.around} costs less than {even.beside} while at most {even.share:.0%} of the calls need L7 "
+            f"({even.least:.0%} to {even.most:.0%} in the single rounds)"
+        )
+    for proof in made.proofs():
+        print(
+            f"in the run itself: {proof.what}: {wording.number(proof.predicted)} {proof.unit} by this model, "
+            f"{wording.number(proof.measured)} measured"
+        )
+    return 0
+
+
+def _newest() -> Path:
+    """The last run here. Raises CommandError."""
+    from benchmarks.harness.results import FILE
+
+    runs = sorted(one.parent for one in Path().glob(f"bench-*/{FILE}"))
+    if not runs:
+        raise CommandError(
+            "there is no bench-* here: name a run with --run, or make one with meshctl bench run --suite architectures",
+            _NOT_UNDERSTOOD,
+        )
+    return runs[-1]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path}: {error}", _NOT_UNDERSTOOD) from error
