@@ -19,7 +19,7 @@ from benchmarks.lab.topology import Host, Lab
 from uproxy import sandbox
 
 _LINK_C = Path(__file__).with_name("link.c")
-_INNER, _OUTER = "delay0", "delay1"
+_INNER, _OUTER = "delay0-{}", "delay1-{}"  # of a host
 _END_S = 5.0
 
 
@@ -50,18 +50,19 @@ def build(directory: Path) -> Path:
 def delayed(lab: Lab, host: Host, program: Path, one_way_ms: float, *, core: int) -> Iterator[Carried]:
     """Everything to and from `host` takes so much longer, each way. Raises LabError when that cannot be set up."""
     port, netns = host.name, lab.underlay
+    inner, outer = _INNER.format(port), _OUTER.format(port)
     sandbox.run_ip(
         [
-            f"link add name {_INNER} type veth peer name {_OUTER}",
-            f"link set dev {_OUTER} master br0 up",
-            f"link set dev {_INNER} up",
+            f"link add name {inner} type veth peer name {outer}",
+            f"link set dev {outer} master br0 up",
+            f"link set dev {inner} up",
             f"link set dev {port} nomaster",
         ],
         netns=netns,
     )
     carried = Carried()
     try:
-        argv = ["taskset", "-c", str(core), str(program), port, _INNER, str(round(one_way_ms * 1e6))]
+        argv = ["taskset", "-c", str(core), str(program), port, inner, str(round(one_way_ms * 1e6))]
         line = lab.spawn(
             argv, sandbox.NETNS_DIR / netns, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -78,4 +79,4 @@ def delayed(lab: Lab, host: Host, program: Path, one_way_ms: float, *, core: int
         told = json.loads(out)
         carried.frames, carried.lost = told["carried"], told["lost"]
     finally:
-        sandbox.run_ip([f"link set dev {port} master br0", f"link delete dev {_INNER}"], netns=netns)
+        sandbox.run_ip([f"link set dev {port} master br0", f"link delete dev {inner}"], netns=netns)

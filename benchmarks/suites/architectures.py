@@ -3,14 +3,15 @@
 The same application, routes, policy and identities stand behind every placement (placements/), all at once: with Envoy
 as the proxy, and in full runs with our waypoint, which a Gateway's annotation places. All callers together ask at a
 fixed rate that every placement sustains; the answers are processor time and memory of all proxies, latency, and how
-many private keys one process holds.
+many private keys one process holds. Full runs also vary what share of the calls needs L7, what share stays on its host,
+and how far hosts are apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,23 +20,26 @@ from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
 from benchmarks.harness.results import Check, Measure, Results, Round, Series
 from benchmarks.harness.rounds import judge
 from benchmarks.harness.statistics import LEAST_ROUNDS
-from benchmarks.harness.usage import Meter
+from benchmarks.lab import link
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.load import LoadError
-from benchmarks.load.together import Started, run_together
+from benchmarks.suites.placements import mix
 from benchmarks.suites.placements.application import INSTANCES, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.mix import CONNECTIONS, Mix
 from benchmarks.suites.placements.placement import LOAD_CORE, PLAIN, PROXY_CORE, Placement
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
 
 NAME: Final = "architectures"
-CONNECTIONS = 4
-"""Of each caller."""
-WORKLOADS = 2 * len(SERVICES) * INSTANCES
+WORKLOADS = len(SERVICES) * (2 * INSTANCES + 1)
 CPU_RATE = 500
 """Requests a second of all callers, at which processor time is taken."""
+L4_ONLY: Final = "remote-l4"
+_ROUND_TRIP_S: Final = 0.3
+_TOLERATED_SHARE, _TOLERATED_US = 0.1, 60.0
+"""By how much delayed links may be off, of what a round trip takes longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,27 @@ class Plan:
     rates: Sequence[int]
     rounds: int
     seconds: float
+    l7_percent: Sequence[int] = ()
+    """Shares of calls that need L7, besides all of them."""
+    near_percent: Sequence[int] = ()
+    """Shares of calls that stay on their host, besides none."""
+    rtts_ms: Sequence[float] = ()
+    """Round-trip times of links between hosts, besides that of veth."""
+    axis_rounds: int = LEAST_ROUNDS
+    """Of each point along these."""
     ours: bool = True
     """Our waypoints, too."""
 
 
-QUICK = Plan(rates=(CPU_RATE,), rounds=5, seconds=1.3, ours=False)
-FULL = Plan(rates=(250, CPU_RATE, 1000), rounds=9, seconds=2.5)
+QUICK = Plan(rates=(CPU_RATE,), rounds=5, seconds=1.0, l7_percent=(0,), ours=False)
+FULL = Plan(
+    rates=(250, CPU_RATE, 1000),
+    rounds=5,
+    seconds=2.0,
+    l7_percent=(0, 10, 50),
+    near_percent=(50, 90),
+    rtts_ms=(0.25, 1.0),
+)
 
 
 class Architectures:
@@ -69,6 +88,8 @@ class Architectures:
                 _prove(bench, site)
                 _say_conditions(bench)
                 _measure(bench, site, program, plan)
+                for rtt_ms in plan.rtts_ms:
+                    _measure_apart(bench, site, lab, program, plan, rtt_ms)
         except (LabError, LoadError) as error:
             raise BenchError(f"{NAME}: {error}") from error
 
@@ -94,7 +115,8 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     bench.interleave(probes, everything, rounds=plan.rounds, seconds=plan.seconds)
     for probe in probes:
         add_difference(bench.results, probe.measure.name)
-    add_cpu(bench.results, [one.subject.name for one in placements])
+    add_cpu(bench.results, f"{NAME}/latency/{CPU_RATE}", CPU)
+    _measure_axes(bench, everything, program, plan)
     bench.interleave([_memory()], placements, rounds=LEAST_ROUNDS, seconds=0.0)
     bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
 
@@ -108,24 +130,88 @@ def _latency(program: Path, rate: int) -> Probe[Placement]:
         "us",
         parameters={"rate": rate, "connections": CONNECTIONS * len(SERVICES) * INSTANCES},
     )
-    return Probe(measure, lambda placement, seconds, number: take(program, placement, rate, seconds, number))
+    return _at(measure, program, Mix(rate))
 
 
-def take(program: Path, placement: Placement, rate: int, seconds: float, number: int) -> Sample:
-    """All callers at once, each with its share of the rate; in each round with other arrivals."""
-    callers: dict[str, Started] = {}
-    for place, caller in enumerate(placement.callers):
-        service = next(one.name for one in SERVICES if one.caller == caller.member.account)
-        share = rate / len(placement.callers)
-        # The same schedule for every placement, and another for each caller and round.
-        seed = number * len(placement.callers) + place
-        asked = load.http_open(CONNECTIONS, "/", service, share, seed=seed)
-        argv = load.argv(program, asked, *caller.entries[service], seconds)
-        callers[caller.member.name] = partial(caller.start, argv)
-    with Meter({"application": placement.applications}) as meter:
-        found = run_together(placement.subject.name, callers, seconds)
-        busy_ns = meter.used(found.counted).processor_ns["application"]
-    return found.sample("p99_us", busy_ns)
+def _at(measure: Measure, program: Path, asked: Mix) -> Probe[Placement]:
+    return Probe(measure, lambda placement, seconds, number: mix.take(program, placement, asked, seconds, number))
+
+
+def _measure_axes(bench: Bench, everything: Sequence[Placement], program: Path, plan: Plan) -> None:
+    """What share of the calls needs L7, and what share stays on its host: latency, and processor time of the same."""
+    with_l7 = [one for one in everything if one.subject.name not in (PLAIN, L4_ONLY)]
+    axes = [
+        (_l7_share(percent), Mix(CPU_RATE, l7=percent / 100), f"{NAME}/l7-cpu/{percent}") for percent in plan.l7_percent
+    ]
+    axes += [
+        (_near_share(percent), Mix(CPU_RATE, near=percent / 100), f"{NAME}/near-cpu/{percent}")
+        for percent in plan.near_percent
+    ]
+    probes = [_at(measure, program, asked) for measure, asked, _ in axes]
+    bench.interleave(probes, with_l7, rounds=plan.axis_rounds, seconds=plan.seconds)
+    for measure, _, name in axes:
+        group = f"Processor time by {measure.group[0].lower()}{measure.group[1:]}"
+        cpu = replace(measure, name=name, group=group, unit=CPU.unit, label=measure.label.removeprefix("p99, "))
+        add_cpu(bench.results, measure.name, cpu)
+
+
+def _l7_share(percent: int) -> Measure:
+    return Measure(
+        f"{NAME}/l7/{percent}",
+        NAME,
+        "Share of calls that need L7",
+        f"p99, {percent} % of {CPU_RATE} requests/s",
+        "us",
+        parameters={"l7_percent": percent},
+    )
+
+
+def _near_share(percent: int) -> Measure:
+    return Measure(
+        f"{NAME}/near/{percent}",
+        NAME,
+        "Share of calls that stay on their host",
+        f"p99, {percent} % of {CPU_RATE} requests/s",
+        "us",
+        parameters={"near_percent": percent},
+    )
+
+
+def _measure_apart(bench: Bench, site: Site, lab: Lab, program: Path, plan: Plan, rtt_ms: float) -> None:
+    """The same with hosts that are further apart: each host's link takes half of it, so that any two are as far."""
+    everything = list(site.placements.values())
+    line = link.build(bench.directory)
+    before = _round_trip_us(site, program)
+    with ExitStack() as stack:
+        carried = [stack.enter_context(link.delayed(lab, host, line, rtt_ms / 4, core=LOAD_CORE)) for host in lab.hosts]
+        added = _round_trip_us(site, program) - before
+        measure = Measure(
+            f"{NAME}/rtt/{rtt_ms:g}",
+            NAME,
+            "Round-trip time between hosts",
+            f"p99, {rtt_ms:g} ms, {CPU_RATE} requests/s",
+            "us",
+            parameters={"rtt_ms": rtt_ms},
+        )
+        bench.interleave(
+            [_at(measure, program, Mix(CPU_RATE))], everything, rounds=plan.axis_rounds, seconds=plan.seconds
+        )
+    add_difference(bench.results, measure.name)
+    lost = sum(one.lost for one in carried)
+    wanted = rtt_ms * 1000
+    bench.check(
+        Check(
+            f"{NAME}: hosts {rtt_ms:g} ms apart",
+            abs(added - wanted) <= max(_TOLERATED_SHARE * wanted, _TOLERATED_US) and not lost,
+            f"a request takes {added:.0f} us longer, where {wanted:.0f} us were asked for; {lost} frames were lost",
+            {"added_us": added, "lost": lost},
+        )
+    )
+
+
+def _round_trip_us(site: Site, program: Path) -> float:
+    """The median of a request without a proxy."""
+    return mix.take(program, site.placements[PLAIN], Mix(CPU_RATE), _ROUND_TRIP_S, 1).details["p50_us"]
 
 
 def add_difference(results: Results, measure: str) -> None:
@@ -146,25 +232,29 @@ def _added(details: Mapping[str, float], without: Mapping[str, float]) -> dict[s
     return {f"added_{key}": details[key] - without[key] for key in ("p50_us", "p99_us")}
 
 
-def add_cpu(results: Results, subjects: Sequence[str]) -> None:
-    """The processor time of the rounds at one rate, as a measure of its own."""
-    measure = Measure(
-        f"{NAME}/cpu",
-        NAME,
-        "Processor time of all proxies",
-        f"at {CPU_RATE:,} requests/s",
-        "ms/1000 requests",
-        parameters={"rate": CPU_RATE},
-    )
+CPU: Final = Measure(
+    f"{NAME}/cpu",
+    NAME,
+    "Processor time of all proxies",
+    f"at {CPU_RATE:,} requests/s",
+    "ms/1000 requests",
+    parameters={"rate": CPU_RATE},
+)
+
+
+def add_cpu(results: Results, of: str, measure: Measure) -> None:
+    """The processor time of the rounds of a measure, as a measure of its own."""
     results.measures.append(measure)
-    for subject in subjects:
-        series = results.find(f"{NAME}/latency/{CPU_RATE}", subject)
-        if series is not None:
-            found = Series(
-                measure.name, subject, list(map(_cpu, series.rounds)), "" if series.rounds else series.refused
-            )
-            judge(found, reference=False)
-            results.series.append(found)
+    for series in [one for one in results.series if one.measure == of and one.subject != PLAIN]:
+        found = Series(
+            measure.name,
+            series.subject,
+            list(map(_cpu, series.rounds)),
+            "" if series.rounds else series.refused,
+            series.failed and not series.rounds,
+        )
+        judge(found, reference=False)
+        results.series.append(found)
 
 
 def _cpu(one: Round) -> Round:
@@ -218,12 +308,13 @@ def _say_conditions(bench: Bench) -> None:
     for name, text in (
         (
             "placement",
-            f"{WORKLOADS // 2} callers on host a, {WORKLOADS // 2} called workloads on host b, {INSTANCES} of each "
-            "service account; all placements stand at once, one has load at a time",
+            f"{INSTANCES} callers of each of {len(SERVICES)} service accounts on host a; on host b {INSTANCES} called "
+            "workloads of each of as many, and another caller of each, which asks where calls are to stay on their "
+            "host; all placements stand at once, one has load at a time",
         ),
         (
             "pinning",
-            f"every proxy and node agent on core {PROXY_CORE}, nginx and the {WORKLOADS // 2} load generators on core "
+            f"every proxy and node agent on core {PROXY_CORE}, nginx and the load generators on core "
             f"{LOAD_CORE}, where the generators go first (SCHED_FIFO). They are awake for up to 0.1 ms before each "
             "request, which nginx waits for: it was seen to add some 20 us to p90, alike for all",
         ),

@@ -10,7 +10,9 @@ from benchmarks.lab.topology import App
 from control.api.identity import SpiffeId
 
 INSTANCES = 2
-"""Of every service account."""
+"""Of every service account, on a host of its own."""
+NEAR = INSTANCES + 1
+"""Number of each caller's third instance, on the host of the called services."""
 SERVICE_PORT = 80
 HTTP_PORT, L4_PORT = 8080, 8081
 """Of the application: the second is served alike and needs no L7."""
@@ -38,6 +40,10 @@ SERVICES = (
 )
 
 
+CALLERS = frozenset(one.caller for one in SERVICES)
+"""Service accounts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A workload in one placement; `number` counts an account's instances from 1."""
@@ -53,6 +59,16 @@ class Member:
     @property
     def version(self) -> str:
         return version(self.number)
+
+    @property
+    def calls(self) -> bool:
+        """Else it is called."""
+        return self.account in CALLERS
+
+    @property
+    def near(self) -> bool:
+        """A caller on the host of what it calls."""
+        return self.calls and self.number == NEAR
 
 
 def member_name(account: str, number: int) -> str:

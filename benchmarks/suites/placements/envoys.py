@@ -2,6 +2,8 @@
 
 All have the same route table, the same two RBAC filters and the same TLS; Envoy's counters are on, and so are
 access logs, a line for each connection. Each knows only what its own workloads need, as with Istio's Sidecar resource.
+What needs no L7 is a TCP connection in mTLS, whose caller the callee's proxy judges, as Istio's sidecars do with ports
+that are not declared as HTTP.
 
 A proxy beside workloads reads requests on the way out (routes) and on the way in (policy, and who calls, for the
 application). Between proxies it is HTTP/1.1 in mTLS, as between Istio's sidecars. The waypoint ends HBONE, does all
@@ -12,7 +14,7 @@ and endpoint instead of by metadata.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from benchmarks.suites.placements.application import (
     DENIED,
     HTTP_PORT,
     INSTANCES,
+    L4_PORT,
     SERVICE_PORT,
     SERVICES,
     Member,
@@ -38,6 +41,10 @@ LOOPBACK = "127.0.0.1"
 OUTBOUND_PORT = 15001
 INBOUND_PORT = 15006
 """Of a proxy's first workload; the next ones follow. Capture would keep the address that was dialled instead."""
+L4_OUTBOUND_PORT = 15101
+"""Of the first service; the next ones follow."""
+L4_INBOUND_OFFSET = 100
+"""From a workload's INBOUND_PORT to the one for connections that are not read as HTTP."""
 
 _TYPE = "type.googleapis.com/envoy.extensions"
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -69,21 +76,17 @@ def beside(entry: str, address: str, members: Iterable[Member], endpoints: Endpo
     A caller is known by the address that it comes from; on loopback there is just one. `admin` becomes a socket,
     and the access log lies beside it.
     """
-    callers = [member for member in members if any(one.caller == member.account for one in SERVICES)]
-    callees = [member for member in members if member not in callers]
+    callers = [member for member in members if member.calls]
+    callees = [member for member in members if not member.calls]
     accounts = sorted({member.account for member in callers})
-    chains = []
-    for account in accounts:
-        chain: Json = {
-            "filters": [_manager("outbound", [_host(account, service, [service.name]) for service in SERVICES])]
-        }
-        if entry != LOOPBACK:
-            known = [one.address for one in callers if one.account == account]
-            ranges = [{"address_prefix": address, "prefix_len": 32} for address in known]
-            chain["filter_chain_match"] = {"source_prefix_ranges": ranges}
-        chains.append(chain)
-    listeners = [_logged("outbound", (entry, OUTBOUND_PORT), chains, admin)] if chains else []
+    addresses = {} if entry == LOOPBACK else _addresses(callers)
+    listeners = _outbound(entry, accounts, addresses, admin) if accounts else []
     clusters = [
+        _tls_cluster(_l4_name(account, service), _for_l4(endpoints[service.name]), keys[account])
+        for account in accounts
+        for service in SERVICES
+    ]
+    clusters += [
         _tls_cluster(
             _cluster_name(account, service, chosen),
             _chosen(endpoints[service.name], chosen),
@@ -97,7 +100,76 @@ def beside(entry: str, address: str, members: Iterable[Member], endpoints: Endpo
     for number, member in enumerate(callees):
         listeners.append(_inbound(member, (address, INBOUND_PORT + number), keys, admin))
         clusters.append(_cluster(member.name, [_socket_address((member.address, HTTP_PORT))]))
+        listeners.append(_l4_inbound(member, (address, INBOUND_PORT + L4_INBOUND_OFFSET + number), keys, admin))
+        clusters.append(_cluster(f"{member.name}-l4", [_socket_address((member.address, L4_PORT))]))
     return _bootstrap(listeners, clusters, admin)
+
+
+def _addresses(callers: Iterable[Member]) -> dict[str, list[str]]:
+    """Of each service account's callers."""
+    found: dict[str, list[str]] = {}
+    for one in callers:
+        found.setdefault(one.account, []).append(one.address)
+    return found
+
+
+def _outbound(entry: str, accounts: Sequence[str], addresses: Mapping[str, list[str]], admin: Path) -> list[Json]:
+    """On the way out: a listener for what is read as HTTP, and one for each service that is not."""
+    http = {
+        account: _manager("outbound", [_host(account, service, [service.name]) for service in SERVICES])
+        for account in accounts
+    }
+    made = [_logged("outbound", (entry, OUTBOUND_PORT), _chains(http, addresses), admin)]
+    for number, service in enumerate(SERVICES):
+        tcp = {account: _tcp_proxy("outbound", _l4_name(account, service)) for account in accounts}
+        listen = entry, L4_OUTBOUND_PORT + number
+        made.append(_logged(f"outbound-{service.name}-l4", listen, _chains(tcp, addresses), admin))
+    return made
+
+
+def _chains(filters: Mapping[str, Json], addresses: Mapping[str, list[str]]) -> list[Json]:
+    """A filter chain for each service account; `addresses`: of its callers, where there is more than one account."""
+    chains = []
+    for account, one in filters.items():
+        chain: Json = {"filters": [one]}
+        if addresses:
+            ranges = [{"address_prefix": address, "prefix_len": 32} for address in addresses[account]]
+            chain["filter_chain_match"] = {"source_prefix_ranges": ranges}
+        chains.append(chain)
+    return chains
+
+
+def _l4_inbound(member: Member, listen: Address, keys: Keys, admin: Path) -> Json:
+    """On the way in to one workload, without a look at what is said: mTLS with its key, and who calls."""
+    service = next(one for one in SERVICES if one.name == member.account)
+    caller = {"authenticated": {"principal_name": {"exact": str(identity(service.caller))}}}
+    allow = {"caller": {"permissions": [{"any": True}], "principals": [caller]}}
+    policy = {
+        "name": "rbac",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.network.rbac.v3.RBAC",
+            "stat_prefix": "inbound",
+            "rules": {"action": "ALLOW", "policies": allow},
+        },
+    }
+    chain = {
+        "filters": [policy, _tcp_proxy("inbound", f"{member.name}-l4")],
+        "transport_socket": _server_tls(keys[member.account]),
+    }
+    return _logged(f"inbound-{member.name}-l4", listen, [chain], admin)
+
+
+def _tcp_proxy(name: str, cluster: str) -> Json:
+    typed = {"@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy", "stat_prefix": name, "cluster": cluster}
+    return {"name": "tcp", "typed_config": typed}
+
+
+def _l4_name(account: str, service: Service) -> str:
+    return f"{account}|{service.name}|l4"
+
+
+def _for_l4(endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+    return [replace(one, port=one.port + L4_INBOUND_OFFSET) for one in endpoints]
 
 
 def waypoint(address: str, endpoints: Endpoints, key: Path, admin: Path) -> Json:
@@ -314,21 +386,21 @@ def _inside_cluster(name: str, listeners: Iterable[str]) -> Json:
     return _cluster(name, map(_inside, listeners)) | {"transport_socket": socket}
 
 
-def _tls_cluster(name: str, endpoints: Sequence[Endpoint], key: Path, protocol: str) -> Json:
+def _tls_cluster(name: str, endpoints: Sequence[Endpoint], key: Path, *protocols: str) -> Json:
     """Instances of one service, of which each must prove to be its service account's."""
     expected = {"exact": str(identity(endpoints[0].member.account))}
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
-        "common_tls_context": tls_context(key, expected, protocol),
+        "common_tls_context": tls_context(key, expected, *protocols),
     }
     addresses = [_socket_address((one.address, one.port)) for one in endpoints]
     return _cluster(name, addresses) | {"transport_socket": {"name": "tls", "typed_config": tls}}
 
 
-def _server_tls(key: Path, protocol: str) -> Json:
+def _server_tls(key: Path, *protocols: str) -> Json:
     tls = {
         "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
         "require_client_certificate": True,
-        "common_tls_context": tls_context(key, {"prefix": f"spiffe://{TRUST_DOMAIN}/"}, protocol),
+        "common_tls_context": tls_context(key, {"prefix": f"spiffe://{TRUST_DOMAIN}/"}, *protocols),
     }
     return {"name": "tls", "typed_config": tls}

@@ -47,14 +47,17 @@ class Caller:
     box: Sandbox
     entries: Mapping[str, tuple[str, int]]
     """Of each service by its name: where a request for it goes."""
+    l4_entries: Mapping[str, tuple[str, int]]
+    """The same of a connection that nobody reads as HTTP on its way."""
 
-    def ask(self, service: str, path: str) -> Answer:
+    def ask(self, service: str, path: str, *, l7: bool = True) -> Answer:
         """One request, as the application makes it: from its cgroup and namespace."""
+        entries = self.entries if l7 else self.l4_entries
         with self._socket() as made:
             connection = http.client.HTTPConnection(service)
             connection.sock = made
             try:
-                made.connect(self.entries[service])
+                made.connect(entries[service])
                 connection.request("GET", path)
                 answer = connection.getresponse()
                 body = answer.read()

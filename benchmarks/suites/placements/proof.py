@@ -39,6 +39,8 @@ def prove(site: Site, name: str) -> None:
                     raise LabError(f"{name}: {path} went to {answer.told['version']} of {called.name}")
             _expect_status(caller, called, f"{DENIED}/all", 403)
             _expect_status(caller, other, "/", 403)
+        if name != PLAIN:
+            _expect_l4(caller, called, other)
         if name == "remote" or name in GATEWAYS:
             _expect_no_way_around(site.workloads[caller.member.name], site.workloads[member_name(called.name, 1)])
 
@@ -66,6 +68,13 @@ def _expect_status(caller: Caller, service: Service, path: str, status: int) -> 
     if answer.status != status:
         raise LabError(f"{caller.member.name} asked {service.name} for {path}: {answer} instead of {status}")
     return answer
+
+
+def _expect_l4(caller: Caller, called: Service, other: Service) -> None:
+    """What needs no L7 gets through, untouched, to the service that lets this caller in, and to no other."""
+    answers = [caller.ask(service.name, "/", l7=False) for service in (called, other)]
+    if [one.status for one in answers] != [200, 0] or answers[0].told["caller"]:
+        raise LabError(f"{caller.member.name} asked {called.name} and {other.name} without L7: {answers}")
 
 
 def _expect_caller(workload: Workload, account: str) -> None:

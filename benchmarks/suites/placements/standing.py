@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +23,11 @@ from benchmarks.peers import envoy
 from benchmarks.peers.place import Place
 from benchmarks.suites.placements import envoys
 from benchmarks.suites.placements.application import (
+    CALLERS,
     HTTP_PORT,
     INSTANCES,
+    L4_PORT,
+    NEAR,
     NUMBER,
     SERVICE_PORT,
     SERVICES,
@@ -33,7 +36,14 @@ from benchmarks.suites.placements.application import (
     identity,
     member_name,
 )
-from benchmarks.suites.placements.envoys import INBOUND_PORT, LOOPBACK, OUTBOUND_PORT, Endpoint, Json
+from benchmarks.suites.placements.envoys import (
+    INBOUND_PORT,
+    L4_OUTBOUND_PORT,
+    LOOPBACK,
+    OUTBOUND_PORT,
+    Endpoint,
+    Json,
+)
 from benchmarks.suites.placements.mesh import (
     GATEWAY,
     GATEWAYS,
@@ -121,7 +131,7 @@ class _Seat:
 
     @property
     def role(self) -> str:
-        return "client proxy" if self.host.name == "a" else "server proxy"
+        return _role([one.account for one in self.members])
 
 
 def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Site:
@@ -129,6 +139,8 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
     a, b, c = lab.host("a"), lab.host("b"), lab.host("c")
     accounts = [(a, one.caller) for one in SERVICES] + [(b, one.name) for one in SERVICES]
     everybody = [(host, account, number + 1) for host, account in accounts for number in range(INSTANCES)]
+    near = [(b, one.caller, NEAR) for one in SERVICES]
+    everybody += near
     workloads = [_workload(*one) for one in everybody]
     twins = [_twin(*one) for one in everybody]
     seats = {
@@ -136,12 +148,14 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
             _Seat(t.member.name, t.host, t.box.netns_path, LOOPBACK, t.member.address, (t.member,)) for t in twins
         ],
         "node": [_node_seat(host, twins) for host in (a, b)],
-        "service-account": [_account_seat(host, account, twins) for host, account in accounts],
+        "service-account": [
+            _account_seat(host, account, twins) for host, account in (*accounts, *((h, name) for h, name, _ in near))
+        ],
     }
     waypoint_box = c.place(GATEWAY, WAYPOINT_ADDRESS)
     lab.configure(RESOURCES)
     lab.start(progress)
-    applications = [_serve(lab, twin) for twin in twins if twin.host is b]
+    applications = [_serve(lab, twin) for twin in twins if not twin.member.calls]
     running = {name: _beside(lab, name, group) for name, group in seats.items()}
     key = _key(lab, GATEWAY, GATEWAY)
     config = envoys.waypoint(WAYPOINT_ADDRESS, _tunnels(workloads), key, _admin(lab, GATEWAY))
@@ -153,7 +167,7 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
     uproxies = _uproxies(workloads, (a, b))
     cores.pin((one.pid for one in uproxies), PROXY_CORE)
     cores.pin((one.pid for one in waypoints), PROXY_CORE)
-    captured = [_pid(workload.data) for workload in workloads if workload.host is b]
+    captured = [_pid(one.data) for one in workloads if not _member(one).calls]
     cores.pin(captured, LOAD_CORE)
     versions = f"Envoy {waypoint.version()}", f"uProxy {version('uproxy-mesh')}"
     made = [
@@ -165,8 +179,7 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
         ("remote-l4", uproxies, {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}),
     ):
         subject = _subject(name, " and ".join(reversed(versions)) if name == "remote" else versions[1])
-        callers = [Caller(lab, _member(one), one.box, services) for one in workloads if one.host is a]
-        made.append(Placement(subject, callers, members, captured))
+        made.append(Placement(subject, _uproxy_callers(lab, workloads, services), members, captured))
     if ours:
         made += [_of_ours(lab, gateway, uproxies, waypoints, workloads, captured, versions[1]) for gateway in GATEWAYS]
     made.append(_plain(lab, twins, applications))
@@ -175,7 +188,7 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
 
 def _workload(host: Host, account: str, number: int) -> Workload:
     """One that uProxies serve."""
-    app = commands.idle() if host.name == "a" else application(account, number)
+    app = commands.idle() if account in CALLERS else application(account, number)
     return host.workload(
         member_name(account, number), app, service_account=account, labels={"service": account, NUMBER: str(number)}
     )
@@ -217,8 +230,8 @@ def _node_seat(host: Host, twins: Sequence[_Twin]) -> _Seat:
 
 def _account_seat(host: Host, account: str, twins: Sequence[_Twin]) -> _Seat:
     box = host.twin(f"{account}-proxy")
-    members = tuple(one.member for one in twins if one.member.account == account)
-    return _Seat(account, host, box.netns_path, box.addresses[0], box.addresses[0], members)
+    members = tuple(one.member for one in twins if one.host is host and one.member.account == account)
+    return _Seat(f"{account}-{host.name}", host, box.netns_path, box.addresses[0], box.addresses[0], members)
 
 
 def _beside(lab: Lab, name: str, seats: Sequence[_Seat]) -> list[Envoy]:
@@ -280,7 +293,7 @@ def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Proc
     found: list[Process] = [
         UProxy(
             one.name,
-            "client proxy" if one.host.name == "a" else "server proxy",
+            _role([_member(one).account]),
             one.host.name,
             one.proxy_pid(),
             one.box.netns_path,
@@ -319,9 +332,18 @@ def _of_ours(
     """One of our waypoints between the uProxies."""
     names = {one.name for one in OURS if one.gateway == gateway}
     entries = {one.name: (address_behind(gateway, one), SERVICE_PORT) for one in SERVICES}
-    callers = [Caller(lab, _member(one), one.box, entries) for one in workloads if one.host.name == "a"]
     members = [*uproxies, *(one for one in waypoints if one.name in names)]
-    return Placement(_subject(gateway, program), callers, members, applications)
+    return Placement(_subject(gateway, program), _uproxy_callers(lab, workloads, entries), members, applications)
+
+
+def _uproxy_callers(lab: Lab, workloads: Sequence[Workload], entries: Mapping[str, tuple[str, int]]) -> list[Caller]:
+    l4_entries = {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}
+    found = [(_member(one), one.box) for one in workloads]
+    return [Caller(lab, member, box, entries, l4_entries) for member, box in found if member.calls]
+
+
+def _role(accounts: Iterable[str]) -> str:
+    return "client proxy" if set(accounts) <= CALLERS else "server proxy"
 
 
 def _subject(name: str, program: str = "") -> Subject:
@@ -333,9 +355,11 @@ def _plain(lab: Lab, twins: Sequence[_Twin], applications: Sequence[int]) -> Pla
     callees = {(one.member.account, one.member.number): one.member.address for one in twins}
     callers = []
     for twin in twins:
-        if twin.host.name == "a":
-            entries = {one.name: (callees[one.name, twin.member.number], HTTP_PORT) for one in SERVICES}
-            callers.append(Caller(lab, twin.member, twin.box, entries))
+        if twin.member.calls:
+            called = {one.name: callees[one.name, (twin.member.number - 1) % INSTANCES + 1] for one in SERVICES}
+            entries = {name: (address, HTTP_PORT) for name, address in called.items()}
+            l4_entries = {name: (address, L4_PORT) for name, address in called.items()}
+            callers.append(Caller(lab, twin.member, twin.box, entries, l4_entries))
     return Placement(_subject(PLAIN), callers, [], applications)
 
 
@@ -349,9 +373,15 @@ def _of_envoys(
 ) -> Placement:
     boxes = {one.member: one.box for one in twins}
     callers = [
-        Caller(lab, member, boxes[member], {one.name: (seat.entry, OUTBOUND_PORT) for one in SERVICES})
+        Caller(
+            lab,
+            member,
+            boxes[member],
+            {one.name: (seat.entry, OUTBOUND_PORT) for one in SERVICES},
+            {one.name: (seat.entry, L4_OUTBOUND_PORT + number) for number, one in enumerate(SERVICES)},
+        )
         for seat in seats
-        if seat.role == "client proxy"
         for member in seat.members
+        if member.calls
     ]
     return Placement(subject, callers, running, applications)

@@ -19,8 +19,10 @@ from benchmarks.lab.evidence import fresh_payload
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.suites import architectures
+from benchmarks.suites.placements import mix
 from benchmarks.suites.placements.application import HTTP_PORT, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.mix import Mix
 from benchmarks.suites.placements.placement import PLAIN
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
@@ -28,6 +30,7 @@ from benchmarks.suites.placements.standing import Site, stand
 OURS = ("ours", "ours-node", "ours-service-account")
 WITH_L7 = ("sidecar", "node", "service-account", "remote", *OURS)
 PROXIED = (*WITH_L7, "remote-l4")
+SOME = ("sidecar", "ours", "remote-l4", PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +83,15 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
         )
         for name, placement in site.placements.items()
     }
-    each = [["cart"], ["cart"], ["ratings"], ["ratings"], ["reviews"], ["reviews"], ["web"], ["web"]]
+    each = [*3 * [["cart"]], *2 * [["ratings"]], *2 * [["reviews"]], *3 * [["web"]]]
     assert held == {
         "sidecar": each,
-        "node": [["cart", "web"], ["ratings", "reviews"]],
-        "service-account": [["cart"], ["ratings"], ["reviews"], ["web"]],
+        "node": [["cart", "ratings", "reviews", "web"], ["cart", "web"]],
+        "service-account": [["cart"], ["cart"], ["ratings"], ["reviews"], ["web"], ["web"]],
         "remote": [[], [], *each, ["wp"]],
         "remote-l4": [[], [], *each],
-        "ours": [[], [], *each[:2], ["ours"], *each[2:]],
-        "ours-node": [[], [], *each[:2], ["ours-node"], *each[2:]],
+        "ours": [[], [], *each[:3], ["ours"], *each[3:]],
+        "ours-node": [[], [], *each[:3], ["ours-node"], *each[3:]],
         "ours-service-account": [[], [], *sorted([*each, ["ratings"], ["reviews"]])],
         PLAIN: [],
     }
@@ -98,9 +101,19 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", ["service-account", "remote", PLAIN])
-def test_all_callers_together_make_the_rate(site: Site, program: Path, name: str) -> None:
-    sample = architectures.take(program, site.placements[name], 200, 0.5, 1)
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("service-account", Mix(200)),
+        ("remote", Mix(200, near=1.0)),
+        ("node", Mix(200, l7=0.5, near=0.5)),
+        ("ours-node", Mix(200, l7=0.0)),
+        (PLAIN, Mix(200)),
+    ],
+    ids=["service-account", "near", "mixed", "l4", "plain"],
+)
+def test_all_callers_together_make_the_rate(site: Site, program: Path, name: str, asked: Mix) -> None:
+    sample = mix.take(program, site.placements[name], asked, 0.5, 1)
     assert sample.counted is not None
     begin, end = sample.counted
     assert sample.operations * 1e9 / (end - begin) == pytest.approx(200, rel=0.25)
@@ -116,7 +129,7 @@ def test_a_request_that_is_refused_ends_the_round(site: Site, program: Path) -> 
         if one.member.account == SERVICES[0].caller
     ]
     with pytest.raises(BenchError, match="sidecar"):
-        architectures.take(program, dataclasses.replace(placement, callers=strangers), 200, 0.3, 1)
+        mix.take(program, dataclasses.replace(placement, callers=strangers), Mix(200), 0.3, 1)
 
 
 TOUCH = """
@@ -176,7 +189,7 @@ def test_latency_is_compared_with_the_wire_of_the_same_round() -> None:
 
 def test_processor_time_counts_although_requests_were_sent_late_but_not_when_answers_were_missing() -> None:
     found = results()
-    architectures.add_cpu(found, ["sidecar"])
+    architectures.add_cpu(found, "architectures/latency/500", architectures.CPU)
     cpu = found.find("architectures/cpu", "sidecar")
     assert cpu is not None
     assert (cpu.refused, [one.value for one in cpu.rounds]) == ("", [500, 1000])
@@ -186,25 +199,33 @@ def test_processor_time_counts_although_requests_were_sent_late_but_not_when_ans
         series.rounds = [
             dataclasses.replace(one, details={**one.details, "behind_share": 0.2}) for one in series.rounds
         ]
-    architectures.add_cpu(overloaded, ["sidecar"])
+    architectures.add_cpu(overloaded, "architectures/latency/500", architectures.CPU)
     cpu = overloaded.find("architectures/cpu", "sidecar")
     assert cpu is not None
     assert "sent late" in cpu.refused
 
 
 @pytest.mark.root
-def test_a_run_measures_every_placement(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a tiny size, on what stands: every measure has a number for every placement."""
-    tiny = architectures.Plan(rates=(architectures.CPU_RATE,), rounds=1, seconds=1.0)
+def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a tiny size, on some of what stands: every measure has a number for every placement."""
+    some = dataclasses.replace(site, placements={name: site.placements[name] for name in SOME})
+    tiny = architectures.Plan(
+        rates=(architectures.CPU_RATE,), rounds=1, seconds=0.6, l7_percent=(50,), rtts_ms=(1.0,), axis_rounds=1
+    )
     monkeypatch.setattr(architectures, "QUICK", tiny)
-    monkeypatch.setattr(architectures, "Lab", contextlib.nullcontext)
-    monkeypatch.setattr(architectures, "stand", lambda lab, progress, *, ours: site)
+    monkeypatch.setattr(architectures, "Lab", lambda: contextlib.nullcontext(lab))
+    monkeypatch.setattr(architectures, "stand", lambda lab, progress, *, ours: some)
     found = Results("now", quick=True)
     bench = Bench(found, tmp_path, quick=True)
     architectures.SUITE.run(bench)
     measured = {(one.measure, one.subject) for one in found.series if one.rounds}
-    names = ("architectures/latency/500", "architectures/cpu", "architectures/memory", "architectures/identities")
-    expected = {(name, subject) for name in names for subject in PROXIED} | {(names[0], PLAIN)}
+    expected = {
+        (f"architectures/{name}", subject)
+        for name in ("latency/500", "rtt/1", "cpu", "memory", "identities")
+        for subject in SOME[:-1]
+    }
+    expected |= {(f"architectures/{name}/50", subject) for name in ("l7", "l7-cpu") for subject in SOME[:-2]}
+    expected |= {(f"architectures/{name}", PLAIN) for name in ("latency/500", "rtt/1")}
     # A machine that is too busy for four generators at once says so, of what was under way then.
     assert [one for one in bench.failures if "shared only" not in one] == []
     assert {subject for _, subject in expected - measured} == {one.split(": ")[1].split()[0] for one in bench.failures}
