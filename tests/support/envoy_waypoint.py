@@ -34,13 +34,14 @@ async def running_envoy(
 
 @contextlib.asynccontextmanager
 async def envoy_serving(pair: Pair, identity: Path, telemetry: WaypointTelemetry) -> AsyncIterator[EnvoyServing]:
-    """From ready to its end, by what the state of the pair says."""
+    """From ready to its end, by what the state of the pair says, and the files of its identity."""
+    credentials = CurrentCredentials(identity, WP)
     serving = EnvoyServing(
         pair.plane,
         Who("wp-1", WP, (WP_ADDRESS,)),
         "shop/wp",
         pair.state,
-        CurrentCredentials(identity, WP),
+        credentials,
         telemetry,
         access_log=None,
         directory=None,
@@ -51,6 +52,7 @@ async def envoy_serving(pair: Pair, identity: Path, telemetry: WaypointTelemetry
     try:
         async with asyncio.TaskGroup() as group:
             await serving.start(group, Inherited())
+            group.create_task(credentials.watch(serving.renewed))
             yield serving
             await serving.drain(1.0, 0.1)
             raise _EndedError

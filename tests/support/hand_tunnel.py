@@ -27,9 +27,13 @@ class HandTunnel:
         self._http.send_headers(1, [(":method", "CONNECT"), (":authority", authority), *more])
         self._received = bytearray()
         self.status = ""
-        self._flush()
-        while not self.status:
-            self._turn()
+        try:
+            self._flush()
+            while not self.status:
+                self._turn()
+        except BaseException:
+            self._tls.close()
+            raise
         if self.status != "200":
             self._tls.close()
             raise AssertionError(f"CONNECT {authority} was answered {self.status}")

@@ -27,6 +27,8 @@ class Files:
         self._layout = layout
         self._written: dict[str, str] = {}
         """Path -> version."""
+        self._roots = ""
+        """The path of the newest."""
 
     def clear(self) -> None:
         """Make room, and remove what processes have left that are gone. Raises OSError."""
@@ -37,15 +39,19 @@ class Files:
                 shutil.rmtree(other)
         own.mkdir(mode=0o700)
 
-    def write_secrets(self, chain_and_key: bytes, roots: bytes, revocations: bytes) -> None:
-        """The waypoint's own certificate with its key, and whom it believes; PEM. Raises OSError."""
+    def write_secrets(self, chain_and_key: bytes, roots: bytes, revocations: bytes, revocation: int) -> None:
+        """The waypoint's own certificate with its key, and whom it believes; PEM. Raises OSError.
+
+        `revocation`: of which renderings (`Rendering.revocation`).
+        """
         pem = {"inline_string": chain_and_key.decode("ascii")}
         self._replace("own", "", [message(_SECRET, name="own", tls_certificate=dict.fromkeys(_HALVES, pem))])
         context: Json = {"trusted_ca": {"inline_string": roots.decode("ascii")}}
         if revocations:
             context["crl"] = {"inline_string": revocations.decode("ascii")}
             context["only_verify_leaf_cert_crl"] = True
-        self._replace("roots", "", [message(_SECRET, name="roots", validation_context=context)])
+        self._roots = self._layout.file("roots", str(revocation))
+        self._replace("roots", str(revocation), [message(_SECRET, name="roots", validation_context=context)])
 
     def write_bootstrap(self, bootstrap: Json) -> Path:
         """Raises OSError."""
@@ -77,7 +83,8 @@ class Files:
 
     def sweep(self, rendering: Rendering) -> None:
         """Remove what nothing of a rendering reads."""
-        kept = {self._layout.file(kind) for kind in ("own", "roots", "clusters", "listeners", "tokens")}
+        kept = {self._layout.file(kind) for kind in ("own", "clusters", "listeners", "tokens")}
+        kept |= {self._roots, self._layout.file("roots", str(rendering.revocation))}
         kept |= {self._layout.file("routes", name) for name in (*rendering.routes, "probe")}
         kept |= {self._layout.file("endpoints", name) for name in rendering.endpoints}
         for path in [path for path in self._written if path not in kept]:

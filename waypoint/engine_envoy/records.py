@@ -14,7 +14,7 @@ from waypoint import telemetry as flags
 from waypoint.telemetry import Exchange
 
 _POLICY: Final = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]")
-_UPSTREAM: Final = re.compile(r"envoy://(?P<identity>spiffe://[^/]+/ns/[^/]+/sa/[^/]+)/(?P<authority>.+)")
+_UPSTREAM: Final = re.compile(r"envoy://(?P<identity>spiffe://[^/]+/ns/[^/]+/sa/[^/?]+)[?][0-9]+/(?P<authority>.+)")
 _ANSWERED: Final = "via_upstream"
 
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from control.api.address import HBONE_PORT
+from control.api.address import HBONE_PORT, IpAddress
 from control.api.balancing import LoadBalancing, OutlierDetection
 from control.api.identity import SpiffeId, TrustDomain
 from control.api.metadata import TRUSTED_PROXIES
 from control.api.workload import Endpoint
 from control.client.state import State
 from uproxy.config import Who
+from uproxy.listener import MAX_TUNNELS
 from uproxy.resolve import host_port
 from uproxy.tunnel import HANDSHAKE_TIMEOUT_S
 from waypoint.balancers import said_of
@@ -90,6 +91,8 @@ class Rendering:
     """Of clusters that have some of their own."""
     routes: Mapping[str, Json]
     tokens: Json
+    revocation: int = 0
+    """Of whom is believed."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """What is served nothing but refusals, and why."""
     awaited: frozenset[str] = frozenset()
@@ -116,18 +119,20 @@ class Renderer:
         self._layout = layout
         self._destinations = Destinations(state, gateway, own=layout.who.key)
 
-    def render(self) -> Rendering:
-        return _Rendering(self._state, self._gateway, self._layout, self._destinations).all()
+    def render(self, revocation: int = 0) -> Rendering:
+        """`revocation`: the number of times that certificates were revoked."""
+        return _Rendering(self._state, self._gateway, self._layout, self._destinations, revocation).all()
 
 
 class _Rendering:
     """One that is being made."""
 
-    def __init__(self, state: State, gateway: str, layout: Layout, destinations: Destinations) -> None:
+    def __init__(self, state: State, gateway: str, layout: Layout, destinations: Destinations, revocation: int) -> None:
         self._state = state
         self._gateway = gateway
         self._layout = layout
         self._destinations = destinations
+        self._revocation = revocation
         self._tokens = TokenBook()
         self._listeners: dict[str, Json] = {}
         self._clusters: dict[str, Json] = {}
@@ -151,12 +156,14 @@ class _Rendering:
             self._clusters[name] = _internal(name, "STATIC", [_endpoint(name)])
             entrances.append(name)
         self._routes[HBONE] = _entrance(entrances)
+        self._listeners.update(_hbone_listeners(self._layout, self._revocation))
         return Rendering(
             listeners=self._listeners,
             clusters=self._clusters,
             endpoints=self._endpoints,
             routes=self._routes,
             tokens=self._tokens.resource(),
+            revocation=self._revocation,
             refused=self._refused,
             awaited=frozenset(self._awaited),
         )
@@ -355,11 +362,13 @@ class _Rendering:
         return self._exit_to(endpoint.identity, host_port(endpoint.address, port), endpoint.weight)
 
     def _exit_to(self, identity: SpiffeId, authority: str, weight: int) -> Json:
-        """An endpoint: the exit of an identity, and what is asked for there."""
-        name = str(identity)
+        """An endpoint: the exit of an identity, and what is asked for there. When certificates are revoked, there is
+        another exit: requests go through its new tunnels, and what is open in those of the old one ends with that.
+        """
+        name = f"{identity}?{self._revocation}"
         if name not in self._listeners:
             self._listeners[name] = _exit(name)
-            self._clusters[name] = _tunnels(name, self._layout)
+            self._clusters[name] = _tunnels(name, identity, self._layout, self._revocation)
         return _endpoint(name, authority, weight)
 
 
@@ -399,7 +408,7 @@ def _exit(name: str) -> Json:
     )
 
 
-def _tunnels(name: str, layout: Layout) -> Json:
+def _tunnels(name: str, identity: SpiffeId, layout: Layout, revocation: int) -> Json:
     """HBONE to whoever has an identity, at the address that a connection was made for."""
     options = message(
         "extensions.upstreams.http.v3.HttpProtocolOptions",
@@ -423,21 +432,27 @@ def _tunnels(name: str, layout: Layout) -> Json:
         "transport_socket": extension(
             "tls",
             "extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-            common_tls_context=tls_context(layout, {"exact": name}),
+            common_tls_context=tls_context(layout, {"exact": str(identity)}, revocation),
         ),
         **_unlimited(),
     }
 
 
-def tls_context(layout: Layout, peer: Json) -> Json:
-    """TLS 1.3 with the certificate of this waypoint; the other side's SPIFFE ID matches `peer`, a StringMatcher."""
+def tls_context(layout: Layout, peer: Json, revocation: int) -> Json:
+    """TLS 1.3 with the certificate of this waypoint; the other side's SPIFFE ID matches `peer`, a StringMatcher.
+
+    Who is believed stands in a file of its own for each `revocation`: whatever has the context is made anew, with it.
+    """
     return {
         "alpn_protocols": ["h2"],
         "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
         "tls_certificate_sds_secret_configs": [{"name": "own", "sds_config": source(layout.file("own"))}],
         "combined_validation_context": {
             "default_validation_context": {"match_typed_subject_alt_names": [{"san_type": "URI", "matcher": peer}]},
-            "validation_context_sds_secret_config": {"name": "roots", "sds_config": source(layout.file("roots"))},
+            "validation_context_sds_secret_config": {
+                "name": "roots",
+                "sds_config": source(layout.file("roots", str(revocation))),
+            },
         },
     }
 
@@ -549,15 +564,17 @@ def bootstrap(layout: Layout) -> Json:
             "lds_config": source(layout.file("listeners")),
             "cds_config": source(layout.file("clusters")),
         },
-        "static_resources": {"listeners": [*_hbone_listeners(layout), _probe(layout)]},
+        "static_resources": {"listeners": [_probe(layout)]},
         "bootstrap_extensions": [extension("internal", "extensions.bootstrap.internal_listener.v3.InternalListener")],
         "layered_runtime": {
             "layers": [
                 {
                     "name": "static",
                     "static_layer": {
-                        # Nobody else's limits (`_unlimited`).
-                        "envoy.resource_limits.listener": {},
+                        **{
+                            f"envoy.resource_limits.listener.{name}.connection_limit": MAX_TUNNELS
+                            for name in _hbone_names(layout)
+                        },
                         "re2.max_program_size.error_level": 100_000,
                     },
                 }
@@ -566,7 +583,15 @@ def bootstrap(layout: Layout) -> Json:
     }
 
 
-def _hbone_listeners(layout: Layout) -> Iterator[Json]:
+def _hbone_names(layout: Layout) -> dict[str, IpAddress]:
+    """Of the listeners that callers' tunnels end in."""
+    return {f"{HBONE}-{index}": address for index, address in enumerate(layout.who.addresses)}
+
+
+def _hbone_listeners(layout: Layout, revocation: int) -> Iterator[tuple[str, Json]]:
+    """By their names. When certificates are revoked, callers are told to make new tunnels, and the old ones end: a
+    filter chain that is replaced drains.
+    """
     peers = f"spiffe://{layout.trust_domain}/"
     anybody = {"safe_regex": {"regex": f"spiffe://{layout.trust_domain}/ns/[^/,]+/sa/[^/,]+"}}
     tls = extension(
@@ -574,7 +599,7 @@ def _hbone_listeners(layout: Layout) -> Iterator[Json]:
         "extensions.transport_sockets.tls.v3.DownstreamTlsContext",
         require_client_certificate=True,
         disable_stateless_session_resumption=True,
-        common_tls_context=tls_context(layout, {"prefix": peers}),
+        common_tls_context=tls_context(layout, {"prefix": peers}, revocation),
     )
     known = {
         ORIGINAL_DST + ".local_ip": "%REQ(:AUTHORITY)%",
@@ -615,18 +640,21 @@ def _hbone_listeners(layout: Layout) -> Iterator[Json]:
             _router(),
         ],
     )
-    for index, address in enumerate(layout.who.addresses):
-        yield {
-            "name": f"{HBONE}-{index}",
-            "address": {"socket_address": {"address": address, "port_value": HBONE_PORT}},
-            "filter_chains": [
-                {
-                    "transport_socket": tls,
-                    "transport_socket_connect_timeout": f"{HANDSHAKE_TIMEOUT_S:g}s",
-                    "filters": [manager],
-                }
-            ],
-        }
+    for name, address in _hbone_names(layout).items():
+        yield (
+            name,
+            {
+                "name": name,
+                "address": {"socket_address": {"address": address, "port_value": HBONE_PORT}},
+                "filter_chains": [
+                    {
+                        "transport_socket": tls,
+                        "transport_socket_connect_timeout": f"{HANDSHAKE_TIMEOUT_S:g}s",
+                        "filters": [manager],
+                    }
+                ],
+            },
+        )
 
 
 def _probe(layout: Layout) -> Json:

@@ -83,6 +83,11 @@ class EnvoyServing:
         """Generation of the state that requests are served by."""
         self._life = 0
         """Of the child that serves by it."""
+        self._revoked: frozenset[tuple[object, int]] = frozenset()
+        """Issuers and serial numbers of certificates."""
+        self._revocation = 0
+        """How often there were more of them."""
+        self._renderings = 0
         self._refused: dict[str, str] = {}
         self._asked: set[str] = set()
         self._changed = asyncio.Event()
@@ -152,8 +157,9 @@ class EnvoyServing:
             self._changed.clear()
             generation = self._state.generation
             rendering = self._render()
+            self._renderings += 1
             try:
-                await self._delivery.bring(rendering, generation)
+                await self._delivery.bring(rendering, self._renderings)
             except OSError as error:
                 log.error("cannot write %s: %s; tried again", self._layout.directory, error)
                 self._changed.set()
@@ -165,7 +171,7 @@ class EnvoyServing:
             self._on_change()
 
     def _render(self) -> Rendering:
-        rendering = self._renderer.render()
+        rendering = self._renderer.render(self._revocation)
         for place in rendering.refused.keys() - self._refused.keys():
             log.error("%s is refused to callers: %s", place, rendering.refused[place])
         self._refused = dict(rendering.refused)
@@ -185,12 +191,18 @@ class EnvoyServing:
 
     def renewed(self) -> None:
         """There is a new certificate, or list of revoked ones."""
+        before = self._revocation
         self._write_secrets()
+        if self._revocation != before:
+            self._changed.set()
 
     def _write_secrets(self) -> None:
         now = self._credentials.value
+        revoked = frozenset((one.issuer, serial) for one in now.revocations.lists for serial in one.serials)
+        self._revocation += bool(revoked - self._revoked)
+        self._revoked = revoked
         roots = "".join(map(ssl.DER_cert_to_PEM_cert, now.roots)).encode()
-        self._files.write_secrets(now.chain_and_key, roots, now.revocations.pem)
+        self._files.write_secrets(now.chain_and_key, roots, now.revocations.pem, self._revocation)
 
     # -- operators
 
