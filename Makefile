@@ -50,9 +50,8 @@ fix: setup  ## Format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## Measure the mesh against its peers, and the control plane; nearly an hour
+bench: setup  ## Measure the mesh against its peers; about an hour
 	$(BIN)/meshctl bench run
-	$(BIN)/python -m benchmarks.control
 
 guard: setup  ## Count what the data plane costs, and compare it with the baseline (a part of the tests)
 	$(BIN)/python -m benchmarks.guard

@@ -30,9 +30,10 @@ SUITES: Final = {
     "architectures": "benchmarks.suites.architectures",
     "memory": "benchmarks.suites.memory",
     "waypoint": "benchmarks.suites.waypoint",
+    "control": "benchmarks.suites.control",
 }
 """Name -> module, whose SUITE it is."""
-LONG: Final = frozenset({"waypoint"})
+LONG: Final = frozenset({"waypoint", "control"})
 """Suites that a quick run has no time for, unless they are named."""
 PEERS: Final = ("ztunnel", "linkerd")
 """What no package brings: measured when a program is named."""

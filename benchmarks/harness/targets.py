@@ -45,7 +45,6 @@ def _direct(text: str, measure: str, bound: float, better: Better) -> Target:
 
 
 _NOT_BUILT: Final = "no measurement is built yet"
-_CONTROL: Final = "make bench measures it: docs/performance.md"
 
 TARGETS: Final = (
     _target("round trip of 64 B, 1 connection", "paths/rr/1/64", 1.0),
@@ -82,9 +81,11 @@ TARGETS: Final = (
     _direct("new connections per second", "connect", 0.9, "more"),
     _absolute("memory of each further sidecar, MB", "memory/marginal", _OURS, 20),
     _absolute("memory of each further sidecar from a fork server, MB", "memory/marginal", "uproxy-forked", 8),
-    _elsewhere("a label until it is enforced on one host, p99 in ms", "control/label", 100, _CONTROL),
-    _elsewhere("a label until 1,000 proxies enforce it, p99 in ms", "control/label/1000", 1000, _CONTROL),
-    _elsewhere("growth of a uProxy with 10,000 services in the mesh, MB", "control/growth", 5, _CONTROL),
+    _absolute(
+        "a label until it is enforced on one host, the slowest of a round, ms", "control/label/worst", "mesh", 100
+    ),
+    _absolute("a change until 1,000 proxies have it, the slowest of a round, ms", "control/many/worst", "mesh", 1000),
+    _absolute("growth of a uProxy with 10,000 services in the mesh, MB", "control/growth", "mesh", 5),
     _elsewhere("requests that fail in graceful restarts", "restarts", 0, _NOT_BUILT),
 )
 

@@ -28,6 +28,7 @@ OURS: Final = frozenset(
             "direct",
         ),
         *("ours", "ours-node", "ours-service-account"),
+        "mesh",
     )
 )
 """Subjects that are made of uProxies or of our programs in the kernel; every other one is a peer, or a floor."""

@@ -24,7 +24,7 @@ examples:
   meshctl bench run --suite paths --output /tmp/paths
   meshctl bench run --peer ztunnel=/usr/local/bin/ztunnel
 
-Needs root; --quick takes under five minutes, all of it under an hour. Progress goes to stderr, a summary to stdout, and
+Needs root; --quick takes under five minutes, all of it about an hour. Progress goes to stderr, a summary to stdout, and
 into DIR: results.json (everything), results.csv (a row for each round), report.html (for people). Exit status 1 if
 something failed; what the harness refuses to report is no failure. Interrupted, it writes what it has: 130. One run at
 a time measures on a machine.
@@ -70,7 +70,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--suite",
         action="append",
         metavar="NAME",
-        help="paths, kernel, architectures, memory or waypoint; repeatable (default: all; --quick: all but waypoint)",
+        help="paths, kernel, architectures, memory, waypoint or control; repeatable (default: all; --quick: all but "
+        "the last two)",
     )
     run.add_argument("--quick", action="store_true", help="fewer, shorter rounds and measures, for a first look")
     run.add_argument(
