@@ -283,6 +283,7 @@ def _remember(placement: Placement, seconds: float, number: int) -> Sample:
         raise BenchError(f"{placement.subject.name}: process {error} is gone") from error
     total = sum(found.values())
     details = {f"host_{host}_mb": mb for host, mb in found.items()}
+    details |= {f"host_{host}_processes": float(len(pids)) for host, pids in by_host.items()}
     return Sample(total, 0, {"per_workload_mb": total / WORKLOADS, **details})
 
 
