@@ -9,10 +9,10 @@ from dataclasses import fields
 from typing import Final
 
 from control.api.bindings import Subject, Wish
-from control.api.declared import DeclaredGateway, DeclaredPolicy, DeclaredTraffic
+from control.api.declared import DeclaredGateway, DeclaredTraffic
 from control.api.gateway import Engine
 from control.api.metadata import ENGINE
-from control.api.policy import Action, AuthorizationPolicy, Target
+from control.api.policy import Target
 from control.api.problems import Findings
 from control.api.traffic import RateLimit, TrafficPolicy
 
@@ -27,13 +27,11 @@ _OF_PLACES: Final = frozenset(("filters", "redis"))
 """What holds where a service is dialled, and not where a route sends requests."""
 
 
-def unknown_to_envoy(policy: AuthorizationPolicy | TrafficPolicy, *, backend: bool = False) -> str:
+def unknown_to_envoy(policy: TrafficPolicy, *, backend: bool = False) -> str:
     """The first thing that it asks for and the engine envoy does not know; empty: nothing.
 
     `backend`: whether it is asked only about how requests go to a service, whatever was dialled.
     """
-    if isinstance(policy, AuthorizationPolicy):
-        return "" if policy.dry_run or policy.action is not Action.CUSTOM else f"action {policy.action.value}"
     if unknown := _unknown(policy, _TRAFFIC | _OF_PLACES if backend else _TRAFFIC):
         return unknown
     if policy.connection_limits is not None and policy.connection_limits.connections:
@@ -49,18 +47,14 @@ def _unknown(value: TrafficPolicy | RateLimit, known: frozenset[str]) -> str:
 
 
 def check_engines(
-    policies: Sequence[DeclaredPolicy],
     traffic: Sequence[DeclaredTraffic],
     gateways: Mapping[str, DeclaredGateway],
     wishes: Mapping[Subject, Wish],
     findings: Findings,
 ) -> None:
     """Warns of what waypoints will refuse. `gateways`: all there are, by key."""
-    asked: list[tuple[DeclaredPolicy | DeclaredTraffic, str, str]] = [
-        (item, "spec.action", unknown_to_envoy(item.policy)) for item in policies
-    ]
-    asked += ((item, "spec", "filters" if item.extensions else unknown_to_envoy(item.traffic)) for item in traffic)
-    for item, path, unknown in asked:
+    for item in traffic:
+        unknown = "filters" if item.extensions else unknown_to_envoy(item.traffic)
         for gateway_key in dict.fromkeys(_gateways(item.targets, wishes)) if unknown else ():
             gateway = gateways.get(gateway_key)
             if gateway is not None and gateway.engine is Engine.ENVOY:
@@ -68,7 +62,7 @@ def check_engines(
                     f"the engine envoy of Gateway {gateway_key} does not know {unknown}, and refuses all requests that "
                     f"this is about; remove it, or the annotation {ENGINE}"
                 )
-                findings.warn(item.position, path, problem)
+                findings.warn(item.position, "spec", problem)
 
 
 def _gateways(targets: Sequence[Target], wishes: Mapping[Subject, Wish]) -> Iterator[str]:

@@ -223,7 +223,7 @@ class Mesh:
         check_balancing(traffic, findings)
         check_targets((*policies, *authentications, *traffic), declared_services, gateways, wishes.of, findings)
         check_asked(extensions, traffic, declared_services, wishes.of, findings)
-        check_engines(policies, traffic, every_gateway, wishes.of, findings)
+        check_engines(traffic, every_gateway, wishes.of, findings)
         check_routes(routes, declared_services, elsewhere.service, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,

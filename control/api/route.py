@@ -20,7 +20,7 @@ MAX_ATTEMPTS: Final = 10
 MAX_EXPRESSION: Final = 1024  # Gateway API's, of a path
 
 _QUERY_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
-_UNTOUCHED: Final = frozenset(
+UNTOUCHED: Final = frozenset(
     (
         "connection",
         "content-length",
@@ -37,7 +37,9 @@ _UNTOUCHED: Final = frozenset(
         "x-forwarded-for",
     )
 )
-_OURS: Final = "x-uproxy-"
+"""Headers by which messages end or callers are known: a waypoint's own to write."""
+OURS: Final = "x-uproxy-"
+"""What the names of others of these begin with."""
 
 
 class PathKind(Enum):
@@ -235,6 +237,6 @@ def wrong_modified(name: str) -> str:
     """What is wrong with a route's setting, adding to or removing a header, or an empty string."""
     if problem := wrong_header_name(name):
         return problem
-    if name in _UNTOUCHED or name.startswith(_OURS):
+    if name in UNTOUCHED or name.startswith(OURS):
         return f"{name!r} is the waypoint's own to write, since messages end by it or callers are known by it"
     return ""

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 from control.api import resources
 from control.api.address import parse_address
@@ -36,6 +37,13 @@ from waypoint.telemetry import Exchange
 T = TypeVar("T")
 VERSIONS: Final = ("v1", "v2", "v3")
 _VIPS: Final = {"echo": "240.240.7.10", "echo-v1": "240.240.7.1", "echo-v2": "240.240.7.2", "echo-v3": "240.240.7.3"}
+_JUDGE: Final = """---
+apiVersion: v1
+kind: Service
+metadata: {{name: judge, namespace: shop}}
+spec: {{selector: {{app: echo}}, ports: [{{name: http, port: 80, targetPort: {port}}}]}}
+"""
+"""A service that may be asked."""
 
 _WORKLOADS: Final = """
 apiVersion: gateway.networking.k8s.io/v1
@@ -119,28 +127,8 @@ class Echo:
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request. Headers say how to answer: `delay-ms`; `fail-times` and `fail-with` (a status, or `reset`)."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        method, path, _ = head[0].split(" ")
-        headers: dict[str, str] = {}
-        for line in head[1:-2]:
-            name, _, value = line.partition(": ")
-            headers[name] = f"{headers[name]},{value}" if name in headers else value
-        body = b""
-        if headers.get("transfer-encoding") == "chunked":
-            while size := int(await reader.readline(), 16):
-                body += await reader.readexactly(size)
-                await reader.readexactly(2)
-            await reader.readline()
-        else:
-            body = await reader.readexactly(int(headers.get("content-length", "0")))
-        seen = {
-            "name": self.name,
-            "method": method,
-            "path": path,
-            "host": headers.get("host"),
-            "headers": headers,
-            "body": body.decode("latin-1"),
-        }
+        seen = {"name": self.name, **await _request(reader)}
+        method, headers = seen["method"], seen["headers"]
         self.seen.append(seen)
         status = "200 OK"
         request_id = headers.get("x-request-id", "")
@@ -158,6 +146,29 @@ class Echo:
         )
         writer.write(f"HTTP/1.1 {status}\r\ncontent-length: {len(text)}\r\n{extra}\r\n".encode("latin-1"))
         writer.write(b"" if method == "HEAD" else text)
+
+
+@dataclass
+class Judge:
+    """The service that is asked whether requests may pass. A request's header `verdict` is its answer, quoted."""
+
+    port: int = 0
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    """As `Echo.seen`."""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                found = await _request(reader)
+                self.asked.append(found)
+                verdict = unquote(found["headers"].get("verdict", "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"))
+                if verdict == "late":
+                    await reader.read()  # until who asked has given up
+                    break
+                writer.write(verdict.encode())
+                if "connection: close" in verdict:
+                    break
+        writer.close()
 
 
 @dataclass
@@ -184,6 +195,7 @@ class Suite:
         running: Running,
         consumer: Proxy,
         echoes: dict[str, Echo],
+        judge: Judge,
         loop: asyncio.AbstractEventLoop,
         engine: str,
     ) -> None:
@@ -191,11 +203,27 @@ class Suite:
         self.consumer = consumer
         self.engine = engine
         self.echoes = echoes
+        self._judge = judge
         self.running = running
         self.warnings: list[str] = []
         """Of what was applied last."""
         self._loop = loop
         self._applied: dict[str, Record] = {}
+
+    @property
+    def judged(self) -> list[dict[str, Any]]:
+        """What Service `judge` was asked, in order."""
+        return self._judge.asked
+
+    def judges(self) -> set[str]:
+        """Who has asked it by connections that have ended, of which there must be some."""
+        for _ in range(500):
+            ended = self.running.pair.db.telemetry.ended
+            found = {one.caller or one.source.identity for one in ended if f":{self._judge.port}" in one.hbone_address}
+            if found:
+                return found
+            time.sleep(0.01)
+        raise AssertionError("nobody has asked")
 
     def apply(self, *texts: str, spare: tuple[str, ...] = ()) -> None:
         """These resources, and the services; whatever was applied before is gone. `spare`: services that are not there.
@@ -206,7 +234,7 @@ class Suite:
             _SERVICE.format(name=name, vip=vip, port=self.echoes[name[5:] or "v1"].port)
             for name, vip in _VIPS.items()
             if name not in spare
-        )
+        ) + _JUDGE.format(port=self._judge.port)
         mesh = Mesh.build(resources.parse("---\n".join([_WORKLOADS + services, *texts]), "f.yaml"), "cluster.local")
         self.warnings = [str(warning) for warning in mesh.warnings]
         records: dict[str, Record] = {
@@ -312,6 +340,31 @@ async def _answer(reader: asyncio.StreamReader, method: str) -> Answer:
     return Answer(int(head[0].split(" ")[1]), headers, await reader.readexactly(length))
 
 
+async def _request(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """One, as it arrives."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    method, path, _ = head[0].split(" ")
+    headers: dict[str, str] = {}
+    for line in head[1:-2]:
+        name, _, value = line.partition(": ")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    body = b""
+    if headers.get("transfer-encoding") == "chunked":
+        while size := int(await reader.readline(), 16):
+            body += await reader.readexactly(size)
+            await reader.readexactly(2)
+        await reader.readline()
+    else:
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return {
+        "method": method,
+        "path": path,
+        "host": headers.get("host"),
+        "headers": headers,
+        "body": body.decode("latin-1"),
+    }
+
+
 @contextlib.asynccontextmanager
 async def _built_in(directory: Path, authority: Authority, app_port: int) -> AsyncIterator[Running]:
     async with running_waypoint(directory, authority, app_port, "http") as through:
@@ -339,12 +392,13 @@ def running_suite(directory: Path, engine: str = "built-in") -> Iterator[Suite]:
     """The waypoint and what is behind it, in a thread of its own."""
     authority = Authority.create(directory / "ca", "cluster.local")
     echoes = {name: Echo(name) for name in VERSIONS}
+    judge = Judge()
     started: list[Suite] = []
     running, stop = threading.Event(), asyncio.Event()
 
     async def main() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            for echo in echoes.values():
+            for echo in (*echoes.values(), judge):
                 server = await asyncio.start_server(echo.serve, DB_ADDRESS, 0)
                 stack.callback(server.close)
                 echo.port = server.sockets[0].getsockname()[1]
@@ -355,7 +409,7 @@ def running_suite(directory: Path, engine: str = "built-in") -> Iterator[Suite]:
             identity = issued(authority, directory / "identities" / "consumer", CONSUMER)
             own = Self("consumer/app", str(CONSUMER), CONSUMER.trust_domain, (address,))
             consumer = Proxy(pair.plane, pair.state, own, identity)
-            started.append(Suite(waypoint, consumer, echoes, asyncio.get_running_loop(), engine))
+            started.append(Suite(waypoint, consumer, echoes, judge, asyncio.get_running_loop(), engine))
             running.set()
             await stop.wait()
             pair.plane.run(consumer.pool.close)

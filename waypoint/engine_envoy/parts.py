@@ -20,6 +20,7 @@ TOKENS: Final = "tokens"
 PAYLOAD: Final = "payload"
 """Where that filter leaves what a token says."""
 JWT_METADATA: Final = "envoy.filters.http.jwt_authn"
+RBAC: Final = "extensions.filters.http.rbac.v3.RBAC"
 ORIGINAL_DST: Final = "envoy.filters.listener.original_dst"
 
 _TYPES: Final = "type.googleapis.com/envoy."
@@ -33,6 +34,22 @@ def message(kind: str, **fields: Any) -> Json:
 def extension(name: str, kind: str, **fields: Any) -> Json:
     """An extension and its configuration."""
     return {"name": name, "typed_config": message(kind, **fields)}
+
+
+def slot(name: str) -> Json:
+    """A filter of requests that does nothing, until what holds at a place injects one here (`injected`)."""
+    composite = extension("composite", "extensions.filters.http.composite.v3.Composite")
+    return {
+        **extension(name, "extensions.common.matching.v3.ExtensionWithMatcher", extension_config=composite),
+        "disabled": True,
+    }
+
+
+def injected(inner: Json) -> Json:
+    """What a slot holds, for all requests."""
+    does = extension("inject", "extensions.filters.http.composite.v3.ExecuteFilterAction", typed_config=inner)
+    kind = "extensions.common.matching.v3.ExtensionWithMatcherPerRoute"
+    return message(kind, xds_matcher={"on_no_match": {"action": does}})
 
 
 def digest(content: object) -> str:

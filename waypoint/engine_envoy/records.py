@@ -11,6 +11,7 @@ from control.client.state import State
 from uproxy.resolve import host_port
 from uproxy.telemetry import Peer
 from waypoint import telemetry as flags
+from waypoint.engine_envoy import checks
 from waypoint.telemetry import Exchange
 
 _POLICY: Final = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]")
@@ -62,6 +63,8 @@ class Records:
         )
         if denied := _POLICY.fullmatch(details):
             exchange.policy = "" if denied[1] == "none" else denied[1]
+        if details.startswith("ext_authz_"):  # by the last one that was asked
+            exchange.policy = next(filter(None, map(said.get, reversed(checks.marks()))), "")
         if details.startswith("rbac_access_denied"):
             exchange.details = "rbac_access_denied"
         return exchange

@@ -28,11 +28,12 @@ from waypoint.balancing import AT_RANDOM, rank_of
 from waypoint.connection_limits import limits_of
 from waypoint.destination import Destination, Destinations
 from waypoint.detection import TIMEOUT_S as DETECTION_S
-from waypoint.engine_envoy import balancing, routes, tokens, traffic
+from waypoint.engine_envoy import balancing, checks, routes, tokens, traffic
 from waypoint.engine_envoy.parts import (
     CALLER,
     ORIGINAL_DST,
     PRINCIPAL,
+    RBAC,
     RBAC_ALLOW,
     RBAC_DENY,
     TOKENS,
@@ -58,7 +59,6 @@ PROBE: Final = "probe"
 _MANAGER: Final = "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _STATE: Final = "extensions.filters.http.set_filter_state.v3.Config"
-_RBAC: Final = "extensions.filters.http.rbac.v3.RBAC"
 _PEER: Final = "%FILTER_STATE(" + PRINCIPAL + ":PLAIN)%"
 _OURS: Final = {"remove_on_match": {"key_matcher": {"prefix": "x-uproxy-"}}}
 _NOBODY: Final = {"action": "ALLOW", "policies": {}}
@@ -177,7 +177,11 @@ class _Rendering:
                 named = f"Gateway {self._gateway}: {TRUSTED_PROXIES}"
                 raise NotExpressibleError(f"{named} is not known to the engine envoy; remove the annotation")
             limits = traffic.limits_of(held.traffic)
-            filters = {**http_rules(held.policies), **limits.filters}
+            filters = {
+                **http_rules(held.policies),
+                **checks.checks(held.policies, self._asker),
+                **limits.filters,
+            }
             return self._routed(name, destination, held, limits, filters)
         except NotExpressibleError as error:
             self._refused[name] = str(error)
@@ -318,27 +322,26 @@ class _Rendering:
         cluster = self._cluster(service_key, port, 0)
         name = f"mirror {cluster}"
         if cluster and name not in self._listeners:
-            state = {
-                "object_key": CALLER,
-                "factory_key": "envoy.hashable_string",
-                "format_string": {"text_format_source": {"inline_string": "%REQ(X-UPROXY-CALLER)%"}},
-                "shared_with_upstream": "TRANSITIVE",
-            }
-            route = {"match": {"prefix": "/"}, "route": {"cluster": cluster, "timeout": f"{MIRROR_TIMEOUT_S:g}s"}}
-            manager = extension(
-                "copies",
-                _MANAGER,
-                stat_prefix="copies",
-                route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
-                http_filters=[
-                    extension(
-                        "state", "extensions.filters.http.set_filter_state.v3.Config", on_request_headers=[state]
-                    ),
-                    _router(),
-                ],
-            )
+            action = {"cluster": cluster, "timeout": f"{MIRROR_TIMEOUT_S:g}s"}
+            manager = _onward("copies", "%REQ(X-UPROXY-CALLER)%", action)
             self._listeners[name] = _listener(name, [manager], [])
             self._clusters[name] = _internal(name, "STATIC", [_endpoint(name)])
+        return name if cluster else ""
+
+    def _asker(self, service_key: str, port: int) -> str:
+        """The name of the cluster through which a service port is asked, by this waypoint as itself."""
+        cluster = self._cluster(service_key, port, 0)
+        name = f"ask {cluster}"
+        if cluster and name not in self._listeners:
+            who = self._layout.who
+            caller = f"{who.identity};{host_port(who.addresses[0], 0)}"
+            retry = {"retry_on": "connect-failure,refused-stream,reset", "num_retries": 2}  # to ask twice does no harm
+            manager = _onward("checks", caller, {"cluster": cluster, "timeout": "0s", "retry_policy": retry})
+            self._listeners[name] = _listener(name, [manager], [])
+            self._clusters[name] = {
+                **_internal(name, "STATIC", [_endpoint(name)]),
+                **_protocols({"explicit_http_config": {"http_protocol_options": {}}}, [], checks.NOT_TAKEN),
+            }
         return name if cluster else ""
 
     def _straight(self, name: str, destination: Destination, max_requests: int) -> str:
@@ -370,6 +373,26 @@ class _Rendering:
             self._listeners[name] = _exit(name)
             self._clusters[name] = _tunnels(name, identity, self._layout, self._revocation)
         return _endpoint(name, authority, weight)
+
+
+def _onward(name: str, caller: str, action: Json) -> Json:
+    """HTTP of requests that this waypoint makes: all do one thing, and leave as those of `caller`, a format."""
+    state = {
+        "object_key": CALLER,
+        "factory_key": "envoy.hashable_string",
+        "format_string": {"text_format_source": {"inline_string": caller}},
+        "shared_with_upstream": "TRANSITIVE",
+    }
+    route = {"match": {"prefix": "/"}, "route": action}
+    return extension(
+        name,
+        _MANAGER,
+        stat_prefix=name,
+        server_header_transformation="PASS_THROUGH",
+        forward_client_cert_details="ALWAYS_FORWARD_ONLY",
+        route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        http_filters=[extension("state", _STATE, on_request_headers=[state]), _router()],
+    )
 
 
 def _listener(name: str, http: Sequence[Json], tcp: Sequence[Json]) -> Json:
@@ -501,11 +524,16 @@ def _speaking(to_http1: bool, to_http2: bool, requests_each: int) -> Json:
         kept = {"explicit_http_config": http2 if to_http2 else http1}
     else:
         kept = {"use_downstream_protocol_config": {**http1, **http2}}
+    return _protocols(kept, [_OURS], [_OURS], requests_each)
+
+
+def _protocols(kept: Json, of_requests: Sequence[Json], of_responses: Sequence[Json], requests_each: int = 0) -> Json:
+    """What a cluster speaks, and what becomes of headers there."""
     upstream = [
         extension(
             "answers",
             "extensions.filters.http.header_mutation.v3.HeaderMutation",
-            mutations={"request_mutations": [_OURS], "response_mutations": [_OURS]},
+            mutations={"request_mutations": list(of_requests), "response_mutations": list(of_responses)},
         ),
         extension("codec", "extensions.filters.http.upstream_codec.v3.UpstreamCodec"),
     ]
@@ -636,7 +664,7 @@ def _hbone_listeners(layout: Layout, revocation: int) -> Iterator[tuple[str, Jso
         },
         http_filters=[
             extension("state", _STATE, on_request_headers=state),
-            extension("named", _RBAC, rules=rules),
+            extension("named", RBAC, rules=rules),
             _router(),
         ],
     )
@@ -709,8 +737,9 @@ def _filters(layout: Layout) -> list[Json]:
             mutations={"request_mutations": callers},
         ),
         jwt,
-        extension(RBAC_DENY, _RBAC, rules=_NOBODY),
-        extension(RBAC_ALLOW, _RBAC, rules=_NOBODY),
+        *checks.idle_filters(),
+        extension(RBAC_DENY, RBAC, rules=_NOBODY),
+        extension(RBAC_ALLOW, RBAC, rules=_NOBODY),
         *traffic.idle_filters(),
         _router(),
     ]
@@ -732,6 +761,7 @@ def _refusals() -> Json:
         "mappers": [
             mapper("rbac_access_denied", "policy"),
             mapper("jwt_authn_access_denied", "token"),
+            mapper("ext_authz_", "external-authorization"),
             mapper("fault_filter_abort", "fault"),
         ]
     }
@@ -759,6 +789,7 @@ _LOGGED: Final = {
     "identity": _PEER,
     "upstream": "%UPSTREAM_HOST%",
     "audit": "%DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_effective_policy_id)%",
+    **checks.marks(),
     "rule": "%METADATA(ROUTE:uproxy:rule)%",
     "backend": "%METADATA(ROUTE:uproxy:backend)%",
 }

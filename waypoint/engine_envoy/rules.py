@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from control.api.engines import unknown_to_envoy
+from control.api.extension import ExternalAuthorization
 from control.api.metadata import ENGINE
 from control.api.policy import (
     ANY_SEGMENT,
@@ -40,12 +41,12 @@ class NotExpressibleError(ValueError):
     """What a resource asks for, and Envoy cannot do; the text says what, and how to mend it."""
 
 
-def check_known(policy: AuthorizationPolicy | TrafficPolicy, *, backend: bool = False) -> None:
+def check_known(policy: TrafficPolicy, *, backend: bool = False) -> None:
     """That nothing is said but what this engine acts on; `backend` is that of `unknown_to_envoy`. Raises
     NotExpressibleError.
     """
     if unknown := unknown_to_envoy(policy, backend=backend):
-        named = f"{type(policy).__name__} {policy.key}: {unknown}"
+        named = f"TrafficPolicy {policy.key}: {unknown}"
         raise NotExpressibleError(f"{named} is not known to the engine envoy; remove it, or the annotation {ENGINE}")
 
 
@@ -96,17 +97,32 @@ def tcp_rules(policies: Iterable[AuthorizationPolicy]) -> list[Json]:
     return [engine["rules"] for engine in engines if engine]
 
 
+def asked_rules(policies: Iterable[AuthorizationPolicy]) -> dict[ExternalAuthorization, Json]:
+    """Who is asked about requests, in order, and the rules that say about which."""
+    found: dict[ExternalAuthorization, list[AuthorizationPolicy]] = {}
+    for policy in _held(policies):
+        if policy.action is Action.CUSTOM and policy.authorizer is not None:
+            found.setdefault(policy.authorizer, []).append(policy)
+    return {
+        authorizer: {"action": Action.ALLOW.value, "policies": dict(_named(its, http=True))}
+        for authorizer, its in found.items()
+    }
+
+
 def _held(policies: Iterable[AuthorizationPolicy]) -> list[AuthorizationPolicy]:
     """In the order of their keys."""
-    held = sorted((policy for policy in policies if not policy.dry_run), key=lambda policy: policy.key)
-    for policy in held:
-        check_known(policy)
-    return held
+    return sorted((policy for policy in policies if not policy.dry_run), key=lambda policy: policy.key)
+
+
+def _does(policy: AuthorizationPolicy, *, http: bool) -> Action:
+    """Where nobody can be asked, what asks refuses."""
+    unasked = policy.action is Action.CUSTOM and not (http and policy.authorizer is not None)
+    return Action.DENY if unasked else policy.action
 
 
 def _engine(field: str, held: Iterable[AuthorizationPolicy], action: Action, *, http: bool) -> Json:
     """The policies of one kind as the rules of a filter, under the name of its field; empty where there are none."""
-    found = [policy for policy in held if policy.action is action]
+    found = [policy for policy in held if _does(policy, http=http) is action]
     does = Action.DENY if action is Action.DENY else Action.ALLOW
     return {field: {"action": does.value, "policies": dict(_named(found, http=http))}} if found else {}
 
@@ -182,7 +198,7 @@ def _condition(side: _Side, action: Action, condition: Condition) -> Iterable[Js
     yield from side.field(one, condition.values, condition.not_values)
 
 
-def _text(pattern: str, before: str = "") -> Json:
+def matcher(pattern: str, before: str = "") -> Json:
     """A StringMatcher of a pattern over a text that begins with `before`."""
     if pattern == "*":
         return {"prefix": before} if before else {"safe_regex": {"regex": "(?s).*"}}
@@ -203,7 +219,7 @@ def _regex(expression: str) -> Json:
 
 
 def _principal(pattern: str) -> Json:
-    return {"filter_state": {"key": PRINCIPAL, "string_match": _text(pattern, _SCHEME)}}
+    return {"filter_state": {"key": PRINCIPAL, "string_match": matcher(pattern, _SCHEME)}}
 
 
 def _namespace(pattern: str) -> Json:
@@ -229,7 +245,7 @@ def _port(text: str) -> Json:
 
 
 def _method(pattern: str) -> Json:
-    return {"header": {"name": ":method", "string_match": _text(pattern)}}
+    return {"header": {"name": ":method", "string_match": matcher(pattern)}}
 
 
 def _path(pattern: str) -> Json:
@@ -238,7 +254,7 @@ def _path(pattern: str) -> Json:
         operators = {ANY_SEGMENT: "[^/]+", REST: ".*"}
         expression = "/".join(operators.get(part, re.escape(part)) for part in pattern.split("/"))
         return {"url_path": {"path": _regex(expression)}}
-    return {"url_path": {"path": _text(pattern)}}
+    return {"url_path": {"path": matcher(pattern)}}
 
 
 def _host(pattern: str) -> Json:
@@ -277,12 +293,12 @@ def _request_principal(pattern: str) -> Json:
 
 def _claim(path: list[str], pattern: str) -> Json:
     """A claim, or any of those that it lists; numbers and truth as they are written."""
-    values: list[Json] = [{"string_match": _text(pattern)}]
+    values: list[Json] = [{"string_match": matcher(pattern)}]
     if pattern in ("true", "false"):
         values.append({"bool_match": pattern == "true"})
     elif re.fullmatch(r"-?[0-9]{1,15}", pattern):
         values.append({"double_match": {"exact": int(pattern)}})
     any_of = [*values, *({"list_match": {"one_of": value}} for value in values)]
     segments = [{"key": part} for part in (PAYLOAD, *path)]
-    matcher = {"filter": JWT_METADATA, "path": segments, "value": {"or_match": {"value_matchers": any_of}}}
-    return {"sourced_metadata": {"metadata_matcher": matcher}}
+    asked = {"filter": JWT_METADATA, "path": segments, "value": {"or_match": {"value_matchers": any_of}}}
+    return {"sourced_metadata": {"metadata_matcher": asked}}

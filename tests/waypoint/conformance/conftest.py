@@ -19,4 +19,5 @@ def suite(running: Suite) -> Suite:
     running.apply()
     for echo in running.echoes.values():
         echo.seen.clear()
+    running.judged.clear()
     return running

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from urllib.parse import quote
 
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from tests.support.conformance import Suite
+from tests.support.conformance import Suite, route, to
 
 KEY = ed25519.Ed25519PrivateKey.generate()
 ISSUER = "https://issuer.example/realm"
@@ -231,3 +232,171 @@ def test_faults(suite: Suite) -> None:
     found = Counter(suite.ask().status for _ in range(60))
     assert set(found) == {200, 418}
     assert 10 < found[418] < 50, found
+
+
+EXTENSION = (
+    "apiVersion: mesh.uproxy.dev/v1alpha1\nkind: Extension\nmetadata: {{name: {name}, namespace: shop}}\nspec:\n"
+)
+
+
+def judge(*more: str, name: str = "judge", to: str = "judge") -> str:
+    said = ", ".join([f"service: {to}, port: 80", *more])
+    return EXTENSION.format(name=name) + f"  type: ExternalAuthorization\n  externalAuthorization: {{{said}}}\n"
+
+
+NOBODY = """apiVersion: v1
+kind: Service
+metadata: {name: nobody, namespace: shop}
+spec: {selector: {app: nobody}, ports: [{name: http, port: 80}]}
+"""
+
+
+def asks(*rules: str, name: str = "ask", provider: str = "judge") -> str:
+    return policy("CUSTOM", *(rules or ("{}",)), name=name) + f"  provider: {{name: {provider}}}\n"
+
+
+def verdict(status: int, *fields: str, body: str = "") -> dict[str, str]:
+    """Headers of a request that tell the judge what to say of it."""
+    said = "\r\n".join([f"HTTP/1.1 {status} Said", f"content-length: {len(body)}", *fields, "", body])
+    return {"verdict": quote(said)}
+
+
+def test_what_a_service_allows_goes_on_with_what_it_says(suite: Suite) -> None:
+    more = (
+        "pathPrefix: /check",
+        "includeRequestHeadersInCheck: ['*']",
+        "includeAdditionalHeadersInCheck: {x-mesh: here}",
+        "headersToUpstreamOnAllow: ['*']",
+        "headersToDownstreamOnAllow: ['*']",
+    )
+    suite.apply(judge(*more), asks(operation(paths="['/a*']")))
+    assert not suite.warnings
+    said = verdict(
+        200,
+        "connection: close",
+        "x-user: ann",
+        "x-forwarded-for: 6.6.6.6",
+        "x-uproxy-caller: forged",
+        "x-forwarded-client-cert: forged",
+    )
+    answer = suite.ask("/a?b=1", host="Db.Shop", cookie="c=1", x_user="forged", body=b"12", method="POST", **said)
+    (check,) = suite.judged
+    assert (check["method"], check["path"], check["host"], check["body"]) == ("POST", "/check/a?b=1", "Db.Shop", "")
+    heard = check["headers"]
+    assert {"cookie": "c=1", "x-mesh": "here", "content-length": "0", "x-forwarded-for": "127.0.77.1"}.items() <= (
+        heard.items()
+    )
+    assert heard["x-forwarded-client-cert"] == "URI=spiffe://cluster.local/ns/shop/sa/web"
+    assert not [name for name in heard if name.startswith(("x-uproxy-", "x-envoy-"))]
+    arrived = answer.echoed["headers"]
+    assert (answer.status, answer.echoed["body"], arrived["x-user"]) == (200, "12", "ann")
+    assert (arrived["x-forwarded-for"], arrived["x-request-id"]) == ("127.0.77.1", heard["x-request-id"])
+    assert arrived["x-forwarded-client-cert"] == heard["x-forwarded-client-cert"]
+    assert answer.headers["x-user"] == "ann"
+    assert not {"x-uproxy-caller", "x-forwarded-for", "x-forwarded-client-cert"} & answer.headers.keys()
+    assert suite.ask("/b").status == 200
+    assert len(suite.judged) == 1, "no rule matches"
+    assert suite.judges() == {"spiffe://cluster.local/ns/shop/sa/wp"}, "who has asked"
+
+
+def test_only_what_is_said_of_a_request_is_told(suite: Suite) -> None:
+    suite.apply(judge(), asks())
+    answer = suite.ask(authorization="Basic secret", cookie="c=1")
+    assert answer.status == 200
+    (check,) = suite.judged
+    assert not {"authorization", "cookie"} & check["headers"].keys()
+    assert answer.echoed["headers"]["authorization"] == "Basic secret"
+
+
+def test_what_a_service_denies_is_answered_as_it_says(suite: Suite) -> None:
+    carried = "includeRequestHeadersInCheck: [verdict]"
+    suite.apply(judge(carried), asks())
+    said = verdict(
+        401, "content-type: a/b", "x-why: w", "x-uproxy-policy: forged", "www-authenticate: Basic", body="no"
+    )
+    denied = suite.ask(x_request_id="denied", **said)
+    assert (denied.status, denied.body) == (401, b"no")
+    told = {"content-type": "a/b", "x-why": "w", "www-authenticate": "Basic", "content-length": "2"}
+    assert told.items() <= denied.headers.items()
+    assert denied.headers["x-uproxy-reason"] == "external-authorization"
+    assert denied.headers.get("x-uproxy-policy") in (None, "shop/ask[0]")
+    exchange = suite.record_of("denied")
+    assert (exchange.status, exchange.flag, exchange.policy, exchange.attempts) == (401, "UAEX", "shop/ask[0]", 0)
+    suite.apply(judge(carried, "headersToDownstreamOnDeny: [set-cookie]"), asks())
+    moved = suite.ask(**verdict(302, "location: /sign-in", "set-cookie: a", "x-why: w"))
+    assert (moved.status, moved.headers["location"], moved.headers["set-cookie"]) == (302, "/sign-in", "a")
+    assert "x-why" not in moved.headers
+
+
+@pytest.mark.parametrize("which", ["500", "broken", "late", "nobody", "no service"])
+def test_what_is_no_answer_refuses_unless_it_is_said_otherwise(suite: Suite, which: str) -> None:
+    said = {
+        "late": {"verdict": "late"},
+        "broken": {"verdict": quote("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 9\r\n\r\nhal")},
+    }
+    asked = said.get(which) or verdict(500)
+    more = ["includeRequestHeadersInCheck: [verdict]", "timeout: 300ms"]
+    to = {"nobody": "nobody", "no service": "missing"}.get(which, "judge")
+    for added, status in (("", 403), ("statusOnError: 503", 503), ("failOpen: true", 200)):
+        suite.apply(judge(*more, *([added] if added else []), to=to), asks(), NOBODY)
+        answer = suite.ask(**asked)
+        assert answer.status == status, added
+        assert ("x-uproxy-reason" in answer.headers) is (status != 200)
+
+
+def test_without_an_extension_nobody_passes(suite: Suite) -> None:
+    suite.apply(asks(operation(paths="[/a]")))
+    assert "there is no Extension" in "".join(suite.warnings)
+    assert [suite.ask(path).status for path in ("/a", "/b")] == [403, 200]
+
+
+def test_a_body_goes_along_as_far_as_is_asked(suite: Suite) -> None:
+    for limit, partial, status, seen in (
+        (10, False, 200, "0123456789"),
+        (9, False, 413, None),
+        (9, True, 200, "012345678"),
+    ):
+        body = f"includeRequestBodyInCheck: {{maxRequestBytes: {limit}, allowPartialMessage: {str(partial).lower()}}}"
+        suite.apply(judge(body), asks())
+        suite.judged.clear()
+        answer = suite.ask(method="POST", body=b"0123456789")
+        assert answer.status == status
+        assert [check["body"] for check in suite.judged] == ([] if seen is None else [seen])
+        if status == 200:
+            assert answer.echoed["body"] == "0123456789"
+            assert suite.judged[0]["headers"]["x-envoy-auth-partial-body"] == str(partial).lower()
+
+
+def test_it_is_asked_after_tokens_and_before_other_policies_each_service_once(suite: Suite) -> None:
+    carried = ("includeRequestHeadersInCheck: [verdict]", "headersToUpstreamOnAllow: [x-group]")
+    second = "pathPrefix: /second"
+    policies = (
+        asks(when("request.auth.claims[groups]", values="[dev]"), name="a"),
+        asks(operation(paths="[/x]"), name="b"),
+        asks(operation(paths="[/x, /y]"), name="c", provider="other"),
+        policy("DENY", when("request.headers[x-group]", values="[banned]"), name="deny"),
+    )
+    suite.apply(authentication(), judge(*carried), judge(*carried, second, name="other"), *policies)
+
+    def ask(path: str, groups: str, **more: str) -> tuple[int, list[str]]:
+        suite.judged.clear()
+        status = suite.ask(path, authorization=token(groups=[groups]), **more).status
+        return status, [check["path"] for check in suite.judged]
+
+    assert ask("/", "ops") == (200, [])
+    assert ask("/", "dev") == (200, ["/"])
+    assert ask("/x", "dev") == (200, ["/x", "/second/x"])
+    assert ask("/y", "ops", **verdict(200, "x-group: banned")) == (403, ["/second/y"])
+    assert ask("/x", "dev", **verdict(401)) == (401, ["/x"]), "the others are not asked"
+    suite.judged.clear()
+    assert suite.ask("/x", authorization="Bearer nonsense").status == 401
+    assert not suite.judged
+
+
+def test_routes_see_what_an_authorization_adds(suite: Suite) -> None:
+    named = f"{{matches: [{{headers: [{{name: x-user, value: ann}}]}}], backendRefs: [{to('v2')}]}}"
+    routes = route(named, f"{{backendRefs: [{to('v1')}]}}")
+    carried = ("includeRequestHeadersInCheck: [verdict]", "headersToUpstreamOnAllow: [x-user]")
+    suite.apply(routes, judge(*carried), asks())
+    assert suite.ask().by == "v1"
+    assert suite.ask(**verdict(200, "x-user: ann")).by == "v2"
