@@ -21,6 +21,8 @@ SWEEP_S: Final = 1.0
 """How often those that are full again are looked for, at most."""
 
 _LONGEST_NAME: Final = 64
+_ROUNDING_S: Final = 1e-6
+"""Less than this is no time, but what is lost in sums of times."""
 _OTHERS: Final = None
 """Whose allowance those have together who have none of their own."""
 
@@ -39,8 +41,8 @@ class _Bucket:
 
     def wait_s(self, share: str | None, now: float) -> float:
         """How long until this share has a token; 0: it has one."""
-        due = max(self._full_at.get(self._place(share, now), 0.0), now) + self._each_s
-        return max(0.0, due - now - self._burst_s)
+        wait_s = max(self._full_at.get(self._place(share, now), 0.0) - now, 0.0) + self._each_s - self._burst_s
+        return wait_s if wait_s > _ROUNDING_S else 0.0
 
     def take(self, share: str | None, now: float) -> None:
         place = self._place(share, now)

@@ -82,6 +82,13 @@ def test_never_more_than_the_limit_in_any_stretch_of_time(requests, burst, pause
             assert end - first + 1 <= burst + (taken[end] - taken[first]) / interval + 1e-6
 
 
+@settings(max_examples=examples(200))
+@given(st.floats(0, 1e7), st.sampled_from((1, 3, 7)), st.sampled_from((100, 1000, 3_600_000)))
+def test_a_full_allowance_is_full_at_any_time(now, burst, per_ms):
+    limited = traffic(policy(RateLimit(1, per_ms, burst)))
+    assert [isinstance(enter(limited, now), Place) for _ in range(burst + 1)] == [True] * burst + [False]
+
+
 def test_each_identity_and_each_value_of_a_header_has_its_own():
     by_identity = traffic(policy(RateLimit(1, 1000, 1, Share.IDENTITY)))
     assert isinstance(enter(by_identity, 0.0, ANN), Place)
