@@ -114,7 +114,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def command_lines() -> list[tuple[str, list[str]]]:
     """Every command line of ours in a page's shell blocks and in a unit, in words."""
     texts = [(page.name, block) for page in PAGES for block in blocks(page, "sh")]
-    for unit in sorted((ROOT / "deploy").glob("*.service")):
+    for unit in [*sorted((ROOT / "deploy").glob("*.service")), *sorted((ROOT / "deploy").glob("*.conf"))]:
         texts += [
             (unit.name, text)
             for text in re.findall(r"^Exec(?:Start|Reload)=((?:.*\\\n)*.*)$", unit.read_text(), re.MULTILINE)

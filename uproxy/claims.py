@@ -17,6 +17,9 @@ LOCK_DIR: Final = Path("/run/uproxy/exec")
 # The uids that systemd sets aside for service users made on the fly (DynamicUser=): no person has one.
 FIRST_UID: Final = 61184
 LAST_UID: Final = 65519
+FIRST_WAYPOINT_UID: Final = 65008
+"""From here on they are those of waypoint processes that a node agent starts, which hold no lock: whom one belongs to
+says the owner of its directory."""
 
 
 class ClaimError(Exception):
@@ -61,13 +64,13 @@ def claimed_uid(wanted: int | None) -> Iterator[int]:
     """A uid that no other launcher gives to a sidecar: `wanted`, or a free one. Each is a lock on one byte."""
     make_open_directory(LOCK_DIR)
     with open(LOCK_DIR / "uids", "ab") as file:
-        for uid in range(FIRST_UID, LAST_UID + 1) if wanted is None else [wanted]:
+        for uid in range(FIRST_UID, FIRST_WAYPOINT_UID) if wanted is None else [wanted]:
             if _lock_byte(file.fileno(), uid):
                 yield uid
                 return
     if wanted is not None:
         raise ClaimError(f"--uid {wanted} is another sidecar's: each needs one of its own")
-    raise ClaimError(f"no uid is free from {FIRST_UID} to {LAST_UID}")
+    raise ClaimError(f"no uid is free from {FIRST_UID} to {FIRST_WAYPOINT_UID - 1}")
 
 
 def _lock_byte(fd: int, position: int) -> bool:

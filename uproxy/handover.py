@@ -102,11 +102,11 @@ class Hello:
 class Line:
     """One end. Every wait raises TimeoutError when it is over."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Raises HandoverError when the other end is neither this user nor root."""
+    def __init__(self, sock: socket.socket, owner: int = 0) -> None:
+        """`owner`: who else may be at the other end. Raises HandoverError when that is neither this user nor root."""
         sock.setblocking(False)
         uid = linux.peer_uid(sock)
-        if uid not in (os.geteuid(), 0):
+        if uid not in (os.geteuid(), 0, owner):
             why = f"uid {uid} may not: only its own user and root hand over"
             with sock, contextlib.suppress(OSError):
                 sock.send(msgpack.packb({"refused": why}))
@@ -294,10 +294,25 @@ async def ask_for_upgrade(directory: Path) -> int:
         line.close()
 
 
+def serves(directory: Path) -> bool:
+    """Whether somebody who runs with this identity directory is ready, and no successor is. Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
+        sock.setblocking(False)
+        try:
+            with linux.short_path(directory, SOCKET_NAME) as path:
+                sock.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except BlockingIOError:
+            pass  # others wait in line
+        return True
+
+
 def _dialled(directory: Path) -> Line | None:
     """A line to the one that runs; None when none does. Raises HandoverError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
+        owner = directory.stat().st_uid
         with linux.short_path(directory, SOCKET_NAME) as path:
             sock.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):
@@ -306,7 +321,8 @@ def _dialled(directory: Path) -> Line | None:
     except OSError as error:
         sock.close()
         raise HandoverError(f"{directory / SOCKET_NAME}: {error.strerror}") from None
-    return Line(sock)
+    # Root asks for the upgrade of a process that has a directory and a uid of its own.
+    return Line(sock, owner)
 
 
 # -- the old one
@@ -388,6 +404,8 @@ async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
             try:
                 line = Line(sock)
                 said = await _first_word(line)
+                if said is None:
+                    continue  # who wanted to know whether anybody is here (`serves`)
                 if said.get("ask") == "upgrade":
                     group.create_task(_upgrade(line, giver))
                 elif await _converse(line, said, own, giver):
@@ -398,12 +416,15 @@ async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
                 log.exception("a hand-over failed as none should; this one goes on")
 
 
-async def _first_word(line: Line) -> Message:
-    """Raises HandoverError; the line is closed then."""
+async def _first_word(line: Line) -> Message | None:
+    """None: the other one hung up; the line is closed then. Raises HandoverError, after which it is closed too."""
     try:
         async with asyncio.timeout(HELLO_S):
             return (await line.receive())[0]
-    except (GoneError, TimeoutError):
+    except GoneError:
+        line.close()
+        return None
+    except TimeoutError:
         line.close()
         raise HandoverError("the other one says nothing; this one goes on") from None
     except BaseException:

@@ -28,21 +28,22 @@ def member(identity_dir: Path, token_file: Path | None) -> Membership:
     Blocks, for a minute while no control plane answers. Raises JoinError.
     """
     try:
-        return _usable(identity_dir)
+        return usable(identity_dir)
     except (MembershipError, CredentialsError) as error:
         if token_file is None:
             raise JoinError(f"{error}. `meshctl token create` makes a token to join with (--join)") from None
         log.info("joining the mesh: %s", error)
     try:
         asyncio.run(certificates.join(identity_dir, token_file))
-        return _usable(identity_dir)
+        return usable(identity_dir)
     except certificates.JoinError as error:
         raise JoinError(f"cannot join with {token_file}: {error}") from None
     except (MembershipError, CredentialsError) as error:
         raise JoinError(f"joined with {token_file}, but the identity cannot be used: {error}") from None
 
 
-def _usable(identity_dir: Path) -> Membership:
+def usable(identity_dir: Path) -> Membership:
+    """The membership that an identity directory holds. Raises MembershipError or CredentialsError."""
     found = Membership.load(identity_dir)
     Credentials.load(identity_dir, found.identity)
     return found

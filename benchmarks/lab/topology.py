@@ -241,6 +241,8 @@ class Host:
         self.agent: subprocess.Popen[bytes] | None = None
         self.agent_options: list[str] = []
         """More options of `uproxy node`."""
+        self.agent_within: list[str] = []
+        """The command that it is started by, if it is to be restricted."""
         self._agent_log = lab.directory / f"{name}.node.log"
 
     def workload(self, name: str, app: App, **options: Any) -> Workload:
@@ -288,7 +290,7 @@ class Host:
         arguments = ["--name", self.lab.names.node(self.name), *self.lab.source.node_arguments(self)]
         arguments += ["--run-dir", str(self.run_dir), "--mesh-cidr", *MESH_RANGES, *self.agent_options]
         with open(self._agent_log, "ab") as log:
-            argv = [sys.executable, "-I", "-m", "uproxy", "node", *arguments]
+            argv = [*self.agent_within, sys.executable, "-I", "-m", "uproxy", "node", *arguments]
             self.agent = self.spawn(argv, stdout=log, stderr=log)
 
     def agent_running(self) -> bool:

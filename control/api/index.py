@@ -92,6 +92,15 @@ class ResidentService:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """Which process of a waypoint a workload is, for the node agent that starts it."""
+
+    gateway: str
+    """Name of its Gateway, in its namespace."""
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResidentWorkload:
     """A workload's address: whom to expect there."""
 
@@ -105,6 +114,8 @@ class ResidentWorkload:
     its own."""
     datagrams: tuple[int, ...] = ()
     """As of a service."""
+    placed: Placed | None = None
+    """None: it is no process of a waypoint, or of one whose processes are not of one node each."""
 
     @property
     def key(self) -> str:
@@ -267,9 +278,12 @@ def write_resident(resident: Resident) -> Value:
             # Said only where it is so, so that all other entries are those of before there was this; likewise below.
             rest: list[Value] = [bound, list(datagrams)] if datagrams else [True] if bound else []
             return ["s", namespace, name, list(ports), *rest]
-        case ResidentWorkload(namespace, name, service_account, labels, bindings, datagrams):
+        case ResidentWorkload(namespace, name, service_account, labels, bindings, datagrams, placed):
             listed: list[Value] = [[port, *write_binding(binding)] for port, binding in bindings]
-            rest = [listed, list(datagrams)] if datagrams else [listed] if listed else []
+            if placed is not None:
+                rest = [listed, list(datagrams), [placed.gateway, placed.node]]
+            else:
+                rest = [listed, list(datagrams)] if datagrams else [listed] if listed else []
             return ["w", namespace, name, service_account, dict(labels), *rest]
 
 
@@ -286,7 +300,7 @@ def read_resident(value: Value) -> Resident:
                 bound=bool(rest) and typed(rest[0], bool, "addresses"),
                 datagrams=_read_datagrams(rest),
             )
-        case ["w", namespace, name, service_account, labels, *rest] if len(rest) <= 2:
+        case ["w", namespace, name, service_account, labels, *rest] if len(rest) <= 3:
             return ResidentWorkload(
                 _name(namespace, wrong_dns_label),
                 _name(name, wrong_subdomain),
@@ -294,18 +308,20 @@ def read_resident(value: Value) -> Resident:
                 read_labels(labels, "addresses"),
                 _read_bound(rest),
                 _read_datagrams(rest),
+                _read_placed(rest),
             )
     raise RecordError(
         'addresses: each must be ["s", namespace, name, [ports]], with true when bound, or '
         '["w", namespace, name, service account, {labels}], with [[port, gateway, via]] when bound; '
-        "or with that, false or [] if not bound, and [ports] for datagrams"
+        "or with that, false or [] if not bound, and [ports] for datagrams; of a workload, behind these, "
+        "[gateway, node] of a process of a waypoint"
     )
 
 
 def _read_bound(rest: list[Value]) -> tuple[tuple[int, Binding], ...]:
     """From what stands behind the fields that every workload has: its bindings, then ports for datagrams."""
     match rest:
-        case [] | [[], _]:
+        case [] | [[], _, *_]:
             return ()
         case _:
             return _read_bindings(rest[0])
@@ -316,10 +332,20 @@ def _read_datagrams(rest: list[Value]) -> tuple[int, ...]:
     if len(rest) < 2:
         return ()
     found = tuple(read_port(port, "addresses") for port in typed(rest[1], list, "addresses"))
-    if not found:
+    if not found and len(rest) == 2:
         raise RecordError("addresses: ports for datagrams are empty; they must then be absent")
     check_ordered(found, "addresses")
     return found
+
+
+def _read_placed(rest: list[Value]) -> Placed | None:
+    """From what stands behind all these."""
+    match rest[2:]:
+        case []:
+            return None
+        case [[gateway, node]]:
+            return Placed(_name(gateway, wrong_subdomain), typed(node, str, "addresses"))
+    raise RecordError("addresses: a process of a waypoint must be [gateway, node]")
 
 
 def _read_bindings(value: Value) -> tuple[tuple[int, Binding], ...]:

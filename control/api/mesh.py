@@ -43,12 +43,12 @@ from control.api.endpoints import datagrams_of, endpoints_of
 from control.api.engines import check_engines
 from control.api.gateway import Gateway, Instance
 from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain
-from control.api.index import Resident, ResidentService, ResidentWorkload
+from control.api.index import Placed, Resident, ResidentService, ResidentWorkload
 from control.api.jwt import NO_KEYS, JwtRule, RequestAuthentication
 from control.api.labels import Labels, telemetry
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
-from control.api.placements import check_placed, led_to
+from control.api.placements import STARTED, check_placed, led_to
 from control.api.plaintext import MAX_PORTS, plaintext_of
 from control.api.policy import (
     DEFAULT_ROOT_NAMESPACE,
@@ -272,6 +272,12 @@ class Mesh:
     def residents(self) -> dict[IpAddress, Resident]:
         """Who lives at each address."""
         found: dict[IpAddress, Resident] = {}
+        placed = {
+            instance.workload: Placed(gateway.name, instance.node)
+            for gateway in self.gateways
+            if gateway.placement in STARTED
+            for instance in gateway.instances
+        }
         for workload in self.workloads:
             resident = ResidentWorkload(
                 workload.namespace,
@@ -280,6 +286,7 @@ class Mesh:
                 telemetry(workload.labels),
                 self.bindings.get(workload.key, ()),
                 self.datagrams.get(workload.key, ()),
+                placed.get(workload.key),
             )
             found |= dict.fromkeys(workload.addresses, resident)
         for service in self.services:

@@ -8,12 +8,16 @@ and a workload believes that one alone about who calls.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from control.api.bindings import Subject, Wish
 from control.api.declared import DeclaredGateway, DeclaredRoute, DeclaredService
 from control.api.gateway import Instance, Placement, before
 from control.api.problems import Findings
 from control.api.workload import Endpoint
+
+STARTED: Final = frozenset({Placement.NODE, Placement.SERVICE_ACCOUNT})
+"""Where a process stands on a node of its own, whose agent can start it."""
 
 
 def led_to(routes: Iterable[DeclaredRoute]) -> frozenset[str]:

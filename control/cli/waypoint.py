@@ -241,14 +241,14 @@ def _apply(arguments: argparse.Namespace) -> int:
     name, namespace = arguments.name, arguments.namespace
     plane = ControlPlane(arguments.socket)
     text = _gateway(plane, name, namespace, arguments)
-    instances: dict[str, str] = {}
+    instances: dict[str, tuple[str, str]] = {}
     for word in arguments.instance:
         instance, equals, where = word.partition("=")
         address, at, node = where.partition("@")
         node, slash, account = node.partition("/")
         if not (equals and instance and address) or (at and not node) or (slash and not account):
             raise CommandError(f"{word!r} must be NAME=ADDRESS[@NODE[/ACCOUNT]], such as {name}-1=10.97.0.9")
-        instances[instance] = account
+        instances[instance] = node, account
         text += _INSTANCE.format(
             instance=_text(instance),
             namespace=_text(namespace),
@@ -268,9 +268,12 @@ def _apply(arguments: argparse.Namespace) -> int:
     )
     show_changes(answer, arguments.output)
     if arguments.output == "table" and not arguments.dry_run:
-        for instance, account in instances.items():
+        for instance, (node, account) in instances.items():
             token = shlex.quote(f"{instance}.token")
-            print(f"\nTo start {instance}:")
+            if node:
+                print(f"\nThe node agent of {node} starts {instance}, if it runs with --waypoints. Else:")
+            else:
+                print(f"\nTo start {instance}:")
             print(f"  meshctl token create {shlex.quote(instance)} -n {shlex.quote(namespace)} --out {token}")
             of = f" --gateway {shlex.quote(name)}" if account else ""
             print(f"  waypoint run --join {token} --state {shlex.quote(instance)}{of}")

@@ -65,6 +65,13 @@ async def join(identity_dir: Path, token_file: Path, patience_s: float = JOIN_PA
         await asyncio.sleep(pause_s)
 
 
+async def fetch_token(agent_dir: Path, workload_key: str, token_file: Path) -> None:
+    """Get a token for a waypoint's process into a file, with the certificate of its node's agent. Raises JoinError."""
+    failure = await _certify("token", "--dir", str(agent_dir), "--for", workload_key, "--out", str(token_file))
+    if failure is not None:
+        raise JoinError(failure.text)
+
+
 class Renewal:
     """Renews the certificate in an identity directory. What is there stays until there is a better one."""
 

@@ -3,6 +3,10 @@
     python -m control.client.certify join --token-file FILE --dir DIR
     python -m control.client.certify renew --dir DIR
 
+Or a token for somebody else, a process of a waypoint that the agent of its node starts, with the agent's certificate:
+
+    python -m control.client.certify token --dir DIR --for NAMESPACE/NAME --out FILE
+
 A process of its own and short-lived, for the reasons of `csr`.
 
 Invariant: after a crash at any moment the directory holds the key of its chain. A new key is key.next.pem first, then
@@ -115,6 +119,24 @@ def renew(directory: Path) -> Membership:
         answer.check(key, own.identity)
         answer.install(directory)
         return answer.membership
+
+
+def token(directory: Path, namespace: str, workload: str) -> JoinToken:
+    """A token for a process of a waypoint that is declared for the node whose agent's directory this is.
+
+    Raises CertifyError.
+    """
+    try:
+        own = Membership.load(directory)
+    except MembershipError as error:
+        raise RefusedError(str(error)) from None
+    server = _control_plane(own.identity.trust_domain)
+    body = {"namespace": namespace, "workload": workload}
+    content = _ask(own.control, _own_context(directory), server, "POST", "/v1/token", body)
+    try:
+        return JoinToken.decode(json.loads(content)["token"])
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CertifyError(f"the control plane's answer cannot be read: {error!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +372,13 @@ def _token(path: Path) -> JoinToken:
         raise RefusedError(f"{path}: {error}") from None
 
 
+def _write(path: Path, found: JoinToken) -> None:
+    try:
+        durable.write(path, found.encode().encode() + b"\n", 0o600)
+    except OSError as error:
+        raise RefusedError(f"cannot write the token to {path}: {error.strerror}") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 done, 1 try again later, 2 refused for good or wrong usage."""
     parser = argparse.ArgumentParser(
@@ -360,15 +389,21 @@ def main(argv: list[str] | None = None) -> int:
     first = commands.add_parser("join", help="get the first certificate, with a join token")
     first.add_argument("--token-file", required=True, type=Path, help="holds what `meshctl token create` printed")
     later = commands.add_parser("renew", help="get the next certificate, with the one in the directory")
-    for command in (first, later):
-        command.add_argument("--dir", required=True, type=Path, help="the workload's identity directory")
+    other = commands.add_parser("token", help="get a token for a waypoint's process of this node")
+    other.add_argument("--for", dest="workload", required=True, metavar="NAMESPACE/NAME", help="its WorkloadEntry")
+    other.add_argument("--out", required=True, type=Path, metavar="FILE", help="where the token goes, mode 0600")
+    for command in (first, later, other):
+        command.add_argument("--dir", required=True, type=Path, help="the identity directory of who asks")
     options = parser.parse_args(argv)
     signal.alarm(DEADLINE_S)
     try:
         if options.command == "join":
             join(_token(options.token_file), options.dir)
-        else:
+        elif options.command == "renew":
             renew(options.dir)
+        else:
+            namespace, _, workload = options.workload.partition("/")
+            _write(options.out, token(options.dir, namespace, workload))
     except CertifyError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, RefusedError) else TRY_LATER

@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from control.api import index, messages, records, status
+from control.api.address import IpAddress
 from control.api.bindings import Subject
 from control.api.declared import Place
 from control.api.fields import RecordError
 from control.api.gateway import Gateway, gateway_identity
 from control.api.identity import SpiffeId, TrustDomain
-from control.api.index import AddressShard
+from control.api.index import AddressShard, Resident
 from control.api.messages import Body, MessageError, Stamp
 from control.api.metadata import PLACEMENT
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
@@ -438,6 +439,11 @@ class Core:
         """Those of all declared workloads."""
         with self._queue_lock:
             return self._registry.residents.identities()
+
+    def resident(self, address: IpAddress) -> Resident | None:
+        """Who lives at an address."""
+        with self._queue_lock:
+            return self._registry.residents.holder(address)
 
     def waypoints(self) -> frozenset[SpiffeId]:
         """Those of the processes of all Gateways."""

@@ -7,6 +7,8 @@ asks again with the same key within a minute, and gets the same certificate. The
 Rules of renewal: TLS has verified the certificate that was shown; the new one is of that identity and no other, and a
 workload must be declared still, and what was shown not revoked. Deleting a WorkloadEntry thus ends what its holder may
 do, within a certificate's life.
+
+A node agent gets tokens for the processes of waypoints that are declared for its node, and for nobody else.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from control.api.identity import SpiffeId
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.token import SECRET_BYTES, JoinToken
 from control.server.ca import CONTROL_PLANE_ACCOUNT, DEFAULT_TTL_S, Authority, CaError, requested_key
+from control.server.rights import NODE_PREFIX, is_node
 from control.server.store import Store
 
 CERTIFICATES_PORT: Final = 15012
@@ -44,6 +47,8 @@ RESERVED_ACCOUNTS: Final = frozenset({CONTROL_PLANE_ACCOUNT, "broker"})
 _ID_BYTES: Final = 9
 _KEPT_CERTIFICATES: Final = 32
 """Of one workload: a client that renews in a loop does not fill the store."""
+_MAX_LIVE_TOKENS: Final = 8
+"""Of one process that a node agent starts: an agent that asks in a loop does not fill the store."""
 _TOKENS_KEPT_S: Final = 24 * 3600
 """After their end, so that `used already` is told from `unknown`."""
 
@@ -87,9 +92,11 @@ class Enrolment:
         clock: Callable[[], float],
         certificate_ttl_s: int = DEFAULT_TTL_S,
         revoked: Callable[[int], bool] = lambda serial: False,
+        placed: Callable[[str, str, str], Member | None] = lambda node, namespace, name: None,
     ) -> None:
         """`declared`: the workload of a namespace and name, if resources declare it; node agents always are. `revoked`:
-        whether the certificate of a serial number is.
+        whether the certificate of a serial number is. `placed`: the waypoint's process of a node, namespace and name,
+        if resources declare it.
         """
         self._store = store
         self._authority = authority
@@ -97,6 +104,7 @@ class Enrolment:
         self._clock = clock
         self._ttl_s = certificate_ttl_s
         self._revoked = revoked
+        self._placed = placed
 
     @property
     def bundle_pem(self) -> bytes:
@@ -192,6 +200,28 @@ class Enrolment:
                     "declare it again, or join with a new token",
                 )
             return self._issue(rows, member, csr_pem, int(self._clock()))
+
+    def token_for_placed(self, certificate_der: bytes, url: str, namespace: str, workload: str) -> JoinToken:
+        """A token for a waypoint's process, for the agent of its node: whoever holds this certificate, which TLS has
+        verified. Raises EnrolmentError.
+        """
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        agent = self._identity(certificate)
+        if self._revoked(certificate.serial_number):
+            raise EnrolmentError(403, "the certificate is revoked; join with a new token, and a new key")
+        node = agent.service_account.removeprefix(NODE_PREFIX)
+        member = self._placed(node, namespace, workload) if is_node(agent) else None
+        if member is None:
+            raise EnrolmentError(403, f"no waypoint's process {namespace}/{workload} is declared for {agent} to start")
+        with self._store.transaction() as rows:
+            (live,) = rows.execute(
+                "SELECT count(*) FROM tokens"
+                " WHERE identity = ? AND workload = ? AND used_at IS NULL AND expires_at > ?",
+                (str(member.identity), workload, int(self._clock())),
+            ).fetchone()
+        if live >= _MAX_LIVE_TOKENS:
+            raise EnrolmentError(429, f"{live} tokens for {namespace}/{workload} are unused; use one of them, or wait")
+        return self.create_token(url, member)
 
     def identities(self) -> frozenset[SpiffeId]:
         """Those with a certificate or a token that has not ended."""

@@ -3,6 +3,7 @@
     GET  /v1/bundle   the roots, in PEM; a joining workload compares them with the digest in its token
     POST /v1/join     a token and a CSR; no client certificate
     POST /v1/renew    a CSR; the client certificate says whose
+    POST /v1/token    a waypoint's process that the agent of its node starts; the client certificate is the agent's
 
 A refusal is JSON, {"error": text}: 4xx is for good, 429 and 5xx are worth another try. Whoever dials has 10 s for the
 handshake and 30 s for everything; each source may dial so often, and all together so many at once.
@@ -210,13 +211,26 @@ class CertificateServer:
                     return await self._issued(
                         self._enrolment.renew, certificate, body["workload"], body["csr"].encode()
                     )
+                case "POST", "/v1/token":
+                    certificate = _client_certificate(request)
+                    body = await _body(request, ("namespace", "workload"))
+                    self._silent.pop(request.transport, None)
+                    token = await asyncio.get_running_loop().run_in_executor(
+                        self._worker,
+                        self._enrolment.token_for_placed,
+                        certificate,
+                        self._doors.control,
+                        body["namespace"],
+                        body["workload"],
+                    )
+                    return web.json_response({"token": token.encode()})
         except EnrolmentError as error:
             _log.warning("certificates: refused %s to %s: %s", request.path, request.remote, error)
             return _refusal(error.status, str(error))
         except Exception:
             _log.exception("certificates: %s failed", request.path)
             return _refusal(500, "the control plane failed at this; its log says why. Try again later")
-        return _refusal(404, "there is GET /v1/bundle, POST /v1/join and POST /v1/renew")
+        return _refusal(404, "there is GET /v1/bundle, and POST /v1/join, /v1/renew and /v1/token")
 
     async def _issued(self, issue: Callable[..., Issued], *arguments: object) -> web.Response:
         """The answer to whoever gets a certificate, which is made in the worker."""
@@ -286,7 +300,7 @@ def _client_certificate(request: web.BaseRequest) -> bytes:
     connection = request.get_extra_info("ssl_object")
     certificate = connection.getpeercert(binary_form=True) if connection is not None else None
     if certificate is None:
-        raise EnrolmentError(401, "a renewal needs the current certificate: dial with it, or join with a new token")
+        raise EnrolmentError(401, "this needs the current certificate: dial with it, or join with a new token")
     return bytes(certificate)
 
 

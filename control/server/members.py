@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from control.api.address import AddressError, IpAddress, parse_address
 from control.api.declared import DeclaredWorkload
 from control.api.identity import TrustDomain, make_id
-from control.api.names import wrong_dns_label, wrong_subdomain
+from control.api.index import ResidentWorkload
+from control.api.names import key, wrong_dns_label, wrong_subdomain
 from control.api.policy import DEFAULT_ROOT_NAMESPACE
 from control.api.resources import parse
 from control.server.core import Core
 from control.server.enrolment import EnrolmentError, Member
-
-_NODE_PREFIX = "node-"
+from control.server.rights import NODE_PREFIX
 
 
 class Members:
@@ -25,8 +25,8 @@ class Members:
 
     def declared(self, namespace: str, name: str) -> Member | None:
         """A workload that a WorkloadEntry declares, or a node agent, which none needs to."""
-        if namespace == DEFAULT_ROOT_NAMESPACE and name.startswith(_NODE_PREFIX) and not wrong_subdomain(name):
-            return self.node(name.removeprefix(_NODE_PREFIX))
+        if namespace == DEFAULT_ROOT_NAMESPACE and name.startswith(NODE_PREFIX) and not wrong_subdomain(name):
+            return self.node(name.removeprefix(NODE_PREFIX))
         for place, document in self._core.get("WorkloadEntry", namespace, name) if namespace and name else ():
             for declared in parse(document, "/".join(place)):
                 if isinstance(declared, DeclaredWorkload):
@@ -36,9 +36,19 @@ class Members:
 
     def node(self, name: str) -> Member:
         """The node agent of a host. Raises EnrolmentError for a name that is none."""
-        account = f"{_NODE_PREFIX}{name}"
+        account = f"{NODE_PREFIX}{name}"
         _check(wrong_subdomain(account))
         return Member(make_id(self._trust_domain, DEFAULT_ROOT_NAMESPACE, account), account, ())
+
+    def placed(self, node: str, namespace: str, name: str) -> Member | None:
+        """A process of a waypoint that is declared for this node, whose agent starts it."""
+        member = self.declared(namespace, name)
+        if member is None or not member.addresses:
+            return None
+        resident = self._core.resident(member.addresses[0])
+        if not isinstance(resident, ResidentWorkload) or resident.key != key(namespace, name):
+            return None
+        return member if resident.placed is not None and resident.placed.node == node else None
 
     def vouched(self, namespace: str, name: str, service_account: str, addresses: Sequence[str]) -> Member:
         """A workload as an operator names it, which must not differ from what is declared. Raises EnrolmentError.

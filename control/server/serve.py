@@ -152,6 +152,7 @@ class _Plane:
             time.time,
             settings.certificate_ttl_s,
             self._revocations.revoked,
+            self._members.placed,
         )
         self._doors = Doors(
             _url("https", settings.host, settings.port),

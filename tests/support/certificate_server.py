@@ -37,6 +37,8 @@ class Control:
     enrolment: Enrolment
     store: Store
     declared: dict[tuple[str, str], Member]
+    placed: dict[tuple[str, str, str], Member]
+    """Node, namespace and name of waypoints' processes."""
 
     def token(self, identity: SpiffeId, workload: str = "web-1", *addresses: str) -> JoinToken:
         """A token for a workload that is declared now."""
@@ -54,7 +56,15 @@ def certificate_server(authority: Authority, directory: Path, ttl_s: int = DEFAU
     url = f"https://127.0.0.1:{listening.getsockname()[1]}"
     with Store(directory / "store.db") as store, listening:
         declared: dict[tuple[str, str], Member] = {}
-        enrolment = Enrolment(store, authority, lambda *place: declared.get(place), time.time, ttl_s)
+        placed: dict[tuple[str, str, str], Member] = {}
+        enrolment = Enrolment(
+            store,
+            authority,
+            lambda *place: declared.get(place),
+            time.time,
+            ttl_s,
+            placed=lambda *place: placed.get(place),
+        )
         server = CertificateServer(enrolment, Doors(url, BROKERS), server_context(own))
         stop: list[Callable[[], object]] = []
 
@@ -68,7 +78,7 @@ def certificate_server(authority: Authority, directory: Path, ttl_s: int = DEFAU
         thread = threading.Thread(target=asyncio.run, args=(serve(),))
         thread.start()
         try:
-            yield Control(url, enrolment, store, declared)
+            yield Control(url, enrolment, store, declared, placed)
         finally:
             stop[0]()
             thread.join(10.0)

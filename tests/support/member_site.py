@@ -54,6 +54,7 @@ class Control:
             time.time,
             ttl_s,
             self._revocations.revoked,
+            self.members.placed,
         )
         self._server = CertificateServer(
             self._enrolment, Doors(self.url, (broker.url,)), server_context(directory / "own")

@@ -33,7 +33,7 @@ from control.api.filters import (
 )
 from control.api.gateway import Binding, Bound, Gateway, Instance, Placement, Process, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
-from control.api.index import AddressShard, ResidentService, ResidentWorkload
+from control.api.index import AddressShard, Placed, ResidentService, ResidentWorkload
 from control.api.jwt import JwtRule, RequestAuthentication, TokenHeader, canonical_jwks
 from control.api.plaintext import Plaintext
 from control.api.policy import Action, AuthorizationPolicy, Condition, ConditionKey, Operation, Rule, Source, Target
@@ -612,6 +612,7 @@ def resident_workloads(draw: st.DrawFn) -> ResidentWorkload:
         draw(labels),
         tuple(sorted(bound.items(), key=_port)),
         draw(datagrams),
+        draw(st.none() | st.builds(Placed, names, nodes.filter(bool))),
     )
 
 

@@ -38,7 +38,7 @@ from uproxy.capture.ranges import MeshRanges
 from uproxy.cgroup import SandboxError
 from uproxy.credentials import CurrentCredentials
 from uproxy.joining import JoinError
-from uproxy.node import datagrams, metrics, peers, server
+from uproxy.node import datagrams, metrics, peers, server, waypoints
 from uproxy.node.channel import SOCKET_NAME
 from uproxy.node.client import DEFAULT_SOCKET
 from uproxy.node.destroy import Found
@@ -48,6 +48,7 @@ from uproxy.node.places import Cgroup, NetworkNamespace, PlaceError
 from uproxy.node.probers import Probers
 from uproxy.node.server import ListenError, RequestError
 from uproxy.node.sync import Sync, SyncError
+from uproxy.node.waypoints import Waypoints
 from uproxy.node.workloads import Captured, Registration, RegistrationError, Workloads, check_removable
 from uproxy.tls import CredentialsError
 
@@ -98,13 +99,28 @@ class Options:
     metrics: tuple[str, int] | None
     """Address and port; None: no metrics."""
     remove: bool
+    waypoints: Path | None = None
+    """Where the directories of waypoint processes are; None: it starts none."""
+    waypoint_options: Path | None = None
+    cgroup_root: Path | None = None
+    """Where their cgroups are; None: in a directory of the hierarchy."""
 
 
 class Agent:
     """Answers requests and takes configuration, on maps and links that are open already."""
 
-    def __init__(self, options: Options, loader: Loader, sync: Sync, workloads: Workloads, probers: Probers) -> None:
+    def __init__(
+        self,
+        options: Options,
+        loader: Loader,
+        sync: Sync,
+        workloads: Workloads,
+        probers: Probers,
+        waypoints: Waypoints | None = None,
+    ) -> None:
+        """`waypoints`: None when it starts none."""
         self._options = options
+        self.waypoints = waypoints
         self._maps: Maps = loader.maps
         self._sync = sync
         self._workloads = workloads
@@ -130,6 +146,8 @@ class Agent:
             self._lagging = True  # a failure may leave it half done
             written = self._sync.apply(self._state, changed)
             self._lagging = False
+            if self.waypoints is not None:
+                self.waypoints.take(self._state, changed)
             if self._sync.narrowed:
                 self._end_datagrams()
             _log.info("configuration in force: %d map entries changed, %s", written, self._sync.sizes())
@@ -179,7 +197,8 @@ class Agent:
         config = [self._config_error] if self._config_error else []
         full = metrics.alarms(self._levels).values()
         unended = [f"workload {name}: its UDP sockets: {why}" for name, why in sorted(self._unended.items())]
-        return [*config, *full, *unended, *self._workloads.problems(), *self._probers.problems()]
+        waypoints = self.waypoints.problems() if self.waypoints is not None else ()
+        return [*config, *full, *unended, *self._workloads.problems(), *self._probers.problems(), *waypoints]
 
     def measure(self) -> None:
         """Looks how full the maps are. The log names each map once when it is nearly full."""
@@ -411,6 +430,24 @@ def _parse(argv: Sequence[str]) -> Options:
         help="where metrics and readiness are served; `off`: nowhere (default: %(default)s)",
     )
     parser.add_argument(
+        "--waypoints",
+        nargs="?",
+        type=Path,
+        const=waypoints.DEFAULT_DIRECTORY,
+        metavar="DIR",
+        help="start the waypoint processes that are declared for this node, and keep their identities in directories "
+        f"of DIR (default: {waypoints.DEFAULT_DIRECTORY})",
+    )
+    parser.add_argument(
+        "--waypoint-options", type=Path, metavar="FILE", help="more options of `waypoint run`, for all of them"
+    )
+    parser.add_argument(
+        "--cgroup-root",
+        type=Path,
+        metavar="DIR",
+        help=f"of the waypoint processes (default: {waypoints.CGROUP_ROOT}/ in the cgroup2 hierarchy)",
+    )
+    parser.add_argument(
         "--remove",
         action="store_true",
         help="detach and unpin everything of this node, once no workload runs, and exit",
@@ -422,6 +459,10 @@ def _parse(argv: Sequence[str]) -> Options:
         parser.error("--mesh-cidr is needed: without a range of its own nothing belongs to the mesh")
     if given.config and (given.join or given.identity_dir):
         parser.error("--join and --identity-dir belong to a control plane, which configures instead of --config")
+    if given.config and given.waypoints:
+        parser.error("--waypoints belongs to a control plane, which gives each process its identity")
+    if (given.waypoint_options or given.cgroup_root) and not given.waypoints:
+        parser.error("--waypoint-options and --cgroup-root belong to --waypoints")
     if given.trust_domain and not given.config:
         parser.error("--trust-domain belongs to --config: a node that has joined knows it")
     try:
@@ -442,6 +483,9 @@ def _parse(argv: Sequence[str]) -> Options:
         probe_cgroups=tuple(given.probe_cgroup),
         metrics=operators,
         remove=given.remove,
+        waypoints=given.waypoints.absolute() if given.waypoints else None,
+        waypoint_options=given.waypoint_options.absolute() if given.waypoint_options else None,
+        cgroup_root=given.cgroup_root,
     )
 
 
@@ -453,6 +497,17 @@ def _metrics_address(text: str) -> tuple[str, int] | None:
     if not address or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"--metrics {text!r}: use ADDRESS:PORT, as in 127.0.0.1:{METRICS_PORT}, or off")
     return parse_address(address.removeprefix("[").removesuffix("]")), int(port)
+
+
+def _places(options: Options) -> waypoints.Settings | None:
+    """Where its waypoint processes are; None: it has none. Raises SandboxError."""
+    if options.waypoints is None:
+        return None
+    mount = cgroup.mount_point()
+    root = options.cgroup_root or mount / waypoints.CGROUP_ROOT
+    if not root.is_relative_to(mount) or root == mount:
+        raise SandboxError(f"--cgroup-root {root} is not below the cgroup2 hierarchy at {mount}")
+    return waypoints.Settings(options.waypoints, root, options.identity_dir, options.waypoint_options)
 
 
 def _missing_privileges() -> str:
@@ -489,6 +544,8 @@ async def _run(agent: Agent, options: Options, feed: Coroutine[Any, Any, None]) 
                     stack.callback(channels.unlink, missing_ok=True)
                     tasks.append(group.create_task(peers.serve(for_uproxies, agent.captured, agent.grants)))
                     tasks.append(group.create_task(agent.grants.run()))
+                    if agent.waypoints is not None:
+                        tasks.append(group.create_task(agent.waypoints.run()))
                     _log.info("node %s: ready at %s", options.name, path)
                     await stopped
                 for task in tasks:
@@ -543,6 +600,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     try:
         with ExitStack() as stack:
+            places = _places(options)
             bpffs.mount()
             pins = bpffs.node_directory(options.name)
             stack.enter_context(bpffs.sole_owner(pins))
@@ -550,6 +608,8 @@ def main(argv: Sequence[str]) -> int:
                 everything = (*bpffs.other_schemas(options.name).values(), pins)
                 for directory in everything:
                     check_removable(directory / "links")
+                if places is not None:
+                    waypoints.remove_all(places)
                 for directory in everything:
                     bpffs.remove(directory)
                 _log.info("node %s: everything detached and unpinned", options.name)
@@ -575,7 +635,8 @@ def main(argv: Sequence[str]) -> int:
                 membership = _membership(options)
                 credentials = CurrentCredentials(options.identity_dir, membership.identity)
                 options = replace(options, trust_domain=membership.identity.trust_domain)
-                agent = Agent(options, loader, sync, workloads, probers)
+                starting = Waypoints(places, options.name) if places is not None else None
+                agent = Agent(options, loader, sync, workloads, probers, starting)
                 feed = _follow(agent, membership, credentials, options.identity_dir)
             asyncio.run(_run(agent, options, feed))
     except (

@@ -11,10 +11,21 @@ from control.api.bindings import Standing, Wish
 from control.api.declared import DeclaredGateway
 from control.api.gateway import Binding, Bound, Instance, Placement, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
+from control.api.index import Placed, ResidentWorkload
 from control.api.mesh import Elsewhere, Mesh
+from control.api.metadata import PLACEMENT
 from control.api.problems import Position, ResourceErrors
 from control.api.topics import parse_topic
 
+PLACED = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata:
+  name: wp-1
+  namespace: shop
+  labels: {gateway.networking.k8s.io/gateway-name: wp, kubernetes.io/hostname: host-a}
+spec: {address: 10.0.0.9, serviceAccount: ACCOUNT}
+"""
 SERVICE = """\
 apiVersion: v1
 kind: Service
@@ -528,3 +539,22 @@ def test_policies_that_callers_of_a_canary_leave_behind_are_told():
     assert "policies that target Gateway shop/wp do not hold for callers that go through shop/v2" in str(warning)
     both = policy, policy.replace("name: wp}", "name: v2}").replace("name: p,", "name: p2,")
     assert build(canaried(SERVICE), WORKLOAD, GATEWAY, INSTANCE, V2, *both).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("placement", "account", "placed"),
+    [
+        ("remote", "wp", None),
+        ("node", "wp", Placed("wp", "host-a")),
+        ("service-account", "web", Placed("wp", "host-a")),
+    ],
+)
+def test_an_address_says_which_node_starts_the_process_that_lives_there(placement, account, placed):
+    gateway = GATEWAY.replace("namespace: shop,", f"namespace: shop, annotations: {{{PLACEMENT}: {placement}}},")
+    mesh = build(gateway, PLACED.replace("ACCOUNT", account), WORKLOAD)
+    resident = mesh.residents()["10.0.0.9"]
+    assert isinstance(resident, ResidentWorkload)
+    assert resident.placed == placed
+    other = mesh.residents()["10.0.0.1"]
+    assert isinstance(other, ResidentWorkload)
+    assert other.placed is None

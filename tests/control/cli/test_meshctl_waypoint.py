@@ -228,6 +228,7 @@ def test_processes_of_a_placement_are_declared_with_their_node_and_account(plane
     where = "--instance", "wp-a=10.97.1.9@host-a", "--placement", "node"
     status, out, _ = meshctl("waypoint", "apply", "wp", "-n", "shop", *where)
     assert status == 0
+    assert "The node agent of host-a starts wp-a, if it runs with --waypoints. Else:\n" in out
     assert "waypoint run --join wp-a.token --state wp-a\n" in out
     (document,) = (text for place, text in plane.core.get("WorkloadEntry", "shop", "wp-a"))
     assert "kubernetes.io/hostname: host-a" in document

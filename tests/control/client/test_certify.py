@@ -22,6 +22,7 @@ from control.client import certify
 from control.client.certify import CertifyError, RefusedError
 from control.client.membership import Membership
 from control.server.ca import Authority
+from control.server.enrolment import Member
 from tests.support.certificate_server import BROKERS, certificate_server, control_plane, scripted_server
 from tests.support.certificates import DB, WEB, Forged, forge, identity_dir
 from uproxy.tls import Credentials
@@ -69,6 +70,37 @@ def contents(directory: Path) -> dict[str, bytes]:
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-I", "-m", "control.client.certify", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={})
+
+
+def test_a_node_agent_gets_a_token_for_a_process_of_its_node_and_for_no_other(control, tmp_path):
+    """Here and not beside `join`: what comes of it is an identity that is another's."""
+    agent, process = tmp_path / "agent", tmp_path / "wp"
+    certify.join(control.token(make_id("cluster.local", "mesh-system", "node-a"), "node-a"), agent)
+    control.placed["a", "shop", "wp-1"] = member = Member(WEB, "wp-1", ("10.9.0.9",))
+    control.placed["b", "shop", "wp-2"] = Member(WEB, "wp-2", ("10.9.0.8",))
+    done = run("token", "--dir", agent, "--for", "shop/wp-1", "--out", tmp_path / "token")
+    assert done.returncode == certify.DONE, done.stderr
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    membership = certify.join(JoinToken.decode((tmp_path / "token").read_text()), process)
+    assert (membership.identity, membership.workload, membership.addresses) == (WEB, "wp-1", member.addresses)
+    for refused in ("shop/wp-2", "shop/nobody"):
+        with pytest.raises(RefusedError, match=rf"no waypoint's process {refused} is declared for .*node-a"):
+            certify.token(agent, *refused.split("/"))
+    with pytest.raises(RefusedError, match=r"is declared for .*sa/web to start"):
+        certify.token(process, "shop", "wp-1")
+
+
+def test_a_node_agent_that_asks_in_a_loop_is_told_to_wait(control, tmp_path):
+    agent = tmp_path / "agent"
+    certify.join(control.token(make_id("cluster.local", "mesh-system", "node-c"), "node-c"), agent)
+    control.placed["c", "shop", "wp-3"] = Member(WEB, "wp-3", ("10.9.0.7",))
+    for _ in range(8):
+        last = certify.token(agent, "shop", "wp-3")
+    with pytest.raises(CertifyError, match="8 tokens for shop/wp-3 are unused") as caught:
+        certify.token(agent, "shop", "wp-3")
+    assert not isinstance(caught.value, RefusedError), "it is worth another try"
+    certify.join(last, tmp_path / "wp")
+    certify.token(agent, "shop", "wp-3")
 
 
 # -- joining

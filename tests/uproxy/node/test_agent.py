@@ -724,6 +724,14 @@ def test_without_objects_it_says_what_to_run(host, tmp_path):
             "configures instead of --config",
         ),
         (["--name", "a", "--mesh-cidr", "10.0.0.0/8", "--trust-domain", "td"], "--trust-domain belongs to --config"),
+        (
+            ["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.0/8", "--waypoints"],
+            "--waypoints belongs to a control plane",
+        ),
+        (
+            ["--name", "a", "--mesh-cidr", "10.0.0.0/8", "--cgroup-root", "/sys/fs/cgroup/x"],
+            "--waypoint-options and --cgroup-root belong to --waypoints",
+        ),
         (["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.1/8"], "has bits set beyond its prefix"),
         (["--name", "a", "--config", "x", "--mesh-cidr", "10.0.0.0/8", "--trust-domain", "A B"], "trust domain"),
     ],

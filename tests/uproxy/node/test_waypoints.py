@@ -1,0 +1,81 @@
+"""Which waypoint processes a node's agent takes from the configuration to be its own."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control.api import index, messages, topics
+from control.api.address import IpAddress
+from control.api.identity import make_id, parse_trust_domain
+from control.api.index import AddressShard, Placed, ResidentWorkload
+from control.api.messages import Envelope
+from control.client.membership import Membership
+from control.client.state import State
+from uproxy.node.waypoints import Declared, Wanted
+
+DOMAIN = parse_trust_domain("cluster.local")
+WP = make_id(DOMAIN, "shop", "wp")
+FIRST, SECOND, OTHER = IpAddress("10.0.0.1"), IpAddress("fd00::1"), IpAddress("10.0.0.2")
+
+
+def process(name: str, placed: Placed | None, account: str = "wp") -> ResidentWorkload:
+    return ResidentWorkload("shop", name, account, {}, placed=placed)
+
+
+HERE, THERE = process("wp-a", Placed("wp", "a")), process("wp-b", Placed("wp", "b"))
+
+
+class Mesh:
+    """A state whose addresses change."""
+
+    def __init__(self) -> None:
+        self.state = State(DOMAIN)
+        self._version = 0
+
+    def say(self, residents: dict[IpAddress, ResidentWorkload]) -> frozenset[IpAddress]:
+        """All addresses of the mesh from now on; those that changed."""
+        self._version += 1
+        batch = []
+        shards = index.shard_addresses(residents)
+        for number in range(topics.ADDRESS_SHARDS):
+            topic = topics.format_topic(DOMAIN, topics.AddressesTopic(number))
+            body = index.write(shards.get(number, AddressShard({})))
+            batch.append((topic, messages.encode(Envelope(1, self._version, 0, body))))
+        return self.state.apply(batch).addresses
+
+
+def test_what_is_placed_on_this_node_is_wanted_with_all_its_addresses():
+    mesh, declared = Mesh(), Declared("a")
+    mesh.say({SECOND: HERE, FIRST: HERE, OTHER: THERE})
+    assert declared.take(mesh.state, None) == {"shop.wp-a": Wanted(WP, "wp-a", (FIRST, SECOND), "wp")}
+    changed = mesh.say({FIRST: HERE, OTHER: process("web-1", None, "web")})
+    assert declared.take(mesh.state, changed) == {"shop.wp-a": Wanted(WP, "wp-a", (FIRST,), "wp")}
+    assert declared.take(mesh.state, mesh.say({})) == {}
+
+
+_residents = st.dictionaries(
+    st.sampled_from([FIRST, SECOND, OTHER]),
+    st.sampled_from([HERE, THERE, process("wp-a", None), process("wp-a", Placed("wp-2", "a")), process("x", None)]),
+)
+
+
+@given(st.lists(_residents, min_size=1, max_size=4))
+def test_taking_changes_one_after_the_other_is_taking_all_at_once(said):
+    mesh, declared = Mesh(), Declared("a")
+    declared.take(mesh.state, None)
+    for residents in said:
+        found = declared.take(mesh.state, mesh.say(residents))
+        assert found == Declared("a").take(mesh.state, None)
+
+
+def test_an_identity_of_another_account_name_or_address_is_not_its_own():
+    wanted = Wanted(WP, "wp-a", (FIRST, SECOND), "wp")
+    door = {"control": "https://c:15012", "brokers": ("mqtts://c:8883",)}
+    assert wanted.is_member(Membership(WP, "wp-a", (SECOND, FIRST), **door))
+    for identity, name, addresses in (
+        (make_id(DOMAIN, "shop", "web"), "wp-a", (FIRST, SECOND)),
+        (WP, "wp-b", (FIRST, SECOND)),
+        (WP, "wp-a", (FIRST,)),
+    ):
+        assert not wanted.is_member(Membership(identity, name, addresses, **door))
