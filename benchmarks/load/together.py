@@ -66,8 +66,10 @@ class Together:
         return next((one.bottleneck for one in self.outcomes if one.bottleneck), "")
 
 
-def run_together(subject: str, callers: Mapping[str, Started], seconds: float) -> Together:
-    """Raises BenchError when a generator failed, or a request did."""
+def run_together(
+    subject: str, callers: Mapping[str, Started], seconds: float, *, all_answered: bool = True
+) -> Together:
+    """Raises BenchError when a generator failed, or a request did and `all_answered` is asked for."""
     started: list[subprocess.Popen[bytes]] = []
     outcomes = []
     try:
@@ -77,7 +79,7 @@ def run_together(subject: str, callers: Mapping[str, Started], seconds: float) -
             if process.returncode:
                 raise BenchError(f"{subject}: {caller}: {err.decode().strip()}")
             outcomes.append(load.parse(out.decode()))
-            if failed := dict(outcomes[-1].errors):
+            if all_answered and (failed := dict(outcomes[-1].errors)):
                 raise BenchError(f"{subject}: requests of {caller} failed: {failed}")
     except (LoadError, subprocess.TimeoutExpired) as error:
         raise BenchError(f"{subject}: {error}") from error

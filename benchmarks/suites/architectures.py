@@ -24,11 +24,11 @@ from benchmarks.lab import link
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.load import LoadError
-from benchmarks.suites.placements import mix
-from benchmarks.suites.placements.application import INSTANCES, SERVICES
+from benchmarks.suites.placements import isolation, mix, replacing
+from benchmarks.suites.placements.application import BUSY_MS, INSTANCES, LIMIT_PER_S, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.mix import CONNECTIONS, Mix
-from benchmarks.suites.placements.placement import LOAD_CORE, PLAIN, PROXY_CORE, Placement
+from benchmarks.suites.placements.placement import DRAIN_S, LOAD_CORE, PLAIN, PROXY_CORE, Placement
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
 
@@ -57,6 +57,10 @@ class Plan:
     """Round-trip times of links between hosts, besides that of veth."""
     axis_rounds: int = LEAST_ROUNDS
     """Of each point along these."""
+    isolation: bool = False
+    """What a neighbour's misbehaviour costs."""
+    upgrades: int = 0
+    """Rounds in which a process is replaced under load."""
     ours: bool = True
     """Our waypoints, too."""
 
@@ -69,6 +73,8 @@ FULL = Plan(
     l7_percent=(0, 10, 50),
     near_percent=(50, 90),
     rtts_ms=(0.25, 1.0),
+    isolation=True,
+    upgrades=2,
 )
 
 
@@ -90,6 +96,14 @@ class Architectures:
                 _measure(bench, site, program, plan)
                 for rtt_ms in plan.rtts_ms:
                     _measure_apart(bench, site, lab, program, plan, rtt_ms)
+                if plan.upgrades:
+                    # The last, since other processes stand afterwards.
+                    bench.interleave(
+                        replacing.probes(NAME, program),
+                        _with_l7(site),
+                        rounds=plan.upgrades,
+                        seconds=replacing.SECONDS,
+                    )
         except (LabError, LoadError) as error:
             raise BenchError(f"{NAME}: {error}") from error
 
@@ -116,9 +130,16 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     for probe in probes:
         add_difference(bench.results, probe.measure.name)
     add_cpu(bench.results, f"{NAME}/latency/{CPU_RATE}", CPU)
-    _measure_axes(bench, everything, program, plan)
+    with_l7 = _with_l7(site)
+    _measure_axes(bench, with_l7, program, plan)
+    if plan.isolation:
+        bench.interleave(isolation.probes(NAME, program), with_l7, rounds=plan.axis_rounds, seconds=plan.seconds)
     bench.interleave([_memory()], placements, rounds=LEAST_ROUNDS, seconds=0.0)
     bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
+
+
+def _with_l7(site: Site) -> list[Placement]:
+    return [one for one in site.placements.values() if one.mesh and one.subject.name != L4_ONLY]
 
 
 def _latency(program: Path, rate: int) -> Probe[Placement]:
@@ -137,9 +158,8 @@ def _at(measure: Measure, program: Path, asked: Mix) -> Probe[Placement]:
     return Probe(measure, lambda placement, seconds, number: mix.take(program, placement, asked, seconds, number))
 
 
-def _measure_axes(bench: Bench, everything: Sequence[Placement], program: Path, plan: Plan) -> None:
+def _measure_axes(bench: Bench, with_l7: Sequence[Placement], program: Path, plan: Plan) -> None:
     """What share of the calls needs L7, and what share stays on its host: latency, and processor time of the same."""
-    with_l7 = [one for one in everything if one.subject.name not in (PLAIN, L4_ONLY)]
     axes = [
         (_l7_share(percent), Mix(CPU_RATE, l7=percent / 100), f"{NAME}/l7-cpu/{percent}") for percent in plan.l7_percent
     ]
@@ -329,6 +349,20 @@ def _say_conditions(bench: Bench) -> None:
             "the same nginx, routes by path, a DENY of a path and an ALLOW of a caller, counters, access logs (a "
             "line per connection at every proxy, none per request), SPIFFE identities on P-256, mutual TLS 1.3, "
             "configuration of its own callers and callees only, Envoy's default windows, one worker (--concurrency 1)",
+        ),
+        (
+            "isolation",
+            f"{isolation.RATE} requests/s by the callers of one service, beside: nothing; those of the other as fast "
+            f"as 64 connections go; the same against a limit of {LIMIT_PER_S} requests/s at each process where policy "
+            f"stands; 10 requests/s of them to a filter that takes {BUSY_MS} ms of processor time, in Lua in an Envoy "
+            "and in Python at our waypoint, where a filter is a process of its own",
+        ),
+        (
+            "upgrade",
+            f"{replacing.RATE} requests/s, half of which need L7; one process is replaced, of the called host where "
+            f"there are several: the next one serves beside it, then it drains for {DRAIN_S} s and ends. A sidecar in "
+            "a pod is replaced with its pod instead. An idle connection that its proxy ends in order counts as cut "
+            "only if it did not say so before",
         ),
         (
             "capture",

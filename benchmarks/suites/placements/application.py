@@ -20,6 +20,12 @@ NUMBER = "number"
 """Label of an instance: which one of its service account it is."""
 DENIED = "/admin"
 """Nobody may ask for what begins with it."""
+LIMITED = "/limited"
+"""Of what begins with it each process lets LIMIT_PER_S requests a second through."""
+LIMIT_PER_S = 200
+BUSY = "/busy"
+"""Of what begins with it a filter of the service's owner burns BUSY_MS of processor time a request."""
+BUSY_MS = 20
 
 
 @dataclass(frozen=True, slots=True)

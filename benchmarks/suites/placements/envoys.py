@@ -21,10 +21,14 @@ from typing import Any
 from benchmarks.lab.sources import TRUST_DOMAIN
 from benchmarks.peers.envoy import access_log, tls_context
 from benchmarks.suites.placements.application import (
+    BUSY,
+    BUSY_MS,
     DENIED,
     HTTP_PORT,
     INSTANCES,
     L4_PORT,
+    LIMIT_PER_S,
+    LIMITED,
     SERVICE_PORT,
     SERVICES,
     Member,
@@ -51,6 +55,13 @@ _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _CALLER = "io.istio.peer_principal"
 """The filter state in which Istio's waypoint, too, keeps who calls."""
 _WAYPOINT = "waypoint"
+_LIMIT = f"{_TYPE}.filters.http.local_ratelimit.v3.LocalRateLimit"
+_LUA = f"""\
+function envoy_on_request(handle)
+  local enough = os.clock() + {BUSY_MS / 1000}
+  while os.clock() < enough do end
+end
+"""
 _VERSIONS = (*(version(number + 1) for number in range(INSTANCES)), "")
 """Of a service, in the order of their routes; the last is any."""
 
@@ -240,7 +251,9 @@ def waypoint(address: str, endpoints: Endpoints, key: Path, admin: Path) -> Json
 def _main(service: Service) -> Json:
     """Inside the waypoint: one service's requests, read, judged and routed."""
     caller = {"filter_state": {"key": _CALLER, "string_match": {"exact": str(identity(service.caller))}}}
-    manager = _manager("main", [_host(_WAYPOINT, service, ["*"])], _policy(caller))
+    host = _host(_WAYPOINT, service, ["*"])
+    host["routes"] = _owners_routes(_cluster_name(_WAYPOINT, service, "")) + host["routes"]
+    manager = _manager("main", [host], _policy(caller) + _owners_filters())
     # The tunnel's certificate is not this connection's: tell the application from the state what others tell it.
     manager["typed_config"]["route_config"]["request_headers_to_add"] = [
         {
@@ -277,10 +290,10 @@ def _inbound(member: Member, listen: Address, keys: Keys, admin: Path) -> Json:
     """On the way in to one workload: mTLS with its key, policy, and the caller's name for the application."""
     service = next(one for one in SERVICES if one.name == member.account)
     everything = {"match": {"prefix": "/"}, "route": {"cluster": member.name, "timeout": "0s"}}
-    hosts = [{"name": member.name, "domains": ["*"], "routes": [everything]}]
+    hosts = [{"name": member.name, "domains": ["*"], "routes": [*_owners_routes(member.name), everything]}]
     caller = {"authenticated": {"principal_name": {"exact": str(identity(service.caller))}}}
     told: Json = {"forward_client_cert_details": "SANITIZE_SET", "set_current_client_cert_details": {"uri": True}}
-    manager = _manager("inbound", hosts, _policy(caller), **told)
+    manager = _manager("inbound", hosts, _policy(caller) + _owners_filters(), **told)
     chain = {"filters": [manager], "transport_socket": _server_tls(keys[member.account], "http/1.1")}
     return _logged(f"inbound-{member.name}", listen, [chain], admin)
 
@@ -319,6 +332,36 @@ def _policy(principal: Json) -> list[Json]:
             },
         }
         for action, policies in (("DENY", deny), ("ALLOW", allow))
+    ]
+
+
+def _owners_filters() -> list[Json]:
+    """What a service's owner may have: a limit and a filter, which only the routes for them turn on."""
+    limit = {"@type": _LIMIT, "stat_prefix": "limited"}
+    lua = {"@type": f"{_TYPE}.filters.http.lua.v3.Lua"}
+    return [
+        {"name": "limit", "disabled": True, "typed_config": limit},
+        {"name": "lua", "disabled": True, "typed_config": lua},
+    ]
+
+
+def _owners_routes(cluster: str) -> list[Json]:
+    always = {"default_value": {"numerator": 100, "denominator": "HUNDRED"}}
+    limit = {
+        "@type": _LIMIT,
+        "stat_prefix": "limited",
+        "token_bucket": {"max_tokens": LIMIT_PER_S, "tokens_per_fill": LIMIT_PER_S, "fill_interval": "1s"},
+        "filter_enabled": always,
+        "filter_enforced": always,
+    }
+    lua = {"@type": f"{_TYPE}.filters.http.lua.v3.LuaPerRoute", "source_code": {"inline_string": _LUA}}
+    return [
+        {
+            "match": {"prefix": prefix},
+            "route": {"cluster": cluster, "timeout": "0s"},
+            "typed_per_filter_config": {name: config},
+        }
+        for prefix, name, config in ((LIMITED, "limit", limit), (BUSY, "lua", lua))
     ]
 
 

@@ -6,14 +6,19 @@ One waypoint is the Envoy. The others are ours, one for each placement that a Ga
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.lab.sources import TRUST_DOMAIN
 from benchmarks.lab.waypoints import declaration
 from benchmarks.suites.placements.application import (
+    BUSY,
+    BUSY_MS,
     DENIED,
     HTTP_PORT,
     INSTANCES,
     L4_PORT,
+    LIMIT_PER_S,
+    LIMITED,
     NUMBER,
     SERVICE_PORT,
     SERVICES,
@@ -62,9 +67,38 @@ OURS = (
 GATEWAYS = tuple(dict.fromkeys(one.gateway for one in OURS))
 
 
-def address_behind(gateway: str, service: Service) -> str:
-    """The virtual address at which a service is behind one of our waypoints."""
-    return f"240.240.0.{60 + 10 * GATEWAYS.index(gateway) + SERVICES.index(service)}"
+FILTER = "busy"
+"""Name of the entry point of the bad filter."""
+
+
+def address_behind(gateway: str, service: Service, *, busy: bool = False) -> str:
+    """The virtual address at which a service is behind one of our waypoints; `busy`: with a bad filter."""
+    return f"240.240.0.{60 + 10 * GATEWAYS.index(gateway) + SERVICES.index(service) + (5 if busy else 0)}"
+
+
+def install_filter(directory: Path) -> None:
+    """The bad filter as a package, for PYTHONPATH: it burns processor time, and changes nothing."""
+    info = directory / f"{FILTER}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {FILTER}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[uproxy.waypoint.filters]\n{FILTER} = {FILTER}_filter:Busy\n")
+    (directory / f"{FILTER}_filter.py").write_text(_FILTER)
+
+
+_FILTER = f"""\
+import time
+
+
+class Busy:
+    def __init__(self, settings):
+        pass
+
+    def on_request(self, request):
+        if request.target.startswith({BUSY!r}):
+            enough = time.process_time() + {BUSY_MS / 1000}
+            while time.process_time() < enough:
+                pass
+"""
 
 
 def _gateway(one: Ours) -> str:
@@ -109,9 +143,11 @@ spec:
 """
 
 
-def _behind(gateway: str, service: Service) -> str:
-    """The service behind one of our waypoints, with the routes and the policy that Envoys are configured with."""
-    name = f"{service.name}-{gateway}"
+def _behind(gateway: str, service: Service, *, busy: bool = False) -> str:
+    """The service behind one of our waypoints, with the routes, the policy and the limit that Envoys are configured
+    with; `busy`: with a bad filter, too.
+    """
+    name = f"{service.name}-{gateway}{'-busy' if busy else ''}"
     rules = "".join(
         f"""\
   - matches: [{{path: {{type: PathPrefix, value: /{version(number)}}}}}]
@@ -125,7 +161,7 @@ apiVersion: v1
 kind: Service
 metadata: {{name: {name}, namespace: default, labels: {{istio.io/use-waypoint: {gateway}}}}}
 spec:
-  clusterIP: {address_behind(gateway, service)}
+  clusterIP: {address_behind(gateway, service, busy=busy)}
   selector: {{service: {service.name}}}
   ports: [{{name: http, port: {SERVICE_PORT}, targetPort: {HTTP_PORT}}}]
 ---
@@ -135,8 +171,18 @@ metadata: {{name: {name}, namespace: default}}
 spec:
   parentRefs: [{{kind: Service, group: "", name: {name}}}]
   rules:
+  - name: limited
+    matches: [{{path: {{type: PathPrefix, value: {LIMITED}}}}}]
+    backendRefs: [{{name: {name}, port: {SERVICE_PORT}}}]
 {rules}  - backendRefs: [{{name: {name}, port: {SERVICE_PORT}}}]
 ---
+apiVersion: mesh.uproxy.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {{name: {name}, namespace: default}}
+spec:
+  targetRefs: [{{group: "", kind: Service, name: {name}}}]
+  rateLimits: [{{requests: {LIMIT_PER_S}, per: 1s, rules: [limited]}}]
+{f"  extensions: [{FILTER}]{chr(10)}" if busy else ""}---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {{name: {name}-denied, namespace: default}}
@@ -190,7 +236,16 @@ spec:
 RESOURCES += "".join(map(_gateway, {one.gateway: one for one in OURS}.values()))
 RESOURCES += "".join(map(_process, OURS))
 RESOURCES += "".join(_instance(one, number) for one in SERVICES for number in range(1, INSTANCES + 1))
-RESOURCES += "".join(_behind(gateway, one) for gateway in GATEWAYS for one in SERVICES)
+RESOURCES += "".join(
+    _behind(gateway, one, busy=busy) for gateway in GATEWAYS for one in SERVICES for busy in (False, True)
+)
+RESOURCES += f"""\
+---
+apiVersion: mesh.uproxy.dev/v1alpha1
+kind: Extension
+metadata: {{name: {FILTER}, namespace: default}}
+spec: {{type: PythonFilter, pythonFilter: {{name: {FILTER}, timeout: 1s}}}}
+"""
 """The last rule of an L4 policy lets in whoever comes through a waypoint, which judges them. The binding lets in nobody
 else.
 """

@@ -7,17 +7,18 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from benchmarks.harness.results import Subject
 from benchmarks.lab import cores
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab, entered, tail
-from benchmarks.suites.placements.application import Member
+from benchmarks.suites.placements.application import BUSY, Member
 from uproxy.entrance import sockets_inside
 from uproxy.sandbox import Sandbox
 
@@ -27,6 +28,10 @@ PROXY_CORE, LOAD_CORE = cores.FIRST, cores.LAST
 """Every proxy and node agent on the first, applications and load generators on the second, where there are two."""
 _ADMIN = ("127.0.0.1", 15000)
 _ASK_S = 5.0
+_PATIENCE_S = 30.0
+_POLL_S = 0.02
+DRAIN_S: Final = 2
+"""What a process that is replaced has for its connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +54,12 @@ class Caller:
     """Of each service by its name: where a request for it goes."""
     l4_entries: Mapping[str, tuple[str, int]]
     """The same of a connection that nobody reads as HTTP on its way."""
+    busy_entries: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Where a request goes that a bad filter is to meet, if elsewhere."""
 
     def ask(self, service: str, path: str, *, l7: bool = True) -> Answer:
         """One request, as the application makes it: from its cgroup and namespace."""
-        entries = self.entries if l7 else self.l4_entries
+        entries = self.entries_for(path) if l7 else self.l4_entries
         with self._socket() as made:
             connection = http.client.HTTPConnection(service)
             connection.sock = made
@@ -65,6 +72,10 @@ class Caller:
                 return Answer(0)
         return Answer(answer.status, json.loads(body) if answer.status == 200 else {})
 
+    def entries_for(self, path: str) -> Mapping[str, tuple[str, int]]:
+        """Of each service: where a request for this path goes."""
+        return self.busy_entries if path.startswith(BUSY) and self.busy_entries else self.entries
+
     @contextmanager
     def _socket(self) -> Iterator[socket.socket]:
         netns = os.open(self.box.netns_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -76,13 +87,13 @@ class Caller:
             made.settimeout(_ASK_S)
             yield made
 
-    def start(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(self, argv: Sequence[str], *, first: bool = True) -> subprocess.Popen[bytes]:
         """A load generator in the application's place, with pipes for its output.
 
-        It shares its core with others of its kind and the applications: it goes first, so that it sends in time.
+        It shares its core with others of its kind and the applications: it goes `first`, so that it sends in time.
         """
         cgroup = str(self.box.app_cgroup.relative_to(self.lab.names.cgroup))
-        pinned = ["taskset", "-c", str(LOAD_CORE), "chrt", "--fifo", "1", *argv]
+        pinned = ["taskset", "-c", str(LOAD_CORE), *(["chrt", "--fifo", "1"] if first else []), *argv]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return self.lab.spawn(pinned, self.box.netns_path, cgroup, **streams)
 
@@ -109,7 +120,7 @@ class Process(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Envoy:
     """An Envoy that runs; `admin` is a Unix socket."""
 
@@ -118,11 +129,27 @@ class Envoy:
     host: str
     admin: Path
     log: Path
-    process: subprocess.Popen[bytes]
+    start: Callable[[Path], subprocess.Popen[bytes]]
+    """Starts one with another admin socket, beside those that run: they share their ports (SO_REUSEPORT)."""
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.process = self.start(self.admin)
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def replace(self) -> None:
+        """Another one serves, then this one drains and ends. Raises LabError."""
+        former, former_admin = self.process, self.admin
+        self.admin = former_admin.with_name(f"{former_admin.stem}-again.sock")
+        self.process = self.start(self.admin)
+        until(self.ready, f"the next Envoy {self.name}")
+        ask_socket(former_admin, "POST", "/drain_listeners?graceful")
+        time.sleep(DRAIN_S)
+        former.terminate()
+        ended(former, f"the former Envoy {self.name}")
 
     def ready(self) -> bool:
         """Raises LabError when it gave up."""
@@ -141,26 +168,54 @@ class Envoy:
 
     def asked(self, path: str) -> str:
         """A GET of the admin socket; empty while nobody answers."""
-        with closing(http.client.HTTPConnection("envoy")) as connection:
-            try:
-                connection.sock = socket.socket(socket.AF_UNIX)
-                connection.sock.settimeout(_ASK_S)
-                connection.sock.connect(str(self.admin))
-                connection.request("GET", path)
-                return connection.getresponse().read().decode()
-            except (OSError, http.client.HTTPException):
-                return ""
+        return ask_socket(self.admin, "GET", path)
 
 
-@dataclass(frozen=True, slots=True)
+def ask_socket(path: Path, method: str, target: str) -> str:
+    """The answer of an Envoy's admin socket; empty while nobody answers."""
+    with closing(http.client.HTTPConnection("envoy")) as connection:
+        try:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(_ASK_S)
+            connection.sock.connect(str(path))
+            connection.request(method, target)
+            return connection.getresponse().read().decode()
+        except (OSError, http.client.HTTPException):
+            return ""
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Return when it is so. Raises LabError."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LabError(f"{what} was not there within {_PATIENCE_S:g} s")
+        time.sleep(_POLL_S)
+
+
+def ended(process: subprocess.Popen[bytes], what: str) -> None:
+    """Return when it has. Raises LabError."""
+    try:
+        process.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        raise LabError(f"{what} did not end within {_PATIENCE_S:g} s") from None
+
+
+@dataclass(slots=True)
 class UProxy:
-    """A workload's uProxy."""
+    """A workload's uProxy, or a process of our waypoint."""
 
     name: str
     role: str
     host: str
     pid: int
     netns: Path
+    successor: Callable[[], int]
+    """Has another process take over, and returns its pid when the one before has ended. Raises LabError."""
+
+    def replace(self) -> None:
+        """Another one serves, and this one has drained. Raises LabError."""
+        self.pid = self.successor()
 
     def private_keys(self) -> dict[str, str]:
         with entered(self.netns):

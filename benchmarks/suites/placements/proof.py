@@ -6,9 +6,11 @@ from benchmarks.lab.evidence import ask
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Workload
 from benchmarks.suites.placements.application import (
+    BUSY,
     DENIED,
     HTTP_PORT,
     INSTANCES,
+    LIMITED,
     SERVICES,
     Service,
     identity,
@@ -37,6 +39,8 @@ def prove(site: Site, name: str) -> None:
                 answer = _expect(caller, called, path, str(identity(account)))
                 if chosen not in ("", answer.told["version"]):
                     raise LabError(f"{name}: {path} went to {answer.told['version']} of {called.name}")
+            for path in (LIMITED, BUSY):
+                _expect(caller, called, path, str(identity(account)))
             _expect_status(caller, called, f"{DENIED}/all", 403)
             _expect_status(caller, other, "/", 403)
         if name != PLAIN:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.harness.results import Subject
 from benchmarks.lab import cores
 from benchmarks.lab.apps import commands
-from benchmarks.lab.sources import TRUST_DOMAIN
+from benchmarks.lab.sources import TRUST_DOMAIN, LabError
 from benchmarks.lab.topology import Host, Lab, Workload
 from benchmarks.peers import envoy
 from benchmarks.peers.place import Place
@@ -52,8 +53,10 @@ from benchmarks.suites.placements.mesh import (
     WAYPOINT_ADDRESS,
     Ours,
     address_behind,
+    install_filter,
 )
 from benchmarks.suites.placements.placement import (
+    DRAIN_S,
     LOAD_CORE,
     PLAIN,
     PROXY_CORE,
@@ -63,11 +66,17 @@ from benchmarks.suites.placements.placement import (
     Placement,
     Process,
     UProxy,
+    ended,
+    until,
 )
 from control.api.address import HBONE_PORT
 from uproxy.sandbox import NETNS_DIR, Sandbox
 
 _START_S = 30.0
+_DRAIN = ("--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate")
+"""Of Envoys."""
+_FILTERS = "filters"
+"""Directory of the lab's own."""
 _LABELS = {
     "sidecar": "Envoy per workload",
     "node": "Envoy per node",
@@ -152,6 +161,7 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
             _account_seat(host, account, twins) for host, account in (*accounts, *((h, name) for h, name, _ in near))
         ],
     }
+    install_filter(lab.directory / _FILTERS)
     waypoint_box = c.place(GATEWAY, WAYPOINT_ADDRESS)
     lab.configure(RESOURCES)
     lab.start(progress)
@@ -190,7 +200,11 @@ def _workload(host: Host, account: str, number: int) -> Workload:
     """One that uProxies serve."""
     app = commands.idle() if account in CALLERS else application(account, number)
     return host.workload(
-        member_name(account, number), app, service_account=account, labels={"service": account, NUMBER: str(number)}
+        member_name(account, number),
+        app,
+        service_account=account,
+        labels={"service": account, NUMBER: str(number)},
+        launch=("--upgrade-drain-timeout-s", str(DRAIN_S)),
     )
 
 
@@ -276,16 +290,19 @@ def _admin(lab: Lab, label: str) -> Path:
 
 
 def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path) -> Envoy:
-    admin = _admin(lab, label)
-    admin.parent.mkdir(exist_ok=True)
-    written = admin.with_suffix(".json")
-    written.write_text(json.dumps(config, indent=1))
-    # In a session of its own, as a uProxy.
-    argv = ["setsid", "taskset", "-c", str(PROXY_CORE), *envoy.argv(written)]
-    log = admin.with_suffix(".log")
-    with log.open("wb") as output:
-        process = lab.spawn(argv, netns, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-    return Envoy(label, role, host, admin, log, process)
+    first = _admin(lab, label)
+    first.parent.mkdir(exist_ok=True)
+    log = first.with_suffix(".log")
+
+    def start(admin: Path) -> subprocess.Popen[bytes]:
+        written = admin.with_suffix(".json")
+        written.write_text(json.dumps(config | {"admin": {"address": {"pipe": {"path": str(admin)}}}}, indent=1))
+        # In a session of its own, as a uProxy.
+        argv = ["setsid", "taskset", "-c", str(PROXY_CORE), *envoy.argv(written), *_DRAIN]
+        with log.open("ab") as output:
+            return lab.spawn(argv, netns, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+    return Envoy(label, role, host, first, log, start)
 
 
 def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Process]:
@@ -297,6 +314,7 @@ def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Proc
             one.host.name,
             one.proxy_pid(),
             one.box.netns_path,
+            partial(_upgrade, one),
         )
         for one in workloads
     ]
@@ -306,18 +324,42 @@ def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Proc
     return found
 
 
+def _upgrade(workload: Workload) -> int:
+    """As an operator does it."""
+    state = workload.host.lab.directory / "state"
+    former = workload.proxy_pid()
+    command = [sys.executable, "-I", "-m", "uproxy", "upgrade", workload.name, "--state-dir", str(state)]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    if told.returncode:
+        raise LabError(f"{told.stderr.strip()}\n{workload.logs()}")
+    until(lambda: not Path("/proc", str(former)).exists(), f"the end of {workload.name}'s former uProxy")
+    pid = workload.proxy_pid()
+    cores.pin([pid], PROXY_CORE)
+    return pid
+
+
 def _start_ours(lab: Lab, one: Ours, host: Host) -> UProxy:
     """Start a process of one of our waypoints, and return when it listens."""
     identity_dir = lab.directory / "identities" / one.name
     lab.issue(identity(one.identity), identity_dir)
     place = Place(lab, host.place(one.name, one.address), identity(one.identity), identity_dir)
     argv = [
-        *(sys.executable, "-I", "-m", "waypoint", "run", "--workload", f"default/{one.name}", "--gateway", one.gateway),
+        *(sys.executable, "-P", "-m", "waypoint", "run", "--workload", f"default/{one.name}", "--gateway", one.gateway),
         *("--trust-domain", TRUST_DOMAIN, "--config", str(lab.directory / "mesh.yaml")),
-        *("--identity-dir", str(identity_dir), "--access-log", "off"),
+        *("--identity-dir", str(identity_dir), "--access-log", "off", "--take-over"),
+        *("--upgrade-drain-timeout-s", str(DRAIN_S)),
     ]
-    process = place.start(argv, [(one.address, HBONE_PORT)])
-    return UProxy(one.name, "waypoint", one.host, process.pid, place.box.netns_path)
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start() -> int:
+        command = argv if not running else ["taskset", "-c", str(PROXY_CORE), *argv]
+        process = place.start(command, [(one.address, HBONE_PORT)], {"PYTHONPATH": str(lab.directory / _FILTERS)})
+        for former in running:
+            ended(former, f"the former process of {one.name}")
+        running[:] = [process]
+        return process.pid
+
+    return UProxy(one.name, "waypoint", one.host, start(), place.box.netns_path, start)
 
 
 def _of_ours(
@@ -331,15 +373,25 @@ def _of_ours(
 ) -> Placement:
     """One of our waypoints between the uProxies."""
     names = {one.name for one in OURS if one.gateway == gateway}
-    entries = {one.name: (address_behind(gateway, one), SERVICE_PORT) for one in SERVICES}
+    entries, busy_entries = (
+        {one.name: (address_behind(gateway, one, busy=busy), SERVICE_PORT) for one in SERVICES}
+        for busy in (False, True)
+    )
     members = [*uproxies, *(one for one in waypoints if one.name in names)]
-    return Placement(_subject(gateway, program), _uproxy_callers(lab, workloads, entries), members, applications)
+    return Placement(
+        _subject(gateway, program), _uproxy_callers(lab, workloads, entries, busy_entries), members, applications
+    )
 
 
-def _uproxy_callers(lab: Lab, workloads: Sequence[Workload], entries: Mapping[str, tuple[str, int]]) -> list[Caller]:
+def _uproxy_callers(
+    lab: Lab,
+    workloads: Sequence[Workload],
+    entries: Mapping[str, tuple[str, int]],
+    busy_entries: Mapping[str, tuple[str, int]] | None = None,
+) -> list[Caller]:
     l4_entries = {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}
     found = [(_member(one), one.box) for one in workloads]
-    return [Caller(lab, member, box, entries, l4_entries) for member, box in found if member.calls]
+    return [Caller(lab, member, box, entries, l4_entries, busy_entries or {}) for member, box in found if member.calls]
 
 
 def _role(accounts: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from benchmarks.lab.evidence import fresh_payload
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.suites import architectures
-from benchmarks.suites.placements import mix
+from benchmarks.suites.placements import isolation, mix, replacing
 from benchmarks.suites.placements.application import HTTP_PORT, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.mix import Mix
@@ -106,14 +106,14 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
     [
         ("service-account", Mix(200)),
         ("remote", Mix(200, near=1.0)),
-        ("node", Mix(200, l7=0.5, near=0.5)),
+        ("node", Mix(200, l7=0.5, near=1.0)),
         ("ours-node", Mix(200, l7=0.0)),
         (PLAIN, Mix(200)),
     ],
     ids=["service-account", "near", "mixed", "l4", "plain"],
 )
 def test_all_callers_together_make_the_rate(site: Site, program: Path, name: str, asked: Mix) -> None:
-    sample = mix.take(program, site.placements[name], asked, 0.5, 1)
+    sample = mix.take(program, site.placements[name], asked, 0.8, 1)
     assert sample.counted is not None
     begin, end = sample.counted
     assert sample.operations * 1e9 / (end - begin) == pytest.approx(200, rel=0.25)
@@ -230,3 +230,29 @@ def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, mo
     assert [one for one in bench.failures if "shared only" not in one] == []
     assert {subject for _, subject in expected - measured} == {one.split(": ")[1].split()[0] for one in bench.failures}
     assert {one.passed for one in found.checks} == {True}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["node", "remote", "ours-service-account"])
+def test_a_neighbour_does_what_is_asked_of_it(site: Site, program: Path, name: str) -> None:
+    """At each place where policy stands: the flood is as fast as it goes, the limit holds, the filter burns."""
+    probes = {probe.measure.name.rpartition("/")[2]: probe for probe in isolation.probes("architectures", program)}
+    found = {name_: probe.take(site.placements[name], 0.6, 1).details for name_, probe in probes.items()}
+    asked = {situation: one["neighbour_per_second"] for situation, one in found.items()}
+    refused = [situation for situation, one in found.items() if one["neighbour_refused"]]
+    assert asked["calm"] == 0 < min(asked["flood"], asked["limited"], asked["filter"])
+    assert refused == ["limited"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("name", "layer"), [("service-account", "l7"), ("ours", "l7"), ("ours", "l4")])
+def test_a_process_is_replaced_by_one_that_does_the_same(site: Site, program: Path, name: str, layer: str) -> None:
+    placement = site.placements[name]
+    before = {one.name: one.pid for one in placement.mesh}
+    probe = next(one for one in replacing.probes("a", program) if one.measure.name.endswith(layer))
+    sample = probe.take(placement, 0.5, 1)
+    assert sample.bottleneck.startswith("replacing took longer"), "the load is over before the former process drained"
+    replaced = [one for one in placement.mesh if one.pid != before[one.name]]
+    assert [one.role for one in replaced] == ["waypoint" if (name, layer) == ("ours", "l7") else "server proxy"]
+    assert not Path("/proc", str(before[replaced[0].name])).exists()
+    prove(site, name)
