@@ -76,6 +76,8 @@ def wishes_of(
     found: dict[Subject, Wish] = {}
     exempt: dict[Subject, tuple[SpiffeId, ...]] = {}
     told: set[tuple[Place, str]] = set()
+    used: set[str] = set()
+    """Namespaces whose canary some of their objects have."""
     skipped = _workloads_of(processes)
     for one in objects:
         subject = subject_of(one)
@@ -102,8 +104,8 @@ def wishes_of(
         # What the namespace asks for is said once, of the namespace.
         asking = one if one.waypoint.gateway is not None or namespace is None else namespace
         asked: list[tuple[Asking, str, str]] = [(asking, _FIELD, wish.gateway)]
+        asking_canary = one if one.waypoint.canary is not None or namespace is None else namespace
         if wish.canary is not None:
-            asking_canary = one if one.waypoint.canary is not None or namespace is None else namespace
             asked.append((asking_canary, _CANARY_FIELD, wish.canary.gateway))
         for whose, field, name in asked:
             problem = _problem(name, gateways.get(name), one.namespace, namespace_labels)
@@ -120,13 +122,21 @@ def wishes_of(
                 if asking is one:
                     findings.warn(one.position, _FIELD, _not_taken(gateway, subject))
                 continue
-        if wish.canary is not None and (idle := _idle_canary(subject, wish.gateway, gateways.get(wish.canary.gateway))):
-            if one.waypoint.canary is not None:
-                findings.warn(one.position, _CANARY_FIELD, idle)
-            wish = replace(wish, canary=None)
-        elif wish.canary is not None and one.waypoint.canary is not None:
-            _check_policies(one, wish.gateway, wish.canary.gateway, guarded, findings)
+        if wish.canary is not None:
+            if asking_canary is namespace:
+                used.add(namespace.name)
+            idle = _idle_canary(subject, wish.gateway, gateways.get(wish.canary.gateway))
+            problem = idle or _left_behind(wish.gateway, wish.canary.gateway, guarded)
+            if problem and (place_of(asking_canary), problem) not in told:
+                told.add((place_of(asking_canary), problem))
+                findings.warn(asking_canary.position, _CANARY_FIELD, problem)
+            if idle:
+                wish = replace(wish, canary=None)
         found[subject] = wish
+    for namespace in known.values():
+        if namespace.waypoint.canary is not None and namespace.name not in used:
+            problem = "does nothing: nothing in this namespace is bound to a waypoint, or each has a canary of its own"
+            findings.warn(namespace.position, _CANARY_FIELD, problem)
     return Wishes(found, exempt)
 
 
@@ -372,16 +382,14 @@ def _idle_canary(subject: Subject, waypoint: str, canary: DeclaredGateway | None
     return "" if canary.traffic in _TAKEN[subject[0]] else _not_taken(canary, subject)
 
 
-def _check_policies(
-    one: DeclaredService | DeclaredWorkload, waypoint: str, canary: str, guarded: frozenset[Target], findings: Findings
-) -> None:
-    """Warns of policies that its callers leave behind."""
-    if Target("Gateway", waypoint) in guarded and Target("Gateway", canary) not in guarded:
-        problem = (
-            f"policies that target Gateway {waypoint} do not hold for callers that go through {canary}, which none "
-            "targets; target both, or the Service"
-        )
-        findings.warn(one.position, _CANARY_FIELD, problem)
+def _left_behind(waypoint: str, canary: str, guarded: frozenset[Target]) -> str:
+    """Which policies the callers of a canary leave behind; empty when none."""
+    if Target("Gateway", waypoint) not in guarded or Target("Gateway", canary) in guarded:
+        return ""
+    return (
+        f"policies that target Gateway {waypoint} do not hold for callers that go through {canary}, which none "
+        "targets; target both, or the Service"
+    )
 
 
 def _taken_still(gateway: DeclaredGateway, subject: Subject) -> str:

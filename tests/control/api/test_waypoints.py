@@ -541,6 +541,23 @@ def test_policies_that_callers_of_a_canary_leave_behind_are_told():
     assert build(canaried(SERVICE), WORKLOAD, GATEWAY, INSTANCE, V2, *both).warnings == ()
 
 
+def test_what_a_namespace_says_of_a_canary_is_told_once_and_of_the_namespace():
+    policy = POLICY.replace("{kind: Service, name: web}", f"{{group: {GROUP}, kind: Gateway, name: wp}}")
+    second = UNBOUND.replace("name: web", "name: shelf").replace("240.240.0.1", "240.240.0.2")
+    mesh = (UNBOUND, second, WORKLOAD, GATEWAY, INSTANCE, V2)
+    (warning,) = build(canaried(NAMESPACE), *mesh, policy).warnings
+    assert "policies that target Gateway shop/wp do not hold" in str(warning)
+    assert warning.line == 3, "of the Namespace"
+    (warning,) = build(canaried(NAMESPACE, "wp=10"), *mesh).warnings
+    assert "is the waypoint itself" in str(warning)
+    assert build(canaried(NAMESPACE), *mesh).warnings == ()
+    (warning,) = build(canaried(NAMESPACE).replace("use-waypoint: wp", "a: wp"), *mesh).warnings
+    assert "nothing in this namespace is bound to a waypoint" in str(warning)
+    own = canaried(SERVICE), WORKLOAD.replace("{app: web}", "{app: web, istio.io/use-waypoint: none}")
+    (warning,) = build(canaried(NAMESPACE, "v2=20"), *own, GATEWAY, INSTANCE, V2).warnings
+    assert "each has a canary of its own" in str(warning)
+
+
 @pytest.mark.parametrize(
     ("placement", "account", "placed"),
     [
