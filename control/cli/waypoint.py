@@ -125,7 +125,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_change_options(delete)
     delete.set_defaults(run=_delete)
 
-    for command, told in (("list", "show all bindings"), ("status", "show what is bound to one waypoint")):
+    for command, told in (
+        ("list", "show all bindings"),
+        ("status", "show a waypoint's processes, and what is bound to it"),
+    ):
         shown = actions.add_parser(command, help=told)
         if command == "status":
             shown.add_argument("name", metavar="NAME")
@@ -326,17 +329,28 @@ def _delete(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    answer = ControlPlane(arguments.socket).get("bindings")
+    plane = ControlPlane(arguments.socket)
+    answer = plane.get("bindings")
     if "name" in arguments:
         gateway = f"{arguments.namespace}/{arguments.name}"
         answer["bindings"] = [one for one in answer["bindings"] if gateway in _gateways(one)]
         bound = {one["key"] for one in answer["bindings"]}
         answer["bypasses"] = [one for one in answer["bypasses"] if one["service"] in bound]
+        # And of those that share its callers, so that versions can be compared.
+        others = {name for one in answer["bindings"] for name in _gateways(one) if name} - {gateway}
+        answer["processes"] = [one for name in (gateway, *sorted(others)) for one in _processes(plane, name)]
     if arguments.output == "json":
         show_json(answer)
     else:
         _show_tables(answer)
     return DIFFERS if answer["bypasses"] or not all(one["settled"] for one in answer["bindings"]) else 0
+
+
+def _processes(plane: ControlPlane, gateway: str) -> list[Answer]:
+    """Of a Gateway, whose key they are told with."""
+    namespace, _, name = gateway.partition("/")
+    found = plane.get("processes", namespace=namespace, gateway=name)["processes"]
+    return [{"gateway": gateway, **one} for one in found]
 
 
 def _gateways(binding: Answer) -> tuple[str, ...]:
@@ -365,6 +379,23 @@ def _show_tables(answer: Answer) -> None:
                     "" if one["settled"] else ", ".join(one["waits_for"]),
                 )
                 for one in answer["bindings"]
+            ),
+        )
+    if "processes" in answer:
+        print()
+        show_table(
+            ("PROCESS", "WAYPOINT", "NODE", "ADDRESS", "SOFTWARE", "STATE", "NOTES"),
+            (
+                (
+                    one["workload"],
+                    one["gateway"],
+                    one["node"],
+                    one["address"],
+                    one["software"] or "",
+                    one["state"] or "",
+                    printable(one["notes"][0]) if one["notes"] else "",
+                )
+                for one in answer["processes"]
             ),
         )
     for one in answer["bypasses"]:

@@ -5,6 +5,7 @@
     POST /v1/relabel    {"reference", "labels", "annotations", "overwrite", "dry_run", "release", "force"}
     POST /v1/bypass     {"namespace", "name", "for_s", "reason"}: a service goes round its waypoint; 0 ends it
     GET  /v1/bindings   what is bound to waypoints, how far that is, and which bypasses there are
+    GET  /v1/processes  ?namespace=&gateway=; of one waypoint, with the software that each runs
     GET  /v1/resources  ?kind=&namespace=&name=; what is left out stands for all               -> {"resources": [...]}
     GET  /v1/records    what proxies that know everything were told, as it was published: {"records": [[topic, base64]]}
     POST /v1/tokens     {"namespace", "workload", "service_account", "addresses", "ttl_s"}, or {"node", "ttl_s"}
@@ -37,6 +38,7 @@ from control.api import index, messages, records
 from control.api.address import IpAddress
 from control.api.conditions import statuses_of
 from control.api.declared import DeclaredRoute, Place
+from control.api.gateway import Gateway
 from control.api.identity import SpiffeId, TrustDomain
 from control.api.messages import Body
 from control.api.problems import ResourceErrors
@@ -45,6 +47,7 @@ from control.api.route import HTTPRoute
 from control.api.route_api import ROUTES
 from control.api.topics import (
     AddressesTopic,
+    GatewayTopic,
     ManifestTopic,
     RecordTopic,
     RouteTopic,
@@ -153,6 +156,7 @@ class Api:
             ("POST", "/v1/relabel"): (self._relabel, changes),
             ("POST", "/v1/bypass"): (self._bypass, changes),
             ("GET", "/v1/bindings"): (self._bindings, questions),
+            ("GET", "/v1/processes"): (self._processes, questions),
             ("POST", "/v1/tokens"): (self._token, tokens),
             ("GET", "/v1/resources"): (self._resources, questions),
             ("GET", "/v1/records"): (self._records, questions),
@@ -272,6 +276,27 @@ class Api:
             ],
         }
 
+    def _processes(self, query: Json) -> Json:
+        namespace, name = _field(query, "namespace", str), _field(query, "gateway", str)
+        _finish(query)
+        gateway = self._record(GatewayTopic(namespace, name))
+        instances = gateway.instances if isinstance(gateway, Gateway) else ()
+        wanted = {instance.workload for instance in instances}
+        rows = {row.workload: row for row in self.proxies() if row.workload in wanted}
+        return {
+            "processes": [
+                {
+                    "workload": instance.workload,
+                    "node": instance.node,
+                    "address": instance.address,
+                    "state": row.state.value if (row := rows.get(instance.workload)) else None,
+                    "software": row.status.version if row and row.status else None,
+                    "notes": row.notes if row else (),
+                }
+                for instance in instances
+            ]
+        }
+
     def _check_not_there(self, place: Place, asked: Mapping[str, Mapping[str, str | None]]) -> None:
         """Raises RequestError for a value that would be replaced by another."""
         for _, text in self._core.get(*place):
@@ -363,12 +388,12 @@ class Api:
         routes = [self._record(topic) for topic in (RouteTopic(namespace, name), *abroad)]
         return [asdict(one) for route in routes if isinstance(route, HTTPRoute) for one in statuses_of(route, service)]
 
-    def _record(self, topic: ServiceTopic | RouteTopic) -> Record | None:
+    def _record(self, topic: ServiceTopic | RouteTopic | GatewayTopic) -> Record | None:
         """As it is published."""
         body = self._body(topic)
         return records.read(topic, body, self._trust_domain) if body is not None else None
 
-    def _body(self, topic: ServiceTopic | RouteTopic | ManifestTopic) -> Body | None:
+    def _body(self, topic: ServiceTopic | RouteTopic | GatewayTopic | ManifestTopic) -> Body | None:
         message = self._store.message(format_topic(self._trust_domain, topic))
         return messages.decode(message.payload).body if message is not None else None
 

@@ -120,6 +120,9 @@ def test_label_wait_returns_when_it_is_enforced_and_when_it_is_gone(meshctl, pla
     assert [line.split() for line in out.splitlines()] == [
         ["KIND", "NAME", "WAYPOINT", "PHASE", "WAITS", "FOR"],
         ["Service", "shop/web", "shop/wp", "enforced", "-"],
+        [],
+        ["PROCESS", "WAYPOINT", "NODE", "ADDRESS", "SOFTWARE", "STATE", "NOTES"],
+        ["shop/wp-1", "shop/wp", "-", "10.97.0.9", "1", "current", "-"],
     ]
     assert meshctl("label", "service", "web", f"{USE}-", "-n", "shop", "--wait", "20s")[0] == 0
     assert plane.core.progress()[0].state.phase.value == "lingering"
@@ -188,6 +191,11 @@ def test_a_canary_is_begun_shown_and_ended(meshctl, plane):
         found, out, _ = meshctl(*command)
         assert found == 3
         assert "shop/wp, canary shop/v2 (10 %, preparing)" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["shop/wp-1", "shop/wp", "-", "10.97.0.9", "1"] in [row[:5] for row in rows]
+    assert [row[:6] for row in rows if row[:1] == ["shop/v2-1"]] == [
+        ["shop/v2-1", "shop/v2", "-", "10.97.0.8", "-", "absent"]
+    ]
     assert meshctl(*canary, "--end")[0] == 0
     assert plane.core.progress()[0].state.trial is None
 
