@@ -313,7 +313,7 @@ class Replica:
     def receive(self, topic: str, payload: bytes, now: float) -> Sequence[Batch]:
         """Takes one message, whatever it is; what is refused is one of the `problems`. `now` is Unix time.
 
-        Verifies at most one signature; `work` does what is left over.
+        Verifies at most two signatures; `work` does what is left over.
         """
         if payload:  # an empty one says that the broker forgot a topic, not that a record is gone
             try:
@@ -488,9 +488,9 @@ class Replica:
         """Raises RecordError and VerifyError."""
         match parsed:
             case RootTopic() | AddressesRootTopic() | NamespacesTopic():
-                self._take_signed(topic, parsed, envelope, payload)
+                self._take_signed(topic, parsed, envelope, payload, now)
             case AddressesTopic() if self._addresses is None:
-                self._take_signed(topic, parsed, envelope, payload)
+                self._take_signed(topic, parsed, envelope, payload, now)
             case EndpointTopic():
                 self._take_endpoint(topic, parsed, envelope, payload)
             case ManifestTopic():
@@ -528,12 +528,15 @@ class Replica:
         if self._verifier.trust(index.read_trust(envelope.body), now):
             self._to_verify = dict.fromkeys(self._unverified)
 
-    def _take_signed(self, topic: str, parsed: _Signed, envelope: Envelope, payload: bytes) -> None:
-        """Files what its own signature vouches for, to be verified."""
-        if not self._is_news(parsed, envelope, payload):
-            return
+    def _take_signed(self, topic: str, parsed: _Signed, envelope: Envelope, payload: bytes, now: float) -> None:
+        """Files what its own signature vouches for, to be verified. Raises RecordError and VerifyError."""
         waiting = self._unverified.get(topic)
-        if waiting is not None and not self._verifier.ready and waiting[1].stamp > envelope.stamp:
+        if waiting is not None and waiting[1].stamp > envelope.stamp:
+            if not self._verifier.ready:
+                return
+            if topic in self._to_verify:
+                self._verify(topic, now)
+        if not self._is_news(parsed, envelope, payload):
             return
         self._unverified[topic] = (parsed, envelope, payload)
         if self._verifier.ready:
@@ -559,9 +562,10 @@ class Replica:
 
     def _verify_next(self, now: float) -> None:
         """Verifies one of the signed messages that wait for it."""
-        if not self._to_verify:
-            return
-        topic = next(iter(self._to_verify))
+        if self._to_verify:
+            self._verify(next(iter(self._to_verify)), now)
+
+    def _verify(self, topic: str, now: float) -> None:
         del self._to_verify[topic]
         parsed, envelope, payload = self._unverified[topic]
         try:

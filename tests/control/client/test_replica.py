@@ -357,6 +357,22 @@ def test_before_there_is_a_key_the_newest_root_is_kept(mesh):
     assert mesh.held("policy") == {"shop/a"}
 
 
+def test_a_root_that_waits_for_its_turn_is_not_lost_to_an_older_one(mesh):
+    trust = (name(TrustTopic()), mesh.payload(TrustTopic()))
+    old = (name(RootTopic("shop")), mesh.payload(RootTopic("shop")))
+    mesh.put(policy("a"))
+    mesh.proxy.connect({topic: payload for topic, payload in mesh.broker.retained.items() if topic != trust[0]})
+    # Of the two roots that wait for the key, the trust's turn is the first one's.
+    while mesh.proxy.queue:
+        mesh.proxy.deliver(NOW)
+    mesh.proxy.queue += [trust, old]
+    while mesh.proxy.queue:
+        mesh.proxy.deliver(NOW)
+    mesh.settle()
+    assert mesh.replica.whole
+    assert mesh.held("policy") == {"shop/a"}
+
+
 # Attacks
 
 
