@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import report
-from benchmarks.harness import machine, selfcheck, statistics, targets
+from benchmarks.harness import machine, predictions, selfcheck, statistics, targets
 from benchmarks.harness.bench import Bench, BenchError, Suite
 from benchmarks.harness.results import FILE, Check, Results
 from benchmarks.harness.rounds import duration
@@ -125,6 +125,7 @@ def _run(
     failures = [f"{one.name}: {one.text}" for one in results.checks if not one.passed] + bench.failures
     results.ratios, results.withheld = statistics.ratios(results, targets.BASELINES)
     results.targets = targets.judged(results)
+    results.predictions = predictions.judged(results)
     results.seconds = round(time.monotonic() - began, 1)
     results.conditions |= _method()
     tell(f"measured in {duration(results.seconds)}")

@@ -136,6 +136,31 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What was expected before anything was measured, and what this run found."""
+
+    text: str
+    measure: str
+    subject: str
+    baseline: str
+    """Empty: of the value itself, else of the ratio to it."""
+    key: str
+    low: float
+    high: float
+    ratio: Ratio | None = None
+    """None: not measured in this run, or withheld."""
+
+    @property
+    def held(self) -> bool | None:
+        """None: not measured, or the interval reaches out of what was expected without leaving it."""
+        if self.ratio is None:
+            return None
+        if self.low <= self.ratio.low and self.ratio.high <= self.high:
+            return True
+        return False if self.ratio.high < self.low or self.ratio.low > self.high else None
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """A test of the instrument itself, made in the run that it vouches for."""
 
@@ -163,6 +188,7 @@ class Results:
     ratios: list[Ratio] = field(default_factory=list)
     withheld: list[Withheld] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
 
     def find(self, measure: str, subject: str) -> Series | None:
@@ -205,6 +231,10 @@ def _results(found: dict[str, Any]) -> Results:
         ratios=[_ratio(one) for one in found["ratios"]],
         withheld=[Withheld(**one) for one in found.get("withheld", [])],
         targets=[Target(**(one | {"ratio": one["ratio"] and _ratio(one["ratio"])})) for one in found["targets"]],
+        predictions=[
+            Prediction(**(one | {"ratio": one["ratio"] and _ratio(one["ratio"])}))
+            for one in found.get("predictions", [])
+        ],
         checks=[Check(**one) for one in found["checks"]],
     )
 

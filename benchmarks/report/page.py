@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.harness.results import Results
-from benchmarks.report import verdicts, wording
+from benchmarks.report import placements, predictions, verdicts, wording
 from benchmarks.report.findings import Findings
 from benchmarks.report.groups import section
 from benchmarks.report.markup import Html, join, tag
@@ -25,7 +25,8 @@ ratios.
 
 QUICK: Final = (
     "A quick run: few and short rounds, wide intervals. Left out are 16 connections, 1 KB, 8 streams, links of 1 ms, "
-    "idle connections, slow readers, dials of workloads by their own addresses, and the other rates."
+    "idle connections, slow readers, dials of workloads by their own addresses, the other rates, and of the placements "
+    "our waypoints, most shares of L7, calls that stay on their host, hosts that are apart, isolation and upgrades."
 )
 
 
@@ -51,6 +52,8 @@ def page(results: Results) -> str:
         verdicts.summary(findings),
         _contents(findings),
         verdicts.losses(findings),
+        placements.section(findings),
+        predictions.section(findings),
         verdicts.targets(findings),
         verdicts.checks(results.checks),
         tag("h2", "How to read this", id="method"),
@@ -84,7 +87,10 @@ def _what(results: Results) -> str:
 
 
 def _contents(findings: Findings) -> Html:
-    links = [("losses", "Where we lose"), ("targets", "Targets")]
+    links = [("losses", "Where we lose")]
+    links += [("placements", "Where should an L7 proxy live?")] if placements.section(findings) else []
+    links += [("predictions", "Predictions")] if findings.results.predictions else []
+    links += [("targets", "Targets")]
     links += [("checks", "Checks")] if findings.results.checks else []
     links += [("method", "How to read this")]
     links += [(_anchor(index), f"Suite {suite}") for index, suite in enumerate(findings.suites())]

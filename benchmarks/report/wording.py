@@ -22,7 +22,15 @@ NAMES: Final = {
     "pss": "PSS",
 }
 """Details that people know, in the order of a table's columns."""
-PARAMETERS: Final = {"bytes": "bytes", "rate": "requests/s offered", "delay_ms": "delay of the link, ms"}
+PARAMETERS: Final = {
+    "bytes": "bytes",
+    "rate": "requests/s offered",
+    "delay_ms": "delay of the link, ms",
+    "l7_percent": "calls that need L7, %",
+    "near_percent": "calls that stay on their host, %",
+    "rtt_ms": "round trip between hosts, ms",
+    "services": "services of the mesh",
+}
 
 
 DASH: Final = "\N{EN DASH}"

@@ -25,7 +25,7 @@ from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.load import LoadError
 from benchmarks.suites.placements import isolation, mix, replacing
-from benchmarks.suites.placements.application import BUSY_MS, INSTANCES, LIMIT_PER_S, SERVICES
+from benchmarks.suites.placements.application import BUSY_MS, CALLERS, INSTANCES, LIMIT_PER_S, SERVICES, identity
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.mix import CONNECTIONS, Mix
 from benchmarks.suites.placements.placement import DRAIN_S, LOAD_CORE, PLAIN, PROXY_CORE, Placement
@@ -314,6 +314,13 @@ def _identities() -> Probe[Placement]:
     return Probe(measure, _count_keys)
 
 
+def _workloads(spiffe_id: str) -> int:
+    """How many there are with this identity: whoever has its key can say to be any of them."""
+    near = 1 if spiffe_id in {str(identity(account)) for account in CALLERS} else 0
+    accounts = {str(identity(one)) for service in SERVICES for one in (service.name, service.caller)}
+    return INSTANCES + near if spiffe_id in accounts else 0
+
+
 def _count_keys(placement: Placement, seconds: float, number: int) -> Sample:
     del seconds, number
     keys = [one.private_keys() for one in placement.mesh]
@@ -321,6 +328,8 @@ def _count_keys(placement: Placement, seconds: float, number: int) -> Sample:
         "processes": len(keys),
         "keys": len(set().union(*keys)),
         "most_identities": max(len(set(one.values())) for one in keys),
+        "could_pass_for": max(sum(map(_workloads, set(one.values()))) for one in keys),
+        "believed_by": max(one.believed_by for one in placement.mesh),
     }
     return Sample(max(map(len, keys)), 0, details)
 

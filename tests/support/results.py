@@ -7,6 +7,7 @@ from statistics import median
 
 from hypothesis import strategies as st
 
+from benchmarks.harness import predictions
 from benchmarks.harness.histogram import histogram_of
 from benchmarks.harness.results import Check, Measure, Ratio, Results, Round, Series, Subject, Target
 
@@ -59,13 +60,21 @@ def realistic(*, quick: bool = False, failed: bool = False) -> Results:
     made.place(
         "architectures/cpu", "processor time", "per 1,000 requests", "ms/1000 requests", (220, 160, 180, 195, 60)
     )
+    for percent, cpu, p99 in ((0, 90, 400), (50, 150, 700)):
+        along = {"l7_percent": percent}
+        p99s = tuple(p99 + 20 * place for place in range(5))
+        made.place(f"architectures/l7/{percent}", "share of L7", f"{percent} %", "us", p99s, along)
+        cpus = tuple(cpu + 9 * place for place in range(5))
+        made.place(
+            f"architectures/l7-cpu/{percent}", "CPU by share of L7", f"{percent} %", "ms/1000 requests", cpus, along
+        )
     made.place("architectures/memory", "memory", "PSS of all proxies", "MB", (410, 96, 188, 214, 152))
     made.place("architectures/identities", "identities in one process", "at most", "identities", (1, 8, 2, 1, 1))
     made.refuse(
         "paths/connect", "haproxy-tls", "the load generator decided 3 of 7 rounds, not the subject: its own core"
     )
     next(one for one in made.series if one.subject == "tcp").remark = "bound by the generator: 97 % of its core"
-    return Results(
+    results = Results(
         created="2026-11-23T06:10:00+00:00",
         quick=quick,
         seconds=141 if quick else 2710,
@@ -103,6 +112,8 @@ def realistic(*, quick: bool = False, failed: bool = False) -> Results:
             ),
         ],
     )
+    results.predictions = predictions.judged(results)
+    return results
 
 
 class _Maker:

@@ -115,6 +115,11 @@ class Process(Protocol):
     @property
     def pid(self) -> int: ...
 
+    @property
+    def believed_by(self) -> int:
+        """How many workloads take its word on who calls them."""
+        ...
+
     def private_keys(self) -> dict[str, str]:
         """Which private keys it holds, asked of itself: the serial number of each one's certificate -> its identity."""
         ...
@@ -131,6 +136,7 @@ class Envoy:
     log: Path
     start: Callable[[Path], subprocess.Popen[bytes]]
     """Starts one with another admin socket, beside those that run: they share their ports (SO_REUSEPORT)."""
+    believed_by: int
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -212,6 +218,7 @@ class UProxy:
     netns: Path
     successor: Callable[[], int]
     """Has another process take over, and returns its pid when the one before has ended. Raises LabError."""
+    believed_by: int
 
     def replace(self) -> None:
         """Another one serves, and this one has drained. Raises LabError."""
@@ -235,6 +242,7 @@ class NodeAgent:
     role: str
     host: str
     pid: int
+    believed_by: int = 0
 
     def private_keys(self) -> dict[str, str]:
         return {}

@@ -169,7 +169,7 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
     running = {name: _beside(lab, name, group) for name, group in seats.items()}
     key = _key(lab, GATEWAY, GATEWAY)
     config = envoys.waypoint(WAYPOINT_ADDRESS, _tunnels(workloads), key, _admin(lab, GATEWAY))
-    waypoint = _start(lab, config, GATEWAY, "waypoint", "c", waypoint_box.netns_path)
+    waypoint = _start(lab, config, GATEWAY, "waypoint", "c", waypoint_box.netns_path, len(SERVICES) * INSTANCES)
     waypoints = [_start_ours(lab, one, {"b": b, "c": c}[one.host]) for one in OURS] if ours else []
     every = [waypoint, *(one for group in running.values() for one in group)]
     lab.wait([one.ready for one in every], _START_S, "the Envoys")
@@ -264,7 +264,8 @@ def _beside(lab: Lab, name: str, seats: Sequence[_Seat]) -> list[Envoy]:
         label = f"{name}.{seat.name}"
         keys = {one.account: _key(lab, label, one.account) for one in seat.members}
         config = envoys.beside(seat.entry, seat.address, seat.members, endpoints, keys, _admin(lab, label))
-        started.append(_start(lab, config, label, seat.role, seat.host.name, seat.netns))
+        called = sum(1 for one in seat.members if not one.calls)
+        started.append(_start(lab, config, label, seat.role, seat.host.name, seat.netns, called))
     return started
 
 
@@ -289,7 +290,7 @@ def _admin(lab: Lab, label: str) -> Path:
     return lab.directory / "envoy" / f"{label}.sock"
 
 
-def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path) -> Envoy:
+def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path, believed_by: int) -> Envoy:
     first = _admin(lab, label)
     first.parent.mkdir(exist_ok=True)
     log = first.with_suffix(".log")
@@ -302,7 +303,7 @@ def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path
         with log.open("ab") as output:
             return lab.spawn(argv, netns, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
-    return Envoy(label, role, host, first, log, start)
+    return Envoy(label, role, host, first, log, start, believed_by)
 
 
 def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Process]:
@@ -315,6 +316,7 @@ def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Proc
             one.proxy_pid(),
             one.box.netns_path,
             partial(_upgrade, one),
+            0 if _member(one).calls else 1,
         )
         for one in workloads
     ]
@@ -359,7 +361,10 @@ def _start_ours(lab: Lab, one: Ours, host: Host) -> UProxy:
         running[:] = [process]
         return process.pid
 
-    return UProxy(one.name, "waypoint", one.host, start(), place.box.netns_path, start)
+    believing = [service for service in SERVICES if one.account in ("", service.name)]
+    return UProxy(
+        one.name, "waypoint", one.host, start(), place.box.netns_path, start, believed_by=len(believing) * INSTANCES
+    )
 
 
 def _of_ours(

@@ -229,3 +229,31 @@ def test_the_text_has_a_line_for_each_measure(capsys: pytest.CaptureFixture[str]
     assert "refused" in next(line for line in lines if line.startswith("new connections, connect"))
     warned = lines.index("These numbers may not be trusted:")
     assert lines[warned + 1 :] == ["  cross-check: Our median and wrk's differ by 31 %."]
+
+
+def test_placements_are_one_table_and_two_charts() -> None:
+    document = Document(page(realistic()))
+    after = document.text.index("Where should an L7 proxy live? Medians")
+    assert "Processor time by share of calls that need L7, ms for 1,000 requests" in document.text[after:]
+    table = document.text[document.text.index("Envoy reads HTTP in every placement", after) :]
+    assert table.index("processor time of all proxies") < table.index("readings of a call as HTTP 2 2 2 1 0")
+    assert "isolation" not in table[: table.index("readings of a call as HTTP")], "nothing was measured of it"
+
+
+def test_what_was_predicted_stands_beside_what_was_found() -> None:
+    document = Document(page(realistic()))
+    assert re.search(r"\d+ held, \d+ wrong, \d+ not decided", document.text)
+    assert (
+        "lost while a process that reads HTTP is replaced sidecar 1.00\u20138.00 \u2013 not measured" in document.text
+    )
+
+
+def test_without_the_suite_nothing_is_said_of_placements() -> None:
+    results = realistic()
+    results.measures = [one for one in results.measures if one.suite == "paths"]
+    results.series = [one for one in results.series if one.measure.startswith("paths/")]
+    results.ratios = [one for one in results.ratios if one.measure.startswith("paths/")]
+    results.predictions = []
+    document = Document(page(results))
+    assert "L7 proxy live" not in document.text
+    assert "Predictions" not in document.text
