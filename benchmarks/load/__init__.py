@@ -176,15 +176,16 @@ def serve_argv(program: Path, address: str, port: int, *, stall_ms: int = 0, eve
     return [str(program), "serve", address, str(port), *stall]
 
 
-def argv(program: Path, load: Load, host: str, port: int, seconds: float) -> list[str]:
-    """The generator's command. `host` is an address.
+def argv(program: Path, load: Load, host: str, port: int, seconds: float, *, waits: bool = False) -> list[str]:
+    """The generator's command. `host` is an address. `waits`: until it is told to begin, by a byte on its input.
 
     `port` is the server's first port, from which the ones that the load needs are counted (echo +0, sink +1,
     source +3); for HTTP it is the port to dial, whatever serves it (our own server: `port + HTTP`). The counted part
     takes `seconds`; a warm-up of a tenth comes before.
     """
     options = [part for name, value in load.options for part in (f"--{name}", value)]
-    return [str(program), load.kind, host, str(port), f"{seconds:g}", *options]
+    begin = ["--wait", "1"] if waits else []
+    return [str(program), load.kind, host, str(port), f"{seconds:g}", *options, *begin]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@
  *   load slow-readers ... as open, and --readers N          readers of the source that never read
  *
  * HOST is an address. PORT is the server's first one, but for HTTP: there it is the one to dial. A tenth of SECONDS
- * before the counted part warms up. Prints "ready" when all connections stand, and one JSON object at the end; its times
- * are CLOCK_MONOTONIC's. Exit status 1 with a reason on stderr when there is nothing to report: a byte changed, a count
+ * before the counted part warms up. Prints "ready" when all connections stand (with --wait 1 it begins when it is sent a byte
+ * then, so that several begin together), and one JSON object at the end; its times are CLOCK_MONOTONIC's. Exit status 1 with a reason on stderr when there is nothing to report: a byte changed, a count
  * differs, nothing was answered for 10 s, no connection could be made at first.
  *
  * How it waits. One thread, in epoll_pwait2 with a timer slack of 1 ns until 100 us before the next request is due, and
@@ -59,12 +59,13 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #define MAX_READERS 4096
 
 struct options {
 	const char *kind, *address, *path, *host, *protocol;
-	int port, connections, streams, readers, poisson;
+	int port, connections, streams, readers, poisson, wait;
 	size_t size, body;
 	double seconds, rate, bulk_rate;
 	uint64_t seed;
@@ -104,6 +105,8 @@ static struct options read_options(int argc, char **argv)
 			made.rate = number(value, 0.1, 1e7);
 		else if (strcmp(name, "--poisson") == 0)
 			made.poisson = (int)number(value, 0, 1);
+		else if (strcmp(name, "--wait") == 0)
+			made.wait = (int)number(value, 0, 1);
 		else if (strcmp(name, "--seed") == 0)
 			made.seed = (uint64_t)number(value, 0, 4294967295.0);
 		else if (strcmp(name, "--spread") == 0)
@@ -138,10 +141,14 @@ static void want(int given, const char *name)
 		die("%s is missing", name);
 }
 
-static void say_ready(void)
+static void say_ready(const struct options *options)
 {
+	char word;
+
 	puts("ready");
 	fflush(stdout);
+	if (options->wait && read(STDIN_FILENO, &word, 1) != 1)
+		die("nobody has said when to begin");
 }
 
 static struct window window_of(double seconds)
@@ -290,7 +297,7 @@ static void load_requests(const struct options *options)
 		open_readers(&source, options->readers);
 	}
 	prepare(&requests);
-	say_ready();
+	say_ready(options);
 	window = window_of(options->seconds);
 	if (options->streams)
 		start_bulk(beside, window);
@@ -311,7 +318,7 @@ static void load_bulk(const struct options *options)
 	struct bulk_result result;
 
 	want(options->streams, "--streams");
-	say_ready();
+	say_ready(options);
 	result = bulk(&sink, options->streams, 0, window);
 	begin_report(options, window, result.cpu_ns);
 	report_count("bytes", result.bytes);
@@ -329,7 +336,7 @@ static void load_dials(const struct options *options)
 	struct window window;
 
 	want((int)options->spread, "--spread");
-	say_ready();
+	say_ready(options);
 	window = window_of(options->seconds);
 	run_dials(&dials, window, &dialled);
 	if (!dialled.latency.count)
@@ -353,7 +360,7 @@ static void hold_idle(const struct options *options)
 	want(options->connections, "--connections");
 	prepare_question(options, &requests);
 	prepare(&requests);
-	say_ready();
+	say_ready(options);
 	window = window_of(options->seconds);
 	while (now_ns() < window.end)
 		poll(NULL, 0, (int)((window.end - now_ns()) / 1000000) + 1);

@@ -12,8 +12,8 @@
 #include <unistd.h>
 
 #define MAX_HEAD 8192
-/* How many of the first requests are on their way at once. */
-#define PROOFS 64
+/* How many of the first requests are on their way at once: a proxy that is asked for more may refuse some. */
+#define PROOFS 8
 /* After a failure a closed loop leaves the connection alone for so long, lest it only counts refusals. */
 #define REST_NS 10000000ull
 /* How often old requests are looked for. */

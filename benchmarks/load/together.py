@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +15,7 @@ from benchmarks.harness.bench import BenchError, Sample
 from benchmarks.load import LoadError, Outcome
 
 Started = Callable[[], "subprocess.Popen[bytes]"]
-"""Starts one of the generators where it belongs, with pipes for its output."""
+"""Starts one of the generators where it belongs, with pipes for its output; and for its input, if it waits."""
 
 _GRACE_S = 45.0
 """Of a generator, as the wrapper of one gives it."""
@@ -66,6 +69,28 @@ class Together:
         return next((one.bottleneck for one in self.outcomes if one.bottleneck), "")
 
 
+def start_together(subject: str, started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Tell those that wait to begin, once all of them can. Raises BenchError."""
+    waiting = [(one.stdin, one.stdout) for one in started if one.stdin is not None and one.stdout is not None]
+    end = time.monotonic() + _GRACE_S
+    for _, told in waiting:
+        if not select.select([told], [], [], max(end - time.monotonic(), 0.0))[0]:
+            raise BenchError(f"{subject}: its callers' connections did not stand within {_GRACE_S:g} s")
+        told.readline()  # or its end, and the reason is in its other output
+    for asked, _ in waiting:
+        with contextlib.suppress(BrokenPipeError):
+            asked.write(b"\n")
+            asked.flush()
+
+
+def end_all(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Whoever still runs."""
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
 def run_together(
     subject: str, callers: Mapping[str, Started], seconds: float, *, all_answered: bool = True
 ) -> Together:
@@ -74,6 +99,7 @@ def run_together(
     outcomes = []
     try:
         started += [start() for start in callers.values()]
+        start_together(subject, started)
         for caller, process in zip(callers, started, strict=True):
             out, err = process.communicate(timeout=seconds * 1.1 + _GRACE_S)
             if process.returncode:
@@ -84,10 +110,7 @@ def run_together(
     except (LoadError, subprocess.TimeoutExpired) as error:
         raise BenchError(f"{subject}: {error}") from error
     finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+        end_all(started)
     # They began one after the other: only the time in which all of them counted is divided by.
     found = Together(outcomes, (max(one.start_ns for one in outcomes), min(one.end_ns for one in outcomes)))
     if found.seconds < seconds / 4:

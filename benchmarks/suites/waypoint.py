@@ -24,7 +24,7 @@ from benchmarks.harness.usage import Meter
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.load import Load, LoadError, Protocol
-from benchmarks.load.together import run_together
+from benchmarks.load.together import end_all, run_together, start_together
 from benchmarks.suites.between import mesh
 from benchmarks.suites.between.standing import LOAD_CORE, PROXY_CORE, Between, stand
 from benchmarks.suites.placements.memory import resident_mb
@@ -93,7 +93,8 @@ def _measure(bench: Bench, plan: Plan, everybody: Sequence[Between], program: Pa
             saturated = _saturated(plan, program, protocol, routes)
             bench.interleave([saturated], everybody, rounds=plan.rounds, seconds=plan.seconds)
             knee = _knee(bench.results, saturated.measure.name)
-            probes = [_offered(plan, program, protocol, routes, share, knee) for share in plan.shares]
+            shares = plan.shares if knee else ()  # who carries nothing was said to
+            probes = [_offered(plan, program, protocol, routes, share, knee) for share in shares]
             bench.interleave(probes, everybody, rounds=plan.rounds, seconds=plan.seconds)
             for probe in (saturated, *probes):
                 add_own(bench.results, probe.measure)
@@ -173,7 +174,9 @@ def _take(
     entry = between.entry(protocol, routes)
     callers = {
         caller.name: partial(
-            between.start, caller, load.argv(program, one.seeded(number * len(asked) + place), *entry, seconds)
+            between.start,
+            caller,
+            load.argv(program, one.seeded(number * len(asked) + place), *entry, seconds, waits=True),
         )
         for place, (caller, one) in enumerate(zip(between.callers, asked, strict=True))
     }
@@ -184,15 +187,13 @@ def _take(
 
 
 def _knee(results: Results, measure: str) -> float:
-    """Requests a second of the slowest. Raises BenchError."""
+    """Requests a second of the slowest; 0 where nobody carried anything."""
     carried = [
         median(one.value for one in series.rounds)
         for series in results.series
         if series.measure == measure and series.rounds
     ]
-    if not carried:
-        raise BenchError(f"{measure}: nobody carried anything, so there is no rate to offer")
-    return min(carried)
+    return min(carried, default=0.0)
 
 
 def add_own(results: Results, of: Measure) -> None:
@@ -250,19 +251,23 @@ def _idle(count: int, program: Path, fresh: Mapping[str, float]) -> Probe[Betwee
     def take(between: Between, seconds: float, number: int) -> Sample:
         del number  # nothing arrives
         asked = load.http_idle(count // len(between.callers), mesh.path(routes), mesh.host("http1", routes), BODY)
-        argv = load.argv(program, asked, *between.entry("http1", routes), seconds)
+        argv = load.argv(program, asked, *between.entry("http1", routes), seconds, waits=True)
         holding = [between.start(caller, argv) for caller in between.callers]
         read: list[tuple[int, float]] = []
-        while any(one.poll() is None for one in holding):
-            read.append((time.monotonic_ns(), _resident(between)))
-            time.sleep(_POLL_S)
         outcomes = []
-        for one in holding:
-            told, failed = one.communicate()
-            if one.returncode:
-                between.processes()  # whoever has ended says so
-                raise BenchError(f"{between.subject.name}: {failed.decode().strip()}")
-            outcomes.append(load.parse(told.decode()))
+        try:
+            start_together(between.subject.name, holding)
+            while any(one.poll() is None for one in holding):
+                read.append((time.monotonic_ns(), _resident(between)))
+                time.sleep(_POLL_S)
+            for one in holding:
+                told, failed = one.communicate()
+                if one.returncode:
+                    between.processes()  # whoever has ended says so
+                    raise BenchError(f"{between.subject.name}: {failed.decode().strip()}")
+                outcomes.append(load.parse(told.decode()))
+        finally:
+            end_all(holding)
         begin, end = max(one.start_ns for one in outcomes), min(one.end_ns for one in outcomes)
         held = [mb for at, mb in read if begin <= at <= end]
         if not held:

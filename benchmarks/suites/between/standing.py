@@ -81,7 +81,7 @@ class Between:
         return mesh.address(self.place, routes), mesh.PORTS[protocol]
 
     def start(self, caller: Workload, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """A load generator as a caller's application, with pipes for its output.
+        """A load generator as a caller's application, with pipes for its input and output.
 
         It shares its core with others of its kind and the application: it goes first, so that it sends in time.
         """
@@ -90,7 +90,7 @@ class Between:
             ["taskset", "-c", str(LOAD_CORE), "chrt", "--fifo", "1", *argv],
             caller.box.netns_path,
             str(caller.box.app_cgroup.relative_to(lab.names.cgroup)),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
