@@ -33,8 +33,7 @@ from h2.events import Event as H2Event
 from h2.events import PingAckReceived, RemoteSettingsChanged, SettingsAcknowledged
 from h2.exceptions import ProtocolError as H2ProtocolError
 from h2.settings import SettingCodes, Settings
-from hpack import Decoder
-from hpack.exceptions import HPACKError, OversizedHeaderListError
+from hpack.exceptions import HPACKDecodingError, OversizedHeaderListError
 
 from uproxy.header_block import (
     Headers,
@@ -44,6 +43,7 @@ from uproxy.header_block import (
     well_formed,
     well_formed_trailers,
 )
+from uproxy.hpack_decoder import Decoder
 
 # Windows (docs/decisions.md): 1 MiB a stream keeps a fast link full; a stream starts with a quarter, so that many slow
 # readers hold little, and has no more beside small messages of others, since those wait for all of it that is on its
@@ -256,6 +256,7 @@ class Connection:
         self.client = client
         self.limits = limits
         self.streams: dict[int, Stream] = {}
+        self._is_tunnel = limits is TUNNEL  # its peer is a uProxy, most likely
         self.peer_max_streams = 100  # until its SETTINGS say otherwise (RFC 9113 section 6.5.2 advises at least 100)
         self.peer_extended_connect = False
         self.goaway_sent = False
@@ -541,8 +542,16 @@ class Connection:
                     continue
                 if DATA < kind <= CONTINUATION and after <= end:  # whole, as nearly always
                     stream_id &= 0x7FFFFFFF
-                    self._check_frame(kind, flags, stream_id, length)
-                    if kind == HEADERS and flags & _WHOLE_BLOCK == _END_HEADERS:
+                    whole_block = kind == HEADERS and flags & _WHOLE_BLOCK == _END_HEADERS
+                    if not (
+                        whole_block
+                        and stream_id
+                        and length <= MAX_QUICK_BLOCK
+                        and self._settings_seen
+                        and not self._block_stream
+                    ):
+                        self._check_frame(kind, flags, stream_id, length)
+                    if whole_block:
                         self._take_block(
                             stream_id, bytes(data[position + 9 : after]), bool(flags & _END_STREAM), events
                         )
@@ -841,7 +850,7 @@ class Connection:
 
     def _take_block(self, stream_id: int, block: bytes, ends: bool, events: list[Event]) -> None:
         stream = self.streams.get(stream_id)
-        headers = read_own(block)
+        headers = read_own(block) if self._is_tunnel else None
         formed = headers is not None and (headers[0][0] == b":status") is self.client
         if headers is None:
             # A byte can stand for a whole header: a long block goes to the decoder that counts what comes out.
@@ -858,16 +867,14 @@ class Connection:
         else:
             self._admit(stream_id, headers, formed, ends, events)
 
-    def _decode(self, block: bytes) -> list[tuple[bytes, bytes]]:
-        """The general HPACK decoder, which also keeps the dynamic table."""
+    def _decode(self, block: bytes) -> Headers:
+        """With the dynamic table, which the peer keeps too."""
         try:
-            return [(bytes(name), bytes(value)) for name, value, *_ in self._decoder.decode(block, raw=True)]
+            return self._decoder.decode(block)
         except OversizedHeaderListError as error:
             raise ProtocolError(ErrorCode.ENHANCE_YOUR_CALM, f"header block: {error}") from error
-        except HPACKError as error:
+        except HPACKDecodingError as error:
             raise ProtocolError(ErrorCode.COMPRESSION_ERROR, f"header block: {error}") from error
-        except (IndexError, ValueError) as error:
-            raise ProtocolError(ErrorCode.COMPRESSION_ERROR, "a truncated header block") from error
 
     def _admit(self, stream_id: int, headers: Headers, formed: bool, ends: bool, events: list[Event]) -> None:
         if not stream_id & 1:

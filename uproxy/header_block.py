@@ -208,4 +208,4 @@ def _valued(headers: Headers, names: Sequence[bytes]) -> bool:
         return False
     if (b" " in joined or b"\t" in joined) and _PADDED.search(joined) is not None:
         return False
-    return b"te" not in names or all(value == b"trailers" for name, value in headers if name == b"te")
+    return b"te" not in names or {value for name, value in headers if name == b"te"} == {b"trailers"}

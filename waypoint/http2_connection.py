@@ -13,7 +13,17 @@ from collections.abc import Callable
 from typing import Final
 
 from uproxy import hbone
-from uproxy.hbone import ErrorCode
+from uproxy.hbone import (
+    DataReceived,
+    ErrorCode,
+    InterimReceived,
+    RequestReceived,
+    ResponseReceived,
+    SettingsReceived,
+    StreamEnded,
+    StreamReset,
+    WindowOpened,
+)
 from uproxy.header_block import Headers
 from uproxy.plane import Plane, Waiter
 from uproxy.relay import NOBODY, StreamOwner, feed
@@ -214,34 +224,34 @@ class Http2Connection:
         for event in events:
             if self.closed:
                 return
-            if isinstance(event, hbone.DataReceived):
+            if isinstance(event, DataReceived):
                 event.stream.owner.on_data(event.data)
-            elif isinstance(event, hbone.WindowOpened):
+            elif isinstance(event, StreamEnded):
+                if event.trailers and isinstance(event.stream.owner, Http2Stream):
+                    event.stream.owner.on_trailers(event.trailers)
+                event.stream.owner.on_end()
+            elif isinstance(event, RequestReceived):
+                assert self._on_request is not None
+                event.stream.owner = NOBODY
+                self._on_request(self, event.stream, event.headers, event.ended)
+            elif isinstance(event, ResponseReceived):
+                event.stream.owner.on_response(event.headers)
+                if event.ended:
+                    event.stream.owner.on_end()
+            elif isinstance(event, WindowOpened):
                 if event.stream is None:
                     feed(self.connection, self.starved)
                 elif event.stream.owner in self.starved:
                     del self.starved[event.stream.owner]
                     event.stream.owner.on_room()
-            elif isinstance(event, hbone.StreamEnded):
-                if event.trailers and isinstance(event.stream.owner, Http2Stream):
-                    event.stream.owner.on_trailers(event.trailers)
-                event.stream.owner.on_end()
-            elif isinstance(event, hbone.StreamReset):
+            elif isinstance(event, StreamReset):
                 event.stream.owner.on_reset(event.code)
-            elif isinstance(event, hbone.ResponseReceived):
-                event.stream.owner.on_response(event.headers)
-                if event.ended:
-                    event.stream.owner.on_end()
-            elif isinstance(event, hbone.InterimReceived):
+            elif isinstance(event, InterimReceived):
                 if isinstance(event.stream.owner, Http2Stream):
                     event.stream.owner.on_interim(event.headers)
-            elif isinstance(event, hbone.SettingsReceived):
+            elif isinstance(event, SettingsReceived):
                 self._introduced = True
                 self._wake()
-            elif isinstance(event, hbone.RequestReceived):
-                assert self._on_request is not None
-                event.stream.owner = NOBODY
-                self._on_request(self, event.stream, event.headers, event.ended)
 
     # -- the end
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from waypoint.messages import Fields
+from waypoint.remembered import remembered
 
 # RFC 9110 section 6.5.1: what frames, routes, authenticates or changes the meaning of a message is no trailer; some
 # applications merge what comes here into the head.
@@ -17,8 +18,11 @@ _REFUSED: Final = frozenset(
 _REFUSED_PREFIXES: Final = (b":", b"if-", b"x-forwarded-", b"x-request-id", b"x-uproxy-", b"access-control-")
 
 
+@remembered
 def kept(trailers: Fields) -> Fields:
-    """Those of a peer that go on; names are in lower case."""
+    """Those of a peer that go on, mostly all of them; names are in lower case."""
+    if not any(_refused(name.replace(b"_", b"-")) for name, _ in trailers):
+        return trailers
     return [(name, value) for name, value in trailers if not _refused(name.replace(b"_", b"-"))]
 
 

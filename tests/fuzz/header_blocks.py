@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from h2.exceptions import ProtocolError
 from h2.utilities import HeaderValidationFlags, validate_headers
 from hpack import Decoder, Encoder
-from hpack.exceptions import HPACKError
+from hpack.exceptions import HPACKDecodingError, HPACKError
+from hpack.hpack import DEFAULT_MAX_HEADER_LIST_SIZE
 
 from tests.support.hbone import CONNECT, OK
 from uproxy.header_block import (
@@ -17,6 +18,7 @@ from uproxy.header_block import (
     well_formed,
     well_formed_trailers,
 )
+from uproxy.hpack_decoder import Decoder as OurDecoder
 
 MAX_BYTES = 1024
 WORDS = (
@@ -48,6 +50,7 @@ def check(data: bytes) -> None:
         own = read_own(data)
         assert own is None or (list(own) == whole and well_formed(own, request=own[0][0] != b":status"))
     assert quick is None or quick == whole, (quick, whole)
+    _same_by_our_decoder(data, whole)
     if whole is None:
         return
     if well_formed(whole, request=True):
@@ -71,6 +74,21 @@ def _decoded(block: bytes) -> list[tuple[bytes, bytes]] | None:
         return [(bytes(name), bytes(value)) for name, value, *_ in Decoder().decode(block, raw=True)]
     except (HPACKError, IndexError, ValueError):
         return None
+
+
+def _same_by_our_decoder(block: bytes, whole: list[tuple[bytes, bytes]] | None) -> None:
+    decoder = OurDecoder(DEFAULT_MAX_HEADER_LIST_SIZE)
+    found: list[tuple[bytes, bytes]] | None = None
+    try:
+        found = list(decoder.decode(block))
+    except HPACKDecodingError as error:
+        if "octets" in str(error):  # hpack takes integers with zeros before them
+            return
+    assert found == whole, (found, whole)
+    if found is None:
+        return
+    if isinstance(again := decoder.decode(block), tuple):  # nothing in it has changed the table
+        assert list(again) == found
 
 
 def _same_when_written_again(headers: list[tuple[bytes, bytes]]) -> None:
