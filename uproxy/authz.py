@@ -113,7 +113,7 @@ def _facts(
 def _clauses_of_stranger(action: Action, rule: Rule) -> Iterable[Clause] | None:
     """An ALLOW of a caller that is not known cannot be one of some sources, nor of all but some."""
     if action is Action.ALLOW:
-        return _without(lambda test: test.fact in _SOURCE, connection_clauses(rule))
+        return _without(lambda test: test[0] in _SOURCE, connection_clauses(rule))
     return connection_clauses(rule)
 
 
@@ -121,7 +121,7 @@ def _clauses_of_waypoint(action: Action, rule: Rule) -> Iterable[Clause] | None:
     """A waypoint is none of those that a DENY of all but some sources means."""
     if action is Action.ALLOW:
         return None
-    return _without(lambda test: test.negated and test.fact in _SOURCE, connection_clauses(rule))
+    return _without(lambda test: test[2] and test[0] in _SOURCE, connection_clauses(rule))
 
 
 def _without(fails: Callable[[Test], bool], clauses: Iterable[Clause]) -> Iterable[Clause] | None:

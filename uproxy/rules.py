@@ -51,17 +51,9 @@ ADDRESSES: Final = (Fact.SOURCE_IP, Fact.DESTINATION_IP, Fact.REMOTE_IP)
 """Facts that are `address_number`s."""
 
 
-@dataclass(frozen=True, slots=True)
-class Test:
-    """One field. `holds` is False for a fact that is missing (None), so that a negated test then matches."""
-
-    __test__ = False  # for pytest
-
-    fact: Fact
-    holds: Callable[[object], bool]
-    negated: bool
-
-
+Test = tuple[int, Callable[[object], bool], bool]
+"""One field: the `Fact` that it is about, whether that holds, and whether it is negated. It does not hold for a fact
+that is missing (None), so that a negated test then matches."""
 Alternative = tuple[Test, ...]
 Clause = tuple[Alternative, ...]
 CompileRule = Callable[[Action, Rule], Iterable[Clause] | None]
@@ -78,8 +70,8 @@ class Verdict:
     def matches(self, facts: Facts) -> bool:
         for clause in self.clauses:
             for alternative in clause:
-                for test in alternative:
-                    if test.holds(facts[test.fact]) is test.negated:
+                for fact, holds, negated in alternative:
+                    if holds(facts[fact]) is negated:
                         break
                 else:
                     break  # every test of this alternative holds: on to the next clause
@@ -139,7 +131,7 @@ class Verdicts:
 
 def facts_asked(of: Iterable[Verdict]) -> frozenset[Fact]:
     """Those that their matching may depend on."""
-    return frozenset(test.fact for v in of for clause in v.clauses for tests in clause for test in tests)
+    return frozenset(Fact(test[0]) for v in of for clause in v.clauses for tests in clause for test in tests)
 
 
 def verdicts(policies: Iterable[AuthorizationPolicy], compile_rule: CompileRule) -> tuple[Verdict, ...]:
@@ -198,9 +190,9 @@ def condition_tests(condition: Condition) -> Alternative:
 
 def _field(fact: Fact, values: Collection[str | int], not_values: Collection[str | int]) -> Iterable[Test]:
     if values:
-        yield Test(fact, _matcher(fact, values), False)
+        yield int(fact), _matcher(fact, values), False
     if not_values:
-        yield Test(fact, _matcher(fact, not_values), True)
+        yield int(fact), _matcher(fact, not_values), True
 
 
 def _matcher(fact: Fact, values: Collection[str | int]) -> Callable[[object], bool]:

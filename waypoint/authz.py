@@ -232,9 +232,9 @@ def _tests(
     not_values: Collection[str],
 ) -> Iterable[Test]:
     if values:
-        yield Test(fact, matcher(values), False)
+        yield int(fact), matcher(values), False
     if not_values:
-        yield Test(fact, matcher(not_values), True)
+        yield int(fact), matcher(not_values), True
 
 
 def _path_matcher(patterns: Collection[str]) -> Callable[[object], bool]:
