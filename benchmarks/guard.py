@@ -33,8 +33,8 @@ from control.server.ca import Authority, write_identity
 
 TOLERANCE: Final = 0.025
 """Of the baseline's instructions; repeated counts, on an idle machine or a busy one, differ by a tenth of a percent."""
-CALLS_TOLERANCE: Final = 0.01
-"""Of the baseline's system calls; repeated counts are equal."""
+CALLS_TOLERANCE: Final = 0.015
+"""Of the baseline's system calls; repeated counts are equal, or for HTTP on a busy machine within 1 %."""
 SPARE_CALLS: Final = 0.2
 """System calls of an operation that are no change: memory is asked for now and then."""
 TIMEOUT_S: Final = 240.0

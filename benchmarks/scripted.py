@@ -2,7 +2,7 @@
 
 Two uProxies and a waypoint on one plane, with real sockets on loopback and real TLS, and the applications at both ends
 as callbacks of the same plane: they cost little, and the order of events is the program's alone. `web` dials `db`
-directly, and `api`, which is HTTP and bound to the waypoint.
+directly, and `api` and `rpc`, which are HTTP/1.1 and HTTP/2 and bound to the waypoint.
 
 Each scenario prepares and warms itself up, and then runs between two calls of a C function that nothing else calls
 (`MARK`), at which the counter is read. At the end the process prints what it ran, as JSON.
@@ -13,16 +13,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import os
 import select
 import socket
 import ssl
+import struct
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from hpack import Encoder
 
 from control.api import messages, records, topics
 from control.api.address import HBONE_PORT, parse_address
@@ -37,6 +41,7 @@ from control.client.state import State
 from uproxy import authz, plane
 from uproxy.access_log import AccessLog, Style
 from uproxy.connections import Connections
+from uproxy.header_block import encode_headers
 from uproxy.inbound import Inbound
 from uproxy.listener import Listeners, TunnelServer
 from uproxy.outbound import Outbound, Self
@@ -57,20 +62,38 @@ NAMES: Final = ("web", "db", "wp")
 TRUST_DOMAIN: Final = "cluster.local"
 _WEB, _DB, _WP = IDENTITIES = tuple(SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/ns/shop/sa/{name}") for name in NAMES)
 _WEB_ADDRESS, _DB_ADDRESS, _WP_ADDRESS = (parse_address(f"127.0.79.{number}") for number in (1, 2, 3))
-_DIRECT, _BOUND = parse_address("240.240.9.9"), parse_address("240.240.9.10")
+_DIRECT, _BOUND, _HTTP2 = (parse_address(f"240.240.9.{number}") for number in (9, 10, 11))
 _PORT: Final = 6379
+_SERVED: Final = ("shop/api", "shop/rpc")
+"""By the waypoint."""
 _POLICIES: Final = 40
+_MOST_BY_HTTP2: Final = 100
+"""Requests of one connection, which are made beforehand."""
 _ROUTES: Final = 20
 _STALL_S: Final = 20.0
 _COMPARED: Final = 15  # bytes of an answer: "HTTP/1.1 200 OK"
 
-_REQUEST: Final = b"GET /v7/things?page=3 HTTP/1.1\r\nhost: api.shop\r\nuser-agent: guard\r\naccept: */*\r\n\r\n"
-_RESPONSE: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 64\r\n\r\n" + bytes(64)
-_CHUNKED: Final = (
-    b"POST /v7/things HTTP/1.1\r\nhost: api.shop\r\ntransfer-encoding: chunked\r\n\r\n"
-    + (b"800\r\n" + bytes(0x800) + b"\r\n") * 8
-    + b"0\r\n\r\n"
+_REQUEST: Final = (
+    b"GET /v7/things?page=%d HTTP/1.1\r\nhost: api.shop\r\nuser-agent: guard\r\naccept: */*\r\n"
+    b"x-request-id: %032x\r\n\r\n"
 )
+"""Each has a page and an id of its own, as what follows."""
+_RESPONSE: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 64\r\n\r\n" + bytes(64)
+_CHUNKED_HEAD: Final = (
+    b"POST /v7/things?page=%d HTTP/1.1\r\nhost: api.shop\r\ntransfer-encoding: chunked\r\nx-request-id: %032x\r\n\r\n"
+)
+_CHUNKS: Final = (b"800\r\n" + bytes(0x800) + b"\r\n") * 8 + b"0\r\n\r\n"
+
+_FRAME: Final = struct.Struct(">LBL")  # of HTTP/2: length and type, flags, stream
+_DATA, _HEADERS, _SETTINGS, _WINDOW_UPDATE = 0, 1, 4, 8
+_END_STREAM, _END_HEADERS = 1, 4
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_GET: Final = {b":method": b"GET", b":scheme": b"http", b":authority": b"api.shop", b"user-agent": b"guard"}
+_CALL: Final = {**_GET, b":method": b"POST", b"content-type": b"application/grpc", b"te": b"trailers"}
+_MESSAGE: Final = b"\0\0\0\0\x40" + bytes(64)
+_OK: Final = encode_headers([(b":status", b"200"), (b"content-type", b"text/plain"), (b"content-length", b"64")])
+_GRPC_OK: Final = encode_headers([(b":status", b"200"), (b"content-type", b"application/grpc")])
+_TRAILERS: Final = encode_headers([(b"grpc-status", b"0")])
 
 Run = Callable[[int], Coroutine[Any, Any, None]]
 """Does so many operations, as a coroutine of the plane."""
@@ -88,6 +111,13 @@ class Scenario:
     reference: str
 
 
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return _FRAME.pack(len(payload) << 8 | kind, flags, stream) + payload
+
+
+_BEGIN: Final = _frame(_SETTINGS, 0, 0, b"") + _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">L", 1 << 30))
+
+
 class World:
     """The three proxies, the applications, and how to dial."""
 
@@ -99,7 +129,7 @@ class World:
         self.log = AccessLog(os.devnull, Style.JSON)  # flushed between scenarios: a timer would come at any time
         self._dialled: list[Application] = []
         self._listeners = Listeners(self.plane)
-        self._applications = [_application(self.plane, answer) for answer in (_echo, _serve_http)]
+        self._applications = [_application(self.plane, answer) for answer in (_echo, _serve_http, _serve_http2)]
         changes = self.state.apply([_published(record) for record in _mesh(*(port for _, port in self._applications))])
         self.web, self.db = (
             _UProxy(self, f"shop/{name}", identity, address)
@@ -181,20 +211,24 @@ class _UProxy:
         self.inbound = Inbound(world.plane, world.state, lambda: contexts[1], connections, telemetry, own)
 
 
+Whole = Callable[[bytes, int], bool]
+"""Whether an answer is whole with the bytes that came last, and so many in all. Raises ConnectionError."""
+
+
 class Application:
     """The calling end of a connection."""
 
     def __init__(self, data_plane: Plane, sock: socket.socket) -> None:
         self._plane = data_plane
         self._sock = sock
-        self._answer = b""  # all of it, or what it begins with and how long it is at least
+        self._whole: Whole = _closed
         self._received = 0
         self._waiter: Waiter[None] | None = None
         data_plane.watch(sock.fileno(), plane.READ, self._on_events)
 
-    async def exchange(self, content: bytes, answer: bytes) -> None:
-        """Send, and wait for an answer that begins as this one, and is at least as long. Raises OSError."""
-        self._waiter, self._answer, self._received = Waiter(self._plane), answer, 0
+    async def exchange(self, content: bytes, whole: Whole) -> None:
+        """Send, and wait for an answer. Raises OSError."""
+        self._waiter, self._whole, self._received = Waiter(self._plane), whole, 0
         self._sock.send(content)
         await self._plane.wait(self._waiter, _STALL_S)
 
@@ -202,7 +236,7 @@ class Application:
         """End our side, and wait for the end of the other. Raises OSError."""
         if self._sock.fileno() < 0:
             return
-        self._waiter, self._answer = Waiter(self._plane), b""
+        self._waiter, self._whole = Waiter(self._plane), _closed
         self._sock.shutdown(socket.SHUT_WR)
         await self._plane.wait(self._waiter, _STALL_S)
         self._plane.unwatch(self._sock.fileno())
@@ -211,11 +245,49 @@ class Application:
     def _on_events(self, _: int) -> None:
         data = self._sock.recv(1 << 16)
         assert self._waiter is not None
-        if data[:_COMPARED] != self._answer[:_COMPARED] and not self._received:
-            self._waiter.fail(ConnectionError(f"{data!r} is not what was asked for"))
         self._received += len(data)
-        if self._received >= len(self._answer):
-            self._waiter.set(None)
+        try:
+            if self._whole(data, self._received):
+                self._waiter.set(None)
+        except ConnectionError as error:
+            self._waiter.fail(error)
+
+
+def _closed(data: bytes, received: int) -> bool:
+    """Nothing more comes."""
+    return not data
+
+
+def _as(answer: bytes) -> Whole:
+    """One that begins as this one, and is at least as long."""
+
+    def whole(data: bytes, received: int) -> bool:
+        if received == len(data) and data[:_COMPARED] != answer[:_COMPARED]:
+            raise ConnectionError(f"{data!r} is not what was asked for")
+        return received >= len(answer)
+
+    return whole
+
+
+def _ends(stream: int) -> Whole:
+    """One of HTTP/2 with the status 200, which comes in whole frames: they are small."""
+
+    def whole(data: bytes, received: int) -> bool:
+        own = [(kind, flags, payload) for kind, flags, number, payload in _frames(data) if number == stream]
+        if any(kind > _HEADERS for kind, _, _ in own) or (own[:1] and own[0][2][:1] not in (b"\x88", b"\x20")):
+            raise ConnectionError(f"{data!r} is not what was asked for")
+        return any(flags & _END_STREAM for _, flags, _ in own)
+
+    return whole
+
+
+def _frames(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Type, flags, stream and payload of each frame."""
+    position = len(_PREFACE) if data.startswith(_PREFACE) else 0
+    while position < len(data):
+        first, flags, stream = _FRAME.unpack_from(data, position)
+        position += 9 + (first >> 8)
+        yield first & 0xFF, flags, stream, data[position - (first >> 8) : position]
 
 
 # -- the applications
@@ -255,10 +327,24 @@ def _serve_http(data: bytes) -> bytes:
     return _RESPONSE if data.endswith(b"\r\n\r\n") else b""
 
 
+def _serve_http2(data: bytes) -> bytes:
+    """Likewise. What has a body is a gRPC call, answered with as much."""
+    answer = b""
+    for kind, flags, stream, payload in _frames(data):
+        if kind == _SETTINGS and not flags:
+            answer += _BEGIN + _frame(_SETTINGS, 1, 0, b"")
+        elif kind == _HEADERS and flags & _END_STREAM:
+            answer += _frame(_HEADERS, _END_HEADERS, stream, _OK) + _frame(_DATA, _END_STREAM, stream, bytes(64))
+        elif kind == _DATA:
+            answer += _frame(_HEADERS, _END_HEADERS, stream, _GRPC_OK) + _frame(_DATA, 0, stream, payload)
+            answer += _frame(_HEADERS, _END_HEADERS | _END_STREAM, stream, _TRAILERS)
+    return answer
+
+
 # -- the mesh
 
 
-def _mesh(echo_port: int, http_port: int) -> list[Record]:
+def _mesh(echo_port: int, http_port: int, http2_port: int) -> list[Record]:
     web, db, wp = (
         Workload("shop", name, name, identity, (address,), {"app": name}, {}, "", 1)
         for name, identity, address in zip(NAMES, IDENTITIES, (_WEB_ADDRESS, _DB_ADDRESS, _WP_ADDRESS), strict=True)
@@ -267,12 +353,13 @@ def _mesh(echo_port: int, http_port: int) -> list[Record]:
     for name, vip, port, protocol, binding in (
         ("db", _DIRECT, echo_port, "tcp", None),
         ("api", _BOUND, http_port, "http", Binding("shop/wp", Via.WAYPOINT)),
+        ("rpc", _HTTP2, http2_port, "http2", Binding("shop/wp", Via.WAYPOINT)),
     ):
         ports = (ServicePort("", _PORT, port, protocol),)
         services.append(Service("shop", name, (vip,), ports, {}, (_DB,), binding))
         services.append(Endpoint(f"shop/{name}", "shop/db", _DB_ADDRESS, _DB, {_PORT: port}, 1, True, {}))
-    waypoint = Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp", _WP_ADDRESS),), ("shop/api",), ())
-    return [web, db, wp, *services, waypoint, *_connection_policies(), *_request_policies(), _route()]
+    waypoint = Gateway("shop", "wp", Traffic.SERVICE, (Instance("shop/wp", _WP_ADDRESS),), _SERVED, ())
+    return [web, db, wp, *services, waypoint, *_connection_policies(), *_request_policies(), *map(_route, _SERVED)]
 
 
 def _connection_policies() -> list[AuthorizationPolicy]:
@@ -290,14 +377,14 @@ def _connection_policies() -> list[AuthorizationPolicy]:
 
 
 def _request_policies() -> list[AuthorizationPolicy]:
-    """Of api; the last one allows web what the scenarios ask for."""
+    """Of api and rpc; the last one allows web what the scenarios ask for."""
     web = Source(principals=(_WEB.principal,))
     operations = [
         Operation(methods=("GET",), paths=(f"/v{number}/secrets/*", f"*/private{number}"))
         for number in range(_POLICIES)
     ]
     allowed = Operation(methods=("GET", "POST"), paths=("/v7/*",))
-    target = (Target("Service", "shop/api"),)
+    target = tuple(Target("Service", service) for service in _SERVED)
     return [
         AuthorizationPolicy("shop", f"request{number}", action, None, (Rule((web,), (operation,)),), target)
         for number, (action, operation) in enumerate(
@@ -306,8 +393,8 @@ def _request_policies() -> list[AuthorizationPolicy]:
     ]
 
 
-def _route() -> HTTPRoute:
-    backend = Backend("shop/api", _PORT, 1, NO_MODIFIER, NO_MODIFIER)
+def _route(service: str) -> HTTPRoute:
+    backend = Backend(service, _PORT, 1, NO_MODIFIER, NO_MODIFIER)
     rules = tuple(
         RouteRule(
             f"v{number}",
@@ -320,7 +407,7 @@ def _route() -> HTTPRoute:
         )
         for number in range(_ROUTES)
     )
-    return HTTPRoute("shop", "routes", (Parent("shop/api", 0),), (), rules)
+    return HTTPRoute("shop", f"routes-{service.rpartition('/')[2]}", (Parent(service, 0),), (), rules)
 
 
 def _published(record: Record) -> tuple[str, bytes]:
@@ -335,10 +422,11 @@ def _published(record: Record) -> tuple[str, bytes]:
 def _round_trips(size: int) -> Callable[[World], Coroutine[Any, Any, Run]]:
     async def prepare(world: World) -> Run:
         application, content = world.dial(_DIRECT), bytes(size)
+        whole = _as(content)
 
         async def run(count: int) -> None:
             for _ in range(count):
-                await application.exchange(content, content)
+                await application.exchange(content, whole)
 
         return run
 
@@ -350,10 +438,11 @@ def _side_by_side(connections: int) -> Callable[[World], Coroutine[Any, Any, Run
 
     async def prepare(world: World) -> Run:
         applications, content = [world.dial(_DIRECT) for _ in range(connections)], bytes(64)
+        whole = _as(content)
 
         async def run(count: int) -> None:
             for _ in range(count // connections):
-                each = [_settling(world, application.exchange(content, content)) for application in applications]
+                each = [_settling(world, application.exchange(content, whole)) for application in applications]
                 for answered in each:
                     await answered
 
@@ -402,7 +491,7 @@ def _crowds(size: int) -> Callable[[World], Coroutine[Any, Any, Run]]:
 async def _connect(world: World) -> None:
     """A connection, opened and closed."""
     application = world.dial(_DIRECT)
-    await application.exchange(bytes(64), bytes(64))
+    await application.exchange(bytes(64), _as(bytes(64)))
     await application.close()
 
 
@@ -415,24 +504,57 @@ async def _tunnels(world: World) -> Run:
     return run
 
 
-def _requests(content: bytes) -> Callable[[World], Coroutine[Any, Any, Run]]:
+def _requests(head: bytes, body: bytes = b"") -> Callable[[World], Coroutine[Any, Any, Run]]:
     async def prepare(world: World) -> Run:
-        application = world.dial(_BOUND)
+        application, numbers, whole = world.dial(_BOUND), itertools.count(), _as(_RESPONSE)
 
         async def run(count: int) -> None:
-            for _ in range(count):
-                await application.exchange(content, _RESPONSE)
+            for number in itertools.islice(numbers, count):
+                await application.exchange(head % (number, number) + body, whole)
 
         return run
 
     return prepare
 
 
+def _requests_by_http2(
+    fields: Mapping[bytes, bytes], path: Callable[[int], bytes], message: bytes = b""
+) -> Callable[[World], Coroutine[Any, Any, Run]]:
+    """One after the other on one connection, as a client writes them that makes use of all of HPACK."""
+
+    async def prepare(world: World) -> Run:
+        application, encoder = world.dial(_HTTP2), Encoder()
+        asked = []
+        for number, stream in enumerate(range(1, 2 * _MOST_BY_HTTP2, 2)):
+            head = [(b":path", path(number)), *fields.items(), (b"x-request-id", b"%032x" % number)]
+            flags = _END_HEADERS | (0 if message else _END_STREAM)
+            frames = _frame(_HEADERS, flags, stream, encoder.encode(head))
+            asked.append((frames + (_frame(_DATA, _END_STREAM, stream, message) if message else b""), _ends(stream)))
+        asked[0] = (_PREFACE + _BEGIN + asked[0][0], asked[0][1])
+        remaining = iter(asked)
+
+        async def run(count: int) -> None:
+            for frames, ends in itertools.islice(remaining, count):
+                await application.exchange(frames, ends)
+
+        return run
+
+    return prepare
+
+
+def _thing(number: int) -> bytes:
+    return b"/v7/%d" % number
+
+
+def _method(_: int) -> bytes:
+    return b"/v7/Call"
+
+
 async def _decisions(world: World) -> Run:
     """One of a connection, one of a request, and its route, without any transport."""
     of_connections = authz.compile_policies(_connection_policies())
     of_requests = request_authz.compile_policies(_request_policies())
-    router = routing.compile_routes((_route(),), "shop/api", _PORT)
+    router = routing.compile_routes((_route("shop/api"),), "shop/api", _PORT)
     fields = ((b"host", b"api.shop"), (b"user-agent", b"guard"), (b"accept", b"*/*"))
 
     async def run(count: int) -> None:
@@ -530,7 +652,11 @@ SCENARIOS: Final = (
     Scenario("connections", "a connection, 16 opened and closed at once", 320, _crowds(16), "python"),
     Scenario("tunnel", "a connection, opened on a tunnel of its own", 4, _tunnels, "tls-handshake"),
     Scenario("request", "an HTTP request through a waypoint", 40, _requests(_REQUEST), "python"),
-    Scenario("upload", "an HTTP request with a chunked body of 16 KB", 30, _requests(_CHUNKED), "tls-16k"),
+    Scenario("http2", "an HTTP/2 request through a waypoint", 40, _requests_by_http2(_GET, _thing), "python"),
+    Scenario("grpc", "a gRPC call through a waypoint", 40, _requests_by_http2(_CALL, _method, _MESSAGE), "python"),
+    Scenario(
+        "upload", "an HTTP request with a chunked body of 16 KB", 30, _requests(_CHUNKED_HEAD, _CHUNKS), "tls-16k"
+    ),
     Scenario("decisions", "a connection and a request judged, and routed", 100, _decisions, "python"),
 )
 
