@@ -157,6 +157,10 @@ class Workers:
         """What of all that is known every worker has applied; not whole while a worker is missing."""
         return self._in_force.told(self._sent, self._applied(), known, self.waiting())
 
+    def problems(self) -> tuple[str, ...]:
+        """What somebody should look at."""
+        return ()
+
     def waiting(self) -> tuple[str, ...]:
         """What keeps it from serving as it should."""
         return tuple(f"worker {worker.number}" for worker in self._workers if not worker.listening)

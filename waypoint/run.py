@@ -201,6 +201,7 @@ class _Process:
             self._credentials,
             self._reconfigure,
             on_progress=self._progressed,
+            problems=lambda: self.serving.problems(),
             in_force=self._in_force,
         )
         member.replica.want_workload(membership.identity, membership.workload)

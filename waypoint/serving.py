@@ -126,6 +126,10 @@ class Serving:
         """What of all that is known holds for every connection."""
         return known
 
+    def problems(self) -> tuple[str, ...]:
+        """What somebody should look at."""
+        return ()
+
     def waiting(self) -> tuple[str, ...]:
         """What keeps it from serving, once it was started."""
         return ()

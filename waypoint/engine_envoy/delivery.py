@@ -1,12 +1,15 @@
 """From one rendering to the next, without a request that is served by half of each.
 
 What the next one needs comes first, beside what the last one needs still. Then the routes of each place change, and
-with them all that holds there. Then what is not needed any more goes.
+with them all that holds there. Then what is not needed any more goes. Where Envoy does not take what is needed, the
+last one stays; where it does not take the routes of a place, that place refuses everybody.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import re
 import time
@@ -22,8 +25,20 @@ from waypoint.engine_envoy.routes import refusing
 _POLL_S: Final = 0.005
 _SLOWEST_POLL_S: Final = 0.1
 _SAID: Final = re.compile(r"^(?P<name>.+)\.version_text: \"(?P<version>.*)\"$", re.MULTILINE)
-_COUNTED: Final = re.compile(r"^(?P<name>.+(?:update_rejected|warming(?:_clusters)?)): (?P<count>\d+)$", re.MULTILINE)
-_ASKED: Final = "/stats?filter=(version_text|update_rejected|warming_clusters|total_listeners_warming)$"
+_COUNTED: Final = re.compile(
+    r"^(?P<name>.+(?:update_rejected|update_failure|warming(?:_clusters)?)): (?P<count>\d+)$", re.MULTILINE
+)
+_ASKED: Final = "/stats?filter=(version_text|update_rejected|update_failure|warming_clusters|total_listeners_warming)$"
+_LISTENERS: Final = "/config_dump?resource=dynamic_listeners&mask=error_state"
+_ROUTES: Final = "rds."
+
+_FAILED: Final = (".update_rejected", ".update_failure")
+_NAMES: Final = {
+    "listener_manager.lds": "its listeners",
+    "cluster_manager.cds": "its clusters",
+    "extension_config_discovery.http_filter.tokens": "its rules about tokens",
+}
+_REFUSED: Final = "Envoy does not take the configuration of this destination; its messages say why"
 
 log = logging.getLogger("waypoint")
 
@@ -36,6 +51,10 @@ class Delivery:
         self._child = child
         self._concurrency = concurrency
         self._now: Rendering | None = None
+        self._version = 0
+        """Of what is in force."""
+        self.problem = ""
+        """What Envoy does not take of the newest rendering, but the routes of places."""
         self.rejected: set[str] = set()
         """Places that are served nothing but refusals, since Envoy does not take what holds there."""
         self._counted: dict[str, int] = {}
@@ -48,26 +67,50 @@ class Delivery:
         self._files.write_routes(rendering.routes)
         self._files.write_routes({PROBED: probed("")})
 
-    async def bring(self, rendering: Rendering, version: int) -> None:
-        """Return when all requests are served by it. Each rendering has a `version`. Raises OSError for the files."""
-        wide = rendering if self._now is None else rendering.beside(self._now)
-        # Without what it needs, a place refuses whoever asks.
-        self._note(await self._taken(self._files.write_places(wide)))
-        rejected = await self._taken(self._files.write_routes(rendering.routes))
-        self._note(rejected)
-        text = "Envoy does not take the configuration of this destination; its messages say why"
-        self.rejected = {name for name in rendering.routes if f"rds.{name}" in rejected}
-        refused = {name: refusing(name, 503, "not-expressible", text) for name in self.rejected}
+    async def bring(self, rendering: Rendering, version: int) -> bool:
+        """Return when all requests are served by it, or, which is False, by the former one, since Envoy does not take
+        what this one needs. Each rendering has a `version`. Raises OSError for the files.
+        """
+        former = self._now
+        wide = rendering if former is None else rendering.beside(former)
+        rejected = await self._taken(self._files.write_places(wide))
+        routes = {name for name in rejected if name.startswith(_ROUTES)}
+        self.problem = await self._told(rejected - routes)
+        if self.problem:
+            log.error("%s", self.problem)
+            if former is not None and rendering.needs != former.needs:
+                await self._taken(self._files.write_places(former))
+                await self._served()
+                return False
+        # The first one has nothing before it: without what it needs, a place refuses whoever asks.
+        rest = {name: content for name, content in rendering.routes.items() if _ROUTES + name not in routes}
+        routes |= await self._taken(self._files.write_routes(rest))
+        self.rejected = {name.removeprefix(_ROUTES) for name in routes}
+        if routes:
+            log.error(
+                "Envoy does not take what holds at %s: it is refused to callers", ", ".join(sorted(self.rejected))
+            )
+        refused = {name: refusing(name, 503, "not-expressible", _REFUSED) for name in self.rejected}
         await self._taken(self._files.write_routes(refused))
+        self._version = version
         self._files.write_routes({PROBED: probed(str(version))})
-        await self._served(str(version))
+        await self._served()
         self._now = rendering
         self._files.write_places(rendering)
         self._files.sweep(rendering)
+        return True
 
-    def _note(self, rejected: set[str]) -> None:
-        if rejected:
-            log.error("Envoy does not take %s", ", ".join(sorted(rejected)))
+    async def _told(self, rejected: set[str]) -> str:
+        """What Envoy says of things that it does not take; empty: it takes all."""
+        if not rejected:
+            return ""
+        failed: set[str] = set()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            for one in json.loads(await self._child.ask(_LISTENERS))["configs"]:
+                if error := one.get("error_state"):
+                    failed.add(f"{error['failed_configuration']['name']}: {' '.join(error['details'].split())}")
+        why = "; ".join(sorted(failed)) or "its messages, on standard error, say why"
+        return f"Envoy does not take {', '.join(sorted(map(_named, rejected)))}: {why}"
 
     async def _taken(self, versions: dict[str, str]) -> set[str]:
         """Return when Envoy has these versions, and is warm: those that it does not take. One that tells of none for
@@ -88,8 +131,8 @@ class Delivery:
                     stat = next((name for name in said if name.endswith(place)), "")
                     if said.get(stat) == versions[wanted[place]]:
                         missing.discard(place)
-                    elif counts.get(f"{stat}.update_rejected", 0) > self._counted.get(stat, 0):
-                        self._counted[stat] = counts[f"{stat}.update_rejected"]
+                    elif (failed := sum(counts.get(stat + kind, 0) for kind in _FAILED)) > self._counted.get(stat, 0):
+                        self._counted[stat] = failed
                         rejected.add(wanted[place])
                 self._rejecting |= rejected
                 missing -= {_plain(name) for name in self._rejecting}
@@ -106,9 +149,9 @@ class Delivery:
             await asyncio.sleep(pause_s)
             pause_s = min(1.5 * pause_s, _SLOWEST_POLL_S)
 
-    async def _served(self, version: str) -> None:
-        """Return when requests are served by a version: a thread of Envoy's takes changes in their order."""
-        agreed = 0
+    async def _served(self) -> None:
+        """Return when requests are served by the version that is to be: a thread of Envoy's takes changes in order."""
+        version, agreed = str(self._version), 0
         while agreed < (1 if self._concurrency == 1 else 4 * self._concurrency):
             try:
                 same = await self._child.ask("/", socket=PROBE) == version.encode()
@@ -117,6 +160,11 @@ class Delivery:
             agreed = agreed + 1 if same else 0
             if not same:
                 await asyncio.sleep(_POLL_S)
+
+
+def _named(name: str) -> str:
+    """Of what statistics are about."""
+    return _NAMES.get(name, f"the endpoints of {name.removeprefix('cluster.')}")
 
 
 def _plain(name: str) -> str:

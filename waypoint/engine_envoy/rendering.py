@@ -98,6 +98,11 @@ class Rendering:
     awaited: frozenset[str] = frozenset()
     """Keys of services that routes lead to, and that are not known yet."""
 
+    @property
+    def needs(self) -> tuple[object, ...]:
+        """All but what holds at places."""
+        return self.listeners, self.clusters, self.endpoints, self.tokens
+
     def beside(self, other: Rendering) -> Rendering:
         """With all that requests of another one still need."""
         return replace(

@@ -97,7 +97,9 @@ class EnvoyServing:
             "uproxy_waypoint_engine_restarts_total", "Envoys that died and were replaced", lambda: self._child.restarts
         )
         telemetry.gauge(
-            "uproxy_waypoint_engine_refused", "Places that the engine cannot serve", lambda: len(self._refused)
+            "uproxy_waypoint_engine_refused",
+            "Places that the engine cannot serve",
+            lambda: len(self._refused.keys() | self._delivery.rejected),
         )
 
     async def start(self, group: asyncio.TaskGroup, inherited: Inherited) -> None:
@@ -146,6 +148,10 @@ class EnvoyServing:
         """What keeps it from serving."""
         return () if self._child.pid is not None and self._life == self._child.lives else ("envoy",)
 
+    def problems(self) -> tuple[str, ...]:
+        """What somebody should look at."""
+        return (self._delivery.problem,) if self._delivery.problem else ()
+
     async def applied(self) -> None:
         """Return when requests are served by the state as it is now."""
         while self._applied < self._state.generation or self.waiting():  # noqa: ASYNC110 - only tests wait for it
@@ -159,15 +165,17 @@ class EnvoyServing:
             rendering = self._render()
             self._renderings += 1
             try:
-                await self._delivery.bring(rendering, self._renderings)
+                brought = await self._delivery.bring(rendering, self._renderings)
             except OSError as error:
                 log.error("cannot write %s: %s; tried again", self._layout.directory, error)
                 self._changed.set()
                 await asyncio.sleep(1)
                 continue
-            self._applied, self._life = generation, self._child.lives
-            self._in_force.settle(generation)
-            self._ready.set()
+            self._life = self._child.lives
+            if brought:
+                self._applied = generation
+                self._in_force.settle(generation)
+                self._ready.set()
             self._on_change()
 
     def _render(self) -> Rendering:
@@ -233,6 +241,8 @@ class EnvoyServing:
             "restarts": self._child.restarts,
             "applied": self._applied,
             "refused": self._refused,
+            "rejected": sorted(self._delivery.rejected),
+            "problem": self._delivery.problem,
         }
 
     # -- the end
