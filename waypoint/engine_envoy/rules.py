@@ -1,6 +1,7 @@
 """AuthorizationPolicies as Envoy's RBAC filters: those that deny in one, those that allow in the other. No I/O.
 
 Those that audit are the first one's shadow rules, which decide nothing: the one that matches is a request's metadata.
+So is what all of them would decide, those in dry run too, where there are some of these.
 The meaning is `waypoint.authz`'s. A rule that asks for something that is not known here is not left out: it makes
 `NotExpressibleError`.
 """
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from control.api.engines import unknown_to_envoy
@@ -29,9 +30,20 @@ from control.api.policy import (
     is_path_template,
 )
 from control.api.traffic import TrafficPolicy
-from waypoint.engine_envoy.parts import JWT_METADATA, PAYLOAD, PRINCIPAL, RBAC_ALLOW, RBAC_DENY, Json, message
+from waypoint.engine_envoy.parts import (
+    JWT_METADATA,
+    PAYLOAD,
+    PRINCIPAL,
+    RBAC_ALLOW,
+    RBAC_DENY,
+    WOULD_ALLOW,
+    WOULD_DENY,
+    Json,
+    message,
+)
 from waypoint.request import merged_slashes
 
+_PER_ROUTE: Final = "extensions.filters.http.rbac.v3.RBACPerRoute"
 _SCHEME: Final = "spiffe://"
 _CLAIMS: Final = {ConditionKey.REQUEST_AUDIENCES: "aud", ConditionKey.REQUEST_PRESENTER: "azp"}
 _OF_DESTINATION: Final = (ConditionKey.DESTINATION_IP, ConditionKey.DESTINATION_PORT)
@@ -79,15 +91,23 @@ _CALLED: Final = _Side("and_rules", "or_rules", "not_rule", "rules")
 _CALLING: Final = _Side("and_ids", "or_ids", "not_id", "ids")
 
 
-def http_rules(policies: Iterable[AuthorizationPolicy]) -> dict[str, Json]:
+def http_rules(policies: Collection[AuthorizationPolicy]) -> dict[str, Json]:
     """What the RBAC filters of requests are to hold, by their names. Raises NotExpressibleError."""
     held = _held(policies)
     deny = {**_engine("rules", held, Action.DENY, http=True), **_engine("shadow_rules", held, Action.AUDIT, http=True)}
-    kind = "extensions.filters.http.rbac.v3.RBACPerRoute"
     return {
-        RBAC_DENY: message(kind, rbac=deny),
-        RBAC_ALLOW: message(kind, rbac=_engine("rules", held, Action.ALLOW, http=True)),
+        RBAC_DENY: message(_PER_ROUTE, rbac=deny),
+        RBAC_ALLOW: message(_PER_ROUTE, rbac=_engine("rules", held, Action.ALLOW, http=True)),
+        **dict(_rehearsed(policies)),
     }
+
+
+def _rehearsed(policies: Collection[AuthorizationPolicy]) -> Iterator[tuple[str, Json]]:
+    if any(policy.dry_run for policy in policies):
+        held = _held(replace(policy, dry_run=False) for policy in policies)
+        for name, action in ((WOULD_DENY, Action.DENY), (WOULD_ALLOW, Action.ALLOW)):
+            rules = _engine("shadow_rules", held, action, http=True)
+            yield name, message(_PER_ROUTE, rbac={**rules, "shadow_rules_stat_prefix": f"{name}-"})
 
 
 def tcp_rules(policies: Iterable[AuthorizationPolicy]) -> list[Json]:

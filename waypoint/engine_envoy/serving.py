@@ -77,7 +77,7 @@ class EnvoyServing:
         self._files = Files(self._layout)
         self._child = Child(self._layout.directory, threads, self._record, self._child_ended)
         self._delivery = Delivery(self._files, self._child, threads)
-        self._records = Records(state)
+        self._records = Records(state, telemetry.rehearsals)
         self._in_force = InForce()
         self._applied = -1
         """Generation of the state that requests are served by."""
