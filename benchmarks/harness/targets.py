@@ -11,6 +11,7 @@ from benchmarks.harness.statistics import value
 BASELINES: Final = {
     "paths": "envoy-hbone",
     "paths/http": "envoy-waypoint",
+    "paths/near": "near-envoy-hbone",
     "kernel/connect": "bare",
     "kernel/programs": "captured",
     "kernel/direct": "bare",

@@ -54,6 +54,18 @@ class LoadError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """Mutual TLS by the application itself: its identity's directory, and the SPIFFE id that it wants of the other."""
+
+    identity_dir: Path
+    peer: str
+
+    @property
+    def argv(self) -> list[str]:
+        return ["--tls", str(self.identity_dir), "--tls-peer", self.peer]
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What to ask for. Made by the functions below."""
 
@@ -63,6 +75,10 @@ class Load:
     def seeded(self, seed: int) -> Load:
         """The same with other arrivals, where they are drawn; the same seed draws the same ones."""
         return Load(self.kind, tuple((name, str(seed) if name == "seed" else value) for name, value in self.options))
+
+    def over(self, tls: Tls) -> Load:
+        """The same in TLS; not of HTTP nor `dials`."""
+        return Load(self.kind, (*self.options, ("tls", str(tls.identity_dir)), ("tls-peer", tls.peer)))
 
 
 def closed(connections: int, size: int) -> Load:
@@ -159,7 +175,19 @@ def build(directory: Path, source: Path = _HERE) -> Path:
     target = directory / "load"
     sources = sorted(str(path) for path in source.glob("*.c"))
     for compiler in ("clang", "gcc"):
-        command = [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(target), *sources, "-lm"]
+        command = [
+            compiler,
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-o",
+            str(target),
+            *sources,
+            "-lm",
+            "-lssl",
+            "-lcrypto",
+        ]
         try:
             subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
         except FileNotFoundError:
@@ -170,10 +198,12 @@ def build(directory: Path, source: Path = _HERE) -> Path:
     raise LoadError("no C compiler: install clang or gcc")
 
 
-def serve_argv(program: Path, address: str, port: int, *, stall_ms: int = 0, every_ms: int = 0) -> list[str]:
+def serve_argv(
+    program: Path, address: str, port: int, *, stall_ms: int = 0, every_ms: int = 0, tls: Tls | None = None
+) -> list[str]:
     """The server's command: it prints "ready" once it listens on `port` and the PORTS - 1 after it."""
     stall = ["--stall-ms", str(stall_ms), "--every-ms", str(every_ms)] if stall_ms else []
-    return [str(program), "serve", address, str(port), *stall]
+    return [str(program), "serve", address, str(port), *stall, *(tls.argv if tls else [])]
 
 
 def argv(program: Path, load: Load, host: str, port: int, seconds: float, *, waits: bool = False) -> list[str]:
@@ -355,10 +385,17 @@ def _counts(found: Mapping[str, Any]) -> dict[int, int]:
 
 @contextmanager
 def serving(
-    spawn: Spawn, program: Path, address: str, port: int, *, stall_ms: int = 0, every_ms: int = 0
+    spawn: Spawn,
+    program: Path,
+    address: str,
+    port: int,
+    *,
+    stall_ms: int = 0,
+    every_ms: int = 0,
+    tls: Tls | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server, while it runs. Raises LoadError when it does not start."""
-    with spawn(serve_argv(program, address, port, stall_ms=stall_ms, every_ms=every_ms)) as process:
+    with spawn(serve_argv(program, address, port, stall_ms=stall_ms, every_ms=every_ms, tls=tls)) as process:
         try:
             assert process.stdout is not None
             if not select.select([process.stdout], [], [], _READY_S)[0] or process.stdout.readline() != b"ready\n":

@@ -1,7 +1,10 @@
 #define _GNU_SOURCE
 #include "bulk.h"
 
+#include "channel.h"
+
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,12 +22,21 @@ static void finish_stream(const struct stream *stream)
 {
 	uint64_t sunk = 0;
 
-	shutdown(stream->fd, SHUT_WR);
-	if (recv(stream->fd, &sunk, sizeof(sunk), MSG_WAITALL) != sizeof(sunk))
-		die("the sink did not answer its count: %s", errno ? strerror(errno) : "it hung up");
+	struct pollfd answered = { .fd = stream->fd, .events = POLLIN };
+	ssize_t got;
+
+	channel_end(stream->fd);
+	/* Eight bytes, which were sent as one. */
+	do {
+		if (poll(&answered, 1, (int)(STALL_NS / 1000000)) < 1)
+			die("the sink did not answer its count for %llu s", STALL_NS / 1000000000ull);
+		got = channel_recv(stream->fd, &sunk, sizeof(sunk));
+	} while (got < 0 && errno == EAGAIN);
+	if (got != sizeof(sunk))
+		die("the sink did not answer its count: %s", got < 0 ? strerror(errno) : "it hung up");
 	if (sunk != stream->sent)
 		die("sent %llu bytes, the sink read %llu", (unsigned long long)stream->sent, (unsigned long long)sunk);
-	close(stream->fd);
+	channel_close(stream->fd);
 }
 
 /* How much may be sent now, after a sleep until it is a piece. */
@@ -58,7 +70,7 @@ struct bulk_result bulk(const struct address *sink, int count, double rate, stru
 		for (int i = 0; i < ready && now < window.end; i++) {
 			struct stream *stream = &streams[events[i].data.u64];
 			size_t most = rate > 0 ? await_due(rate, began, sent) : CHUNK;
-			ssize_t taken = send(stream->fd, pattern, most, MSG_NOSIGNAL | MSG_DONTWAIT);
+			ssize_t taken = channel_send(stream->fd, pattern, most);
 
 			if (taken < 0 && errno != EAGAIN)
 				die("a bulk stream broke: %s", strerror(errno));
@@ -75,7 +87,6 @@ struct bulk_result bulk(const struct address *sink, int count, double rate, stru
 		}
 	}
 	result.cpu_ns = cpu_ns() - result.cpu_ns;
-	errno = 0;
 	for (int i = 0; i < count; i++)
 		finish_stream(&streams[i]);
 	close(epoll);

@@ -18,6 +18,8 @@
  *   load idle HOST PORT SECONDS --connections N             held for so long, a byte there and back before and after
  *   load slow-readers ... as open, and --readers N          readers of the source that never read
  *
+ * With --tls DIR --tls-peer SPIFFE_ID server and load speak mutual TLS 1.3 themselves (channel.h), but for HTTP and dials.
+ *
  * HOST is an address. PORT is the server's first one, but for HTTP: there it is the one to dial. A tenth of SECONDS
  * before the counted part warms up. Prints "ready" when all connections stand (with --wait 1 it begins when it is sent a byte
  * then, so that several begin together), and one JSON object at the end; its times are CLOCK_MONOTONIC's. Exit status 1 with a reason on stderr when there is nothing to report: a byte changed, a count
@@ -45,6 +47,7 @@
  */
 #define _GNU_SOURCE
 #include "bulk.h"
+#include "channel.h"
 #include "common.h"
 #include "dials.h"
 #include "ids.h"
@@ -65,6 +68,7 @@
 
 struct options {
 	const char *kind, *address, *path, *host, *protocol;
+	const char *tls, *tls_peer;
 	int port, connections, streams, readers, poisson, wait;
 	size_t size, body;
 	double seconds, rate, bulk_rate;
@@ -125,6 +129,10 @@ static struct options read_options(int argc, char **argv)
 			made.protocol = value;
 		else if (strcmp(name, "--body") == 0)
 			made.body = (size_t)number(value, 1, MAX_BODY_BYTES);
+		else if (strcmp(name, "--tls") == 0)
+			made.tls = value;
+		else if (strcmp(name, "--tls-peer") == 0)
+			made.tls_peer = value;
 		else if (strcmp(name, "--stall-ms") == 0)
 			made.stall.for_ns = (uint64_t)(number(value, 1, 60000) * 1e6);
 		else if (strcmp(name, "--every-ms") == 0)
@@ -165,10 +173,15 @@ static int readers[MAX_READERS];
 static void open_readers(const struct address *source, int count)
 {
 	for (int i = 0; i < count; i++) {
+		struct pollfd sent = { .fd = dial_and_wait(source), .events = POLLIN };
 		char byte;
+		ssize_t got;
 
-		readers[i] = dial_and_wait(source);
-		if (recv(readers[i], &byte, 1, MSG_PEEK) != 1)
+		readers[i] = sent.fd;
+		do {
+			got = channel_recv(readers[i], &byte, 1);
+		} while (got < 0 && errno == EAGAIN && poll(&sent, 1, (int)(STALL_NS / 1000000)) == 1);
+		if (got != 1)
 			die("the source sent nothing: %s", strerror(errno));
 	}
 }
@@ -370,6 +383,14 @@ static void hold_idle(const struct options *options)
 	puts("}");
 }
 
+static void use_tls(const struct options *options)
+{
+	want(options->tls_peer != NULL, "--tls-peer");
+	if (strncmp(options->kind, "http-", 5) == 0 || options->size > MOST_IN_TLS)
+		die("in TLS there are echoes of up to %zu bytes, and streams", MOST_IN_TLS);
+	channel_use_tls(options->tls, options->tls_peer);
+}
+
 static int is_requests(const char *kind)
 {
 	static const char *const KINDS[] = { "closed", "open", "http-closed", "http-open", "connects", "beside-bulk",
@@ -394,6 +415,8 @@ int main(int argc, char **argv)
 	}
 	/* Sleeps end when they should: by default the kernel may add 50 us to each. */
 	prctl(PR_SET_TIMERSLACK, 1);
+	if (options.tls)
+		use_tls(&options);
 	if (strcmp(options.kind, "serve") == 0)
 		serve(options.address, options.port, options.stall);
 	else if (strcmp(options.kind, "bulk") == 0)

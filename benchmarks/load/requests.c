@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "requests.h"
 
+#include "channel.h"
 #include "ids.h"
 
 #include <errno.h>
@@ -39,7 +40,8 @@ struct call {
 	uint32_t turns;        /* requests so far */
 	int fd;                /* -1: not connected */
 	uint16_t status;       /* of an HTTP answer whose head is whole, or 0 */
-	uint8_t state, connected, waiting, closing;  /* waiting: for room in the socket */
+	uint8_t state, connected, waiting, closing;  /* waiting: to send more */
+	uint32_t watched;      /* events */
 };
 
 static const struct requests *load;
@@ -90,7 +92,7 @@ static void release(struct call *call, uint64_t now)
 static void disconnect(struct call *call)
 {
 	if (call->fd >= 0)
-		close(call->fd);
+		channel_close(call->fd);
 	call->fd = -1;
 	call->connected = call->waiting = 0;
 	call->head_length = 0;
@@ -165,9 +167,8 @@ static void finish(struct call *call)
 /* Sends what is left of the request; the socket asks to be called again when it takes less. */
 static void push(struct call *call)
 {
-	ssize_t sent = send(call->fd, call->question + call->sent, call->to_send - call->sent,
-			    MSG_NOSIGNAL | MSG_DONTWAIT);
-	int waited = call->waiting;
+	ssize_t sent = channel_send(call->fd, call->question + call->sent, call->to_send - call->sent);
+	uint32_t wanted;
 
 	if (sent < 0 && errno != EAGAIN) {
 		fail(call, call->connected ? "send" : "connect", strerror(errno));
@@ -178,9 +179,10 @@ static void push(struct call *call)
 		call->connected = 1;
 	}
 	call->waiting = call->sent < call->to_send;
-	if (call->waiting != waited)
-		watch(epoll, EPOLL_CTL_MOD, call->fd, call->waiting ? EPOLLIN | EPOLLOUT : EPOLLIN,
-		      (uint64_t)(call - calls));
+	wanted = call->waiting ? EPOLLIN | channel_wants(call->fd) : EPOLLIN;
+	if (wanted != call->watched)
+		watch(epoll, EPOLL_CTL_MOD, call->fd, wanted, (uint64_t)(call - calls));
+	call->watched = wanted;
 }
 
 static void dial(struct call *call)
@@ -195,7 +197,8 @@ static void dial(struct call *call)
 		fail(call, "connect", strerror(errno));
 		return;
 	}
-	watch(epoll, EPOLL_CTL_ADD, call->fd, EPOLLIN | EPOLLOUT, (uint64_t)(call - calls));
+	call->watched = EPOLLIN | EPOLLOUT;
+	watch(epoll, EPOLL_CTL_ADD, call->fd, call->watched, (uint64_t)(call - calls));
 	call->waiting = 1;
 }
 
@@ -293,13 +296,13 @@ static int pull_http(struct call *call, ssize_t *got)
 	size_t beyond;
 
 	if (call->status) {
-		*got = recv(call->fd, scratch, call->to_come < CHUNK ? call->to_come : CHUNK, MSG_DONTWAIT);
+		*got = channel_recv(call->fd, scratch, call->to_come < CHUNK ? call->to_come : CHUNK);
 		if (*got > 0)
 			call->to_come -= (size_t)*got;
 		return *got > 0 && call->to_come == 0;
 	}
 	call->head = at_hand(call->head, MAX_HEAD);
-	*got = recv(call->fd, call->head + call->head_length, MAX_HEAD - 1 - call->head_length, MSG_DONTWAIT);
+	*got = channel_recv(call->fd, call->head + call->head_length, MAX_HEAD - 1 - call->head_length);
 	if (*got <= 0)
 		return 0;
 	call->head_length += (size_t)*got;
@@ -330,7 +333,7 @@ static const char *read_frames(struct call *call, ssize_t *got)
 	size_t read;
 
 	call->head = at_hand(call->head, MAX_FRAMES);
-	*got = recv(call->fd, call->head + call->head_length, MAX_FRAMES - call->head_length, MSG_DONTWAIT);
+	*got = channel_recv(call->fd, call->head + call->head_length, MAX_FRAMES - call->head_length);
 	if (*got <= 0)
 		return NULL;
 	call->head_length += (size_t)*got;
@@ -359,7 +362,7 @@ static int pull_echo(struct call *call, ssize_t *got)
 {
 	size_t most = call->to_come < CHUNK ? call->to_come : CHUNK;
 
-	*got = recv(call->fd, scratch, most, MSG_DONTWAIT);
+	*got = channel_recv(call->fd, scratch, most);
 	if (*got <= 0)
 		return 0;
 	if (memcmp(scratch, call->question + call->to_send - call->to_come, (size_t)*got) != 0)
@@ -394,7 +397,7 @@ static void look(struct call *call)
 		if (!read_frames(call, &got) && got > 0 && !call->closing)
 			return;
 	} else {
-		got = recv(call->fd, &byte, 1, MSG_DONTWAIT);
+		got = channel_recv(call->fd, &byte, 1);
 	}
 	if (got < 0 && errno == EAGAIN)
 		return;
@@ -447,7 +450,7 @@ static void handle(const struct epoll_event *event)
 		look(call);
 		return;
 	}
-	if (call->waiting && (event->events & EPOLLOUT))
+	if (call->waiting && (event->events & channel_wants(call->fd)))
 		push(call);
 	if (call->state == BUSY && (event->events & (EPOLLIN | EPOLLERR | EPOLLHUP)))
 		pull(call);

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "server.h"
 
+#include "channel.h"
 #include "common.h"
 #include "http2.h"
 
@@ -40,7 +41,7 @@ static void hang_up(int fd)
 	free(peers[fd].out);
 	free(peers[fd].head);
 	memset(&peers[fd], 0, sizeof(peers[fd]));
-	close(fd);
+	channel_close(fd);
 }
 
 static char *at_hand(char **buffer, size_t size)
@@ -60,8 +61,8 @@ static int send_waiting(int fd)
 		int queued = peer->offset < peer->length;
 		size_t most = peer->owed < CHUNK ? (size_t)peer->owed : CHUNK;
 
-		sent = queued ? send(fd, peer->out + peer->offset, peer->length - peer->offset, MSG_NOSIGNAL)
-			      : send(fd, pattern, most, MSG_NOSIGNAL);
+		sent = queued ? channel_send(fd, peer->out + peer->offset, peer->length - peer->offset)
+			      : channel_send(fd, pattern, most);
 		if (sent < 0 && errno == EAGAIN)
 			return 1;
 		if (sent < 0) {
@@ -92,7 +93,7 @@ static int has_waiting(const struct peer *peer)
 static int send_or_keep(int fd, const char *data, size_t size)
 {
 	struct peer *peer = &peers[fd];
-	ssize_t sent = send(fd, data, size, MSG_NOSIGNAL);
+	ssize_t sent = channel_send(fd, data, size);
 
 	if (sent == (ssize_t)size)
 		return 1;
@@ -209,13 +210,13 @@ static int take(int fd)
 {
 	struct peer *peer = &peers[fd];
 	char *into = peer->kind == HTTP_PORT ? at_hand(&peer->head, MAX_HEAD) + peer->head_length : scratch;
-	ssize_t got = recv(fd, into, peer->kind == HTTP_PORT ? MAX_HEAD - peer->head_length : CHUNK, 0);
+	ssize_t got = channel_recv(fd, into, peer->kind == HTTP_PORT ? MAX_HEAD - peer->head_length : CHUNK);
 
 	if (got < 0 && errno == EAGAIN)
 		return 1;
 	if (got <= 0) {
 		if (got == 0 && peer->kind == SINK_PORT)
-			send(fd, &peer->sunk, sizeof(peer->sunk), MSG_NOSIGNAL);
+			channel_send(fd, &peer->sunk, sizeof(peer->sunk));
 		hang_up(fd);
 		return 0;
 	}
@@ -269,6 +270,7 @@ static void accept_all(int listener, int kind)
 			die("more than %d connections", MAX_FD);
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 		peers[fd].kind = (uint8_t)kind;
+		channel_accepted(fd);
 		peers[fd].owed = kind == SOURCE_PORT ? UINT64_MAX : 0;
 		watch(epoll, EPOLL_CTL_ADD, fd, kind == SOURCE_PORT ? EPOLLOUT : EPOLLIN, (uint64_t)fd);
 	}

@@ -124,6 +124,14 @@ def tls_client_config(
     return _bootstrap(listeners, clusters)
 
 
+def http_config(listen: Address, upstream: Address) -> dict[str, Any]:
+    """HTTP/1.1 in plaintext on `listen`, and on to `upstream`: a plain HTTP proxy."""
+    route = {"match": {"prefix": "/"}, "route": {"cluster": "application", "timeout": "0s"}}
+    manager = _http_manager("plain", [{"name": "any", "domains": ["*"], "routes": [route]}])
+    listener = {"name": "plain", "address": _address(listen), "filter_chains": [{"filters": [manager]}]}
+    return _bootstrap([listener], [_cluster("application", upstream)])
+
+
 def waypoint_config(
     identity: Path,
     trust_domain: str,

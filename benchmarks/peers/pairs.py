@@ -8,8 +8,9 @@ few microseconds for each connection and nothing for each message.
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ from typing import Final
 from benchmarks.harness.results import Subject
 from benchmarks.lab.sources import TRUST_DOMAIN
 from benchmarks.load import PORTS
-from benchmarks.peers import control, envoy, haproxy, linkerd, ztunnel
+from benchmarks.peers import control, envoy, haproxy, linkerd, wireguard, ztunnel
 from benchmarks.peers.control import Control
 from benchmarks.peers.place import Address, Place
 from control.api.address import HBONE_PORT
@@ -46,6 +47,10 @@ class Peer:
 
     subject: Subject
     start: Callable[[Place, Place], Started]
+    own_tls: bool = False
+    """Load generator and application speak mTLS themselves."""
+    listens: str = ""
+    """Where the application does, if not at the server's own address."""
 
 
 def peers(named: Mapping[str, Path]) -> list[Peer]:
@@ -55,6 +60,8 @@ def peers(named: Mapping[str, Path]) -> list[Peer]:
         Peer(_HBONE, _start_hbone),
         Peer(_TLS, _start_envoy_tls),
         Peer(_HAPROXY, _start_haproxy),
+        Peer(_OWN_TLS, _start_own_tls, own_tls=True),
+        *([] if wireguard.why_not() else [Peer(_WIREGUARD, _start_wireguard, listens="0.0.0.0")]),
     ]
     return made + [Peer(NAMED[name][0], partial(NAMED[name][1], program)) for name, program in named.items()]
 
@@ -79,6 +86,19 @@ _HAPROXY = Subject(
     "HAProxy pair, TCP in mTLS",
     "A HAProxy beside each end, with one thread: each connection is a TLS 1.3 connection of its own, with certificates "
     "of both sides, of which only the CA is checked. Access logs on. Dialled on loopback.",
+)
+_OWN_TLS = Subject(
+    "application-tls",
+    "applications with mTLS of their own",
+    "No proxy: load generator and application speak TLS 1.3 by libssl, with certificates of both sides whose SPIFFE "
+    "ids they check, a full handshake for each connection. What that takes is in the application's processor time and "
+    "the generator's, which are not counted.",
+)
+_WIREGUARD = Subject(
+    "wireguard",
+    "WireGuard",
+    "No proxy: the kernel encrypts packets between the two namespaces, in threads of its own, whose processor time is "
+    "counted to nobody.",
 )
 _ZTUNNEL = Subject(
     "ztunnel",
@@ -105,6 +125,15 @@ def _applications(address: str, first: int) -> dict[Address, Address]:
 
 def _start_tcp(client: Place, server: Place) -> Started:
     return Started((server.address, APP_PORT), {})
+
+
+def _start_own_tls(client: Place, server: Place) -> Started:
+    return replace(_start_tcp(client, server), version=" ".join(ssl.OPENSSL_VERSION.split()[:2]))
+
+
+def _start_wireguard(client: Place, server: Place) -> Started:
+    version = wireguard.start(client, server)
+    return Started((wireguard.SERVER, APP_PORT), {}, version)
 
 
 def _start_hbone(client: Place, server: Place) -> Started:
@@ -218,5 +247,6 @@ def _start_control(whose: str, client: Place, server: Place) -> None:
         place.start(control.argv(whose, file), [("127.0.0.1", control.PORT)], log=place.control_log)
 
 
+PEERS_OF_FULL_RUNS: Final = frozenset({_OWN_TLS.name, _WIREGUARD.name})
 NAMED: Final = {"ztunnel": (_ZTUNNEL, _start_ztunnel), "linkerd": (_LINKERD, _start_linkerd)}
 """What no package brings: the subject, and how it is started with a program."""

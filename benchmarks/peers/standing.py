@@ -35,15 +35,20 @@ UPROXY = Subject(
     f"uProxy {version('uproxy-mesh')}",
 )
 SERVICE = "240.240.0.60"
-RESOURCES = f"""\
+
+
+def resources(name: str = UPROXY.name, namespace: str = "default", address: str = SERVICE) -> str:
+    """The service before the second of a subject's workloads, in YAML."""
+    ports = "".join(f"  - {{name: tcp-{i}, port: {APP_PORT + i}}}\n" for i in range(load.PORTS))
+    return f"""\
 apiVersion: v1
 kind: Service
-metadata: {{name: application, namespace: default}}
+metadata: {{name: application, namespace: {namespace}}}
 spec:
-  clusterIP: {SERVICE}
-  selector: {{app: uproxy-server}}
+  clusterIP: {address}
+  selector: {{app: {name}-server}}
   ports:
-{"".join(f"  - {{name: tcp-{i}, port: {APP_PORT + i}}}{chr(10)}" for i in range(load.PORTS))}"""
+{ports}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ class Standing:
     """To which the client's proxy opens its connections; the application's where there is no proxy."""
     logs: Sequence[Path] = ()
     """Of the proxies: shown when one has ended."""
+    tls: load.Tls | None = None
+    """Of the load generator's own."""
 
     def processes(self) -> Mapping[str, Sequence[int]]:
         everybody = {**self.proxies, "application": self.application}
@@ -113,7 +120,7 @@ class Standing:
         for pids, core in placed:
             cores.pin(pids, core)
         try:
-            outcome = load.run(partial(self.spawn, pinning), self.program, asked, *self.entry, seconds)
+            outcome = load.run(partial(self.spawn, pinning), self.program, self.carried(asked), *self.entry, seconds)
         except LoadError as error:
             self._look_for_the_dead()
             raise BenchError(f"{self.subject.name}: {error}") from error
@@ -125,6 +132,10 @@ class Standing:
             reasons = ", ".join(f"{count} times {reason}" for reason, count in outcome.errors.items())
             raise BenchError(f"{self.subject.name}: {outcome.failed} of {outcome.scheduled} requests failed: {reasons}")
         return outcome
+
+    def carried(self, asked: Load) -> Load:
+        """A load as this subject's generator makes it."""
+        return asked.over(self.tls) if self.tls else asked
 
     def _look_for_the_dead(self) -> None:
         """Raise EndedError if it was the end of a process that requests failed by."""
@@ -145,22 +156,29 @@ def application(program: Path) -> App:
     return App(argv, str(program), {f"tcp-{i}": APP_PORT + i for i in range(load.PORTS)})
 
 
-def workloads(a: Host, b: Host, program: Path) -> tuple[Workload, Workload]:
-    """The two of the subject `uproxy`; to be made before the lab starts, with RESOURCES."""
-    return a.workload("uproxy-client", commands.idle()), b.workload("uproxy-server", application(program))
+def workloads(
+    a: Host, b: Host, program: Path, name: str = UPROXY.name, namespace: str = "default"
+) -> tuple[Workload, Workload]:
+    """The two of a subject; to be made before the lab starts, with its `resources`."""
+    return (
+        a.workload(f"{name}-client", commands.idle(), namespace=namespace),
+        b.workload(f"{name}-server", application(program), namespace=namespace),
+    )
 
 
-def stand_uproxy(client: Workload, server: Workload, program: Path) -> Standing:
-    """The two workloads, once the lab has started."""
+def stand_uproxy(
+    client: Workload, server: Workload, program: Path, subject: Subject = UPROXY, address: str = SERVICE
+) -> Standing:
+    """The two workloads, once the lab has started; `address`: the service's."""
     _settle(client.box, server.box)
     proxies = {"client proxy": [client.proxy_pid()], "server proxy": [server.proxy_pid()]}
     found = _members(server.box)
     return Standing(
-        UPROXY,
+        subject,
         client.host.lab,
         client.box,
         server.box,
-        (SERVICE, APP_PORT),
+        (address, APP_PORT),
         proxies,
         found,
         program,
@@ -174,8 +192,10 @@ def stand_peer(peer: Peer, a: Host, b: Host, program: Path) -> Standing:
     name, lab = peer.subject.name, a.lab
     client, server = Place.make(a, f"{name}-client", "web"), Place.make(b, f"{name}-server", "db")
     _settle(client.box, server.box)
+    both = [load.Tls(client.identity_dir, str(server.identity)), load.Tls(server.identity_dir, str(client.identity))]
+    ours, theirs = both if peer.own_tls else (None, None)
     serving = lab.spawn(
-        load.serve_argv(program, server.address, APP_PORT),
+        load.serve_argv(program, peer.listens or server.address, APP_PORT, tls=theirs),
         server.box.netns_path,
         _cgroup(lab, server.box.app_cgroup),
         stdin=subprocess.DEVNULL,
@@ -196,6 +216,7 @@ def stand_peer(peer: Peer, a: Host, b: Host, program: Path) -> Standing:
         program,
         server.address,
         (client.log, server.log),
+        ours,
     )
 
 

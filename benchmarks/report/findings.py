@@ -29,6 +29,7 @@ OURS: Final = frozenset(
         ),
         *("ours", "ours-node", "ours-service-account"),
         "mesh",
+        *("near-uproxy", "near-direct"),
     )
 )
 """Subjects that are made of uProxies or of our programs in the kernel; every other one is a peer, or a floor."""

@@ -29,14 +29,14 @@ from benchmarks.lab.handshakes import agreed
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Host, Lab
 from benchmarks.load import Load, LoadError, Outcome
-from benchmarks.peers import waypoints
-from benchmarks.peers.pairs import peers
+from benchmarks.peers import calibration, near, waypoints, wireguard
+from benchmarks.peers.pairs import PEERS_OF_FULL_RUNS, peers
 from benchmarks.peers.standing import (
     APART,
-    RESOURCES,
     TOGETHER,
     Pinning,
     Standing,
+    resources,
     stand_peer,
     stand_uproxy,
     workloads,
@@ -45,6 +45,8 @@ from benchmarks.peers.standing import (
 NAME: Final = "paths"
 HTTP: Final = "paths/http"
 """What is measured through waypoints: a suite of its own where subjects are compared, since it has others."""
+NEAR: Final = "paths/near"
+"""Between two workloads of one host, likewise."""
 _SMALL: Final = 64
 """Bytes of a small request."""
 _BESIDE: Final = (32, 500)
@@ -77,6 +79,8 @@ class Plan:
     """Connections to a source that nobody reads from; 0: not measured."""
     http: Sequence[int]
     """Connections of HTTP through a waypoint."""
+    more: bool
+    """Also what needs subjects of its own: applications with TLS, WireGuard, two workloads of one host, calibration."""
     rounds: int
     seconds: float
 
@@ -91,6 +95,7 @@ QUICK: Final = Plan(
     idle=0,
     slow=0,
     http=(16,),
+    more=False,
     rounds=5,
     seconds=0.4,
 )
@@ -103,8 +108,9 @@ FULL: Final = Plan(
     idle=1000,
     slow=8,
     http=(1, 16, 64),
-    rounds=7,
-    seconds=1.5,
+    more=True,
+    rounds=5,
+    seconds=1.2,
 )
 
 
@@ -130,8 +136,9 @@ class Paths:
     def _measure(self, bench: Bench, plan: Plan, lab: Lab, program: Path, line: Path) -> None:
         a, b, c = lab.host("a"), lab.host("b"), lab.host("c")
         client, server = workloads(a, b, program)
-        asked = peers(bench.peers)
-        lab.configure(RESOURCES + waypoints.resources(server))
+        beside = near.declare(a, program) if plan.more else {}
+        asked = [one for one in peers(bench.peers) if plan.more or one.subject.name not in PEERS_OF_FULL_RUNS]
+        lab.configure(resources() + waypoints.resources(server) + (near.RESOURCES if plan.more else ""))
         lab.start(bench.progress)
         with Capture(a, bench.directory / "handshakes.pcap") as capture:
             lives = [_stood(bench, peer.subject, partial(stand_peer, peer, a, b, program)) for peer in asked]
@@ -151,6 +158,11 @@ class Paths:
         _say_conditions(bench)
         bench.interleave(probes(plan, fresh), lives, rounds=plan.rounds, seconds=plan.seconds)
         bench.interleave(through_waypoints(plan), routed, rounds=plan.rounds, seconds=plan.seconds)
+        if plan.more:
+            _measure_inside(bench, plan, near.starts(a, program, beside), beside)
+            _calibrate(bench, plan, _stood(bench, *calibration.starts(b, a, program)))
+            if reason := wireguard.why_not():
+                bench.condition("WireGuard", f"not measured: {reason}")
         for delay_ms in plan.delays_ms:
             self._delayed(bench, plan, lab, b, line, lives, delay_ms)
         if plan.slow:
@@ -209,7 +221,7 @@ def probes(plan: Plan, fresh: Mapping[str, float]) -> list[Probe[Standing]]:
         *(_round_trip(connections, size) for connections, sizes in plan.sizes.items() for size in sizes),
         *(_opened(rate) for rate in plan.rates),
         *map(_bulk, plan.streams),
-        _of_load("connect", _CONNECT, "16 in flight", "1/s", load.connects(16), better="more", connections=16),
+        _connects(),
         _of_load("beside-bulk", _BESIDE_OTHERS, stream, "us", beside, APART, rate=rate),
     ]
 
@@ -217,6 +229,39 @@ def probes(plan: Plan, fresh: Mapping[str, float]) -> list[Probe[Standing]]:
 def through_waypoints(plan: Plan) -> list[Probe[Standing]]:
     """What is measured on the two waypoints."""
     return [_http(connections) for connections in plan.http]
+
+
+def _measure_inside(bench: Bench, plan: Plan, starts: Sequence[near.Start], beside: near.Pairs) -> None:
+    """Two workloads of one host; those that may go direct all do."""
+    lives = [_stood(bench, *one) for one in starts]
+    for live in _standing(lives):
+        if live.subject == near.DIRECT:
+            near.await_direct(live, beside)
+    _, tunnelled = near.carried(beside)
+    bench.interleave(_inside(), lives, rounds=plan.rounds, seconds=plan.seconds)
+    direct, more = near.carried(beside)
+    text = f"{direct:,} connections inside of a host went direct, and {more - tunnelled:,} through a tunnel"
+    bench.check(Check("the direct path", direct > 0 and more == tunnelled, text))
+
+
+def _calibrate(bench: Bench, plan: Plan, live: Standing | Absent) -> None:
+    bench.interleave([calibration.probe()], [live], rounds=plan.rounds, seconds=plan.seconds)
+    calibration.conclude(bench.results)
+
+
+def _inside() -> list[Probe[Standing]]:
+    """What is measured between two workloads of one host."""
+    near_and_far = (_round_trip(1, _SMALL), _round_trip(64, _SMALL), _bulk(1), _connects())
+    return [Probe(_in_one_host(probe.measure), probe.take) for probe in near_and_far]
+
+
+def _in_one_host(measure: Measure) -> Measure:
+    name = f"{NEAR}/{measure.name.removeprefix(f'{NAME}/')}"
+    return replace(measure, name=name, suite=NEAR, group=f"{measure.group}, inside one host")
+
+
+def _connects() -> Probe[Standing]:
+    return _of_load("connect", _CONNECT, "16 in flight", "1/s", load.connects(16), better="more", connections=16)
 
 
 def _round_trip(connections: int, size: int) -> Probe[Standing]:
@@ -391,7 +436,7 @@ def _first_look(bench: Bench, lives: Sequence[Standing]) -> dict[str, float]:
 
 def _congestion(live: Standing) -> set[str]:
     """What the sockets at both ends use while they hold connections. Raises BenchError."""
-    holding = live.spawn(TOGETHER, load.argv(live.program, load.idle(4), *live.entry, _PROOF_S))
+    holding = live.spawn(TOGETHER, load.argv(live.program, live.carried(load.idle(4)), *live.entry, _PROOF_S))
     time.sleep(_PROOF_S / 2)
     seen = "".join(
         subprocess.run(
@@ -419,7 +464,7 @@ def _say_handshakes(bench: Bench, capture: Capture, lives: Sequence[Standing]) -
     wrong = [
         live.subject.name
         for live in lives
-        if {one.version for one in found[live.subject.name]} != (set() if live.subject.reference else {"TLS 1.3"})
+        if {one.version for one in found[live.subject.name]} != ({"TLS 1.3"} if live.proxies or live.tls else set())
     ]
     bench.check(Check("TLS 1.3 between proxies", not wrong, text))
     bench.condition(

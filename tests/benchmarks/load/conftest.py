@@ -45,10 +45,11 @@ def served(program: Path) -> Iterator[Served]:
     """Starts our server, and gives its first port."""
     with ExitStack() as stack:
 
-        def start(address: str = LOOPBACK, stall_ms: int = 0, every_ms: int = 0) -> int:
+        def start(address: str = LOOPBACK, stall_ms: int = 0, every_ms: int = 0, tls: load.Tls | None = None) -> int:
             with free_ports(load.PORTS) as port:
                 pass
-            stack.enter_context(load.serving(spawn, program, address, port, stall_ms=stall_ms, every_ms=every_ms))
+            served = load.serving(spawn, program, address, port, stall_ms=stall_ms, every_ms=every_ms, tls=tls)
+            stack.enter_context(served)
             return port
 
         yield start
