@@ -54,6 +54,7 @@ from waypoint import authz as request_authz
 from waypoint import gateway, request, routing
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
+from waypoint.ways import Tunnels
 
 MARK: Final = "ctermid"
 """The C library's function that is called at the beginning and the end of what counts."""
@@ -142,7 +143,7 @@ class World:
     def _start_waypoint(self) -> None:
         contexts = self.contexts("wp")
         self._waypoint_pool = Pool(self.plane, lambda: contexts[0], (_WP_ADDRESS,))
-        self._upstream = Upstream(self.plane, self._waypoint_pool)
+        self._upstream = Upstream(self.plane, Tunnels(self._waypoint_pool))
         telemetry = WaypointTelemetry("guard", self.log)
         found = gateway.Gateway(self.plane, self.state, "shop/wp", _WP, self._upstream, Connections(), telemetry)
         self._waypoint = TunnelServer(self.plane, lambda: contexts[1], TRUST_DOMAIN, found.on_request, _not_a_tunnel)

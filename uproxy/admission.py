@@ -55,7 +55,17 @@ class _Gate:
 class Admission:
     """What one configuration says of who may come to a workload."""
 
-    __slots__ = ("_gates", "_known", "_plaintext", "_policies", "_relayed", "_selecting", "_trust_domain", "rehearsal")
+    __slots__ = (
+        "_gates",
+        "_known",
+        "_plaintext",
+        "_policies",
+        "_relayed",
+        "_selecting",
+        "_sidecar",
+        "_trust_domain",
+        "rehearsal",
+    )
 
     def __init__(
         self, workload: Workload | None, policies: Iterable[AuthorizationPolicy], trust_domain: TrustDomain
@@ -63,6 +73,7 @@ class Admission:
         """`workload`: None when the configuration has it no longer: then nobody may. `policies`: that select it."""
         self._known = workload is not None
         self._plaintext = workload.plaintext if workload is not None else None
+        self._sidecar = workload.sidecar if workload is not None else None
         self._trust_domain = trust_domain
         self._gates = {bound.port: self._gate(bound) for bound in (workload.bounds if workload is not None else ())}
         self._selecting = tuple(policies)
@@ -89,7 +100,7 @@ class Admission:
             return None
         if peer in gate.waypoints or (peer, source) in gate.processes:
             return Passage(self._caller(headers))
-        if gate.bound.enforced and peer not in gate.exempt:
+        if gate.bound.enforced and peer not in gate.exempt and not self._stands_beside(peer, port):
             who = peer or "a caller in plaintext"
             raise RefusedError(
                 "waypoint-required",
@@ -98,6 +109,19 @@ class Admission:
                 flag=Flag.WAYPOINT,
             )
         return None
+
+    def goes_beside(self, peer: SpiffeId, port: int) -> tuple[bool, bool]:
+        """Whether a stream that its peer has for itself goes through the waypoint's process beside this workload, and
+        whether it goes no other way while that is not there.
+        """
+        gate = self._gates.get(port) or self._gates.get(0)
+        if gate is None or peer in gate.exempt or not self._stands_beside(peer, port):
+            return False, False
+        return True, gate.bound.enforced
+
+    def _stands_beside(self, peer: SpiffeId | None, port: int) -> bool:
+        """What comes in plaintext cannot be handed to it: it is nobody's, and the process speaks of callers."""
+        return peer is not None and self._sidecar is not None and self._sidecar.serves(port)
 
     def overtaken(self, peer: SpiffeId | None, port: int) -> str:
         """Why a stream that its peer has for itself must end by and by, although it was let in; empty: it may stay.

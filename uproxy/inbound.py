@@ -8,7 +8,6 @@ What comes in plaintext, where that is taken: accept -> where was it going? -> m
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from control.api.address import FORBIDDEN_PORTS, HBONE_PORT, AddressError, IpAdd
 from control.api.identity import SpiffeId
 from control.api.workload import Workload, key_of_host
 from control.client.state import Changes, State
-from uproxy import listener, plane, proxy_protocol
+from uproxy import application, listener, plane, proxy_protocol
 from uproxy.admission import Admission, Passage
 from uproxy.connections import Connections
 from uproxy.errors import Flag, RefusedError
@@ -40,10 +39,10 @@ from uproxy.tls import Context
 from uproxy.tunnel import Tunnel
 
 if TYPE_CHECKING:
+    from uproxy.beside import Beside
     from uproxy.demand import Demand
     from uproxy.direct import DirectPath
 
-APP_CONNECT_TIMEOUT_S = 10.0
 MAX_REMEMBERED_HOSTS = 1024
 # What has begun may end when the configuration lets go of this workload: some callers learn of that later than we do.
 LEAVING_S = 30.0
@@ -114,14 +113,17 @@ class Inbound:
         own: Self,
         demand: Demand | None = None,
         direct_path: DirectPath | None = None,
+        beside: Beside | None = None,
     ) -> None:
         """`demand`: where what is not known is asked for; None when there is nobody to ask. `direct_path`: likewise,
-        who is told of callers that may come without a tunnel.
+        who is told of callers that may come without a tunnel. `beside`: what streams are handed to where a waypoint
+        stands beside this workload.
         """
         self.server = TunnelServer(data_plane, context, own.trust_domain, self._on_request, self._on_tunnel_refused)
         self._plane = data_plane
         self._state = state
         self._demand = demand
+        self._beside = beside
         self._connections = connections
         self._telemetry = telemetry
         self._own = own
@@ -162,15 +164,21 @@ class Inbound:
             address, port = await self._target(fields, record)
             admission = self._admission
             passage = self._admit(carrier, headers, address, port, record)
-            app, listens_at = await self._connect(address, port)
+            beside = await self._beside_at(carrier, passage, port)
+            if beside is not None:
+                app, listens_at = beside.connect(self._told(carrier, fields, record, address, port)), ""
+            else:
+                app, listens_at = await application.dial(self._plane, address, port)
             if admission is not self._admission:  # it changed while we waited for the application
                 try:
                     self._configured()
                     passage = self._admit(carrier, headers, address, port, record)
+                    if beside is None and passage is None and all(self._admission.goes_beside(carrier.peer, port)):
+                        raise RefusedError("waypoint-required", f"port {port} is behind a waypoint now", status=401)
                 except RefusedError:
                     plane.reset(app)
                     raise
-            told = self._tell(app, *_caller_of(carrier, passage), address, port)
+            told = beside is None and self._tell(app, *_caller_of(carrier, passage), address, port)
         except RefusedError as error:
             listener.refuse(carrier, relay, error, request_id)
             fail(record, error, self._telemetry)
@@ -184,7 +192,7 @@ class Inbound:
             return "" if again.allowed else f"policy: no longer allowed: {again.reason}"
 
         direct = Direct(relay, carrier.peer, port)
-        if passage is None:
+        if passage is None and beside is None:
             self._overtaken.add(direct)
         try:
             await relay_and_record(app, relay, record, self._connections, self._telemetry, permitted)
@@ -235,7 +243,7 @@ class Inbound:
     ) -> socket.socket:
         """The application, for a caller that was let in. Raises RefusedError."""
         admission = self._admission
-        app, _ = await self._connect(address, port)
+        app, _ = await application.dial(self._plane, address, port)
         if admission is not self._admission:  # it changed while we waited for the application
             try:
                 self._admit_plaintext(end[0], address, port, record)
@@ -376,45 +384,44 @@ class Inbound:
             passage = self._admission.enter(peer, port, (), peer_address)
         except RefusedError:
             return False
-        return passage is None and self._admission.decide(peer, peer_address, None, address, port).allowed
-
-    async def _connect(self, address: IpAddress, port: int) -> tuple[socket.socket, str]:
-        """Dial the application: at the address that was asked for, then at loopback, where many listen only.
-
-        The connection, and which of the two that was.
-        """
-        failed: OSError | None = None
-        for host in (address, "::1" if ":" in address else "127.0.0.1"):
-            try:
-                app = await self._plane.connect(host, port, APP_CONNECT_TIMEOUT_S)
-                plane.reset_on_close(app)
-                return app, host
-            except OSError as error:
-                failed = error
-                if error.errno != errno.ECONNREFUSED:
-                    break
-        detail = f"the application at {host_port(address, port)}: {failed}"
-        raise RefusedError("app-unreachable", detail, flag=Flag.CONNECT)
+        if passage is not None or self._admission.goes_beside(peer, port)[0]:
+            return False
+        return self._admission.decide(peer, peer_address, None, address, port).allowed
 
     def _tell(
         self, app: socket.socket, source: proxy_protocol.End, caller: SpiffeId | None, address: IpAddress, port: int
     ) -> bool:
-        """Tell the application who calls, before anything else, where it asks for that. Whether it does.
-
-        Raises RefusedError when it cannot be told: the caller's own bytes must not be taken for the header.
-        """
+        """Tell the application who calls, where it asks for that. Whether it does. Raises RefusedError."""
         if not self._wants_telling(port):
             return False
-        header = proxy_protocol.header(source, (address, port), caller)
-        try:
-            if app.send(header) == len(header):
-                return True
-            detail = "it took a part only"
-        except OSError as error:
-            detail = str(error)
-        plane.reset(app)
-        raise RefusedError(
-            "app-unreachable", f"the PROXY protocol header for {host_port(address, port)}: {detail}", flag=Flag.CONNECT
+        application.tell(app, source, caller, (address, port))
+        return True
+
+    async def _beside_at(self, carrier: Tunnel, passage: Passage | None, port: int) -> Beside | None:
+        """The process that a stream is handed to; None: to the application itself. Raises RefusedError when there has
+        to be one, and is none.
+        """
+        goes, only = self._admission.goes_beside(carrier.peer, port) if passage is None else (False, False)
+        if not goes or self._beside is None:
+            if only:
+                raise RefusedError("waypoint-unavailable", "nothing here starts the waypoint's process", status=503)
+            return None
+        return self._beside if await self._beside.ready(wait=only) else None
+
+    def _told(
+        self, carrier: Tunnel, fields: dict[bytes, bytes], record: Connection, address: IpAddress, port: int
+    ) -> bytes:
+        """What the process beside this workload is told of a stream. Which service was dialled the caller says, and
+        the process looks whether that can be.
+        """
+        said = _FORWARDED_HOST.search(fields.get(b"forwarded", b""))
+        host = record.destination_hostname.encode() if record.destination_service else said[1] if said else b""
+        return proxy_protocol.header(
+            (carrier.peer_address, carrier.peer_port),
+            (address, port),
+            carrier.peer,
+            authority=host,
+            unique_id=record.request_id.encode(),
         )
 
     def _wants_telling(self, port: int) -> bool:

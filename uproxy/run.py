@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from control.client.files import ConfigError, FileSource
 from control.client.membership import Membership
 from control.client.state import Changes, State
 from uproxy import admin, config, config_dump, explicit, handover, joining, log_levels, plane, process
+from uproxy.beside import GRACE_S, Beside
 from uproxy.config import Collector, Settings, Who
 from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
@@ -41,10 +42,11 @@ from uproxy.plane import Plane
 from uproxy.pool import Pool
 from uproxy.process import FAREWELL_S, TICK_S, WATCH_S, StartError
 from uproxy.redirect import OUTBOUND_PORT, PROBE_PORT, PROBE_V4, PROBE_V6, original_destination, redirected_destination
-from uproxy.telemetry import Telemetry
+from uproxy.telemetry import Listing, Telemetry
 from uproxy.tls import Context, CredentialsError, client_context, server_context
 
 if TYPE_CHECKING:
+    from uproxy.beside_feed import Feed
     from uproxy.demand import Demand
     from uproxy.direct import DirectPath
     from uproxy.dns import Responder
@@ -78,6 +80,20 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
 
+def _feed(
+    membership: Membership,
+    settings: Settings,
+    credentials: CurrentCredentials,
+    gateway: str,
+    on_batch: Callable[[Sequence[tuple[str, bytes]]], None],
+    on_progress: Callable[[], None],
+) -> Feed:
+    # Imported here: few workloads have a waypoint's process beside them.
+    from uproxy.beside_feed import Feed
+
+    return Feed(membership, settings.identity_dir, credentials, gateway, on_batch, on_progress)
+
+
 async def _run(settings: Settings, who: Who, membership: Membership | None) -> int:
     """Raises StartError, ConfigError or CredentialsError."""
     return await process.live(_Proxy(settings, who, membership, asyncio.get_running_loop()))
@@ -102,6 +118,21 @@ class _Proxy:
         self._connections = Connections()
         self._credentials = CurrentCredentials(settings.identity_dir, who.identity)
         self._use_credentials()
+        self._beside = Beside(
+            self._plane,
+            self._telemetry,
+            {
+                "workload": who.workload,
+                "identity": str(who.identity),
+                "addresses": who.addresses,
+                "identity_dir": "",
+                "access_log": settings.access_log,
+                "log_json": settings.log_json,
+                "otlp": (),
+            },
+            self._in_force_changed,
+            partial(_feed, membership, settings, self._credentials) if membership is not None else None,
+        )
         self._member: Member | None = None
         self._demand: Demand | None = None
         if membership is not None:
@@ -132,6 +163,7 @@ class _Proxy:
             own,
             self._demand,
             self._direct_path,
+            self._beside,
         )
         self._directory = Directory(self._state, self._demand)
         self._exporter = self._record_spans(settings.otlp) if settings.otlp is not None else None
@@ -163,6 +195,7 @@ class _Proxy:
             self._credentials,
             self._reconfigure,
             on_progress=self._progressed,
+            in_force=self._beside.in_force,
         )
         self._member.replica.want_workload(membership.identity, membership.workload)
         if self.settings.dns:
@@ -182,6 +215,7 @@ class _Proxy:
                 "`uproxy exec`"
             )
         self.pending.discard("certificate")
+        self._beside.begin(group)
         group.create_task(self._credentials.watch(self._renewed))
         self._register_gauges()
         if self._exporter is not None:
@@ -218,6 +252,7 @@ class _Proxy:
     async def _serve(self) -> None:
         """Let the mesh in."""
         self.pending.discard("config")
+        await self._beside.started()
         for own in self._who.addresses:
             self._listen_on(own, HBONE_PORT, self._inbound.server.serve, HANDSHAKES_PER_TURN)
         self.pending.discard("listeners")
@@ -304,9 +339,9 @@ class _Proxy:
             hosts,
             self.settings.admin_port,
             admin.admin_routes(self._config_dump, self._stop, self._live, self._telemetry.taps),
-            self._telemetry.render,
+            self._beside.render,
             # Whoever asked before it left is told of the workload, whose new uProxy is ready.
-            lambda: [] if self._left else process.pending_of(self.pending, self._member),
+            lambda: [] if self._left else [*process.pending_of(self.pending, self._member), *self._beside.missing()],
             self._inherited,
         )
 
@@ -390,6 +425,7 @@ class _Proxy:
     async def prepare(self) -> None:
         if self._member is not None:
             await self._member.save()
+        await self._beside.save()
 
     def pause(self) -> list[int]:
         assert self._successors is not None
@@ -426,6 +462,7 @@ class _Proxy:
             self._member.leave()
         if self._direct_path is not None:
             self._direct_path.leave()
+        self._beside.leave()
         self._stop()
 
     async def upgrade(self) -> int:
@@ -442,8 +479,12 @@ class _Proxy:
     def _reconfigure(self, batch: Sequence[tuple[str, bytes]]) -> None:
         """Take configuration, whole or not at all. Raises RecordError."""
         changes = self._state.apply(batch)
+        self._beside.take(batch)
         if changes:
             log.debug("configuration %d applied", self._state.generation)
+            workload = self._state.workload(self._who.key)
+            if workload is not None:  # one that went away lets what has begun end
+                self._beside.follow(workload.sidecar)
             self._plane.run(lambda: self._config_changed(changes))
         self._configured.set()
 
@@ -472,6 +513,7 @@ class _Proxy:
             self._direct_path.renewed(self._credentials.value.revocations)
         if self._member is not None:
             self._member.renewed()
+        self._beside.renewed()
 
     def _use_credentials(self) -> None:
         credentials = self._credentials.value
@@ -483,7 +525,13 @@ class _Proxy:
         self.stopping.set()
         self._configured.set()
 
+    def _in_force_changed(self) -> None:
+        """What the process beside this workload has applied, or whether it is there."""
+        if self._member is not None:
+            self._member.in_force_changed()
+
     def _hang_up(self) -> None:
+        self._beside.reopen_log()
         if self._log is not None:
             self._log.reopen()
 
@@ -544,10 +592,22 @@ class _Proxy:
             "tunnels": config_dump.of_tunnels(self._pool.tunnels()),
             "tunnels_inbound": config_dump.of_tunnels(self._inbound.server.tunnels()),
             "connections": len(self._connections),
+            "beside": self._beside.dump(),
         }
 
-    def _live(self) -> bytes:
-        return process.listed(self._who, self._telemetry.live(time.monotonic(), time.time()))
+    def _live(self) -> bytes | asyncio.Future[bytes]:
+        here, beside = self._telemetry.live(time.monotonic(), time.time()), self._beside.live()
+        if beside is None:
+            return process.listed(self._who, here)
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+
+        def listed(done: asyncio.Future[Listing]) -> None:
+            there = done.result()
+            both = Listing(here.total + there.total, here.lines + there.lines)
+            answer.set_result(process.listed(self._who, both))
+
+        beside.add_done_callback(listed)
+        return answer
 
     # -- the end
 
@@ -562,6 +622,7 @@ class _Proxy:
         # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
         await asyncio.sleep(min(0.1, self._drain_timeout_s))
         self._plane.run(lambda: self._inbound.server.drain(final=True))
+        await self._beside.drain(self._drain_timeout_s, min(GRACE_S, self._drain_timeout_s / 2))
         pause_s = 0.02
         while self._plane.tasks and time.monotonic() < self._drain_by:
             await asyncio.sleep(pause_s)
@@ -589,6 +650,7 @@ class _Proxy:
             server.close()
         self._listeners.close()
         self._door.close()
+        self._beside.close()
         if self._successors is not None:
             self._successors.close()
             if not self._left:

@@ -121,7 +121,8 @@ class Workers:
         self._asked = 0
         self._remains = b""
         """What workers had counted that are gone, as of the last scrape: counters never go back."""
-        self._restarts = 0
+        self.restarts = 0
+        """Workers that died and were replaced."""
         self._ending = False
         self._group: asyncio.TaskGroup
         self._level = log_levels.levels()
@@ -129,9 +130,6 @@ class Workers:
         self._failure = ""
         self._timers: set[asyncio.TimerHandle] = set()
         telemetry.taps.on_change = self._tap
-        telemetry.counter(
-            "uproxy_waypoint_worker_restarts_total", "Workers that died and were replaced", lambda: self._restarts
-        )
 
     # -- configuration
 
@@ -296,7 +294,7 @@ class Workers:
 
     def _restart(self, worker: _Worker) -> None:
         if not self._ending:
-            self._restarts += 1
+            self.restarts += 1
             self._group.create_task(self._launch(worker))
 
     def _watch(self) -> None:

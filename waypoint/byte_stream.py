@@ -19,12 +19,33 @@ from uproxy.relay import NOBODY, Relay, StreamOwner
 T = TypeVar("T")
 
 
+class Frames(Protocol):
+    """Where what is sent on a stream goes, as `hbone.Connection` has it."""
+
+    @property
+    def send_window(self) -> int: ...
+
+    def reserve(self, stream: hbone.Stream) -> memoryview: ...
+
+    def commit(self, stream: hbone.Stream, length: int, *, end: bool = False) -> None: ...
+
+    def write(self, stream: hbone.Stream, data: bytes, *, end: bool = False) -> bool: ...
+
+    def end(self, stream: hbone.Stream) -> None: ...
+
+    def reset(self, stream: hbone.Stream, code: ErrorCode) -> None: ...
+
+    def consumed(self, stream: hbone.Stream, length: int, *, keeps_up: bool) -> None: ...
+
+
 class Carrier(Protocol):
-    """What a stream is on: a tunnel, or an HTTP/2 connection inside of such a stream."""
+    """What a stream is on: a tunnel, an HTTP/2 connection inside of such a stream, or a socket that is all of it."""
 
     plane: plane.Plane
-    connection: hbone.Connection
     starved: dict[StreamOwner, None]
+
+    @property
+    def connection(self) -> Frames: ...
 
     def touch(self) -> None: ...
 

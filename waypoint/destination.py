@@ -99,6 +99,17 @@ class Destinations:
             self._http2.clear()
             self._behind = None
 
+    def dialled(self, address: IpAddress, port: int, name: str) -> Asked:
+        """As `Gateway.dialled`."""
+        gateway, service = self._state.gateway(self._gateway), self._state.service_named(name) if name else None
+        if gateway is not None and service is not None and service.key in gateway.services:
+            for endpoint in self._state.endpoints(service.key):
+                if endpoint.workload == self._own:
+                    for service_port, target in endpoint.ports.items():
+                        if target == port and address == endpoint.address:
+                            return Asked(f"{service.hostname}:{service_port}", service.hostname, service_port)
+        return Asked(host_port(address, port), address, port)
+
     def unknown(self, asked: Asked) -> IpAddress | None:
         """The address that was dialled, if it may be a bound workload's and nothing is known of it yet."""
         gateway = self._state.gateway(self._gateway)
@@ -140,6 +151,8 @@ class Destinations:
         gateway, own = self._state.gateway(self._gateway), self._state.workload(self._own)
         if own is None or gateway is None or gateway.placement is Placement.REMOTE:
             return endpoints
+        if gateway.placement is Placement.SIDECAR:
+            return [one for one in endpoints if one.workload == own.key]
         of_account = gateway.placement is Placement.SERVICE_ACCOUNT
         served = [one for one in endpoints if one.node == own.node and (one.identity == own.identity or not of_account)]
         return served or endpoints

@@ -130,6 +130,30 @@ class Gateway:
         with contextlib.suppress(ConnectionResetError):
             await self._serve_stream(_taken(carrier, relay), caller, asked, destination, record)
 
+    async def serve(self, stream: ByteStream, caller: Caller, asked: Asked, request_id: str) -> None:
+        """One connection that was handed over, and whose caller is known, to its end. Never raises."""
+        record = self._record(caller, request_id)
+        record.hbone_address = asked.authority
+        try:
+            await self._learn(asked, caller)
+            destination = self._destinations.find(asked)
+            record.destination_service = destination.service_key
+            if not (destination.http or destination.undeclared):
+                await self._opaque.serve(lambda: stream, caller, asked, destination, record)
+                return
+        except RefusedError as error:
+            stream.abort(str(error))
+            self._refused(record, error)
+            return
+        with contextlib.suppress(ConnectionResetError):
+            await self._serve_stream(stream, caller, asked, destination, record)
+
+    def dialled(self, address: IpAddress, port: int, name: str) -> Asked:
+        """What a caller has asked for who came to a workload's port, and says that it dialled a service by this name:
+        that, if it can be, else the workload itself.
+        """
+        return self._destinations.dialled(address, port, name)
+
     async def _learn(self, asked: Asked, caller: Caller) -> None:
         """Ask who lives at an address that was dialled by itself, and, for telemetry and without waiting, who calls.
 

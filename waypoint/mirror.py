@@ -21,7 +21,8 @@ from waypoint.destination import Destinations
 from waypoint.messages import HTTP2, End, MessageError, RequestHead
 from waypoint.sides import Outgoing
 from waypoint.turn import Hops, Turn
-from waypoint.upstream import Cause, Upstream
+from waypoint.upstream import Upstream
+from waypoint.ways import Cause
 
 MAX_COPIES: Final = 256
 """Under way at a time in one process; there are no more while these last."""

@@ -179,7 +179,7 @@ class _Process:
             "log_json": self.settings.log_json,
             "otlp": astuple(self.settings.otlp) if self.settings.otlp is not None else (),
         }
-        return Workers(
+        workers = Workers(
             self.settings.workers,
             settings,
             lambda inherited: doors(self._who.addresses, inherited, self.settings.workers),
@@ -188,6 +188,10 @@ class _Process:
             self._demand,
             self._in_force_changed,
         )
+        self._telemetry.counter(
+            "uproxy_waypoint_worker_restarts_total", "Workers that died and were replaced", lambda: workers.restarts
+        )
+        return workers
 
     def _become_member(self, membership: Membership) -> None:
         # Imported here: what talks to a broker takes megabytes, and configuration from files needs none of it.

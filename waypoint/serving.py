@@ -29,6 +29,7 @@ from uproxy.tls import Context, client_context, server_context
 from waypoint.gateway import Gateway
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
+from waypoint.ways import Tunnels
 
 if TYPE_CHECKING:
     from uproxy.otlp import Exporter
@@ -65,7 +66,7 @@ class Serving:
         self._use_credentials()
         self._connections = Connections()
         self._pool = Pool(data_plane, lambda: self._client_context, who.addresses)
-        self._upstream = Upstream(data_plane, self._pool)
+        self._upstream = Upstream(data_plane, Tunnels(self._pool))
         self._gateway = Gateway(
             data_plane,
             state,

@@ -1,4 +1,4 @@
-"""The way to a backend: CONNECT streams that say who calls, and HTTP connections that are kept alive over them.
+"""The way to a backend: streams of one caller each, and HTTP connections that are kept alive over them.
 
 A stream has one caller for life (docs/hbone.md 4): what a caller left idle is used again for the same identity from the
 same address, and for nobody else, because the backend's uProxy judged both when the stream was opened.
@@ -10,14 +10,13 @@ import logging
 import time
 from collections.abc import Iterable
 from copy import copy
-from typing import Final, Protocol
+from typing import Final
 
 from control.api.address import IpAddress
 from uproxy.errors import RefusedError
 from uproxy.health import Health
 from uproxy.plane import Plane, Waiter
-from uproxy.pool import Pool
-from uproxy.resolve import Hop, host_port
+from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
 from waypoint.caller import Caller, Key
 from waypoint.connection_limits import Limiter
@@ -25,6 +24,7 @@ from waypoint.http1_outgoing import Http1Outgoing
 from waypoint.http2_connection import Http2Connection
 from waypoint.http2_outgoing import Http2Outgoing
 from waypoint.sides import Outgoing
+from waypoint.ways import Cause, Way
 
 IDLE_TIMEOUT_S: Final = 55.0
 """Below the 60 s after which many servers close a connection: who closes first loses no request."""
@@ -35,21 +35,12 @@ MAX_IDLE: Final = 4096
 log = logging.getLogger(__name__)
 
 
-class Cause(Protocol):
-    """The request, or connection of opaque TCP, that a stream is opened for."""
-
-    request_id: str
-
-    @property
-    def traceparent(self) -> bytes: ...
-
-
 class Upstream:
     """Opens streams to backends, and keeps idle connections, the one used last on top."""
 
-    def __init__(self, data_plane: Plane, pool: Pool) -> None:
+    def __init__(self, data_plane: Plane, way: Way) -> None:
         self._plane = data_plane
-        self._pool = pool
+        self._way = way
         self._idle: dict[Key, list[Http1Outgoing]] = {}
         self._count = 0
         self._shared: dict[Key, dict[Http2Connection, Limiter | None]] = {}
@@ -58,11 +49,11 @@ class Upstream:
     @property
     def health(self) -> Health:
         """What is known of backends that failed."""
-        return self._pool.health
+        return self._way.health
 
     def source(self, peer: IpAddress) -> IpAddress | None:
         """This process's own address that a peer sees; None: the host chooses one."""
-        return self._pool.source(peer)
+        return self._way.source(peer)
 
     @property
     def idle(self) -> int:
@@ -70,20 +61,8 @@ class Upstream:
         return self._count + sum(one.quiet for shared in self._shared.values() for one in shared)
 
     async def stream(self, caller: Caller, hop: Hop, cause: Cause) -> ByteStream:
-        """A CONNECT stream of its own. Raises RefusedError with what the backend's uProxy said."""
-        address = host_port(caller.address, caller.port)
-        request = [
-            (b":method", b"CONNECT"),
-            (b":authority", hop.authority),
-            (b"x-uproxy-caller", f"{caller.identity};{address}".encode()),
-            (b"forwarded", f'for="{address}"'.encode()),
-            (b"traceparent", cause.traceparent),
-        ]
-        relay = await self._pool.connect(hop, request)
-        try:
-            return ByteStream.of(relay)
-        except ConnectionResetError as error:  # between its 200 and now
-            raise RefusedError("connect-failed", f"{hop.address}: {error}", retriable=True) from error
+        """A stream of its own. Raises RefusedError with what the backend's uProxy, or the backend, said."""
+        return await self._way.stream(caller, hop, cause)
 
     async def outgoing(
         self,

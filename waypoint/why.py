@@ -7,7 +7,7 @@ the configuration: whether processes run and applications listen is not asked. `
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
@@ -38,6 +38,9 @@ from waypoint.tokens import Token, TokenError
 from waypoint.traffic import Ledger
 
 _NONE: Final[Mapping[Subject, str]] = MappingProxyType({})
+
+_Backend = tuple[str, int, int]
+"""Key of a service, its port, weight."""
 
 
 class QuestionError(ValueError):
@@ -138,55 +141,35 @@ def _steps(
     none_runs = f"waypoint {plan.gateway} is optional, and no process of it runs: " if plan.gateway else ""
     yield Step("binding", True, f"{none_runs}directly, with mTLS from instance to instance{how_far}")
     for place in _places(state, plan):
-        yield _admitted(state, place, caller.identity, caller.addresses[0], ())
+        admitted = _admitted(state, place, caller.identity, caller.addresses[0], ())
+        yield admitted
+        workload = state.workload(place.workload)
+        if admitted.ok and workload is not None:
+            yield from _beside(state, question, caller, plan, workload, place)
+
+
+def _beside(
+    state: State, question: Question, caller: Workload, plan: Plan, workload: Workload, place: _Place
+) -> Iterator[Step]:
+    """What the waypoint's process beside a workload decides, if one is."""
+    goes, _ = Admission(workload, (), state.trust_domain).goes_beside(caller.identity, place.port)
+    if not goes or workload.sidecar is None:
+        return
+    gateway = workload.sidecar.gateway
+    detail = f"{place.workload} has the process of waypoint {gateway} beside it (placement sidecar)"
+    yield Step("beside", True, detail)
+    name = plan.service.hostname if plan.service is not None else ""
+    asked = Destinations(state, gateway, own=workload.key).dialled(place.address, place.port, name)
+    yield from _decided(state, question, caller, plan, gateway, asked)
 
 
 def _through(state: State, question: Question, caller: Workload, plan: Plan) -> Iterator[Step]:
     """What the waypoint decides, and then the destinations it may choose."""
-    destinations = Destinations(state, plan.gateway)
-    authority = host_port(plan.address, plan.port)
-    request: Request | None = None
-    try:
-        destination = destinations.find(Asked(authority, plan.address, plan.port))
-        if destination.http or destination.undeclared:  # asked as a request, whatever it will begin with
-            head = _head(question, plan)
-            request = read_request(head.method, head.target, head.fields)
-    except RefusedError as error:
-        yield Step("waypoint", False, error.detail, error.reason)
+    asked = Asked(host_port(plan.address, plan.port), plan.address, plan.port)
+    decided = yield from _decided(state, question, caller, plan, plan.gateway, asked)
+    if decided is None:
         return
-    except MessageError as error:
-        yield Step("waypoint", False, f"{error.status}: {error}", "bad-request")
-        return
-    except RequestError as error:
-        yield Step("waypoint", False, f"400: {error}", "bad-request")
-        return
-    asked = f"{request.method} {request.target}" if request is not None else "opaque TCP"
-    rules = rules_at(state, plan.gateway, destination, Ledger())
-    token: Token | None = None
-    if request is not None:
-        try:
-            token, request = rules.tokens.verify(request)
-        except TokenError as error:
-            yield Step("waypoint token", False, f"{asked}: {error}", "token")
-            return
-    who = caller.identity, caller.addresses[0], plan.address, plan.port
-    for check in rules.policies.checks(*who, request, token) if request is not None else ():
-        step = _check(check, asked)
-        yield step
-        if not step.ok:
-            return
-    facts = (*who, request, token)
-    decision, rehearsal = rules.policies.decide(*facts), rules.policies.rehearsal
-    would = None if rehearsal is None else rehearsal.decide(*facts)
-    said = f"{asked}: {decision.reason}{_rehearsed(decision, would)}"
-    yield Step("waypoint policy", decision.allowed, said, "" if decision.allowed else "policy")
-    if not decision.allowed:
-        return
-    backends = [(destination.service_key, destination.port, 1)]
-    if request is not None and destination.backend is None:
-        rule = rules.router.route(request, caller.identity.namespace)
-        step, backends = _route(rule, request, plan.port)
-        yield step
+    destination, backends = decided
     if destination.backend is None:
         yield from _balancing(state, plan.gateway, dict.fromkeys(service for service, _, _ in backends))
     places = list(_behind(state, destination, backends))
@@ -201,6 +184,55 @@ def _through(state: State, question: Question, caller: Workload, plan: Plan) -> 
         process = (serving or gateway.instances)[0]
         waypoint = gateway.identity_of(state.trust_domain, process)
         yield _admitted(state, place, waypoint, process.address, ((CALLER, said.encode()),))
+
+
+def _decided(
+    state: State, question: Question, caller: Workload, plan: Plan, gateway: str, what: Asked
+) -> Generator[Step, None, tuple[Destination, list[_Backend]] | None]:
+    """What a waypoint's process decides; returns where it may go on to, None when it refuses."""
+    request: Request | None = None
+    try:
+        destination = Destinations(state, gateway).find(what)
+        if destination.http or destination.undeclared:  # asked as a request, whatever it will begin with
+            head = _head(question, plan)
+            request = read_request(head.method, head.target, head.fields)
+    except RefusedError as error:
+        yield Step("waypoint", False, error.detail, error.reason)
+        return None
+    except MessageError as error:
+        yield Step("waypoint", False, f"{error.status}: {error}", "bad-request")
+        return None
+    except RequestError as error:
+        yield Step("waypoint", False, f"400: {error}", "bad-request")
+        return None
+    asked = f"{request.method} {request.target}" if request is not None else "opaque TCP"
+    rules = rules_at(state, gateway, destination, Ledger())
+    token: Token | None = None
+    if request is not None:
+        try:
+            token, request = rules.tokens.verify(request)
+        except TokenError as error:
+            yield Step("waypoint token", False, f"{asked}: {error}", "token")
+            return None
+    who = caller.identity, caller.addresses[0], plan.address, plan.port
+    for check in rules.policies.checks(*who, request, token) if request is not None else ():
+        step = _check(check, asked)
+        yield step
+        if not step.ok:
+            return None
+    facts = (*who, request, token)
+    decision, rehearsal = rules.policies.decide(*facts), rules.policies.rehearsal
+    would = None if rehearsal is None else rehearsal.decide(*facts)
+    said = f"{asked}: {decision.reason}{_rehearsed(decision, would)}"
+    yield Step("waypoint policy", decision.allowed, said, "" if decision.allowed else "policy")
+    if not decision.allowed:
+        return None
+    backends: list[_Backend] = [(destination.service_key, destination.port, 1)]
+    if request is not None and destination.backend is None:
+        rule = rules.router.route(request, caller.identity.namespace)
+        step, backends = _route(rule, request, plan.port)
+        yield step
+    return destination, backends
 
 
 def _check(check: Check, asked: str) -> Step:
@@ -227,7 +259,7 @@ def _head(question: Question, plan: Plan) -> RequestHead:
     return http1_head.read_request(head, b"")
 
 
-def _route(rule: RouteRule | None, request: Request, port: int) -> tuple[Step, list[tuple[str, int, int]]]:
+def _route(rule: RouteRule | None, request: Request, port: int) -> tuple[Step, list[_Backend]]:
     """The step, and the key, port and weight of each backend that gets any requests."""
     asked = f"{request.method} {request.target}"
     if rule is None:
@@ -271,7 +303,7 @@ class _Place:
     port: int
 
 
-def _behind(state: State, destination: Destination, backends: Iterable[tuple[str, int, int]]) -> Iterator[_Place]:
+def _behind(state: State, destination: Destination, backends: Iterable[_Backend]) -> Iterator[_Place]:
     if destination.backend is not None:
         yield _Place(_name(state, destination.address), destination.address, destination.dialled_port)
         return

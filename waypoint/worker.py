@@ -32,6 +32,7 @@ from uproxy.plane import Plane, Waiter
 from uproxy.process import StartError
 from uproxy.tap import Taps
 from uproxy.tls import CredentialsError
+from waypoint.beside import ServingBeside
 from waypoint.serving import Serving
 from waypoint.telemetry import WaypointTelemetry
 
@@ -97,7 +98,7 @@ class _Worker:
         self._started = asyncio.Event()
         self._failed: Exception | None = None
         self._channel: Channel | None = None
-        self._serving: Serving | None = None
+        self._serving: Serving | ServingBeside | None = None
         self._credentials: CurrentCredentials | None = None
         self._state: State | None = None
         self._telemetry: WaypointTelemetry | None = None
@@ -119,9 +120,9 @@ class _Worker:
         await self._channel.attach(sock)
         try:
             await self._started.wait()
-            if self._serving is not None and self._credentials is not None:
+            if self._serving is not None:
                 self._loop.add_signal_handler(signal.SIGHUP, self._serving.reopen_log)
-                await self._serve(self._serving, self._credentials)
+                await self._serve(self._serving)
         finally:
             if self._serving is not None:
                 self._serving.close()
@@ -130,10 +131,11 @@ class _Worker:
         if self._failed is not None:
             raise self._failed
 
-    async def _serve(self, serving: Serving, credentials: CurrentCredentials) -> None:
+    async def _serve(self, serving: Serving | ServingBeside) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(credentials.watch(serving.renewed))
+                if self._credentials is not None:
+                    group.create_task(self._credentials.watch(serving.renewed))
                 group.create_task(self._forget_strangers())
                 if serving.exporter is not None:
                     group.create_task(serving.exporter.run())
@@ -144,7 +146,7 @@ class _Worker:
         except* _Stopped:
             pass
 
-    async def _drain(self, serving: Serving) -> None:
+    async def _drain(self, serving: Serving | ServingBeside) -> None:
         # Nobody waits at a door that is left open here, when those who come after are gone.
         serving.listen(())
         for sock in self._listening:
@@ -199,9 +201,15 @@ class _Worker:
             str(settings["workload"]), SpiffeId.parse(str(settings["identity"])), tuple(map(parse_address, addresses))
         )
         self._state = State(who.identity.trust_domain)
-        self._credentials = CurrentCredentials(Path(str(settings["identity_dir"])), who.identity)
         access_log = process.open_log(str(settings["access_log"]), bool(settings["log_json"]), self._loop)
         self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
+        if not settings["identity_dir"]:
+            self._serving = ServingBeside(
+                self._plane, who, str(settings["gateway"]), self._state, self._telemetry, access_log, self
+            )
+            self._started.set()
+            return
+        self._credentials = CurrentCredentials(Path(str(settings["identity_dir"])), who.identity)
         otlp = settings["otlp"]
         self._serving = Serving(
             self._plane,

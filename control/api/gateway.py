@@ -37,6 +37,8 @@ class Placement(Enum):
     """On the nodes of what it serves: each serves the workloads of its own node."""
     SERVICE_ACCOUNT = "service-account"
     """Likewise, and each only those of its own service account, whose identity it has."""
+    SIDECAR = "sidecar"
+    """Beside each workload, as a child of its uProxy: no process of the Gateway has an address or an identity."""
 
 
 class Engine(Enum):
@@ -114,6 +116,20 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
+class Sidecar:
+    """The process of a waypoint that a uProxy starts beside its workload, and hands streams to."""
+
+    gateway: str
+    """Key of the Gateway."""
+    ports: tuple[int, ...]
+    """Whose streams go through it, in order; 0: those of all ports. None while it only gets ready, or is let go."""
+
+    def serves(self, port: int) -> bool:
+        """Whether streams to a port of the workload go through it."""
+        return port in self.ports or 0 in self.ports
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One process of a waypoint."""
 
@@ -168,6 +184,8 @@ def before(placement: Placement, instances: Sequence[Instance], node: str, accou
             return tuple(one for one in instances if one.node == node)
         case Placement.SERVICE_ACCOUNT:
             return tuple(one for one in instances if one.node == node and one.account == account)
+        case Placement.SIDECAR:
+            return ()
 
 
 def gateway_identity(trust_domain: TrustDomain, gateway: str) -> SpiffeId:

@@ -83,6 +83,9 @@ def _trusted_proxies(document: Reader, metadata: Metadata) -> int:
 
 def _read_placement(document: Reader, metadata: Metadata) -> Placement:
     text = metadata.annotations.get(PLACEMENT, Placement.REMOTE.value)
+    if text == Placement.SIDECAR.value and metadata.annotations.get(ENGINE) == Engine.ENVOY.value:
+        problem = f"the engine envoy does not stand beside a workload; remove it, or take another {PLACEMENT}"
+        document.error_at(f"metadata.annotations[{ENGINE!r}]", problem)
     known = [one.value for one in Placement]
     if text in known:
         return Placement(text)

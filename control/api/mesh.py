@@ -48,7 +48,7 @@ from control.api.jwt import NO_KEYS, JwtRule, RequestAuthentication
 from control.api.labels import Labels, telemetry
 from control.api.messages import Body
 from control.api.metadata import DEFAULT_NAMESPACE
-from control.api.placements import STARTED, check_placed, led_to
+from control.api.placements import STARTED, check_placed, check_sidecars, led_to
 from control.api.plaintext import MAX_PORTS, plaintext_of
 from control.api.policy import (
     DEFAULT_ROOT_NAMESPACE,
@@ -66,7 +66,7 @@ from control.api.route import HTTPRoute
 from control.api.selection import Workloads
 from control.api.traffic import TrafficPolicy
 from control.api.vips import Addresses, Vips
-from control.api.waypoints import PortBindings, Ports, gateways_of, guarded_by, processes_of, wishes_of
+from control.api.waypoints import PortBindings, Ports, gateways_of, guarded_by, of_callers, processes_of, wishes_of
 from control.api.workload import Endpoint, Service, Workload
 
 _T = TypeVar("_T")
@@ -187,7 +187,7 @@ class Mesh:
         grants = (*_of(DeclaredGrant, declared), *elsewhere.grants)
         routes = with_grants(with_ports(_of(DeclaredRoute, declared), declared_services, findings), grants, findings)
         unsaid = Findings()  # it is said where they are declared
-        of_callers = with_grants(with_ports(elsewhere.routes, declared_services, unsaid), grants, unsaid)
+        consumers = with_grants(with_ports(elsewhere.routes, declared_services, unsaid), grants, unsaid)
         authentications = sorted(
             _of(DeclaredRequestAuthentication, declared), key=lambda item: item.request_authentication.key
         )
@@ -214,7 +214,7 @@ class Mesh:
             standing,
             wishes,
             every_gateway,
-            led_to((*routes, *of_callers)),
+            led_to((*routes, *consumers)),
             domain,
         )
         check_placed(
@@ -223,13 +223,18 @@ class Mesh:
         check_balancing(traffic, findings)
         check_targets((*policies, *authentications, *traffic), declared_services, gateways, wishes.of, findings)
         check_asked(extensions, traffic, declared_services, wishes.of, findings)
+        check_sidecars(
+            (*routes, *consumers), policies, traffic, declared_services, endpoints, wishes.of, every_gateway, findings
+        )
         check_engines(traffic, every_gateway, wishes.of, findings)
         check_routes(routes, declared_services, elsewhere.service, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,
-            services=_services(declared_services, endpoints, addresses, standing, findings),
+            services=_services(declared_services, endpoints, addresses, standing, every_gateway, findings),
             workloads=tuple(
-                replace(workload, bounds=bounds) if (bounds := ports.bounds(workload)) else workload
+                replace(workload, bounds=bounds, sidecar=ports.sidecar(workload))
+                if (bounds := ports.bounds(workload))
+                else workload
                 for workload in workloads
             ),
             endpoints=endpoints,
@@ -238,7 +243,7 @@ class Mesh:
             request_authentications=tuple(_with_keys(item, elsewhere.fetched, findings) for item in authentications),
             traffic=tuple(with_filters(traffic, (*extensions, *elsewhere.extensions), root_namespace, findings)),
             gateways=gateways_of(gateways, processes, standing),
-            routes=published(routes, of_callers, declared_services, findings),
+            routes=published(routes, consumers, declared_services, findings),
             vips=addresses.allocated,
             wishes=wishes.of,
             bindings={workload.key: bindings for workload in workloads if (bindings := ports.bindings(workload))},
@@ -375,6 +380,7 @@ def _services(
     endpoints: Iterable[Endpoint],
     addresses: Addresses,
     standings: Standings,
+    gateways: Mapping[str, DeclaredGateway],
     findings: Findings,
 ) -> tuple[Service, ...]:
     """Services with their virtual addresses: first those asked for, so that no allocation takes one of them."""
@@ -395,7 +401,7 @@ def _services(
             ports=service.ports,
             labels=service.labels,
             identities=tuple(sorted(identities.get(service.key, ()))),
-            binding=standing.binding if (standing := standings.get(("Service", service.key))) else None,
+            binding=of_callers(standings.get(("Service", service.key)), gateways),
             prefers_zone=service.prefers_zone,
         )
         for service in declared

@@ -1,18 +1,20 @@
 """Where the processes of a waypoint stand, and which of them serves what. Part of `mesh`.
 
-With `remote` each serves everything that is bound to its Gateway. With the others a process stands before the workloads
-of its own node, or of its own node and service account: callers take the one before the endpoint that they have drawn,
-and a workload believes that one alone about who calls.
+With `remote` each serves everything that is bound to its Gateway. With `node` and `service-account` a process stands
+before the workloads of its own node, or of its own node and service account: callers take the one before the endpoint
+that they have drawn, and a workload believes that one alone about who calls. With `sidecar` callers know of none: the
+uProxy of each workload hands what has come to a process beside it, which reaches that workload and nobody else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from control.api.bindings import Subject, Wish
-from control.api.declared import DeclaredGateway, DeclaredRoute, DeclaredService
+from control.api.declared import DeclaredGateway, DeclaredPolicy, DeclaredRoute, DeclaredService, DeclaredTraffic
 from control.api.gateway import Instance, Placement, before
+from control.api.policy import Action, Target
 from control.api.problems import Findings
 from control.api.workload import Endpoint
 
@@ -44,7 +46,7 @@ def check_placed(
     for service in services:
         wish = wishes.get(("Service", service.key))
         gateway = gateways.get(wish.gateway) if wish is not None else None
-        if gateway is not None and gateway.placement is not Placement.REMOTE:
+        if gateway is not None and gateway.placement in STARTED:
             placed[service.key] = gateway
     if not placed:
         return
@@ -62,3 +64,97 @@ def check_placed(
         for where in sorted(bare.get(service.key, ())):
             problem = f"Gateway {placed[service.key].key} has no process on {where}: endpoints there get no calls"
             findings.warn(service.position, "", problem)
+
+
+def check_sidecars(
+    routes: Sequence[DeclaredRoute],
+    policies: Sequence[DeclaredPolicy],
+    traffic: Sequence[DeclaredTraffic],
+    services: Iterable[DeclaredService],
+    endpoints: Iterable[Endpoint],
+    wishes: Mapping[Subject, Wish],
+    gateways: Mapping[str, DeclaredGateway],
+    findings: Findings,
+) -> None:
+    """Refuses what a process beside one workload cannot do: reach anybody else, or stand before callers.
+
+    `routes`: those of callers too.
+    """
+    bound = {
+        key: wish.gateway
+        for (kind, key), wish in wishes.items()
+        if kind == "Service" and _is_sidecar(gateways.get(wish.gateway))
+    }
+    if not bound:
+        return
+    for item in routes:
+        for parent in item.route.parents:
+            if parent.service in bound:
+                _check_route(item, parent.service, bound[parent.service], findings)
+    for policy in policies:
+        if policy.policy.action is Action.CUSTOM and (gateway := _asked_at(policy.targets, bound)):
+            findings.error(policy.position, "spec.action", _reaches_nobody(gateway, "asks nobody: CUSTOM"))
+    for one in traffic:
+        if one.traffic.redis is not None and (gateway := _asked_at(one.targets, bound)):
+            findings.error(one.position, "spec.redis", _reaches_nobody(gateway, "asks no Redis: this"))
+    _check_single(services, endpoints, bound, findings)
+
+
+def _is_sidecar(gateway: DeclaredGateway | None) -> bool:
+    return gateway is not None and gateway.placement is Placement.SIDECAR
+
+
+def _check_route(item: DeclaredRoute, service: str, gateway: str, findings: Findings) -> None:
+    if item.route.namespace != service.partition("/")[0]:
+        problem = (
+            f"Service {service} is behind Gateway {gateway} of placement sidecar, which stands before no callers: a "
+            "route of theirs needs another placement"
+        )
+        findings.error(item.position, "spec.parentRefs", problem)
+        return
+    for number, rule in enumerate(item.route.rules):
+        for destination in rule.destinations:
+            if destination.service != service:
+                problem = _reaches_nobody(gateway, f"leads nowhere: a way to Service {destination.service}")
+                findings.error(item.position, f"spec.rules[{number}]", problem)
+
+
+def _reaches_nobody(gateway: str, what: str) -> str:
+    doing, _, needs = what.partition(": ")
+    return (
+        f"Gateway {gateway} has placement sidecar, whose process reaches its own workload only, and {doing}; {needs} "
+        "needs another placement"
+    )
+
+
+def _asked_at(targets: Iterable[Target], bound: Mapping[str, str]) -> str:
+    """The Gateway, beside workloads, at which what has these targets holds; empty: none."""
+    for target in targets:
+        if target.kind == "Service" and target.key in bound:
+            return bound[target.key]
+        if target.kind == "Gateway" and target.key in bound.values():
+            return target.key
+    return ""
+
+
+def _check_single(
+    services: Iterable[DeclaredService], endpoints: Iterable[Endpoint], bound: Mapping[str, str], findings: Findings
+) -> None:
+    """Refuses two of them beside one workload."""
+    beside: dict[str, str] = {}
+    positions = {service.key: service.position for service in services}
+    for workload, gateway, service in _served(endpoints, bound):
+        other = beside.setdefault(workload, gateway)
+        if other != gateway:
+            problem = (
+                f"WorkloadEntry {workload} has Gateways {other} and {gateway} of placement sidecar, and one process "
+                "only stands beside a workload; name one of them for all of its Services"
+            )
+            findings.error(positions[service], "metadata.labels", problem)
+
+
+def _served(endpoints: Iterable[Endpoint], bound: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Workload, Gateway and Service, each once."""
+    return iter(
+        dict.fromkeys((one.workload, bound[one.service], one.service) for one in endpoints if one.service in bound)
+    )

@@ -2,8 +2,9 @@
 
 What the topic says (namespace, name) is not repeated in the body, so the two cannot disagree. Reading is strict:
 every field must be there, none may be added, and every value must be in its canonical form. What waypoints ask for
-(`binding`, `bounds`, `targets`, `authorizer`, `trustedProxies`, `placement`, `engine`), and `direct`, `plaintext`,
-`locality`, `dryRun` and an endpoint's `node`, are absent where there is none, so that a mesh without them is as it was.
+(`binding`, `bounds`, `sidecar`, `targets`, `authorizer`, `trustedProxies`, `placement`, `engine`), and `direct`,
+`plaintext`, `locality`, `dryRun` and an endpoint's `node`, are absent where there is none, so that a mesh without them
+is as it was.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from control.api.gateway import (
     Instance,
     Placement,
     Process,
+    Sidecar,
     Traffic,
 )
 from control.api.identity import SpiffeId, TrustDomain, make_id, proxy_hash
@@ -167,6 +169,7 @@ def write(record: Record) -> Body:
                 **({} if record.plaintext is None else {"plaintext": _write_plaintext(record.plaintext)}),
                 **({"proxyProtocol": list(record.proxy_protocol)} if record.proxy_protocol else {}),
                 **({"locality": record.locality} if record.locality else {}),
+                **({} if record.sidecar is None else {"sidecar": [record.sidecar.gateway, list(record.sidecar.ports)]}),
             }
         case AuthorizationPolicy():
             return {
@@ -363,7 +366,19 @@ def _read_workload(topic: WorkloadTopic, fields: Fields, trust_domain: TrustDoma
         plaintext=_read_plaintext(fields),
         proxy_protocol=_read_proxy_protocol(fields),
         locality=_read_locality(fields),
+        sidecar=_read_sidecar(fields),
     )
+
+
+def _read_sidecar(fields: Fields) -> Sidecar | None:
+    if not fields.has("sidecar"):
+        return None
+    match fields.take("sidecar", list):
+        case [gateway, list(ports)]:
+            found = Sidecar(read_key(gateway, "sidecar"), tuple(number_in(port, 0, 65535, "sidecar") for port in ports))
+            check_ordered(found.ports, "sidecar")
+            return found
+    raise RecordError("sidecar must be [key of a Gateway, [ports]]")
 
 
 def _write_bound(bound: Bound) -> list[Value]:

@@ -27,7 +27,7 @@ from control.api.declared import (
     WaypointChoice,
     place_of,
 )
-from control.api.gateway import Binding, Bound, Gateway, Instance, Placement, Process, Traffic, before
+from control.api.gateway import Binding, Bound, Gateway, Instance, Placement, Process, Sidecar, Traffic, before
 from control.api.identity import SpiffeId, TrustDomain, make_id
 from control.api.labels import Labels, selects
 from control.api.metadata import WAYPOINT_BINDING, WAYPOINT_CANARY, WAYPOINT_EXEMPT
@@ -125,7 +125,7 @@ def wishes_of(
         if wish.canary is not None:
             if asking_canary is namespace:
                 used.add(namespace.name)
-            idle = _idle_canary(subject, wish.gateway, gateways.get(wish.canary.gateway))
+            idle = _idle_canary(subject, wish.gateway, wish.canary.gateway, gateways)
             problem = idle or _left_behind(wish.gateway, wish.canary.gateway, guarded)
             if problem and (place_of(asking_canary), problem) not in told:
                 told.add((place_of(asking_canary), problem))
@@ -159,7 +159,7 @@ def processes_of(
     A workload that has a Gateway's identity and is no process of it would be believed about who calls: an error.
     """
     by_key = {gateway.key: gateway for gateway in gateways}
-    believed = {gateway.key for gateway in by_key.values() if gateway.placement is not Placement.SERVICE_ACCOUNT}
+    believed = {gateway.key for gateway in by_key.values() if gateway.placement in (Placement.REMOTE, Placement.NODE)}
     instances: dict[str, list[Instance]] = {}
     for workload in workloads:
         account = f"{workload.namespace}/{workload.service_account}"
@@ -167,6 +167,10 @@ def processes_of(
         if name is None and account not in believed:
             continue
         gateway = by_key.get(f"{workload.namespace}/{name}")
+        if gateway is not None and gateway.placement is Placement.SIDECAR:
+            problem = f"does nothing: uProxies start the processes of Gateway {gateway.key} themselves; remove it"
+            findings.warn(workload.position, f"metadata.labels[{label.GATEWAY_NAME!r}]", problem)
+            continue
         of_account = gateway is not None and gateway.placement is Placement.SERVICE_ACCOUNT
         if account in believed if of_account else name != workload.service_account:
             findings.error(workload.position, "spec.serviceAccount", _mistaken(workload, None if of_account else name))
@@ -288,7 +292,7 @@ class Ports:
         for (_, key), standing in found.items():
             for gateway_key in standing.gateways:
                 gateway = self._gateways.get(gateway_key)
-                if gateway is None or gateway.placement is Placement.REMOTE:
+                if gateway is None or gateway.placement in (Placement.REMOTE, Placement.SIDECAR):
                     continue
                 processes: Sequence[Instance] = self._processes.get(gateway_key, ())
                 if key not in self._led_to:
@@ -302,17 +306,36 @@ class Ports:
         """How callers that dial its own address reach it: by its own waypoint, else by that of a service."""
         return tuple((port, self._located(binding, workload)) for port, binding in self._bindings(workload.key))
 
+    def sidecar(self, workload: Workload) -> Sidecar | None:
+        """What its uProxy starts. Of several, which are warned of, the first one that streams go through."""
+        found: dict[str, set[int]] = {}
+        for port, standings in self._standing.get(workload.key, {}).items():
+            for standing in standings.values():
+                for gateway_key in filter(self._is_sidecar, standing.gateways):
+                    ports = found.setdefault(gateway_key, set())
+                    # Before that, and after it, callers go past it.
+                    if standing.binding is not None or standing.enforced:
+                        ports.add(port)
+        if not found:
+            return None
+        chosen = min(found, key=lambda gateway_key: (not found[gateway_key], gateway_key))
+        return Sidecar(chosen, tuple(sorted(found[chosen])))
+
+    def _is_sidecar(self, gateway_key: str) -> bool:
+        gateway = self._gateways.get(gateway_key)
+        return gateway is not None and gateway.placement is Placement.SIDECAR
+
     def _located(self, binding: Binding, workload: Workload) -> Binding:
         return binding if all(map(self._serves_all, binding.gateways)) else replace(binding, node=workload.node)
 
     def _bindings(self, workload_key: str) -> PortBindings:
         ports = self._standing.get(workload_key, {})
         for standing in ports.get(0, {}).values():
-            if standing.binding is not None:
-                return ((0, standing.binding),)
+            if (binding := of_callers(standing, self._gateways)) is not None:
+                return ((0, binding),)
         found: list[tuple[int, Binding]] = []
         for port, standings in sorted(ports.items()):
-            bindings = (standings[subject].binding for subject in sorted(standings))
+            bindings = (of_callers(standings[subject], self._gateways) for subject in sorted(standings))
             first = next((binding for binding in bindings if binding is not None), None)
             if first is not None:
                 found.append((port, first))
@@ -328,6 +351,13 @@ class Ports:
     def _exempt_of(self, subjects: Iterable[Subject]) -> tuple[SpiffeId, ...]:
         found = [frozenset(self._wishes.exempt.get(subject, ())) for subject in subjects]
         return tuple(sorted(frozenset.intersection(*found)))
+
+
+def of_callers(standing: Standing | None, gateways: Mapping[str, DeclaredGateway]) -> Binding | None:
+    """What callers see of a standing: of a waypoint beside each workload nothing, since they dial the workload."""
+    binding = None if standing is None else standing.binding
+    gateway = None if binding is None else gateways.get(binding.gateway)
+    return None if gateway is not None and gateway.placement is Placement.SIDECAR else binding
 
 
 def _workloads_of(processes: Mapping[str, Sequence[Instance]]) -> frozenset[str]:
@@ -352,6 +382,11 @@ def _problem(name: str, gateway: DeclaredGateway | None, namespace: str, namespa
             f"Gateway {gateway.key} has a process for each service account of its own namespace; name one of namespace "
             f"{namespace}"
         )
+    if gateway.placement is Placement.SIDECAR and gateway.namespace != namespace:
+        return (
+            f"Gateway {gateway.key} has a process beside each workload of its own namespace; name one of namespace "
+            f"{namespace}"
+        )
     return ""
 
 
@@ -373,8 +408,12 @@ def _not_taken(gateway: DeclaredGateway, subject: Subject) -> str:
     )
 
 
-def _idle_canary(subject: Subject, waypoint: str, canary: DeclaredGateway | None) -> str:
-    """Why a canary gets nobody; empty when it does. One that is not there yet is waited for."""
+def _idle_canary(subject: Subject, waypoint: str, name: str, gateways: Mapping[str, DeclaredGateway]) -> str:
+    """Why a canary (its key is `name`) gets nobody; empty when it does. One that is not there yet is waited for."""
+    canary = gateways.get(name)
+    for one in filter(None, (gateways.get(waypoint), canary)):
+        if one.placement is Placement.SIDECAR:
+            return f"does nothing: Gateway {one.key} is beside each workload, past which no caller goes; remove it"
     if canary is None:
         return ""
     if canary.key == waypoint:

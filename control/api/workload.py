@@ -12,7 +12,7 @@ from typing import Final
 
 from control.api import labels as label
 from control.api.address import IpAddress
-from control.api.gateway import Binding, Bound
+from control.api.gateway import Binding, Bound, Sidecar
 from control.api.identity import SpiffeId
 from control.api.labels import Labels
 from control.api.names import key as key  # beside what has one
@@ -136,6 +136,8 @@ class Workload:
     """Ports, in order, whose application reads from a PROXY protocol header who calls."""
     locality: str = ""
     """Where it runs: `control.api.locality`; empty when not declared."""
+    sidecar: Sidecar | None = None
+    """What stands beside it, of a waypoint of placement sidecar."""
 
     @property
     def key(self) -> str:

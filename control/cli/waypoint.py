@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from control.api.gateway import Placement
-from control.api.labels import NODE, WAYPOINT_FOR
+from control.api.labels import NODE, USE_WAYPOINT, WAYPOINT_FOR
 from control.api.metadata import PLACEMENT, WAYPOINT_CANARY
 from control.cli.ca import duration_s
 from control.cli.changes import add_change_options, show_changes
@@ -25,6 +25,7 @@ _POLL_S: Final = 0.05
 _EXAMPLES: Final = """\
 examples:
   meshctl waypoint apply wp -n shop --instance wp-1=10.97.0.9
+  meshctl waypoint apply wp -n shop --placement sidecar
   meshctl waypoint apply wp -n shop --placement node --instance wp-a=10.97.1.9@host-a wp-b=10.97.2.9@host-b
   meshctl label service reviews istio.io/use-waypoint=wp -n shop --wait
   meshctl waypoint list
@@ -245,6 +246,8 @@ def _apply(arguments: argparse.Namespace) -> int:
     plane = ControlPlane(arguments.socket)
     text = _gateway(plane, name, namespace, arguments)
     instances: dict[str, tuple[str, str]] = {}
+    if arguments.instance and arguments.placement == Placement.SIDECAR.value:
+        raise CommandError("--instance: uProxies start the processes of placement sidecar themselves; leave it out")
     for word in arguments.instance:
         instance, equals, where = word.partition("=")
         address, at, node = where.partition("@")
@@ -280,6 +283,10 @@ def _apply(arguments: argparse.Namespace) -> int:
             print(f"  meshctl token create {shlex.quote(instance)} -n {shlex.quote(namespace)} --out {token}")
             of = f" --gateway {shlex.quote(name)}" if account else ""
             print(f"  waypoint run --join {token} --state {shlex.quote(instance)}{of}")
+        if arguments.placement == Placement.SIDECAR.value:
+            print("\nNothing to start: each workload's uProxy starts a process beside it. To bind a service to it:")
+            bind = f"{USE_WAYPOINT}={shlex.quote(name)} -n {shlex.quote(namespace)}"
+            print(f"  meshctl label service SERVICE {bind} --wait")
     return 0
 
 

@@ -393,13 +393,15 @@ def look(
     destinations: frozenset[str],
     *,
     all_needed: Collection[str] = (),
+    beside: Collection[str] = (),
 ) -> Seen:
     """What proxies have reported that matters to a state.
 
     `reports`: of the proxies that are online and within their lease; `published`: namespace, or `ADDRESSES`, -> its
     root; `instances`: key of each workload that is a process of the Gateway -> proxy hash of its identity;
     `canaries`: likewise of the canary; `destinations`: keys of the workloads behind the subject; `all_needed`: keys of
-    the Gateways of which a process that is not there is waited for.
+    the Gateways of which a process that is not there is waited for; `beside`: of those whose processes uProxies start,
+    and report of.
     """
     namespace = _namespace(subject[1])
     owners = {_namespace(one) for one in (subject[1], *state.gateways)}
@@ -407,6 +409,7 @@ def look(
     trial = state.trial.canary.gateway if state.trial is not None else ""
     needed_by_canary = {namespace, _namespace(trial)}
     alive = ready = False
+    kind = Kind.UPROXY if state.gateway in beside else Kind.WAYPOINT
     missing = set(instances) if state.gateway in all_needed else set()
     canary: list[bool] = []
     lagging: list[str] = []
@@ -415,17 +418,16 @@ def look(
     for report in reports:
         status = report.status
         held = {owner: _has(status, owner, state.stamp, published) for owner in (*owners, ADDRESSES)}
-        if status.kind is Kind.WAYPOINT:
-            if canaries.get(status.workload) == report.proxy_hash:
-                canary.append(status.whole and all(held[owner] is True for owner in needed_by_canary))
-            if instances.get(status.workload) == report.proxy_hash:
-                alive = True
-                missing.discard(status.workload)
-                if status.whole and all(held[owner] is True for owner in needed):
-                    ready = True
-                else:
-                    lagging.append(status.workload)
-        elif held[namespace] is False or held[ADDRESSES] is False:
+        if status.kind is Kind.WAYPOINT and canaries.get(status.workload) == report.proxy_hash:
+            canary.append(status.whole and all(held[owner] is True for owner in needed_by_canary))
+        if status.kind is kind and instances.get(status.workload) == report.proxy_hash:
+            alive = True
+            missing.discard(status.workload)
+            if status.whole and all(held[owner] is True for owner in needed):
+                ready = True
+            else:
+                lagging.append(status.workload)
+        if status.kind is not Kind.WAYPOINT and (held[namespace] is False or held[ADDRESSES] is False):
             callers.append(status.workload)
         if status.workload in destinations and held[namespace] is not True:
             behind.append(status.workload)

@@ -446,8 +446,9 @@ class Core:
             return self._registry.residents.holder(address)
 
     def waypoints(self) -> frozenset[SpiffeId]:
-        """Those of the processes of all Gateways."""
-        found: set[SpiffeId] = set()
+        """Those of the processes of all Gateways, and of uProxies that have such processes."""
+        with self._queue_lock:
+            found = {one for bound in self._registry.bound.values() for those in bound.beside.values() for one in those}
         placed: list[str] = []
         for (_, namespace, name), text in self._store.documents(kind="Gateway"):
             found.add(gateway_identity(self._trust_domain, key(namespace, name)))

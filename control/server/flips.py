@@ -114,8 +114,17 @@ class Flips:
         bound = world.bound.get(_namespace(subject[1]))
         destinations = bound.served.get(subject, frozenset()) if bound is not None else frozenset()
         needed = frozenset(one for home in world.bound.values() for one in home.needed)
+        beside = frozenset(one for home in world.bound.values() for one in home.beside)
         return bindings.look(
-            subject, state, world.reports, world.published, instances, canaries, destinations, all_needed=needed
+            subject,
+            state,
+            world.reports,
+            world.published,
+            instances,
+            canaries,
+            destinations,
+            all_needed=needed,
+            beside=beside,
         )
 
     def _processes(self, gateway: str, world: World) -> Mapping[str, str]:

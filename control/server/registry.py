@@ -35,12 +35,13 @@ from control.api.declared import (
     Resource,
 )
 from control.api.gateway import Gateway, Instance, Placement
-from control.api.identity import TrustDomain, make_id, parse_trust_domain, proxy_hash
+from control.api.identity import SpiffeId, TrustDomain, make_id, parse_trust_domain, proxy_hash
 from control.api.index import Resident
 from control.api.jwt import RequestAuthentication
 from control.api.labels import GATEWAY_NAME, USE_WAYPOINT, Labels, selects
 from control.api.mesh import Elsewhere, Mesh
 from control.api.messages import Body, Stamp
+from control.api.placements import STARTED
 from control.api.policy import AuthorizationPolicy, PeerAuthentication
 from control.api.problems import Findings, Position, ResourceError, ResourceErrors
 from control.api.records import Record
@@ -135,6 +136,8 @@ class Bound:
     """Key of each of its Gateways -> key of each workload that is a process of it -> proxy hash of its identity."""
     needed: frozenset[str]
     """Those of its Gateways whose processes each serve a part, so that none of them can stand for another."""
+    beside: Mapping[str, frozenset[SpiffeId]]
+    """Key of each of its Gateways whose processes uProxies start -> the identities of these: they read for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -531,7 +534,7 @@ class Registry:
         self, gateways: Iterable[DeclaredGateway], resources: Mapping[str, Mapping[Place, Resource]]
     ) -> dict[str, list[Instance]]:
         """The processes of Gateways that are not remote, by the Gateways' keys, when some namespaces are as given."""
-        placed = [gateway for gateway in gateways if gateway.placement is not Placement.REMOTE]
+        placed = [gateway for gateway in gateways if gateway.placement in STARTED]
         found: dict[str, list[Instance]] = {}
         for name in {gateway.namespace for gateway in placed}:
             held = resources[name] if name in resources else self._resources_of(name)
@@ -681,8 +684,25 @@ def _bound(namespace: str, mesh: Mesh, standings: Standings) -> Bound:
         }
         for gateway in mesh.gateways
     }
-    needed = frozenset(gateway.key for gateway in mesh.gateways if gateway.placement is not Placement.REMOTE)
-    return Bound(mesh.wishes, served, instances, needed)
+    beside = _beside(mesh, standings, served)
+    for gateway_key, workloads_beside in beside.items():
+        instances[gateway_key] = {one.key: proxy_hash(one.identity) for one in workloads_beside}
+    needed = frozenset(gateway.key for gateway in mesh.gateways if gateway.placement in STARTED)
+    identities = {key: frozenset(one.identity for one in workloads) for key, workloads in beside.items()}
+    return Bound(mesh.wishes, served, instances, needed, identities)
+
+
+def _beside(
+    mesh: Mesh, standings: Standings, served: Mapping[Subject, frozenset[str]]
+) -> dict[str, tuple[Workload, ...]]:
+    """Key of each Gateway of placement sidecar -> the workloads beside which its processes stand, or are about to."""
+    found: dict[str, set[str]] = {one.key: set() for one in mesh.gateways if one.placement is Placement.SIDECAR}
+    for subject, keys in served.items() if found else ():
+        wish, standing = mesh.wishes.get(subject), standings.get(subject)
+        asked = {wish.gateway} if wish is not None else set()
+        for gateway_key in asked.union(standing.gateways if standing is not None else ()) & found.keys():
+            found[gateway_key] |= keys
+    return {key: tuple(one for one in mesh.workloads if one.key in keys) for key, keys in found.items()}
 
 
 def _key_of(record: Record) -> Hashable:

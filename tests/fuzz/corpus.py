@@ -27,6 +27,7 @@ PARSERS: Final = (
     "http2_frames",
     "http2_heads",
     "identities",
+    "proxy_headers",
     "records",
     "redis_replies",
     "request_targets",

@@ -42,11 +42,15 @@ class Placed:
     """As `nodes`, with Envoy as the engine."""
 
     def bind(self, waypoint: Waypoint) -> None:
+        """As `bind_to`."""
+        self.bind_to(waypoint.gateway)
+
+    def bind_to(self, gateway: str) -> None:
         """Returns when `meshctl label --wait` does. The other is released first: moving from one to the other takes
         five minutes, in which both are let in.
         """
         self.control.meshctl("label", "service", "reviews", "istio.io/use-waypoint-", "--wait")
-        self.control.meshctl("label", "service", "reviews", f"istio.io/use-waypoint={waypoint.gateway}", "--wait")
+        self.control.meshctl("label", "service", "reviews", f"istio.io/use-waypoint={gateway}", "--wait")
 
     def call(self, times: int) -> Counter[str]:
         """Which version answers web how often. Each is told that web calls, by the waypoint."""
@@ -98,6 +102,7 @@ def mesh() -> Iterator[Placed]:
         for one in envoys:
             one.apply("--placement", "node")
         lab.control.meshctl("annotate", "gateway", "envoys", "mesh.uproxy.dev/engine=envoy")
+        lab.control.meshctl("waypoint", "apply", "beside", "--placement", "sidecar")
         for one in (*nodes, *accounts, *envoys):
             one.launch()
         for one in (*nodes, *accounts, *envoys):
@@ -166,3 +171,26 @@ def test_moving_from_one_placement_to_another_fails_no_request(mesh: Placed) -> 
     assert not [failure for *_, failure in requests if failure]
     assert {said for _, _, said, _ in requests} == {f"URI={web.identity}"}, "through a waypoint, all the time"
     inside.eventually(lambda: sum(_served(mesh.accounts[0]).values()) > before)
+
+
+def test_beside_each_workload_calls_take_its_own_process_and_no_waypoint(mesh: Placed) -> None:
+    mesh.bind_to("beside")
+    assert set(mesh.call(24)) == {"v1", "v2"}, "each told that web calls, by a process beside it"
+    web = mesh.lab.directory / "callers" / "web"
+    mesh.lab.issue(mesh.shop.web.identity, web)
+    with mesh.shop.a.entered():
+        made = socket.create_connection((mesh.shop.reviews_v2.address, HBONE_PORT), timeout=10)
+    assert _status(made, web, mesh.shop.reviews_v2) == 200, "whoever comes by mTLS goes through it, like web itself"
+
+
+def test_no_request_fails_while_a_waypoint_moves_beside_its_workloads_and_away(mesh: Placed) -> None:
+    mesh.bind(mesh.nodes[0])
+    web = mesh.shop.web
+    web.job(job="open-loop", host=REVIEWS[0], port=REVIEWS[1], per_s=_PER_S)
+    for gateway in ("beside", "nodes"):
+        time.sleep(0.5)
+        mesh.control.meshctl("label", "service", "reviews", f"istio.io/use-waypoint={gateway}", "--overwrite", "--wait")
+    time.sleep(0.5)
+    requests = web.job(job="open-loop-end")["requests"]
+    assert not [failure for *_, failure in requests if failure]
+    assert {said for _, _, said, _ in requests} == {f"URI={web.identity}"}, "through one or the other, all the time"

@@ -31,7 +31,7 @@ from control.api.filters import (
     Replaced,
     Rewrite,
 )
-from control.api.gateway import Binding, Bound, Gateway, Instance, Placement, Process, Traffic, Via
+from control.api.gateway import Binding, Bound, Gateway, Instance, Placement, Process, Sidecar, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.index import AddressShard, Placed, ResidentService, ResidentWorkload
 from control.api.jwt import JwtRule, RequestAuthentication, TokenHeader, canonical_jwks
@@ -154,6 +154,7 @@ def _by_port(items: list[Bound]) -> tuple[Bound, ...]:
     return tuple(sorted(items, key=lambda bound: bound.port))
 
 
+sidecars = st.builds(Sidecar, gateway_keys, st.sets(st.integers(0, 65535), max_size=2).map(sorted).map(tuple))
 localities = st.sampled_from(["", "eu", "eu/eu-1", "eu/eu-1/rack.7"])
 
 
@@ -175,6 +176,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         plaintext=draw(st.none() | plaintexts),
         proxy_protocol=tuple(sorted(draw(st.sets(ports, max_size=2)))),
         locality=draw(localities),
+        sidecar=draw(st.none() | sidecars),
     )
 
 

@@ -41,6 +41,7 @@ from uproxy.tls import Credentials, client_context, server_context
 from waypoint import gateway
 from waypoint.telemetry import Exchange, WaypointTelemetry
 from waypoint.upstream import Upstream
+from waypoint.ways import Tunnels
 
 WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
 WP_ADDRESS = parse_address("127.0.77.3")
@@ -145,7 +146,7 @@ async def running_waypoint(
         credentials = Credentials.load(issued(authority, directory / "wp", WP))
         contexts = client_context(credentials), server_context(credentials)
         pool = Pool(pair.plane, lambda: contexts[0], (WP_ADDRESS,))
-        upstream, connections, telemetry = Upstream(pair.plane, pool), Connections(), Recorder()
+        upstream, connections, telemetry = Upstream(pair.plane, Tunnels(pool)), Connections(), Recorder()
         waypoint = gateway.Gateway(
             pair.plane, pair.state, "shop/wp", WP, upstream, connections, telemetry, known, "shop/wp-1"
         )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from control.api import records, resources
 from control.api.bindings import Standing, Wish
 from control.api.declared import DeclaredGateway
-from control.api.gateway import Binding, Bound, Instance, Placement, Traffic, Via
+from control.api.gateway import Binding, Bound, Instance, Placement, Sidecar, Traffic, Via
 from control.api.identity import make_id, parse_trust_domain
 from control.api.index import Placed, ResidentWorkload
 from control.api.mesh import Elsewhere, Mesh
@@ -575,3 +575,105 @@ def test_an_address_says_which_node_starts_the_process_that_lives_there(placemen
     other = mesh.residents()["10.0.0.1"]
     assert isinstance(other, ResidentWorkload)
     assert other.placed is None
+
+
+# -- beside each workload
+
+BESIDE = SERVICE, WORKLOAD, placed("sidecar")
+ROUTE = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: of-web, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: "", name: web}]
+  rules: [{backendRefs: [{name: web, port: 80}]}]
+"""
+
+
+def sidecar_of(mesh, name="web-1"):
+    return next(workload.sidecar for workload in mesh.workloads if workload.name == name)
+
+
+def test_callers_see_nothing_of_what_stands_beside_a_workload():
+    mesh = build(*BESIDE, ROUTE)
+    assert sidecar_of(mesh) == Sidecar("shop/wp", (8080,))
+    assert bounds_of(mesh) == (Bound(8080, (), (), enforced=True),), "nobody is believed, and no port is open beside it"
+    assert mesh.services[0].binding is None
+    assert mesh.bindings == {}
+    (gateway,) = mesh.gateways
+    assert gateway.placement is Placement.SIDECAR
+    assert (gateway.instances, gateway.services) == ((), ("shop/web",))
+    assert not mesh.warnings
+    for topic, body in mesh.records().items():
+        if "/wl/" in topic:
+            assert records.read(parse_topic("cluster.local", topic), body, mesh.trust_domain) in mesh.workloads
+
+
+@pytest.mark.parametrize(
+    ("standing", "ports"),
+    [
+        pytest.param(Standing(("shop/wp",), False, None), (), id="pending, or let go"),
+        pytest.param(Standing(("shop/wp",), False, THROUGH), (8080,), id="switching"),
+        pytest.param(Standing(("shop/wp",), True, Binding("shop/wp", Via.REFUSE)), (8080,), id="refused"),
+        pytest.param(Standing(("shop/far", "shop/wp"), True, Binding("shop/far", Via.WAYPOINT)), (8080,), id="moving"),
+    ],
+)
+def test_streams_go_through_it_from_when_callers_would(standing, ports):
+    mesh = build(*BESIDE, GATEWAY.replace("name: wp", "name: far"), standings={WEB: standing})
+    assert sidecar_of(mesh) == Sidecar("shop/wp", ports)
+    seen = mesh.services[0].binding
+    assert seen is None or seen.gateway == "shop/far"
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        pytest.param(
+            (ROUTE.replace("{name: web, port: 80}", "{name: other, port: 80}"),),
+            "leads nowhere; a way to Service shop/other needs another placement",
+            id="a route that leads elsewhere",
+        ),
+        pytest.param(
+            (ROUTE.replace("space: shop", "space: far").replace("name: web}]", "name: web, namespace: shop}]"),),
+            "stands before no callers: a route of theirs needs another placement",
+            id="a route of callers",
+        ),
+        pytest.param(
+            (POLICY.replace("spec: {", "spec: {action: CUSTOM, provider: {name: asks}, rules: [{}], "),),
+            "asks nobody; CUSTOM needs another placement",
+            id="somebody who is asked",
+        ),
+        pytest.param(
+            (
+                placed("sidecar").replace("name: wp,", "name: second,"),
+                SERVICE.replace("name: web,", "name: twin,").replace("240.240.0.1", "240.240.0.3").replace(
+                    "use-waypoint: wp", "use-waypoint: second"
+                ),
+            ),
+            "one process only stands beside a workload",
+            id="two beside one workload",
+        ),
+        pytest.param(
+            (placed("sidecar, mesh.uproxy.dev/engine: envoy").replace("name: wp,", "name: other-wp,"),),
+            "the engine envoy does not stand beside a workload",
+            id="envoy",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_process_beside_a_workload_cannot_do_is_refused_by_name(texts, problem):
+    other = UNBOUND.replace("name: web", "name: other").replace("240.240.0.1", "240.240.0.2")
+    found = errors_of(*BESIDE, other, *texts)
+    assert any(problem in error for error in found), found
+
+
+def test_a_process_is_not_declared_of_a_waypoint_beside_each_workload():
+    mesh = build(*BESIDE, INSTANCE)
+    assert any("uProxies start the processes of Gateway shop/wp themselves" in str(one) for one in mesh.warnings)
+    assert mesh.gateways[0].instances == ()
+
+
+def test_no_canary_shares_with_what_callers_do_not_see():
+    canary = SERVICE.replace("wp}}", "far}, annotations: {mesh.uproxy.dev/waypoint-canary: wp=10}}")
+    mesh = build(canary, WORKLOAD, placed("sidecar"), GATEWAY.replace("name: wp", "name: far"))
+    assert any("is beside each workload, past which no caller goes" in str(one) for one in mesh.warnings)
+    assert mesh.wishes[WEB].canary is None

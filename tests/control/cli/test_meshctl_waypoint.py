@@ -251,3 +251,15 @@ def test_processes_of_a_placement_are_declared_with_their_node_and_account(plane
         status, _, err = meshctl("waypoint", "apply", "wp", "-n", "shop", "--instance", wrong)
         assert status == 1
         assert "must be NAME=ADDRESS[@NODE[/ACCOUNT]]" in err
+
+
+def test_of_a_waypoint_beside_each_workload_nothing_is_started(plane, meshctl):
+    status, out, _ = meshctl("waypoint", "apply", "wp", "-n", "shop", "--placement", "sidecar")
+    assert status == 0
+    assert "Nothing to start" in out
+    assert "meshctl label service SERVICE istio.io/use-waypoint=wp -n shop --wait" in out
+    status, _, err = meshctl(
+        "waypoint", "apply", "wp", "-n", "shop", "--placement", "sidecar", "--instance", "a=10.0.0.1"
+    )
+    assert status == 1
+    assert "uProxies start the processes of placement sidecar themselves" in err

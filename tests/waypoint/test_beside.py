@@ -1,0 +1,194 @@
+"""A waypoint's process beside db (placement `sidecar`): real uProxies, their child, and what the application gets."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.http_app import telling
+from tests.support.site import Site, echo_server, eventually, get
+from tests.support.waypoint_site import asked, labelled
+from uproxy.process import METRICS_PORT
+
+NETWORK, OTHER = "127.0.95", "127.0.96"
+DB = f"{NETWORK}.2"
+CALLER = "URI=spiffe://cluster.local/ns/shop/sa/web"
+_GATEWAY = """
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata:
+  name: wp
+  namespace: shop
+  labels: {istio.io/waypoint-for: service}
+  annotations: {mesh.uproxy.dev/placement: sidecar}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-delete, namespace: shop}
+spec:
+  action: DENY
+  targetRefs: [{group: "", kind: Service, name: db}]
+  rules: [{to: [{operation: {methods: [DELETE]}}]}]
+"""
+
+
+def _site(directory: Path, network: str = NETWORK) -> Site:
+    site = Site.create(directory, network)
+    site.mesh.write_text(labelled(site.resources) + _GATEWAY)
+    return site
+
+
+@contextmanager
+def _running(site: Site) -> Iterator[Site]:
+    with telling(site.application), site.running("db", "--log-format", "json"), site.running("web"):
+        yield site
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Of all tests that leave it as it was, which come first."""
+    with _running(_site(tmp_path_factory.mktemp("site"))) as site:
+        yield site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return _site(tmp_path, OTHER)
+
+
+def beside(address: str = DB) -> dict[str, object]:
+    """What db's uProxy says of its child."""
+    found = json.loads(get(address, 15000, "/config_dump")[1])["beside"]
+    assert isinstance(found, dict)
+    return found
+
+
+def child(address: str = DB) -> int:
+    """Its process."""
+    workers = beside(address)["workers"]
+    assert isinstance(workers, list)
+    pid: int = workers[0]["pid"]
+    return pid
+
+
+def test_requests_are_judged_beside_the_workload_and_told_who_calls(running: Site) -> None:
+    answer = asked("GET", running)
+    assert answer.status == 200
+    assert json.loads(answer.body)["x-forwarded-client-cert"] == CALLER
+    assert asked("DELETE", running).status == 403
+    metrics = get(DB, METRICS_PORT, "/metrics")[1]
+    assert 'response_code="403"' in metrics, "the uProxy tells what its child counts"
+    assert 'destination_service="db.shop.svc.cluster.local"' in metrics
+
+    def statuses() -> set[int]:
+        lines = [line for line in running.log("db").splitlines() if line.startswith("{")]
+        return {line["response_code"] for line in map(json.loads, lines) if "response_code" in line}
+
+    eventually(lambda: statuses() == {200, 403})
+
+
+def test_its_process_has_no_key_and_no_way_for_others_in(running: Site) -> None:
+    pid = child()
+    opened = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    assert not [one for one in opened if one.startswith(f"{running.path}/db/")]
+    listening = Path(f"/proc/{pid}/net/tcp").read_text()
+    inodes = {found for one in opened for found in re.findall(r"socket:\[(\d+)\]", one)}
+    states = {line.split()[9]: line.split()[3] for line in listening.splitlines()[1:]}
+    assert "0A" not in {states.get(inode) for inode in inodes}, "it listens nowhere"
+
+
+def test_a_stranger_at_the_uproxys_loopback_port_reaches_nobody(running: Site) -> None:
+    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    listening = [line.split()[1] for line in table if line.split()[3] == "0A"]
+    ports = [int(one[9:], 16) for one in listening if one.startswith("0100007F:")]
+    assert ports
+    for port in ports:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as stranger:
+            stranger.sendall(b"DELETE / HTTP/1.1\r\nhost: db\r\n\r\n")
+    for _ in range(5):
+        assert asked("GET", running).status == 200, "and nobody's place is taken by it"
+
+
+def test_while_it_is_gone_nothing_reaches_the_application(running: Site) -> None:
+    for _ in range(3):
+        os.kill(child(), signal.SIGKILL)
+        deadline = time.monotonic() + 8
+        while True:
+            with suppress(OSError, http.client.HTTPException):
+                answer = asked("GET", running)
+                if answer.status == 200:
+                    assert json.loads(answer.body)["x-forwarded-client-cert"] == CALLER, "through it, or not at all"
+                    break
+                assert answer.status == 503
+            assert time.monotonic() < deadline, running.log("db")
+    assert float(re.findall(r"^uproxy_waypoint_worker_restarts_total (\S+)$", _metrics(), re.MULTILINE)[0]) >= 3
+
+
+def _metrics(address: str = DB) -> str:
+    return get(address, METRICS_PORT, "/metrics")[1]
+
+
+def test_what_is_bound_and_let_go_while_it_runs(site: Site) -> None:
+    bound, free = site.mesh.read_text(), site.mesh.read_text().replace(", labels: {istio.io/use-waypoint: wp}", "")
+    assert bound != free
+    site.mesh.write_text(free)
+    with telling(site.application), site.running("db"), site.running("web"):
+        assert "x-forwarded-client-cert" not in json.loads(asked("GET", site).body)
+        site.mesh.write_text(bound)
+        eventually(lambda: "x-forwarded-client-cert" in json.loads(asked("GET", site).body))
+        pid = child(f"{OTHER}.2")
+        site.mesh.write_text(free)
+        eventually(lambda: "x-forwarded-client-cert" not in json.loads(asked("GET", site).body))
+        eventually(lambda: not Path(f"/proc/{pid}").exists())
+        site.mesh.write_text(bound)
+        eventually(lambda: "x-forwarded-client-cert" in json.loads(asked("GET", site).body))
+
+
+def test_opaque_connections_go_through_it_and_are_cut_by_policy(site: Site) -> None:
+    opaque = site.mesh.read_text().replace("appProtocol: http,", "appProtocol: tcp,")
+    site.mesh.write_text(opaque.replace("{methods: [DELETE]}", "{ports: ['1']}"))
+    with echo_server(site.application), site.running("db"), site.running("web"):
+        with socket.create_connection(site.forward, timeout=8) as app:
+            app.sendall(b"hello")
+            assert app.recv(5) == b"hello"
+            assert "istio_tcp_connections_opened_total" in _metrics(f"{OTHER}.2")
+            site.mesh.write_text(opaque.replace("{methods: [DELETE]}", "{ports: ['6379']}"))
+            with suppress(ConnectionResetError):
+                assert app.recv(5) == b"", "its time is over"
+        with suppress(ConnectionResetError), socket.create_connection(site.forward, timeout=8) as app:
+            app.sendall(b"hello")
+            assert app.recv(5) == b""
+
+
+def test_an_upgrade_loses_no_request(running: Site) -> None:
+    connection = http.client.HTTPConnection(*running.forward, timeout=8)
+
+    def ask() -> None:
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        assert response.status == 200
+        assert CALLER.encode() in response.read()
+
+    ask()
+    first = child()
+    with running.running("db", "--take-over"):
+        for _ in range(20):
+            ask()
+        assert child() != first
+        eventually(lambda: not Path(f"/proc/{first}").exists(), 30)
+        ask()
+    connection.close()
