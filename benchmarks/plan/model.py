@@ -1,7 +1,7 @@
 """From the rounds of the suite `architectures` and a mesh's traffic to what each placement would take of it.
 
-Processor time   a call takes what a request took in the run; where uProxies are, a call that needs no L7 takes what it
-                 took without a waypoint. It is linear in calls: no more is known of how load changes the time of one.
+Processor time   a call takes what a request took in the run; one that needs no L7, or stays on its node, so much less
+                 as it did there. It is linear in calls and in both shares.
 Memory           the first process of a kind on a node brings its program's pages, further ones share them: two numbers
                  for each kind, fitted to all hosts of the run that have processes of it.
 Cost             cores, and memory at so many GB for a core's price. Two placements are compared round by round, as
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
@@ -26,14 +26,14 @@ from benchmarks.suites.placements.application import INSTANCES, SERVICES
 
 SUITE: Final = "architectures"
 L4: Final = "remote-l4"
-"""The subject without a waypoint: what a call takes of two uProxies that needs no L7."""
+"""The subject of uProxies without a waypoint."""
+_NO_L7: Final = "l7-cpu/0"
+_NEAR_PERCENT: Final = 90
 CORE_GB: Final = 8.0
 """GB of memory that cost as much as a core. Providers who charge for both ask 7 to 9 times as much for a core as
 for a GB: AWS Fargate 0.0405 and 0.0044 $ an hour, Google's E2 machines 0.0218 and 0.0029 $ (list prices)."""
 _BUSY: Final = 0.5
 """Of its core, how much of a remote waypoint's process is planned to be used."""
-_PER_HOST: Final = INSTANCES * len(SERVICES)
-"""Workloads on each host of the run; callers on one, called ones on the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ class Demand:
     per_second: float
     l7_share: float
     """Of all calls: to services whose policy or routes are about requests."""
+    near_share: float
+    """Of all calls: expected to stay on their node, if every caller's go to all instances alike."""
     instances: Mapping[str, int]
     """By node."""
     accounts: Mapping[str, int]
@@ -69,12 +71,26 @@ def demand(traffic: Traffic, instances: Sequence[Instance], l7: Collection[str] 
     return Demand(
         traffic.per_second,
         sum(one.per_second for one in needing) / traffic.per_second,
+        _near_share(traffic, instances),
         dict(Counter(one.node for one in instances)),
         _accounts(instances),
         dict(Counter(one.node for one in called)),
         _accounts(called),
         dict(by_namespace),
     )
+
+
+def _near_share(traffic: Traffic, instances: Sequence[Instance]) -> float:
+    on: dict[Workload, Counter[str]] = defaultdict(Counter)
+    for one in instances:
+        on[one.workload][one.node] += 1
+    near = sum(
+        call.per_second
+        * sum(count * on[call.destination][node] for node, count in on[call.source].items())
+        / (on[call.source].total() * on[call.destination].total())
+        for call in traffic.calls
+    )
+    return near / traffic.per_second
 
 
 def _accounts(instances: Sequence[Instance]) -> Mapping[str, int]:
@@ -141,7 +157,11 @@ KINDS: Final = (
         len(SERVICES),
     ),
     Kind(
-        "ours-sidecar", "uProxies, waypoint beside each workload", None, lambda one: sum(one.called.values()), _PER_HOST
+        "ours-sidecar",
+        "uProxies, waypoint beside each workload",
+        None,
+        lambda one: sum(one.called.values()),
+        len(SERVICES) * INSTANCES,
     ),
 )
 _REMOTE: Final = ("remote", "ours")
@@ -162,14 +182,15 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """Up to which share of calls that need L7 `around` (uProxies) costs less than `beside` (Envoys that read all)."""
+    """Between which shares of calls that need L7 `around` (uProxies) costs less than every placement of Envoys beside
+    workloads, accounts or nodes. By the medians of the rounds; `low` and `high` None: at no share."""
 
     around: str
-    beside: str
-    share: float
-    """Median of the rounds; `least` and `most` of them beside."""
-    least: float
-    most: float
+    low: float | None
+    high: float | None
+    rounds: int
+    """In how many of the rounds there is such a share."""
+    of: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,28 +208,37 @@ class Model:
 
     def __init__(self, results: Results) -> None:
         self._results = results
-        reference = results.find(f"{SUITE}/cpu", L4)
-        if reference is None or len(reference.rounds) < LEAST_ROUNDS:
-            raise PlanError(f"the run has not measured {L4}: run meshctl bench run --suite {SUITE}")
-        self._rates = self._by_rate()
-        self._reference = int(next(one for one in results.measures if one.name == f"{SUITE}/cpu").parameters["rate"])
         self._memory = {
             one.subject: _by_host(one.rounds)
             for one in results.series
             if one.measure == f"{SUITE}/memory" and one.rounds
         }
-        self.kinds = [one for one in KINDS if one.subject in self._at(self._reference) and one.subject in self._memory]
-        if len(self.kinds) < 2:
-            raise PlanError(f"the run has measured fewer than two placements: run meshctl bench run --suite {SUITE}")
-        beside = [(count, mb) for one in self.kinds for count, mb in self._points(one)]
+        self._rates = self._by_rate()
+        reference = next((one for one in results.measures if one.name == f"{SUITE}/cpu"), None)
+        self._reference = int(reference.parameters["rate"]) if reference else 0
+        self.kinds = [one for one in KINDS if self._measured(one)]
+        if len(self.kinds) < 2 or not self._memory.get(L4):
+            raise PlanError(
+                "the run has not measured at least two placements, uProxies without a waypoint, and calls that need no "
+                f"L7: run meshctl bench run --suite {SUITE}"
+            )
+        # Beside the uProxies of a host stands its node agent.
+        self._uproxies = fit([(count - 1, mb) for count, mb in self._memory[L4]])
+        beside = [point for one in self.kinds if one.beside for point in self._memory[one.subject]]
         self._envoys = fit(beside) if beside else None
-        self._uproxies = fit([(_PER_HOST, mb) for mb in self._memory[L4].values()])
+
+    def _measured(self, kind: Kind) -> bool:
+        return (
+            kind.subject in self._rates.get(self._reference, {})
+            and bool(self._memory.get(kind.subject))
+            and len(self._values(_NO_L7, kind)) >= LEAST_ROUNDS
+        )
 
     def _by_rate(self) -> dict[int, dict[str, dict[int, float]]]:
         """Rate -> subject -> round -> processor time of a call, us."""
         found: dict[int, dict[str, dict[int, float]]] = {}
         for measure in self._results.measures:
-            if measure.name.startswith(f"{SUITE}/latency/") and set(measure.parameters) == {"rate", "connections"}:
+            if measure.name.startswith(f"{SUITE}/latency/"):
                 found[int(measure.parameters["rate"])] = {
                     one.subject: {each.number: each.details["cpu_us"] for each in one.rounds}
                     for one in self._results.series
@@ -217,29 +247,21 @@ class Model:
                 }
         return found
 
-    def _at(self, rate: int) -> Mapping[str, Mapping[int, float]]:
-        return self._rates.get(rate, {})
-
-    def _points(self, kind: Kind) -> list[tuple[int, float]]:
-        """Processes and MB of each host of a placement of Envoys."""
-        if kind.beside is None:
-            return []
-        (count,) = kind.beside(_HOST).values()
-        return [(count, mb) for mb in self._memory[kind.subject].values()]
+    def _values(self, measure: str, kind: Kind) -> list[float]:
+        series = self._results.find(f"{SUITE}/{measure}", kind.subject)
+        return [] if series is None else [one.value for one in series.rounds]
 
     def estimates(self, asked: Demand, core_gb: float = CORE_GB) -> list[Estimate]:
         """Every placement of the run, the cheapest first."""
         each = {one.subject: self._used(one, asked) for one in self.kinds}
-        costs = {one.subject: self._costs(one, asked, each[one.subject][1], core_gb) for one in self.kinds}
+        costs = {one.subject: self._costs(one, asked, core_gb) for one in self.kinds}
         middle = {subject: median(by_rate[self._reference].values()) for subject, by_rate in costs.items()}
         least = min(middle, key=lambda subject: middle[subject])
         found = []
         for kind in self.kinds:
             processes, memory_mb = each[kind.subject]
-            memory_gb = memory_mb / 1000
-            own = costs[kind.subject]
-            cost = middle[kind.subject]
-            off = self._error(kind, memory_gb / core_gb / cost)
+            memory_gb, cost = memory_mb / 1000, middle[kind.subject]
+            off = self._error(kind, asked, memory_gb / core_gb / cost)
             found.append(
                 Estimate(
                     kind.subject,
@@ -248,55 +270,61 @@ class Model:
                     cost - memory_gb / core_gb,
                     memory_gb,
                     cost,
-                    _hull(own, costs[least], self._reference, off) if kind.subject != least else Interval(1, 1, 1),
+                    _hull(costs[kind.subject], costs[least], self._reference, off)
+                    if kind.subject != least
+                    else Interval(1, 1, 1),
                 )
             )
         return sorted(found, key=lambda one: one.cost)
 
     def break_even(self, asked: Demand, core_gb: float = CORE_GB) -> BreakEven | None:
-        """Of the cheapest placement of each sort; None where the run has only one sort."""
+        """Of the cheapest placement with uProxies; None where the run has only one sort."""
         beside = [one for one in self.kinds if one.beside]
         around = [one for one in self.kinds if not one.beside]
         if not beside or not around:
             return None
+        few, all_ = _with_share(asked, _FEW), _with_share(asked, 1.0)
 
-        def cost(kind: Kind, share: float) -> Mapping[int, float]:
-            at = _with_share(asked, share)
-            return self._costs(kind, at, self._used(kind, at)[1], core_gb)[self._reference]
+        def ends(kind: Kind) -> tuple[Mapping[int, float], Mapping[int, float]]:
+            first, last = (self._costs(kind, share, core_gb)[self._reference] for share in (few, all_))
+            return first, last
 
-        other = min(beside, key=lambda one: median(cost(one, 1.0).values()))
-        ours = min(around, key=lambda one: median(cost(one, 1.0).values()))
-        without, whole, against = cost(ours, 0.0), cost(ours, 1.0), cost(other, 1.0)
-        shares = [
-            min(1.0, max(0.0, (against[number] - without[number]) / (whole[number] - without[number])))
-            if whole[number] > without[number]
-            else float(against[number] >= without[number])
-            for number in without.keys() & whole.keys() & against.keys()
+        costs = {one.subject: ends(one) for one in self.kinds}
+        ours = min(around, key=lambda one: median(costs[one.subject][1].values())).subject
+        others = [costs[one.subject] for one in beside]
+        numbers = set.intersection(*(set(one[0]) for one in (costs[ours], *others)))
+        rounds = [
+            _cheaper(*[(costs[ours][0][one] - a[one], costs[ours][1][one] - b[one]) for a, b in others])
+            for one in numbers
         ]
-        return BreakEven(ours.subject, other.subject, median(shares), min(shares), max(shares))
+        at_ends = [median(one.values()) for one in costs[ours]]
+        found = _cheaper(
+            *[(at_ends[0] - median(a.values()), at_ends[1] - median(b.values())) for a, b in others],
+        )
+        low, high = found or (None, None)
+        return BreakEven(ours, low, high, sum(one is not None for one in rounds), len(rounds))
 
     def proofs(self) -> list[Proof]:
         """The model's word on what the run has measured itself."""
         found = []
         for kind in self.kinds:
-            points = self._points(kind)
-            if points and self._envoys is not None:
-                predicted, measured = sum(self._envoys.of(count) for count, _ in points), sum(mb for _, mb in points)
-                found.append(Proof(f"memory, {kind.subject}", predicted, measured, "MB"))
+            if kind.beside and self._envoys is not None:
+                points = self._memory[kind.subject]
+                predicted = sum(self._envoys.of(count) for count, _ in points)
+                found.append(Proof(f"memory, {kind.subject}", predicted, sum(mb for _, mb in points), "MB"))
         for measure in self._results.measures:
-            share = measure.parameters.get("l7_share")
-            if measure.suite == SUITE and share is not None and measure.unit == "ms/1000 requests":
-                for kind in self.kinds:
-                    series = self._results.find(measure.name, kind.subject)
-                    if series is not None and series.counted:
-                        found.append(
-                            Proof(
-                                f"processor time, {kind.subject}, {share:.0%} of the calls need L7",
-                                median(self._call_us(kind, share, self._reference).values()),
-                                median(one.value for one in series.counted),
-                                "ms per 1,000 requests",
-                            )
-                        )
+            l7, near = (measure.parameters.get(name) for name in ("l7_percent", "near_percent"))
+            name = measure.name.removeprefix(f"{SUITE}/")
+            if name in (_NO_L7, f"near-cpu/{_NEAR_PERCENT}") or not name.startswith(("l7-cpu/", "near-cpu/")):
+                continue  # what the model is made of
+            for kind in self.kinds:
+                values = self._values(name, kind)
+                if values:
+                    shares = (1.0 if l7 is None else l7 / 100, (near or 0.0) / 100)
+                    what = f"{l7:g} % need L7" if l7 is not None else f"{near:g} % stay on their host"
+                    predicted = median(self._call_us(kind, *shares, self._reference).values())
+                    what = f"processor time, {kind.subject}, {what}"
+                    found.append(Proof(what, predicted, median(values), "ms per 1,000 calls"))
         return found
 
     def _used(self, kind: Kind, asked: Demand) -> tuple[int, float]:
@@ -308,9 +336,12 @@ class Model:
         waypoints = kind.waypoints(asked) if asked.l7_share else 0
         if kind.subject in _REMOTE and waypoints:
             waypoints = sum(self._needed(kind, per_second) for per_second in asked.l7_per_second.values())
-        of_one = max(0.0, sum(self._memory[kind.subject].values()) - sum(self._memory[L4].values())) / kind.in_run
+        whole, without = (sum(mb for _, mb in self._memory[subject]) for subject in (kind.subject, L4))
         uproxies = sum(map(self._uproxies.of, asked.instances.values()))
-        return sum(asked.instances.values()) + waypoints, uproxies + waypoints * of_one
+        return (
+            sum(asked.instances.values()) + waypoints,
+            uproxies + waypoints * max(0.0, whole - without) / kind.in_run,
+        )
 
     def _needed(self, kind: Kind, per_second: float) -> int:
         """Remote waypoints for so many calls."""
@@ -319,50 +350,66 @@ class Model:
         each_us = median(one.details["cpu_us/waypoint"] for one in series.rounds)
         return max(1, math.ceil(per_second * each_us / 1e6 / _BUSY))
 
-    def _costs(self, kind: Kind, asked: Demand, memory_mb: float, core_gb: float) -> Mapping[int, Mapping[int, float]]:
+    def _costs(self, kind: Kind, asked: Demand, core_gb: float) -> Mapping[int, Mapping[int, float]]:
         """Rate -> round -> cost in cores."""
-        memory = memory_mb / 1000 / core_gb
+        memory = self._used(kind, asked)[1] / 1000 / core_gb
         return {
             rate: {
                 number: asked.per_second * us / 1e6 + memory
-                for number, us in self._call_us(kind, asked.l7_share, rate).items()
+                for number, us in self._call_us(kind, asked.l7_share, asked.near_share, rate).items()
             }
-            for rate in self._rates
-            if kind.subject in self._at(rate) and L4 in self._at(rate)
+            for rate, by_subject in self._rates.items()
+            if kind.subject in by_subject
         }
 
-    def _call_us(self, kind: Kind, l7_share: float, rate: int) -> Mapping[int, float]:
-        """By round: a call on average, when so many need L7."""
-        whole, without = self._at(rate)[kind.subject], self._at(rate)[L4]
-        if kind.beside is not None:
-            return whole
-        return {
-            number: l7_share * whole[number] + (1 - l7_share) * without[number]
-            for number in sorted(whole.keys() & without.keys())
-        }
+    def _call_us(self, kind: Kind, l7_share: float, near_share: float, rate: int) -> Mapping[int, float]:
+        """By round: a call on average, when so many need L7 and so many stay on their node."""
+        whole = median(self._rates[self._reference][kind.subject].values())
+        without = median(self._values(_NO_L7, kind)) / whole
+        near = self._values(f"near-cpu/{_NEAR_PERCENT}", kind)
+        saved = (1 - median(near) / whole) / (_NEAR_PERCENT / 100) if near else 0.0
+        share = (l7_share + (1 - l7_share) * without) * (1 - near_share * saved)
+        return {number: us * share for number, us in self._rates[rate][kind.subject].items()}
 
-    def _error(self, kind: Kind, memory_share: float) -> float:
-        """What the fit of memory may move the cost by."""
+    def _error(self, kind: Kind, asked: Demand, memory_share: float) -> float:
+        """What the fit of memory, and the time of a call that needs no L7, may move the cost by."""
         line = self._envoys if kind.beside is not None else self._uproxies
-        return line.error * memory_share if line is not None else 0.0
+        assert line is not None
+        without = for_any_run(interval(self._values(_NO_L7, kind)))
+        reach = math.log(without.high / without.median)
+        return math.hypot(line.error * memory_share, reach * (1 - asked.l7_share) * (1 - memory_share))
 
 
-_HOST: Final = Demand(0.0, 1.0, {"host": _PER_HOST}, {"host": len(SERVICES)}, {}, {}, {})
-"""A host of the run."""
+_FEW: Final = 1e-6
+"""A share of calls that needs a waypoint and hardly any processor time of it."""
 
 
-def _by_host(rounds: Sequence[Round]) -> dict[str, float]:
-    """Memory of each host's processes, MB."""
-    hosts = [key for key in rounds[0].details if key.startswith("host_")]
-    return {host: median(one.details[host] for one in rounds) for host in hosts}
+def _cheaper(*differences: tuple[float, float]) -> tuple[float, float] | None:
+    """From and to which share all differences, linear in it and given at none and at all, are below 0."""
+    low, high = 0.0, 1.0
+    for at_none, at_all in differences:
+        if at_none >= 0 and at_all >= 0:
+            return None
+        if at_none >= 0:
+            low = max(low, at_none / (at_none - at_all))
+        elif at_all >= 0:
+            high = min(high, at_none / (at_none - at_all))
+    return (low, high) if low < high else None
+
+
+def _by_host(rounds: Sequence[Round]) -> list[tuple[int, float]]:
+    """Of each host's processes: how many, and their memory in MB. Runs of older versions do not say how many."""
+    hosts = [key.removesuffix("_processes") for key in rounds[0].details if key.endswith("_processes")]
+    return [
+        (int(rounds[0].details[f"{host}_processes"]), median(one.details[f"{host}_mb"] for one in rounds))
+        for host in hosts
+    ]
 
 
 def _with_share(asked: Demand, share: float) -> Demand:
     scale = share / asked.l7_share
     by_namespace = {name: per_second * scale for name, per_second in asked.l7_per_second.items()}
-    return Demand(
-        asked.per_second, share, asked.instances, asked.accounts, asked.called, asked.called_accounts, by_namespace
-    )
+    return replace(asked, l7_share=share, l7_per_second=by_namespace)
 
 
 def _hull(

@@ -326,9 +326,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     tied = [one.subject for one in others if one.to_least.low <= 1]
     print(f"least: {least.subject}" + (f"; by these numbers not more than it: {', '.join(tied)}" if tied else ""))
     if even is not None:
+        where = "at no share" if even.low is None else f"at a share of {even.low:.0%} to {even.high:.0%}"
         print(
-            f"{even.around} costs less than {even.beside} while at most {even.share:.0%} of the calls need L7 "
-            f"({even.least:.0%} to {even.most:.0%} in the single rounds)"
+            f"{even.around} costs less than each placement of Envoys beside workloads, accounts or nodes {where} of "
+            f"calls that need L7, by the medians of the rounds; at some share in {even.rounds} of {even.of} rounds"
         )
     for proof in made.proofs():
         print(

@@ -1,22 +1,29 @@
-"""What is planned from a run, against what that run has measured."""
+"""What is planned from a run, against what that run has measured.
+
+run.json is what a quick run of the suite has found, without histograms.
+"""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
 
 from benchmarks.harness.compare import load
-from benchmarks.plan.model import L4, Demand, Model, demand, fit
+from benchmarks.plan.model import L4, Demand, Model, _cheaper, demand, fit
 from benchmarks.plan.topology import Instance, PlanError, Workload
 from benchmarks.plan.traffic import Call, Traffic
 from benchmarks.suites.placements.application import INSTANCES, SERVICES
 from control.cli.__main__ import main
 
-RUN = Path(__file__).parents[3] / "docs" / "benchmarks" / "quick"
+RUN = Path(__file__).parent / "run.json"
 RATE = 500
-ACCOUNTS = {"a": [one.caller for one in SERVICES], "b": [one.name for one in SERVICES]}
+KNOWN = ("sidecar", "node", "service-account", "remote")
+CALLERS, CALLED = [one.caller for one in SERVICES], [one.name for one in SERVICES]
+# On each host, so many of each: a caller of each account stands on the other host, too, and asks nothing there.
+PLACES = [("a", CALLERS, INSTANCES), ("b", CALLED, INSTANCES), ("b", CALLERS, 1)]
 
 
 def its_own() -> Demand:
@@ -28,10 +35,10 @@ def its_own() -> Demand:
         for one in SERVICES
     ]
     instances = [
-        Instance(Workload("default", account), str(number), account, node)
-        for node, accounts in ACCOUNTS.items()
+        Instance(Workload("default", account), f"{node}{number}", account, node)
+        for node, accounts, count in PLACES
         for account in accounts
-        for number in range(INSTANCES)
+        for number in range(count)
     ]
     return demand(Traffic(calls, 0.0, []), instances, None)
 
@@ -47,35 +54,37 @@ def measured(results, measure, subject):
 
 def test_of_its_own_traffic_a_run_predicts_what_it_measured(results):
     for one in Model(results).estimates(its_own()):
+        assert one.subject in KNOWN
         cores = measured(results, "cpu", one.subject) * RATE / 1e6
         assert one.cores == pytest.approx(cores, rel=0.01)
         assert one.memory_gb == pytest.approx(measured(results, "memory", one.subject) / 1000, rel=0.05)
 
 
 def test_the_memory_of_a_placement_that_was_left_out_is_predicted(results):
-    series = results.find("architectures/memory", "service-account")
-    kept, series.subject = series.subject, "elsewhere"
-    try:
-        line = Model(results)._envoys
-    finally:
-        series.subject = kept
-    assert line is not None
-    assert line.of(len(SERVICES)) == pytest.approx(series.rounds[0].details["host_b_mb"], rel=0.05)
+    points = {
+        name: [
+            (int(one.details[f"host_{host}_processes"]), one.details[f"host_{host}_mb"])
+            for one in results.find("architectures/memory", name).rounds
+            for host in ("a", "b")
+        ]
+        for name in ("sidecar", "node", "service-account")
+    }
+    line = fit(points["sidecar"] + points["node"])
+    for count, mb in points["service-account"]:
+        assert line.of(count) == pytest.approx(mb, rel=0.05)
 
 
 def test_where_no_call_needs_l7_uproxies_have_no_waypoint(results):
-    own = its_own()
-    none = Demand(own.per_second, 0.0, own.instances, own.accounts, {}, {}, {})
+    none = replace(its_own(), l7_share=0.0, called={}, called_accounts={}, l7_per_second={})
     remote = next(one for one in Model(results).estimates(none) if one.subject == "remote")
-    assert remote.processes == len(SERVICES) * 2 * INSTANCES
-    assert remote.cores == pytest.approx(measured(results, "cpu", L4) * RATE / 1e6, rel=0.01)
+    assert remote.processes == sum(len(accounts) * count for _, accounts, count in PLACES)
+    assert remote.cores == pytest.approx(measured(results, "l7-cpu/0", "remote") * RATE / 1e6, rel=0.01)
+    assert remote.memory_gb == pytest.approx(measured(results, "memory", L4) / 1000, rel=0.02)
 
 
 def test_more_calls_than_one_waypoint_is_planned_for_get_more_of_them(results):
     own = its_own()
-    much = Demand(
-        20 * own.per_second, 1.0, own.instances, own.accounts, own.called, own.called_accounts, {"default": 10_000.0}
-    )
+    much = replace(own, per_second=20 * own.per_second, l7_per_second={"default": 10_000.0})
     few, many = (
         next(one for one in Model(results).estimates(asked) if one.subject == "remote") for asked in (own, much)
     )
@@ -92,26 +101,32 @@ def test_the_least_has_no_interval_and_the_others_are_multiples_of_it(results):
         assert one.to_least.low <= one.to_least.median <= one.to_least.high
 
 
-def test_uproxies_pay_until_a_share_of_the_calls_that_is_found(results):
+def test_uproxies_pay_between_the_shares_that_are_said(results):
     model, own = Model(results), its_own()
     even = model.break_even(own)
     assert even is not None
-    assert 0 < even.least <= even.share <= even.most < 1
+    assert 0 <= even.rounds <= even.of == 5
+    for share in (0.001, 0.25, 0.5, 0.75, 1.0):
+        scaled = {name: rate * share for name, rate in own.l7_per_second.items()}
+        found = model.estimates(replace(own, l7_share=share, l7_per_second=scaled))
+        cost = {one.subject: one.cost for one in found}
+        cheaper = cost[even.around] < min(cost[name] for name in ("sidecar", "node", "service-account"))
+        assert cheaper == (even.low is not None and even.high is not None and even.low < share < even.high)
 
-    def cost(share, subject):
-        scaled = Demand(
-            own.per_second,
-            share,
-            own.instances,
-            own.accounts,
-            own.called,
-            own.called_accounts,
-            {name: rate * share for name, rate in own.l7_per_second.items()},
-        )
-        return next(one.cost for one in model.estimates(scaled) if one.subject == subject)
 
-    # A waypoint's memory comes with the first call that needs one, which the line between 0 and 1 spreads: a tenth.
-    assert cost(max(0.0, even.share - 0.1), even.around) < cost(1.0, even.beside) < cost(even.share + 0.1, even.around)
+@pytest.mark.parametrize(
+    ("differences", "shares"),
+    [
+        pytest.param([(-1.0, 1.0), (-1.0, 3.0)], (0.0, 0.25), id="until one of them is cheaper"),
+        pytest.param([(1.0, -1.0), (-1.0, -1.0)], (0.5, 1.0), id="from a share on"),
+        pytest.param([(1.0, -3.0), (-3.0, 1.0)], (0.25, 0.75), id="between"),
+        pytest.param([(3.0, -1.0), (-1.0, 3.0)], None, id="another one is cheaper everywhere"),
+        pytest.param([(1.0, 1.0), (-1.0, -1.0)], None, id="one is"),
+        pytest.param([(-1.0, -2.0)], (0.0, 1.0), id="always"),
+    ],
+)
+def test_shares_are_those_at_which_nobody_else_is_cheaper(differences, shares):
+    assert _cheaper(*differences) == shares
 
 
 def test_services_that_need_l7_are_named_and_unknown_ones_refused():
@@ -122,8 +137,18 @@ def test_services_that_need_l7_are_named_and_unknown_ones_refused():
     instances = [Instance(Workload("x", name), "1", name, "n") for name in ("web", "one", "two")]
     found = demand(Traffic(calls, 0.0, []), instances, ["x/two"])
     assert (found.l7_share, found.called, found.l7_per_second) == (0.25, {"n": 1}, {"x": 1.0})
+    assert found.near_share == 1
     with pytest.raises(PlanError, match="nobody calls x/three"):
         demand(Traffic(calls, 0.0, []), instances, ["x/three"])
+
+
+def test_calls_stay_on_their_node_as_often_as_instances_share_one():
+    web, db = Workload("x", "web"), Workload("x", "db")
+    calls = [Call(web, db, "x/db", 2.0)]
+    places = [(web, "n1"), (web, "n2"), (db, "n1"), (db, "n2"), (db, "n2"), (db, "n3")]
+    instances = [Instance(workload, str(number), "sa", node) for number, (workload, node) in enumerate(places)]
+    # From n1 to the one of four that is there, from n2 to two of four.
+    assert demand(Traffic(calls, 0.0, []), instances, None).near_share == pytest.approx((1 / 4 + 2 / 4) / 2)
 
 
 def test_a_line_goes_through_what_was_measured():
