@@ -409,6 +409,8 @@ async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
                 if said.get("ask") == "upgrade":
                     group.create_task(_upgrade(line, giver))
                 elif await _converse(line, said, own, giver):
+                    # The successor's alone from now on: should it die, this one must not seem to be in its place.
+                    listener.close()
                     return
             except HandoverError as error:
                 log.warning("nobody takes over: %s", error)

@@ -134,6 +134,25 @@ def test_whoever_finds_nobody_to_take_over_from_starts_as_ever(site: Site) -> No
             assert dial(site.forward) == b"hello"
 
 
+def test_a_successor_that_dies_is_followed_by_another_while_the_first_one_drains(site: Site) -> None:
+    with (
+        site.running("db"),
+        site.running("web") as first,
+        socket.create_connection(site.forward, timeout=8) as held,
+    ):
+        held.sendall(b"a")
+        assert held.recv(1) == b"a"
+        with site.running("web", "--take-over") as successor:
+            eventually(lambda: "draining 1 connections" in site.log("web"))
+            successor.kill()
+            successor.wait()
+        with site.running("web", "--take-over"):
+            assert dial(site.forward) == b"hello"
+            held.sendall(b"b")
+            assert held.recv(1) == b"b"
+            assert first.poll() is None
+
+
 def test_policy_holds_in_the_one_that_drains(site: Site, running: dict[str, subprocess.Popen[str]]) -> None:
     with socket.create_connection(site.forward, timeout=8) as held:
         held.sendall(b"a")

@@ -88,6 +88,10 @@ def test_a_node_agent_gets_a_token_for_a_process_of_its_node_and_for_no_other(co
             certify.token(agent, *refused.split("/"))
     with pytest.raises(RefusedError, match=r"is declared for .*sa/web to start"):
         certify.token(process, "shop", "wp-1")
+    liar = tmp_path / "liar"
+    certify.join(control.token(make_id("cluster.local", "shop", "node-a"), "liar"), liar)
+    with pytest.raises(RefusedError, match=r"is declared for .*ns/shop/sa/node-a to start"):
+        certify.token(liar, "shop", "wp-1")
 
 
 def test_a_node_agent_that_asks_in_a_loop_is_told_to_wait(control, tmp_path):
