@@ -22,14 +22,20 @@ struct ids find_ids(const char *head, size_t length)
 void put_id(char *head, const struct ids *ids)
 {
 	static uint64_t state;
-	char digits[ID_LENGTH];
-	uint64_t number;
+	char id[] = ID;
+	uint64_t left = 0;
+	int digits = 0;
 
 	if (!state)
 		state = now_ns();  /* another row in each process */
-	number = draw(&state);
-	for (size_t i = 0; i < ID_LENGTH; i++, number >>= 4)
-		digits[i] = "0123456789abcdef"[number & 0xf];
+	for (size_t i = 0; i < ID_LENGTH; i++) {
+		if (id[i] == '-')
+			continue;
+		if (digits++ % 16 == 0)
+			left = draw(&state);
+		id[i] = "0123456789abcdef"[left & 0xf];
+		left >>= 4;
+	}
 	for (int i = 0; i < ids->count; i++)
-		memcpy(head + ids->at[i], digits, ID_LENGTH);
+		memcpy(head + ids->at[i], id, ID_LENGTH);
 }

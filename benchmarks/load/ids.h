@@ -1,4 +1,4 @@
-/* Ids of requests: a head that no other request has, as calls carry one in their path, or in a field that they pass on.
+/* Ids of requests, as UUIDs: a head that no other request has, as calls carry one in their path, or in a field.
  *
  * A proxy that knows a head by its bytes would otherwise be asked for the same one again and again.
  */
@@ -7,8 +7,8 @@
 
 #include <stddef.h>
 
-/* What stands for the id where a head is prepared. */
-#define ID "<id of request>"
+/* What stands for the id where a head is prepared: a place for each digit. */
+#define ID "########-####-####-####-############"
 #define ID_LENGTH (sizeof(ID) - 1)
 #define MAX_IDS 2
 

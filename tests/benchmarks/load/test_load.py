@@ -227,7 +227,8 @@ def test_each_request_has_an_id_of_its_own(ran: Ran):
     with answering(collect) as port:
         assert not ran(load.http_closed(2, "/of", "x"), port).errors
     named = [
-        re.fullmatch(rb"GET /of\?id=(\w{15}) HTTP/1.1\r\nHost: x\r\nX-Request-Id: (\w{15})", head) for head in seen
+        re.fullmatch(rb"GET /of\?id=([0-9a-f-]{36}) HTTP/1.1\r\nHost: x\r\nX-Request-Id: ([0-9a-f-]{36})", head)
+        for head in seen
     ]
     ids = [found[1] for found in named if found is not None and found[1] == found[2]]
     assert len(seen) > 10
