@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from benchmarks.lab.control import ControlPlane
@@ -19,6 +20,8 @@ from control.api.identity import SpiffeId
 from uproxy import cgroup
 
 _READY_PORT = 15021
+_ADMIN_PORT = 15000
+_ADMIN_S = 5.0
 _START_S = 30.0
 _LOGGED_S = 5.0
 _FIRST_NUMBER = 200
@@ -43,6 +46,17 @@ metadata:
   labels: {{gateway.networking.k8s.io/gateway-name: {gateway}}}
 spec: {{address: {address}, serviceAccount: {gateway}}}
 """
+
+
+def config_dump(netns: Path) -> dict[str, Any]:
+    """What a uProxy or a waypoint in this namespace tells of its configuration. Raises OSError."""
+    with entered(netns):
+        connection = http.client.HTTPConnection("127.0.0.1", _ADMIN_PORT, timeout=_ADMIN_S)
+        connection.connect()
+    with closing(connection):
+        connection.request("GET", "/config_dump")
+        told: dict[str, Any] = json.loads(connection.getresponse().read())
+    return told
 
 
 class Waypoint:
@@ -112,6 +126,15 @@ class Waypoint:
                 connection.request("GET", "/healthz/ready")
                 return connection.getresponse().status == 200
         return False
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def dump(self) -> dict[str, Any]:
+        """Its `/config_dump`."""
+        return config_dump(self._box.netns_path)
 
     @contextmanager
     def entered(self) -> Iterator[None]:

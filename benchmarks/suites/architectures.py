@@ -24,7 +24,7 @@ from benchmarks.lab import link
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.load import LoadError
-from benchmarks.suites.placements import isolation, mix, replacing
+from benchmarks.suites.placements import configuration, isolation, mix, replacing
 from benchmarks.suites.placements.application import BUSY_MS, CALLERS, INSTANCES, LIMIT_PER_S, SERVICES, identity
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.mix import CONNECTIONS, Mix
@@ -57,8 +57,11 @@ class Plan:
     """Round-trip times of links between hosts, besides that of veth."""
     axis_rounds: int = LEAST_ROUNDS
     """Of each point along these."""
+    axis_seconds: float = 1.0
     isolation: bool = False
     """What a neighbour's misbehaviour costs."""
+    services: Sequence[int] = ()
+    """Of a mesh, whose configuration is looked at."""
     upgrades: int = 0
     """Rounds in which a process is replaced under load."""
     ours: bool = True
@@ -70,11 +73,13 @@ FULL = Plan(
     rates=(250, CPU_RATE, 1000),
     rounds=5,
     seconds=2.0,
+    axis_seconds=1.5,
     l7_percent=(0, 10, 50),
     near_percent=(50, 90),
     rtts_ms=(0.25, 1.0),
     isolation=True,
-    upgrades=2,
+    services=configuration.SIZES,
+    upgrades=1,
 )
 
 
@@ -104,6 +109,8 @@ class Architectures:
                         rounds=plan.upgrades,
                         seconds=replacing.SECONDS,
                     )
+            if plan.services:
+                configuration.measure(bench, NAME, plan.services)
         except (LabError, LoadError) as error:
             raise BenchError(f"{NAME}: {error}") from error
 
@@ -133,7 +140,7 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     with_l7 = _with_l7(site)
     _measure_axes(bench, with_l7, program, plan)
     if plan.isolation:
-        bench.interleave(isolation.probes(NAME, program), with_l7, rounds=plan.axis_rounds, seconds=plan.seconds)
+        bench.interleave(isolation.probes(NAME, program), with_l7, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
     bench.interleave([_memory()], placements, rounds=LEAST_ROUNDS, seconds=0.0)
     bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
 
@@ -168,7 +175,7 @@ def _measure_axes(bench: Bench, with_l7: Sequence[Placement], program: Path, pla
         for percent in plan.near_percent
     ]
     probes = [_at(measure, program, asked) for measure, asked, _ in axes]
-    bench.interleave(probes, with_l7, rounds=plan.axis_rounds, seconds=plan.seconds)
+    bench.interleave(probes, with_l7, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
     for measure, _, name in axes:
         group = f"Processor time by {measure.group[0].lower()}{measure.group[1:]}"
         cpu = replace(measure, name=name, group=group, unit=CPU.unit, label=measure.label.removeprefix("p99, "))
@@ -214,7 +221,7 @@ def _measure_apart(bench: Bench, site: Site, lab: Lab, program: Path, plan: Plan
             parameters={"rtt_ms": rtt_ms},
         )
         bench.interleave(
-            [_at(measure, program, Mix(CPU_RATE))], everything, rounds=plan.axis_rounds, seconds=plan.seconds
+            [_at(measure, program, Mix(CPU_RATE))], everything, rounds=plan.axis_rounds, seconds=plan.axis_seconds
         )
     add_difference(bench.results, measure.name)
     lost = sum(one.lost for one in carried)
@@ -365,6 +372,15 @@ def _say_conditions(bench: Bench) -> None:
             f"as 64 connections go; the same against a limit of {LIMIT_PER_S} requests/s at each process where policy "
             f"stands; 10 requests/s of them to a filter that takes {BUSY_MS} ms of processor time, in Lua in an Envoy "
             "and in Python at our waypoint, where a filter is a process of its own",
+        ),
+        (
+            "configuration",
+            "by how much a process's memory is larger with so many services (two endpoints each, no routes) than "
+            "without: one of each kind, added up for two hosts with ten workloads of five service accounts each. Each "
+            f"workload calls {configuration.CALLED} services: of those alone knows a sidecar, as with Istio's Sidecar "
+            "resource, or the proxy of a service account; one of a node, of those of its five accounts; a waypoint and "
+            "a node agent, of all; a uProxy, of all names and of what it dials. Kernel maps and the control plane are "
+            "not in it",
         ),
         (
             "upgrade",

@@ -64,6 +64,7 @@ end
 """
 _VERSIONS = (*(version(number + 1) for number in range(INSTANCES)), "")
 """Of a service, in the order of their routes; the last is any."""
+_ANY = ("",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +249,44 @@ def waypoint(address: str, endpoints: Endpoints, key: Path, admin: Path) -> Json
     }
 
 
+def calling(services: Sequence[Service], endpoints: Endpoints, key: Path, admin: Path) -> Json:
+    """An Envoy beside callers of services that have no routes: what it holds of so many."""
+    account = services[0].caller if services else _WAYPOINT
+    hosts = [_host(account, one, [one.name], _ANY) for one in services]
+    chain = {"filters": [_manager("outbound", hosts)]}
+    clusters = [_tls_cluster(_cluster_name(account, one, ""), endpoints[one.name], key, "http/1.1") for one in services]
+    return _bootstrap([_logged("outbound", (LOOPBACK, OUTBOUND_PORT), [chain], admin)], clusters, admin)
+
+
+def gateway(services: Sequence[Service], endpoints: Endpoints, admin: Path) -> Json:
+    """A waypoint of services that have no routes, as Istio's holds so many: for each a filter chain and a cluster, to
+    whose endpoints one listener makes tunnels.
+    """
+    chains, clusters = [], []
+    for one in services:
+        caller = {"filter_state": {"key": _CALLER, "string_match": {"exact": str(identity(one.caller))}}}
+        match = {"prefix_ranges": [{"address_prefix": one.address, "prefix_len": 32}], "destination_port": SERVICE_PORT}
+        manager = _manager("main", [_host(_WAYPOINT, one, ["*"], _ANY)], _policy(caller))
+        chains.append({"filters": [manager], "filter_chain_match": match})
+        name = _cluster_name(_WAYPOINT, one, "")
+        addresses = [
+            {"envoy_internal_address": {"server_listener_name": "encap", "endpoint_id": f"{each.address}:{each.port}"}}
+            for each in endpoints[one.name]
+        ]
+        clusters.append(_cluster(name, addresses) | {"transport_socket": _internal_upstream()})
+    encap = {
+        "name": "encap",
+        "internal_listener": {},
+        "filter_chains": [{"filters": [_tcp_proxy("encap", "tunnel")]}],
+    }
+    clusters.append(_cluster("tunnel", [_socket_address((LOOPBACK, HBONE_PORT))]))
+    main = _listener("main", (LOOPBACK, OUTBOUND_PORT), chains or [{"filters": [_tcp_proxy("none", "tunnel")]}])
+    extension = {"@type": f"{_TYPE}.bootstrap.internal_listener.v3.InternalListener"}
+    return _bootstrap([main, encap], clusters, admin) | {
+        "bootstrap_extensions": [{"name": "envoy.bootstrap.internal_listener", "typed_config": extension}]
+    }
+
+
 def _main(service: Service) -> Json:
     """Inside the waypoint: one service's requests, read, judged and routed."""
     caller = {"filter_state": {"key": _CALLER, "string_match": {"exact": str(identity(service.caller))}}}
@@ -298,14 +337,14 @@ def _inbound(member: Member, listen: Address, keys: Keys, admin: Path) -> Json:
     return _logged(f"inbound-{member.name}", listen, [chain], admin)
 
 
-def _host(account: str, service: Service, domains: list[str]) -> Json:
+def _host(account: str, service: Service, domains: list[str], versions: Sequence[str] = _VERSIONS) -> Json:
     """The routes to a service: the path of a version goes to its instance, every other to any."""
     routes = [
         {
             "match": {"path_separated_prefix": f"/{chosen}"} if chosen else {"prefix": "/"},
             "route": {"cluster": _cluster_name(account, service, chosen), "timeout": "0s"},
         }
-        for chosen in _VERSIONS
+        for chosen in versions
     ]
     return {"name": service.name, "domains": domains, "routes": routes}
 
@@ -420,13 +459,16 @@ def _cluster(name: str, addresses: Iterable[Json]) -> Json:
 
 
 def _inside_cluster(name: str, listeners: Iterable[str]) -> Json:
+    return _cluster(name, map(_inside, listeners)) | {"transport_socket": _internal_upstream()}
+
+
+def _internal_upstream() -> Json:
     raw = {"name": "raw", "typed_config": {"@type": f"{_TYPE}.transport_sockets.raw_buffer.v3.RawBuffer"}}
     internal = {
         "@type": f"{_TYPE}.transport_sockets.internal_upstream.v3.InternalUpstreamTransport",
         "transport_socket": raw,
     }
-    socket = {"name": "internal_upstream", "typed_config": internal}
-    return _cluster(name, map(_inside, listeners)) | {"transport_socket": socket}
+    return {"name": "internal_upstream", "typed_config": internal}
 
 
 def _tls_cluster(name: str, endpoints: Sequence[Endpoint], key: Path, *protocols: str) -> Json:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from benchmarks.harness.results import Subject
 from benchmarks.lab import cores
 from benchmarks.lab.sources import LabError
-from benchmarks.lab.topology import Lab, entered, tail
+from benchmarks.lab.topology import Lab, tail
+from benchmarks.lab.waypoints import config_dump
 from benchmarks.suites.placements.application import BUSY, Member
 from uproxy.entrance import sockets_inside
 from uproxy.sandbox import Sandbox
@@ -26,7 +27,6 @@ PLAIN = "plain-http"
 """The placement without a proxy."""
 PROXY_CORE, LOAD_CORE = cores.FIRST, cores.LAST
 """Every proxy and node agent on the first, applications and load generators on the second, where there are two."""
-_ADMIN = ("127.0.0.1", 15000)
 _ASK_S = 5.0
 _PATIENCE_S = 30.0
 _POLL_S = 0.02
@@ -225,12 +225,7 @@ class UProxy:
         self.pid = self.successor()
 
     def private_keys(self) -> dict[str, str]:
-        with entered(self.netns):
-            connection = http.client.HTTPConnection(*_ADMIN, timeout=_ASK_S)
-            connection.connect()
-        with closing(connection):
-            connection.request("GET", "/config_dump")
-            dump: dict[str, Any] = json.loads(connection.getresponse().read())
+        dump = config_dump(self.netns)
         return {dump["certificate"]["serial"].lstrip("0"): dump["identity"]}
 
 

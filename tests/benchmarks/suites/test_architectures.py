@@ -13,13 +13,13 @@ import pytest
 
 from benchmarks import load
 from benchmarks.harness.bench import Bench, BenchError
-from benchmarks.harness.results import Results, Round, Series
+from benchmarks.harness.results import Results, Round, Series, Subject
 from benchmarks.lab.capture import Capture, occurs
 from benchmarks.lab.evidence import fresh_payload
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.suites import architectures
-from benchmarks.suites.placements import isolation, mix, replacing
+from benchmarks.suites.placements import configuration, isolation, mix, replacing
 from benchmarks.suites.placements.application import HTTP_PORT, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.mix import Mix
@@ -210,7 +210,13 @@ def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, mo
     """At a tiny size, on some of what stands: every measure has a number for every placement."""
     some = dataclasses.replace(site, placements={name: site.placements[name] for name in SOME})
     tiny = architectures.Plan(
-        rates=(architectures.CPU_RATE,), rounds=1, seconds=0.6, l7_percent=(50,), rtts_ms=(1.0,), axis_rounds=1
+        rates=(architectures.CPU_RATE,),
+        rounds=1,
+        seconds=0.6,
+        l7_percent=(50,),
+        rtts_ms=(1.0,),
+        axis_rounds=1,
+        axis_seconds=0.6,
     )
     monkeypatch.setattr(architectures, "QUICK", tiny)
     monkeypatch.setattr(architectures, "Lab", lambda: contextlib.nullcontext(lab))
@@ -229,7 +235,11 @@ def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, mo
     # A machine that is too busy for four generators at once says so, of what was under way then.
     assert [one for one in bench.failures if "shared only" not in one] == []
     assert {subject for _, subject in expected - measured} == {one.split(": ")[1].split()[0] for one in bench.failures}
-    assert {one.passed for one in found.checks} == {True}
+    placed, apart = found.checks
+    assert placed.passed
+    # How exact delays are is the machine's matter.
+    assert (apart.name, apart.details["lost"]) == ("architectures: hosts 1 ms apart", 0)
+    assert apart.details["added_us"] > 0
 
 
 @pytest.mark.root
@@ -256,3 +266,20 @@ def test_a_process_is_replaced_by_one_that_does_the_same(site: Site, program: Pa
     assert [one.role for one in replaced] == ["waypoint" if (name, layer) == ("ours", "l7") else "server proxy"]
     assert not Path("/proc", str(before[replaced[0].name])).exists()
     prove(site, name)
+
+
+@pytest.mark.root
+def test_configuration_is_looked_at_in_processes_of_every_kind(tmp_path: Path) -> None:
+    """And added up for the placements that a run has."""
+    found = Results("now", quick=False)
+    found.subjects += [Subject(name, name, "") for name in ("sidecar", "remote", "ours", PLAIN)]
+    configuration.measure(Bench(found, tmp_path, quick=False), "architectures", (4, 40))
+    kb = {(one.measure, one.subject): one.rounds[0] for one in found.series}
+    assert {subject for _, subject in kb} == {"sidecar", "remote", "ours"}
+    sidecars = [kb[f"architectures/config/{size}", "sidecar"] for size in (4, 40)]
+    assert all(one.value == pytest.approx(20 * one.details["envoy_kb"]) for one in sidecars)
+    assert sidecars[1].details["envoy_kb"] > sidecars[0].details["envoy_kb"] > 0
+    remote, ours = (kb["architectures/config/40", name] for name in ("remote", "ours"))
+    shared = 20 * remote.details["uproxy_kb"] + 2 * remote.details["node_agent_kb"]
+    assert remote.value == pytest.approx(shared + remote.details["envoy_waypoint_kb"])
+    assert ours.value == pytest.approx(shared + ours.details["waypoint_kb"])
