@@ -619,6 +619,9 @@ def bootstrap(layout: Layout) -> Json:
                             for name in _hbone_names(layout)
                         },
                         "re2.max_program_size.error_level": 100_000,
+                        # Several lines of a header are one value, joined by commas, of which rules see the parts.
+                        "envoy.reloadable_features.match_headers_individually": False,
+                        "envoy.reloadable_features.rbac_match_headers_individually": False,
                     },
                 }
             ]

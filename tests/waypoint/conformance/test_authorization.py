@@ -81,6 +81,34 @@ def test_each_field(suite: Suite, rule: str, matching: dict[str, object], other:
             assert ask(other) == unmatched, action
 
 
+@pytest.mark.parametrize(
+    ("action", "field", "value", "status"),
+    [
+        ("ALLOW", "values", "one", 403),
+        ("ALLOW", "values", "'one,two'", 200),
+        ("ALLOW", "notValues", "one", 403),
+        ("ALLOW", "notValues", "two", 403),
+        ("DENY", "values", "one", 403),
+        ("DENY", "values", "two", 403),
+        ("DENY", "values", "'one,two'", 403),
+        ("DENY", "notValues", "one", 403),
+        ("DENY", "notValues", "'one,two'", 200),
+    ],
+)
+def test_several_lines_of_a_header_are_one_value(
+    suite: Suite, action: str, field: str, value: str, status: int
+) -> None:
+    suite.apply(policy(action, when("request.headers[x-a]", **{field: f"[{value}]"})))
+    assert suite.ask(x_a="one\r\nx-a: two").status == status
+
+
+def test_routes_see_several_lines_of_a_header_as_one_value(suite: Suite) -> None:
+    for value, version in (("one", "v1"), ("two", "v1"), ("'one,two'", "v2")):
+        named = f"{{matches: [{{headers: [{{name: x-a, value: {value}}}]}}], backendRefs: [{to('v2')}]}}"
+        suite.apply(route(named, f"{{backendRefs: [{to('v1')}]}}"))
+        assert suite.ask(x_a="one\r\nx-a: two").by == version, value
+
+
 def test_a_denial_goes_before_what_is_allowed_and_nobody_is_allowed_by_no_rule(suite: Suite) -> None:
     suite.apply(policy("ALLOW", "{}"), policy("DENY", operation(paths="[/x]"), name="deny"))
     assert [suite.ask(path).status for path in ("/x", "/y")] == [403, 200]
