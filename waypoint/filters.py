@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
-from control.api.extension import PythonFilter
+from control.api.extension import EnvoyFilter, Filter, PythonFilter, type_of
 from control.api.http_text import wrong_field_value
 from control.api.route import wrong_modified
 from uproxy.errors import RefusedError
@@ -53,11 +53,18 @@ class Filters:
         )
 
     async def on_request(
-        self, course: Course, filters: tuple[PythonFilter, ...], request: Request
+        self, course: Course, filters: tuple[Filter, ...], request: Request
     ) -> Request | tuple[ResponseHead, bytes]:
         """The request as they leave it, or what one of them answers. Raises RefusalError."""
         passed: list[PythonFilter] = []
         for what in filters:
+            if isinstance(what, EnvoyFilter):
+                raise RefusalError(
+                    503,
+                    "not-expressible",
+                    f"the built-in engine cannot run Extension {what.extension} ({type_of(what)})",
+                    policy=what.extension,
+                )
             course.filters = tuple(reversed(passed))  # an answer is not the last one's to see
             passed.append(what)
             try:
@@ -120,10 +127,10 @@ class Filters:
             pool = self._pools[what] = FilterPool(self._plane, what)
         return pool
 
-    def keep(self, wanted: Iterable[PythonFilter]) -> None:
+    def keep(self, wanted: Iterable[Filter]) -> None:
         """End the processes of all others, each when it is free."""
-        wanted = set(wanted)
-        for what in [one for one in self._pools if one not in wanted]:
+        kept = set(wanted)
+        for what in [one for one in self._pools if one not in kept]:
             pool = self._pools.pop(what)
             self._deaths += pool.deaths
             pool.retire()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from control.api.address import IpAddress
-from control.api.extension import PythonFilter
+from control.api.extension import Filter
 from control.api.jwt import RequestAuthentication
 from control.api.policy import AuthorizationPolicy, Target
 from control.api.route import HTTPRoute
@@ -39,7 +39,7 @@ class Rules:
     """Whether anything here asks for what HTTP says: then what is not HTTP must not pass where nobody has said so."""
     upgrades: frozenset[bytes]
     """To which protocols requests may upgrade."""
-    filters: tuple[PythonFilter, ...]
+    filters: tuple[Filter, ...]
     """In the order in which requests come to them."""
 
 

@@ -21,7 +21,7 @@ from control.api.declared import (
     DeclaredService,
     DeclaredTraffic,
 )
-from control.api.extension import ExternalAuthorization, PythonFilter
+from control.api.extension import ExternalAuthorization, Filter, PythonFilter
 from control.api.filters import Filters, Mirror
 from control.api.names import key, wrong_subdomain
 from control.api.policy import Action, AuthorizationPolicy, Target
@@ -98,18 +98,18 @@ def with_filters(
     findings: Findings,
 ) -> list[TrafficPolicy]:
     """Likewise, with the filters that TrafficPolicies name. One that is not there refuses requests."""
-    by_key = {one.key: one.content for one in extensions if isinstance(one.content, PythonFilter)}
+    by_key = {one.key: one.content for one in extensions if isinstance(one.content, Filter)}
     found: list[TrafficPolicy] = []
     for item in policies:
-        filters: list[PythonFilter] = []
+        filters: list[Filter] = []
         for name in item.extensions:
             places = [key(namespace, name) for namespace in (item.traffic.namespace, root_namespace)]
             there = next((by_key[place] for place in places if place in by_key), None)
             filters.append(there or PythonFilter(places[0]))
             if there is None:
                 problem = (
-                    f"there is no Extension {' or '.join(dict.fromkeys(places))} of type PythonFilter; until there is, "
-                    "requests are refused"
+                    f"there is no Extension {' or '.join(dict.fromkeys(places))} of type PythonFilter, Lua or Wasm; "
+                    "until there is, requests are refused"
                 )
                 findings.warn(item.position, "spec.extensions", problem, (places[0], by_key))
         found.append(replace(item.traffic, filters=tuple(filters)))

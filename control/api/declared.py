@@ -10,7 +10,7 @@ from typing import Final
 
 from control.api.address import IpAddress
 from control.api.bindings import Canary
-from control.api.extension import ExternalAuthorization, PythonFilter
+from control.api.extension import ExternalAuthorization, Filter
 from control.api.gateway import Engine, Placement, Traffic
 from control.api.identity import SpiffeId
 from control.api.jwt import RequestAuthentication
@@ -226,7 +226,7 @@ class DeclaredExtension:
 
     namespace: str
     name: str
-    content: ExternalAuthorization | PythonFilter | None
+    content: ExternalAuthorization | Filter | None
     """By its type. None: its type was none."""
     position: Position = field(compare=False, repr=False)
 

@@ -1,5 +1,5 @@
-"""What the engine envoy does not know of resources: `waypoint.engine_envoy` refuses the requests that it is about, and
-whoever applies it is warned.
+"""What an engine does not know of resources: it refuses the requests that it is about, and whoever applies it is
+warned.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Final
 
 from control.api.bindings import Subject, Wish
 from control.api.declared import DeclaredGateway, DeclaredTraffic
+from control.api.extension import EnvoyFilter, Filter, PythonFilter, type_of
 from control.api.gateway import Engine
 from control.api.metadata import ENGINE
 from control.api.policy import Target
@@ -19,11 +20,11 @@ from control.api.traffic import RateLimit, TrafficPolicy
 _TRAFFIC: Final = frozenset(
     (
         *("namespace", "name", "targets", "rate_limits", "max_requests", "faults"),
-        *("connection_limits", "load_balancing", "outlier_detection"),
+        *("connection_limits", "load_balancing", "outlier_detection", "filters"),
     )
 )
 _LIMIT: Final = frozenset(("requests", "per_ms", "burst", "share", "header", "rules"))
-_OF_PLACES: Final = frozenset(("filters", "redis"))
+_OF_PLACES: Final = frozenset(("redis",))
 """What holds where a service is dialled, and not where a route sends requests."""
 
 
@@ -34,9 +35,21 @@ def unknown_to_envoy(policy: TrafficPolicy, *, backend: bool = False) -> str:
     """
     if unknown := _unknown(policy, _TRAFFIC | _OF_PLACES if backend else _TRAFFIC):
         return unknown
+    if not backend and (unknown := _filter(policy, PythonFilter)):
+        return unknown
     if policy.connection_limits is not None and policy.connection_limits.connections:
         return "connectionLimits.maxConnections"
     return next(filter(None, (_unknown(limit, _LIMIT) for limit in policy.rate_limits)), "")
+
+
+def unknown_to_built_in(policy: TrafficPolicy) -> str:
+    """Likewise, of the built-in engine."""
+    return _filter(policy, EnvoyFilter)
+
+
+def _filter(policy: TrafficPolicy, kind: type[Filter]) -> str:
+    """The first Extension of a kind."""
+    return next((f"Extension {one.extension} ({type_of(one)})" for one in policy.filters if isinstance(one, kind)), "")
 
 
 def _unknown(value: TrafficPolicy | RateLimit, known: frozenset[str]) -> str:
@@ -47,20 +60,24 @@ def _unknown(value: TrafficPolicy | RateLimit, known: frozenset[str]) -> str:
 
 
 def check_engines(
-    traffic: Sequence[DeclaredTraffic],
+    declared: Sequence[DeclaredTraffic],
+    traffic: Sequence[TrafficPolicy],
     gateways: Mapping[str, DeclaredGateway],
     wishes: Mapping[Subject, Wish],
     findings: Findings,
 ) -> None:
-    """Warns of what waypoints will refuse. `gateways`: all there are, by key."""
-    for item in traffic:
-        unknown = "filters" if item.extensions else unknown_to_envoy(item.traffic)
-        for gateway_key in dict.fromkeys(_gateways(item.targets, wishes)) if unknown else ():
+    """Warns of what waypoints will refuse. `traffic`: what was declared, with its filters. `gateways`: all there are,
+    by key.
+    """
+    for item, policy in zip(declared, traffic, strict=True):
+        unknown = {Engine.ENVOY: unknown_to_envoy(policy), Engine.BUILT_IN: unknown_to_built_in(policy)}
+        for gateway_key in dict.fromkeys(_gateways(item.targets, wishes)):
             gateway = gateways.get(gateway_key)
-            if gateway is not None and gateway.engine is Engine.ENVOY:
+            if gateway is not None and unknown[gateway.engine]:
                 problem = (
-                    f"the engine envoy of Gateway {gateway_key} does not know {unknown}, and refuses all requests that "
-                    f"this is about; remove it, or the annotation {ENGINE}"
+                    f"the engine {gateway.engine.value} of Gateway {gateway_key} does not know "
+                    f"{unknown[gateway.engine]}, and refuses all requests that this is about; remove it, or change the "
+                    f"annotation {ENGINE}"
                 )
                 findings.warn(item.position, "spec", problem)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 from control.api.http_text import wrong_header_name
@@ -22,6 +23,8 @@ DEFAULT_FILTER_MS: Final = 100
 MAX_SETTINGS: Final = 64
 MAX_SETTING: Final = 1024
 """Characters."""
+MAX_INLINE: Final = 24_576
+"""Bytes of code that stand in an Extension: of as many as a TrafficPolicy may name they fit into one record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,63 @@ class PythonFilter:
     """For one call."""
     fail_open: bool = False
     """Whether requests and responses go on without it when it fails."""
+
+
+class Language(Enum):
+    """What an Envoy runs."""
+
+    LUA = "Lua"
+    WASM = "Wasm"
+
+
+@dataclass(frozen=True, slots=True)
+class EnvoyFilter:
+    """Code that sees requests and responses at waypoints whose engine is an Envoy, in that Envoy. TrafficPolicies name
+    it. It stands here, or in a file on the waypoint's host.
+    """
+
+    extension: str
+    """Key of the Extension."""
+    language: Language
+    inline: bytes = b""
+    """Lua in UTF-8, or a module of WebAssembly."""
+    file: str = ""
+    """An absolute path."""
+    sha256: str = ""
+    """Of what the file holds, in lower case; empty exactly when there is none."""
+    config: tuple[tuple[str, str], ...] = ()
+    """What a module is configured with, in order of the names."""
+    fail_open: bool = False
+    """Whether requests and responses go on without it when it fails."""
+
+
+Filter = PythonFilter | EnvoyFilter
+
+
+def type_of(what: Filter) -> str:
+    """The type of its Extension."""
+    return what.language.value if isinstance(what, EnvoyFilter) else "PythonFilter"
+
+
+def wrong_inline(code: bytes, language: Language) -> str:
+    """What is wrong with code that stands in an Extension, or an empty string."""
+    if not 0 < len(code) <= MAX_INLINE:
+        return f"has {len(code)} bytes; from 1 to {MAX_INLINE} may stand here, more in a file"
+    if language is Language.WASM:
+        return "" if code.startswith(b"\0asm") else "is no module of WebAssembly: it does not begin with \\0asm"
+    return "is no Lua: it has a NUL, or is compiled" if b"\0" in code or code.startswith(b"\x1b") else ""
+
+
+def wrong_code_file(text: str) -> str:
+    """What is wrong with the path of a file of code, or an empty string."""
+    if re.fullmatch(r"/[^\0-\x1f\x7f]{1,1023}", text) and ".." not in text.split("/"):
+        return ""
+    return f"{shown(text)} is no absolute path of at most 1,024 characters without .."
+
+
+def wrong_sha256(text: str) -> str:
+    """What is wrong with a digest, or an empty string."""
+    return "" if re.fullmatch(r"[0-9a-f]{64}", text) else f"{shown(text)} is no SHA-256: 64 hexadecimal digits"
 
 
 def wrong_entry_point(text: str) -> str:

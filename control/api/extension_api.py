@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from typing import Final
 
 from control.api.declared import DeclaredExtension
@@ -14,12 +16,18 @@ from control.api.extension import (
     MAX_FILTER_MS,
     MAX_HEADERS,
     MAX_SETTINGS,
+    EnvoyFilter,
     ExternalAuthorization,
+    Filter,
+    Language,
     PythonFilter,
+    wrong_code_file,
     wrong_entry_point,
     wrong_header_pattern,
+    wrong_inline,
     wrong_path_prefix,
     wrong_setting,
+    wrong_sha256,
 )
 from control.api.filter_api import need
 from control.api.http_text import wrong_field_value
@@ -28,7 +36,12 @@ from control.api.names import key, wrong_service_name, wrong_subdomain
 from control.api.route import wrong_modified
 
 DEFAULT_TIMEOUT_MS: Final = 1000
-_SECTIONS: Final = {"ExternalAuthorization": "externalAuthorization", "PythonFilter": "pythonFilter"}
+_SECTIONS: Final = {
+    "ExternalAuthorization": "externalAuthorization",
+    "PythonFilter": "pythonFilter",
+    Language.LUA.value: "lua",
+    Language.WASM.value: "wasm",
+}
 """Type -> the field that holds it."""
 
 
@@ -37,17 +50,20 @@ def read_extension(document: Reader) -> DeclaredExtension:
     metadata = read_metadata(document, wrong_subdomain)
     spec = document.child("spec", required="a mapping with a type and its section")
     kind = spec.choice("type", list(_SECTIONS), default="")
-    need(spec, "type", " or ".join(_SECTIONS))
+    need(spec, "type", ", ".join(_SECTIONS))
     for other, section in _SECTIONS.items():
         if other != kind and spec.has(section):
             spec.error(section, f"belongs to type {other}; this is {kind or 'none'}")
-    content: ExternalAuthorization | PythonFilter | None = None
+    content: ExternalAuthorization | Filter | None = None
     if kind == "ExternalAuthorization":
         asked = spec.child(_SECTIONS[kind], required="a mapping, as {service: authz, port: 8000}")
         content = _read_external_authorization(asked, metadata.namespace)
     elif kind == "PythonFilter":
         named = spec.child(_SECTIONS[kind], required="a mapping, as {name: greeter}")
         content = _read_python_filter(named, key(metadata.namespace, metadata.name))
+    elif kind:
+        code = spec.child(_SECTIONS[kind], required="a mapping, as {inline: …}")
+        content = _read_envoy_filter(code, Language(kind), key(metadata.namespace, metadata.name))
     spec.finish()
     return DeclaredExtension(metadata.namespace, metadata.name, content, document.position)
 
@@ -105,6 +121,43 @@ def _read_python_filter(reader: Reader, extension: str) -> PythonFilter:
     )
     reader.finish()
     return found
+
+
+def _read_envoy_filter(reader: Reader, language: Language, extension: str) -> EnvoyFilter:
+    def code(text: str) -> bytes:
+        inline = _module(text) if language is Language.WASM else text.encode()
+        if problem := wrong_inline(inline, language):
+            raise ValueError(problem)
+        return inline
+
+    if not (reader.has("inline") or reader.has("file") or reader.lost):
+        reader.error("inline", "is missing; write the code, or file and sha256")
+    elif reader.has("inline") and (reader.has("file") or reader.has("sha256")):
+        reader.error("inline", "cannot stand beside file and sha256; remove one")
+    file = reader.text("file", wrong_code_file)
+    config: dict[str, str] = {}
+    if language is Language.WASM:
+        config = reader.pairs("config", wrong_setting, wrong_setting, most=MAX_SETTINGS)
+    found = EnvoyFilter(
+        extension,
+        language,
+        reader.parsed("inline", code) or b"",
+        file,
+        reader.text("sha256", wrong_sha256, required="the SHA-256 of what the file holds" if file else ""),
+        tuple(sorted(config.items())),
+        reader.boolean("failOpen", default=False),
+    )
+    if found.sha256 and not reader.has("file"):
+        reader.error("sha256", "needs file")
+    reader.finish()
+    return found
+
+
+def _module(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"is no base64: {error}") from None
 
 
 def _body_bytes(reader: Reader, body: Reader) -> int:

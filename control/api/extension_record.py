@@ -8,12 +8,18 @@ from control.api.extension import (
     MAX_FILTER_MS,
     MAX_HEADERS,
     MAX_SETTINGS,
+    EnvoyFilter,
     ExternalAuthorization,
+    Filter,
+    Language,
     PythonFilter,
+    wrong_code_file,
     wrong_entry_point,
     wrong_header_pattern,
+    wrong_inline,
     wrong_path_prefix,
     wrong_setting,
+    wrong_sha256,
 )
 from control.api.fields import (
     Fields,
@@ -23,6 +29,7 @@ from control.api.fields import (
     number_in,
     read_flag,
     read_key,
+    read_member,
     read_port,
     typed,
 )
@@ -54,21 +61,20 @@ def write_external_authorization(found: ExternalAuthorization) -> Body:
     }
 
 
-def write_python_filter(found: PythonFilter) -> Value:
+def write_filter(found: Filter) -> Value:
     """As an item of a TrafficPolicy."""
-    return [
-        found.extension,
-        found.entry_point,
-        [[name, value] for name, value in found.config],
-        found.timeout_ms,
-        found.fail_open,
-    ]
+    config: list[Value] = [[name, value] for name, value in found.config]
+    if isinstance(found, PythonFilter):
+        return [found.extension, found.entry_point, config, found.timeout_ms, found.fail_open]
+    code: Value = found.inline if found.inline else [found.file, found.sha256]
+    return [found.extension, found.language.value, code, config, found.fail_open]
 
 
-def read_python_filter(value: Value, name: str) -> PythonFilter:
+def read_filter(value: Value, name: str) -> Filter:
     """Raises RecordError."""
+    found: Filter
     match value:
-        case [extension, entry_point, list(config), timeout_ms, bool(fail_open)]:
+        case [extension, entry_point, list(config), int(timeout_ms), bool(fail_open)]:
             found = PythonFilter(
                 read_key(extension, name),
                 checked(typed(entry_point, str, name), lambda text: wrong_entry_point(text) if text else "", name),
@@ -76,11 +82,32 @@ def read_python_filter(value: Value, name: str) -> PythonFilter:
                 number_in(timeout_ms, 1, MAX_FILTER_MS, name),
                 fail_open,
             )
+        case [extension, language, bytes(inline), list(config), bool(fail_open)]:
+            its = read_member(language, Language, name)
+            if problem := wrong_inline(inline, its):
+                raise RecordError(f"{name}: the code {problem}")
+            settings = tuple(_setting(item, name) for item in config)
+            found = EnvoyFilter(read_key(extension, name), its, inline, config=settings, fail_open=fail_open)
+        case [extension, language, [str(file), str(sha256)], list(config), bool(fail_open)]:
+            found = EnvoyFilter(
+                read_key(extension, name),
+                read_member(language, Language, name),
+                b"",
+                checked(file, wrong_code_file, name),
+                checked(sha256, wrong_sha256, name),
+                tuple(_setting(item, name) for item in config),
+                fail_open,
+            )
         case _:
-            raise RecordError(f"{name}: each must be [extension, entry point, config, milliseconds, fails open]")
+            raise RecordError(
+                f"{name}: each must be [extension, entry point, config, milliseconds, fails open] or "
+                "[extension, language, code or [file, sha256], config, fails open]"
+            )
     check_ordered([setting for setting, _ in found.config], name)
     if len(found.config) > MAX_SETTINGS:
         raise RecordError(f"{name}: {len(found.config)} settings; at most {MAX_SETTINGS}")
+    if found.config and isinstance(found, EnvoyFilter) and found.language is Language.LUA:
+        raise RecordError(f"{name}: Lua has no config")
     return found
 
 

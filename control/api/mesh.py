@@ -226,7 +226,8 @@ class Mesh:
         check_sidecars(
             (*routes, *consumers), policies, traffic, declared_services, endpoints, wishes.of, every_gateway, findings
         )
-        check_engines(traffic, every_gateway, wishes.of, findings)
+        filtered = with_filters(traffic, (*extensions, *elsewhere.extensions), root_namespace, findings)
+        check_engines(traffic, filtered, every_gateway, wishes.of, findings)
         check_routes(routes, declared_services, elsewhere.service, wishes.of, findings)
         mesh = cls(
             trust_domain=domain,
@@ -241,7 +242,7 @@ class Mesh:
             policies=tuple(with_authorizers(policies, (*extensions, *elsewhere.extensions), root_namespace, findings)),
             peer_authentications=tuple(item.peer_authentication for item in peer_authentications),
             request_authentications=tuple(_with_keys(item, elsewhere.fetched, findings) for item in authentications),
-            traffic=tuple(with_filters(traffic, (*extensions, *elsewhere.extensions), root_namespace, findings)),
+            traffic=tuple(filtered),
             gateways=gateways_of(gateways, processes, standing),
             routes=published(routes, consumers, declared_services, findings),
             vips=addresses.allocated,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from control.api.extension import PythonFilter
+from control.api.extension import Filter
 from control.api.names import key
 from control.api.policy import Target
 
@@ -128,7 +128,7 @@ class TrafficPolicy:
     load_balancing: LoadBalancing | None = None
     """None: at random, by weight."""
     outlier_detection: OutlierDetection | None = None
-    filters: tuple[PythonFilter, ...] = ()
+    filters: tuple[Filter, ...] = ()
     """In the order in which requests come to them; responses come to the last one first."""
     redis: Redis | None = None
     """There is one exactly when some rate limit is counted everywhere."""

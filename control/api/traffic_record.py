@@ -9,8 +9,8 @@ from control.api.balancing_record import (
     write_outlier_detection,
 )
 from control.api.durations import MAX_MS
-from control.api.extension import PythonFilter
-from control.api.extension_record import read_python_filter, write_python_filter
+from control.api.extension import Filter
+from control.api.extension_record import read_filter, write_filter
 from control.api.fields import (
     Fields,
     RecordError,
@@ -65,7 +65,7 @@ def write_traffic(record: TrafficPolicy) -> Body:
     if (redis := record.redis) is not None:
         body["redis"] = [redis.service, redis.port, redis.timeout_ms, redis.fail_open]
     if record.filters:
-        body["filters"] = [write_python_filter(one) for one in record.filters]
+        body["filters"] = [write_filter(one) for one in record.filters]
     if record.upgrades:
         body["upgrades"] = list(record.upgrades)
     return body
@@ -108,8 +108,8 @@ def _read_redis(value: Value) -> Redis:
     raise RecordError("redis must be [service, port, milliseconds, fails open]")
 
 
-def _read_filters(fields: Fields) -> tuple[PythonFilter, ...]:
-    found = fields.optional_list("filters", read_python_filter)
+def _read_filters(fields: Fields) -> tuple[Filter, ...]:
+    found = fields.optional_list("filters", read_filter)
     check_distinct([one.extension for one in found], "filters")
     if len(found) > MAX_FILTERS:
         raise RecordError(f"filters has {len(found)}; at most {MAX_FILTERS}")

@@ -48,7 +48,7 @@ spec: {{selector: {{app: echo}}, ports: [{{name: http, port: 80, targetPort: {po
 _WORKLOADS: Final = """
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
-metadata: {name: wp, namespace: shop}
+metadata: {name: wp, namespace: shop, annotations: {mesh.uproxy.dev/engine: ENGINE}}
 spec:
   gatewayClassName: istio-waypoint
   listeners: [{name: mesh, port: 15008, protocol: HBONE}]
@@ -235,7 +235,10 @@ class Suite:
             for name, vip in _VIPS.items()
             if name not in spare
         ) + _JUDGE.format(port=self._judge.port)
-        mesh = Mesh.build(resources.parse("---\n".join([_WORKLOADS + services, *texts]), "f.yaml"), "cluster.local")
+        mesh = Mesh.build(
+            resources.parse("---\n".join([_WORKLOADS.replace("ENGINE", self.engine) + services, *texts]), "f.yaml"),
+            "cluster.local",
+        )
         self.warnings = [str(warning) for warning in mesh.warnings]
         records: dict[str, Record] = {
             f"{type(record).__name__} {getattr(record, 'key', record)}": record

@@ -19,7 +19,7 @@ from control.api.balancing import (
     OutlierDetection,
     Warmup,
 )
-from control.api.extension import ExternalAuthorization, PythonFilter
+from control.api.extension import EnvoyFilter, ExternalAuthorization, Filter, Language, PythonFilter
 from control.api.filters import (
     REDIRECTS,
     SCHEMES,
@@ -429,6 +429,17 @@ _python_filters = st.builds(
 
 
 @st.composite
+def _envoy_filters(draw: st.DrawFn) -> Filter:
+    language = draw(st.sampled_from(Language))
+    name, opens = draw(st.sampled_from(["shop/a", "shop/b"])), draw(st.booleans())
+    config = draw(st.sampled_from([(), (("a", "1"), ("b", ""))])) if language is Language.WASM else ()
+    if draw(st.booleans()):
+        return EnvoyFilter(name, language, b"", "/a/b c", "0a" * 32, config, opens)
+    code = b"\0asm\1\0\0\0" if language is Language.WASM else b"x = '\xc3\xa9'"
+    return EnvoyFilter(name, language, code, config=config, fail_open=opens)
+
+
+@st.composite
 def traffic_policies(draw: st.DrawFn) -> TrafficPolicy:
     namespace = draw(namespaces)
     targets = st.builds(Target, st.sampled_from(["Gateway", "Service"]), names.map(lambda name: f"{namespace}/{name}"))
@@ -444,7 +455,7 @@ def traffic_policies(draw: st.DrawFn) -> TrafficPolicy:
         draw(st.none() | _connection_limits),
         draw(st.none() | load_balancings()),
         draw(st.none() | _outlier_detections),
-        draw(_few(_python_filters, unique_by=lambda one: one.extension)),
+        draw(_few(_python_filters | _envoy_filters(), unique_by=lambda one: one.extension)),
         Redis(f"{namespace}/redis", draw(st.integers(1, 65535)), draw(st.integers(1, 10_000)), draw(st.booleans()))
         if counted
         else None,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from control.api.extension import PythonFilter
+from control.api.extension import EnvoyFilter, Language, PythonFilter
 from control.api.policy import Target
 from control.api.traffic import TrafficPolicy
 from control.client.state import Changes
@@ -106,7 +106,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def policy(*filters: PythonFilter) -> TrafficPolicy:
+def policy(*filters: PythonFilter | EnvoyFilter) -> TrafficPolicy:
     return TrafficPolicy("shop", "extended", (Target("Service", "shop/db"),), filters=filters)
 
 
@@ -352,3 +352,16 @@ def test_the_documentation_shows_what_is_there():
     for file in ("maintenance.py", "maintenance.yaml"):
         assert (EXAMPLE / file).read_text() in page
     assert 'maintenance = "maintenance:Maintenance"' in (EXAMPLE / "pyproject.toml").read_text()
+
+
+def test_code_for_an_envoy_is_refused_by_name(identities: Path, authority: Authority):
+    async def client(through: Through) -> None:
+        through.pair.apply(policy(EnvoyFilter("shop/x", Language.LUA, b"x = 1", fail_open=True)))
+        reader, writer = await through.open()
+        status, head, body = await asking(reader, writer)()
+        assert status == 503
+        assert b"x-uproxy-reason: not-expressible\r\n" in head
+        assert body == b"the built-in engine cannot run Extension shop/x (Lua)\n"
+        writer.close()
+
+    run_through(identities, authority, tell, client)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from waypoint.engine_envoy.extensions import file_of
 from waypoint.engine_envoy.parts import Json, digest, message
 from waypoint.engine_envoy.rendering import HBONE, Layout, Rendering
 
@@ -62,6 +63,11 @@ class Files:
     def write_places(self, rendering: Rendering) -> dict[str, str]:
         """Everything but the routes of places that there were before. Returns the versions (see `versions`)."""
         versions: dict[str, str] = {}
+        for module in rendering.modules.values():
+            path = file_of(self._layout.directory, module)
+            if str(path) not in self._written:
+                _write_bytes(path, module.content)
+                self._written[str(path)] = module.name
         for name, endpoints in rendering.endpoints.items():
             versions[f"cluster.{name}"] = self._replace("endpoints", name, [message(_ENDPOINTS, **endpoints)])
         versions["cluster_manager.cds"] = self._replace("clusters", "", _all(_CLUSTER, rendering.clusters))
@@ -87,6 +93,7 @@ class Files:
         kept |= {self._roots, self._layout.file("roots", str(rendering.revocation))}
         kept |= {self._layout.file("routes", name) for name in (*rendering.routes, "probe")}
         kept |= {self._layout.file("endpoints", name) for name in rendering.endpoints}
+        kept |= {str(file_of(self._layout.directory, module)) for module in rendering.modules.values()}
         for path in [path for path in self._written if path not in kept]:
             del self._written[path]
             with contextlib.suppress(FileNotFoundError):
@@ -111,8 +118,12 @@ def _all(kind: str, resources: Mapping[str, Json]) -> list[Json]:
 
 
 def _write(path: Path, content: Json) -> None:
+    _write_bytes(path, json.dumps(content).encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
     """By rename: Envoy looks for files that were moved here."""
     fresh = path.with_name(f".{path.name}")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(content, file)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
     os.rename(fresh, path)

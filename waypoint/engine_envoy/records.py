@@ -67,6 +67,8 @@ class Records:
         )
         if denied := _POLICY.fullmatch(details):
             exchange.policy = "" if denied[1] == "none" else denied[1]
+        if refused_by := said.get("refused_by"):  # a filter has failed
+            exchange.policy = refused_by
         if details.startswith("ext_authz_"):  # by the last one that was asked
             exchange.policy = next(filter(None, map(said.get, reversed(checks.marks()))), "")
         if details.startswith("rbac_access_denied"):

@@ -29,7 +29,7 @@ from waypoint.balancing import AT_RANDOM, rank_of
 from waypoint.connection_limits import limits_of
 from waypoint.destination import Destination, Destinations
 from waypoint.detection import TIMEOUT_S as DETECTION_S
-from waypoint.engine_envoy import balancing, checks, routes, tokens, traffic
+from waypoint.engine_envoy import balancing, checks, extensions, routes, tokens, traffic
 from waypoint.engine_envoy.parts import (
     CALLER,
     ORIGINAL_DST,
@@ -47,7 +47,7 @@ from waypoint.engine_envoy.parts import (
     message,
     source,
 )
-from waypoint.engine_envoy.rules import NotExpressibleError, check_known, http_rules, tcp_rules
+from waypoint.engine_envoy.rules import NotExpressibleError, NotThereError, check_known, http_rules, tcp_rules
 from waypoint.engine_envoy.tokens import TokenBook
 from waypoint.mirror import TIMEOUT_S as MIRROR_TIMEOUT_S
 from waypoint.routing import compile_routes
@@ -59,6 +59,8 @@ HBONE: Final = "hbone"
 """The RouteConfiguration of what callers may ask for."""
 PROBE: Final = "probe"
 """That of the version that requests are served by."""
+STUCK_S: Final = 15.0
+"""A thread of Envoy's that does nothing else for so long is at fault."""
 _MANAGER: Final = "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _STATE: Final = "extensions.filters.http.set_filter_state.v3.Config"
@@ -96,6 +98,10 @@ class Rendering:
     """Of clusters that have some of their own."""
     routes: Mapping[str, Json]
     tokens: Json
+    modules: Mapping[str, extensions.Module] = field(default_factory=dict)
+    """Of WebAssembly, by their names."""
+    incomplete: bool = False
+    """Whether another one, later, may serve more of the same."""
     revocation: int = 0
     """Of whom is believed."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +122,7 @@ class Rendering:
             clusters={**other.clusters, **self.clusters},
             endpoints={**other.endpoints, **self.endpoints},
             tokens=tokens.both(other.tokens, self.tokens),
+            modules={**other.modules, **self.modules},
         )
 
 
@@ -148,6 +155,8 @@ class _Rendering:
         self._clusters: dict[str, Json] = {}
         self._endpoints: dict[str, Json] = {}
         self._routes: dict[str, Json] = {}
+        self._modules: dict[str, extensions.Module] = {}
+        self._incomplete = False
         self._refused: dict[str, str] = {}
         self._awaited: set[str] = set()
 
@@ -173,6 +182,8 @@ class _Rendering:
             endpoints=self._endpoints,
             routes=self._routes,
             tokens=self._tokens.resource(),
+            modules=self._modules,
+            incomplete=self._incomplete,
             revocation=self._revocation,
             refused=self._refused,
             awaited=frozenset(self._awaited),
@@ -190,12 +201,20 @@ class _Rendering:
             filters = {
                 **http_rules(held.policies),
                 **checks.checks(held.policies, self._asker),
+                **self._extended(held),
                 **limits.filters,
             }
             return self._routed(name, destination, held, limits, filters)
         except NotExpressibleError as error:
+            self._incomplete |= isinstance(error, NotThereError)
             self._refused[name] = str(error)
             return routes.refusing(name, 503, "not-expressible", f"the engine envoy cannot serve this: {error}")
+
+    def _extended(self, held: Held) -> Json:
+        """What Extensions do with requests. Raises NotExpressibleError."""
+        filters = extensions.wanted(held.traffic)
+        self._modules.update((module.name, module) for module in extensions.modules(filters))
+        return extensions.held(filters, self._layout.directory)
 
     def _routed(self, name: str, destination: Destination, held: Held, limits: traffic.Limits, filters: Json) -> Json:
         """Raises NotExpressibleError."""
@@ -405,7 +424,11 @@ def _onward(name: str, caller: str, action: Json) -> Json:
         stat_prefix=name,
         server_header_transformation="PASS_THROUGH",
         forward_client_cert_details="ALWAYS_FORWARD_ONLY",
-        route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        # Listeners come while clusters that are new may still wait for their endpoints.
+        route_config={
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}],
+            "validate_clusters": False,
+        },
         http_filters=[extension("state", _STATE, on_request_headers=[state]), _router()],
     )
 
@@ -609,6 +632,8 @@ def bootstrap(layout: Layout) -> Json:
         },
         "static_resources": {"listeners": [_probe(layout)]},
         "bootstrap_extensions": [extension("internal", "extensions.bootstrap.internal_listener.v3.InternalListener")],
+        # Code of Extensions may never end: then an Envoy does, and another one starts.
+        "watchdogs": {"worker_watchdog": {"kill_timeout": f"{STUCK_S:g}s"}},
         "layered_runtime": {
             "layers": [
                 {
@@ -759,6 +784,7 @@ def _filters(layout: Layout) -> list[Json]:
         *({**extension(name, RBAC), "disabled": True} for name in _REHEARSED),
         extension(RBAC_DENY, RBAC, rules=_NOBODY),
         extension(RBAC_ALLOW, RBAC, rules=_NOBODY),
+        *extensions.idle_filters(),
         *traffic.idle_filters(),
         _router(),
     ]
@@ -782,6 +808,7 @@ def _refusals() -> Json:
             mapper("jwt_authn_access_denied", "token"),
             mapper("ext_authz_", "external-authorization"),
             mapper("fault_filter_abort", "fault"),
+            mapper("wasm_fail_stream", "extension"),
         ]
     }
 
@@ -811,6 +838,7 @@ _LOGGED: Final = {
     **{f"{name}-rule": f"%DYNAMIC_METADATA({_SHADOWS}:{name}-shadow_effective_policy_id)%" for name in _REHEARSED},
     "audit": f"%DYNAMIC_METADATA({_SHADOWS}:shadow_effective_policy_id)%",
     **checks.marks(),
+    "refused_by": "%RESP(X-UPROXY-POLICY)%",
     "rule": "%METADATA(ROUTE:uproxy:rule)%",
     "backend": "%METADATA(ROUTE:uproxy:backend)%",
 }

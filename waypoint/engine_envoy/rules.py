@@ -53,6 +53,10 @@ class NotExpressibleError(ValueError):
     """What a resource asks for, and Envoy cannot do; the text says what, and how to mend it."""
 
 
+class NotThereError(NotExpressibleError):
+    """A file that a resource names is not what it says; it may be in a while."""
+
+
 def check_known(policy: TrafficPolicy, *, backend: bool = False) -> None:
     """That nothing is said but what this engine acts on; `backend` is that of `unknown_to_envoy`. Raises
     NotExpressibleError.

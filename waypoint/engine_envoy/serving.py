@@ -35,6 +35,8 @@ from waypoint.gateway import GRACE_S
 from waypoint.telemetry import WaypointTelemetry
 
 START_TIMEOUT_S: Final = 20.0
+LOOK_S: Final = 2.0
+"""How often files of Extensions are looked for that are not there."""
 _DRAIN_POLL_S: Final = 0.05
 _DIRECTORY: Final = "envoy-"
 
@@ -177,6 +179,8 @@ class EnvoyServing:
                 self._in_force.settle(generation)
                 self._ready.set()
             self._on_change()
+            if rendering.incomplete:
+                asyncio.get_running_loop().call_later(LOOK_S, self._changed.set)
 
     def _render(self) -> Rendering:
         rendering = self._renderer.render(self._revocation)

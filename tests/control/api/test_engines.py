@@ -59,6 +59,27 @@ def test_what_the_engine_does_not_know(text: str, unknown: str) -> None:
     assert not warnings(text, "built-in")
 
 
+def extension(kind: str, section: str) -> str:
+    return (
+        "apiVersion: mesh.uproxy.dev/v1alpha1\nkind: Extension\nmetadata: {name: code, namespace: shop}\n"
+        f"spec: {{type: {kind}, {section}}}\n---\n" + traffic(f"{SERVICE}, extensions: [code]")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "engine", "other", "kind"),
+    [
+        (extension("PythonFilter", "pythonFilter: {name: a}"), "envoy", "built-in", "PythonFilter"),
+        (extension("Lua", "lua: {inline: x = 1}"), "built-in", "envoy", "Lua"),
+        (extension("Wasm", "wasm: {inline: AGFzbQEAAAA=}"), "built-in", "envoy", "Wasm"),
+    ],
+)
+def test_each_engine_runs_its_own_extensions(text: str, engine: str, other: str, kind: str) -> None:
+    (warning,) = warnings(text, engine)
+    assert f"the engine {engine} of Gateway shop/wp does not know Extension shop/code ({kind}), and refuses" in warning
+    assert not warnings(text, other)
+
+
 def test_a_canary_of_that_engine_does_not_know_it_either() -> None:
     gateway, _, service = MESH.replace("ENGINE", "built-in").partition("---")
     canary = gateway.replace("name: wp", "name: v2").replace("built-in", "envoy")

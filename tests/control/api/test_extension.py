@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from control.api.declared import DeclaredExtension
-from control.api.extension import ExternalAuthorization, PythonFilter
+from control.api.extension import MAX_INLINE, EnvoyFilter, ExternalAuthorization, Language, PythonFilter
 from control.api.mesh import Mesh
 from control.api.policy import Action
 from control.api.problems import ResourceErrors
@@ -57,7 +57,10 @@ def test_every_field():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("externalAuthorization: {}", "spec.type: is missing; it must be ExternalAuthorization"),
+        (
+            "externalAuthorization: {}",
+            "spec.type: is missing; it must be ExternalAuthorization, PythonFilter, Lua, Wasm",
+        ),
         ("type: ExternalAuthorization", "spec.externalAuthorization: is missing; it must be a mapping, as {service:"),
         ("type: Magic", "spec.type: 'Magic' must be"),
         ("type: Magic, magic: {}", "spec.magic: unknown field"),
@@ -88,6 +91,43 @@ def test_every_field_of_a_filter():
 )
 def test_what_no_filter_has_is_refused_by_name(text, problem):
     assert_refused(lambda: spec(f"type: PythonFilter, pythonFilter: {text}"), problem)
+
+
+SHA256 = "0a" * 32
+
+
+def test_every_field_of_code_for_an_envoy():
+    found = spec("type: Lua, lua: {inline: x = 1, failOpen: true}")
+    assert found == EnvoyFilter("shop/e", Language.LUA, b"x = 1", fail_open=True)
+    found = spec(f"type: Lua, lua: {{file: /a/b.lua, sha256: {SHA256}}}")
+    assert found == EnvoyFilter("shop/e", Language.LUA, file="/a/b.lua", sha256=SHA256)
+    found = spec("type: Wasm, wasm: {inline: 'AGFzbQ EAAAA=', config: {b: two, a: '1'}}")
+    assert found == EnvoyFilter("shop/e", Language.WASM, b"\0asm\1\0\0\0", config=(("a", "1"), ("b", "two")))
+    found = spec(f"type: Wasm, wasm: {{file: /a.wasm, sha256: {SHA256}}}")
+    assert found == EnvoyFilter("shop/e", Language.WASM, file="/a.wasm", sha256=SHA256)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("type: Lua, lua: {}", "inline: is missing; write the code, or file and sha256"),
+        ("type: Lua, lua: {inline: ''}", f"has 0 bytes; from 1 to {MAX_INLINE}"),
+        ("type: Lua, lua: {inline: " + "x" * (MAX_INLINE + 1) + "}", f"has {MAX_INLINE + 1} bytes"),
+        ('type: Lua, lua: {inline: "\\e\\x4c"}', "is no Lua: it has a NUL, or is compiled"),
+        ('type: Lua, lua: {inline: "a\\0"}', "is no Lua"),
+        (f"type: Lua, lua: {{inline: x = 1, file: /a, sha256: {SHA256}}}", "inline: cannot stand beside file"),
+        ("type: Lua, lua: {file: /a}", "sha256: is missing; it must be the SHA-256"),
+        (f"type: Lua, lua: {{file: a/b, sha256: {SHA256}}}", "file: 'a/b' is no absolute path"),
+        (f"type: Lua, lua: {{file: /a/../b, sha256: {SHA256}}}", "file: '/a/../b' is no absolute path"),
+        ("type: Lua, lua: {file: /a, sha256: abc}", "sha256: 'abc' is no SHA-256"),
+        ("type: Lua, lua: {inline: x = 1, config: {a: b}}", "config: unknown field"),
+        ("type: Wasm, wasm: {inline: x}", "inline: is no base64"),
+        ("type: Wasm, wasm: {inline: eCA9IDE=}", "inline: is no module of WebAssembly"),
+        ("type: Wasm, lua: {inline: x = 1}", "lua: belongs to type Lua; this is Wasm"),
+    ],
+)
+def test_what_is_no_code_is_refused_by_name(text, problem):
+    assert_refused(lambda: spec(text), problem)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +251,12 @@ def test_a_filter_that_is_not_there_is_warned_of_and_refuses():
         ([["shop/a", "a", [], 0, False]], "filters is 0"),
         ([["a", "a", [], 1, False]], "must be namespace/name"),
         ([["shop/a", "a b", [], 1, False]], "no name of an entry point"),
+        ([["shop/a", "Perl", b"x", [], False]], "filters"),
+        ([["shop/a", "Lua", b"", [], False]], "has 0 bytes"),
+        ([["shop/a", "Wasm", b"x", [], False]], "no module of WebAssembly"),
+        ([["shop/a", "Lua", ["a", SHA256], [], False]], "no absolute path"),
+        ([["shop/a", "Lua", ["/a", "b"], [], False]], "no SHA-256"),
+        ([["shop/a", "Lua", b"x", [["a", "1"]], False]], "Lua has no config"),
         ([["shop/a", "a", [["b", "1"], ["a", "1"]], 1, False]], "must be in order"),
         ([["shop/a", "a", [["b", 1]], 1, False]], "each setting must be"),
         ([["shop/a", "a", [], 1, False]] * 2, "names one twice"),
