@@ -508,7 +508,7 @@ def test_connections_of_one_caller_go_to_one_endpoint(identities: Path, authorit
             between.pair.withdraw(given)
 
             async def went() -> set[bytes]:
-                return {(await exchanged(between, b"hello\r\n\r\n"))[-1:] for _ in range(12)}
+                return {(await exchanged(between, b"hello\r\n\r\n"))[-1:] for _ in range(40)}
 
             for of, name, count in ((HashOf.ADDRESS, "", 1), (HashOf.IDENTITY, "", 1), (HashOf.HEADER, "x-user", 3)):
                 await applied(between, envoy, hashed(of, name), *endpoints)
