@@ -58,6 +58,7 @@ guard: setup  ## Count what the data plane costs, and compare it with the baseli
 
 soak: setup  ## Minutes of load: memory, descriptors and map entries must stay flat, 10 GB arrive whole
 	$(BIN)/pytest -m soak --timeout 1800
+	$(BIN)/meshctl bench run --suite soak
 
 fuzz: setup  ## Each parser fuzzed for an hour of processor time (or FUZZ_SECONDS=..., PARSERS="..."); what is found is kept
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'

@@ -31,9 +31,10 @@ SUITES: Final = {
     "memory": "benchmarks.suites.memory",
     "waypoint": "benchmarks.suites.waypoint",
     "control": "benchmarks.suites.control",
+    "soak": "benchmarks.suites.soak",
 }
 """Name -> module, whose SUITE it is."""
-LONG: Final = frozenset({"waypoint", "control"})
+LONG: Final = frozenset({"waypoint", "control", "soak"})
 """Suites that a quick run has no time for, unless they are named."""
 PEERS: Final = ("ztunnel", "linkerd")
 """What no package brings: measured when a program is named."""

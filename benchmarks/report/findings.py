@@ -29,6 +29,7 @@ OURS: Final = frozenset(
         ),
         *("ours", "ours-node", "ours-service-account"),
         "mesh",
+        *("soak-caller", "soak-called", "soak-waypoint", "soak-node-a", "soak-node-b"),
         *("near-uproxy", "near-direct"),
     )
 )

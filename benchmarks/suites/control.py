@@ -10,7 +10,6 @@ the control plane's API is sent.
 
 from __future__ import annotations
 
-import http.client
 import re
 import select
 import shutil
@@ -18,7 +17,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count
@@ -32,6 +31,7 @@ from benchmarks.harness.histogram import histogram_of
 from benchmarks.harness.results import Measure, Round, Series, Subject
 from benchmarks.lab.apps import commands
 from benchmarks.lab.control import ControlPlane
+from benchmarks.lab.scrape import scrape
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab, Workload
 from benchmarks.lab.waypoints import Waypoint
@@ -515,15 +515,9 @@ def _private_mb(pid: int) -> float:
     return sum(int(kb) for kb in re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE)) * 1024 / 1e6
 
 
-def _metric(workload: Workload, name: str) -> int:
-    """A metric of its uProxy."""
-    with workload.entered():
-        connection = http.client.HTTPConnection("127.0.0.1", METRICS_PORT, timeout=_ENFORCED_S)
-        connection.connect()
-    with closing(connection):
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-    found = re.search(rf"^{name} (\d+)$", text, re.MULTILINE)
-    if found is None:
+def _metric(workload: Workload, name: str) -> float:
+    """A metric of its uProxy. Raises LabError."""
+    found = scrape(workload.entered(), METRICS_PORT)
+    if name not in found:
         raise LabError(f"the uProxy of {workload.name} has no metric {name}")
-    return int(found[1])
+    return found[name]

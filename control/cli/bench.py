@@ -70,8 +70,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--suite",
         action="append",
         metavar="NAME",
-        help="paths, kernel, architectures, memory, waypoint or control; repeatable (default: all; --quick: all but "
-        "the last two)",
+        help="paths, kernel, architectures, memory, waypoint, control or soak; repeatable (default: all; --quick: "
+        "the first four)",
     )
     run.add_argument("--quick", action="store_true", help="fewer, shorter rounds and measures, for a first look")
     run.add_argument(

@@ -69,6 +69,20 @@ def client() -> App:
     return App(lambda address, data: _script("client.py", data), _interpreter(), talks=True)
 
 
+def mixture(port: int = 8080) -> App:
+    """What `mixture_call` talks to."""
+    return App(
+        lambda address, data: [*_script("mixture.py", data), "serve", address, str(port)],
+        _interpreter(),
+        {"tcp": port},
+    )
+
+
+def mixture_call(address: str, port: int, callers: int, seconds: float, seed: int, data: Path) -> list[str]:
+    """The command of so many callers, each of which makes one connection after the other; `data`: of its own."""
+    return [*_script("mixture.py", data), "call", address, str(port), str(callers), f"{seconds:g}", str(seed)]
+
+
 def idle() -> App:
     """A workload that does nothing by itself: sockets made in its cgroup act for it."""
     return App(lambda address, data: ["sleep", "infinity"], "sleep")
