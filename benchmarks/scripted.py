@@ -146,7 +146,9 @@ class World:
         self._upstream = Upstream(self.plane, Tunnels(self._waypoint_pool))
         telemetry = WaypointTelemetry("guard", self.log)
         found = gateway.Gateway(self.plane, self.state, "shop/wp", _WP, self._upstream, Connections(), telemetry)
-        self._waypoint = TunnelServer(self.plane, lambda: contexts[1], TRUST_DOMAIN, found.on_request, _not_a_tunnel)
+        self._waypoint = TunnelServer(
+            self.plane, lambda: contexts[1], TRUST_DOMAIN, found.on_request, _not_a_tunnel, queues=True
+        )
         self._listeners.listen(_WP_ADDRESS, HBONE_PORT, self._waypoint.serve)
 
     def contexts(self, name: str) -> tuple[Context, Context]:

@@ -72,6 +72,7 @@ MAX_EARLY_RESETS: Final = 500  # Envoy's premature-reset guard (CVE-2023-44487)
 WORK_AT_ONCE: Final = 128
 # Steps that a frame takes: a request until it is answered, a stream until it is put away, an answer by h2.
 _WORK_OF_HEADERS: Final = 32
+_WORK_OF_ANSWER: Final = 4  # to what was asked here: it only goes on with that
 _WORK_OF_END: Final = 16
 _WORK_BY_H2: Final = 10
 # A frame or a header block that was begun is whole after so many ticks, whatever trickles in meanwhile.
@@ -555,7 +556,7 @@ class Connection:
                         self._take_block(
                             stream_id, bytes(data[position + 9 : after]), bool(flags & _END_STREAM), events
                         )
-                        work -= _WORK_OF_HEADERS
+                        work -= _WORK_OF_ANSWER if self.client else _WORK_OF_HEADERS
                         position = after
                         continue
                     self._handle(kind, flags, stream_id, bytes(data[position:after]), events)

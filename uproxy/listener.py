@@ -174,17 +174,20 @@ class TunnelServer:
         trust_domain: str,
         on_request: RequestCallback,
         on_refused: Refused,
+        *,
+        queues: bool = False,
     ) -> None:
         """`context` gives the TLS context of the moment. `on_request` is called in the turn in which a stream came.
 
         `on_refused` is told of each connection that never became a tunnel: from where (`ip:port`), since when
-        (monotonic seconds) and why not.
+        (monotonic seconds) and why not. `queues`: as a tunnel's.
         """
         self._plane = data_plane
         self._context = context
         self._trust_domain = trust_domain
         self._on_request = on_request
         self._on_refused = on_refused
+        self._queues = queues
         self._handshakes: dict[socket.socket, None] = {}  # oldest first
         self._tunnels: set[Tunnel] = set()
         self._flooded: dict[str, float] = {}
@@ -211,7 +214,16 @@ class TunnelServer:
             tls, bios = await tunnel.handshake(self._plane, sock, self._context(), server_side=True)
             peer = peer_identity(tls, self._trust_domain)
             self._context().revocations.refuse(tls)
-            accepted = Tunnel(self._plane, sock, tls, bios, peer, client=False, on_request=self._on_request)
+            accepted = Tunnel(
+                self._plane,
+                sock,
+                tls,
+                bios,
+                peer,
+                client=False,
+                on_request=self._on_request,
+                queues=self._queues,
+            )
         except RefusedError as error:
             sock.close()
             given_up = _overload(f"the oldest of {MAX_HANDSHAKES} handshakes made room for another")

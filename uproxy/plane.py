@@ -44,6 +44,11 @@ STEPS_PER_TURN = 64
 # Events taken in one poll. More would let one turn run long; fewer would split the write of a busy turn.
 EVENTS_PER_TURN = 128
 
+# Where new work waits while there is much to do (`Plane.queue`): as many who wait are too many for others to go before
+# them, a turn takes one in so many of them, and so many turns may pass in which none is taken.
+MAX_AHEAD = 8
+MAX_TURNS_WITHOUT = 2
+
 log = logging.getLogger(__name__)
 
 
@@ -198,6 +203,8 @@ class Plane:
         self.mark_dirty: Callable[[Flushable], None] = self._dirty.append
         """Flush something at the end of this turn. The caller keeps track of being marked already."""
         self._postponed: deque[Callable[[], None]] = deque()
+        self._queued: deque[Callable[[], None]] = deque()
+        self._turns_without = 0  # in which nothing that was queued was taken
         self._timers: dict[int, _Step] = {}
         self._due: list[int] = []  # the steps that have timers: a heap
         self._selector.plane = self
@@ -244,6 +251,17 @@ class Plane:
         So a peer that asks for much delays others by one of its pieces, and many such peers by one piece, too.
         """
         self._postponed.append(callback)
+
+    def queue(self, callback: Callable[[], None]) -> None:
+        """Likewise for what brings new work: it waits while more coroutines can go on than a turn steps, so that what
+        was begun is done before more is taken up.
+        """
+        self._queued.append(callback)
+
+    @property
+    def busy(self) -> bool:
+        """Whether new work is to be queued, behind what waits there."""
+        return len(self._woken) > STEPS_PER_TURN or len(self._queued) >= MAX_AHEAD
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         return Timer(self._step(delay_s), callback)
@@ -337,7 +355,7 @@ class Plane:
 
     def _patience(self, now: float, end: float | None) -> float:
         """Seconds that a poll may wait; -1 for ever."""
-        if self._postponed or self._woken:
+        if self._postponed or self._woken or self._queued:
             return 0.0
         if self._due:
             step = self._due[0] / TIMER_STEPS_PER_S
@@ -377,9 +395,21 @@ class Plane:
                     ready.append((key, (writable | readable) & key.events))
         if self._postponed:
             self._call(self._postponed.popleft())
+        if self._queued:
+            self._take_queued()
         if self._woken or self._dirty:
             self._finish_turn(STEPS_PER_TURN)
         return ready
+
+    def _take_queued(self) -> None:
+        if len(self._woken) > STEPS_PER_TURN and self._turns_without < MAX_TURNS_WITHOUT:
+            self._turns_without += 1
+            return
+        self._turns_without = 0
+        for _ in range(1 + len(self._queued) // MAX_AHEAD):
+            self._call(self._queued.popleft())
+            if len(self._woken) > STEPS_PER_TURN:
+                return
 
     def _call(self, callback: Callable[[], None]) -> None:
         try:

@@ -67,7 +67,9 @@ class Tunnel:
         *,
         client: bool,
         on_request: RequestCallback | None = None,
+        queues: bool = False,
     ) -> None:
+        """`queues`: what comes here is new work, that waits while the plane is busy."""
         self.plane = data_plane
         self.peer = peer
         self.connection = hbone.Connection(client=client)
@@ -95,6 +97,11 @@ class Tunnel:
         self._unsent = memoryview(b"")
         self._unread = b""  # plaintext that is work for later turns; the socket waits meanwhile
         self._lost = ""  # why nothing comes behind that
+        self._queues = queues
+        self._later = data_plane.queue if queues else data_plane.postpone
+        self._waits = False  # for a later turn: the socket is not looked at meanwhile
+        self._since = 0.0  # when that began, in monotonic seconds
+        self._had_waited_s = 0.0  # what was read last, until its last piece was read
         self._dirty = False
         self._retired = False
         self._finishing = False
@@ -117,6 +124,11 @@ class Tunnel:
     def peer_expires_at(self) -> int:
         """When the peer's certificate expires, Unix time."""
         return leaf_of(self._tls).not_after
+
+    @property
+    def waited_s(self) -> float:
+        """How long what was read last had waited here for its turn, from when this process could have read it."""
+        return time.monotonic() - self._since if self._waits else self._had_waited_s
 
     # -- streams
 
@@ -195,9 +207,7 @@ class Tunnel:
             self.touch()
 
     def _watch(self) -> None:
-        self.plane.rearm(
-            self._sock.fileno(), (0 if self._unread else plane.READ) | (plane.WRITE if self.blocked else 0)
-        )
+        self.plane.rearm(self._sock.fileno(), (0 if self._waits else plane.READ) | (plane.WRITE if self.blocked else 0))
 
     # -- receiving
 
@@ -205,8 +215,11 @@ class Tunnel:
         try:
             if events & plane.WRITE and self.blocked:
                 self._send(self._unsent)
-            if events & plane.READ_READY and not self.closed and not self._unread:
-                self._receive()
+            if events & plane.READ_READY and not self.closed and not self._waits:
+                if self._queues and self.plane.busy:
+                    self._wait(time.monotonic())
+                else:
+                    self._receive()
         except Exception:
             log.exception("a tunnel failed")
             self._fail("a bug of this proxy; its log has the traceback")
@@ -225,6 +238,8 @@ class Tunnel:
         if self._finished_at is not None:
             return  # nothing that can still come matters to anybody
         self._heard_at = time.monotonic()
+        if not self._waits:
+            self._had_waited_s = 0.0
         self._incoming.write(_CIPHERTEXT_VIEW[:length])
         self._decrypt()
 
@@ -258,7 +273,7 @@ class Tunnel:
             self._dispatch(protocol_error.events)
             self.shut_down(protocol_error.code, f"the peer broke HTTP/2: {protocol_error}")
             return
-        if self.connection.unread or self._unread:
+        if self.connection.unread or self._waits:
             self._keep(_PLAINTEXT_VIEW[length - self.connection.unread : length], error)
         if error and not self._unread:
             self._fail(error)
@@ -269,18 +284,34 @@ class Tunnel:
         """Leave this for a later turn; what is behind it waits in the socket, and slows the peer."""
         if self.closed:
             return
-        waited = bool(self._unread)
         self._unread, self._lost = bytes(unread), error
-        if bool(self._unread) is not waited:
-            self._watch()
-        if self._unread:
-            self.plane.postpone(self._go_on)
+        if not self._unread:
+            self._stop_waiting()
+        elif self._waits:
+            self._later(self._go_on)
+        else:
+            self._wait(self._heard_at)
+
+    def _wait(self, since: float) -> None:
+        self._waits, self._since = True, since
+        self._watch()
+        self._later(self._go_on)
+
+    def _stop_waiting(self) -> None:
+        self._waits = False
+        self._had_waited_s = time.monotonic() - self._since
+        self._watch()
 
     def _go_on(self) -> None:
         if self.closed:
             return
         try:
-            self._decrypt()
+            if self._unread:
+                self._decrypt()
+                return
+            self._receive()
+            if self._waits and not self._unread and not self.closed:
+                self._stop_waiting()  # nothing has come
         except Exception:
             log.exception("a tunnel failed")
             self._fail("a bug of this proxy; its log has the traceback")

@@ -47,6 +47,10 @@ class Carrier(Protocol):
     @property
     def connection(self) -> Frames: ...
 
+    @property
+    def waited_s(self) -> float:
+        """How long what comes by it now has waited there for its turn, at most."""
+
     def touch(self) -> None: ...
 
     def flush(self) -> None: ...

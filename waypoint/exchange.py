@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import re
 import time
 from dataclasses import dataclass, replace
@@ -38,7 +37,6 @@ from waypoint.forwarding import Forwarding, release
 from waypoint.global_limits import GlobalLimits
 from waypoint.messages import END, HTTP2, Body, End, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead
 from waypoint.mirror import Mirrors
-from waypoint.overload import Overload
 from waypoint.picking import Picker
 from waypoint.refusal import SOON, RefusalError, retry_after
 from waypoint.remembered import remembered
@@ -52,7 +50,8 @@ from waypoint.traffic import Excess, Place
 from waypoint.upstream import Upstream
 
 _INVALID_TOKEN: Final = ((b"www-authenticate", b'Bearer error="invalid_token"'),)  # RFC 6750 section 3
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+"""What is taken of `x-request-id`."""
 _TIMED: Final = b"x-uproxy-server-timing"
 """A caller's request that has this field is answered with `server-timing`."""
 _TRACE: Final = re.compile(r"(?!0{32})[0-9a-f]{32}")
@@ -94,12 +93,6 @@ class Exchanges:
         self._rules = rules
         self._connections = connections
         self._telemetry = telemetry
-        self._overload = Overload(data_plane, time.monotonic, random.Random())
-        telemetry.counter(
-            "uproxy_waypoint_shed_requests_total",
-            "Requests refused because this process had too much to do",
-            lambda: self._overload.refused,
-        )
         self._filters = Filters(data_plane, telemetry)
         self._picker = Picker(data_plane, state, destinations, directory)
         self._authorizers = Authorizers(data_plane, identity, destinations, self._picker, upstream, telemetry)
@@ -150,8 +143,6 @@ class Exchanges:
             exchange.destination_service = destination.service_key
             exchange.dialled = asked.authority
             course.trusted_proxies = rules.trusted_proxies
-            if self._overload.sheds(exchange.started, self._telemetry.under_way) and not self.draining:
-                raise RefusalError(503, "overload", "overload", flag=flags.OVERLOADED, fields=SOON)
             if head.upgrades and head.upgrades not in rules.upgrades:
                 text = f"no TrafficPolicy lets requests upgrade to {head.upgrades.decode()}"
                 raise RefusalError(501, "bad-request", text, flag=flags.MALFORMED, close=True)
@@ -503,15 +494,15 @@ def _said(fields: Fields) -> _Said:
     given = first.get(b"x-request-id", b"")
     spans = [value for name, value in fields if name == b"traceparent"]
     return _Said(
-        given.decode() if _REQUEST_ID.fullmatch(given) else "",
+        given.decode() if REQUEST_ID.fullmatch(given) else "",
         first.get(b"user-agent", b"").decode("latin-1"),
-        _is_grpc(first.get(b"content-type", b"")),
+        is_grpc(first.get(b"content-type", b"")),
         _TIMED in first,
         trace.read(spans[0]) if len(spans) == 1 else None,
     )
 
 
-def _is_grpc(kind: bytes) -> bool:
+def is_grpc(kind: bytes) -> bool:
     """By its content type; gRPC-Web is another protocol."""
     return kind.startswith(b"application/grpc") and kind[16:17] in (b"", b"+", b";")
 

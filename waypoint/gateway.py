@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Hashable
 from typing import Final
 
 from control.api.address import IpAddress
@@ -38,6 +39,7 @@ from waypoint.http2_incoming import Http2Incoming
 from waypoint.messages import UNREAD, MessageError
 from waypoint.opaque import Opaque
 from waypoint.rules import RuleBook
+from waypoint.shedding import Shedding
 from waypoint.sides import HEAD_TIMEOUT_S, IDLE_TIMEOUT_S
 from waypoint.telemetry import WaypointTelemetry
 from waypoint.upstream import Upstream
@@ -91,6 +93,7 @@ class Gateway:
             telemetry,
             directory,
         )
+        self._shedding = Shedding(data_plane, telemetry)
         self._opaque = Opaque(data_plane, self._destinations, rules, upstream, limiters, connections, telemetry)
         self._waiting: dict[_Client, Asked] = {}
         """Connections of callers that may bring a request: HTTP/1.1 while there is none, HTTP/2 for ever."""
@@ -187,19 +190,37 @@ class Gateway:
         finally:
             del self._waiting[newcomer]
         if begun is Begun.HTTP2:
-            self._serve_http2(stream, caller, asked)
+            self._serve_http2(stream, caller, asked, destination.service_key)
         elif begun is Begun.OPAQUE:
             await self._serve_opaque(stream, caller, asked, destination, record)
         else:
-            await self._serve_http1(newcomer, caller, asked)
+            await self._serve_http1(newcomer, stream, caller, asked, destination.service_key)
 
-    async def _serve_http1(self, client: Http1Incoming, caller: Caller, asked: Asked) -> None:
-        """Requests, one after the other. Raises nothing."""
+    async def _serve_http1(
+        self, client: Http1Incoming, stream: ByteStream, caller: Caller, asked: Asked, service: str
+    ) -> None:
+        """Requests, one after the other. `service`: key of what was dialled, for records. Raises nothing."""
         while await self._awaited(client, caller, asked):
-            await self._exchanges.serve(client, caller, asked)
+            if self._sheds(caller, stream):
+                await self._refuse(client, caller, service)
+            else:
+                await self._exchanges.serve(client, caller, asked)
             if not client.reusable:
                 break
         client.close()
+
+    def _sheds(self, caller: Caller, stream: ByteStream, *more: tuple[Hashable, float]) -> bool:
+        """Whether there is too much to do for a request that has come on this stream. `more`: other ways it came by."""
+        if self._exchanges.draining:
+            return False
+        return self._shedding.sheds(((caller.address, caller.port), stream.carrier.waited_s), *more)
+
+    async def _refuse(self, client: Http1Incoming, caller: Caller, service: str) -> None:
+        """Raises nothing."""
+        try:
+            await self._shedding.refuse(client, caller.peer(self._state), service)
+        except (OSError, RefusedError) as error:  # RefusedError: this proxy shuts down
+            client.abort(str(error))
 
     async def _awaited(self, client: Http1Incoming, caller: Caller, asked: Asked) -> bool:
         """Whether there is another request; what is none is refused. Raises nothing."""
@@ -218,21 +239,25 @@ class Gateway:
         await self._exchanges.refuse(client, caller, refused)
         return False
 
-    def _serve_http2(self, stream: ByteStream, caller: Caller, asked: Asked) -> None:
-        """Requests, each in a coroutine of its own. Raises ConnectionResetError."""
+    def _serve_http2(self, stream: ByteStream, caller: Caller, asked: Asked, service: str) -> None:
+        """Requests, each in a coroutine of its own. `service`: as above. Raises ConnectionResetError."""
 
-        def take(connection: Http2Connection, stream: Stream, headers: Headers, ended: bool) -> None:
+        def take(connection: Http2Connection, one: Stream, headers: Headers, ended: bool) -> None:
+            if self._sheds(caller, stream, (connection, connection.waited_s)):
+                self._shedding.refuse_stream(connection, one, headers, caller.peer(self._state), service)
+                return
             try:
                 head = read_request(headers, ended=ended)
             except MessageError as error:
-                nobodys = Http2Incoming(connection, stream, UNREAD, ended=ended)
+                nobodys = Http2Incoming(connection, one, UNREAD, ended=ended)
                 self._plane.spawn(self._exchanges.refuse(nobodys, caller, error))
             else:
-                request = Http2Incoming(connection, stream, head, ended=ended)
+                request = Http2Incoming(connection, one, head, ended=ended)
                 self._plane.spawn(self._exchanges.serve(request, caller, asked))
 
         def gone(connection: Http2Connection) -> None:
             self._waiting.pop(connection, None)
+            self._shedding.forget(connection)
 
         connection = Http2Connection(stream, gone, IDLE_TIMEOUT_S, take)
         if not connection.closed:

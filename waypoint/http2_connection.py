@@ -87,6 +87,9 @@ class Http2Connection:
         """Who waits for them."""
         self._unsent = memoryview(b"")
         self._unread = b""  # work for later turns, for which the peer has no credit yet
+        self._later = self.plane.postpone if on_request is None else self.plane.queue
+        # Since when its first bytes, so many, have waited at most, and those behind them (monotonic seconds).
+        self._first, self._since, self._since_behind = 0, 0.0, 0.0
         self._ended = False  # nothing comes behind that
         self._dirty = False
         self._retiring = False
@@ -115,6 +118,11 @@ class Http2Connection:
             self._asking.append(waiter)
             await self.plane.wait(waiter, timeout_s)
         return self.connection.peer_extended_connect
+
+    @property
+    def waited_s(self) -> float:
+        """How long what comes by it now has waited here for its turn, at most; longer, if it has waited on its way."""
+        return time.monotonic() - self._since if self._since else 0.0
 
     @property
     def room(self) -> int:
@@ -208,12 +216,22 @@ class Http2Connection:
         taken = len(data) - self.connection.unread
         self._carrier.connection.consumed(self.stream, taken, keeps_up=not self.connection.unread)
         self._carrier.touch()
-        self._unread = bytes(data[taken:])
-        if self._unread:
-            self.plane.postpone(self._go_on)
-        elif self._ended:
+        self._keep(bytes(data[taken:]), taken)
+        if self._ended and not self._unread:
             self._retire_for_good()
         self.touch()
+
+    def _keep(self, unread: bytes, taken: int) -> None:
+        """Leave this for a later turn, if it is anything."""
+        self._unread = unread
+        if not unread:
+            self._since = 0.0
+            return
+        self._first -= taken
+        if not self._since or self._first <= 0:
+            now = time.monotonic()
+            self._first, self._since, self._since_behind = len(unread), self._since_behind if self._since else now, now
+        self._later(self._go_on)
 
     def _go_on(self) -> None:
         if not self.closed:

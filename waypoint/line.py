@@ -59,6 +59,9 @@ class Line:
         self.stream.owner = stream
         return stream
 
+    waited_s = 0.0
+    """Nothing waits here: whoever asks for more is another process."""
+
     @property
     def connection(self) -> Line:
         return self

@@ -84,6 +84,7 @@ class Serving:
             who.identity.trust_domain,
             self._gateway.on_request,
             self._not_a_tunnel,
+            queues=True,
         )
         self._listeners = Listeners(data_plane)
         self._drain_by = math.inf

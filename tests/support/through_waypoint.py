@@ -150,7 +150,9 @@ async def running_waypoint(
         waypoint = gateway.Gateway(
             pair.plane, pair.state, "shop/wp", WP, upstream, connections, telemetry, known, "shop/wp-1"
         )
-        server = TunnelServer(pair.plane, lambda: contexts[1], "cluster.local", waypoint.on_request, lambda *_: None)
+        server = TunnelServer(
+            pair.plane, lambda: contexts[1], "cluster.local", waypoint.on_request, lambda *_: None, queues=True
+        )
         listeners = Listeners(pair.plane)
         listeners.listen(WP_ADDRESS, HBONE_PORT, server.serve)
         try:

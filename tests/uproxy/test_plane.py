@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from uproxy import plane
-from uproxy.plane import STEPS_PER_TURN, Plane
+from uproxy.plane import MAX_AHEAD, MAX_TURNS_WITHOUT, STEPS_PER_TURN, Plane
 
 
 @pytest.fixture
@@ -69,6 +69,64 @@ def test_of_what_was_postponed_each_turn_does_one(ends: tuple[socket.socket, soc
     order = told(ends, 20, postponed=True)
     assert order.index("other") == 1
     assert order.count("much") == 20
+
+
+def test_new_work_waits_while_much_is_under_way_but_not_for_ever() -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+        done = asyncio.Event()
+
+        async def coroutine() -> None:
+            order.append("step")
+            if len(order) == 20 * STEPS_PER_TURN + 3:
+                done.set()
+
+        def begin() -> None:
+            for _ in range(20 * STEPS_PER_TURN):
+                data_plane.spawn(coroutine())
+            assert data_plane.busy
+            for _ in range(3):
+                data_plane.queue(lambda: order.append("new"))
+
+        data_plane.call_later(0.0, lambda: data_plane.postpone(begin))
+        async with asyncio.timeout(5):
+            await done.wait()
+        data_plane.close()
+
+    plane.run(main())
+    before = [order[:at].count("step") for at, what in enumerate(order) if what == "new"]
+    each = MAX_TURNS_WITHOUT + 1
+    assert before == [STEPS_PER_TURN * (each * number + MAX_TURNS_WITHOUT) for number in range(3)]
+
+
+def test_of_much_new_work_a_turn_takes_a_part(ends: tuple[socket.socket, socket.socket]) -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+        done = asyncio.Event()
+
+        def begin() -> None:
+            ends[1].send(b"x")
+            for _ in range(3 * MAX_AHEAD):
+                data_plane.queue(lambda: order.append("new"))
+            data_plane.queue(done.set)
+
+        def readable(_: int) -> None:
+            data_plane.unwatch(ends[0].fileno())
+            order.append("other")
+
+        data_plane.watch(ends[0].fileno(), plane.READ, readable)
+        data_plane.call_later(0.0, lambda: data_plane.postpone(begin))
+        async with asyncio.timeout(5):
+            await done.wait()
+        data_plane.close()
+
+    plane.run(main())
+    assert order.index("other") == 1 + 3
+    assert order.count("new") == 3 * MAX_AHEAD
 
 
 def test_what_control_work_wakes_is_done_when_it_has_run() -> None:
