@@ -20,7 +20,7 @@ from control.server.ca import Authority
 from tests.support.envoy_waypoint import running_envoy
 from tests.support.hand_tunnel import HandTunnel
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, WEB_ADDRESS, issued
-from tests.support.through_waypoint import WP_ADDRESS
+from tests.support.through_waypoint import WP_ADDRESS, Between
 from uproxy import plane
 from waypoint.engine_envoy import child, rendering
 from waypoint.engine_envoy.serving import EnvoyServing
@@ -53,9 +53,10 @@ def eventually(check: Callable[[], bool]) -> None:
 
 def has_ended(one: HandTunnel) -> bool:
     try:
-        return asked(one) != 200
+        asked(one)
     except ConnectionError:
         return True
+    return False
 
 
 def is_answered(identity: Path, status: int) -> bool:
@@ -116,6 +117,20 @@ def test_a_revoked_caller_makes_no_new_tunnel_and_what_it_has_open_ends(
     while_served(tmp_path, authority, check)
 
 
+def test_requests_of_a_revoked_caller_are_refused_at_once_and_those_of_others_go_on(
+    tmp_path: Path, authority: Authority
+) -> None:
+    def check() -> None:
+        web, ann = tmp_path / "web", issued(authority, tmp_path / "ann", ANN)
+        with contextlib.closing(tunnel(web)) as revoked, contextlib.closing(tunnel(ann)) as other:
+            assert (asked(revoked), asked(other)) == (200, 200)
+            revoke(authority, tmp_path, "web")
+            eventually(lambda: asked(revoked) == 403)
+            assert asked(other) == 200, "in its old tunnel"
+
+    while_served(tmp_path, authority, check)
+
+
 def test_a_revoked_backend_gets_no_more_requests(tmp_path: Path, authority: Authority) -> None:
     def check() -> None:
         with contextlib.closing(tunnel(tmp_path / "web")) as one:
@@ -152,3 +167,39 @@ def test_there_are_so_many_tunnels_and_no_more(
         eventually(lambda: is_answered(web, 200))
 
     while_served(tmp_path, authority, check)
+
+
+def test_what_an_envoy_cuts_off_never_looks_complete(tmp_path: Path, authority: Authority) -> None:
+    """A server that closes first, and a caller that reads more slowly than it sends (docs/engines.md)."""
+    size = 4 << 20
+
+    async def sending(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readexactly(1)
+            writer.write(bytes(size))
+            await writer.drain()
+        writer.close()
+
+    async def received(between: Between) -> int:
+        """How much until it ended; -1: it was reset."""
+        reader, writer = await between.open()
+        writer.write(b"?")
+        count = 0
+        try:
+            while some := await reader.read(1 << 16):
+                count += len(some)
+                await asyncio.sleep(0.001)
+        except ConnectionResetError:
+            return -1
+        finally:
+            writer.close()
+        return count
+
+    async def main() -> None:
+        server = await asyncio.start_server(sending, DB_ADDRESS, 0)
+        port = server.sockets[0].getsockname()[1]
+        async with running_envoy(tmp_path, authority, port, "tcp") as (between, _), asyncio.timeout(30):
+            assert {await received(between) for _ in range(5)} <= {size, -1}
+        server.close()
+
+    plane.run(main())

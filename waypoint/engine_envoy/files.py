@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from waypoint.engine_envoy.extensions import file_of
 from waypoint.engine_envoy.parts import Json, digest, message
 from waypoint.engine_envoy.rendering import HBONE, Layout, Rendering
+from waypoint.engine_envoy.rules import revoked
 
 _LISTENER = "config.listener.v3.Listener"
 _CLUSTER = "config.cluster.v3.Cluster"
@@ -40,11 +41,14 @@ class Files:
                 shutil.rmtree(other)
         own.mkdir(mode=0o700)
 
-    def write_secrets(self, chain_and_key: bytes, roots: bytes, revocations: bytes, revocation: int) -> None:
+    def write_secrets(
+        self, chain_and_key: bytes, roots: bytes, revocations: bytes, serials: Collection[int], revocation: int
+    ) -> None:
         """The waypoint's own certificate with its key, and whom it believes; PEM. Raises OSError.
 
-        `revocation`: of which renderings (`Rendering.revocation`).
+        `serials`: of the certificates in `revocations`. `revocation`: of which renderings (`Rendering.revocation`).
         """
+        self._replace("revoked", "", [message(_FILTER, **revoked(serials))])
         pem = {"inline_string": chain_and_key.decode("ascii")}
         self._replace("own", "", [message(_SECRET, name="own", tls_certificate=dict.fromkeys(_HALVES, pem))])
         context: Json = {"trusted_ca": {"inline_string": roots.decode("ascii")}}
@@ -89,7 +93,7 @@ class Files:
 
     def sweep(self, rendering: Rendering) -> None:
         """Remove what nothing of a rendering reads."""
-        kept = {self._layout.file(kind) for kind in ("own", "clusters", "listeners", "tokens")}
+        kept = {self._layout.file(kind) for kind in ("own", "revoked", "clusters", "listeners", "tokens")}
         kept |= {self._roots, self._layout.file("roots", str(rendering.revocation))}
         kept |= {self._layout.file("routes", name) for name in (*rendering.routes, "probe")}
         kept |= {self._layout.file("endpoints", name) for name in rendering.endpoints}

@@ -37,6 +37,8 @@ from waypoint.engine_envoy.parts import (
     RBAC,
     RBAC_ALLOW,
     RBAC_DENY,
+    REVOKED,
+    SERIAL,
     TOKENS,
     WOULD_ALLOW,
     WOULD_DENY,
@@ -676,12 +678,14 @@ def _hbone_listeners(layout: Layout, revocation: int) -> Iterator[tuple[str, Jso
         ORIGINAL_DST + ".local_ip": "%REQ(:AUTHORITY)%",
         ORIGINAL_DST + ".remote_ip": "%DOWNSTREAM_REMOTE_ADDRESS%",
         PRINCIPAL: "%DOWNSTREAM_PEER_URI_SAN%",
+        SERIAL: "%DOWNSTREAM_PEER_SERIAL%",
         CALLER: "%DOWNSTREAM_PEER_URI_SAN%;%DOWNSTREAM_REMOTE_ADDRESS%",
     }
+    kinds = {PRINCIPAL: "envoy.hashable_string", CALLER: "envoy.hashable_string", SERIAL: "envoy.string"}
     state = [
         {
             "object_key": name,
-            "factory_key": "envoy.hashable_string" if name in (PRINCIPAL, CALLER) else name,
+            "factory_key": kinds.get(name, name),
             "format_string": {"text_format_source": {"inline_string": text}},
             "shared_with_upstream": "TRANSITIVE" if name == CALLER else "ONCE",
         }
@@ -707,6 +711,7 @@ def _hbone_listeners(layout: Layout, revocation: int) -> Iterator[tuple[str, Jso
         },
         http_filters=[
             extension("state", _STATE, on_request_headers=state),
+            _discovered(REVOKED, layout, RBAC),
             extension("named", RBAC, rules=rules),
             _router(),
         ],
@@ -766,20 +771,14 @@ def _filters(layout: Layout) -> list[Json]:
         {"remove_on_match": {"key_matcher": {"prefix": "x-envoy-"}}},
         *({"append": header(name, value)} for name, value in said.items()),
     ]
-    jwt = {
-        "name": TOKENS,
-        "config_discovery": {
-            "config_source": source(layout.file("tokens")),
-            "type_urls": ["type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication"],
-        },
-    }
     return [
         extension(
             "callers",
             "extensions.filters.http.header_mutation.v3.HeaderMutation",
             mutations={"request_mutations": callers},
         ),
-        jwt,
+        _discovered(REVOKED, layout, RBAC),
+        _discovered(TOKENS, layout, "extensions.filters.http.jwt_authn.v3.JwtAuthentication"),
         *checks.idle_filters(),
         *({**extension(name, RBAC), "disabled": True} for name in _REHEARSED),
         extension(RBAC_DENY, RBAC, rules=_NOBODY),
@@ -788,6 +787,15 @@ def _filters(layout: Layout) -> list[Json]:
         *traffic.idle_filters(),
         _router(),
     ]
+
+
+def _discovered(name: str, layout: Layout, kind: str) -> Json:
+    """A filter whose configuration stands in a file of its own, and holds for the next request."""
+    asked = {
+        "config_source": source(layout.file(name)),
+        "type_urls": [f"type.googleapis.com/envoy.{kind}"],
+    }
+    return {"name": name, "config_discovery": asked}
 
 
 def _refusals() -> Json:

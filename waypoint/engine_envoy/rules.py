@@ -34,11 +34,15 @@ from waypoint.engine_envoy.parts import (
     JWT_METADATA,
     PAYLOAD,
     PRINCIPAL,
+    RBAC,
     RBAC_ALLOW,
     RBAC_DENY,
+    REVOKED,
+    SERIAL,
     WOULD_ALLOW,
     WOULD_DENY,
     Json,
+    extension,
     message,
 )
 from waypoint.request import merged_slashes
@@ -112,6 +116,24 @@ def _rehearsed(policies: Collection[AuthorizationPolicy]) -> Iterator[tuple[str,
         for name, action in ((WOULD_DENY, Action.DENY), (WOULD_ALLOW, Action.ALLOW)):
             rules = _engine("shadow_rules", held, action, http=True)
             yield name, message(_PER_ROUTE, rbac={**rules, "shadow_rules_stat_prefix": f"{name}-"})
+
+
+def revoked(serials: Collection[int]) -> Json:
+    """The filter that refuses callers by the serial numbers of their certificates: what is revoked holds at once, and
+    not only when tunnels are made anew.
+    """
+    if not serials:
+        return extension(REVOKED, RBAC)
+    texts = sorted(map(_serial, serials))
+    who = _CALLING.either([{"filter_state": {"key": SERIAL, "string_match": {"exact": text}}} for text in texts])
+    policies = {REVOKED: {"permissions": [{"any": True}], "principals": [who]}}
+    return extension(REVOKED, RBAC, rules={"action": Action.DENY.value, "policies": policies})
+
+
+def _serial(number: int) -> str:
+    """As Envoy writes it: in whole bytes."""
+    text = f"{abs(number):x}"
+    return "-" * (number < 0) + text.zfill(len(text) + len(text) % 2)
 
 
 def tcp_rules(policies: Iterable[AuthorizationPolicy]) -> list[Json]:

@@ -214,7 +214,8 @@ class EnvoyServing:
         self._revocation += bool(revoked - self._revoked)
         self._revoked = revoked
         roots = "".join(map(ssl.DER_cert_to_PEM_cert, now.roots)).encode()
-        self._files.write_secrets(now.chain_and_key, roots, now.revocations.pem, self._revocation)
+        serials = {serial for _, serial in revoked}
+        self._files.write_secrets(now.chain_and_key, roots, now.revocations.pem, serials, self._revocation)
 
     # -- operators
 
