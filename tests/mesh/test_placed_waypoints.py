@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +104,11 @@ class Mesh:
         self.lab.wait([host.agent_running], 20, "the node agent")
 
 
+def _soon(condition: Callable[[], bool]) -> None:
+    """A process takes seconds to start on a machine that is busy, and an endpoint that failed comes last for some."""
+    inside.eventually(condition, 40)
+
+
 def _node(host: Host) -> str:
     return host.lab.names.node(host.name)
 
@@ -177,20 +182,20 @@ def test_each_has_a_uid_and_a_key_of_its_own_and_no_privileges(mesh: Mesh) -> No
 def test_a_process_that_dies_is_started_again(mesh: Mesh) -> None:
     (before,) = mesh.on_a.pids()
     os.kill(before, signal.SIGKILL)
-    inside.eventually(lambda: mesh.on_a.pids() not in ([], [before]))
-    inside.eventually(mesh.served_by_both)
+    _soon(lambda: mesh.on_a.pids() not in ([], [before]))
+    _soon(mesh.served_by_both)
 
 
 def test_it_goes_on_without_the_agent_and_the_next_agent_leaves_it_alone(mesh: Mesh) -> None:
     before = mesh.on_a.pids()
     mesh.under_load()
     mesh.restart_agent(mesh.on_a.host)
-    inside.eventually(lambda: "runs already" in mesh.on_a.host.logs())
+    _soon(lambda: "runs already" in mesh.on_a.host.logs())
     assert mesh.failures() == []
     assert mesh.on_a.pids() == before
     os.kill(before[0], signal.SIGKILL)
-    inside.eventually(lambda: mesh.on_a.pids() not in ([], before))
-    inside.eventually(mesh.served_by_both)
+    _soon(lambda: mesh.on_a.pids() not in ([], before))
+    _soon(mesh.served_by_both)
 
 
 def test_an_upgrade_fails_no_request_and_its_successor_is_looked_after(mesh: Mesh) -> None:
@@ -211,8 +216,8 @@ def test_an_upgrade_fails_no_request_and_its_successor_is_looked_after(mesh: Mes
     assert mesh.failures() == []
     (successor,) = set(mesh.on_b.pids()) - {before}
     os.kill(successor, signal.SIGKILL)
-    inside.eventually(lambda: bool(set(mesh.on_b.pids()) - {before, successor}))
-    inside.eventually(mesh.served_by_both)
+    _soon(lambda: bool(set(mesh.on_b.pids()) - {before, successor}))
+    _soon(mesh.served_by_both)
     assert before in mesh.on_b.pids()
     for sock in held:
         sock.close()
@@ -222,10 +227,10 @@ def test_it_is_removed_with_what_declares_it_while_an_agent_is_there_or_when_one
     extra = [Placed(mesh.shop.b, f"extra-{number}", f"10.96.2.{210 + number}", "extra") for number in range(2)]
     for one in extra:
         mesh.control.meshctl("waypoint", "apply", "extra", "--placement", "node", "--instance", one.instance)
-    inside.eventually(lambda: all((one.directory / "handover.sock").exists() for one in extra))
+    _soon(lambda: all((one.directory / "handover.sock").exists() for one in extra))
     assert len({one.directory.stat().st_uid for one in (*extra, mesh.on_b)}) == 3
     mesh.control.meshctl("delete", "WorkloadEntry", "extra-0")
-    inside.eventually(lambda: not _left(extra[0]))
+    _soon(lambda: not _left(extra[0]))
     assert _left(extra[1])
     host = mesh.shop.b
     assert host.agent is not None
@@ -236,7 +241,7 @@ def test_it_is_removed_with_what_declares_it_while_an_agent_is_there_or_when_one
     (mesh.lab.directory / "state" / _node(host) / "state").unlink()  # so that nothing reminds the next one
     host.start_agent()
     mesh.lab.wait([host.agent_running], 20, "the node agent")
-    inside.eventually(lambda: not _left(extra[1]))
+    _soon(lambda: not _left(extra[1]))
     assert mesh.served_by_both()
 
 
@@ -250,7 +255,7 @@ def test_a_process_of_a_service_account_has_that_accounts_identity(mesh: Mesh) -
     mesh.control.meshctl(
         "waypoint", "apply", "accounts", "--placement", "service-account", "--instance", of_account.instance
     )
-    inside.eventually(lambda: (of_account.directory / "handover.sock").exists())
+    _soon(lambda: (of_account.directory / "handover.sock").exists())
     membership = json.loads((of_account.directory / "mesh.json").read_text())
     assert membership["service_account"] == "reviews"
     assert membership["workload"] == "reviews-wp-a"

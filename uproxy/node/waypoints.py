@@ -224,7 +224,7 @@ class _Place:
     async def keep(self) -> None:
         """Have it run, until cancelled."""
         assert self.wanted is not None
-        pause_s = _FIRST_PAUSE_S
+        pause_s = 0.0
         while True:
             began = time.monotonic()
             try:
@@ -234,10 +234,8 @@ class _Place:
             except _ERRORS as error:
                 self.problem = str(error)
             _log.error("waypoint %s: %s", self.key, self.problem)
-            if time.monotonic() - began >= _HEALTHY_S:
-                pause_s = _FIRST_PAUSE_S
+            pause_s = next_pause_s(pause_s, time.monotonic() - began)
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
     async def _run(self, wanted: Wanted) -> None:
         """Have it run; returns when it does no more. Raises one of _ERRORS."""
@@ -411,6 +409,11 @@ class _Place:
 
     def _reap(self) -> None:
         self._children = [child for child in self._children if child.poll() is None]
+
+
+def next_pause_s(pause_s: float, lived_s: float) -> float:
+    """Before the next start, when the one after `pause_s` lived so long; 0 before the first."""
+    return _FIRST_PAUSE_S if lived_s >= _HEALTHY_S else min(max(2 * pause_s, _FIRST_PAUSE_S), _LAST_PAUSE_S)
 
 
 def remove_all(settings: Settings) -> None:

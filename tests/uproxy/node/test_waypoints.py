@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +17,9 @@ from control.api.index import AddressShard, Placed, ResidentWorkload
 from control.api.messages import Envelope
 from control.client.membership import Membership
 from control.client.state import State
-from uproxy.node.waypoints import Declared, Wanted
+from uproxy import cgroup
+from uproxy.claims import FIRST_WAYPOINT_UID
+from uproxy.node.waypoints import Declared, Settings, Wanted, next_pause_s, remove_all
 
 DOMAIN = parse_trust_domain("cluster.local")
 WP = make_id(DOMAIN, "shop", "wp")
@@ -79,3 +86,34 @@ def test_an_identity_of_another_account_name_or_address_is_not_its_own():
         (WP, "wp-a", (FIRST,)),
     ):
         assert not wanted.is_member(Membership(identity, name, addresses, **door))
+
+
+def test_what_dies_at_once_is_started_ever_later_and_what_lived_at_once():
+    pauses = [0.0]
+    for _ in range(10):
+        pauses.append(next_pause_s(pauses[-1], lived_s=1.0))
+    assert pauses[1:] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
+    assert next_pause_s(30.0, lived_s=10.0) == 0.2
+
+
+@pytest.mark.root
+def test_all_places_are_removed_and_nothing_else_that_is_beside_them(tmp_path):
+    root = cgroup.mount_point() / f"uproxy-test-{os.getpid()}"
+    settings = Settings(tmp_path, root, tmp_path / "agent", None)
+    inside = root / "shop.wp-a" / "proxy"
+    inside.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (inside / "cgroup.procs").write_text(str(process.pid))
+        without_cgroup, by_hand = tmp_path / "shop.wp-b", tmp_path / "wp-1"
+        for directory, owner in ((without_cgroup, FIRST_WAYPOINT_UID), (by_hand, 0)):
+            directory.mkdir()
+            (directory / "key.pem").touch()
+            os.chown(directory, owner, owner)
+        try:
+            remove_all(settings)
+            assert process.wait(10) == -signal.SIGKILL
+            assert not (root / "shop.wp-a").exists()
+            assert list(tmp_path.iterdir()) == [by_hand]
+        finally:
+            process.kill()
+            cgroup.remove(root)
