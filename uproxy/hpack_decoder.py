@@ -54,7 +54,7 @@ class Decoder:
     def decode(self, block: bytes) -> Headers:
         """The fields of a block; the same tuple for a short one that came before. Raises HPACKDecodingError."""
         known = self._known.get(block)
-        if known is not None:
+        if known is not None and self._limit <= self.max_allowed_table_size:
             return known
         headers: list[tuple[bytes, bytes]] = []
         left = self._most
