@@ -40,7 +40,7 @@ _VIPS: Final = {"echo": "240.240.7.10", "echo-v1": "240.240.7.1", "echo-v2": "24
 _JUDGE: Final = """---
 apiVersion: v1
 kind: Service
-metadata: {{name: judge, namespace: shop}}
+metadata: {{name: judge, namespace: shop, labels: {{{labels}}}}}
 spec: {{selector: {{app: echo}}, ports: [{{name: http, port: 80, targetPort: {port}}}]}}
 """
 """A service that may be asked."""
@@ -204,6 +204,7 @@ class Suite:
         self.engine = engine
         self.echoes = echoes
         self._judge = judge
+        self._ended = 0
         self.running = running
         self.warnings: list[str] = []
         """Of what was applied last."""
@@ -216,17 +217,18 @@ class Suite:
         return self._judge.asked
 
     def judges(self) -> set[str]:
-        """Who has asked it by connections that have ended, of which there must be some."""
+        """Who has asked it by connections that have ended since `apply`, of which there must be some."""
         for _ in range(500):
-            ended = self.running.pair.db.telemetry.ended
+            ended = self.running.pair.db.telemetry.ended[self._ended :]
             found = {one.caller or one.source.identity for one in ended if f":{self._judge.port}" in one.hbone_address}
             if found:
                 return found
             time.sleep(0.01)
         raise AssertionError("nobody has asked")
 
-    def apply(self, *texts: str, spare: tuple[str, ...] = ()) -> None:
+    def apply(self, *texts: str, spare: tuple[str, ...] = (), bound_judge: bool = False) -> None:
         """These resources, and the services; whatever was applied before is gone. `spare`: services that are not there.
+        `bound_judge`: whether Service `judge` is bound to this waypoint.
 
         Raises ResourceErrors.
         """
@@ -234,7 +236,7 @@ class Suite:
             _SERVICE.format(name=name, vip=vip, port=self.echoes[name[5:] or "v1"].port)
             for name, vip in _VIPS.items()
             if name not in spare
-        ) + _JUDGE.format(port=self._judge.port)
+        ) + _JUDGE.format(port=self._judge.port, labels="istio.io/use-waypoint: wp" if bound_judge else "")
         mesh = Mesh.build(
             resources.parse("---\n".join([_WORKLOADS.replace("ENGINE", self.engine) + services, *texts]), "f.yaml"),
             "cluster.local",
@@ -254,6 +256,7 @@ class Suite:
             )
         }
         pair = self.running.pair
+        self._ended = len(pair.db.telemetry.ended)
 
         async def take() -> None:
             for name, record in self._applied.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -76,7 +77,8 @@ class Module:
     def call(self, cluster: str) -> bytes:
         """Instructions: asks somebody; marks the request with `x-called` when that is done."""
         nothing = _number(0) + _number(0)
-        given = self._text(cluster) + nothing + nothing + nothing + _number(1000) + _number(FOUND)
+        asked = self._bytes(_pairs({":method": "GET", ":path": "/", ":authority": "called"}))
+        given = self._text(cluster) + asked + nothing + nothing + _number(1000) + _number(FOUND)
         return given + _called("proxy_http_call") + _if_zero(self.add(REQUEST, "x-called", "yes"))
 
     def made(self, on_request: bytes = b"", on_response: bytes = b"") -> bytes:
@@ -112,10 +114,20 @@ class Module:
         return b"\0asm\1\0\0\0" + b"".join(bytes([number]) + _sized(body) for number, body in sections.items())
 
     def _text(self, text: str) -> bytes:
-        """Instructions: where it is, and its length."""
+        return self._bytes(text.encode())
+
+    def _bytes(self, data: bytes) -> bytes:
+        """Instructions: where they are, and how many."""
         place = DATA + len(self.texts)
-        self.texts += text.encode()
-        return _number(place) + _number(len(text))
+        self.texts += data
+        return _number(place) + _number(len(data))
+
+
+def _pairs(fields: Mapping[str, str]) -> bytes:
+    """Headers, as the host takes them (Proxy-Wasm, serialized maps)."""
+    sizes = b"".join(struct.pack("<II", len(name), len(value)) for name, value in fields.items())
+    texts = "".join(f"{name}\0{value}\0" for name, value in fields.items())
+    return struct.pack("<I", len(fields)) + sizes + texts.encode()
 
 
 def _number(value: int) -> bytes:

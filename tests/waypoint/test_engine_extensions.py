@@ -102,6 +102,7 @@ FAILS = """
 local function does(handle, what)
   local headers = handle:headers()
   if what == "raise" then error("no")
+  elseif what == "raise what cannot be told" then error(setmetatable({}, {__tostring = function() error("no") end}))
   elseif what == "loop" then while true do end
   elseif what == "loop and catch" then while true do pcall(function() while true do end end) end
   elseif what == "loop in a handler" then while true do xpcall(error, function() while true do end end) end
@@ -125,7 +126,18 @@ function envoy_on_request(handle) does(handle, handle:headers():get("x-do")) end
 function envoy_on_response(handle) does(handle, handle:headers():get("do")) end
 """
 WHATS = [
-    *("raise", "loop", "loop and catch", "loop in a handler", "after the body", "call", "stream", "body", "state"),
+    *(
+        "raise",
+        "raise what cannot be told",
+        "loop",
+        "loop and catch",
+        "loop in a handler",
+        "after the body",
+        "call",
+        "stream",
+        "body",
+        "state",
+    ),
     *("filter state", "files", "programs", "ffi", "debug", "strings", "objects", "load"),
 ]
 

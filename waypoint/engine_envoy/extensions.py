@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -96,7 +96,8 @@ def held(filters: Sequence[EnvoyFilter], directory: Path) -> dict[str, Json]:
     if not filters:
         return {}
     found = {_name(index): injected(_filter(one, directory)) for index, one in enumerate(filters)}
-    return {_BEFORE: injected(_guard("request")), **found, _BEHIND: injected(_guard("response"))}
+    passed = [one.extension for one in filters if one.language is Language.LUA and not one.fail_open]
+    return {_BEFORE: injected(_guard("request", ())), **found, _BEHIND: injected(_guard("response", passed))}
 
 
 def file_of(directory: Path, module: Module) -> Path:
@@ -121,8 +122,8 @@ def _filter(what: EnvoyFilter, directory: Path) -> Json:
     return _lua(own, "sandbox.lua")
 
 
-def _guard(side: str) -> Json:
-    return _lua(f"local SIDE = {_quoted(side)}\n", "guard.lua")
+def _guard(side: str, passed: Iterable[str]) -> Json:
+    return _lua(f"local SIDE, PASSED = {_quoted(side)}, {{{', '.join(map(_quoted, passed))}}}\n", "guard.lua")
 
 
 def _lua(own: str, script: str) -> Json:

@@ -327,6 +327,12 @@ def test_what_a_service_allows_goes_on_with_what_it_says(suite: Suite) -> None:
     assert suite.judges() == {"spiffe://cluster.local/ns/shop/sa/wp"}, "who has asked"
 
 
+def test_a_service_behind_the_waypoint_is_told_that_the_waypoint_asks(suite: Suite) -> None:
+    suite.apply(judge("includeRequestHeadersInCheck: [verdict]"), asks(), bound_judge=True)
+    assert suite.ask(**verdict(200, "connection: close")).status == 200
+    assert suite.judges() == {"spiffe://cluster.local/ns/shop/sa/wp"}
+
+
 def test_only_what_is_said_of_a_request_is_told(suite: Suite) -> None:
     suite.apply(judge(), asks())
     answer = suite.ask(authorization="Basic secret", cookie="c=1")

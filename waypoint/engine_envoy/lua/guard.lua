@@ -1,5 +1,5 @@
 -- Stands on both sides of a place's filters: what they may not write is as it was, or the message is refused. `SIDE` is the
--- one that remembers: "request" before them, "response" behind them.
+-- one that remembers: "request" before them, "response" behind them. `PASSED`: Extensions that requests must have passed.
 
 local metatable_of = debug.getmetatable
 local OF_REQUESTS = { [":method"] = true, [":path"] = true, [":authority"] = true, [":scheme"] = true, [":protocol"] = true }
@@ -8,18 +8,21 @@ local function remember(handle, kind, also)
   handle:streamInfo():dynamicMetadata():set(KEEPS, kind, print_of(handle:headers(), also))
 end
 
-local function is_changed(handle, kind, also)
-  local kept = (handle:streamInfo():dynamicMetadata():get(KEEPS) or {})[kind]
-  if kind == "response" and not kept then return false end -- a filter's own answer, which has not come past the other side
-  local changed = kept ~= print_of(handle:headers(), also)
-  if changed then handle:logErr("an Extension has changed what it must leave as it is") end
-  return changed
+local function is_wrong(handle, kind, also)
+  local kept = handle:streamInfo():dynamicMetadata():get(KEEPS) or {}
+  if kind == "response" and not kept.response then return false end -- a filter's own answer, from between the two sides
+  local problem = kept[kind] ~= print_of(handle:headers(), also) and "an Extension has changed what it must leave as it is"
+  for _, name in ipairs(kind == "request" and PASSED or {}) do
+    if kept[name] ~= "passed" then problem = "Extension " .. name .. " has failed" end
+  end
+  if problem then handle:logErr(problem) end
+  return problem
 end
 
 function envoy_on_request(handle)
   if SIDE == "request" then
     remember(handle, "request", OF_REQUESTS)
-  elseif is_changed(handle, "request", OF_REQUESTS) then
+  elseif is_wrong(handle, "request", OF_REQUESTS) then
     refuse_request(handle, metatable_of(handle), "")
   end
 end
@@ -27,7 +30,7 @@ end
 function envoy_on_response(handle)
   if SIDE == "response" then
     remember(handle, "response", {})
-  elseif is_changed(handle, "response", {}) then
+  elseif is_wrong(handle, "response", {}) then
     for _, found in next, debug.getregistry() do
       if type(found) == "table" and rawget(found, "setBytes") then
         return refuse_response(handle, metatable_of(handle), found.setBytes, "")

@@ -85,21 +85,30 @@ local function narrow(handle)
   end
 end
 
-local function called(call, refuse)
-  if type(call) ~= "function" then return nil end
+local function keep(handle, name, value)
+  set_metadata(methods.streamInfo(handle):dynamicMetadata(), KEEPS, name, value)
+end
+
+local function called(call, refuse, passed)
   return function(handle)
     if not methods then narrow(handle) end
     local ok, problem = pcall(call, handle)
-    if ok and not exhausted() then return end
+    if ok and not exhausted() then return passed(handle) end
     taken[running()] = nil
-    methods.logErr(handle, "Extension " .. NAME .. ": " .. tostring(problem))
+    -- What is no text may have code of its own for becoming some.
+    methods.logErr(handle, "Extension " .. NAME .. ": " .. (type(problem) == "string" and problem or type(problem)))
     if not OPEN then refuse(handle) end
   end
 end
+local function nothing() end
 
-envoy_on_request = called(environment.envoy_on_request, function(handle) refuse_request(handle, methods, NAME) end)
-envoy_on_response = called(environment.envoy_on_response, function(handle)
-  refuse_response(handle, methods, set_bytes, NAME)
-  local refused = print_of(methods.headers(handle), {})
-  set_metadata(methods.streamInfo(handle):dynamicMetadata(), KEEPS, "response", refused)
+-- Of a request the guard wants to be told that this has passed it: who fails here in a way that nobody thought of does not.
+envoy_on_request = called(environment.envoy_on_request or nothing, function(handle)
+  refuse_request(handle, methods, NAME)
+end, function(handle)
+  keep(handle, NAME, "passed")
 end)
+envoy_on_response = environment.envoy_on_response and called(environment.envoy_on_response, function(handle)
+  refuse_response(handle, methods, set_bytes, NAME)
+  keep(handle, "response", print_of(methods.headers(handle), {}))
+end, nothing)
