@@ -110,6 +110,11 @@ class Admission:
             )
         return None
 
+    @property
+    def has_sidecar(self) -> bool:
+        """Whether the process of any waypoint stands beside this workload."""
+        return self._sidecar is not None
+
     def goes_beside(self, peer: SpiffeId, port: int) -> tuple[bool, bool]:
         """Whether a stream that its peer has for itself goes through the waypoint's process beside this workload, and
         whether it goes no other way while that is not there.

@@ -164,7 +164,9 @@ class Inbound:
             address, port = await self._target(fields, record)
             admission = self._admission
             passage = self._admit(carrier, headers, address, port, record)
-            beside = await self._beside_at(carrier, passage, port)
+            beside = None
+            if passage is None and admission.has_sidecar:
+                beside = await self._beside_at(carrier, port)
             if beside is not None:
                 app, listens_at = beside.connect(self._told(carrier, fields, record, address, port)), ""
             else:
@@ -397,11 +399,11 @@ class Inbound:
         application.tell(app, source, caller, (address, port))
         return True
 
-    async def _beside_at(self, carrier: Tunnel, passage: Passage | None, port: int) -> Beside | None:
+    async def _beside_at(self, carrier: Tunnel, port: int) -> Beside | None:
         """The process that a stream is handed to; None: to the application itself. Raises RefusedError when there has
         to be one, and is none.
         """
-        goes, only = self._admission.goes_beside(carrier.peer, port) if passage is None else (False, False)
+        goes, only = self._admission.goes_beside(carrier.peer, port)
         if not goes or self._beside is None:
             if only:
                 raise RefusedError("waypoint-unavailable", "nothing here starts the waypoint's process", status=503)

@@ -125,7 +125,7 @@ class _Proxy:
                 "workload": who.workload,
                 "identity": str(who.identity),
                 "addresses": who.addresses,
-                "identity_dir": "",
+                "closed": str(settings.identity_dir),
                 "access_log": settings.access_log,
                 "log_json": settings.log_json,
                 "otlp": (),

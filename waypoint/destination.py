@@ -157,6 +157,15 @@ class Destinations:
         served = [one for one in endpoints if one.node == own.node and (one.identity == own.identity or not of_account)]
         return served or endpoints
 
+    def are_left(self, destination: Destination) -> bool:
+        """Whether callers go to its services in another way now, by the present configuration."""
+        gateway, own = self._state.gateway(self._gateway), self._state.workload(self._own)
+        if gateway is not None and gateway.placement is Placement.SIDECAR:
+            return own is None or own.sidecar is None or not own.sidecar.ports
+        return any(
+            service.binding is None or not service.binding.leads_to(self._gateway) for service in destination.services
+        )
+
     def speaks_http2(self, service_key: str, port: int, caller: bool) -> bool:
         """Whether the workloads of a service port take requests by HTTP/2; as the caller does, if nothing says so."""
         self._refresh()

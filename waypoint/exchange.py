@@ -405,10 +405,7 @@ class Exchanges:
 
     def _turns_away(self, destination: Destination) -> bool:
         """Whether the caller should connect anew: this process ends, or the service's callers go another way now."""
-        bound = all(
-            service.binding is not None and service.binding.leads_to(self._gateway) for service in destination.services
-        )
-        return self.draining or (bool(destination.services) and not bound)
+        return self.draining or self._destinations.are_left(destination)
 
     async def _refuse(self, course: Course, refusal: RefusalError) -> None:
         """Raises OSError."""

@@ -175,6 +175,7 @@ class _Process:
             "gateway": self._gateway_key,
             "addresses": self._who.addresses,
             "identity_dir": str(self.settings.identity_dir),
+            "closed": "",
             "access_log": self.settings.access_log,
             "log_json": self.settings.log_json,
             "otlp": astuple(self.settings.otlp) if self.settings.otlp is not None else (),

@@ -28,6 +28,7 @@ from uproxy.channel import Channel, Message
 from uproxy.config import Collector, Who
 from uproxy.credentials import CurrentCredentials
 from uproxy.errors import Flag, RefusedError
+from uproxy.landlock import close_to_us
 from uproxy.plane import Plane, Waiter
 from uproxy.process import StartError
 from uproxy.tap import Taps
@@ -203,7 +204,8 @@ class _Worker:
         self._state = State(who.identity.trust_domain)
         access_log = process.open_log(str(settings["access_log"]), bool(settings["log_json"]), self._loop)
         self._telemetry = WaypointTelemetry(uproxy.__version__, access_log)
-        if not settings["identity_dir"]:
+        if settings["closed"]:
+            self._give_up(Path(str(settings["closed"])))
             self._serving = ServingBeside(
                 self._plane, who, str(settings["gateway"]), self._state, self._telemetry, access_log, self
             )
@@ -223,6 +225,13 @@ class _Worker:
             _collector(*otlp) if isinstance(otlp, list) and otlp else None,
         )
         self._started.set()
+
+    def _give_up(self, directory: Path) -> None:
+        """Where the uProxy has its key, which has the same user. Without Landlock only that nobody opens it."""
+        try:
+            close_to_us(directory)
+        except OSError as error:
+            log.warning("%s stays open to this process: %s", directory, error)
 
     def _apply(self, serial: int, batch: list[tuple[str, bytes]]) -> None:
         if self._state is None or self._serving is None:

@@ -8,11 +8,16 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 
 from tests.support.http_app import telling
@@ -121,6 +126,59 @@ def test_a_stranger_at_the_uproxys_loopback_port_reaches_nobody(running: Site) -
             stranger.sendall(b"DELETE / HTTP/1.1\r\nhost: db\r\n\r\n")
     for _ in range(5):
         assert asked("GET", running).status == 200, "and nobody's place is taken by it"
+
+
+def test_streams_of_http2_are_requests_each(running: Site) -> None:
+    client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+    client.initiate_connection()
+    statuses, ended = Counter[str](), 0
+    with socket.create_connection(running.forward, timeout=8) as sock:
+        for number in range(50):
+            method = "DELETE" if number % 5 == 0 else "GET"
+            head = [(":method", method), (":path", "/"), (":scheme", "http"), (":authority", "db.shop")]
+            client.send_headers(client.get_next_available_stream_id(), head, end_stream=True)
+        while ended < 50:
+            sock.sendall(client.data_to_send())
+            for event in client.receive_data(sock.recv(65536)):
+                if isinstance(event, h2.events.ResponseReceived):
+                    statuses[dict(event.headers)[":status"]] += 1
+                elif isinstance(event, h2.events.StreamEnded):
+                    ended += 1
+    assert statuses == {"403": 10, "200": 40}
+
+
+def test_a_websocket_stays_open_and_large_messages_cross(site: Site) -> None:
+    def serve(listener: socket.socket) -> None:
+        app, _ = listener.accept()
+        with app:
+            while b"\r\n\r\n" not in app.recv(65536):
+                pass
+            app.sendall(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n")
+            app.sendall(b"sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
+            while data := app.recv(65536):
+                app.sendall(data)
+
+    ask = (
+        b"GET / HTTP/1.1\r\nhost: db\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    payload = os.urandom(1 << 20)
+    with socket.create_server(site.application) as listener, site.running("db"), site.running("web"):
+        serving = threading.Thread(target=serve, args=(listener,))
+        serving.start()
+        with socket.create_connection(site.forward, timeout=8) as caller, caller.makefile("rwb") as stream:
+            stream.write(ask)
+            stream.flush()
+            assert b" 101 " in stream.readline()
+            while stream.readline() != b"\r\n":
+                pass
+            sending = threading.Thread(target=caller.sendall, args=(payload,))
+            sending.start()
+            assert stream.read(len(payload)) == payload
+            sending.join()
+            caller.shutdown(socket.SHUT_WR)
+            assert stream.read() == b""
+        serving.join()
 
 
 def test_while_it_is_gone_nothing_reaches_the_application(running: Site) -> None:

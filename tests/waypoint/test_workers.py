@@ -260,6 +260,7 @@ def test_what_a_worker_does_not_know_it_asks_the_first_process(site: Site) -> No
         "gateway": "shop/wp",
         "addresses": [ADDRESS],
         "identity_dir": str(site.path / "wp"),
+        "closed": "",
         "access_log": "off",
         "log_json": False,
         "otlp": (),

@@ -1,0 +1,49 @@
+"""`uproxy.landlock`: what a process that has given up a directory can open, and what it cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+_CHILD = """
+import json, subprocess, sys
+from pathlib import Path
+from uproxy.landlock import close_to_us
+closed, open_ = map(Path, sys.argv[1:])
+close_to_us(closed)
+
+def can(act):
+    try:
+        act()
+    except OSError:
+        return False
+    return True
+
+print(json.dumps({
+    "read": can((closed / "key.pem").read_bytes),
+    "list": can(lambda: list(closed.iterdir())),
+    "write": can(lambda: (closed / "new").write_text("x")),
+    "around": can(Path(f"/proc/self/root{closed}/key.pem").read_bytes),
+    "link": can((open_ / "link").read_bytes),
+    "child": subprocess.run(["cat", closed / "key.pem"], stderr=subprocess.DEVNULL).returncode == 0,
+    "beside": can((open_ / "file").read_bytes),
+    "log": can(lambda: (open_ / "log").write_text("x")),
+    "modules": can(lambda: __import__("email.mime.text")),
+}))
+"""
+
+
+def test_a_directory_is_closed_and_what_is_beside_it_is_not(tmp_path: Path) -> None:
+    closed, opened = tmp_path / "db", tmp_path / "logs"
+    for each in (closed, opened):
+        each.mkdir()
+    (closed / "key.pem").write_text("a key")
+    (opened / "file").write_text("no key")
+    (opened / "link").symlink_to(closed / "key.pem")
+    command = [sys.executable, "-c", _CHILD, str(closed), str(opened)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert {name for name, can in found.items() if can} == {"beside", "log", "modules"}
