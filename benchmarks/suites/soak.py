@@ -58,8 +58,6 @@ _CALLERS: Final = 24
 _REQUESTS: Final = (8, "/bytes/1000", 50.0)
 """Connections, path and rate a second through the waypoint."""
 _DISTURBED_S: Final = 2.0
-_REST_S: Final = 3.0
-"""Half-open and lingering ends go away."""
 _GROWN_MB: Final = 3.0
 """What allocators, and what is kept for each peer and label set, may still settle by after the first round."""
 _MORE_DESCRIPTORS: Final = 4
@@ -76,6 +74,8 @@ class Plan:
     rounds: int
     seconds: float
     """Of load, in each round."""
+    rest_s: float = 3.0
+    """After it: half-open and lingering ends go away."""
 
 
 QUICK: Final = Plan(rounds=3, seconds=5.0)
@@ -123,7 +123,7 @@ class Soak:
             f"{plan.rounds} rounds of {plan.seconds:g} s: {_CALLERS} callers whose connections echo, carry 2 MiB, are "
             f"reset, half closed, given up or not read, {_REQUESTS[2]:g} requests/s through a waypoint, and every "
             f"{_DISTURBED_S:g} s a renewed certificate and another configuration. What is held is read "
-            f"{_REST_S:g} s after the load has stopped",
+            f"{plan.rest_s:g} s after the load has stopped",
         )
         try:
             program = load.build(bench.directory)
@@ -160,7 +160,7 @@ class _Run:
         for number in range(1, self._plan.rounds + 1):
             self._bench.progress(f"{NAME}: round {number} of {self._plan.rounds}")
             connections += self._load(through, number)
-            time.sleep(_REST_S)
+            time.sleep(self._plan.rest_s)
             for part in parts:
                 seen[part.subject.name].append(_held(part))
         self._bench.progress(f"{NAME}: {connections:,} connections")
