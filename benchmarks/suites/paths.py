@@ -110,7 +110,7 @@ FULL: Final = Plan(
     http=(1, 16, 64),
     more=True,
     rounds=5,
-    seconds=1.2,
+    seconds=1.0,
 )
 
 

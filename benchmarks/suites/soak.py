@@ -79,7 +79,7 @@ class Plan:
 
 
 QUICK: Final = Plan(rounds=3, seconds=5.0)
-FULL: Final = Plan(rounds=6, seconds=40.0)
+FULL: Final = Plan(rounds=6, seconds=30.0)
 
 
 @dataclass(frozen=True, slots=True)
