@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import h2.config
@@ -20,9 +20,14 @@ import h2.connection
 import h2.events
 import pytest
 
+from control.server.bindings import Phase
+from tests.support.certificates import DB as DB_ID
+from tests.support.certificates import WEB
 from tests.support.http_app import telling
+from tests.support.member_site import MemberSite, controlled
 from tests.support.site import Site, echo_server, eventually, get
 from tests.support.waypoint_site import asked, labelled
+from uproxy.beside_feed import STATE_FILE
 from uproxy.process import METRICS_PORT
 
 NETWORK, OTHER = "127.0.95", "127.0.96"
@@ -259,3 +264,34 @@ def test_an_upgrade_loses_no_request(running: Site) -> None:
         eventually(lambda: not Path(f"/proc/{first}").exists(), PATIENCE_S)
         ask()
     connection.close()
+
+
+def test_a_label_brings_it_into_force_step_by_step_and_it_outlives_broker_and_control_plane(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        broker, control = stack.enter_context(controlled(tmp_path, [WEB, DB_ID]))
+        site = MemberSite(tmp_path, control.plane.authority, OTHER, broker, control)
+        control.apply(site.resources.replace("{port: 6379,", "{port: 6379, appProtocol: http,"))
+        stack.enter_context(telling(site.application))
+        for name in ("db", "web"):
+            site.token_file(name)
+            stack.enter_context(site.running(name))
+        assert passes_it(site) is False
+        control.apply(_GATEWAY)
+        control.plane.core.relabel(("Service", "shop", "db"), labels={"istio.io/use-waypoint": "wp"})
+        broker.waypoints = set(control.plane.core.waypoints())
+        assert DB_ID in broker.waypoints, "what its process reads, its uProxy reads"
+        broker.admit([WEB, DB_ID])
+
+        def is_enforced() -> bool:
+            (progress,) = control.plane.core.progress()
+            assert passes_it(site) is not None, "no request fails on the way"
+            return progress.state.phase is Phase.ENFORCED and progress.settled
+
+        eventually(is_enforced, PATIENCE_S)
+        assert passes_it(site)
+        eventually(lambda: (tmp_path / "db" / STATE_FILE).exists(), PATIENCE_S)
+        control.stop()
+        broker.stop()
+        with site.running("db", "--take-over"):
+            eventually(lambda: passes_it(site), PATIENCE_S)
+            assert asked("DELETE", site).status == 403
