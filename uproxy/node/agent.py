@@ -72,6 +72,15 @@ _CAPABILITIES: Final = {
     "CAP_DAC_READ_SEARCH": 2,
     "CAP_SYS_PTRACE": 19,
 }
+# Likewise, with `--waypoints`: a uid and a directory of its own for each process, and being told to end.
+_STARTING: Final = {
+    "CAP_CHOWN": 0,
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_FOWNER": 3,
+    "CAP_KILL": 5,
+    "CAP_SETGID": 6,
+    "CAP_SETUID": 7,
+}
 _REGISTER_FIELDS: Final[Mapping[str, type]] = {
     "workload": str,
     "namespace": str,
@@ -510,12 +519,13 @@ def _places(options: Options) -> waypoints.Settings | None:
     return waypoints.Settings(options.waypoints, root, options.identity_dir, options.waypoint_options)
 
 
-def _missing_privileges() -> str:
-    """The capabilities that eBPF needs and this process has not; empty when all is there."""
+def _missing_privileges(options: Options) -> str:
+    """The capabilities that are needed and this process has not; empty when all is there."""
     status = Path("/proc/self/status").read_text()
     found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     effective = int(found[1], 16) if found else 0
-    return ", ".join(name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1)
+    needed = _CAPABILITIES | (_STARTING if options.waypoints is not None else {})
+    return ", ".join(name for name, bit in needed.items() if not effective >> bit & 1)
 
 
 async def _run(agent: Agent, options: Options, feed: Coroutine[Any, Any, None]) -> None:
@@ -594,7 +604,7 @@ def main(argv: Sequence[str]) -> int:
     """The exit status: 0 after SIGTERM or --remove, 1 when it cannot run here, 2 for a wrong command line."""
     options = _parse(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    missing = _missing_privileges()
+    missing = _missing_privileges(options)
     if missing:
         print(f"uproxy node: needs root, or {missing}", file=sys.stderr)
         return 1

@@ -705,6 +705,11 @@ def test_without_privileges_it_says_so(host):
     assert complaint.startswith("uproxy node: needs root, or CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF")
 
 
+def test_what_starting_waypoints_takes_is_missed_with_the_units_own_capabilities(host):
+    complaint = host.fails(*with_the_units_capabilities([*host.joined_arguments(), "--waypoints", "/nowhere"]))
+    assert "needs root, or CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID" in complaint
+
+
 def test_without_objects_it_says_what_to_run(host, tmp_path):
     """In a mount namespace where the objects are hidden."""
     objects = Path(layout.__file__).parent / "build"
