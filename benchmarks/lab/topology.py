@@ -365,7 +365,7 @@ class Lab:
         remains.sweep(self.names)
         for process in self._spawned:
             process.wait()
-            for pipe in (process.stdin, process.stdout):
+            for pipe in (process.stdin, process.stdout, process.stderr):
                 if pipe is not None:
                     with suppress(OSError):  # a buffered job that nobody reads any more
                         pipe.close()

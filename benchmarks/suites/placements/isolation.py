@@ -113,7 +113,7 @@ def _of(placement: Placement, account: str) -> list[Caller]:
 def _victim(program: Path, caller: Caller, callers: int, seconds: float, number: int) -> Started:
     seed = number * callers + caller.member.number
     asked = load.http_open(_CONNECTIONS, "/", VICTIM.name, RATE / callers, seed=seed)
-    return partial(caller.start, load.argv(program, asked, *caller.entries[VICTIM.name], seconds))
+    return partial(caller.start, load.argv(program, asked, *caller.entries[VICTIM.name], seconds, waits=True))
 
 
 def _neighbours(

@@ -46,7 +46,7 @@ def generators(program: Path, placement: Placement, mix: Mix, seconds: float, nu
                     # The same schedule for every placement, and another for each generator and round.
                     seed = number * 2 * len(placement.callers) + 2 * placement.callers.index(caller) + (kind == "l4")
                     asked = load.http_open(CONNECTIONS, "/", service.name, rate, seed=seed)
-                    argv = load.argv(program, asked, *entries[service.name], seconds)
+                    argv = load.argv(program, asked, *entries[service.name], seconds, waits=True)
                     found[f"{caller.member.name} ({kind})"] = partial(caller.start, argv)
     return found
 

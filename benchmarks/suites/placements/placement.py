@@ -94,7 +94,7 @@ class Caller:
         """
         cgroup = str(self.box.app_cgroup.relative_to(self.lab.names.cgroup))
         pinned = ["taskset", "-c", str(LOAD_CORE), *(["chrt", "--fifo", "1"] if first else []), *argv]
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return self.lab.spawn(pinned, self.box.netns_path, cgroup, **streams)
 
 
