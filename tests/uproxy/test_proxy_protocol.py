@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,8 @@ from control.server.ca import Authority
 from tests.support.certificates import DB, WEB
 from tests.support.pair import DB_ADDRESS, WEB_ADDRESS, Pair, connected_pair, running_pair, workload
 from tests.support.passing_waypoint import GATEWAY, WAYPOINT_ADDRESS, running_waypoint
-from uproxy import plane
-from uproxy.proxy_protocol import PRINCIPAL, End, header
+from uproxy import plane, proxy_protocol
+from uproxy.proxy_protocol import PRINCIPAL, End, HeaderError, header
 
 PATIENCE_S = 10.0
 PORT, OTHER_PORT = 21873, 21874
@@ -206,3 +207,40 @@ def test_nobody_may_come_past_the_uproxy_to_a_port_that_is_told(tmp_path: Path) 
         assert pair.db.inbound._may_enter(WEB, WEB_ADDRESS, DB_ADDRESS, OTHER_PORT)
 
     run(tmp_path, test)
+
+
+@given(ends, ends, identities, st.binary(max_size=300), st.from_regex(r"[0-9a-f]{0,32}", fullmatch=True), st.binary())
+def test_what_is_written_is_read_again_and_what_follows_is_left(
+    source: End, destination: End, principal: SpiffeId, authority: bytes, unique_id: str, rest: bytes
+) -> None:
+    written = header(source, destination, principal, authority=authority, unique_id=unique_id.encode())
+    found = proxy_protocol.read(written + rest)
+    assert found is not None
+    assert found.length == len(written)
+    assert (found.source, found.destination, found.principal) == (source, destination, principal)
+    assert (found.authority, found.unique_id) == (authority, unique_id)
+
+
+_V4 = IpAddress("10.0.0.1"), 4711
+_WRITTEN = header(_V4, _V4, WEB)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        pytest.param(b"GET / HTTP/1.1\r\n", "does not begin", id="a request"),
+        pytest.param(b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\n", "does not begin", id="version 1"),
+        pytest.param(_WRITTEN[:12] + b"\x20" + _WRITTEN[13:], "not what we write", id="LOCAL"),
+        pytest.param(_WRITTEN[:13] + b"\x31" + _WRITTEN[14:], "not what we write", id="a Unix socket"),
+        pytest.param(_WRITTEN[:14] + b"\xff\xff" + _WRITTEN[16:], "not what we write", id="too long"),
+        pytest.param(_WRITTEN[:14] + b"\x00\x04" + _WRITTEN[16:], "too short", id="no addresses"),
+        pytest.param(header(_V4, _V4, None), "does not say who calls", id="nobody"),
+        pytest.param(_WRITTEN[:15] + bytes([_WRITTEN[15] - 1]) + _WRITTEN[16:], "cut short", id="a value cut short"),
+        pytest.param(
+            _WRITTEN[:15] + bytes([2 * _WRITTEN[15] - 12]) + _WRITTEN[16:] + _WRITTEN[28:], "twice", id="two callers"
+        ),
+    ],
+)
+def test_what_is_no_header_of_ours_is_refused(data: bytes, why: str) -> None:
+    with pytest.raises(HeaderError, match=why):
+        proxy_protocol.read(data)
