@@ -34,13 +34,15 @@ class Shared(Protocol):
 class Limiter:
     """Counts the connections to one service. What was counted outlives a change of the limits."""
 
-    __slots__ = ("_limits", "_open", "_plane", "_waiting", "idle", "shared")
+    __slots__ = ("_called", "_limits", "_making_room", "_open", "_plane", "_waiting", "idle", "shared")
 
     def __init__(self, data_plane: Plane) -> None:
         self._plane = data_plane
         self._limits = _NONE
         self._open = 0
         self._waiting: deque[Waiter[None]] = deque()
+        self._called = 0  # who waited, were let, and have not tried yet
+        self._making_room = False
         self.idle: dict[object, Callable[[], None]] = {}
         """How to close each connection that waits for a request, the longest idle first: they make room for others."""
         self.shared: dict[Shared, int] = {}
@@ -55,35 +57,41 @@ class Limiter:
         if limits == self._limits:
             return
         self._limits = limits
-        for _ in range(len(self._waiting)):
-            self.go_on()  # there may be more room now
+        self.go_on()  # there may be more room now
 
     @property
     def counts(self) -> bool:
         """Whether there is anything to remember."""
-        return bool(self._open or self._waiting)
+        return bool(self._open or self._waiting or self._called)
 
     def take(self, *, waited: bool) -> bool:
         """Whether one more may be opened: then it is counted, and `release` ends that. Who has not `waited` does not go
         before those who do.
         """
         most = self._limits.connections
-        if most:
-            if self._waiting and not waited:
-                return False
-            if self._open >= most and not self._make_room():
-                return False
+        if waited:
+            self._called -= 1
+        elif most and (self._waiting or self._called):
+            return False
+        if most and self._open >= most and not self._make_room():
+            return False
         self._open += 1
+        if waited and (not most or self._open + self._called < most):
+            self.go_on()  # where the limit was raised there is room for more than one
         return True
 
     def _make_room(self) -> bool:
-        """Whether there is some now."""
-        if self.idle:
-            next(iter(self.idle.values()))()
-        else:
-            quiet = next((one for one in self.shared if one.quiet), None)
-            if quiet is not None:
-                quiet.close()
+        """Whether there is some now. It is for who has asked."""
+        self._making_room = True
+        try:
+            if self.idle:
+                next(iter(self.idle.values()))()
+            else:
+                quiet = next((one for one in self.shared if one.quiet), None)
+                if quiet is not None:
+                    quiet.close()
+        finally:
+            self._making_room = False
         return self._open < self._limits.connections
 
     def carries(self, connection: Shared) -> None:
@@ -109,15 +117,22 @@ class Limiter:
     def release(self) -> None:
         """One that was counted is closed, or not opened after all."""
         self._open -= 1
-        self.go_on()
+        if not self._making_room:
+            self.go_on()
 
     def go_on(self) -> None:
-        """Let who waits longest try again. Who was let, and does not take its turn, says so here."""
+        """Let who waits longest try again: by `take`, or else it says `pass_on`."""
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.settled:
+                self._called += 1
                 waiter.set(None)
                 return
+
+    def pass_on(self) -> None:
+        """Who was let does not take its turn."""
+        self._called -= 1
+        self.go_on()
 
 
 class Limiters:

@@ -32,7 +32,7 @@ MAX_ANSWER: Final = 256 << 10
 """Bytes of an answer, which holds all headers or a body."""
 FIRST_RESTART_S: Final = 0.1
 LAST_RESTART_S: Final = 30.0
-"""Between two starts of a process that does not live to answer a call."""
+"""Between two starts of a process that does not live to be called."""
 
 _LENGTH: Final = struct.Struct("!I")
 _ROOM: Final = 208 << 10  # of the socket, which Linux doubles: a call with two heads of 64 KiB, as UTF-8, fits
@@ -55,6 +55,7 @@ class _Child:
         self._timer: Timer | None = None
         self.call: Waiter[list[Any]] | None = None
         self.ready = False
+        self.called = False
 
     @property
     def alive(self) -> bool:
@@ -155,7 +156,7 @@ class FilterPool:
         while not child.alive:  # it has ended since it was given to this call
             child = await self._a_child()
         waiter: Waiter[list[Any]] = Waiter(self.plane)
-        child.call = waiter
+        child.call, child.called = waiter, True
         child.tell(message, self.what.timeout_ms / 1000)
         answer = await waiter
         if answer[0] == "failed":
@@ -218,14 +219,17 @@ class FilterPool:
             return
         self.deaths += 1
         log.error("Extension %s: %s", self.what.extension, why)
-        if child.ready:
+        if child.called:
+            # By a call, mostly: others must not wait for what that has done.
             self._delay_s = FIRST_RESTART_S
             self._start()
         else:
             self._failed(why)
 
     def _failed(self, why: str) -> None:
-        """It does not even load: nobody waits for that, unless another one runs; it is tried again, later and later."""
+        """It does not even live to be called: nobody waits for that, unless another one runs; it is tried again, later
+        and later.
+        """
         if not any(child.ready for child in self._children):
             self._why = why
             while self._waiting:

@@ -215,30 +215,30 @@ class Forwarding:
 
     async def _room(self, course: Course, limiter: Limiter, hop: Hop) -> Outgoing | None:
         """Wait until there is a connection to use, or room for one, which is taken then. Raises RefusalError."""
+        timer = self._plane.call_later(
+            PENDING_TIMEOUT_S, lambda: course.miss(_no_room("no connection to the service was free in time"))
+        )
         waited = False
-        while not limiter.take(waited=waited):
-            claim = limiter.line_up(waited=waited)
-            if claim is None:
-                raise _no_room("too many requests wait for a connection to the service")
-            waited = True
-            course.claim = claim
-            timer = self._plane.call_later(
-                PENDING_TIMEOUT_S, lambda: course.miss(_no_room("no connection to the service was free in time"))
-            )
-            try:
+        try:
+            while not waited or not limiter.take(waited=True):
+                claim = limiter.line_up(waited=waited)
+                if claim is None:
+                    raise _no_room("too many requests wait for a connection to the service")
+                waited = True
+                course.claim = claim
                 await claim
-            except ConnectionResetError as error:
-                raise course.broken(error) from None
-            finally:
-                course.claim = None
-                timer.cancel()
-            if (stopped := course.cause or course.missed) is not None:
-                limiter.go_on()
-                raise stopped
-            kept = self._upstream.kept(course.caller, hop, http2=course.http2)
-            if kept is not None:
-                limiter.go_on()
-                return kept
+                if (stopped := course.cause or course.missed) is not None:
+                    limiter.pass_on()
+                    raise stopped
+                kept = self._upstream.kept(course.caller, hop, http2=course.http2)
+                if kept is not None:
+                    limiter.pass_on()
+                    return kept
+        except ConnectionResetError as error:
+            raise course.broken(error) from None
+        finally:
+            course.claim = None
+            timer.cancel()
         return None
 
 

@@ -154,13 +154,14 @@ class Opaque:
     async def _room(self, limiter: Limiter) -> None:
         """Wait until another connection may be opened, which is counted then. Raises RefusedError."""
         waited = False
+        deadline = time.monotonic() + PENDING_TIMEOUT_S
         while not limiter.take(waited=waited):
             claim = limiter.line_up(waited=waited)
             if claim is None:
                 raise RefusedError("overload", "too many connections to the service wait for another to end")
             waited = True
             try:
-                await self._plane.wait(claim, PENDING_TIMEOUT_S)
+                await self._plane.wait(claim, max(deadline - time.monotonic(), 0.0))
             except TimeoutError:
                 raise RefusedError("overload", "no other connection to the service has ended in time") from None
 

@@ -91,6 +91,60 @@ def test_a_newcomer_does_not_go_before_those_who_wait():
     plane.run(main())
 
 
+def test_who_was_let_goes_before_a_newcomer_and_a_raised_limit_lets_all_in_their_order():
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+        limiter = Limiter(data_plane)
+        limiter.limits = ConnectionLimits(1, 5)
+        assert limiter.take(waited=False)
+        first, second, third = (limiter.line_up(waited=False) for _ in range(3))
+        assert first is not None
+        assert second is not None
+        assert third is not None
+        limiter.release()
+        assert not limiter.take(waited=False), "there is room, but not for who has not waited"
+        limiter.pass_on()
+        assert (first.settled, second.settled, third.settled) == (True, True, False)
+        assert limiter.take(waited=True)
+        assert not third.settled
+        limiter.limits = ConnectionLimits(2, 5)
+        assert third.settled
+        again = limiter.line_up(waited=False)
+        assert limiter.take(waited=True)
+        assert again is not None
+        assert not again.settled
+        limiter.limits = ConnectionLimits()
+        assert again.settled
+        assert limiter.take(waited=True)
+        data_plane.close()
+
+    plane.run(main())
+
+
+def test_room_that_is_made_is_for_who_has_asked_for_it():
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+        limiter = Limiter(data_plane)
+        limiter.limits = ConnectionLimits(1, 5)
+        assert limiter.take(waited=False)
+        first, second = (limiter.line_up(waited=False) for _ in range(2))
+        assert first is not None
+        assert second is not None
+
+        def close() -> None:
+            limiter.idle.clear()
+            limiter.release()
+
+        limiter.idle[0] = close
+        limiter.go_on()
+        assert first.settled
+        assert limiter.take(waited=True)
+        assert not second.settled
+        data_plane.close()
+
+    plane.run(main())
+
+
 class Connection:
     """Of HTTP/2."""
 

@@ -22,7 +22,9 @@ from control.server.ca import Authority
 from tests.support.certificates import WEB
 from tests.support.through_waypoint import Through, run_through
 from tests.support.waiting import until, until_true
+from uproxy import plane
 from waypoint import filter_pool
+from waypoint.filter_pool import FilterPool, _Child
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "deploy" / "examples" / "filter"
@@ -289,6 +291,30 @@ def test_a_process_that_does_not_start_costs_those_nothing_that_another_one_serv
 
     monkeypatch.setattr(filter_pool, "_process", once)
     run_through(identities, authority, tell, client)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["uncalled", "called"])
+def test_a_process_that_dies_before_it_is_called_is_started_later_and_later(
+    monkeypatch: pytest.MonkeyPatch, called: bool
+):
+    starts: list[int] = []
+    monkeypatch.setattr(FilterPool, "_start", lambda self: starts.append(1))
+
+    async def main() -> None:
+        data_plane = plane.Plane(asyncio.get_running_loop())
+        pool = FilterPool(data_plane, PythonFilter("shop/dies", "dies", (), 100))
+        starts.clear()
+        for _ in range(4):
+            child = _Child(pool, None, None)  # type: ignore[arg-type]  # it has ended
+            child.ready, child.called = True, called
+            pool.on_end(child, "its process ended")
+        assert len(starts) == (4 if called else 0)
+        assert len(pool._starts) == (0 if called else 4)
+        assert pool._delay_s == filter_pool.FIRST_RESTART_S * (1 if called else 2**4)
+        pool.retire()
+        data_plane.close()
+
+    plane.run(main())
 
 
 @pytest.mark.usefixtures("installed")
