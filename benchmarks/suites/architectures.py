@@ -108,7 +108,7 @@ class Architectures:
                     # The last, since other processes stand afterwards.
                     bench.interleave(
                         replacing.probes(NAME, program),
-                        _with_l7(site),
+                        list(map(replacing.Replaceable, _with_l7(site))),
                         rounds=plan.upgrades,
                         seconds=replacing.SECONDS,
                     )

@@ -9,14 +9,14 @@ there are several: whom that concerns is what differs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from benchmarks.harness.bench import BenchError, Probe, Sample
-from benchmarks.harness.results import Measure
+from benchmarks.harness.results import Measure, Subject
 from benchmarks.lab.sources import LabError
 from benchmarks.load.together import Together, run_together
 from benchmarks.suites.placements import mix
@@ -52,7 +52,21 @@ LAYERS: Final = (
 )
 
 
-def probes(suite: str, program: Path) -> list[Probe[Placement]]:
+@dataclass(frozen=True, slots=True)
+class Replaceable:
+    """A placement whose processes come and go: nothing is accounted but the applications."""
+
+    placement: Placement
+
+    @property
+    def subject(self) -> Subject:
+        return self.placement.subject
+
+    def processes(self) -> Mapping[str, Sequence[int]]:
+        return {"application": self.placement.applications}
+
+
+def probes(suite: str, program: Path) -> list[Probe[Replaceable]]:
     """A measure for each layer."""
     return [
         Probe(
@@ -69,7 +83,8 @@ def probes(suite: str, program: Path) -> list[Probe[Placement]]:
     ]
 
 
-def _take(program: Path, layer: Layer, placement: Placement, seconds: float, number: int) -> Sample:
+def _take(program: Path, layer: Layer, live: Replaceable, seconds: float, number: int) -> Sample:
+    placement = live.placement
     name = placement.subject.name
     generators = mix.generators(program, placement, Mix(RATE, l7=0.5), seconds, number)
     if number == 0:  # the round that warms up: nothing is replaced

@@ -256,12 +256,16 @@ def test_a_neighbour_does_what_is_asked_of_it(site: Site, program: Path, name: s
 
 @pytest.mark.root
 @pytest.mark.parametrize(("name", "layer"), [("service-account", "l7"), ("ours", "l7"), ("ours", "l4")])
-def test_a_process_is_replaced_by_one_that_does_the_same(site: Site, program: Path, name: str, layer: str) -> None:
+def test_a_process_is_replaced_by_one_that_does_the_same(
+    site: Site, program: Path, tmp_path: Path, name: str, layer: str
+) -> None:
     placement = site.placements[name]
     before = {one.name: one.pid for one in placement.mesh}
     probe = next(one for one in replacing.probes("a", program) if one.measure.name.endswith(layer))
-    sample = probe.take(placement, 0.5, 1)
-    assert sample.bottleneck.startswith("replacing took longer"), "the load is over before the former process drained"
+    found = Results("now", quick=False)
+    Bench(found, tmp_path, quick=False).interleave([probe], [replacing.Replaceable(placement)], rounds=1, seconds=0.5)
+    ((taken,),) = [one.rounds for one in found.series]
+    assert taken.bottleneck.startswith("replacing took longer"), "the load is over before the former process drained"
     replaced = [one for one in placement.mesh if one.pid != before[one.name]]
     assert [one.role for one in replaced] == ["waypoint" if (name, layer) == ("ours", "l7") else "server proxy"]
     assert not Path("/proc", str(before[replaced[0].name])).exists()
