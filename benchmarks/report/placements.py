@@ -149,7 +149,10 @@ def _row(text: str, cells: Sequence[str]) -> Html:
 
 def _cell(findings: Findings, line: _Line, subject: str) -> str:
     found = _number(findings, f"{SUITE}/{line.measure}", subject, line.key)
-    return "" if found is None else wording.number(found * line.scale)
+    if found is None:
+        return ""
+    scaled = found * line.scale
+    return f"{scaled:.0f}" if scaled == round(scaled) else wording.number(scaled)
 
 
 def _number(findings: Findings, measure: str, subject: str, name: str) -> float | None:
