@@ -92,7 +92,13 @@ class Beside:
             log.info("a process of waypoint %s is started beside this workload", wanted)
             self._count_restarts()
             settings = {**self._settings, "gateway": wanted}
-            self._standing = _Standing(wanted, self._plane, self._telemetry, settings, self._changed, self._make_feed)
+            try:
+                self._standing = _Standing(
+                    wanted, self._plane, self._telemetry, settings, self._changed, self._make_feed
+                )
+            except (OSError, ValueError) as error:  # what goes through it alone is refused
+                log.error("no process of waypoint %s can be started: %s", wanted, error)
+                return
             self._standing.take(list(self._whole.items()))
             if self._group is not None:
                 self._standing.begin(self._group)
@@ -124,8 +130,8 @@ class Beside:
 
     async def ready(self, *, wait: bool) -> bool:
         """Whether it takes streams. `wait`: for a while; raises RefusedError when it does not by then."""
-        if self._standing is None or not self.missing():
-            return self._standing is not None
+        if self._serves:
+            return True
         if not wait:
             return False
         waiter: Waiter[None] = Waiter(self._plane)
@@ -138,7 +144,13 @@ class Beside:
         finally:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
-        return self._standing is not None
+        if not self._serves:
+            raise _unavailable("the process beside this workload was let go")
+        return True
+
+    @property
+    def _serves(self) -> bool:
+        return self._standing is not None and not self.missing()
 
     def connect(self, header: bytes) -> socket.socket:
         """A connection to it, which was told by the header what it is. Raises RefusedError."""
@@ -237,7 +249,7 @@ class Beside:
 
 
 class _Standing:
-    """The process for one Gateway, and what it is fed with."""
+    """The process for one Gateway, and what feeds it. Making one raises OSError, and ValueError of `make_feed`."""
 
     def __init__(
         self,
@@ -249,17 +261,17 @@ class _Standing:
         make_feed: Callable[[str, Callable[[Batch], None], Callable[[], None]], Feed] | None,
     ) -> None:
         self.gateway = gateway
+        self.feed = make_feed(gateway, self.take, self._progressed) if make_feed is not None else None
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+        self._listener.setblocking(False)
         self._door, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._door.setblocking(False)
         self._theirs.setblocking(False)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
-        self._listener.setblocking(False)
         self._on_change = on_change
         self._launched = False
         self._group: asyncio.TaskGroup | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._fed = False
-        self.feed = make_feed(gateway, self.take, self._progressed) if make_feed is not None else None
         self.workers = Workers(
             1, settings, lambda _: [(self._theirs,)], data_plane, telemetry, self.feed, self._on_workers
         )
