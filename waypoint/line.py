@@ -7,9 +7,12 @@ the stream's reader takes it; and a reset is never an end.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import select
 import socket
+import sys
+import termios
 from typing import Final
 
 from uproxy import hbone, plane
@@ -23,7 +26,9 @@ OUTPUT: Final = 64 << 10
 UNREAD: Final = 64 << 10
 """Bytes that the stream's reader may have without having asked for more."""
 FAREWELL_S: Final = 5.0
-"""How long what a peer still sends is dropped, after all was said: to close on it would be a reset."""
+"""How long what a peer still sends is dropped, after all was said and has arrived: to close on it would be a reset."""
+STALLED_S: Final = 60.0
+"""How long a peer may take nothing of what was said before that."""
 
 _READ: Final = memoryview(bytearray(64 << 10))  # every read's: whoever gets it copies it
 _WRITE: Final = memoryview(bytearray(OUTPUT))  # every reservation's, likewise
@@ -49,7 +54,10 @@ class Line:
         self._events = plane.READ
         self._dirty = False
         self._closed = False
+        self._watched = True
         self._leaving: Timer | None = None
+        self._left = 0  # bytes, and an end, that the peer had not got at the last look
+        self._stalled_s = 0.0
         plane.reset_on_close(sock)
         data_plane.watch(self._fd, self._events, self._on_events)
 
@@ -135,12 +143,13 @@ class Line:
         if events & plane.READ_READY and self._events & plane.READ:
             self._receive()
         elif events & _BROKEN:
-            # Nothing is read now: what waits in the kernel is lost with an error, and kept with a mere end.
+            # Nothing is read now: what waits in the kernel is lost with an error, and stays there with mere ends.
             number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if number or self.stream.local_closed:
+            if number:
                 self._lose(errno.errorcode.get(number, "closed"))
             else:
-                self._watch(plane.READ)
+                self._watched = False
+                self.plane.unwatch(self._fd)
         if events & plane.WRITE and not self._closed:
             self.flush()
 
@@ -169,7 +178,11 @@ class Line:
         self._watch((plane.READ if reads else 0) | (plane.WRITE if self._unsent and not self._dirty else 0))
 
     def _watch(self, events: int) -> None:
-        if events != self._events:
+        if not self._watched:
+            if events:
+                self._watched, self._events = True, events
+                self.plane.watch(self._fd, events, self._on_events)
+        elif events != self._events:
             self._events = events
             self.plane.rearm(self._fd, events)
 
@@ -181,11 +194,28 @@ class Line:
         elif self._leaving is None and not self._closed:
             # All was said, and nothing more is wanted.
             self._unread = 0
-            self._leaving = self.plane.call_later(FAREWELL_S, self._close_by_reset)
+            self._leaving = self.plane.call_later(FAREWELL_S, self._leave)
             self.touch()
 
     def reset_stream(self, stream: hbone.Stream, code: ErrorCode) -> None:
         self._close_by_reset()
+
+    def _leave(self) -> None:
+        """Close it, once the peer has all: with a reset only if it takes nothing more."""
+        left = len(self._unsent) + self._unacknowledged()
+        self._stalled_s = self._stalled_s + FAREWELL_S if left == self._left else 0.0
+        self._left = left
+        if not left:
+            self._close()
+        elif self._stalled_s >= STALLED_S:
+            self._close_by_reset()
+        else:
+            self._leaving = self.plane.call_later(FAREWELL_S, self._leave)
+
+    def _unacknowledged(self) -> int:
+        """Bytes in the kernel, and the end, that the peer has not acknowledged (SIOCOUTQ of tcp(7))."""
+        number = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(number, sys.byteorder)
 
     def _lose(self, text: str) -> None:
         owner = self.stream.owner

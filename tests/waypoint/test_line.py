@@ -11,6 +11,7 @@ import pytest
 
 from uproxy import plane
 from uproxy.plane import Plane
+from waypoint import line
 from waypoint.byte_stream import ByteStream
 from waypoint.line import OUTPUT, UNREAD, Line
 
@@ -174,5 +175,68 @@ def test_a_peer_that_says_more_after_all_was_said_does_not_lose_the_answer() -> 
         await loop.sock_sendall(sock, DATA[:200_000])
         assert await received(sock, loop) == b"the answer"
         sock.close()
+
+    run(answer, peer)
+
+
+def test_what_a_peer_said_before_its_end_is_not_lost_when_both_sides_have_ended() -> None:
+    said, found = DATA[:600_000], bytearray()
+    go_on: list[plane.Waiter[None]] = []
+
+    async def read_late(stream: ByteStream) -> None:
+        stream.end()
+        await stream.wait(None)
+        go_on.append(plane.Waiter(stream.carrier.plane))
+        await go_on[0]
+        while data := await stream.receive(None):
+            found.extend(data)
+        stream.close()
+
+    async def peer(stream: ByteStream, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        for one in (sock, stream.carrier._sock):  # the kernel keeps all of it
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        assert await received(sock, loop) == b""
+        await loop.sock_sendall(sock, said)
+        sock.shutdown(socket.SHUT_WR)
+        await asyncio.sleep(0.05)  # longer than it takes until nothing is read any more, and the end has come
+        assert not found
+        data_plane = stream.carrier.plane
+        data_plane.run(lambda: go_on[0].set(None))
+
+    run(read_late, peer)
+    assert found == said
+
+
+def test_a_peer_that_reads_slowly_gets_all_that_was_said_before_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "FAREWELL_S", 0.02)
+
+    async def answer(stream: ByteStream) -> None:
+        await stream.send(DATA[:400_000], None)
+        stream.close()
+
+    async def peer(_: ByteStream, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        found = bytearray()
+        while data := await loop.sock_recv(sock, 16384):
+            found += data
+            await asyncio.sleep(0.02)
+        assert found == DATA[:400_000]
+        sock.close()
+
+    run(answer, peer)
+
+
+def test_a_peer_that_never_reads_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "FAREWELL_S", 0.02)
+    monkeypatch.setattr(line, "STALLED_S", 0.1)
+
+    async def answer(stream: ByteStream) -> None:
+        while stream.window:
+            await stream.send(b"x" * min(stream.window, 16384), None)
+            stream.carrier.flush()
+        stream.close()
+
+    async def peer(stream: ByteStream, _sock: socket.socket, _loop: asyncio.AbstractEventLoop) -> None:
+        await eventually(lambda: stream.carrier._closed)
 
     run(answer, peer)
