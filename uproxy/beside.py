@@ -33,6 +33,8 @@ PATIENCE_S: Final = 5.0
 START_TIMEOUT_S: Final = 20.0
 """How long a uProxy that starts waits for it before it lets the mesh in."""
 BACKLOG: Final = 128
+_ATTEMPTS: Final = 4
+"""To make a connection to it, while strangers fill the backlog."""
 RETIRE_S: Final = 30.0
 """How long what was begun may go on in a process that another Gateway, or none, follows."""
 GRACE_S: Final = 1.0
@@ -333,22 +335,37 @@ class _Standing:
 
         Raises OSError.
         """
-        ours = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with contextlib.suppress(BlockingIOError):
-                ours.connect(self._listener.getsockname())  # on loopback it is made when this returns
-            name = ours.getsockname()
-            while True:
-                theirs, peer = self._listener.accept()
-                if peer == name:
-                    theirs.setblocking(False)
-                    theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    return ours, theirs
-                theirs.close()  # a stranger's: nobody but us has any business there
-        except BaseException:
+        for _ in range(_ATTEMPTS):
+            ours = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            try:
+                ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with contextlib.suppress(BlockingIOError):
+                    ours.connect(self._listener.getsockname())  # on loopback it is made when this returns
+                theirs = self._accepted(ours.getsockname())
+            except BaseException:
+                ours.close()
+                raise
+            if theirs is not None:
+                theirs.setblocking(False)
+                theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return ours, theirs
             ours.close()
-            raise
+        raise BlockingIOError("others fill the way to it")
+
+    def _accepted(self, name: tuple[str, int]) -> socket.socket | None:
+        """The other end of the connection from there; None: it was not made, since strangers' waited for its place.
+
+        Raises OSError.
+        """
+        for _ in range(BACKLOG + 1):
+            try:
+                theirs, peer = self._listener.accept()
+            except BlockingIOError:
+                break
+            if peer == name:
+                return theirs
+            theirs.close()  # a stranger's: nobody but us has any business there
+        return None
 
     async def retire(self) -> None:
         """Let what is under way end, for a while."""

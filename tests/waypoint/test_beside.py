@@ -27,6 +27,7 @@ from tests.support.http_app import telling
 from tests.support.member_site import MemberSite, controlled
 from tests.support.site import Site, echo_server, eventually, get
 from tests.support.waypoint_site import asked, labelled
+from uproxy.beside import BACKLOG
 from uproxy.beside_feed import STATE_FILE
 from uproxy.process import METRICS_PORT
 
@@ -140,6 +141,20 @@ def test_a_stranger_at_the_uproxys_loopback_port_reaches_nobody(running: Site) -
             stranger.sendall(b"DELETE / HTTP/1.1\r\nhost: db\r\n\r\n")
     for _ in range(5):
         assert asked("GET", running).status == 200, "and nobody's place is taken by it"
+
+
+def test_strangers_who_fill_that_port_turn_nobody_away(running: Site) -> None:
+    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    listening = [line.split()[1] for line in table if line.split()[3] == "0A"]
+    ports = [int(one[9:], 16) for one in listening if one.startswith("0100007F:")]
+    with ExitStack() as stack:
+        for port in ports:
+            for _ in range(2 * BACKLOG):
+                stranger = stack.enter_context(socket.socket())
+                stranger.setblocking(False)
+                stranger.connect_ex(("127.0.0.1", port))
+        for _ in range(3):
+            assert asked("GET", running).status == 200
 
 
 def test_streams_of_http2_are_requests_each(running: Site) -> None:
