@@ -100,7 +100,9 @@ class Course:
             self.claim.fail(ConnectionResetError(text))
 
     def pass_on(self, data: bytes) -> None:
-        """More of the request's body has come: for mirrors, and for another attempt."""
+        """More of the request's body has come: for records, mirrors, and another attempt."""
+        if self.exchange.request_messages is not None:
+            self.exchange.request_messages.add(data)
         for copy in self.copies:
             copy.write(data)
         if self.kept is not None:

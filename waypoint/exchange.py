@@ -35,6 +35,7 @@ from waypoint.external_authorization import Authorizers
 from waypoint.filters import Filters
 from waypoint.forwarding import Forwarding, release
 from waypoint.global_limits import GlobalLimits
+from waypoint.grpc_messages import MessageCounter
 from waypoint.messages import END, HTTP2, Body, End, Fields, MessageError, RequestHead, ResponseEvent, ResponseHead
 from waypoint.mirror import Mirrors
 from waypoint.picking import Picker
@@ -346,6 +347,8 @@ class Exchanges:
             for event in events:
                 if isinstance(event, Body):
                     exchange.sent += len(event.data)
+                    if exchange.response_messages is not None:
+                        exchange.response_messages.add(event.data)
                 elif isinstance(event, ResponseHead):
                     event = answered(event, course)
                     if not event.interim:
@@ -444,6 +447,8 @@ class Exchanges:
             grpc=said.grpc,
             timed=said.timed,
         )
+        if said.grpc:
+            exchange.request_messages, exchange.response_messages = MessageCounter(), MessageCounter()
         self._place_in_trace(exchange, said)
         self._telemetry.began(exchange)
         return exchange

@@ -29,6 +29,7 @@ from uproxy.telemetry import (
     escaped,
     peer_labels,
 )
+from waypoint.grpc_messages import MessageCounter
 
 _COMPLETE: Final = "request complete"
 _NOBODY: Final = Peer("")
@@ -39,6 +40,8 @@ REQUESTS: Final = "istio_requests_total"
 DURATION: Final = "istio_request_duration_milliseconds"
 RECEIVED: Final = "istio_request_bytes"
 SENT: Final = "istio_response_bytes"
+REQUEST_MESSAGES: Final = "istio_request_messages_total"
+RESPONSE_MESSAGES: Final = "istio_response_messages_total"
 BUCKETS: Final = (
     0.5, 1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000,
     600_000, 1_800_000, 3_600_000,
@@ -122,6 +125,9 @@ class Exchange:
     """Bytes of the request's body."""
     sent: int = 0
     """Bytes of the response's body."""
+    request_messages: MessageCounter | None = None
+    """Those of gRPC; None for other protocols."""
+    response_messages: MessageCounter | None = None
     attempts: int = 0
     upstream_s: float = 0.0
     """How long backends took to begin their answers, in all attempts."""
@@ -205,6 +211,9 @@ class WaypointTelemetry(Telemetry):
         if exchange.sent:
             series.sent[bisect_left(BUCKETS, exchange.sent)] += 1
             series.sent_bytes += exchange.sent
+        if exchange.request_messages is not None and exchange.response_messages is not None:
+            series.request_messages += exchange.request_messages.count
+            series.response_messages += exchange.response_messages.count
         self._under_way.discard(exchange)
         if exchange.audit:
             self._audited += 1
@@ -232,6 +241,16 @@ class WaypointTelemetry(Telemetry):
         yield from _histogram(RECEIVED, "The bodies of requests", received)
         sent = ((series.labels, series.with_empty(series.sent), str(series.sent_bytes)) for series in every)
         yield from _histogram(SENT, "The bodies of responses", sent)
+        yield f"# HELP {REQUEST_MESSAGES} The messages of gRPC requests"
+        yield f"# TYPE {REQUEST_MESSAGES} counter"
+        for series in self._requests.values():
+            if series.request_messages:
+                yield f"{REQUEST_MESSAGES}{{{series.labels}}} {series.request_messages}"
+        yield f"# HELP {RESPONSE_MESSAGES} The messages of gRPC responses"
+        yield f"# TYPE {RESPONSE_MESSAGES} counter"
+        for series in self._requests.values():
+            if series.response_messages:
+                yield f"{RESPONSE_MESSAGES}{{{series.labels}}} {series.response_messages}"
         yield from super().istio_lines()
 
     def _series_of(self, exchange: Exchange, now: float) -> _Series:
@@ -331,13 +350,25 @@ def _attempt_span(exchange: Exchange, attempt: Attempt, now: float) -> Span:
 class _Series:
     """The counts under one label set."""
 
-    __slots__ = ("labels", "received", "received_bytes", "sent", "sent_bytes", "took", "took_ms", "used")
+    __slots__ = (
+        "labels",
+        "received",
+        "received_bytes",
+        "request_messages",
+        "response_messages",
+        "sent",
+        "sent_bytes",
+        "took",
+        "took_ms",
+        "used",
+    )
 
     def __init__(self, labels: str) -> None:
         self.labels = labels
         self.took, self.received, self.sent = ([0] * (len(BUCKETS) + 1) for _ in range(3))
         self.took_ms = 0.0
         self.received_bytes = self.sent_bytes = 0
+        self.request_messages = self.response_messages = 0
         self.used = 0.0
         """When a request was last counted, in monotonic seconds."""
 

@@ -19,7 +19,8 @@ from uproxy import plane
 Seen = dict[str, object]
 _LOCAL = "127.0.0.1"
 _PEER = (sys.executable, "-m", "tests.support.grpc_interop")
-
+MESSAGES = (("Unary", 1, 1), ("Collect", 4, 1), ("Pour", 1, 4), ("Converse", 4, 4))
+"""Call, messages of its request and of its response."""
 
 DENIED = AuthorizationPolicy(
     "shop",
@@ -55,6 +56,12 @@ async def both_ways(directory: Path) -> tuple[Seen, Seen, list[tuple[str, str]]]
             await settled(through)
             logged = [(one.path, one.grpc_status) for one in through.telemetry.exchanges]
             sizes = [(one.received, one.sent) for one in through.telemetry.exchanges]
+            messages = {
+                (one.path, one.request_messages.count, one.response_messages.count)
+                for one in through.telemetry.exchanges
+                if one.request_messages is not None and one.response_messages is not None
+            }
+            assert messages >= {("/interop.Test/" + call, *counts) for call, *counts in MESSAGES}
             # Compressed messages stay so, one way and the other.
             assert any(received < 2000 and sent > 300_000 for received, sent in sizes)
             assert any(received < 2000 and 0 < sent < 2000 for received, sent in sizes)

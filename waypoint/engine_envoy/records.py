@@ -15,6 +15,7 @@ from uproxy.telemetry import Peer
 from waypoint import telemetry as flags
 from waypoint.engine_envoy import checks
 from waypoint.engine_envoy.parts import WOULD_ALLOW, WOULD_DENY
+from waypoint.grpc_messages import MessageCounter
 from waypoint.telemetry import Exchange
 
 _POLICY: Final = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]")
@@ -65,6 +66,10 @@ class Records:
             sent=said.get("sent", 0),
             attempts=said.get("attempts", 0),
         )
+        if exchange.grpc:
+            asked, _, answered = said.get("grpc_messages", "").partition(",")
+            exchange.request_messages = MessageCounter(int(asked or 0))
+            exchange.response_messages = MessageCounter(int(answered or 0))
         if denied := _POLICY.fullmatch(details):
             exchange.policy = "" if denied[1] == "none" else denied[1]
         if refused_by := said.get("refused_by"):  # a filter has failed

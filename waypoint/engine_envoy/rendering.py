@@ -785,6 +785,7 @@ def _filters(layout: Layout) -> list[Json]:
         extension(RBAC_ALLOW, RBAC, rules=_NOBODY),
         *extensions.idle_filters(),
         *traffic.idle_filters(),
+        extension("grpc", "extensions.filters.http.grpc_stats.v3.FilterConfig", emit_filter_state=True),
         _router(),
     ]
 
@@ -836,6 +837,7 @@ _LOGGED: Final = {
     "flags": "%RESPONSE_FLAGS%",
     "details": "%RESPONSE_CODE_DETAILS%",
     "grpc": "%GRPC_STATUS_NUMBER%",
+    "grpc_messages": "%FILTER_STATE(envoy.filters.http.grpc_stats:PLAIN)%",
     "received": "%BYTES_RECEIVED%",
     "sent": "%BYTES_SENT%",
     "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",

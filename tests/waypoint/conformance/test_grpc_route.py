@@ -111,3 +111,13 @@ def test_routes_of_both_kinds_stand_beside_each_other(suite: Suite) -> None:
         grpc(f"{{matches: [{{method: {{service: {ECHO}}}}}], backendRefs: [{to('v2')}]}}"),
     )
     assert [suite.ask("/other").by, call(suite, "Echo")] == ["v1", "v2"]
+
+
+def test_messages_are_counted(suite: Suite) -> None:
+    suite.apply(grpc(f"{{backendRefs: [{to('v1')}]}}"))
+    body = b"\0\0\0\0\3abc" + b"\0\0\0\0\0"
+    named = {"content_type": "application/grpc", "x_request_id": "counted"}
+    assert suite.ask(f"/{ECHO}/Echo", "POST", body=body, **named).by == "v1"
+    counted = suite.record_of("counted").request_messages
+    assert counted is not None
+    assert counted.count == 2
