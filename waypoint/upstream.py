@@ -110,6 +110,8 @@ class Upstream:
 
     def kept(self, caller: Caller, hop: Hop, *, http2: bool) -> Outgoing | None:
         """A connection that waits for a request, or can take another one beside those that it carries."""
+        if not self._way.admits(caller, hop):
+            return None
         key = caller.key(hop, http2=http2)
         if http2:
             for shared, limiter in self._shared.get(key, {}).items():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from control.api.address import IpAddress
+from control.api.workload import Workload
 from control.client.state import State
 from uproxy import application
-from uproxy.errors import RefusedError
+from uproxy.authz import Decision, compile_policies
+from uproxy.errors import Flag, RefusedError
 from uproxy.health import Health
 from uproxy.plane import Plane
 from uproxy.pool import Pool
@@ -36,6 +38,9 @@ class Way(Protocol):
     def source(self, peer: IpAddress) -> IpAddress | None:
         """This process's own address that a peer sees; None: the host chooses one."""
 
+    def admits(self, caller: Caller, hop: Hop) -> bool:
+        """Whether this caller's streams that are kept may be used for more requests."""
+
     async def stream(self, caller: Caller, hop: Hop, cause: Cause) -> ByteStream:
         """One of its own. Raises RefusedError."""
 
@@ -52,6 +57,10 @@ class Tunnels:
 
     def source(self, peer: IpAddress) -> IpAddress | None:
         return self._pool.source(peer)
+
+    def admits(self, caller: Caller, hop: Hop) -> bool:
+        """The backend's uProxy cuts those that policy no longer allows."""
+        return True
 
     async def stream(self, caller: Caller, hop: Hop, cause: Cause) -> ByteStream:
         address = host_port(caller.address, caller.port)
@@ -70,7 +79,11 @@ class Tunnels:
 
 
 class Beside:
-    """Connections to the one workload that this process stands beside."""
+    """Connections to the one workload that this process stands beside.
+
+    Its uProxy has judged who comes to the port that was dialled. A route may lead to another one, before which no
+    uProxy stands here: so the workload's own policies are asked again.
+    """
 
     def __init__(self, data_plane: Plane, state: State, own: str, health: Health) -> None:
         """`own`: key of the workload."""
@@ -78,17 +91,37 @@ class Beside:
         self._state = state
         self._own = own
         self.health = health
+        self._generation = -1
+        self._policies = compile_policies(())
 
     def source(self, peer: IpAddress) -> IpAddress | None:
         return None
+
+    def admits(self, caller: Caller, hop: Hop) -> bool:
+        own = self._state.workload(self._own)
+        return own is not None and self._decide(caller, hop, own).allowed
+
+    def _decide(self, caller: Caller, hop: Hop, own: Workload) -> Decision:
+        if self._generation != self._state.generation:
+            self._generation = self._state.generation
+            self._policies = compile_policies(self._state.policies_for(own))
+        return self._policies.decide(caller.identity, caller.address, hop.address, _port(hop))
 
     async def stream(self, caller: Caller, hop: Hop, cause: Cause) -> ByteStream:
         own = self._state.workload(self._own)
         if own is None or hop.address not in own.addresses:
             detail = f"{hop.address} is not {self._own}, beside which this process stands"
             raise RefusedError("wrong-destination", detail)
-        port = int(hop.authority.rpartition(b":")[2])
+        port = _port(hop)
+        decision = self._decide(caller, hop, own)
+        if not decision.allowed:
+            raise RefusedError("policy", decision.reason, status=401, flag=Flag.DENY, policy=decision.policy)
         app, _ = await application.dial(self._plane, hop.address, port)
         if port in own.proxy_protocol:
             application.tell(app, (caller.address, caller.port), caller.identity, (hop.address, port))
         return Line(self._plane, app).open()
+
+
+def _port(hop: Hop) -> int:
+    """The workload's."""
+    return int(hop.authority.rpartition(b":")[2])

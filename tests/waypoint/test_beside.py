@@ -245,6 +245,43 @@ def test_what_is_bound_and_let_go_while_it_runs(site: Site) -> None:
         eventually(lambda: passes_it(site), PATIENCE_S)
 
 
+def test_a_route_to_another_port_leads_past_no_policy_of_the_workload(site: Site) -> None:
+    port = site.application[1]
+    ports = f"{{name: a, port: 6379, targetPort: 1, appProtocol: http}}, {{name: b, port: 80, targetPort: {port}}}"
+    known = re.sub(r"{port: 6379[^}]*}", ports, site.mesh.read_text())
+    route = """
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: across, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: "", name: db, port: 6379}]
+  rules: [{backendRefs: [{name: db, port: 80}]}]
+"""
+    denied = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: not-that-port, namespace: shop}
+spec: {action: DENY, selector: {matchLabels: {app: db}}, rules: [{to: [{operation: {ports: ['%d']}}]}]}
+"""
+    site.mesh.write_text(known + route)
+    with telling(site.application), site.running("db"), site.running("web"):
+        eventually(lambda: passes_it(site), PATIENCE_S)
+        connection = http.client.HTTPConnection(*site.forward, timeout=8)
+
+        def status() -> int:
+            connection.request("GET", "/")
+            with connection.getresponse() as answer:
+                answer.read()
+                return answer.status
+
+        assert status() == 200
+        site.mesh.write_text(known + route + denied % port)
+        eventually(lambda: status() == 403, PATIENCE_S)
+        connection.close()
+
+
 def test_opaque_connections_go_through_it_and_are_cut_by_policy(site: Site) -> None:
     opaque = site.mesh.read_text().replace("appProtocol: http,", "appProtocol: tcp,")
     site.mesh.write_text(opaque.replace("{methods: [DELETE]}", "{ports: ['1']}"))
