@@ -156,8 +156,8 @@ class Beside:
 
     def connect(self, header: bytes) -> socket.socket:
         """A connection to it, which was told by the header what it is. Raises RefusedError."""
-        if self._standing is None:
-            raise _unavailable("it was let go")
+        if self._standing is None or self._ended:
+            raise _unavailable("it takes nothing new")
         return self._standing.connect(header)
 
     def in_force(self, known: Knowledge) -> Knowledge:
@@ -203,7 +203,7 @@ class Beside:
     # -- the end
 
     async def drain(self, timeout_s: float, grace_s: float) -> None:
-        """Let what is under way there end."""
+        """Let what is under way there end. What was handed over before this is taken; nothing more is handed over."""
         self._ended = True
         if self._standing is not None:
             await self._standing.workers.drain(timeout_s, grace_s)

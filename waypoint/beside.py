@@ -10,8 +10,10 @@ import asyncio
 import logging
 import math
 import socket
+import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from control.client.state import Changes, State
@@ -83,10 +85,12 @@ class ServingBeside:
         )
 
     def listen(self, sockets: Sequence[socket.socket]) -> None:
-        """Take connections at these doors, and no more at any other."""
+        """Take connections at these doors, and no more at any other than have come there already."""
         for door in [one for one in self._doors if one not in sockets]:
-            self._doors.remove(door)
-            self._plane.unwatch(door.fileno())
+            self._plane.run(partial(self._accept, door, sys.maxsize))
+            if door in self._doors:
+                self._doors.remove(door)
+                self._plane.unwatch(door.fileno())
         for door in sockets:
             if door not in self._doors:
                 self._doors.append(door)
@@ -141,8 +145,8 @@ class ServingBeside:
     def _watch(self, door: socket.socket) -> None:
         self._plane.watch(door.fileno(), plane.READ, lambda _: self._accept(door))
 
-    def _accept(self, door: socket.socket) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+    def _accept(self, door: socket.socket, most: int = ACCEPTS_PER_TURN) -> None:
+        for _ in range(most):
             try:
                 message, fds, _, _ = socket.recv_fds(door, 1, 1, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
             except BlockingIOError:
