@@ -34,8 +34,11 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 READ_READY = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 
-# Timers of the data plane are deadlines of seconds: kept in steps, so that setting and cancelling one is cheap.
+# Timers of the data plane are deadlines of seconds: kept in steps, so that setting and cancelling one is cheap. A step
+# stays until it comes, with or without timers: those of long deadlines are so many to a deadline, or there were tens of
+# thousands after an hour of requests, each of which lets its connection idle for an hour.
 TIMER_STEPS_PER_S = 10
+MAX_STEPS = 256
 
 # Coroutines stepped in one turn: 6 ms when they all begin or end connections. A peer that closes a thousand at once
 # delays others' bytes by turns.
@@ -48,6 +51,8 @@ EVENTS_PER_TURN = 128
 # them, a turn takes one in so many of them, and so many turns may pass in which none is taken.
 MAX_AHEAD = 8
 MAX_TURNS_WITHOUT = 2
+
+_SHORT_S = MAX_STEPS / TIMER_STEPS_PER_S
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +137,7 @@ class Flushable(Protocol):
 
 
 class Timer:
-    """A deadline that has not come; it comes up to a step late, never early."""
+    """A deadline that has not come; it comes up to a step late, or a long one up to 1/128 of it, never early."""
 
     __slots__ = ("_step", "expire")
 
@@ -268,6 +273,8 @@ class Plane:
 
     def _step(self, delay_s: float) -> _Step:
         number = int((monotonic() + delay_s) * TIMER_STEPS_PER_S) + 1
+        if delay_s > _SHORT_S:
+            number += -number % -(-int(delay_s * TIMER_STEPS_PER_S) // MAX_STEPS)
         step = self._timers.get(number)
         if step is None:
             step = self._timers[number] = set()

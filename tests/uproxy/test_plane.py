@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from uproxy import plane
-from uproxy.plane import MAX_AHEAD, MAX_TURNS_WITHOUT, STEPS_PER_TURN, Plane
+from uproxy.plane import MAX_AHEAD, MAX_STEPS, MAX_TURNS_WITHOUT, STEPS_PER_TURN, TIMER_STEPS_PER_S, Plane
 
 
 @pytest.fixture
@@ -147,3 +147,25 @@ def test_what_control_work_wakes_is_done_when_it_has_run() -> None:
         data_plane.close()
 
     plane.run(main())
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.25, 5.0, 25.6, 25.7, 30.0, 300.0, 3600.0])
+def test_deadlines_come_in_time_and_leave_little_behind(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
+    seen: list[tuple[float, int]] = []
+
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+        with monkeypatch.context() as clock:
+            for turn in range(20 * MAX_STEPS):
+                now = 1000 + turn / TIMER_STEPS_PER_S
+                clock.setattr(plane, "monotonic", lambda now=now: now)
+                data_plane.call_later(delay_s, lambda: None).cancel()
+                seen.append((max(data_plane._due) / TIMER_STEPS_PER_S - now - delay_s, len(data_plane._timers)))
+                while data_plane._due[0] <= now * TIMER_STEPS_PER_S:
+                    data_plane._expire(now)
+        data_plane.close()
+
+    plane.run(main())
+    assert min(late for late, _ in seen) >= 0
+    assert max(late for late, _ in seen) <= 1 / TIMER_STEPS_PER_S + delay_s / 128 + 1e-6
+    assert max(steps for _, steps in seen) <= MAX_STEPS + 2
