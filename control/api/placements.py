@@ -80,24 +80,21 @@ def check_sidecars(
 
     `routes`: those of callers too.
     """
-    bound = {
-        key: wish.gateway
-        for (kind, key), wish in wishes.items()
-        if kind == "Service" and _is_sidecar(gateways.get(wish.gateway))
-    }
-    if not bound:
+    beside = {subject: wish.gateway for subject, wish in wishes.items() if _is_sidecar(gateways.get(wish.gateway))}
+    if not beside:
         return
+    bound = {key: gateway for (kind, key), gateway in beside.items() if kind == "Service"}
     for item in routes:
         for parent in item.route.parents:
             if parent.service in bound:
                 _check_route(item, parent.service, bound[parent.service], findings)
     for policy in policies:
-        if policy.policy.action is Action.CUSTOM and (gateway := _asked_at(policy.targets, bound)):
+        if policy.policy.action is Action.CUSTOM and (gateway := _asked_at(policy.targets, beside)):
             findings.error(policy.position, "spec.action", _reaches_nobody(gateway, "asks nobody: CUSTOM"))
     for one in traffic:
-        if one.traffic.redis is not None and (gateway := _asked_at(one.targets, bound)):
+        if one.traffic.redis is not None and (gateway := _asked_at(one.targets, beside)):
             findings.error(one.position, "spec.redis", _reaches_nobody(gateway, "asks no Redis: this"))
-    _check_single(services, endpoints, bound, findings)
+    _check_single(services, endpoints, beside, findings)
 
 
 def _is_sidecar(gateway: DeclaredGateway | None) -> bool:
@@ -127,24 +124,28 @@ def _reaches_nobody(gateway: str, what: str) -> str:
     )
 
 
-def _asked_at(targets: Iterable[Target], bound: Mapping[str, str]) -> str:
+def _asked_at(targets: Iterable[Target], beside: Mapping[Subject, str]) -> str:
     """The Gateway, beside workloads, at which what has these targets holds; empty: none."""
     for target in targets:
-        if target.kind == "Service" and target.key in bound:
-            return bound[target.key]
-        if target.kind == "Gateway" and target.key in bound.values():
+        if target.kind == "Service" and ("Service", target.key) in beside:
+            return beside["Service", target.key]
+        if target.kind == "Gateway" and target.key in beside.values():
             return target.key
     return ""
 
 
 def _check_single(
-    services: Iterable[DeclaredService], endpoints: Iterable[Endpoint], bound: Mapping[str, str], findings: Findings
+    services: Iterable[DeclaredService],
+    endpoints: Iterable[Endpoint],
+    beside: Mapping[Subject, str],
+    findings: Findings,
 ) -> None:
-    """Refuses two of them beside one workload."""
-    beside: dict[str, str] = {}
+    """Refuses two of them beside one workload, which may be bound itself."""
+    bound = {key: gateway for (kind, key), gateway in beside.items() if kind == "Service"}
+    of_workload = {key: gateway for (kind, key), gateway in beside.items() if kind == "WorkloadEntry"}
     positions = {service.key: service.position for service in services}
     for workload, gateway, service in _served(endpoints, bound):
-        other = beside.setdefault(workload, gateway)
+        other = of_workload.setdefault(workload, gateway)
         if other != gateway:
             problem = (
                 f"WorkloadEntry {workload} has Gateways {other} and {gateway} of placement sidecar, and one process "

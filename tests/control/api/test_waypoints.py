@@ -666,6 +666,18 @@ def test_what_a_process_beside_a_workload_cannot_do_is_refused_by_name(texts, pr
     assert any(problem in error for error in found), found
 
 
+def test_what_it_cannot_do_is_refused_where_workloads_are_bound_themselves():
+    asks = POLICY.replace("kind: Service, name: web", "kind: Gateway, group: gateway.networking.k8s.io, name: wp")
+    asks = asks.replace("spec: {", "spec: {action: CUSTOM, provider: {name: asks}, rules: [{}], ")
+    found = errors_of(UNBOUND, ON_WORKLOAD, placed("sidecar"), asks)
+    assert any("asks nobody; CUSTOM needs another placement" in error for error in found), found
+    second = placed("sidecar").replace("name: wp,", "name: second,")
+    found = errors_of(
+        SERVICE.replace("use-waypoint: wp", "use-waypoint: second"), ON_WORKLOAD, placed("sidecar"), second
+    )
+    assert any("one process only stands beside a workload" in error for error in found), found
+
+
 def test_a_process_is_not_declared_of_a_waypoint_beside_each_workload():
     mesh = build(*BESIDE, INSTANCE)
     assert any("uProxies start the processes of Gateway shop/wp themselves" in str(one) for one in mesh.warnings)
