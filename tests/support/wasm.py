@@ -68,10 +68,11 @@ class Module:
         value = _loaded(CONFIGURED) + _loaded(CONFIGURED + 4)
         return _number(REQUEST) + self._text("x-config") + value + _called("proxy_add_header_map_value") + _DROP
 
-    def answer(self, status: int, body: str) -> bytes:
-        """Instructions: answers by itself."""
+    def answer(self, status: int, body: str, **fields: str) -> bytes:
+        """Instructions: answers by itself. `fields`: headers, by their names with `_` for `-`."""
         nothing = _number(0) + _number(0)
-        given = _number(status) + nothing + self._text(body) + nothing + _number(-1)
+        told = self._bytes(_pairs({name.replace("_", "-"): value for name, value in fields.items()}))
+        given = _number(status) + nothing + self._text(body) + told + _number(-1)
         return given + _called("proxy_send_local_response") + _DROP
 
     def call(self, cluster: str) -> bytes:

@@ -103,6 +103,8 @@ local function does(handle, what)
   local headers = handle:headers()
   if what == "raise" then error("no")
   elseif what == "raise what cannot be told" then error(setmetatable({}, {__tostring = function() error("no") end}))
+  elseif what == "raise while reading" then for name in pairs(headers) do error("no") end
+  elseif what == "loop while reading" then while true do for name in pairs(headers) do end end
   elseif what == "loop" then while true do end
   elseif what == "loop and catch" then while true do pcall(function() while true do end end) end
   elseif what == "loop in a handler" then while true do xpcall(error, function() while true do end end) end
@@ -120,6 +122,7 @@ local function does(handle, what)
   elseif what == "objects" then getmetatable(handle).__gc(handle)
   elseif what == "load" then load("return 1")
   elseif what == "answer of the mesh" then handle:respond({[":status"] = "200", ["x-uproxy-reason"] = "none"}, "")
+  elseif what == "answer in capitals" then handle:respond({[":status"] = "200", ["X-Uproxy-Reason"] = "none"}, "")
   end
 end
 function envoy_on_request(handle) does(handle, handle:headers():get("x-do")) end
@@ -129,6 +132,8 @@ WHATS = [
     *(
         "raise",
         "raise what cannot be told",
+        "raise while reading",
+        "loop while reading",
         "loop",
         "loop and catch",
         "loop in a handler",
@@ -144,7 +149,7 @@ WHATS = [
 
 def test_lua_that_fails_costs_its_own_request(suite: Suite) -> None:
     suite.apply(lua(FAILS), attached("code"))
-    for what in (*WHATS, "answer of the mesh"):
+    for what in (*WHATS, "answer of the mesh", "answer in capitals"):
         assert failed(suite.ask(method="POST", body=b"12", x_do=what, x_request_id=f"lua-{what}")), what
         assert suite.ask().status == 200, what
     assert suite.record_of("lua-raise").policy == "shop/code"
@@ -215,6 +220,22 @@ def test_wasm_changes_heads_and_answers(suite: Suite, tmp_path: Path) -> None:
         assert answer.echoed["headers"]["x-config"] == '{"a": "1", "b": "two"}'
         told = suite.ask(x_answer="1")
         assert (told.status, told.body) == (418, b"tea")
+
+
+@pytest.mark.parametrize("name", ["x_uproxy_reason", "X_Uproxy_Caller", "x_forwarded_for", "Connection"])
+def test_wasm_does_not_answer_with_what_it_may_not_write(suite: Suite, name: str) -> None:
+    module = Module()
+    suite.apply(wasm(module.made(module.answer(418, "tea", **{name: "close"}))), attached("code"))
+    assert failed(suite.ask(), by="")
+
+
+@pytest.mark.parametrize("body", ["", "tea"])
+def test_wasm_does_not_say_where_its_answer_ends(suite: Suite, body: str) -> None:
+    module = Module()
+    suite.apply(wasm(module.made(module.answer(418, body, Content_Length="2"))), attached("code"))
+    answer = suite.ask()
+    assert answer.status == 418, answer
+    assert (int(answer.headers["content-length"]), answer.body.decode()) == (len(body), body)
 
 
 def test_a_trap_costs_its_own_request_and_the_module_is_loaded_again(suite: Suite) -> None:

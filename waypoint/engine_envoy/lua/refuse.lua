@@ -4,10 +4,11 @@ local TEXT = "a filter of this waypoint failed\n"
 
 -- Captured before anybody's code runs, who may change what is global.
 local pairs, tostring, type, pcall, error = pairs, tostring, type, pcall, error
-local sub = string.sub
+local sub, lower = string.sub, string.lower
 
 -- Names of headers by which messages end or callers are known.
 local function protected(name)
+  name = lower(name)
   return UNTOUCHED[name] ~= nil or sub(name, 1, #OURS) == OURS
 end
 
