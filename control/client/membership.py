@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +88,10 @@ class Membership:
         """Read mesh.json of an identity directory. Raises MembershipError."""
         path = Path(identity_dir) / MEMBERSHIP_FILE
         try:
-            with path.open("rb") as file:
+            # Nonblocking: whose directory it is may put a FIFO there, at which a node's agent would wait for ever.
+            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise MembershipError(f"{path} is not a regular file")
                 content = file.read(_MAX_BYTES + 1)
         except FileNotFoundError:
             raise MembershipError(f"{path} does not exist: this workload has not joined a mesh (--join)") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,12 @@ def test_what_is_written_is_read_back(tmp_path):
     (tmp_path / MEMBERSHIP_FILE).write_bytes(GOOD.encode())
     assert Membership.load(tmp_path) == GOOD
     assert GOOD.key == "shop/web-1"
+
+
+def test_a_fifo_in_its_place_holds_nobody_up(tmp_path):
+    os.mkfifo(tmp_path / MEMBERSHIP_FILE)
+    with pytest.raises(MembershipError, match="is not a regular file"):
+        Membership.load(tmp_path)
 
 
 def test_a_newer_control_plane_may_say_more():
