@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +242,7 @@ class _Place:
         if not (self._is_for(wanted) and handover.serves(self._state)):
             # What drains after an upgrade goes on, where its place is this agent's.
             if not (self._made and self._mains()):
-                await asyncio.to_thread(self._build)
+                await _to_its_end(self._build)
             await self._start(wanted, await self._join(wanted))
         else:
             _log.info("waypoint %s: runs already", self.key)
@@ -409,6 +409,18 @@ class _Place:
 
     def _reap(self) -> None:
         self._children = [child for child in self._children if child.poll() is None]
+
+
+async def _to_its_end(act: Callable[[], None]) -> None:
+    """Do this in a thread, and wait for it also when cancelled: what it makes is removed next. Raises what it does."""
+    thread = asyncio.get_running_loop().run_in_executor(None, act)
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        with suppress(*_ERRORS):
+            thread.result()
+        raise
 
 
 def next_pause_s(pause_s: float, lived_s: float) -> float:

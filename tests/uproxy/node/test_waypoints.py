@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
+import threading
 
 import pytest
 from hypothesis import given
@@ -17,9 +19,9 @@ from control.api.index import AddressShard, Placed, ResidentWorkload
 from control.api.messages import Envelope
 from control.client.membership import Membership
 from control.client.state import State
-from uproxy import cgroup
+from uproxy import cgroup, sandbox
 from uproxy.claims import FIRST_WAYPOINT_UID
-from uproxy.node.waypoints import Declared, Settings, Wanted, next_pause_s, remove_all
+from uproxy.node.waypoints import Declared, Settings, Wanted, Waypoints, next_pause_s, remove_all
 
 DOMAIN = parse_trust_domain("cluster.local")
 WP = make_id(DOMAIN, "shop", "wp")
@@ -86,6 +88,46 @@ def test_an_identity_of_another_account_name_or_address_is_not_its_own():
         (WP, "wp-a", (FIRST,)),
     ):
         assert not wanted.is_member(Membership(identity, name, addresses, **door))
+
+
+def test_a_place_is_not_removed_while_it_is_still_being_made(tmp_path, monkeypatch):
+    making, go_on, removed_again = threading.Event(), threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def make(box):
+        making.set()
+        assert go_on.wait(10)
+        done.append("made")
+
+    def remove(box):
+        done.append("removed")
+        if len(done) > 1:
+            removed_again.set()
+
+    monkeypatch.setattr(sandbox, "build", make)
+    monkeypatch.setattr(sandbox, "forwarding_gaps", lambda addresses: [])
+    monkeypatch.setattr(sandbox, "remove", remove)
+    settings = Settings(tmp_path / "ids", cgroup.mount_point() / "uproxy-none", tmp_path / "agent", None)
+    settings.directory.mkdir()
+    mesh = Mesh()
+
+    async def main() -> None:
+        waypoints = Waypoints(settings, "a")
+        waypoints.take(mesh.state, mesh.say({FIRST: HERE}))
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            running = group.create_task(waypoints.run())
+            assert await asyncio.to_thread(making.wait, 10)
+            waypoints.take(mesh.state, mesh.say({}))
+            await asyncio.sleep(0.1)  # in which it would be removed
+            go_on.set()
+            assert await asyncio.to_thread(removed_again.wait, 10)
+            running.cancel()
+
+    try:
+        asyncio.run(main())
+    finally:
+        go_on.set()
+    assert done == ["removed", "made", "removed"]
 
 
 def test_what_dies_at_once_is_started_ever_later_and_what_lived_at_once():
