@@ -31,7 +31,7 @@ _TELLS_S: Final = 1.0  # a wait that was over so long ago tells nothing of now
 _STEP: Final = 0.15  # of those that still pass, more are refused at each look that is late
 _BACK: Final = 0.9  # so many are left of the share at each look that is not
 _LEAST: Final = 0.01
-_MAX_SHARES: Final = 1024  # of ways, until those that were not looked at lately are forgotten
+_MAX_SHARES: Final = 1024  # of ways, until those that were not looked at lately are forgotten, once in that time
 
 
 class _Share:
@@ -66,7 +66,18 @@ class _Share:
 class Overload:
     """Asked once for each request."""
 
-    __slots__ = ("_all", "_asked", "_chance", "_clock", "_each", "_plane", "_told_at", "_waited_s", "refused")
+    __slots__ = (
+        "_all",
+        "_asked",
+        "_chance",
+        "_clock",
+        "_each",
+        "_forget_at",
+        "_plane",
+        "_told_at",
+        "_waited_s",
+        "refused",
+    )
 
     def __init__(self, data_plane: Plane, clock: Callable[[], float], chance: random.Random) -> None:
         """`clock`: monotonic seconds."""
@@ -77,6 +88,7 @@ class Overload:
         self._all = _Share()
         self._each: dict[Hashable, _Share] = {}
         """Of the ways that were late."""
+        self._forget_at = 0.0
         self._asked = 0.0  # when what tells began to wait; 0: nothing does
         self._waited_s = 0.0  # by the last one
         self._told_at = 0.0  # when that one had its turn
@@ -111,7 +123,8 @@ class Overload:
         if own is None:
             if waited_s <= TARGET_S:
                 return 0.0
-            if len(self._each) >= _MAX_SHARES:
+            if len(self._each) >= _MAX_SHARES and now >= self._forget_at:
+                self._forget_at = now + _TELLS_S
                 self._each = {its: one for its, one in self._each.items() if now - one.look_at < _TELLS_S}
             own = self._each[way] = _Share()
         if now >= own.look_at:

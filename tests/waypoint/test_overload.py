@@ -142,6 +142,19 @@ def test_ways_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch):
     assert 99 not in model.overload._each
 
 
+def test_to_forget_ways_costs_little_where_many_are_late(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_MAX_SHARES", 10)
+    model = Model(1)
+    kept = [model.overload._each]
+    for way in range(1000):
+        model.now += 0.01
+        model.overload.sheds(model.now, 1, (way, 1.0))
+        if model.overload._each is not kept[-1]:
+            kept.append(model.overload._each)
+    assert len(kept) <= 12, "ten seconds"
+    assert len(model.overload._each) <= 200, "of the last two of them"
+
+
 @pytest.mark.parametrize("load", [0.1, 0.5, 0.9])
 def test_nothing_is_refused_while_there_is_room(load: float):
     model = Model(1)
