@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Final
 
 from control.api.address import AddressError, IpAddress, parse_address
@@ -102,7 +103,8 @@ class Destinations:
     def dialled(self, address: IpAddress, port: int, name: str) -> Asked:
         """As `Gateway.dialled`."""
         gateway, service = self._state.gateway(self._gateway), self._state.service_named(name) if name else None
-        if gateway is not None and service is not None and service.key in gateway.services:
+        # Nobody asks for a headless service, but for its workloads.
+        if gateway is not None and service is not None and service.vips and service.key in gateway.services:
             for endpoint in self._state.endpoints(service.key):
                 if endpoint.workload == self._own:
                     for service_port, target in endpoint.ports.items():
@@ -226,15 +228,16 @@ class Destinations:
         self, behind: dict[tuple[IpAddress, int], Destination], service: Service, endpoint: Endpoint
     ) -> None:
         workload = self._state.workload(endpoint.workload) or endpoint.as_workload()
-        for port in service.ports:
+        addresses = dict.fromkeys((endpoint.address, *workload.addresses))
+        for address, port in product(addresses, service.ports):
             target = endpoint.ports.get(port.port)
             if target is None:
                 continue
-            place = endpoint.address, target
+            place = address, target
             other = behind.get(place)
             if other is None:
-                authority = host_port(endpoint.address, target).encode()
-                straight = Hop(endpoint.address, endpoint.identity, authority, workload)
+                authority = host_port(address, target).encode()
+                straight = Hop(address, endpoint.identity, authority, workload)
                 behind[place] = _destination(*place, service, port, straight)
             else:
                 # What one service refuses is refused: of HTTP more can be asked.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from control.api.address import parse_address
+from control.api.address import IpAddress, parse_address
 from control.api.gateway import Gateway, Placement, Traffic
 from control.api.records import Record
 from control.api.workload import Endpoint, Service, ServicePort
@@ -52,6 +52,25 @@ def test_a_workload_behind_a_service_has_its_policies_and_no_choice() -> None:
     assert (found.backend.address, found.backend.authority, found.backend.expected) == (POD, b"10.0.0.7:8080", DB)
     with pytest.raises(RefusedError, match="wrong-destination"):
         find(destinations, "10.0.0.7:9999")
+
+
+def test_a_workload_behind_a_service_is_served_at_each_of_its_addresses() -> None:
+    second = parse_address("fd00::7")
+    both = replace(workload("db", POD, DB), addresses=(POD, second))
+    found = find(known(SERVICE, ENDPOINT, both, replace(GATEWAY, workloads=())), "[fd00::7]:8080")
+    assert (found.services, found.http) == ((SERVICE,), True)
+    assert found.backend is not None
+    assert (found.backend.address, found.backend.authority) == (second, b"[fd00::7]:8080")
+
+
+@pytest.mark.parametrize("vips", [(VIP,), ()], ids=["a virtual address", "headless"])
+def test_who_says_which_service_was_dialled_is_served_by_its_policies(vips: tuple[IpAddress, ...]) -> None:
+    state = State("cluster.local")
+    records = (replace(SERVICE, vips=vips), ENDPOINT, replace(GATEWAY, workloads=(), placement=Placement.SIDECAR))
+    state.apply([published(record, 1) for record in records])
+    destinations = Destinations(state, "shop/wp", own="shop/db")
+    found = destinations.find(destinations.dialled(POD, 8080, "db.shop.svc.cluster.local"))
+    assert [service.key for service in found.services] == ["shop/db"]
 
 
 def test_the_policies_of_all_services_in_front_of_a_port_hold() -> None:
