@@ -101,7 +101,8 @@ class Tunnel:
         self._later = data_plane.queue if queues else data_plane.postpone
         self._waits = False  # for a later turn: the socket is not looked at meanwhile
         self._since = 0.0  # when that began, in monotonic seconds
-        self._had_waited_s = 0.0  # what was read last, until its last piece was read
+        self._had_waited_s = 0.0  # what was heard at `_had_waited_at`, until its last piece was read
+        self._had_waited_at = -1.0
         self._dirty = False
         self._retired = False
         self._finishing = False
@@ -128,7 +129,9 @@ class Tunnel:
     @property
     def waited_s(self) -> float:
         """How long what was read last had waited here for its turn, from when this process could have read it."""
-        return time.monotonic() - self._since if self._waits else self._had_waited_s
+        if self._waits:
+            return time.monotonic() - self._since
+        return self._had_waited_s if self._had_waited_at == self._heard_at else 0.0
 
     # -- streams
 
@@ -238,8 +241,6 @@ class Tunnel:
         if self._finished_at is not None:
             return  # nothing that can still come matters to anybody
         self._heard_at = time.monotonic()
-        if not self._waits:
-            self._had_waited_s = 0.0
         self._incoming.write(_CIPHERTEXT_VIEW[:length])
         self._decrypt()
 
@@ -299,7 +300,7 @@ class Tunnel:
 
     def _stop_waiting(self) -> None:
         self._waits = False
-        self._had_waited_s = time.monotonic() - self._since
+        self._had_waited_s, self._had_waited_at = time.monotonic() - self._since, self._heard_at
         self._watch()
 
     def _go_on(self) -> None:
