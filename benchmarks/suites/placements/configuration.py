@@ -229,7 +229,18 @@ def _resident_kb(lab: Lab, kind: str, count: int, key: Path) -> float:
             return ask_socket(admin, "GET", "/ready").startswith("LIVE")
 
         until(ready, f"an Envoy of {count} services")
-        return resident_mb([process.pid]) * 1000
+        held = resident_mb([process.pid]) * 1000
+        _check(admin, endpoints)  # afterwards, since the answer takes memory
+        return held
     finally:
         process.kill()
         process.wait()
+
+
+def _check(admin: Path, endpoints: Mapping[str, Sequence[Endpoint]]) -> None:
+    """Raises LabError unless the Envoy knows all of these."""
+    lines = [line.split("::") for line in ask_socket(admin, "GET", "/clusters").splitlines()]
+    known = {parts[1].rpartition("/")[2] for parts in lines if len(parts) > 1}  # of envoy://LISTENER/ADDRESS:PORT, too
+    wanted = {f"{one.address}:{one.port}" for each in endpoints.values() for one in each}
+    if missing := sorted(wanted - known):
+        raise LabError(f"an Envoy that was to know {len(wanted)} endpoints does not know {', '.join(missing[:3])}")

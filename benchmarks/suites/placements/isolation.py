@@ -19,7 +19,7 @@ from benchmarks.harness.bench import BenchError, Probe, Sample
 from benchmarks.harness.results import Measure
 from benchmarks.harness.usage import Meter
 from benchmarks.load import Load, Outcome
-from benchmarks.load.together import Started, run_together
+from benchmarks.load.together import Started, run_together, start_together
 from benchmarks.suites.placements.application import BUSY, BUSY_MS, LIMIT_PER_S, LIMITED, SERVICES
 from benchmarks.suites.placements.placement import Caller, Placement
 
@@ -119,19 +119,20 @@ def _victim(program: Path, caller: Caller, callers: int, seconds: float, number:
 def _neighbours(
     stack: ExitStack, program: Path, situation: Situation, placement: Placement, seconds: float, number: int
 ) -> Sequence[subprocess.Popen[bytes]]:
-    """Their generators, when all of them have their connections."""
+    """Their generators, which begin when all of them have their connections: a flood would use up the limit that the
+    others' first requests need.
+    """
     if not situation.path:
         return []
     callers = _of(placement, NEIGHBOUR.caller)
     started = []
     for caller in callers:
         asked = situation.load(len(callers), number * len(callers) + caller.member.number)
-        argv = load.argv(program, asked, *caller.entries_for(situation.path)[NEIGHBOUR.name], seconds * 1.1 + _LONGER_S)
+        entry = caller.entries_for(situation.path)[NEIGHBOUR.name]
+        argv = load.argv(program, asked, *entry, seconds * 1.1 + _LONGER_S, waits=True)
         started.append(caller.start(argv, first=False))
         stack.callback(started[-1].kill)
-    for one in started:
-        assert one.stdout is not None
-        one.stdout.readline()  # "ready", or nothing of one that has ended
+    start_together(placement.subject.name, started)
     return started
 
 

@@ -20,7 +20,7 @@ from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.suites import architectures
 from benchmarks.suites.placements import configuration, isolation, mix, replacing
-from benchmarks.suites.placements.application import HTTP_PORT, SERVICES
+from benchmarks.suites.placements.application import HTTP_PORT, LIMIT_PER_S, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.mix import Mix
 from benchmarks.suites.placements.placement import PLAIN
@@ -30,7 +30,10 @@ from benchmarks.suites.placements.standing import Site, stand
 OURS = ("ours", "ours-node", "ours-service-account")
 WITH_L7 = ("sidecar", "node", "service-account", "remote", *OURS)
 PROXIED = (*WITH_L7, "remote-l4")
-SOME = ("sidecar", "ours", "remote-l4", PLAIN)
+SOME = ("sidecar", "remote-l4", PLAIN)
+"""Proven and measured as a run does it."""
+REPLACED = ("service-account", "ours")
+"""Proven when their processes have been replaced."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", [*PROXIED, PLAIN])
+@pytest.mark.parametrize("name", [one for one in PROXIED if one not in (*SOME, *REPLACED)])
 def test_a_placement_routes_refuses_and_knows_who_calls(site: Site, name: str) -> None:
     prove(site, name)
 
@@ -103,14 +106,8 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize(
     ("name", "asked"),
-    [
-        ("service-account", Mix(200)),
-        ("remote", Mix(200, near=1.0)),
-        ("node", Mix(200, l7=0.5, near=1.0)),
-        ("ours-node", Mix(200, l7=0.0)),
-        (PLAIN, Mix(200)),
-    ],
-    ids=["service-account", "near", "mixed", "l4", "plain"],
+    [("service-account", Mix(200)), ("node", Mix(200, l7=0.5, near=1.0))],
+    ids=["far", "mixed"],
 )
 def test_all_callers_together_make_the_rate(site: Site, program: Path, name: str, asked: Mix) -> None:
     sample = mix.take(program, site.placements[name], asked, 0.8, 1)
@@ -212,12 +209,13 @@ def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, mo
     tiny = architectures.Plan(
         rates=(architectures.CPU_RATE,),
         rounds=1,
-        seconds=0.6,
+        seconds=0.4,
         l7_percent=(50,),
         rtts_ms=(1.0,),
         axis_rounds=1,
-        axis_seconds=0.6,
+        axis_seconds=0.4,
     )
+    monkeypatch.setattr(architectures, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(architectures, "QUICK", tiny)
     monkeypatch.setattr(architectures, "Lab", lambda: contextlib.nullcontext(lab))
     monkeypatch.setattr(architectures, "stand", lambda lab, progress, *, ours: some)
@@ -239,51 +237,88 @@ def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, mo
     assert placed.passed
     # How exact delays are is the machine's matter.
     assert (apart.name, apart.details["lost"]) == ("architectures: hosts 1 ms apart", 0)
-    assert apart.details["added_us"] > 0
+    assert "added_us" in apart.details
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", ["node", "remote", "ours-service-account"])
-def test_a_neighbour_does_what_is_asked_of_it(site: Site, program: Path, name: str) -> None:
-    """At each place where policy stands: the flood is as fast as it goes, the limit holds, the filter burns."""
-    probes = {probe.measure.name.rpartition("/")[2]: probe for probe in isolation.probes("architectures", program)}
-    found = {name_: probe.take(site.placements[name], 0.6, 1).details for name_, probe in probes.items()}
-    asked = {situation: one["neighbour_per_second"] for situation, one in found.items()}
-    refused = [situation for situation, one in found.items() if one["neighbour_refused"]]
-    assert asked["calm"] == 0 < min(asked["flood"], asked["limited"], asked["filter"])
-    assert refused == ["limited"]
-
-
-@pytest.mark.root
-@pytest.mark.parametrize(("name", "layer"), [("service-account", "l7"), ("ours", "l7"), ("ours", "l4")])
-def test_a_process_is_replaced_by_one_that_does_the_same(
-    site: Site, program: Path, tmp_path: Path, name: str, layer: str
+@pytest.mark.parametrize(
+    ("name", "situations", "buckets"),
+    [("node", ["calm", "flood", "limited", "filter"], 2), ("ours-service-account", ["limited", "filter"], 1)],
+    ids=["envoy", "waypoint"],
+)
+def test_a_neighbour_does_what_is_asked_of_it(
+    site: Site, program: Path, name: str, situations: list[str], buckets: int
 ) -> None:
+    """At an Envoy and at our waypoint: the flood is as fast as it goes, the limit holds, the filter burns.
+
+    `buckets`: an Envoy of a node has one for each workload that is called.
+    """
+    seconds = 0.5
+    probes = {probe.measure.name.rpartition("/")[2]: probe for probe in isolation.probes("architectures", program)}
+    found = {one: probes[one].take(site.placements[name], seconds, 1).details for one in situations}
+    for situation, told in found.items():
+        assert (told["neighbour_per_second"] > 0) == (situation != "calm")
+        assert not told["neighbour_refused"] or situation == "limited"
+    # However slow the machine: what a bucket holds, what comes into it in a second, and less than as much again that
+    # was on its way when counting began.
+    assert found["limited"]["neighbour_per_second"] * (seconds * 1.1 + 0.4) < 3 * buckets * LIMIT_PER_S
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("service-account", {"l7": "server proxy"}), ("ours", {"l7": "waypoint", "l4": "server proxy"})],
+    ids=REPLACED,
+)
+def test_a_process_is_replaced_by_one_that_does_the_same(
+    site: Site, program: Path, tmp_path: Path, name: str, layers: dict[str, str]
+) -> None:
+    """`layers`: the role of the process that is replaced of each."""
     placement = site.placements[name]
     before = {one.name: one.pid for one in placement.mesh}
-    probe = next(one for one in replacing.probes("a", program) if one.measure.name.endswith(layer))
+    probes = [one for one in replacing.probes("a", program) if one.measure.name.rpartition("/")[2] in layers]
     found = Results("now", quick=False)
-    Bench(found, tmp_path, quick=False).interleave([probe], [replacing.Replaceable(placement)], rounds=1, seconds=0.5)
-    ((taken,),) = [one.rounds for one in found.series]
-    assert taken.bottleneck.startswith("replacing took longer"), "the load is over before the former process drained"
+    Bench(found, tmp_path, quick=False).interleave(probes, [replacing.Replaceable(placement)], rounds=1, seconds=0.3)
+    taken = [one.bottleneck for series in found.series for one in series.rounds]
+    # The load is over before the former process drained.
+    assert [one.startswith("replacing took longer") for one in taken] == [True] * len(layers)
     replaced = [one for one in placement.mesh if one.pid != before[one.name]]
-    assert [one.role for one in replaced] == ["waypoint" if (name, layer) == ("ours", "l7") else "server proxy"]
-    assert not Path("/proc", str(before[replaced[0].name])).exists()
+    assert sorted(one.role for one in replaced) == sorted(layers.values())
+    assert not [one for one in replaced if Path("/proc", str(before[one.name])).exists()]
     prove(site, name)
 
 
 @pytest.mark.root
 def test_configuration_is_looked_at_in_processes_of_every_kind(tmp_path: Path) -> None:
-    """And added up for the placements that a run has."""
+    """Each has proven to know what is declared. How much memory that takes is the machine's matter."""
     found = Results("now", quick=False)
     found.subjects += [Subject(name, name, "") for name in ("sidecar", "remote", "ours", PLAIN)]
-    configuration.measure(Bench(found, tmp_path, quick=False), "architectures", (4, 40))
-    kb = {(one.measure, one.subject): one.rounds[0] for one in found.series}
-    assert {subject for _, subject in kb} == {"sidecar", "remote", "ours"}
-    sidecars = [kb[f"architectures/config/{size}", "sidecar"] for size in (4, 40)]
-    assert all(one.value == pytest.approx(20 * one.details["envoy_kb"]) for one in sidecars)
-    assert sidecars[1].details["envoy_kb"] > sidecars[0].details["envoy_kb"] > 0
-    remote, ours = (kb["architectures/config/40", name] for name in ("remote", "ours"))
-    shared = 20 * remote.details["uproxy_kb"] + 2 * remote.details["node_agent_kb"]
-    assert remote.value == pytest.approx(shared + remote.details["envoy_waypoint_kb"])
-    assert ours.value == pytest.approx(shared + ours.details["waypoint_kb"])
+    configuration.measure(Bench(found, tmp_path, quick=False), "architectures", (1, 2))
+    sizes = {one.measure for one in found.series}
+    assert sizes == {"architectures/config/1", "architectures/config/2"}
+    assert {one.subject for one in found.series} == {"sidecar", "remote", "ours"}
+    assert {key for one in found.series for key in one.rounds[0].details} == {
+        *("uproxy_kb", "node_agent_kb", "envoy_kb", "envoy_waypoint_kb", "waypoint_kb", "most_kb", "processes")
+    }
+
+
+def test_what_processes_hold_is_added_up_for_the_placements_of_a_run(tmp_path: Path) -> None:
+    found = Results("now", quick=False)
+    found.subjects += [Subject(name, name, "") for name in ("sidecar", "node", "remote", "ours", PLAIN)]
+    ours = {("uproxy", 100): 1.0, ("node agent", 100): 10.0, ("waypoint", 100): 400.0}
+    held = {**ours, ("envoy", 10): 30.0, ("envoy", 50): 90.0, ("envoy waypoint", 100): 500.0}
+    configuration.add(Bench(found, tmp_path, quick=False), "architectures", held, (100,))
+    kb = {one.subject: one.rounds[0] for one in found.series}
+    assert {name: one.value for name, one in kb.items()} == {
+        "sidecar": 20 * 30,
+        "node": 2 * 90,
+        "remote": 20 * 1 + 2 * 10 + 500,
+        "ours": 20 * 1 + 2 * 10 + 400,
+    }
+    assert {name: one.details["most_kb"] for name, one in kb.items()} == {
+        "sidecar": 30,
+        "node": 90,
+        "remote": 500,
+        "ours": 400,
+    }
+    assert kb["remote"].details["processes"] == 23
