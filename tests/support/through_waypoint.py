@@ -85,6 +85,7 @@ class Between:
         loop = asyncio.get_running_loop()
         data_plane, web = self.pair.plane, (caller or self.pair.web).outbound
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the listeners of a uProxy
             listener.setblocking(False)
 
             async def accept() -> None:

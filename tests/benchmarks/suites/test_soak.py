@@ -14,7 +14,7 @@ from benchmarks.lab.topology import Lab
 from benchmarks.suites import soak
 from benchmarks.suites.soak import Held, Part, Plan, Soak, flat
 
-TINY = Plan(rounds=2, seconds=1.5, rest_s=1.0)
+TINY = Plan(rounds=2, seconds=0.7, rest_s=1.0)
 PARTS = ("soak-caller", "soak-called", "soak-waypoint", "soak-node-a", "soak-node-b")
 
 
@@ -29,6 +29,7 @@ def test_every_program_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return labs[-1]
 
     monkeypatch.setattr(soak, "Lab", lab)
+    monkeypatch.setattr(soak, "_DISTURBED_S", 0.3)
     told: list[str] = []
     bench = Bench(Results("now", quick=True), tmp_path, quick=True, tell=told.append)
     Soak(TINY).run(bench)
