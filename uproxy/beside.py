@@ -23,7 +23,6 @@ from uproxy.errors import Flag, RefusedError
 from uproxy.listener import Inherited
 from uproxy.plane import Plane, Waiter
 from uproxy.telemetry import Listing, Telemetry
-from uproxy.workers import Workers
 
 if TYPE_CHECKING:
     from uproxy.beside_feed import Feed
@@ -262,6 +261,9 @@ class _Standing:
         on_change: Callable[[], None],
         make_feed: Callable[[str, Callable[[Batch], None], Callable[[], None]], Feed] | None,
     ) -> None:
+        # Imported here: few workloads have a waypoint's process beside them.
+        from uproxy.workers import Workers
+
         self.gateway = gateway
         self.feed = make_feed(gateway, self.take, self._progressed) if make_feed is not None else None
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)

@@ -42,13 +42,8 @@ class Limits:
         return [limit for names, limit in self.of_rules if name in names]
 
 
-def filter_names() -> list[str]:
-    """Of the filters, in the order in which they are asked."""
-    return [*(_name(index) for index in range(MAX_LIMITS)), FAULT]
-
-
 def idle_filters() -> list[Json]:
-    """The same for a place at which nothing is limited."""
+    """The filters, in the order in which they are asked, for a place at which nothing is limited."""
     limits = [extension(_name(index), _LIMIT, stat_prefix="limit") for index in range(MAX_LIMITS)]
     return [*limits, extension(FAULT, _FAULT)]
 
