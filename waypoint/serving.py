@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from control.api.status import Knowledge
-from control.client.state import Changes, State
+from control.client.state import State
 from uproxy import config_dump, process
 from uproxy.access_log import AccessLog
 from uproxy.config import Collector, Who
-from uproxy.connections import Connections
 from uproxy.credentials import CurrentCredentials
 from uproxy.directory import Directory
 from uproxy.doors import doors
@@ -23,12 +21,11 @@ from uproxy.errors import RefusedError
 from uproxy.listener import HANDSHAKES_PER_TURN, Inherited, Listeners, TunnelServer
 from uproxy.plane import Plane
 from uproxy.pool import Pool
-from uproxy.process import FAREWELL_S, TICK_S
-from uproxy.telemetry import Connection, Listing, Peer
+from uproxy.process import FAREWELL_S
+from uproxy.telemetry import Connection, Peer
 from uproxy.tls import Context, client_context, server_context
-from waypoint.gateway import Gateway
+from waypoint.interior import Interior
 from waypoint.telemetry import WaypointTelemetry
-from waypoint.upstream import Upstream
 from waypoint.ways import Tunnels
 
 if TYPE_CHECKING:
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("waypoint")
 
 
-class Serving:
+class Serving(Interior):
     """Serves callers in this process, by `state`, which somebody else brings up to date."""
 
     def __init__(
@@ -53,31 +50,15 @@ class Serving:
         collector: Collector | None = None,
     ) -> None:
         """`directory`: where what is not known is asked for, if anywhere. `collector`: of spans, if there are any."""
-        self._plane = data_plane
         self._who = who
         self._credentials = credentials
-        self._telemetry = telemetry
-        self._log = access_log
-        self._loop = asyncio.get_running_loop()
+        self._use_credentials()
+        self._pool = Pool(data_plane, lambda: self._client_context, who.addresses)
+        super().__init__(data_plane, who, gateway_key, state, Tunnels(self._pool), telemetry, access_log, directory)
         self.exporter: Exporter | None = None
         """Somebody runs it."""
         if collector is not None:
             self._record_spans(collector)
-        self._use_credentials()
-        self._connections = Connections()
-        self._pool = Pool(data_plane, lambda: self._client_context, who.addresses)
-        self._upstream = Upstream(data_plane, Tunnels(self._pool))
-        self._gateway = Gateway(
-            data_plane,
-            state,
-            gateway_key,
-            who.identity,
-            self._upstream,
-            self._connections,
-            telemetry,
-            directory,
-            who.key,
-        )
         self._server = TunnelServer(
             data_plane,
             lambda: self._server_context,
@@ -87,8 +68,6 @@ class Serving:
             queues=True,
         )
         self._listeners = Listeners(data_plane)
-        self._drain_by = math.inf
-        self._timer: asyncio.TimerHandle | None = None
         self._client_context: Context
         self._server_context: Context
         self._register_gauges()
@@ -106,17 +85,11 @@ class Serving:
         for sock in sockets:
             if sock not in self._listeners.sockets:
                 self._listeners.add(sock, self._server.serve, HANDSHAKES_PER_TURN)
-        if self._timer is None:
-            self._tick()
+        self._begin_ticks()
 
     def sockets(self) -> list[socket.socket]:
         """Where callers are taken."""
         return self._listeners.sockets
-
-    def take(self, batch: Sequence[tuple[str, bytes]], changes: Changes) -> None:
-        """The state has changed, by this batch."""
-        if changes:
-            self._plane.run(lambda: self._gateway.config_changed(changes))
 
     def interrupt(self) -> None:
         """`start` has returned at once."""
@@ -144,18 +117,9 @@ class Serving:
         self._plane.run(self._pool.end_revoked)
         self._plane.run(self._server.end_revoked)
 
-    def reopen_log(self) -> None:
-        """The access log's file was moved away."""
-        if self._log is not None:
-            self._log.reopen()
-
     def render(self) -> bytes:
         """All metrics of this process."""
         return self._telemetry.render()
-
-    def live(self) -> Listing:
-        """Connections of opaque TCP, and requests that are under way."""
-        return self._telemetry.live(time.monotonic(), time.time())
 
     def dump(self) -> dict[str, object]:
         """For operators."""
@@ -179,16 +143,10 @@ class Serving:
         # A round trip for the streams that are on their way (RFC 9113 section 6.8), then the final word.
         await asyncio.sleep(min(0.1, timeout_s))
         self._plane.run(lambda: self._server.drain(final=True))
-        pause_s = 0.02
-        while (self._plane.tasks or self._gateway.awaits) and time.monotonic() < self._drain_by:
-            await asyncio.sleep(pause_s)
-            pause_s = min(1.1 * pause_s, 0.5)
-        self._plane.run(lambda: self._connections.cut_all("the drain time of this waypoint is over"))
-        self._plane.run(self._gateway.close_idle)
+        await self._let_end()
         if self.exporter is not None:
             await self.exporter.finish(FAREWELL_S)
-        self._plane.run(lambda: self._plane.abort(RefusedError("shutting-down", "this waypoint is shutting down")))
-        self._plane.run(self._upstream.close)
+        self._end()
         self._plane.run(self._pool.finish)
         self._plane.run(self._server.finish)
         deadline = max(self._drain_by, time.monotonic() + FAREWELL_S)
@@ -198,17 +156,9 @@ class Serving:
         self._plane.run(self._server.close)
         log.info("drained")
 
-    def hasten(self, timeout_s: float, grace_s: float) -> None:
-        """Drain within this time, if more is left."""
-        self._drain_by = min(self._drain_by, time.monotonic() + timeout_s)
-        self._plane.run(lambda: self._gateway.drain(grace_s))
-
     def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
         self._listeners.close()
-        if self._log is not None:
-            self._log.close()
+        super().close()
 
     def _record_spans(self, collector: Collector) -> None:
         from uproxy.otlp import nearby
@@ -226,29 +176,16 @@ class Serving:
         credentials = self._credentials.value
         self._client_context, self._server_context = client_context(credentials), server_context(credentials)
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-
-        def tick() -> None:
-            self._gateway.tick(now)
-            self._upstream.tick(now)
-            self._pool.tick(now)
-            self._server.tick(now)
-            self._connections.tick(now)
-
-        self._timer = self._loop.call_later(TICK_S, self._tick)
-        self._plane.run(tick)
+    def _tick(self, now: float) -> None:
+        super()._tick(now)
+        self._pool.tick(now)
+        self._server.tick(now)
 
     def _register_gauges(self) -> None:
         gauge = self._telemetry.gauge
         gauge("uproxy_tunnels_outbound", "Open tunnels to peers", lambda: len(self._pool.tunnels()))
         gauge("uproxy_tunnels_inbound", "Open tunnels from peers", lambda: len(self._server.tunnels()))
         gauge("uproxy_tasks", "Connections being set up or relayed", lambda: len(self._plane.tasks))
-        gauge(
-            "uproxy_waypoint_idle_connections",
-            "HTTP connections to backends that wait for a request",
-            lambda: self._upstream.idle,
-        )
         balancers = self._gateway.balancers
         gauge(
             "uproxy_waypoint_ejected_endpoints",
