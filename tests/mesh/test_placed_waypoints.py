@@ -22,6 +22,7 @@ from benchmarks.lab.shop import REVIEWS, Shop
 from benchmarks.lab.topology import Host, Lab
 from control.api.labels import NODE
 from tests.support import inside
+from tests.support.shop_calls import versions
 from uproxy.claims import FIRST_WAYPOINT_UID, LAST_UID
 from uproxy.sandbox import NETNS_DIR, Sandbox
 
@@ -74,15 +75,7 @@ class Mesh:
     on_b: Placed
 
     def call(self, times: int) -> Counter[str]:
-        """Which version answers web how often; each is told that web calls."""
-        found: Counter[str] = Counter()
-        for _ in range(times):
-            answer = self.shop.web.job(job="http", host=REVIEWS[0], port=REVIEWS[1])
-            assert answer.get("status") == 200, answer
-            body = json.loads(answer["body"])
-            assert body["caller"] == f"URI={self.shop.web.identity}"
-            found[body["version"]] += 1
-        return found
+        return versions(self.shop, times)
 
     def served_by_both(self) -> bool:
         return set(self.call(12)) == {"v1", "v2"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from benchmarks.lab.waypoints import Waypoint
 from control.api.identity import SpiffeId
 from tests.support import inside
 from tests.support.hand_tunnel import HandTunnel
+from tests.support.shop_calls import versions
 
 # Everybody may call: what is under test here is the way, not policy.
 _OPEN = shop.RESOURCES.split("---\napiVersion: security")[0]
@@ -53,15 +53,7 @@ class Placed:
         self.control.meshctl("label", "service", "reviews", f"istio.io/use-waypoint={gateway}", "--wait")
 
     def call(self, times: int) -> Counter[str]:
-        """Which version answers web how often. Each is told that web calls, by the waypoint."""
-        found: Counter[str] = Counter()
-        for _ in range(times):
-            answer = self.shop.web.job(job="http", host=REVIEWS[0], port=REVIEWS[1])
-            assert answer.get("status") == 200, answer
-            body = json.loads(answer["body"])
-            assert body["caller"] == f"URI={self.shop.web.identity}"
-            found[body["version"]] += 1
-        return found
+        return versions(self.shop, times)
 
     def enter(self, workload: Workload, waypoint: Waypoint, identity_dir: Path | None = None) -> int:
         """From a waypoint's address, by its identity or another one, straight to a workload: what its uProxy says."""
