@@ -31,8 +31,9 @@ from benchmarks import scripted
 from control.client.csr import make_request
 from control.server.ca import Authority, write_identity
 
-TOLERANCE: Final = 0.025
-"""Of the baseline's instructions; repeated counts, on an idle machine or a busy one, differ by a tenth of a percent."""
+TOLERANCE: Final = 0.03
+"""Of the baseline's instructions. Repeated counts, on an idle machine or a busy one, differ by a tenth of a percent; a
+bare echo of 64 B through TLS, which some are divided by, costs up to 1.5 % more with where its bytes lie in memory."""
 CALLS_TOLERANCE: Final = 0.015
 """Of the baseline's system calls; repeated counts are equal, or for HTTP on a busy machine within 1 %."""
 SPARE_CALLS: Final = 0.2

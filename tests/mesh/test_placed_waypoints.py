@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,27 +193,25 @@ def test_it_goes_on_without_the_agent_and_the_next_agent_leaves_it_alone(mesh: M
 
 def test_an_upgrade_fails_no_request_and_its_successor_is_looked_after(mesh: Mesh) -> None:
     (before,) = mesh.on_b.pids()
-    # Some of them through b's process, which has a reason to go on when another one has taken over.
-    held = mesh.shop.web.sockets(4)
-    for sock in held:
-        sock.connect(REVIEWS)
-    mesh.under_load()
-    done = subprocess.run(
-        [sys.executable, "-I", "-m", "waypoint", "upgrade", "--state", str(mesh.on_b.directory)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert mesh.failures() == []
-    (successor,) = set(mesh.on_b.pids()) - {before}
-    os.kill(successor, signal.SIGKILL)
-    _soon(lambda: bool(set(mesh.on_b.pids()) - {before, successor}))
-    _soon(mesh.served_by_both)
-    assert before in mesh.on_b.pids()
-    for sock in held:
-        sock.close()
+    with ExitStack() as held:
+        # So many that some are through b's process, which has a reason to go on when another one has taken over.
+        for sock in mesh.shop.web.sockets(24):
+            held.enter_context(sock).connect(REVIEWS)
+        mesh.under_load()
+        done = subprocess.run(
+            [sys.executable, "-I", "-m", "waypoint", "upgrade", "--state", str(mesh.on_b.directory)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert mesh.failures() == []
+        (successor,) = set(mesh.on_b.pids()) - {before}
+        os.kill(successor, signal.SIGKILL)
+        _soon(lambda: bool(set(mesh.on_b.pids()) - {before, successor}))
+        _soon(mesh.served_by_both)
+        assert before in mesh.on_b.pids()
 
 
 def test_it_is_removed_with_what_declares_it_while_an_agent_is_there_or_when_one_is_back(mesh: Mesh) -> None:

@@ -146,9 +146,12 @@ def test_flips_fail_no_request_on_kept_connections_and_new_ones_go_the_right_way
     assert not [failure for *_, failure, _ in requests if failure]
     kept = {opened for _, _, _, _, opened in requests}
     assert len(requests) > 10 * len(kept), "connections were kept"
+    looked_at = 0
     for since, until, caller in phases:
         told = {said for _, ended, said, _, opened in requests if since < opened and ended < until}
-        assert told == {caller}
+        assert told <= {caller}
+        looked_at += bool(told)
+    assert looked_at > _KEPT_FLIPS / 2
 
 
 def test_a_kept_connection_from_before_the_flip_ends_when_a_policy_is_missed_on_it(mesh: Bound) -> None:
