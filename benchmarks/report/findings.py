@@ -27,7 +27,7 @@ OURS: Final = frozenset(
             "captured-full",
             "direct",
         ),
-        *("ours", "ours-node", "ours-service-account"),
+        *("ours", "ours-node", "ours-service-account", "ours-sidecar"),
         "mesh",
         *("soak-caller", "soak-called", "soak-waypoint", "soak-node-a", "soak-node-b"),
         *("near-uproxy", "near-direct"),

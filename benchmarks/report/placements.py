@@ -17,12 +17,13 @@ from benchmarks.report.plot import Curve, Dot, axis, chart, fitting, key, measur
 
 SUITE: Final = "architectures"
 RATE: Final = 500
-ENVOYS: Final = ("sidecar", "node", "service-account", "remote", "remote-l4")
+ENVOYS: Final = ("sidecar", "sidecar-one-pass", "node", "service-account", "remote", "remote-l4")
 OURS: Final = ("ours-sidecar", "ours-node", "ours-service-account", "ours", "remote-l4")
 _PASSES: Final = {"sidecar": 2, "node": 2, "service-account": 2, "remote-l4": 0}
 """How often a call is read as HTTP; by a waypoint, once."""
 _PLAIN: Final = {
     "sidecar": "in both workloads' own",
+    "sidecar-one-pass": "in both workloads' own",
     "node": "in both hosts', with all tenants of each",
     "service-account": "in both accounts' own",
     "remote": "in both uProxies, and the waypoint of all",

@@ -20,15 +20,23 @@ from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
 from benchmarks.harness.results import Check, Measure, Results, Round, Series
 from benchmarks.harness.rounds import judge
 from benchmarks.harness.statistics import LEAST_ROUNDS
-from benchmarks.lab import link
+from benchmarks.lab import cores, link
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.load import LoadError
 from benchmarks.suites.placements import configuration, isolation, mix, replacing
 from benchmarks.suites.placements.application import BUSY_MS, CALLERS, INSTANCES, LIMIT_PER_S, SERVICES, identity
 from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.mesh import BESIDE
 from benchmarks.suites.placements.mix import CONNECTIONS, Mix
-from benchmarks.suites.placements.placement import DRAIN_S, LOAD_CORE, PLAIN, PROXY_CORE, Placement
+from benchmarks.suites.placements.placement import (
+    DRAIN_S,
+    LOAD_CORE,
+    ONE_PASS,
+    PLAIN,
+    PROXY_CORE,
+    Placement,
+)
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
 
@@ -64,11 +72,11 @@ class Plan:
     """Of a mesh, whose configuration is looked at."""
     upgrades: int = 0
     """Rounds in which a process is replaced under load."""
-    ours: bool = True
-    """Our waypoints, too."""
+    further: bool = True
+    """Our waypoints, too, and sidecars with one pass."""
 
 
-QUICK = Plan(rates=(CPU_RATE,), rounds=4, seconds=1.0, axis_seconds=0.8, l7_percent=(0,), ours=False)
+QUICK = Plan(rates=(CPU_RATE,), rounds=4, seconds=1.0, axis_seconds=0.8, l7_percent=(0,), further=False)
 FULL = Plan(
     rates=(250, CPU_RATE, 1000),
     rounds=5,
@@ -95,7 +103,7 @@ class Architectures:
         try:
             program = load.build(bench.directory)
             with Lab() as lab:
-                site = stand(lab, bench.progress, ours=plan.ours)
+                site = stand(lab, bench.progress, further=plan.further)
                 _prove(bench, site)
                 _say_conditions(bench)
                 _measure(bench, site, program, plan)
@@ -134,7 +142,7 @@ def _prove(bench: Bench, site: Site) -> None:
 
 def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     everything = list(site.placements.values())
-    placements = [one for one in everything if one.mesh]
+    placements = [one for one in everything if one.mesh and one.subject.name != ONE_PASS]
     probes = [_latency(program, rate) for rate in plan.rates]
     bench.interleave(probes, everything, rounds=plan.rounds, seconds=plan.seconds)
     for probe in probes:
@@ -143,13 +151,25 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     with_l7 = _with_l7(site)
     _measure_axes(bench, with_l7, program, plan)
     if plan.isolation:
-        bench.interleave(isolation.probes(NAME, program), with_l7, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
+        *others, bad_filter = isolation.probes(NAME, program)
+        bench.interleave(others, with_l7, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
+        able = [one for one in with_l7 if one.subject.name != BESIDE]
+        bench.interleave([bad_filter], able, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
+    _check_core(bench, placements)
     bench.interleave([_memory()], placements, rounds=LEAST_ROUNDS, seconds=0.0)
     bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
 
 
 def _with_l7(site: Site) -> list[Placement]:
-    return [one for one in site.placements.values() if one.mesh and one.subject.name != L4_ONLY]
+    return [one for one in site.placements.values() if one.mesh and one.subject.name not in (L4_ONLY, ONE_PASS)]
+
+
+def _check_core(bench: Bench, placements: Sequence[Placement]) -> None:
+    """That all processes of a placement share one CPU, and no more: filters and what uProxies start too."""
+    strays = {one.subject.name: cores.strays([each.pid for each in one.mesh], PROXY_CORE) for one in placements}
+    elsewhere = ", ".join(f"{name} ({len(found)})" for name, found in strays.items() if found)
+    text = f"not on core {PROXY_CORE} are threads of {elsewhere}" if elsewhere else f"all threads on core {PROXY_CORE}"
+    bench.check(Check(f"{NAME}: one CPU for all processes of a placement", not elsewhere, text))
 
 
 def _latency(program: Path, rate: int) -> Probe[Placement]:
@@ -354,7 +374,9 @@ def _say_conditions(bench: Bench) -> None:
         ),
         (
             "pinning",
-            f"every proxy and node agent on core {PROXY_CORE}, nginx and the load generators on core "
+            f"every proxy, node agent and filter on core {PROXY_CORE}, so that all processes of a placement share one "
+            "CPU between them and no placement has more, as by a quota of one CPU, without its throttling; nginx and "
+            "the load generators on core "
             f"{LOAD_CORE}, where the generators go first (SCHED_FIFO). They are awake for up to 0.1 ms before each "
             "request, which nginx waits for: it was seen to add some 20 us to p90, alike for all",
         ),
@@ -372,8 +394,9 @@ def _say_conditions(bench: Bench) -> None:
         (
             "isolation",
             f"{isolation.RATE} requests/s by the callers of one service, beside: nothing; those of the other as fast "
-            f"as 64 connections go; the same against a limit of {LIMIT_PER_S} requests/s at each process where policy "
-            f"stands; 10 requests/s of them to a filter that takes {BUSY_MS} ms of processor time, in Lua in an Envoy "
+            f"as 64 connections go; the same against a limit of {LIMIT_PER_S} requests/s, which each process that "
+            "reads its requests counts by itself, and an Envoy of a node or service account for each called workload; "
+            f"10 requests/s of them to a filter that takes {BUSY_MS} ms of processor time, in Lua in an Envoy "
             "and in Python at our waypoint, where a filter is a process of its own",
         ),
         (

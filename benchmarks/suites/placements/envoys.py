@@ -47,6 +47,8 @@ INBOUND_PORT = 15006
 """Of a proxy's first workload; the next ones follow. Capture would keep the address that was dialled instead."""
 L4_OUTBOUND_PORT = 15101
 """Of the first service; the next ones follow."""
+THROUGH_PORT = 15201
+"""Likewise, at a sidecar: what the callee's proxy reads as HTTP, and this one does not."""
 L4_INBOUND_OFFSET = 100
 """From a workload's INBOUND_PORT to the one for connections that are not read as HTTP."""
 
@@ -98,6 +100,12 @@ def beside(entry: str, address: str, members: Iterable[Member], endpoints: Endpo
         for account in accounts
         for service in SERVICES
     ]
+    if entry == LOOPBACK:
+        clusters += [
+            _tls_cluster(_through_name(account, service), endpoints[service.name], keys[account], "http/1.1")
+            for account in accounts
+            for service in SERVICES
+        ]
     clusters += [
         _tls_cluster(
             _cluster_name(account, service, chosen),
@@ -126,7 +134,9 @@ def _addresses(callers: Iterable[Member]) -> dict[str, list[str]]:
 
 
 def _outbound(entry: str, accounts: Sequence[str], addresses: Mapping[str, list[str]], admin: Path) -> list[Json]:
-    """On the way out: a listener for what is read as HTTP, and one for each service that is not."""
+    """On the way out: a listener for what is read as HTTP, and one for each service that is not; of a sidecar, another
+    one for each that is read by the callee's proxy only.
+    """
     http = {
         account: _manager("outbound", [_host(account, service, [service.name]) for service in SERVICES])
         for account in accounts
@@ -136,6 +146,10 @@ def _outbound(entry: str, accounts: Sequence[str], addresses: Mapping[str, list[
         tcp = {account: _tcp_proxy("outbound", _l4_name(account, service)) for account in accounts}
         listen = entry, L4_OUTBOUND_PORT + number
         made.append(_logged(f"outbound-{service.name}-l4", listen, _chains(tcp, addresses), admin))
+        if entry == LOOPBACK:
+            through = {account: _tcp_proxy("outbound", _through_name(account, service)) for account in accounts}
+            listen = entry, THROUGH_PORT + number
+            made.append(_logged(f"outbound-{service.name}-through", listen, _chains(through, addresses), admin))
     return made
 
 
@@ -178,6 +192,10 @@ def _tcp_proxy(name: str, cluster: str) -> Json:
 
 def _l4_name(account: str, service: Service) -> str:
     return f"{account}|{service.name}|l4"
+
+
+def _through_name(account: str, service: Service) -> str:
+    return f"{account}|{service.name}|through"
 
 
 def _for_l4(endpoints: Iterable[Endpoint]) -> list[Endpoint]:

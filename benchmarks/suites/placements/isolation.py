@@ -56,7 +56,7 @@ class Situation:
 SITUATIONS: Final = (
     Situation("calm", "alone"),
     Situation("flood", "beside a flood", "/"),
-    Situation("limited", f"beside a flood that is limited to {LIMIT_PER_S} requests/s at each process", LIMITED),
+    Situation("limited", f"beside a flood that its service's owner limits to {LIMIT_PER_S} requests/s", LIMITED),
     Situation("filter", f"beside a filter that takes {BUSY_MS} ms a request, {_BUSY_RATE} a second", BUSY, flood=False),
 )
 

@@ -6,6 +6,7 @@ One waypoint is the Envoy. The others are ours, one for each placement that a Ga
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 
 from benchmarks.lab.sources import TRUST_DOMAIN
@@ -64,7 +65,9 @@ OURS = (
     ),
 )
 """Callers' hosts need none: a process stands before what is called."""
-GATEWAYS = tuple(dict.fromkeys(one.gateway for one in OURS))
+BESIDE = "ours-sidecar"
+"""The Gateway whose processes stand beside workloads of their own: uProxies start them."""
+GATEWAYS = (*dict.fromkeys(one.gateway for one in OURS), BESIDE)
 
 
 FILTER = "busy"
@@ -74,6 +77,16 @@ FILTER = "busy"
 def address_behind(gateway: str, service: Service, *, busy: bool = False) -> str:
     """The virtual address at which a service is behind one of our waypoints; `busy`: with a bad filter."""
     return f"240.240.0.{60 + 10 * GATEWAYS.index(gateway) + SERVICES.index(service) + (5 if busy else 0)}"
+
+
+def l4_address_beside(service: Service) -> str:
+    """The virtual address at which the workloads with a process beside them are reached at L4_PORT."""
+    return f"240.240.0.{98 + SERVICES.index(service)}"
+
+
+def called_by(gateway: str, service: str) -> str:
+    """The value of the label `service` of the workloads that serve behind this Gateway."""
+    return f"{service}-beside" if gateway == BESIDE else service
 
 
 def install_filter(directory: Path) -> None:
@@ -101,16 +114,16 @@ class Busy:
 """
 
 
-def _gateway(one: Ours) -> str:
+def _gateway(name: str, placement: Placement) -> str:
     return f"""\
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata:
-  name: {one.gateway}
+  name: {name}
   namespace: default
   labels: {{istio.io/waypoint-for: service}}
-  annotations: {{mesh.uproxy.dev/placement: {one.placement.value}}}
+  annotations: {{mesh.uproxy.dev/placement: {placement.value}}}
 spec:
   gatewayClassName: istio-waypoint
   listeners: [{{name: mesh, port: {HBONE_PORT}, protocol: HBONE}}]
@@ -145,13 +158,13 @@ spec:
 
 def _behind(gateway: str, service: Service, *, busy: bool = False) -> str:
     """The service behind one of our waypoints, with the routes, the policy and the limit that Envoys are configured
-    with; `busy`: with a bad filter, too.
+    with; `busy`: with a bad filter, too. A process beside a workload reaches nobody else: its routes lead there.
     """
     name = f"{service.name}-{gateway}{'-busy' if busy else ''}"
     rules = "".join(
         f"""\
   - matches: [{{path: {{type: PathPrefix, value: /{version(number)}}}}}]
-    backendRefs: [{{name: {member_name(service.name, number)}, port: {SERVICE_PORT}}}]
+    backendRefs: [{{name: {name if gateway == BESIDE else member_name(service.name, number)}, port: {SERVICE_PORT}}}]
 """
         for number in range(1, INSTANCES + 1)
     )
@@ -162,7 +175,7 @@ kind: Service
 metadata: {{name: {name}, namespace: default, labels: {{istio.io/use-waypoint: {gateway}}}}}
 spec:
   clusterIP: {address_behind(gateway, service, busy=busy)}
-  selector: {{service: {service.name}}}
+  selector: {{service: {called_by(gateway, service.name)}}}
   ports: [{{name: http, port: {SERVICE_PORT}, targetPort: {HTTP_PORT}}}]
 ---
 apiVersion: gateway.networking.k8s.io/v1
@@ -201,6 +214,31 @@ spec:
 """
 
 
+def _l4(name: str, address: str, service: Service) -> str:
+    """What needs no L7 of the workloads with the label `service` of this name: a service, and who may call."""
+    return f"""\
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}-l4, namespace: default}}
+spec:
+  clusterIP: {address}
+  selector: {{service: {name}}}
+  ports: [{{name: tcp, port: {SERVICE_PORT}, targetPort: {L4_PORT}}}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: {name}, namespace: default}}
+spec:
+  selector: {{matchLabels: {{service: {name}}}}}
+  action: ALLOW
+  rules:
+  - from: [{{source: {{principals: [{TRUST_DOMAIN}/ns/default/sa/{service.caller}]}}}}]
+    to: [{{operation: {{ports: ["{L4_PORT}"]}}}}]
+  - to: [{{operation: {{ports: ["{HTTP_PORT}"]}}}}]
+"""
+
+
 RESOURCES = declaration(GATEWAY, WAYPOINT_ADDRESS) + "".join(
     f"""\
 ---
@@ -211,33 +249,20 @@ spec:
   clusterIP: {one.address}
   selector: {{service: {one.name}}}
   ports: [{{name: http, port: {SERVICE_PORT}, targetPort: {HTTP_PORT}}}]
----
-apiVersion: v1
-kind: Service
-metadata: {{name: {one.name}-l4, namespace: default}}
-spec:
-  clusterIP: {one.l4_address}
-  selector: {{service: {one.name}}}
-  ports: [{{name: tcp, port: {SERVICE_PORT}, targetPort: {L4_PORT}}}]
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {{name: {one.name}, namespace: default}}
-spec:
-  selector: {{matchLabels: {{service: {one.name}}}}}
-  action: ALLOW
-  rules:
-  - from: [{{source: {{principals: [{TRUST_DOMAIN}/ns/default/sa/{one.caller}]}}}}]
-    to: [{{operation: {{ports: ["{L4_PORT}"]}}}}]
-  - to: [{{operation: {{ports: ["{HTTP_PORT}"]}}}}]
 """
     for one in SERVICES
 )
-RESOURCES += "".join(map(_gateway, {one.gateway: one for one in OURS}.values()))
+RESOURCES += "".join(_l4(one.name, one.l4_address, one) for one in SERVICES)
+RESOURCES += "".join(_l4(called_by(BESIDE, one.name), l4_address_beside(one), one) for one in SERVICES)
+RESOURCES += "".join(starmap(_gateway, {one.gateway: one.placement for one in OURS}.items()))
+RESOURCES += _gateway(BESIDE, Placement.SIDECAR)
 RESOURCES += "".join(map(_process, OURS))
 RESOURCES += "".join(_instance(one, number) for one in SERVICES for number in range(1, INSTANCES + 1))
 RESOURCES += "".join(
-    _behind(gateway, one, busy=busy) for gateway in GATEWAYS for one in SERVICES for busy in (False, True)
+    _behind(gateway, one, busy=busy)
+    for gateway in GATEWAYS
+    for one in SERVICES
+    for busy in ((False,) if gateway == BESIDE else (False, True))
 )
 RESOURCES += f"""\
 ---
@@ -247,5 +272,5 @@ metadata: {{name: {FILTER}, namespace: default}}
 spec: {{type: PythonFilter, pythonFilter: {{name: {FILTER}, timeout: 1s}}}}
 """
 """The last rule of an L4 policy lets in whoever comes through a waypoint, which judges them. The binding lets in nobody
-else.
+else. A uProxy starts what stands beside its workload with an environment of its own, which has no bad filter.
 """

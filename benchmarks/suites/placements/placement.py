@@ -25,6 +25,8 @@ from uproxy.sandbox import Sandbox
 
 PLAIN = "plain-http"
 """The placement without a proxy."""
+ONE_PASS = "sidecar-one-pass"
+"""The sidecars, of which the callers' does not read HTTP: as much work as a waypoint has."""
 PROXY_CORE, LOAD_CORE = cores.FIRST, cores.LAST
 """Every proxy and node agent on the first, applications and load generators on the second, where there are two."""
 _ASK_S = 5.0

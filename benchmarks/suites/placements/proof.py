@@ -17,8 +17,8 @@ from benchmarks.suites.placements.application import (
     member_name,
     version,
 )
-from benchmarks.suites.placements.mesh import GATEWAYS
-from benchmarks.suites.placements.placement import PLAIN, Answer, Caller
+from benchmarks.suites.placements.mesh import BESIDE, GATEWAYS
+from benchmarks.suites.placements.placement import ONE_PASS, PLAIN, Answer, Caller
 from benchmarks.suites.placements.standing import Site
 
 
@@ -37,7 +37,8 @@ def prove(site: Site, name: str) -> None:
         else:
             for path, chosen in _routes():
                 answer = _expect(caller, called, path, str(identity(account)))
-                if chosen not in ("", answer.told["version"]):
+                # What is read at the callee alone has reached an instance by then.
+                if name not in (ONE_PASS, BESIDE) and chosen not in ("", answer.told["version"]):
                     raise LabError(f"{name}: {path} went to {answer.told['version']} of {called.name}")
             for path in (LIMITED, BUSY):
                 _expect(caller, called, path, str(identity(account)))
@@ -45,7 +46,7 @@ def prove(site: Site, name: str) -> None:
             _expect_status(caller, other, "/", 403)
         if name != PLAIN:
             _expect_l4(caller, called, other)
-        if name == "remote" or name in GATEWAYS:
+        if name == "remote" or (name in GATEWAYS and name != BESIDE):
             _expect_no_way_around(site.workloads[caller.member.name], site.workloads[member_name(called.name, 1)])
 
 

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,10 +42,12 @@ from benchmarks.suites.placements.envoys import (
     L4_OUTBOUND_PORT,
     LOOPBACK,
     OUTBOUND_PORT,
+    THROUGH_PORT,
     Endpoint,
     Json,
 )
 from benchmarks.suites.placements.mesh import (
+    BESIDE,
     GATEWAY,
     GATEWAYS,
     OURS,
@@ -53,11 +55,14 @@ from benchmarks.suites.placements.mesh import (
     WAYPOINT_ADDRESS,
     Ours,
     address_behind,
+    called_by,
     install_filter,
+    l4_address_beside,
 )
 from benchmarks.suites.placements.placement import (
     DRAIN_S,
     LOAD_CORE,
+    ONE_PASS,
     PLAIN,
     PROXY_CORE,
     Caller,
@@ -79,6 +84,7 @@ _FILTERS = "filters"
 """Directory of the lab's own."""
 _LABELS = {
     "sidecar": "Envoy per workload",
+    ONE_PASS: "Envoy per workload, one L7 pass",
     "node": "Envoy per node",
     "service-account": "Envoy per service account and node",
     "remote": "uProxy per workload, remote Envoy",
@@ -86,11 +92,14 @@ _LABELS = {
     "ours": "uProxy per workload, our waypoint remote",
     "ours-node": "uProxy per workload, our waypoint per node",
     "ours-service-account": "uProxy per workload, our waypoint per service account and node",
+    BESIDE: "uProxy per workload, our waypoint beside it",
     PLAIN: "no proxy",
 }
 _DESCRIPTIONS = {
     "sidecar": "An Envoy in each workload's namespace holds that workload's key; its caller reaches it on loopback. "
     "Two L7 passes: routes at the caller, policy at the callee, HTTP/1.1 in mTLS between them.",
+    ONE_PASS: "The same Envoys, whose callers' ends carry connections in mTLS unread. One L7 pass, at the callee: "
+    "policy and who calls, and no routes to an instance. Nobody deploys it; it is as much L7 as a waypoint does.",
     "node": "One Envoy per host serves all workloads there, holds a key for each of their service accounts, and proves "
     "to be whom it serves; callers reach it at the host's address. Two L7 passes, as with sidecars.",
     "service-account": "One Envoy per service account and host, in a namespace of its own, holds that account's key; "
@@ -104,6 +113,9 @@ _DESCRIPTIONS = {
     "which holds the Gateway's key. One L7 pass.",
     "ours-service-account": "As ours-node, with placement `service-account`: a `waypoint run` for each service account "
     "that is called, which holds that account's key.",
+    BESIDE: "The same callers' uProxies, and called workloads of their own. The Gateway has placement `sidecar`: each "
+    "of their uProxies starts a process beside its workload, which holds no key. One L7 pass, at the callee; its "
+    "routes lead to that workload alone. No bad filter is measured: none can be given to what a uProxy starts here.",
     PLAIN: "No proxy: each caller dials one instance.",
 }
 
@@ -143,14 +155,19 @@ class _Seat:
         return _role([one.account for one in self.members])
 
 
-def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Site:
-    """Start everything in a new lab, and return when all of it is ready; `ours`: our waypoints too. Raises LabError."""
+def stand(lab: Lab, progress: Callable[[str], None], *, further: bool = True) -> Site:
+    """Start everything in a new lab, and return when all of it is ready. Raises LabError.
+
+    `further`: our waypoints too, and sidecars with one pass.
+    """
     a, b, c = lab.host("a"), lab.host("b"), lab.host("c")
     accounts = [(a, one.caller) for one in SERVICES] + [(b, one.name) for one in SERVICES]
     everybody = [(host, account, number + 1) for host, account in accounts for number in range(INSTANCES)]
     near = [(b, one.caller, NEAR) for one in SERVICES]
     everybody += near
     workloads = [_workload(*one) for one in everybody]
+    called = [(b, one.name, number + 1) for one in SERVICES for number in range(INSTANCES)]
+    beside = [_workload(*one, BESIDE) for one in called] if further else []
     twins = [_twin(*one) for one in everybody]
     seats = {
         "sidecar": [
@@ -170,40 +187,51 @@ def stand(lab: Lab, progress: Callable[[str], None], *, ours: bool = True) -> Si
     key = _key(lab, GATEWAY, GATEWAY)
     config = envoys.waypoint(WAYPOINT_ADDRESS, _tunnels(workloads), key, _admin(lab, GATEWAY))
     waypoint = _start(lab, config, GATEWAY, "waypoint", "c", waypoint_box.netns_path, len(SERVICES) * INSTANCES)
-    waypoints = [_start_ours(lab, one, {"b": b, "c": c}[one.host]) for one in OURS] if ours else []
+    waypoints = [_start_ours(lab, one, {"b": b, "c": c}[one.host]) for one in OURS] if further else []
     every = [waypoint, *(one for group in running.values() for one in group)]
     lab.wait([one.ready for one in every], _START_S, "the Envoys")
     progress(f"running: {len(every)} Envoys")
+    callers = [one for one in workloads if _member(one).calls]
     uproxies = _uproxies(workloads, (a, b))
-    cores.pin((one.pid for one in uproxies), PROXY_CORE)
-    cores.pin((one.pid for one in waypoints), PROXY_CORE)
+    with_beside = _uproxies([*callers, *beside], (a, b)) if further else []
+    cores.pin((one.pid for one in (*uproxies, *waypoints, *with_beside)), PROXY_CORE)
     captured = [_pid(one.data) for one in workloads if not _member(one).calls]
-    cores.pin(captured, LOAD_CORE)
+    captured_beside = [_pid(one.data) for one in beside]
+    cores.pin([*captured, *captured_beside], LOAD_CORE)
     versions = f"Envoy {waypoint.version()}", f"uProxy {version('uproxy-mesh')}"
     made = [
         _of_envoys(lab, group, twins, running[name], applications, _subject(name, versions[0]))
         for name, group in seats.items()
     ]
+    if further:
+        made.append(_one_pass(next(one for one in made if one.subject.name == "sidecar")))
     for name, members, services in (
         ("remote", [*uproxies, waypoint], {one.name: (one.address, SERVICE_PORT) for one in SERVICES}),
         ("remote-l4", uproxies, {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}),
     ):
         subject = _subject(name, " and ".join(reversed(versions)) if name == "remote" else versions[1])
-        made.append(Placement(subject, _uproxy_callers(lab, workloads, services), members, captured))
-    if ours:
-        made += [_of_ours(lab, gateway, uproxies, waypoints, workloads, captured, versions[1]) for gateway in GATEWAYS]
+        l4 = {one.name: one.l4_address for one in SERVICES}
+        made.append(Placement(subject, _uproxy_callers(lab, workloads, services, l4), members, captured))
+    if further:
+        made += [
+            _of_ours(lab, gateway, uproxies, waypoints, workloads, captured, versions[1])
+            for gateway in GATEWAYS
+            if gateway != BESIDE
+        ]
+        made.append(_of_ours(lab, BESIDE, with_beside, [], workloads, captured_beside, versions[1]))
     made.append(_plain(lab, twins, applications))
-    return Site({one.subject.name: one for one in made}, {one.name: one for one in workloads})
+    return Site({one.subject.name: one for one in made}, {one.name: one for one in (*workloads, *beside)})
 
 
-def _workload(host: Host, account: str, number: int) -> Workload:
-    """One that uProxies serve."""
+def _workload(host: Host, account: str, number: int, gateway: str = GATEWAY) -> Workload:
+    """One that uProxies serve; `gateway`: behind which it is called."""
     app = commands.idle() if account in CALLERS else application(account, number)
+    service = called_by(gateway, account)
     return host.workload(
-        member_name(account, number),
+        member_name(service, number),
         app,
         service_account=account,
-        labels={"service": account, NUMBER: str(number)},
+        labels={"service": service, NUMBER: str(number)},
         launch=("--upgrade-drain-timeout-s", str(DRAIN_S)),
     )
 
@@ -380,11 +408,12 @@ def _of_ours(
     names = {one.name for one in OURS if one.gateway == gateway}
     entries, busy_entries = (
         {one.name: (address_behind(gateway, one, busy=busy), SERVICE_PORT) for one in SERVICES}
-        for busy in (False, True)
+        for busy in (False, gateway != BESIDE)
     )
+    l4 = {one.name: l4_address_beside(one) if gateway == BESIDE else one.l4_address for one in SERVICES}
     members = [*uproxies, *(one for one in waypoints if one.name in names)]
     return Placement(
-        _subject(gateway, program), _uproxy_callers(lab, workloads, entries, busy_entries), members, applications
+        _subject(gateway, program), _uproxy_callers(lab, workloads, entries, l4, busy_entries), members, applications
     )
 
 
@@ -392,9 +421,10 @@ def _uproxy_callers(
     lab: Lab,
     workloads: Sequence[Workload],
     entries: Mapping[str, tuple[str, int]],
+    l4: Mapping[str, str],
     busy_entries: Mapping[str, tuple[str, int]] | None = None,
 ) -> list[Caller]:
-    l4_entries = {one.name: (one.l4_address, SERVICE_PORT) for one in SERVICES}
+    l4_entries = {name: (address, SERVICE_PORT) for name, address in l4.items()}
     found = [(_member(one), one.box) for one in workloads]
     return [Caller(lab, member, box, entries, l4_entries, busy_entries or {}) for member, box in found if member.calls]
 
@@ -418,6 +448,12 @@ def _plain(lab: Lab, twins: Sequence[_Twin], applications: Sequence[int]) -> Pla
             l4_entries = {name: (address, L4_PORT) for name, address in called.items()}
             callers.append(Caller(lab, twin.member, twin.box, entries, l4_entries))
     return Placement(_subject(PLAIN), callers, [], applications)
+
+
+def _one_pass(sidecars: Placement) -> Placement:
+    through = {one.name: (LOOPBACK, THROUGH_PORT + number) for number, one in enumerate(SERVICES)}
+    callers = [replace(one, entries=through) for one in sidecars.callers]
+    return replace(sidecars, subject=_subject(ONE_PASS, sidecars.subject.version), callers=callers)
 
 
 def _of_envoys(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 from benchmarks import load
 from benchmarks.harness.bench import Bench, BenchError
 from benchmarks.harness.results import Results, Round, Series, Subject
+from benchmarks.lab import cores
 from benchmarks.lab.capture import Capture, occurs
 from benchmarks.lab.evidence import fresh_payload
 from benchmarks.lab.sources import LabError
@@ -23,12 +26,12 @@ from benchmarks.suites.placements import configuration, isolation, mix, replacin
 from benchmarks.suites.placements.application import HTTP_PORT, LIMIT_PER_S, SERVICES
 from benchmarks.suites.placements.memory import resident_mb
 from benchmarks.suites.placements.mix import Mix
-from benchmarks.suites.placements.placement import PLAIN
+from benchmarks.suites.placements.placement import PLAIN, NodeAgent
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
 
-OURS = ("ours", "ours-node", "ours-service-account")
-WITH_L7 = ("sidecar", "node", "service-account", "remote", *OURS)
+OURS = ("ours", "ours-node", "ours-service-account", "ours-sidecar")
+WITH_L7 = ("sidecar", "sidecar-one-pass", "node", "service-account", "remote", *OURS)
 PROXIED = (*WITH_L7, "remote-l4")
 SOME = ("sidecar", "remote-l4", PLAIN)
 """Proven and measured as a run does it."""
@@ -89,6 +92,7 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
     each = [*3 * [["cart"]], *2 * [["ratings"]], *2 * [["reviews"]], *3 * [["web"]]]
     assert held == {
         "sidecar": each,
+        "sidecar-one-pass": each,
         "node": [["cart", "ratings", "reviews", "web"], ["cart", "web"]],
         "service-account": [["cart"], ["cart"], ["ratings"], ["reviews"], ["web"], ["web"]],
         "remote": [[], [], *each, ["wp"]],
@@ -96,11 +100,26 @@ def test_a_process_holds_the_keys_of_whom_it_speaks_for(site: Site) -> None:
         "ours": [[], [], *each[:3], ["ours"], *each[3:]],
         "ours-node": [[], [], *each[:3], ["ours-node"], *each[3:]],
         "ours-service-account": [[], [], *sorted([*each, ["ratings"], ["reviews"]])],
+        "ours-sidecar": [[], [], *each],
         PLAIN: [],
     }
     for name in PROXIED:
         serials = [serial for one in site.placements[name].mesh for serial in one.private_keys()]
         assert len(set(serials)) == len(serials), "two processes have the same key"
+
+
+@pytest.mark.root
+def test_processes_on_other_cores_are_found_out(site: Site, tmp_path: Path) -> None:
+    """What uProxies start is looked at, too."""
+    bench = Bench(Results("now", quick=True), tmp_path, quick=True)
+    beside = site.placements["ours-sidecar"]
+    architectures._check_core(bench, [beside])
+    with subprocess.Popen(["sh", "-c", "sleep 60 & wait"], process_group=0) as parent:
+        stranger = NodeAgent("stranger", "node agent", "a", parent.pid)
+        cores.pin([parent.pid], cores.LAST)
+        architectures._check_core(bench, [dataclasses.replace(beside, mesh=[*beside.mesh, stranger])])
+        os.killpg(parent.pid, signal.SIGKILL)
+    assert [one.passed for one in bench.results.checks] == [True, cores.FIRST == cores.LAST]
 
 
 @pytest.mark.root
@@ -218,7 +237,7 @@ def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, mo
     monkeypatch.setattr(architectures, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(architectures, "QUICK", tiny)
     monkeypatch.setattr(architectures, "Lab", lambda: contextlib.nullcontext(lab))
-    monkeypatch.setattr(architectures, "stand", lambda lab, progress, *, ours: some)
+    monkeypatch.setattr(architectures, "stand", lambda lab, progress, *, further: some)
     found = Results("now", quick=True)
     bench = Bench(found, tmp_path, quick=True)
     architectures.SUITE.run(bench)
@@ -233,8 +252,9 @@ def test_a_run_measures_every_placement(lab: Lab, site: Site, tmp_path: Path, mo
     # A machine that is too busy for four generators at once says so, of what was under way then.
     assert [one for one in bench.failures if "shared only" not in one] == []
     assert {subject for _, subject in expected - measured} == {one.split(": ")[1].split()[0] for one in bench.failures}
-    placed, apart = found.checks
+    placed, together, apart = found.checks
     assert placed.passed
+    assert together.passed, together.text
     # How exact delays are is the machine's matter.
     assert (apart.name, apart.details["lost"]) == ("architectures: hosts 1 ms apart", 0)
     assert "added_us" in apart.details
