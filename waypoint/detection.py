@@ -18,7 +18,7 @@ TIMEOUT_S: Final = 1.0
 """How long a client may be silent, or within its first line, before it is taken for one that waits for its server."""
 
 _LINE: Final = re.compile(REQUEST_LINE)
-# Its beginnings, of any length. Methods have no more than 32 characters.
+# Its beginnings, of any length.
 _VERSION: Final = rb"(?:H|HT|HTT|HTTP|HTTP/|HTTP/1|HTTP/1\.|HTTP/1\.[01]\r?)"
 _BEGUN: Final = re.compile(
     rb"(?:\r|(?:\r\n)?[A-Z](?:[A-Z-]{0,31}+(?: (?:[!\x22$-~]*+(?: " + _VERSION + rb"?)?)?)?)?|\r\n|)"

@@ -32,7 +32,8 @@ _TEXT: Final = rb"[\t -~\x80-\xff]*+"
 _FIELDS: Final = rb"((?:" + _TOKEN + rb":" + _TEXT + rb"\r\n)*+)"
 # Some clients end a body with a line feed too many (RFC 9112 section 2.2).
 # Methods in lower case are nobody's, but some applications take `delete` for DELETE where a policy does not.
-METHOD: Final = rb"[A-Z]++(?:-[A-Z]++)*+"
+# At most 32 characters, so that what begins a connection can be told from other protocols.
+METHOD: Final = rb"[A-Z](?:[A-Z]|-(?=[A-Z])){0,31}+"
 TARGET: Final = rb"[!\x22$-~]++"
 REQUEST_LINE: Final = rb"(?:\r\n)?+(" + METHOD + rb") (" + TARGET + rb") HTTP/1\.([01])\r\n"
 # Some servers send no reason, and then no space before it.

@@ -155,7 +155,7 @@ def _start_lines() -> Iterator[tuple[str, bytes]]:
         b"GET * HTTP/1.1", b"OPTIONS * HTTP/1.1", b"GET  HTTP/1.1", b"GET https://a/ HTTP/1.1", b"GET http:a HTTP/1.1",
         b"GET a:80 HTTP/1.1", b"get / HTTP/1.1", b"Get / HTTP/1.1", b"G\xcaT / HTTP/1.1", b"G(T / HTTP/1.1",
         b"G:T / HTTP/1.1", b"G\x00T / HTTP/1.1", b'"GET" / HTTP/1.1', b"-GET / HTTP/1.1", b"0 / HTTP/1.1",
-        b"_ / HTTP/1.1", b" / HTTP/1.1", b"HTTP/1.1 200 OK",
+        b"_ / HTTP/1.1", b" / HTTP/1.1", b"HTTP/1.1 200 OK", b"A" * 33 + b" / HTTP/1.1",
     ):  # fmt: skip
         yield f"start line {line!r}", request(line=line)
 

@@ -27,12 +27,15 @@ from uproxy.errors import Flag
 from uproxy.hbone import PREFACE
 from waypoint.detection import Begun, begun
 
-HTTP1_LINES = (b"GET / HTTP/1.1\r\n", b"\r\nM-SEARCH /a?b HTTP/1.0\r\n", b"POST http://a/ HTTP/1.1\r\n")
+HTTP1_LINES = (
+    b"GET / HTTP/1.1\r\n", b"\r\nM-SEARCH /a?b HTTP/1.0\r\n", b"POST http://a/ HTTP/1.1\r\n",
+    b"A" * 32 + b" / HTTP/1.1\r\n",
+)  # fmt: skip
 OPAQUE = (
     b"*1\r\n$4\r\nPING\r\n", b"PING\r\n", b"EHLO a\r\n", b"GET key\r\n", b"\x16\x03\x01", b"\0", b"SSH-2.0-a\r\n",
     b'CONNECT {"verbose":false}\r\n', b"PUB a 5\r\nhello\r\n", b"\n", b"\r\r", b"\r\n\r\n", b"get / HTTP/1.1\r\n",
     b"GET / HTTP/1.1\n", b"GET / HTTP/1.2\r\n", b"GET / HTTP/2.0\r\n", b"GET  / HTTP/1.1\r\n", b"GET / http/1.1\r\n",
-    b"GET /\r\n", b"PRI * HTTP/2.0\r\n\r\nXX", b"A" * 40, b"GET /" + b"a" * 20_000,
+    b"GET /\r\n", b"PRI * HTTP/2.0\r\n\r\nXX", b"A" * 40, b"A" * 33 + b" / HTTP/1.1\r\n", b"GET /" + b"a" * 20_000,
 )  # fmt: skip
 
 
@@ -72,6 +75,7 @@ def test_everything_else_is_opaque(data: bytes) -> None:
 
 _PIECES = (
     b"GET",
+    b"A" * 31,
     b" ",
     b"/",
     b"HTTP/1.1",
