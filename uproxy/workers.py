@@ -39,7 +39,9 @@ from uproxy.process import FAREWELL_S, StartError
 from uproxy.telemetry import Listing, Telemetry
 
 APPLY_TIMEOUT_S: Final = 20.0
-"""For a worker to start or to apply a batch; one that takes longer hangs, and is killed."""
+"""For a worker to start, to apply a batch or to say that it lives; one that takes longer hangs, and is killed."""
+BEAT_S: Final = 5.0
+"""How often one that owes nothing is asked whether it lives."""
 METRICS_TIMEOUT_S: Final = 2.0
 FIRST_RESTART_S: Final = 0.2
 LAST_RESTART_S: Final = 5.0
@@ -65,7 +67,9 @@ class _Worker:
     applied: int = -1
     """The newest batch that it has applied; -1: none yet."""
     owes_since: float | None = None
-    """Monotonic seconds since which it has batches that it has not applied."""
+    """Monotonic seconds since which it has batches that it has not applied, or a question that it has not answered."""
+    heard: float = 0.0
+    """Monotonic seconds at which it last said that it owes nothing."""
     listening: bool = False
     minds: list[int] = field(default_factory=list)
     """At which of all listening sockets it was told to take callers."""
@@ -212,9 +216,11 @@ class Workers:
         match message:
             case ["applied", int(serial)]:
                 worker.applied = serial
-                worker.owes_since = None if serial == self._sent else time.monotonic()
+                self._heard(worker)
                 self._settle()
                 self._on_change()
+            case ["lives"]:
+                self._heard(worker)
             case ["listening"]:
                 worker.listening = True
                 self._share()
@@ -238,6 +244,10 @@ class Workers:
                 self._plane.spawn(self._introduce(parse_address(address)))
             case _:
                 raise ValueError(f"{message[0]!r} is nothing that a worker says")
+
+    def _heard(self, worker: _Worker) -> None:
+        worker.heard = time.monotonic()
+        worker.owes_since = None if worker.applied == self._sent else worker.heard
 
     def _on_lost(self, worker: _Worker) -> None:
         """A worker has ended, or is going to."""
@@ -306,12 +316,14 @@ class Workers:
                     worker.channel.send("level", self._level)
         now = time.monotonic()
         for worker in self._workers:
-            if (
-                worker.process is not None
-                and worker.owes_since is not None
-                and now - worker.owes_since > APPLY_TIMEOUT_S
-            ):
-                log.error("worker %d has applied nothing for %g s, and is killed", worker.number, APPLY_TIMEOUT_S)
+            if worker.process is None or worker.channel is None:
+                continue
+            if worker.owes_since is None:
+                if now - worker.heard >= BEAT_S:
+                    worker.owes_since = now
+                    worker.channel.send("lives")
+            elif now - worker.owes_since > APPLY_TIMEOUT_S:
+                log.error("worker %d has answered nothing for %g s, and is killed", worker.number, APPLY_TIMEOUT_S)
                 worker.process.kill()
         if not self._ending:
             self._later(_WATCH_S, self._watch)

@@ -3,9 +3,9 @@
 `python -m waypoint.worker FD PARENT SOCKET...` is started by `workers`, never by people. FD is this end of the socket
 pair, PARENT the first process, with whose life this one ends, and which alone ends it: signals to the whole group are
 for that. SOCKET is each listening socket that there is. In come, by `channel`: `start` (once, what this waypoint is),
-`apply` (a batch), `listen` (at which of the sockets), `metrics`, `live`, `tap` (whether anybody watches), `answer` (to
-`destination` and `followed`), `level`, `drain` (for how long); out go `applied`, `listening`, `metrics`, `live`,
-`tapped`, `destination`, `followed` and `introduce`.
+`apply` (a batch), `listen` (at which of the sockets), `lives` (whether it does), `metrics`, `live`, `tap` (whether
+anybody watches), `answer` (to `destination` and `followed`), `level`, `drain` (for how long); out go `applied`,
+`listening`, `lives`, `metrics`, `live`, `tapped`, `destination`, `followed` and `introduce`.
 """
 
 from __future__ import annotations
@@ -174,6 +174,8 @@ class _Worker:
                     self._serving.hasten(timeout_s, grace_s)
                 self._draining = timeout_s, grace_s
                 self._stop()
+            case ["lives"]:
+                self._send("lives")
             case ["metrics", int(question)] if self._telemetry is not None:
                 self._send("metrics", question, self._telemetry.render())
             case ["live", int(question)] if self._serving is not None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
-from control.api.gateway import Sidecar
-from uproxy import beside, plane
+from control.api.gateway import Gateway, Sidecar, Traffic
+from tests.support.certificates import DB
+from tests.support.pair import published, workload
+from tests.support.waiting import until
+from uproxy import beside, plane, workers
 from uproxy.beside import Beside
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane
@@ -50,3 +56,44 @@ def test_what_must_go_through_it_is_refused_and_never_passed_on(monkeypatch, fol
 
     plane.run(main())
     assert found == [False, "waypoint-unavailable", "waypoint-unavailable"]
+
+
+def test_one_that_hangs_and_owes_nothing_is_killed_and_replaced(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "BEAT_S", 0.1)
+    settings = {
+        "workload": "shop/db",
+        "identity": str(DB),
+        "addresses": ["127.0.0.1"],
+        "closed": str(tmp_path),
+        "access_log": "off",
+        "log_json": False,
+        "otlp": (),
+    }
+
+    async def main() -> None:
+        data_plane = Plane(asyncio.get_running_loop())
+        one = Beside(data_plane, Telemetry("1"), settings, lambda: None, None)
+        gateway = Gateway("shop", "wp", Traffic.SERVICE, (), (), ())
+        one.take([published(record, 1) for record in (gateway, workload("db", "127.0.0.1", DB))])
+
+        def pid() -> int | None:
+            told = one.dump()
+            return None if told is None else told["workers"][0]["pid"]
+
+        async with asyncio.TaskGroup() as group:
+            one.begin(group)
+            one.follow(Sidecar("shop/wp", (80,)))
+            await until(lambda: not one.missing())
+            hung = pid()
+            assert hung is not None
+            await asyncio.sleep(3 * workers._WATCH_S)  # it is asked, and answers
+            assert pid() == hung
+            monkeypatch.setattr(workers, "APPLY_TIMEOUT_S", 1.0)
+            os.kill(hung, signal.SIGSTOP)
+            await until(lambda: not Path(f"/proc/{hung}").exists())
+            monkeypatch.undo()
+            await until(lambda: not one.missing() and pid() not in (None, hung))
+            one.close()
+        data_plane.close()
+
+    plane.run(main())

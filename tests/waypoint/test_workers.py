@@ -208,7 +208,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(site: Site) -> None:
         os.kill(hung, signal.SIGSTOP)
         site.mesh.write_text(site.mesh.read_text().replace("[DELETE]", "[DELETE, PUT]"))
         eventually(lambda: hung not in pids(), APPLY_TIMEOUT_S + 10)
-        assert f"worker 1 has applied nothing for {APPLY_TIMEOUT_S:g} s, and is killed" in site.log("wp")
+        assert f"worker 1 has answered nothing for {APPLY_TIMEOUT_S:g} s, and is killed" in site.log("wp")
         assert not is_alive(hung)
         eventually(lambda: is_ready() and None not in pids(), 20)
         assert pids()[1] == other
