@@ -1,6 +1,8 @@
 """How a new proxy takes over from the one that runs, without a connection refused or cut (docs/upgrades.md).
 
-The one that runs listens on a SOCK_SEQPACKET socket in its identity directory; msgpack maps, with descriptors:
+The one that runs listens on a SOCK_SEQPACKET socket in its identity directory; msgpack maps, with descriptors. The
+first word of whoever connects says "secret", too: what a file beside the socket says. A process may reach the socket
+that cannot read the directory (Landlock lets connect(2) pass): what stands beside a workload, or a filter.
 
     new  {"handover": 1, "version", "workload", "addresses", "capture"}
     old  {"welcome": version}                    what it knows is on disk
@@ -26,6 +28,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ import msgpack
 from uproxy import linux
 
 SOCKET_NAME: Final = "handover.sock"
+SECRET_NAME: Final = "handover.secret"
 PROTOCOL: Final = 1
 HELLO_S: Final = 5.0
 """For the first word, and for each answer of the old one."""
@@ -205,7 +209,7 @@ class Predecessor:
             return None
         try:
             async with asyncio.timeout(HELLO_S):
-                await line.send(hello.pack())
+                await line.send({**hello.pack(), "secret": _secret(directory)})
                 said, _ = await line.receive()
             return cls(line, str(said.get("welcome", "")))
         except GoneError:
@@ -285,7 +289,7 @@ async def ask_for_upgrade(directory: Path) -> int:
         raise HandoverError(f"nobody runs with {directory}")
     try:
         async with asyncio.timeout(UPGRADE_S + HELLO_S):
-            await line.send({"ask": "upgrade"})
+            await line.send({"ask": "upgrade", "secret": _secret(directory)})
             said, _ = await line.receive()
         return int(said["pid"])
     except (GoneError, TimeoutError, KeyError, ValueError):
@@ -365,8 +369,18 @@ class Giver(Protocol):
         """Start a successor, and return its pid when it has taken over. Raises HandoverError when it has not."""
 
 
-def listen(directory: Path) -> socket.socket | None:
-    """Where a successor finds us; None, and a line in the log, where none can. A dead process's socket is replaced."""
+def listen(directory: Path, inherited: socket.socket | None = None) -> socket.socket | None:
+    """Where a successor finds us; None, and a line in the log, where none can. A dead process's socket is replaced.
+
+    `inherited`: where one found our predecessor, if that handed it over; it had no secret if it was an older version.
+    """
+    if inherited is not None:
+        try:
+            if not _secret(directory):
+                _make_secret(directory)
+        except OSError as error:
+            log.warning("nobody can take over from this one: %s: %s", directory / SECRET_NAME, error.strerror)
+        return inherited
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         with linux.short_path(directory, SOCKET_NAME) as path:
@@ -376,6 +390,7 @@ def listen(directory: Path) -> socket.socket | None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             linux.bind_file(sock, path)
+        _make_secret(directory)
         sock.listen(1)
         return sock
     except OSError as error:
@@ -386,12 +401,29 @@ def listen(directory: Path) -> socket.socket | None:
 
 def remove(directory: Path) -> None:
     """The one that ends without a successor takes its socket away."""
-    with contextlib.suppress(OSError):
-        (directory / SOCKET_NAME).unlink()
+    for name in (SOCKET_NAME, SECRET_NAME):
+        with contextlib.suppress(OSError):
+            (directory / name).unlink()
 
 
-async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
-    """Until somebody has taken over."""
+def _secret(directory: Path) -> str:
+    """Empty: there is none, or it is not ours to read."""
+    try:
+        return (directory / SECRET_NAME).read_text("ascii")
+    except (OSError, ValueError):
+        return ""
+
+
+def _make_secret(directory: Path) -> None:
+    """Raises OSError."""
+    path = directory / SECRET_NAME
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32))
+
+
+async def serve(listener: socket.socket, directory: Path, own: Hello, giver: Giver) -> None:
+    """Until somebody has taken over. `directory`: as of `listen`."""
     loop = asyncio.get_running_loop()
     async with asyncio.TaskGroup() as group:
         while True:
@@ -406,6 +438,7 @@ async def serve(listener: socket.socket, own: Hello, giver: Giver) -> None:
                 said = await _first_word(line)
                 if said is None:
                     continue  # who wanted to know whether anybody is here (`serves`)
+                await _check_secret(line, said, directory)
                 if said.get("ask") == "upgrade":
                     group.create_task(_upgrade(line, giver))
                 elif await _converse(line, said, own, giver):
@@ -432,6 +465,22 @@ async def _first_word(line: Line) -> Message | None:
     except BaseException:
         line.close()
         raise
+
+
+async def _check_secret(line: Line, said: Message, directory: Path) -> None:
+    """Raises HandoverError, after which the line is closed."""
+    shown, ours = said.get("secret"), _secret(directory)
+    if ours and isinstance(shown, str) and secrets.compare_digest(shown.encode(), ours.encode()):
+        return
+    why = f"it does not show what {directory / SECRET_NAME} says, as older versions do not: restart instead"
+    try:
+        async with asyncio.timeout(HELLO_S):
+            await line.send({"refused": why})
+    except TimeoutError:
+        pass  # it is refused anyway
+    finally:
+        line.close()
+    raise HandoverError(why)
 
 
 async def _upgrade(line: Line, giver: Giver) -> None:

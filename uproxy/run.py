@@ -233,7 +233,7 @@ class _Proxy:
         if self._direct_path is not None:
             group.create_task(self._direct_path.run())
         if self._successors is not None:
-            group.create_task(handover.serve(self._successors, self._hello, self))
+            group.create_task(handover.serve(self._successors, self.settings.identity_dir, self._hello, self))
         self._tick()
 
     async def _begin(self, group: asyncio.TaskGroup) -> None:
@@ -396,7 +396,7 @@ class _Proxy:
             self._go_on_with(await predecessor.rest())
             await self._listen_to_operators()
             inherited = self._inherited.take(socket.SOCK_SEQPACKET, "", 0)
-            self._successors = inherited or handover.listen(self.settings.identity_dir)
+            self._successors = handover.listen(self.settings.identity_dir, inherited)
             self._inherited.close()
             process.report_ready(self._who, self.settings.ready_fd, log)
             await predecessor.leave()

@@ -249,7 +249,7 @@ class _Process:
             self._handover = handover.listen(self.settings.identity_dir)
             process.report_ready(self._who, self.settings.ready_fd, log)
         if self._handover is not None:
-            group.create_task(handover.serve(self._handover, self._hello, self))
+            group.create_task(handover.serve(self._handover, self.settings.identity_dir, self._hello, self))
         if self._demand is not None:
             self._tick(self._demand)
 
@@ -323,7 +323,7 @@ class _Process:
             await self._listen_to_operators()
             await predecessor.rest()
             inherited = self._inherited.take(socket.SOCK_SEQPACKET, "", 0)
-            self._handover = inherited or handover.listen(self.settings.identity_dir)
+            self._handover = handover.listen(self.settings.identity_dir, inherited)
             self._inherited.close()
             process.report_ready(self._who, self.settings.ready_fd, log)
             await predecessor.leave()

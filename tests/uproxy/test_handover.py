@@ -193,7 +193,9 @@ class Successor:
     def __init__(self, site: Site) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.settimeout(8)
-        self._sock.connect(str(site.path / "web" / handover.SOCKET_NAME))
+        directory = site.path / "web"
+        self._sock.connect(str(directory / handover.SOCKET_NAME))
+        self._secret = (directory / handover.SECRET_NAME).read_text()
 
     def __enter__(self) -> Successor:
         return self
@@ -202,7 +204,7 @@ class Successor:
         self._sock.close()
 
     def ask(self, message: Message) -> tuple[dict[str, object], list[int]]:
-        self._sock.send(msgpack.packb(message))
+        self._sock.send(msgpack.packb({"secret": self._secret, **message}))
         raw, fds, _, _ = socket.recv_fds(self._sock, 1 << 20, 253)
         return msgpack.unpackb(raw) if raw else {}, fds
 
@@ -222,6 +224,10 @@ WRONG = [
     ({"addresses": [DB]}, "addresses"),
     ({"capture": "ebpf"}, "capture"),
     ({"handover": None}, "protocol None"),
+    ({"secret": "0" * 64}, "does not show"),
+    ({"secret": None}, "does not show"),
+    ({"secret": "\u1234"}, "does not show"),
+    ({"secret": "", "ask": "upgrade"}, "does not show"),
 ]
 
 
@@ -375,7 +381,7 @@ def test_a_successor_that_is_slow_loses_its_turn(tmp_path: Path, monkeypatch: py
         with listening(tmp_path) as listener:
             giver = Giver([listener])
             async with asyncio.TaskGroup() as group:
-                serving = group.create_task(handover.serve(listener, OWN, giver))
+                serving = group.create_task(handover.serve(listener, tmp_path, OWN, giver))
                 slow = await Predecessor.find(tmp_path, OWN)
                 assert slow is not None
                 for sock in await slow.sockets():
@@ -396,7 +402,7 @@ def test_connections_that_a_successor_can_no_longer_take_stay(tmp_path: Path) ->
             giver = Giver([listener])
             given = giver.given = [Given() for _ in range(50)]
             async with asyncio.TaskGroup() as group:
-                serving = group.create_task(handover.serve(listener, OWN, giver))
+                serving = group.create_task(handover.serve(listener, tmp_path, OWN, giver))
                 first = await Predecessor.find(tmp_path, OWN)
                 assert first is not None
                 for sock in await first.sockets():
@@ -429,7 +435,7 @@ def test_a_bug_costs_the_hand_over_and_no_more(tmp_path: Path, caplog: pytest.Lo
             giver = Giver([listener])
             giver.given = [None]  # type: ignore[list-item]
             async with asyncio.TaskGroup() as group:
-                serving = group.create_task(handover.serve(listener, OWN, giver))
+                serving = group.create_task(handover.serve(listener, tmp_path, OWN, giver))
                 other = await Predecessor.find(tmp_path, OWN)
                 assert other is not None
                 for sock in await other.sockets():
@@ -464,7 +470,7 @@ def test_more_sockets_than_one_message_has_room_for_are_handed_over(tmp_path: Pa
             listener = stack.enter_context(listening(tmp_path))
             inherited = Inherited()
             async with asyncio.TaskGroup() as group:
-                group.create_task(handover.serve(listener, OWN, giver))
+                group.create_task(handover.serve(listener, tmp_path, OWN, giver))
                 predecessor = await Predecessor.find(tmp_path, OWN)
                 assert predecessor is not None
                 for sock in await predecessor.sockets():
@@ -498,7 +504,7 @@ def test_however_long_the_path_is(tmp_path: Path) -> None:
     async def main() -> None:
         with listening(deep) as listener:
             async with asyncio.TaskGroup() as group:
-                serving = group.create_task(handover.serve(listener, OWN, Giver()))
+                serving = group.create_task(handover.serve(listener, deep, OWN, Giver()))
                 found = await Predecessor.find(deep, OWN)
                 assert found is not None
                 found.close()
@@ -554,3 +560,33 @@ def test_descriptors_that_nobody_wants_are_closed() -> None:
 
     asyncio.run(main())
     theirs.close()
+
+
+def test_without_the_secret_nobody_takes_over(tmp_path: Path) -> None:
+    """Not even when there is none."""
+
+    async def main() -> None:
+        with listening(tmp_path) as listener:
+            secret = tmp_path / handover.SECRET_NAME
+            assert secret.stat().st_mode & 0o777 == 0o600
+            giver = Giver([listener])
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, tmp_path, OWN, giver))
+                secret.unlink()
+                with pytest.raises(HandoverError, match="does not show"):
+                    await Predecessor.find(tmp_path, OWN)
+                serving.cancel()
+            assert giver.history == []
+
+    asyncio.run(main())
+
+
+def test_a_successor_of_an_older_version_makes_a_secret_and_keeps_one_that_is_there(tmp_path: Path) -> None:
+    with listening(tmp_path) as listener:
+        secret = tmp_path / handover.SECRET_NAME
+        first = secret.read_text()
+        assert handover.listen(tmp_path, listener) is listener
+        assert secret.read_text() == first
+        secret.unlink()
+        assert handover.listen(tmp_path, listener) is listener
+        assert secret.read_text() not in ("", first)
