@@ -22,7 +22,7 @@ class CurrentCredentials:
 
     def __init__(self, directory: Path, identity: SpiffeId) -> None:
         """Raises CredentialsError when there are none that can be used."""
-        self._directory = directory
+        self.directory = directory
         self._identity = identity
         self.problem = ""
         """Why what is in the directory now is not in use; empty while it is."""
@@ -44,7 +44,7 @@ class CurrentCredentials:
                 continue
             self._read = stamp
             try:
-                self.value = Credentials.load(self._directory, self._identity)
+                self.value = Credentials.load(self.directory, self._identity)
                 on_renewed()
             except (CredentialsError, OSError) as error:  # OSError: of memory or descriptors, which may come back
                 problem = f"the new certificate is refused, the one before stays: {error}"
@@ -63,8 +63,8 @@ class CurrentCredentials:
     def _stamp(self) -> tuple[int, ...]:
         """Changes whenever one of the files is replaced; empty while the certificate or the bundle is missing."""
         with contextlib.suppress(OSError):
-            stamps = [(self._directory / name).stat().st_mtime_ns for name in (CHAIN_FILE, BUNDLE_FILE)]
+            stamps = [(self.directory / name).stat().st_mtime_ns for name in (CHAIN_FILE, BUNDLE_FILE)]
             with contextlib.suppress(FileNotFoundError):
-                stamps.append((self._directory / REVOCATIONS_FILE).stat().st_mtime_ns)
+                stamps.append((self.directory / REVOCATIONS_FILE).stat().st_mtime_ns)
             return tuple(stamps)
         return ()

@@ -20,18 +20,26 @@ _OF_FILES: Final = _EXECUTE | _WRITE_FILE | _READ_FILE
 _ALL: Final = (1 << 13) - 1
 """What the first version knows: to read, write, list, make, remove and execute."""
 _RULESET: Final = struct.Struct("=Q")
+_SCOPED_RULESET: Final = struct.Struct("=QQQ")
+_SCOPED_SINCE: Final = 6  # the version of Linux 6.12
+_SCOPED: Final = 0b11
+"""Abstract Unix sockets, and signals."""
+_VERSION: Final = 1  # of landlock_create_ruleset's flags
 _RULE: Final = struct.Struct("=Qi")  # packed, as struct landlock_path_beneath_attr
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def close_to_us(directory: Path) -> None:
-    """From here on this process, and whatever it starts, cannot open what is in a directory, nor get more privileges.
+    """From here on this process, and whatever it starts, cannot open what is in a directory, nor get more privileges,
+    nor trace others; where the kernel (6.12) has that, nor signal others or connect to abstract Unix sockets of theirs.
 
     Landlock knows only what is allowed: whatever stands beside the way to that directory now. What is made there later
     is closed too. Raises OSError, where the kernel has no Landlock with ENOSYS or EOPNOTSUPP.
     """
-    ruleset = _call("landlock_create_ruleset", _CREATE_RULESET, _RULESET.pack(_ALL), _RULESET.size, 0)
+    version = _call("landlock_create_ruleset", _CREATE_RULESET, 0, 0, _VERSION)
+    wanted = _RULESET.pack(_ALL) if version < _SCOPED_SINCE else _SCOPED_RULESET.pack(_ALL, 0, _SCOPED)
+    ruleset = _call("landlock_create_ruleset", _CREATE_RULESET, wanted, len(wanted), 0)
     try:
         for path in _beside(directory.resolve()):
             _allow(ruleset, path)

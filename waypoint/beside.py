@@ -54,7 +54,7 @@ class ServingBeside(Interior):
     ) -> None:
         """`who`: the workload."""
         way = Beside(data_plane, state, who.key, Health(time.monotonic))
-        super().__init__(data_plane, who, gateway_key, state, way, telemetry, access_log, directory)
+        super().__init__(data_plane, who, gateway_key, state, way, telemetry, access_log, directory, None)
         self._doors: list[socket.socket] = []
 
     def listen(self, sockets: Sequence[socket.socket]) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from control.api.identity import SpiffeId
@@ -83,8 +84,12 @@ class Exchanges:
         connections: Connections,
         telemetry: WaypointTelemetry,
         directory: Directory | None,
+        closed: Path | None,
     ) -> None:
-        """`gateway`: key of the Gateway. `identity`: of this process. `directory`: where to ask, if anywhere."""
+        """`gateway`: key of the Gateway. `identity`: of this process. `directory`: where to ask, if anywhere.
+
+        `closed`: a directory that no filter is to open, if there is one.
+        """
         self.draining = False
         """This process ends: callers are to connect anew."""
         self._plane = data_plane
@@ -94,7 +99,7 @@ class Exchanges:
         self._rules = rules
         self._connections = connections
         self._telemetry = telemetry
-        self._filters = Filters(data_plane, telemetry)
+        self._filters = Filters(data_plane, telemetry, closed)
         self._picker = Picker(data_plane, state, destinations, directory)
         self._authorizers = Authorizers(data_plane, identity, destinations, self._picker, upstream, telemetry)
         self._global_limits = GlobalLimits(data_plane, identity, destinations, upstream, telemetry)

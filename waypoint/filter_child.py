@@ -1,7 +1,9 @@
-"""A process in which one filter runs: `python -m waypoint.filter_child FD PARENT ENTRY_POINT`, from `filter_pool`.
+"""A process in which one filter runs: `python -m waypoint.filter_child FD PARENT ENTRY_POINT [CLOSED]`, from
+`filter_pool`.
 
 FD is this end of a socket pair. In come the settings, then calls; out goes `["ready", for requests, for responses]`, or
-`["failed", why]`, and one answer to each call. It ends with PARENT.
+`["failed", why]`, and one answer to each call. It ends with PARENT. CLOSED is a directory with a key, which it closes
+to itself where the kernel has Landlock.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 
 from uproxy import linux
+from uproxy.landlock import close_to_us
 from waypoint.extending import Answer, Request, Response
 
 GROUP: Final = "uproxy.waypoint.filters"
@@ -31,10 +35,15 @@ _TOLD: Final = 500  # characters of what a filter raised
 
 def main() -> int:
     """Run until the other end closes. Returns the exit status."""
-    fd, parent, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    fd, parent, name, *closed = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     linux.die_with_parent(parent)
     linux.forbid_new_privileges()
     linux.forbid_dumps()
+    for directory in closed:
+        try:
+            close_to_us(Path(directory))
+        except OSError as error:
+            print(f"filter {name}: {directory} stays open to it: {error}", file=sys.stderr)
     for what, limit in (
         (resource.RLIMIT_AS, MAX_MEMORY),
         (resource.RLIMIT_NOFILE, MAX_FILES),

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections import deque
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
@@ -132,8 +133,10 @@ class _Child:
 class FilterPool:
     """Calls one filter."""
 
-    def __init__(self, data_plane: Plane, what: PythonFilter) -> None:
+    def __init__(self, data_plane: Plane, what: PythonFilter, closed: Path | None) -> None:
+        """`closed`: a directory that its processes must not open, if there is one."""
         self.plane = data_plane
+        self._closed = closed
         self.what = what
         self.on_request = True
         self.on_response = True
@@ -180,7 +183,7 @@ class FilterPool:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                process = _process(theirs.fileno(), self.what.entry_point)
+                process = _process(theirs.fileno(), self.what.entry_point, self._closed)
             except OSError as error:
                 ours.close()
                 self._failed(f"no process starts: {error}")
@@ -257,8 +260,10 @@ class FilterPool:
             child.end("the filter is not used any more")
 
 
-def _process(fd: int, entry_point: str) -> subprocess.Popen[bytes]:
+def _process(fd: int, entry_point: str, closed: Path | None) -> subprocess.Popen[bytes]:
     """At the other end of a socket pair. Raises OSError."""
     # -P: a module in the working directory must not stand in for one of ours.
     command = [sys.executable, "-P", "-m", "waypoint.filter_child", str(fd), str(os.getpid()), entry_point]
+    if closed is not None:
+        command.append(str(closed))
     return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)

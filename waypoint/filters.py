@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 from control.api.extension import EnvoyFilter, Filter, PythonFilter, type_of
@@ -36,8 +37,10 @@ Told = list[tuple[str, str]]
 class Filters:
     """Those of one process. Each has processes of its own, from its first request on."""
 
-    def __init__(self, data_plane: Plane, telemetry: WaypointTelemetry) -> None:
+    def __init__(self, data_plane: Plane, telemetry: WaypointTelemetry, closed: Path | None) -> None:
+        """`closed`: a directory that no filter is to open, if there is one."""
         self._plane = data_plane
+        self._closed = closed
         self._pools: dict[PythonFilter, FilterPool] = {}
         self._failures = 0
         self._deaths = 0  # of processes of filters that are gone
@@ -124,7 +127,7 @@ class Filters:
             raise FilterError(f"there is no Extension {what.extension}")
         pool = self._pools.get(what)
         if pool is None:
-            pool = self._pools[what] = FilterPool(self._plane, what)
+            pool = self._pools[what] = FilterPool(self._plane, what, self._closed)
         return pool
 
     def keep(self, wanted: Iterable[Filter]) -> None:

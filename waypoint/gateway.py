@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Final
 
 from control.api.address import IpAddress
@@ -66,10 +67,11 @@ class Gateway:
         telemetry: WaypointTelemetry,
         directory: Directory | None = None,
         own: str = "",
+        closed: Path | None = None,
     ) -> None:
         """`gateway`: key of the Gateway. `identity`: of this process. `directory`: where to ask, if anywhere.
 
-        `own`: key of this process's workload, if it has one.
+        `own`: key of this process's workload, if it has one. `closed`: a directory that no filter is to open.
         """
         self._grace_s = GRACE_S
         self._plane = data_plane
@@ -92,6 +94,7 @@ class Gateway:
             connections,
             telemetry,
             directory,
+            closed,
         )
         self._shedding = Shedding(data_plane, telemetry)
         self._opaque = Opaque(data_plane, self._destinations, rules, upstream, limiters, connections, telemetry)
@@ -201,7 +204,7 @@ class Gateway:
     ) -> None:
         """Requests, one after the other. `service`: key of what was dialled, for records. Raises nothing."""
         while await self._awaited(client, caller, asked):
-            if self._sheds(caller, stream):
+            if self._sheds(caller, None if client.pipelined else stream.carrier.waited_s):
                 await self._refuse(client, caller, service)
             else:
                 await self._exchanges.serve(client, caller, asked)
@@ -209,11 +212,13 @@ class Gateway:
                 break
         client.close()
 
-    def _sheds(self, caller: Caller, stream: ByteStream, *more: tuple[Hashable, float]) -> bool:
-        """Whether there is too much to do for a request that has come on this stream. `more`: other ways it came by."""
+    def _sheds(self, caller: Caller, waited_s: float | None, *more: tuple[Hashable, float]) -> bool:
+        """Whether there is too much to do for a request. `waited_s`: in its caller's tunnel, as `Overload.sheds` is
+        told it; `more`: other ways it came by.
+        """
         if self._exchanges.draining:
             return False
-        return self._shedding.sheds(((caller.address, caller.port), stream.carrier.waited_s), *more)
+        return self._shedding.sheds(((caller.address, caller.port), waited_s), *more)
 
     async def _refuse(self, client: Http1Incoming, caller: Caller, service: str) -> None:
         """Raises nothing."""
@@ -243,7 +248,7 @@ class Gateway:
         """Requests, each in a coroutine of its own. `service`: as above. Raises ConnectionResetError."""
 
         def take(connection: Http2Connection, one: Stream, headers: Headers, ended: bool) -> None:
-            if self._sheds(caller, stream, (connection, connection.waited_s)):
+            if self._sheds(caller, stream.carrier.waited_s, (connection, connection.waited_s)):
                 self._shedding.refuse_stream(connection, one, headers, caller.peer(self._state), service)
                 return
             try:

@@ -29,13 +29,26 @@ from waypoint.sides import DISCARD_TIMEOUT_S, HEAD_TIMEOUT_S, IDLE_TIMEOUT_S, MA
 class Http1Incoming:
     """The connection, and in the manner of `sides.Incoming` the request on it that `next` has returned last."""
 
-    __slots__ = ("_begun", "_continued", "_events", "_reader", "_stream", "_writer", "head", "trailers", "whole")
+    __slots__ = (
+        "_begun",
+        "_continued",
+        "_events",
+        "_reader",
+        "_stream",
+        "_writer",
+        "head",
+        "pipelined",
+        "trailers",
+        "whole",
+    )
 
     def __init__(self, stream: ByteStream, authority: bytes) -> None:
         """`authority` is what was dialled, for HTTP/1.0 without a Host."""
         self.head = UNREAD
         self.whole = True
         self.trailers: Fields = ()
+        self.pipelined = False
+        """Whether the request had come before the one before was answered: what it waited for is that answer."""
         self._stream = stream
         self._reader = RequestReader(authority)
         self._writer = ResponseWriter(self.head)
@@ -60,6 +73,7 @@ class Http1Incoming:
 
         Raises MessageError for what is no request, which may be answered; ConnectionResetError, TimeoutError.
         """
+        self.pipelined = self._begun and not self.quiet
         try:
             events = self._reader.proceed() if self._begun else []
             deadline = time.monotonic() + HEAD_TIMEOUT_S

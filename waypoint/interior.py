@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from control.client.state import Changes, State
 from uproxy.access_log import AccessLog
@@ -35,8 +36,9 @@ class Interior:
         telemetry: WaypointTelemetry,
         access_log: AccessLog | None,
         directory: Directory | None,
+        closed: Path | None,
     ) -> None:
-        """`directory`: where what is not known is asked for, if anywhere."""
+        """`directory`: where what is not known is asked for, if anywhere. `closed`: as of `Gateway`."""
         self._plane = data_plane
         self._telemetry = telemetry
         self._log = access_log
@@ -53,6 +55,7 @@ class Interior:
             telemetry,
             directory,
             who.key,
+            closed,
         )
         self._drain_by = math.inf
         self._timer: asyncio.TimerHandle | None = None

@@ -93,16 +93,19 @@ class Overload:
         self._waited_s = 0.0  # by the last one
         self._told_at = 0.0  # when that one had its turn
 
-    def sheds(self, now: float, under_way: int, *ways: tuple[Hashable, float]) -> bool:
+    def sheds(self, now: float, under_way: int, *ways: tuple[Hashable, float | None]) -> bool:
         """Whether a request that comes now is refused.
 
-        `under_way`: how many there are, with this one. `ways`: by which it comes, and how long it has waited there.
+        `under_way`: how many there are, with this one. `ways`: by which it comes, and how long it has waited there;
+        None: it came long ago and waited for something else, so that nothing can be told of now.
         """
         if now >= self._all.look_at:
             self._all.look(now, self._wait_of_all(now))
         share = self.share
         for way, waited_s in ways:
-            if waited_s > TARGET_S or self._each:
+            if waited_s is None:
+                share = max(share, self._share_now(way, now))
+            elif waited_s > TARGET_S or self._each:
                 share = max(share, self._share(way, now, waited_s))
         if (share and self._chance.random() < share) or under_way > MAX_UNDER_WAY:
             self.refused += 1
@@ -117,6 +120,11 @@ class Overload:
     def forget(self, way: Hashable) -> None:
         """Nothing comes by it any more."""
         self._each.pop(way, None)
+
+    def _share_now(self, way: Hashable, now: float) -> float:
+        """As of its last look, if that tells anything."""
+        own = self._each.get(way)
+        return own.value if own is not None and now - own.look_at < _TELLS_S else 0.0
 
     def _share(self, way: Hashable, now: float, waited_s: float) -> float:
         own = self._each.get(way)

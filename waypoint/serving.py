@@ -54,7 +54,10 @@ class Serving(Interior):
         self._credentials = credentials
         self._use_credentials()
         self._pool = Pool(data_plane, lambda: self._client_context, who.addresses)
-        super().__init__(data_plane, who, gateway_key, state, Tunnels(self._pool), telemetry, access_log, directory)
+        way = Tunnels(self._pool)
+        super().__init__(
+            data_plane, who, gateway_key, state, way, telemetry, access_log, directory, credentials.directory
+        )
         self.exporter: Exporter | None = None
         """Somebody runs it."""
         if collector is not None:

@@ -52,7 +52,7 @@ class Shedding:
             lambda: self._overload.refused,
         )
 
-    def sheds(self, *ways: tuple[Hashable, float]) -> bool:
+    def sheds(self, *ways: tuple[Hashable, float | None]) -> bool:
         """Whether a request that comes now is refused. `ways`: as `Overload.sheds` is told them."""
         return self._overload.sheds(time.monotonic(), self._telemetry.under_way + 1, *ways)
 

@@ -149,7 +149,16 @@ async def running_waypoint(
         pool = Pool(pair.plane, lambda: contexts[0], (WP_ADDRESS,))
         upstream, connections, telemetry = Upstream(pair.plane, Tunnels(pool)), Connections(), Recorder()
         waypoint = gateway.Gateway(
-            pair.plane, pair.state, "shop/wp", WP, upstream, connections, telemetry, known, "shop/wp-1"
+            pair.plane,
+            pair.state,
+            "shop/wp",
+            WP,
+            upstream,
+            connections,
+            telemetry,
+            known,
+            "shop/wp-1",
+            (directory / "wp").resolve(),
         )
         server = TunnelServer(
             pair.plane, lambda: contexts[1], "cluster.local", waypoint.on_request, lambda *_: None, queues=True

@@ -52,6 +52,7 @@ class Wrong:
 
     def __init__(self, settings):
         self.held = []
+        self.directory = settings.get("directory", "")
 
     def on_request(self, request):
         match request.header("x-do"):
@@ -75,6 +76,12 @@ class Wrong:
                 request.headers = [field for field in request.headers if field[0] != "host"]
             case "split":
                 request.headers.append(("x-a", "b" + chr(13) + chr(10) + "x-c: d"))
+            case "say who refuses":
+                return Answer(403, [("x-uproxy-reason", "policy")], b"no")
+            case "say who answers":
+                return Answer(200, [("x-forwarded-client-cert", "URI=boss")], b"yes")
+            case "end an answer":
+                return Answer(200, [("content-length", "1")], b"yes")
             case "return":
                 return 7
             case "answer":
@@ -83,6 +90,8 @@ class Wrong:
                 return Answer(204)
             case "answer oddly":
                 return Answer(101)
+            case "read the key":
+                open(self.directory + "/key.pem").read()
             case "pid":
                 return Answer(200, [], str(os.getpid()).encode())
 
@@ -189,6 +198,9 @@ WRONG = {
     b"say who calls": b"'x-forwarded-client-cert' is the waypoint's own to write",
     b"move the end": b"'content-length' is the waypoint's own to write",
     b"move the host": b"it must leave as they are: host",
+    b"say who refuses": b"'x-uproxy-reason' is the waypoint's own to write",
+    b"say who answers": b"'x-forwarded-client-cert' is the waypoint's own to write",
+    b"end an answer": b"'content-length' is the waypoint's own to write",
     b"split": b"is no header's value",
     b"return": b"on_request returned int",
     b"answer oddly": b"needs a status from 200 to 599",
@@ -228,7 +240,26 @@ def test_what_a_filter_does_wrong_fails_its_own_request_and_nothing_else(
             assert (await ask(b"x-do: " + what))[0] == 200
         for _, writer in connections:
             writer.close()
-        assert b"\nuproxy_waypoint_filter_failures_total 14\n" in through.telemetry.render()
+        assert b"\nuproxy_waypoint_filter_failures_total 17\n" in through.telemetry.render()
+
+    run_through(identities, authority, tell, client)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_filter_cannot_read_the_waypoints_key(
+    identities: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+
+    async def client(through: Through) -> None:
+        directory = (identities / "wp").resolve()
+        assert (directory / "key.pem").exists()
+        through.pair.apply(policy(PythonFilter("shop/wrong", "wrong", (("directory", str(directory)),), 5000)))
+        reader, writer = await through.open()
+        ask = asking(reader, writer)
+        assert (await ask(b"x-do: read the key"))[0] == 503
+        assert "PermissionError: [Errno 13]" in caplog.text
+        writer.close()
 
     run_through(identities, authority, tell, client)
 
@@ -268,11 +299,11 @@ def test_a_process_that_does_not_start_costs_those_nothing_that_another_one_serv
     monkeypatch.setattr(filter_pool, "FIRST_RESTART_S", 0.01)
     start, started = filter_pool._process, list[str]()
 
-    def once(fd: int, entry_point: str) -> subprocess.Popen[bytes]:
+    def once(fd: int, entry_point: str, closed: Path | None) -> subprocess.Popen[bytes]:
         started.append(entry_point)
         if len(started) > 1:
             raise OSError("no memory is left")
-        return start(fd, entry_point)
+        return start(fd, entry_point, closed)
 
     async def client(through: Through) -> None:
         through.pair.apply(policy(PythonFilter("shop/wrong", "wrong", timeout_ms=5000)))
@@ -302,7 +333,7 @@ def test_a_process_that_dies_before_it_is_called_is_started_later_and_later(
 
     async def main() -> None:
         data_plane = plane.Plane(asyncio.get_running_loop())
-        pool = FilterPool(data_plane, PythonFilter("shop/dies", "dies", (), 100))
+        pool = FilterPool(data_plane, PythonFilter("shop/dies", "dies", (), 100), None)
         starts.clear()
         for _ in range(4):
             child = _Child(pool, None, None)  # type: ignore[arg-type]  # it has ended

@@ -131,6 +131,18 @@ def test_who_sends_more_than_its_part_is_refused_a_share_and_nobody_else_is(seed
     assert model.overload.refused == refused
 
 
+def test_who_waited_for_its_own_connection_tells_nothing_of_its_way_and_shares_its_lot():
+    model = Model(1)
+    model.busy = False
+    assert not any(model.overload.sheds(model.now + number / 100, 1, ("one", None)) for number in range(200))
+    model.now += 2
+    model.run_one_way(2.0, 5)
+    refused = sum(model.overload.sheds(model.now, 1, ("one", None)) for _ in range(1000))
+    assert 100 < refused < 960, "as much as of all that come this way"
+    model.now += 2
+    assert not any(model.overload.sheds(model.now, 1, ("one", None)) for _ in range(1000)), "that was long ago"
+
+
 def test_ways_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_MAX_SHARES", 10)
     model = Model(1)

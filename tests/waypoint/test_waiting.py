@@ -22,11 +22,11 @@ HEAD = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"db"), (b"
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """How long each request had waited: in its tunnel and, if it is of HTTP/2, in its connection."""
-    told: list[float] = []
+    told: list[float | None] = []
 
-    def sheds(self: object, *ways: tuple[object, float]) -> bool:
+    def sheds(self: object, *ways: tuple[object, float | None]) -> bool:
         told.extend(waited_s for _, waited_s in ways)
         return False
 
@@ -74,6 +74,38 @@ def test_a_tunnel_waits_while_the_process_is_busy(
         writer.write(GET)
         await reader.readuntil(b"\r\n\r\n")
         assert waits[-1] == 0.0, "and then it does not"
+        writer.close()
+
+    run_through(identities, authority, hello, client)
+
+
+def test_a_request_that_waits_for_the_answer_before_tells_nothing_of_its_tunnel(
+    identities: Path, authority: Authority, waits: list[float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(GET)
+        await reader.readuntil(b"\r\n\r\n")
+        (tunnel,) = (one for one in through.server.tunnels() if one.peer == WEB)
+        waits.clear()
+        with monkeypatch.context() as busy:
+            busy.setattr(Plane, "busy", True)
+            busy.setattr(Plane, "_take_queued", lambda self: None)
+            writer.write(GET * 3 + GET[:20])
+            await until(lambda: tunnel._waits)
+            await asyncio.sleep(0.05)
+        for _ in range(3):
+            await reader.readuntil(b"\r\n\r\n")
+        first, *others = waits
+        assert first is not None
+        assert first >= 0.05
+        assert others == [None, None], "it is their connection's own queue"
+        writer.write(GET[20:] + GET)
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(GET)
+        await reader.readuntil(b"\r\n\r\n")
+        assert waits[-1] == 0.0
         writer.close()
 
     run_through(identities, authority, hello, client)
