@@ -50,7 +50,7 @@ fix: setup  ## Format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## Measure the mesh against its peers; more than an hour
+bench: setup  ## Measure the mesh against its peers; under an hour
 	$(BIN)/meshctl bench run
 
 guard: setup  ## Count what the data plane costs, and compare it with the baseline (a part of the tests)

@@ -117,10 +117,12 @@ def _run(
         bench = Bench(results, Path(scratch), quick=quick, peers=peers, tell=tell)
         try:
             tell("the instrument itself")
-            _guarded("instrument", check_instrument, bench)
+            taken = {"instrument": _guarded("instrument", check_instrument, bench)}
             for number, suite in enumerate(suites, 1):
                 tell(f"suite {suite.name}, {number} of {len(suites)}: {suite.title}")
-                _guarded(suite.name, suite.run, bench)
+                taken[suite.name] = _guarded(suite.name, suite.run, bench)
+                bench.condition("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in taken.items()))
+                results.write(directory / FILE)  # the rounds, if the machine goes down before the end
         except KeyboardInterrupt:
             bench.condition(INTERRUPTED, "the run was ended before all was measured")
     failures = [f"{one.name}: {one.text}" for one in results.checks if not one.passed] + bench.failures
@@ -147,8 +149,9 @@ def check_instrument(bench: Bench) -> None:
         raise BenchError(str(error)) from error
 
 
-def _guarded(name: str, step: Callable[[Bench], None], bench: Bench) -> None:
-    """A step that fails, or has a mistake: what the others find in a run of an hour is not thrown away."""
+def _guarded(name: str, step: Callable[[Bench], None], bench: Bench) -> float:
+    """How many seconds it took. If it fails, or has a mistake, what the others find in an hour is not thrown away."""
+    began = time.monotonic()
     try:
         step(bench)
     except BenchError as error:
@@ -156,6 +159,7 @@ def _guarded(name: str, step: Callable[[Bench], None], bench: Bench) -> None:
     except Exception as error:
         bench.progress(traceback.format_exc())
         bench.check(Check(f"{name}: ran to its end", False, f"{type(error).__name__}: {error}"))
+    return time.monotonic() - began
 
 
 def write(results: Results, directory: Path) -> list[Path]:

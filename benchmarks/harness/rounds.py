@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from benchmarks.harness.results import Series
 
-WARM_UP_S: Final = 0.5
+WARM_UP_S: Final = 0.3
 """The longest that the round before the first one takes; it is not counted."""
 _GENERATORS_SHARE: Final = 1 / 3
 _BOUND: Final = "bound by the generator"

@@ -118,7 +118,7 @@ def targets(findings: Findings) -> Html:
 def _outcome(target: Target) -> list[Html]:
     colour = {True: "good", False: "bad", None: "soft"}[target.met]
     said, colon, rest = outcome(target).partition(":")
-    return [tag("span" if target.met is None else "b", said, class_=colour), Html(colon), text(rest)]
+    return [tag("span" if target.met is None else "b", said, class_=colour), Html(f"{colon} "), text(rest)]
 
 
 def checks(found: Sequence[Check]) -> Html:

@@ -113,9 +113,9 @@ WHOLE: Final = Plan(
     sizes={1: 64, 64: 64},
     streams=(1, 8),
     rounds=9,
-    near_rounds=15,
-    fillings=7,
-    seconds=1.0,
+    near_rounds=13,
+    fillings=5,
+    seconds=0.5,
 )
 
 

@@ -83,9 +83,10 @@ class Plan:
     """Also what needs subjects of its own: applications with TLS, WireGuard, two workloads of one host, calibration."""
     rounds: int
     seconds: float
+    tail_seconds: float
+    """Of rounds at a fixed rate, whose p99 needs requests."""
 
 
-_SIZES = (_SMALL, 1024, 16384)
 QUICK: Final = Plan(
     sizes={1: (_SMALL, 16384), 64: (_SMALL,), 500: (_SMALL,)},
     streams=(1,),
@@ -98,9 +99,10 @@ QUICK: Final = Plan(
     more=False,
     rounds=5,
     seconds=0.4,
+    tail_seconds=0.4,
 )
 FULL: Final = Plan(
-    sizes=dict.fromkeys((1, 16, 64, 500), _SIZES),
+    sizes={1: (_SMALL, 1024, 16384), 64: (_SMALL, 16384), 500: (_SMALL,)},
     streams=(1, 8),
     rates=(2000, 6000),
     delays_ms=_DELAYS_MS,
@@ -110,7 +112,8 @@ FULL: Final = Plan(
     http=(1, 16, 64),
     more=True,
     rounds=5,
-    seconds=1.0,
+    seconds=0.5,
+    tail_seconds=1.5,
 )
 
 
@@ -157,6 +160,7 @@ class Paths:
         _say_handshakes(bench, capture, pairs + through)
         _say_conditions(bench)
         bench.interleave(probes(plan, fresh), lives, rounds=plan.rounds, seconds=plan.seconds)
+        bench.interleave(at_fixed_rates(plan), lives, rounds=plan.rounds, seconds=plan.tail_seconds)
         bench.interleave(through_waypoints(plan), routed, rounds=plan.rounds, seconds=plan.seconds)
         if plan.more:
             _measure_inside(bench, plan, near.starts(a, program, beside), beside)
@@ -167,7 +171,7 @@ class Paths:
             self._delayed(bench, plan, lab, b, line, lives, delay_ms)
         if plan.slow:
             # The last: what nobody reads stays in a proxy for a while.
-            bench.interleave([_slow_readers(plan.slow)], lives, rounds=plan.rounds, seconds=plan.seconds)
+            bench.interleave([_slow_readers(plan.slow)], lives, rounds=plan.rounds, seconds=plan.tail_seconds)
 
     def _delayed(
         self,
@@ -212,16 +216,22 @@ _HTTP: Final = "HTTP requests through a waypoint"
 
 
 def probes(plan: Plan, fresh: Mapping[str, float]) -> list[Probe[Standing]]:
-    """What is measured on the plain link, in order. `fresh`: the proxies' memory before any load, by subject."""
+    """What is measured as fast as it goes, in order. `fresh`: the proxies' memory before any load, by subject."""
+    return [
+        *([_idle(plan.idle, fresh)] if plan.idle else []),
+        *(_round_trip(connections, size) for connections, sizes in plan.sizes.items() for size in sizes),
+        *map(_bulk, plan.streams),
+        _connects(),
+    ]
+
+
+def at_fixed_rates(plan: Plan) -> list[Probe[Standing]]:
+    """What is measured at a fixed rate, alone and beside a bulk stream."""
     connections, rate = _BESIDE
     beside = load.beside_bulk(connections, _SMALL, rate, 1, _STREAM_GBIT_PER_S)
     stream = f"beside 1 bulk stream of {_STREAM_GBIT_PER_S:g} Gbit/s, p99"
     return [
-        *([_idle(plan.idle, fresh)] if plan.idle else []),
-        *(_round_trip(connections, size) for connections, sizes in plan.sizes.items() for size in sizes),
         *(_opened(rate) for rate in plan.rates),
-        *map(_bulk, plan.streams),
-        _connects(),
         _of_load("beside-bulk", _BESIDE_OTHERS, stream, "us", beside, APART, rate=rate),
     ]
 

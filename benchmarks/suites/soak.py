@@ -79,7 +79,7 @@ class Plan:
 
 
 QUICK: Final = Plan(rounds=3, seconds=5.0)
-FULL: Final = Plan(rounds=6, seconds=30.0)
+FULL: Final = Plan(rounds=5, seconds=20.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Soak:
     """The suite. `plan` replaces what is measured, for tests."""
 
     name = NAME
-    title = "What stays after minutes of load"
+    title = "What stays after load"
 
     def __init__(self, plan: Plan | None = None) -> None:
         self._plan = plan

@@ -33,6 +33,7 @@ NAME: Final = "waypoint"
 BODY: Final = 1024
 SHARES: Final = (10, 50, 80)
 """Percent of the knee."""
+_USUAL_ROUTES: Final = 10
 _NAMES: Final[dict[Protocol, str]] = {"http1": "HTTP/1.1", "http2": "HTTP/2", "grpc": "gRPC"}
 _POLL_S: Final = 0.05
 _PROOF_S: Final = 0.1
@@ -48,14 +49,20 @@ class Plan:
     routes: Sequence[int]
     shares: Sequence[int]
     rounds: int
+    corner_rounds: int
+    """With other counts of routes than the usual one."""
     seconds: float
     idle: int
     """Connections of all callers together; 0: memory is not measured."""
 
 
 _CALLERS: Final = (1, 2, 3, 4, 1, 2, 3, 4)
-QUICK: Final = Plan(_CALLERS, protocols=("http1",), routes=(10,), shares=(50,), rounds=3, seconds=0.8, idle=0)
-FULL: Final = Plan(_CALLERS, tuple(_NAMES), mesh.ROUTES, SHARES, rounds=5, seconds=1.0, idle=10_000)
+QUICK: Final = Plan(
+    _CALLERS, protocols=("http1",), routes=(10,), shares=(50,), rounds=3, corner_rounds=3, seconds=0.8, idle=0
+)
+FULL: Final = Plan(
+    _CALLERS, tuple(_NAMES), mesh.ROUTES, SHARES, rounds=5, corner_rounds=LEAST_ROUNDS, seconds=0.8, idle=10_000
+)
 
 
 class Waypoint:
@@ -91,11 +98,12 @@ def _measure(bench: Bench, plan: Plan, everybody: Sequence[Between], program: Pa
     for protocol in plan.protocols:
         for routes in plan.routes:
             saturated = _saturated(plan, program, protocol, routes)
-            bench.interleave([saturated], everybody, rounds=plan.rounds, seconds=plan.seconds)
+            rounds = plan.rounds if routes == _USUAL_ROUTES else plan.corner_rounds
+            bench.interleave([saturated], everybody, rounds=rounds, seconds=plan.seconds)
             knee = _knee(bench.results, saturated.measure.name)
             shares = plan.shares if knee else ()  # who carries nothing was said to
             probes = [_offered(plan, program, protocol, routes, share, knee) for share in shares]
-            bench.interleave(probes, everybody, rounds=plan.rounds, seconds=plan.seconds)
+            bench.interleave(probes, everybody, rounds=rounds, seconds=plan.seconds)
             for probe in (saturated, *probes):
                 add_own(bench.results, probe.measure)
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
 from benchmarks.harness.results import Check, Measure, Results, Subject
+from benchmarks.harness.rounds import WARM_UP_S
 
 
 @dataclass
@@ -58,7 +59,7 @@ def test_every_subject_is_taken_once_per_round_and_another_leads_each(bench: Ben
     names = "".join(name for name, _ in taken)
     assert [names[i : i + 3] for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
     assert numbers == [number for number in range(4) for _ in "abc"]
-    assert [seconds for _, seconds in taken] == [0.5] * 3 + [2.0] * 9  # the warm-up is shorter, and is not kept
+    assert [seconds for _, seconds in taken] == [WARM_UP_S] * 3 + [2.0] * 9  # the warm-up is shorter, and is not kept
     assert {one.subject: [r.number for r in one.rounds] for one in results.series} == {
         name: [1, 2, 3] for name in "abc"
     }

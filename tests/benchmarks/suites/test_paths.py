@@ -52,6 +52,7 @@ TINY = Plan(
     more=True,
     rounds=1,
     seconds=0.2,
+    tail_seconds=0.2,
 )
 
 
@@ -76,7 +77,7 @@ def test_what_a_quick_run_measures_decides_on_every_target() -> None:
 
 
 def measured(plan: Plan) -> set[str]:
-    probes = [*paths.probes(plan, {}), *paths.through_waypoints(plan)]
+    probes = [*paths.probes(plan, {}), *paths.at_fixed_rates(plan), *paths.through_waypoints(plan)]
     return {probe.measure.name for probe in probes}
 
 
@@ -131,8 +132,8 @@ def test_every_subject_is_measured(tmp_path: Path) -> None:
     assert ("WireGuard" in results.conditions) == (len(subjects) == len(results.subjects))
     names = [measure.name for measure in results.measures]
     assert names == [
-        *("paths/idle", "paths/rr/2/64", "paths/open/200", "paths/bulk/1", "paths/connect"),
-        *("paths/beside-bulk", "paths/http/2"),
+        *("paths/idle", "paths/rr/2/64", "paths/bulk/1", "paths/connect"),
+        *("paths/open/200", "paths/beside-bulk", "paths/http/2"),
         *("paths/near/rr/1/64", "paths/near/rr/64/64", "paths/near/bulk/1", "paths/near/connect"),
         *("paths/calibration", "paths/calibration/cpu", "paths/delay/1/rr/1/64", "paths/slow-readers"),
     ]

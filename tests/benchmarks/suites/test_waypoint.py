@@ -15,7 +15,7 @@ from benchmarks.suites import waypoint
 from benchmarks.suites.between.mesh import ROUTES, path, prefixes
 from benchmarks.suites.waypoint import Plan, Waypoint
 
-TINY = Plan((1, 2), protocols=("grpc",), routes=(1000,), shares=(50,), rounds=1, seconds=0.6, idle=80)
+TINY = Plan((1, 2), protocols=("grpc",), routes=(1000,), shares=(50,), rounds=1, corner_rounds=1, seconds=0.6, idle=80)
 
 
 @pytest.mark.root
