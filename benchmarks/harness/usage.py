@@ -48,7 +48,7 @@ def pss_mb(pids: Iterable[int]) -> float:
     """Memory of processes and their children in MB (1,000,000 bytes): shared pages by their share. Raises GoneError."""
     total = 0
     for pid in pids:
-        for one in (pid, *_descendants(pid)):
+        for one in (pid, *descendants(pid)):
             try:
                 rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
             except OSError as error:
@@ -59,7 +59,7 @@ def pss_mb(pids: Iterable[int]) -> float:
     return total * 1024 / 1e6
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """All that live, of any generation."""
     found: list[int] = []
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -68,7 +68,7 @@ def _descendants(pid: int) -> list[int]:
         except OSError:  # the thread has ended
             continue
         for child in map(int, children.split()):
-            found += [child, *_descendants(child)]
+            found += [child, *descendants(child)]
     return found
 
 
@@ -91,7 +91,7 @@ class _Tree:
         self.look()
 
     def look(self) -> None:
-        children = _descendants(self._pid)
+        children = descendants(self._pid)
         self._waited = _waited_ns(self._pid) + sum(map(_waited_ns, children))
         self._children = dict.fromkeys(children, 0)
 

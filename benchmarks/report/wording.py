@@ -30,6 +30,7 @@ PARAMETERS: Final = {
     "near_percent": "calls that stay on their host, %",
     "rtt_ms": "round trip between hosts, ms",
     "services": "services of the mesh",
+    "workloads": "workloads of a host",
 }
 
 

@@ -24,9 +24,9 @@ from benchmarks.lab import cores, link
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.load import LoadError
-from benchmarks.suites.placements import configuration, isolation, mix, replacing
+from benchmarks.suites.placements import configuration, density, isolation, mix, replacing
 from benchmarks.suites.placements.application import BUSY_MS, CALLERS, INSTANCES, LIMIT_PER_S, SERVICES, identity
-from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.memory import maps_mb, resident_mb, with_children
 from benchmarks.suites.placements.mesh import BESIDE
 from benchmarks.suites.placements.mix import CONNECTIONS, Mix
 from benchmarks.suites.placements.placement import (
@@ -35,6 +35,7 @@ from benchmarks.suites.placements.placement import (
     ONE_PASS,
     PLAIN,
     PROXY_CORE,
+    NodeAgent,
     Placement,
 )
 from benchmarks.suites.placements.proof import prove
@@ -55,7 +56,9 @@ class Plan:
     """How much is measured."""
 
     rates: Sequence[int]
+    """CPU_RATE first."""
     rounds: int
+    """Of that rate."""
     seconds: float
     l7_percent: Sequence[int] = ()
     """Shares of calls that need L7, besides all of them."""
@@ -64,12 +67,14 @@ class Plan:
     rtts_ms: Sequence[float] = ()
     """Round-trip times of links between hosts, besides that of veth."""
     axis_rounds: int = LEAST_ROUNDS
-    """Of each point along these."""
+    """Of the other rates, and of each point along these."""
     axis_seconds: float = 1.0
     isolation: bool = False
     """What a neighbour's misbehaviour costs."""
     services: Sequence[int] = ()
     """Of a mesh, whose configuration is looked at."""
+    workloads: Sequence[int] = ()
+    """Of a host, for which memory is looked at."""
     upgrades: int = 0
     """Rounds in which a process is replaced under load."""
     further: bool = True
@@ -78,15 +83,16 @@ class Plan:
 
 QUICK = Plan(rates=(CPU_RATE,), rounds=4, seconds=1.0, axis_seconds=0.8, l7_percent=(0,), further=False)
 FULL = Plan(
-    rates=(250, CPU_RATE, 1000),
+    rates=(CPU_RATE, 250, 1000),
     rounds=5,
     seconds=2.0,
-    axis_seconds=1.5,
+    axis_seconds=1.25,
     l7_percent=(0, 10, 50),
     near_percent=(50, 90),
     rtts_ms=(0.25, 1.0),
     isolation=True,
     services=configuration.SIZES,
+    workloads=density.SIZES,
     upgrades=1,
 )
 
@@ -122,6 +128,8 @@ class Architectures:
                     )
             if plan.services:
                 configuration.measure(bench, NAME, plan.services)
+            if plan.workloads:
+                add_control(bench.results, density.measure(bench, NAME, plan.workloads))
         except (LabError, LoadError) as error:
             raise BenchError(f"{NAME}: {error}") from error
 
@@ -144,7 +152,8 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     everything = list(site.placements.values())
     placements = [one for one in everything if one.mesh and one.subject.name != ONE_PASS]
     probes = [_latency(program, rate) for rate in plan.rates]
-    bench.interleave(probes, everything, rounds=plan.rounds, seconds=plan.seconds)
+    bench.interleave(probes[:1], everything, rounds=plan.rounds, seconds=plan.seconds)
+    bench.interleave(probes[1:], everything, rounds=plan.axis_rounds, seconds=plan.seconds)
     for probe in probes:
         add_difference(bench.results, probe.measure.name)
     add_cpu(bench.results, f"{NAME}/latency/{CPU_RATE}", CPU)
@@ -315,6 +324,17 @@ def _cpu(one: Round) -> Round:
     return replace(one, value=one.details["cpu_us"], details=by_role, histogram={}, bottleneck=bottleneck)
 
 
+def add_control(results: Results, resting_us: float) -> None:
+    """To each round of processor time, what broker and control plane take of it, so many us a second, and the sum."""
+    each_ms = resting_us / CPU_RATE  # us a second / requests a second are us for one, and ms for a thousand
+    for series in results.series:
+        if series.measure == CPU.name:
+            series.rounds = [
+                replace(one, details={**one.details, "control_ms": each_ms, "together_ms": one.value + each_ms})
+                for one in series.rounds
+            ]
+
+
 def _memory() -> Probe[Placement]:
     measure = Measure(
         f"{NAME}/memory", NAME, "Memory of all proxies", f"for {WORKLOADS} workloads on two hosts, after the load", "MB"
@@ -328,13 +348,17 @@ def _remember(placement: Placement, seconds: float, number: int) -> Sample:
     for one in placement.mesh:
         by_host.setdefault(one.host, []).append(one.pid)
     try:
-        found = {host: resident_mb(pids) for host, pids in by_host.items()}
+        found = {
+            host: resident_mb(each for pid in pids for each in with_children(pid)) for host, pids in by_host.items()
+        }
     except ProcessLookupError as error:
         raise BenchError(f"{placement.subject.name}: process {error} is gone") from error
+    maps = {one.host: maps_mb(one.pins) for one in placement.mesh if isinstance(one, NodeAgent)}
+    found = {host: mb + maps.get(host, 0.0) for host, mb in found.items()}
     total = sum(found.values())
     details = {f"host_{host}_mb": mb for host, mb in found.items()}
     details |= {f"host_{host}_processes": float(len(pids)) for host, pids in by_host.items()}
-    return Sample(total, 0, {"per_workload_mb": total / WORKLOADS, **details})
+    return Sample(total, 0, {"per_workload_mb": total / WORKLOADS, "maps_mb": sum(maps.values()), **details})
 
 
 def _identities() -> Probe[Placement]:
@@ -355,7 +379,7 @@ def _count_keys(placement: Placement, seconds: float, number: int) -> Sample:
     del seconds, number
     keys = [one.private_keys() for one in placement.mesh]
     details = {
-        "processes": len(keys),
+        "processes": sum(len(with_children(one.pid)) for one in placement.mesh),
         "keys": len(set().union(*keys)),
         "most_identities": max(len(set(one.values())) for one in keys),
         "could_pass_for": max(sum(map(_workloads, set(one.values()))) for one in keys),
@@ -419,6 +443,14 @@ def _say_conditions(bench: Bench) -> None:
             "capture",
             "callers of Envoys dial their proxy's listener: no capture, and none is charged. uProxies capture by eBPF, "
             "which runs in the caller's connect(), so that no request pays for it",
+        ),
+        (
+            "charge",
+            "processor time is that of all proxies with what they start, and of node agents. Broker and control plane "
+            "have nothing to do while nothing changes: what they took at rest in another lab, where 60 uProxies, two "
+            "node agents and our waypoints report to them, is charged to every placement alike (control_ms, "
+            "together_ms), as is their memory where everything is counted: Envoys, which have files here, would have "
+            "a control plane too. Kernel maps count to the memory of the hosts of uProxies",
         ),
         (
             "memory",

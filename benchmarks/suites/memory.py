@@ -7,10 +7,8 @@ are looked at after their start, and again while the first two hold idle connect
 from __future__ import annotations
 
 import json
-import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from benchmarks import load
 from benchmarks.harness.bench import Bench, BenchError, EndedError, Probe, Sample
 from benchmarks.harness.results import Measure, Subject
 from benchmarks.harness.statistics import LEAST_ROUNDS
+from benchmarks.lab import forking
 from benchmarks.lab.apps import commands
 from benchmarks.lab.remains import Owner
 from benchmarks.lab.sources import TRUST_DOMAIN, LabError
@@ -55,7 +54,6 @@ ENVOY: Final = Subject(
 )
 _SERVICES: Final = {OWN.name: "240.240.0.61", FORKED.name: "240.240.0.62"}
 _PORTS: Final = range(load.PORTS)
-_START_S: Final = 15.0
 _POLL_S: Final = 0.02
 
 
@@ -210,10 +208,10 @@ def _resident(sidecars: Sidecars, pids: Sequence[int]) -> float:
 def _stand(bench: Bench, plan: Plan, lab: Lab, program: Path) -> Sequence[Sidecars]:
     """Raises LabError."""
     a, b = lab.host("a"), lab.host("b")
-    server = _start_fork_server(a)
+    server = forking.start(a)
     declared = {
         OWN.name: _declare(a, plan, OWN.name, program),
-        FORKED.name: _declare(a, plan, FORKED.name, program, "--fork-server", str(_fork_socket(lab))),
+        FORKED.name: _declare(a, plan, FORKED.name, program, *forking.launching(lab)),
     }
     lab.configure("---\n".join(map(_service, declared)))
     lab.start(bench.progress)
@@ -251,22 +249,6 @@ def _of(subject: Subject, workloads: Sequence[Workload], program: Path, shared: 
     client, server, *others = workloads
     pair = replace(stand_uproxy(client, server, program), subject=subject, entry=(_SERVICES[subject.name], APP_PORT))
     return Sidecars(pair, [one.proxy_pid() for one in others], shared)
-
-
-def _fork_socket(lab: Lab) -> Path:
-    return lab.directory / "fork.sock"
-
-
-def _start_fork_server(host: Host) -> subprocess.Popen[bytes]:
-    path = _fork_socket(host.lab)
-    process = host.spawn([sys.executable, "-I", "-m", "uproxy", "fork-server", "--socket", str(path)])
-    deadline = time.monotonic() + _START_S
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        while probe.connect_ex(str(path)):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise LabError(f"the fork server does not listen at {path} (exit status {process.poll()})")
-            time.sleep(_POLL_S)
-    return process
 
 
 def _stand_envoys(a: Host, b: Host, plan: Plan, program: Path) -> Sidecars:

@@ -11,6 +11,10 @@ from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.harness.usage import descendants
+from benchmarks.lab.programs import memory_bytes
+from bpf.libbpf import open_pinned_map
+
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # An entry of /proc/PID/pagemap (kernel: admin-guide/mm/pagemap): bit 63 is "present", the low 55 are the frame.
 _PRESENT = 1 << 63
@@ -25,13 +29,31 @@ def resident_mb(pids: Iterable[int]) -> float:
 
     Raises ProcessLookupError when one is gone.
     """
-    frames: set[int] = set()
-    for pid in pids:
-        frames |= _frames(pid)
-    return len(frames) * _PAGE / 1e6
+    return size_mb(map(frames, pids))
 
 
-def _frames(pid: int) -> set[int]:
+def with_children(pid: int) -> list[int]:
+    """A process, and what it has started, of any generation."""
+    return [pid, *descendants(pid)]
+
+
+def maps_mb(pins: Path) -> float:
+    """MB of the kernel's memory that the maps that are pinned in a directory take. Raises BpfError."""
+    fds = [open_pinned_map(pin) for pin in pins.iterdir()]
+    try:
+        return memory_bytes(fds) / 1e6
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def size_mb(each: Iterable[set[int]]) -> float:
+    """MB of the pages of some processes, each counted once."""
+    return len(set[int]().union(*each)) * _PAGE / 1e6
+
+
+def frames(pid: int) -> set[int]:
+    """The physical pages of one process, by their numbers. As `resident_mb`."""
     found: set[int] = set()
     try:
         maps = Path(f"/proc/{pid}/maps").read_text().splitlines()

@@ -239,6 +239,8 @@ class NodeAgent:
     role: str
     host: str
     pid: int
+    pins: Path
+    """Of the maps that it fills."""
     believed_by: int = 0
 
     def private_keys(self) -> dict[str, str]:

@@ -74,6 +74,7 @@ from benchmarks.suites.placements.placement import (
     ended,
     until,
 )
+from bpf import bpffs
 from control.api.address import HBONE_PORT
 from uproxy.sandbox import NETNS_DIR, Sandbox
 
@@ -184,9 +185,9 @@ def stand(lab: Lab, progress: Callable[[str], None], *, further: bool = True) ->
     lab.start(progress)
     applications = [_serve(lab, twin) for twin in twins if not twin.member.calls]
     running = {name: _beside(lab, name, group) for name, group in seats.items()}
-    key = _key(lab, GATEWAY, GATEWAY)
-    config = envoys.waypoint(WAYPOINT_ADDRESS, _tunnels(workloads), key, _admin(lab, GATEWAY))
-    waypoint = _start(lab, config, GATEWAY, "waypoint", "c", waypoint_box.netns_path, len(SERVICES) * INSTANCES)
+    key = issue_key(lab, GATEWAY, GATEWAY)
+    config = envoys.waypoint(WAYPOINT_ADDRESS, _tunnels(workloads), key, admin_socket(lab, GATEWAY))
+    waypoint = start_envoy(lab, config, GATEWAY, "waypoint", "c", waypoint_box.netns_path, len(SERVICES) * INSTANCES)
     waypoints = [_start_ours(lab, one, {"b": b, "c": c}[one.host]) for one in OURS] if further else []
     every = [waypoint, *(one for group in running.values() for one in group)]
     lab.wait([one.ready for one in every], _START_S, "the Envoys")
@@ -290,10 +291,10 @@ def _beside(lab: Lab, name: str, seats: Sequence[_Seat]) -> list[Envoy]:
     started = []
     for seat in seats:
         label = f"{name}.{seat.name}"
-        keys = {one.account: _key(lab, label, one.account) for one in seat.members}
-        config = envoys.beside(seat.entry, seat.address, seat.members, endpoints, keys, _admin(lab, label))
+        keys = {one.account: issue_key(lab, label, one.account) for one in seat.members}
+        config = envoys.beside(seat.entry, seat.address, seat.members, endpoints, keys, admin_socket(lab, label))
         called = sum(1 for one in seat.members if not one.calls)
-        started.append(_start(lab, config, label, seat.role, seat.host.name, seat.netns, called))
+        started.append(start_envoy(lab, config, label, seat.role, seat.host.name, seat.netns, called))
     return started
 
 
@@ -306,7 +307,12 @@ def _tunnels(workloads: Sequence[Workload]) -> dict[str, list[Endpoint]]:
     }
 
 
-def _key(lab: Lab, label: str, account: str) -> Path:
+def map_pins(host: Host) -> Path:
+    """The directory of the pinned maps of a host's node agent."""
+    return bpffs.node_directory(host.lab.names.node(host.name)) / "maps"
+
+
+def issue_key(lab: Lab, label: str, account: str) -> Path:
     """A key of one Envoy's own, for a service account that it speaks for."""
     directory = lab.directory / "keys" / label / account
     if not directory.exists():
@@ -314,12 +320,12 @@ def _key(lab: Lab, label: str, account: str) -> Path:
     return directory
 
 
-def _admin(lab: Lab, label: str) -> Path:
+def admin_socket(lab: Lab, label: str) -> Path:
     return lab.directory / "envoy" / f"{label}.sock"
 
 
-def _start(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path, believed_by: int) -> Envoy:
-    first = _admin(lab, label)
+def start_envoy(lab: Lab, config: Json, label: str, role: str, host: str, netns: Path, believed_by: int) -> Envoy:
+    first = admin_socket(lab, label)
     first.parent.mkdir(exist_ok=True)
     log = first.with_suffix(".log")
 
@@ -350,7 +356,7 @@ def _uproxies(workloads: Sequence[Workload], hosts: Sequence[Host]) -> list[Proc
     ]
     for host in hosts:
         assert host.agent is not None
-        found.append(NodeAgent(f"node-{host.name}", "node agent", host.name, host.agent.pid))
+        found.append(NodeAgent(f"node-{host.name}", "node agent", host.name, host.agent.pid, map_pins(host)))
     return found
 
 

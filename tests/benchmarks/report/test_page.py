@@ -238,6 +238,26 @@ def test_placements_are_one_table_and_two_charts() -> None:
     table = document.text[document.text.index("Envoy reads HTTP in every placement", after) :]
     assert table.index("processor time of all proxies") < table.index("readings of a call as HTTP 2 2 2 1 0")
     assert "isolation" not in table[: table.index("readings of a call as HTTP")], "nothing was measured of it"
+    assert "Plaintext hops" in table
+    assert "Memory of everything" not in document.text
+
+
+def test_memory_of_placements_stands_along_the_workloads_of_a_host() -> None:
+    results = realistic()
+    for size, mb in ((2, 200.0), (10, 300.0)):
+        name = f"architectures/density/{size}"
+        group = "Memory of everything, by workloads of a host"
+        parameters = {"workloads": float(size)}
+        results.measures.append(Measure(name, "architectures", group, f"{size}", "MB", parameters=parameters))
+        results.series += [
+            Series(name, one, [Round(1, mb + at, {"host_mb": mb + at - 120})])
+            for at, one in enumerate(("sidecar", "node", "remote"))
+        ]
+    text = Document(page(results)).text
+    table = text[text.index("Envoy reads HTTP in every placement") :]
+    assert "Memory of everything by workloads of a host, MB: proxies, node agent" in text[: -len(table)]
+    assert "memory of a host with 10 workloads, MB 180 181" in table
+    assert "with a waypoint elsewhere, broker and control plane 300 301" in table
 
 
 def test_what_was_predicted_stands_beside_what_was_found() -> None:

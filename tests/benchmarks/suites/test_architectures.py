@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,9 +23,9 @@ from benchmarks.lab.evidence import fresh_payload
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
 from benchmarks.suites import architectures
-from benchmarks.suites.placements import configuration, isolation, mix, replacing
+from benchmarks.suites.placements import configuration, density, isolation, mix, replacing
 from benchmarks.suites.placements.application import HTTP_PORT, LIMIT_PER_S, SERVICES
-from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.memory import resident_mb, size_mb
 from benchmarks.suites.placements.mix import Mix
 from benchmarks.suites.placements.placement import PLAIN, NodeAgent
 from benchmarks.suites.placements.proof import prove
@@ -115,7 +116,7 @@ def test_processes_on_other_cores_are_found_out(site: Site, tmp_path: Path) -> N
     beside = site.placements["ours-sidecar"]
     architectures._check_core(bench, [beside])
     with subprocess.Popen(["sh", "-c", "sleep 60 & wait"], process_group=0) as parent:
-        stranger = NodeAgent("stranger", "node agent", "a", parent.pid)
+        stranger = NodeAgent("stranger", "node agent", "a", parent.pid, tmp_path)
         cores.pin([parent.pid], cores.LAST)
         architectures._check_core(bench, [dataclasses.replace(beside, mesh=[*beside.mesh, stranger])])
         os.killpg(parent.pid, signal.SIGKILL)
@@ -320,6 +321,91 @@ def test_configuration_is_looked_at_in_processes_of_every_kind(tmp_path: Path) -
     assert {key for one in found.series for key in one.rounds[0].details} == {
         *("uproxy_kb", "node_agent_kb", "envoy_kb", "envoy_waypoint_kb", "waypoint_kb", "most_kb", "processes")
     }
+
+
+@pytest.mark.root
+@pytest.mark.timeout(120)
+def test_everything_that_a_placement_runs_stands_and_is_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process of every placement is a real one. How much memory that takes is the machine's matter."""
+    monkeypatch.setattr(density, "_SETTLED_S", 0.0)
+    monkeypatch.setattr(density, "_REST_S", 0.2)
+    found = Results("now", quick=False)
+    found.subjects += [Subject(name, name, "") for name in PROXIED]
+    assert density.measure(Bench(found, tmp_path, quick=False), "architectures", (2,)) > 0
+    told = {(one.measure.rpartition("/")[0], one.subject): one.rounds[0] for one in found.series}
+    charged = set(PROXIED) - {"sidecar-one-pass"}
+    uproxies = charged - {"sidecar", "node", "service-account"}
+    assert told.keys() == {
+        *(("architectures/density", name) for name in charged),
+        *(("architectures/density-forked", name) for name in uproxies),
+    }
+    for (_, name), one in told.items():
+        assert min(one.details[f"{what}_mb"] for what in ("host", "control_plane", "broker")) > 5
+        assert (one.details["maps_mb"] > 0) == (name in uproxies)
+        assert (one.details["waypoint_mb"] > 0) == (name in ("remote", "ours"))
+    around = told["architectures/density", "remote-l4"].details["host_mb"]
+    for name in OURS[1:]:
+        assert told["architectures/density", name].details["host_mb"] > around + 5, "a process of its own"
+
+
+def test_what_stands_on_a_host_is_charged_once_and_to_who_has_it(tmp_path: Path) -> None:
+    """Pages of 1 MB each, as it were."""
+    pages = 1_000_000 // resource.getpagesize() + 1
+    mb = size_mb([set(range(pages))])
+
+    def process(number: int) -> set[int]:
+        """One page that all share, and one of its own."""
+        return {*range(pages), *range((number + 1) * pages, (number + 2) * pages)}
+
+    ours = ("ours", "ours-node", "ours-service-account")
+    uproxies = density.Uproxies(
+        [process(one) for one in range(10)],
+        [process(one) | (process(20 + one) if one % 2 else set()) for one in range(10)],
+        [process(10)],
+    )
+    held = density.Found(
+        [process(30 + one) for one in range(10)],
+        [process(40 + one) for one in range(6)],
+        {2: process(50), 10: process(51)},
+        {"wp": [process(60)], **{name: [process(61 + one) for one in range(3)] for name in ours}},
+        {density.OWN: uproxies},
+        maps_mb=0.5,
+        control_mb=7.0,
+        broker_mb=3.0,
+    )
+    found = Results("now", quick=False)
+    found.subjects += [Subject(name, name, "") for name in PROXIED]
+    density.add(Bench(found, tmp_path, quick=False), "architectures", held, (2, 10))
+    told = {(one.measure.rpartition("/")[2], one.subject): one.rounds[0] for one in found.series}
+    rest = 10.0
+    wanted = {
+        ("2", "sidecar"): 3 * mb,
+        ("10", "sidecar"): 11 * mb,
+        ("10", "node"): 2 * mb,
+        ("2", "service-account"): 3 * mb,
+        ("10", "service-account"): 7 * mb,
+        ("2", "remote-l4"): 4 * mb + 0.5,
+        ("2", "remote"): 4 * mb + 0.5 + 2 * mb,
+        ("10", "ours-service-account"): 12 * mb + 0.5 + 3 * mb,
+        ("2", "ours-service-account"): 4 * mb + 0.5 + mb,
+        ("2", "ours-sidecar"): 4 * mb + 0.5 + mb,
+        ("10", "ours-sidecar"): 12 * mb + 0.5 + 5 * mb,
+    }
+    assert {key: told[key].value for key in wanted} == pytest.approx({key: mb + rest for key, mb in wanted.items()})
+
+
+def test_broker_and_control_plane_are_charged_to_every_placement_alike() -> None:
+    found = results()
+    architectures.add_cpu(found, "architectures/latency/500", architectures.CPU)
+    architectures.add_control(found, 4000.0)  # a thousand requests are two seconds
+    cpu = found.find("architectures/cpu", "sidecar")
+    assert cpu is not None
+    assert [(one.value, one.details["control_ms"], one.details["together_ms"]) for one in cpu.rounds] == [
+        (500, 8, 508),
+        (1000, 8, 1008),
+    ]
 
 
 def test_what_processes_hold_is_added_up_for_the_placements_of_a_run(tmp_path: Path) -> None:
