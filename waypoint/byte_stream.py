@@ -280,6 +280,11 @@ class ByteStream:
         self._ended = True
         self._wake(self._reader)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the peer reads no more."""
+        return bool(self._error) or self._deaf
+
     def on_reset(self, code: int, text: str = "") -> None:
         if code == ErrorCode.NO_ERROR and not text and self._ended:
             # What it has sent is whole, and it reads no more (see `Relay.on_reset`).

@@ -145,6 +145,8 @@ class Exchanges:
         course = Course(request, caller, exchange)
         request.on_gone = lambda: course.stop(caller_gone())
         try:
+            if course.cause is not None:
+                raise course.cause
             destination, rules = self._rules_for(asked)
             exchange.destination_service = destination.service_key
             exchange.dialled = asked.authority

@@ -37,6 +37,8 @@ class Http2Incoming:
     @on_gone.setter
     def on_gone(self, callback: Callable[[], None]) -> None:
         self._stream.on_gone = callback
+        if self._stream.gone:  # in the turn in which the request came
+            callback()
 
     @property
     def trailers(self) -> Fields:

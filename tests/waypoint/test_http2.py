@@ -152,6 +152,12 @@ def test_http1_becomes_http2_for_a_backend_that_speaks_that(identities: Path, au
     run(identities, authority, served_by(server), client)
 
 
+async def hold_gets(peer: Http2Peer, stream: int, message: Message) -> None:
+    """Answers no GET, so that whoever resets one was never answered, however slow it is."""
+    if dict(message.headers)[b":method"] != b"GET":
+        await converse(peer, stream, message)
+
+
 async def converse(peer: Http2Peer, stream: int, message: Message) -> None:
     """Answers each piece as it comes, then with the caller's trailers as its own."""
     peer.respond(stream, [(b":status", b"103"), (b"link", b"</a>")])
@@ -204,6 +210,26 @@ def test_a_caller_s_reset_reaches_the_backend_and_other_streams_go_on(identities
             (200, "DC", "HTTP/2"),
             (200, "-", "HTTP/2"),
         ]
+
+    run(identities, authority, served_by(server), client)
+
+
+def test_a_request_that_is_reset_as_it_comes_is_not_sent_on(identities: Path, authority: Authority) -> None:
+    """Or it would wait for the backend's answer, and hold one of its streams, with nobody to tell it to."""
+    seen: list[Message] = []
+
+    async def server(peer: Http2Peer, stream: int, message: Message) -> None:
+        seen.append(message)
+        await hold_gets(peer, stream, message)
+
+    async def client(through: Through) -> None:
+        async with speaking(*await through.open()) as peer:
+            for _ in range(10):
+                peer.reset(peer.request(GET), 8)  # both leave together
+            assert (await peer.answer(peer.request(POST, b"x"))).body == b"X"
+            await until(lambda: len(through.telemetry.exchanges) == 11)
+        assert sorted(e.flag for e in through.telemetry.exchanges) == ["-", *["DC"] * 10]
+        assert len(seen) == 1
 
     run(identities, authority, served_by(server), client)
 
@@ -577,14 +603,14 @@ def test_a_flood_ends_the_connection_that_it_comes_on_and_no_other(
         reader, writer = await through.open()
         async with speaking(*await through.open()) as other, speaking(reader, writer) as peer:
             kept = peer.request(POST, ends=False)
-            if flood == "resets":
-                for _ in range(3000):
-                    peer.reset(peer.request(GET), 8)
-                    await writer.drain()
-                    if peer.closed:
-                        break
-            else:
-                with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError):
+                if flood == "resets":
+                    for _ in range(3000):
+                        if peer.goaways or peer.closed:
+                            break  # h2 opens no stream after that
+                        peer.reset(peer.request(GET), 8)
+                        await writer.drain()
+                else:
                     for _ in range(400):
                         writer.write(frames[flood] * 100)
                         await writer.drain()
@@ -594,4 +620,4 @@ def test_a_flood_ends_the_connection_that_it_comes_on_and_no_other(
             assert (await other.answer(other.request(POST, b"x"))).body == b"X"
             assert through.server.tunnels(), "the caller's tunnel stays"
 
-    run(identities, authority, served_by(converse), client)
+    run(identities, authority, served_by(hold_gets), client)
