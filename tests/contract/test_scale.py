@@ -51,16 +51,15 @@ def test_ten_thousand_records_reach_everybody_however_slow(site: Site, tmp_path:
                 f"apply {applied - began:.1f} s, publish {published - applied:.1f} s, all {settled - published:.1f} s"
             )
 
-            # A node agent on a slow line, which begins anew while things change: everybody else is as quick as ever.
+            # A node agent on a slow line, which begins anew while things change: nobody else waits for it.
             await node.stop(forget=True)
-            node.way.bytes_per_s = 200_000
+            node.way.bytes_per_s = 20_000
             node.start()
             for round_ in range(5):
                 made.apply(workload("web-1", "10.0.0.1", version=f"v{round_}"), policy("a", caller=f"caller-{round_}"))
-                before = time.monotonic()
                 stamp = made.plane.core.roots()["shop"][:2]
                 await until(lambda stamp=stamp: web.replica.roots()["shop"][:2] == stamp)  # type: ignore[misc]
-                assert time.monotonic() - before < 2.0
+            assert len(node.addresses()) < 2 * SERVICES, "it still reads, and nobody has waited for it"
             await made.settle()
 
             # A control plane that begins anew reads everything, and finds that nothing is missing.

@@ -59,7 +59,7 @@ PREFIX = "mesh/v1/cluster.local/"
 WP = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/wp")
 WAYPOINT = "shop/wp"
 """The Gateway of its processes."""
-SETTLE_S = 30.0
+SETTLE_S = 90.0
 
 Records = dict[str, Body]
 """Topic without its prefix -> body."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pairs import MESH
-from tests.support.envoy import Tunnel, tunnel
+from tests.support.envoy import PATIENCE_S, Tunnel, tunnel
 
 pytestmark = pytest.mark.root
 
@@ -25,7 +25,7 @@ spec:
 
 def access_log(path: Path, wanted: str) -> dict[str, str]:
     """The record that mentions `wanted`; the log is written behind the connection."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         for line in path.read_text().splitlines() if path.exists() else []:
             if wanted in line:
@@ -37,7 +37,7 @@ def access_log(path: Path, wanted: str) -> dict[str, str]:
 def refused(way: Tunnel, expected: tuple[str, ...]) -> None:
     started = time.monotonic()
     assert way.refused_how() in expected
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < PATIENCE_S / 2
     way.listener.settimeout(0.2)
     with pytest.raises(TimeoutError):
         way.listener.accept()

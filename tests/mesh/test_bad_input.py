@@ -29,7 +29,7 @@ _HBONE = 15008
 def _reach(mesh: Mesh) -> socket.socket:
     """A connection to the peer's uProxy from host a."""
     with mesh.caller.host.entered():
-        return socket.create_connection((mesh.peer.address, _HBONE), timeout=5)
+        return socket.create_connection((mesh.peer.address, _HBONE), timeout=30)
 
 
 def _ask(mesh: Mesh, identity_dir: Path, authority: str = "") -> Answer:
@@ -162,7 +162,7 @@ def _impostor(mesh: Mesh, identity_dir: Path, heard: list[bytes]) -> Iterator[st
             listener = socket.create_server((box.addresses[0], _HBONE))
 
         def serve() -> None:
-            listener.settimeout(8)
+            listener.settimeout(30)
             try:
                 accepted, _ = listener.accept()
                 with context.wrap_socket(accepted, server_side=True) as secure:
@@ -175,7 +175,7 @@ def _impostor(mesh: Mesh, identity_dir: Path, heard: list[bytes]) -> Iterator[st
         thread = threading.Thread(target=serve)
         thread.start()
         yield box.addresses[0]
-        thread.join(10)
+        thread.join(30)
         listener.close()
     finally:
         with host.entered():

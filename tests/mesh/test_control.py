@@ -157,7 +157,7 @@ class TestWithoutThem:
         host.agent.wait()
         host.node_socket.unlink(missing_ok=True)
         host.start_agent()
-        inside.eventually(host.agent_running, 20)
+        inside.eventually(host.agent_running)
         assert host.node().status()["whole"] is True
         with inside.dial(mesh.caller, _PEER) as made:
             made.sendall(b"x")
@@ -188,7 +188,7 @@ class TestWithoutThem:
         other = mesh.other
         assert other.launcher is not None
         other.launcher.terminate()
-        other.launcher.wait(20)
+        other.launcher.wait(60)
         other.launch()
         inside.eventually(other.running, 30)
         with inside.dial(other, _PEER) as made:
@@ -278,7 +278,7 @@ class TestChanges:
     def test_peer_authentication_of_the_root_namespace_opens_and_closes_the_mesh(self, mesh: Controlled) -> None:
         def takes_plaintext() -> bool:
             with mesh.caller.host.entered(), closing(socket.socket()) as made:
-                made.settimeout(10)
+                made.settimeout(30)
                 if made.connect_ex((mesh.peer.address, _PORT)):
                     return False
                 made.sendall(b"x")

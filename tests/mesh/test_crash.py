@@ -38,7 +38,7 @@ def test_killed_proxy_refuses_and_sends_nothing_in_the_clear(mesh: Mesh) -> None
                 assert _dial(mesh)["error"] == "ConnectionRefusedError"
         finally:
             web.launcher.send_signal(signal.SIGCONT)
-        inside.eventually(lambda: "reply" in web.job(job="redis", host=DB[0], port=DB[1], command=["PING"]), 15)
+        inside.eventually(lambda: "reply" in web.job(job="redis", host=DB[0], port=DB[1], command=["PING"]))
     assert not occurs(_SECRET.encode(), capture.file_bytes())
     outside = [segment for segment in capture.segments() if 15008 not in segment.ports]
     assert not outside, describe(outside)
@@ -58,7 +58,7 @@ def test_peers_proxy_killed_in_mid_stream_is_a_reset(mesh: Mesh) -> None:
             os.kill(mesh.peer.proxy_pid(), signal.SIGKILL)
             with pytest.raises(ConnectionResetError):
                 made.recv(1)
-        inside.eventually(lambda: _exchanges(mesh), 15)
+        inside.eventually(lambda: _exchanges(mesh))
 
 
 def test_dead_node_agent_opens_nothing_and_stops_nothing(mesh: Mesh) -> None:
@@ -75,7 +75,7 @@ def test_dead_node_agent_opens_nothing_and_stops_nothing(mesh: Mesh) -> None:
             socket.create_connection((mesh.peer.address, PEER[1]), timeout=3)
         host.node_socket.unlink(missing_ok=True)
         host.start_agent()
-        inside.eventually(host.agent_running, 20)
+        inside.eventually(host.agent_running)
         known = {one["workload"] for one in host.node().status()["workloads"]}
         assert known >= {"web", "caller", "caller6", "reviews-v2"}
         assert _exchanges(mesh)

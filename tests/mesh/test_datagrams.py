@@ -37,7 +37,7 @@ FAMILIES = pytest.mark.parametrize(("caller", "peer"), [("caller", "peer"), ("ca
 def udp(workload: Workload) -> socket.socket:
     """As the application of a workload makes it."""
     (made,) = workload.sockets(1, inside.family_of((workload.address, 0)), socket.SOCK_DGRAM)
-    made.settimeout(5)
+    made.settimeout(30)
     return made
 
 

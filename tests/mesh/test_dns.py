@@ -127,7 +127,7 @@ class Nameserver:
             (question,) = asked.question
             self.heard.append(question.name.to_text(omit_final_dot=True))
             if self.heard[-1].startswith("held"):
-                self.free.wait(20)
+                self.free.wait(60)
             answer = dns.message.make_response(asked)
             known = {"A": _PUBLIC, "AAAA": _PUBLIC6}
             kind = dns.rdatatype.to_text(question.rdtype)
@@ -266,7 +266,7 @@ def test_no_query_is_lost_while_the_uproxy_is_upgraded(site: Site) -> None:
         ended.set()
         for thread in asking:
             thread.join()
-    inside.eventually(lambda: len(uproxies(site.caller)) == 1, 20)
+    inside.eventually(lambda: len(uproxies(site.caller)) == 1)
     if took_s < 0.8 * FORWARD_TIMEOUT_S:  # else it was given up
         assert answers["held.example.com"] == [[_PUBLIC]]
     assert answers["peer.load"]
@@ -296,7 +296,7 @@ def test_what_is_not_there_is_told_rightly(site: Site) -> None:
     for name in ("nobody.load.svc.cluster.local", "peer.nowhere.svc", "nowhere.svc.cluster.local", "a.peer.load.svc"):
         began = time.monotonic()
         assert site.ask(name).rcode() == dns.rcode.NXDOMAIN
-        assert time.monotonic() - began < 2, "nobody waits for what is known not to be there"
+        assert time.monotonic() - began < 4, "nobody waits for what is known not to be there"
     assert site.run(site.caller, site.resolv_conf(), _LOOK_UP, "nobody.load.svc") == ["nobody.load.svc -2"]
     assert site.nameserver.heard == []
 
@@ -326,12 +326,12 @@ def test_a_service_that_comes_and_goes_is_told_so(site: Site) -> None:
     assert site.ask("late.shop.svc").rcode() == dns.rcode.NXDOMAIN
     assert site.addresses("late.shop") == [_PUBLIC]
     site.lab.configure(_RESOURCES + _LATER)
-    inside.eventually(lambda: site.ask("late.shop.svc").rcode() == dns.rcode.NOERROR, 20)
+    inside.eventually(lambda: site.ask("late.shop.svc").rcode() == dns.rcode.NOERROR)
     site.nameserver.heard.clear()
     assert site.addresses("late.shop") == site.addresses("late.shop.svc") == [_LATE]
     assert site.nameserver.heard == []
     site.lab.configure(_RESOURCES)
-    inside.eventually(lambda: site.ask("late.shop.svc").rcode() == dns.rcode.NXDOMAIN, 20)
+    inside.eventually(lambda: site.ask("late.shop.svc").rcode() == dns.rcode.NXDOMAIN)
 
 
 def test_a_workload_that_does_not_ask_for_it_is_left_alone(site: Site) -> None:
@@ -354,7 +354,7 @@ def test_a_uproxy_that_does_not_run_means_no_answer_and_no_query_outside(site: S
     with pytest.raises(ConnectionRefusedError):
         site.ask("peer.load")
     assert set(site.nameserver.heard) <= {"www.example.com"}, "asked by the proxy that had been stopped"
-    inside.eventually(lambda: _is_answered(site, "peer.load"), 20)
+    inside.eventually(lambda: _is_answered(site, "peer.load"))
     assert site.addresses("peer.load") == [_PEER]
 
 
@@ -377,7 +377,7 @@ def test_without_control_plane_what_is_known_is_told_and_nothing_of_the_meshs_le
     assert site.nameserver.heard == ["example.com"]
     # Nor does a uProxy that starts now know less.
     os.kill(site.caller.proxy_pid(), signal.SIGKILL)
-    inside.eventually(lambda: _is_answered(site, "peer.load"), 20)
+    inside.eventually(lambda: _is_answered(site, "peer.load"))
     assert site.addresses("peer.load") == [_PEER]
     assert site.addresses("example.com") == [_PUBLIC]
     assert site.ask("unasked.load", timeout_s=6).rcode() == dns.rcode.SERVFAIL

@@ -42,7 +42,7 @@ class TestTheCommand:
             process.send_signal(signal.SIGUSR1)
             assert process.stdout.readline() == b"usr1\n"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 3
+            assert process.wait(60) == 3
         gone(job)
 
     def test_what_it_leaves_running_ends_with_it(self, job: Workload) -> None:
@@ -102,8 +102,8 @@ class TestTheSidecar:
             for _ in range(2):
                 old = job.proxy_pid()
                 os.kill(old, signal.SIGKILL)
-                inside.eventually(lambda old=old: pid_or_0(job) not in (0, old), 15)
-                inside.eventually(lambda: is_ready(job), 15)
+                inside.eventually(lambda old=old: pid_or_0(job) not in (0, old))
+                inside.eventually(lambda: is_ready(job))
             assert process.poll() is None
 
     def test_renewed_certificate_is_handed_to_it(self, mesh: Mesh, job: Workload) -> None:
@@ -121,7 +121,7 @@ class TestTheSidecar:
             time.sleep(0.5)
             assert pid_or_0(job) == 0
             away.rename(chain)
-            inside.eventually(lambda: is_ready(job), 15)
+            inside.eventually(lambda: is_ready(job))
             assert process.poll() is None
 
     def test_certificate_of_somebody_else_is_named(self, mesh: Mesh, job: Workload) -> None:
@@ -155,7 +155,7 @@ class TestTheLauncher:
     def test_name_in_use_is_refused_by_name(self, job: Workload) -> None:
         with running(job, "sh", "-c", FOREVER) as first:
             with started(job, argv_of(job, "true")) as second:
-                _, errors = second.communicate(timeout=20)
+                _, errors = second.communicate(timeout=30)
             assert second.returncode == 125
             assert (
                 f"job: a workload of this name is running already (`uproxy exec`, pid {first.pid})" in errors.decode()
@@ -193,7 +193,7 @@ class TestTheLauncher:
             inside.eventually(lambda: pid_or_0(job) != 0)
             os.kill(job.proxy_pid(), signal.SIGSTOP)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) in (128 + signal.SIGTERM, 0)
+            assert process.wait(60) in (128 + signal.SIGTERM, 0)
         gone(job)
 
 

@@ -24,11 +24,11 @@ def fork_server(job: Workload, path: Path) -> Iterator[subprocess.Popen[bytes]]:
     argv = [sys.executable, "-I", "-m", "uproxy", "fork-server", "--socket", str(path)]
     with job.host.spawn(argv) as process:
         try:
-            inside.eventually(lambda: _accepts(path), 15)
+            inside.eventually(lambda: _accepts(path))
             yield process
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 def _accepts(path: Path) -> bool:
@@ -86,8 +86,8 @@ def test_killed_is_restarted_and_the_command_goes_on(job: Workload, path: Path) 
     ):
         old = job.proxy_pid()
         os.kill(old, signal.SIGKILL)
-        inside.eventually(lambda: pid_or_0(job) not in (0, old), 15)
-        inside.eventually(lambda: is_ready(job), 15)
+        inside.eventually(lambda: pid_or_0(job) not in (0, old))
+        inside.eventually(lambda: is_ready(job))
         assert parent_of(job.proxy_pid()) == server.pid
         assert process.poll() is None
     gone(job)
@@ -110,7 +110,7 @@ def test_it_serves_on_without_its_fork_server_and_closed_until_there_is_another(
                 says(job, b"in the open")
             assert process.poll() is None
             with fork_server(job, path):
-                inside.eventually(lambda: is_ready(job), 20)
+                inside.eventually(lambda: is_ready(job))
                 assert says(job, b"again") == b"again"
                 stack.__exit__(None, None, None)
         finally:

@@ -83,7 +83,7 @@ def _takes(mesh: Mesh, peer: Workload) -> bool:
 def _dial(mesh: Mesh, peer: Workload, port: int = 9000) -> socket.socket:
     """From another host, outside of the mesh."""
     with mesh.shop.a.entered():
-        return socket.create_connection((peer.address, port), timeout=10)
+        return socket.create_connection((peer.address, port), timeout=30)
 
 
 def _exchange(made: socket.socket) -> bytes:
@@ -94,7 +94,7 @@ def _exchange(made: socket.socket) -> bytes:
 def _reset(made: socket.socket, address: tuple[str, int]) -> str:
     """Dial; the uProxy accepts and then says no, with a reset. Returns the end of what it logs of the caller."""
     with made:
-        made.settimeout(10)
+        made.settimeout(30)
         made.bind(("", 0))
         ours = f":{made.getsockname()[1]}"
         with pytest.raises(ConnectionResetError):
@@ -286,12 +286,12 @@ def test_a_dead_node_agent_changes_nothing_nor_does_its_successor(
                 assert _exchange(plain) == b"x"
                 host.node_socket.unlink(missing_ok=True)
                 host.start_agent()
-                inside.eventually(host.agent_running, 20)
+                inside.eventually(host.agent_running)
                 assert _exchange(plain) == b"x"
             assert not _refused(mesh, peer)
         finally:
             mesh.lab.configure(shop.RESOURCES + LOAD)
-            inside.eventually(host.agent_running, 20)
+            inside.eventually(host.agent_running)
         for one in (mesh.peer, mesh.peer6):
             inside.eventually(lambda one=one: not _takes(mesh, one))
         assert _refused(mesh, peer)
@@ -327,7 +327,7 @@ def test_a_uproxy_of_a_fork_server_takes_plaintext_too(mesh: Mesh, job: Workload
         running(job, "sh", "-c", FOREVER, launched=launched),
         inside.serving(job, 9000, inside.echo),
         mesh.shop.b.entered(),
-        socket.create_connection((job.address, 9000), timeout=10) as made,
+        socket.create_connection((job.address, 9000), timeout=30) as made,
     ):
         assert _exchange(made) == b"x"
 

@@ -58,7 +58,7 @@ class Placed:
     def enter(self, workload: Workload, waypoint: Waypoint, identity_dir: Path | None = None) -> int:
         """From a waypoint's address, by its identity or another one, straight to a workload: what its uProxy says."""
         with waypoint.entered():
-            made = socket.create_connection((workload.address, HBONE_PORT), timeout=10)
+            made = socket.create_connection((workload.address, HBONE_PORT), timeout=30)
         return _status(made, identity_dir or waypoint.state, workload)
 
 
@@ -135,7 +135,7 @@ def test_a_fellow_of_a_service_account_is_not_its_waypoint(mesh: Placed) -> None
     mesh.lab.issue(_REVIEWS, fellow)
     assert mesh.enter(mesh.shop.reviews_v2, on_a, fellow) == 200, "at the process' address it is what the process is"
     with mesh.shop.a.entered():
-        made = socket.create_connection((mesh.shop.reviews_v2.address, HBONE_PORT), timeout=10)
+        made = socket.create_connection((mesh.shop.reviews_v2.address, HBONE_PORT), timeout=30)
     assert _status(made, fellow, mesh.shop.reviews_v2) == 401
 
 
@@ -171,7 +171,7 @@ def test_beside_each_workload_calls_take_its_own_process_and_no_waypoint(mesh: P
     web = mesh.lab.directory / "callers" / "web"
     mesh.lab.issue(mesh.shop.web.identity, web)
     with mesh.shop.a.entered():
-        made = socket.create_connection((mesh.shop.reviews_v2.address, HBONE_PORT), timeout=10)
+        made = socket.create_connection((mesh.shop.reviews_v2.address, HBONE_PORT), timeout=30)
     assert _status(made, web, mesh.shop.reviews_v2) == 200, "whoever comes by mTLS goes through it, like web itself"
 
 

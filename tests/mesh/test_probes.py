@@ -25,7 +25,7 @@ _PROBES = ("--probe-port", str(PROBED))
 _PROBE = """\
 import socket, sys
 try:
-    with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) as made:
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=30) as made:
         made.sendall(b"GET /healthz HTTP/1.0\\r\\n\\r\\n")
         print(made.makefile("rb").read().decode(), "from", made.getsockname()[0], end="")
 except OSError as error:

@@ -93,12 +93,12 @@ def test_either_one_killed_at_random_moments_opens_nothing_and_leaves_one_that_s
 def test_connections_that_go_direct_never_notice(mesh: Mesh) -> None:
     with inside.serving(mesh.near_peer, NEAR_PEER[1], inside.echo):
         host = mesh.shop.a
-        inside.eventually(lambda: inside.goes_direct(host, mesh.near_caller, NEAR_PEER), 20)
+        inside.eventually(lambda: inside.goes_direct(host, mesh.near_caller, NEAR_PEER))
         with inside.dial(mesh.near_caller, NEAR_PEER) as held:
             for workload in (mesh.near_caller, mesh.near_peer):
                 former = uproxies(workload)
                 assert upgrade(workload) not in former
-                inside.eventually(lambda workload=workload, former=former: not uproxies(workload) & former, 20)
+                inside.eventually(lambda workload=workload, former=former: not uproxies(workload) & former)
             deadline = time.monotonic() + 1.2 * RENEWAL_S  # both ends say all they know once more
             while time.monotonic() < deadline:
                 held.sendall(b"x")
@@ -120,7 +120,7 @@ def test_connection_in_plaintext_goes_on_in_the_new_one(mesh: Mesh) -> None:
         sent = _fill(made, content)
         former = uproxies(peer)
         new = upgrade(peer)
-        inside.eventually(lambda: uproxies(peer) == {new}, 20)
+        inside.eventually(lambda: uproxies(peer) == {new})
         assert not former & uproxies(peer), "nothing holds the old one up"
         received = b""
         while len(received) < sent:
@@ -148,7 +148,7 @@ def _fill(sock: socket.socket, content: bytes) -> int:
             stuck_since = time.monotonic()
         except BlockingIOError:
             time.sleep(0.02)
-    sock.settimeout(10)
+    sock.settimeout(30)
     return sent
 
 
@@ -163,7 +163,7 @@ def test_sidecar_of_a_fork_server_is_upgraded_by_it(mesh: Mesh, job: Workload, p
         assert held.recv(1) == b"x"
         (old,) = uproxies(job)
         server.terminate()  # as when it is upgraded, too
-        server.wait(20)
+        server.wait(60)
         done = attempt(job)
         assert done.returncode == 1
         assert "the new one cannot be started" in done.stderr
@@ -175,7 +175,7 @@ def test_sidecar_of_a_fork_server_is_upgraded_by_it(mesh: Mesh, job: Workload, p
             held.sendall(b"y")
             assert held.recv(1) == b"y"
             held.close()
-            inside.eventually(lambda: uproxies(job) == {new}, 20)
+            inside.eventually(lambda: uproxies(job) == {new})
             assert says(job, b"hello") == b"hello"
     gone(job)
 
@@ -193,5 +193,5 @@ def test_new_one_that_does_not_start_leaves_all_as_it_was(mesh: Mesh, job: Workl
         assert "did not take over" in done.stderr
         assert uproxies(job) == {old}
         new = upgrade(job)
-        inside.eventually(lambda: uproxies(job) == {new}, 20)
+        inside.eventually(lambda: uproxies(job) == {new})
     gone(job)

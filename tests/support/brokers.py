@@ -28,7 +28,7 @@ from control.server.ca import Authority
 from control.server.rights import Rights, broker_id, control_plane_id
 from control.server.svid import issue_own
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 HOST = "127.0.0.1"
 
 _QUIET = logging.getLogger("tests.mqtt")

@@ -81,7 +81,7 @@ def certificate_server(authority: Authority, directory: Path, ttl_s: int = DEFAU
             yield Control(url, enrolment, store, declared, placed)
         finally:
             stop[0]()
-            thread.join(10.0)
+            thread.join(30)
             assert not thread.is_alive()
 
 
@@ -120,7 +120,7 @@ def scripted_server(own: Path, answer: Answer) -> Iterator[Scripted]:
     class Server(http.server.HTTPServer):
         def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
             raw, address = super().get_request()
-            raw.settimeout(5.0)
+            raw.settimeout(30)
             try:
                 return context.wrap_socket(raw, server_side=True), address
             except OSError:
@@ -140,5 +140,5 @@ def scripted_server(own: Path, answer: Answer) -> Iterator[Scripted]:
             yield scripted
         finally:
             server.shutdown()
-            thread.join(10.0)
+            thread.join(30)
             assert not thread.is_alive()

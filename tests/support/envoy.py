@@ -20,7 +20,7 @@ from benchmarks import pairs
 from benchmarks.pairs import APP_PORT, ENTRY, Wire
 
 # Long enough for a loaded machine; nothing that works takes a tenth of it.
-PATIENCE_S = 20.0
+PATIENCE_S = 40.0
 CLIENTS = {"envoy": pairs.envoy_client, "uproxy": pairs.uproxy_client}
 SERVERS = {"envoy": pairs.envoy_server, "uproxy": pairs.uproxy_server}
 

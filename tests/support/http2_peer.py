@@ -121,7 +121,7 @@ class Http2Peer:
         self.h2.acknowledge_received_data(octets, stream)
         self._send()
 
-    async def until(self, test: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async def until(self, test: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Raises TimeoutError."""
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(test)

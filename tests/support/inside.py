@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.lab.topology import Host, Workload
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 30.0
 
 
 def family_of(address: tuple[str, int]) -> socket.AddressFamily:
@@ -110,7 +110,7 @@ def goes_direct(host: Host, workload: Workload, to: tuple[str, int]) -> bool:
 def http_get(workload: Workload, port: int, path: str) -> str:
     """An HTTP GET on loopback of a workload's namespace, from outside of its app cgroup."""
     with workload.entered():
-        made = socket.create_connection(("127.0.0.1", port), timeout=5)
+        made = socket.create_connection(("127.0.0.1", port), timeout=30)
     with made:
         made.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
         return read_all(made).partition(b"\r\n\r\n")[2].decode()
@@ -134,7 +134,7 @@ def resident_mb(pid: int) -> float:
     return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
     """Wait until something is so; fails when it does not become so in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -43,7 +43,7 @@ def running(job: Workload, *command: str, launched: Sequence[str] = ()) -> Itera
             yield process
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 def gone(job: Workload) -> None:

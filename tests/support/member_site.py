@@ -73,7 +73,7 @@ class Control:
     def close(self) -> None:
         self.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(30)
         self._loop.close()
         self._listener.close()
         self.plane.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support.brokers import HOST, free_port
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @dataclass

@@ -44,7 +44,7 @@ class Place:
         """Made in one of its cgroups, `app` or `proxy`."""
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         (made,) = sockets_inside(self.box.cgroup / directory, self.netns, [family])
-        made.settimeout(5)
+        made.settimeout(30)
         return made
 
     def listen(self, directory: str, port: int) -> socket.socket:
@@ -57,7 +57,7 @@ class Place:
     def peer(self) -> tuple[Peer, socket.socket]:
         """Its uProxy as the agent sees it, and the uProxy's end of the channel."""
         theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.settimeout(5)
+        ours.settimeout(30)
         theirs.setblocking(False)
         return Peer(self.captured, theirs, os.dup(self.netns)), ours
 

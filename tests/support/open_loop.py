@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from benchmarks.lab.topology import Workload
 from tests.support import inside
 
-_TIMEOUT_S = 15.0
+_TIMEOUT_S = 30.0
 _AT_ONCE = 100  # sockets that one message carries
 _BEAT_S = 0.05
 
@@ -152,7 +152,7 @@ async def _echo(connection: socket.socket) -> None:
             await loop.sock_sendall(connection, received)
 
 
-def wait_for(loads: Sequence[Load], more: int, timeout_s: float = 20.0) -> None:
+def wait_for(loads: Sequence[Load], more: int, timeout_s: float = 60.0) -> None:
     """Until each has that many further exchanges behind it."""
     wanted = [load.done + more for load in loads]
     deadline = time.monotonic() + timeout_s

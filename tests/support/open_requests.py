@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 Kind = Literal["http1", "http2", "grpc"]
 
-_PATIENCE_S: Final = 15.0
+_PATIENCE_S: Final = 30.0
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _WINDOW: Final = b"\0\0\x04\x08\0\0\0\0\0" + struct.pack(">L", 1 << 30)
 _NO_TABLE: Final = b"\x20"  # HPACK's, before a connection's first block

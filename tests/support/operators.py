@@ -82,5 +82,5 @@ def operated(ca: Path, authority: Authority, directory: Path) -> Iterator[Operat
                 while not stop and time.monotonic() < deadline:
                     time.sleep(0.01)
                 stop[0]()
-                thread.join(10.0)
+                thread.join(30)
                 assert not thread.is_alive()

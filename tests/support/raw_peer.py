@@ -27,7 +27,7 @@ from tests.support.hbone import (
     literal_block,
 )
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 @dataclass

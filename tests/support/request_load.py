@@ -13,7 +13,7 @@ from tests.support.http2_peer import Http2Peer, speaking
 KEPT = 4
 """Connections of HTTP/1.1 that take turns, so that each waits for a while between two requests."""
 _PERIOD_S = 0.02
-_TIMEOUT_S = 15.0
+_TIMEOUT_S = 30.0
 _SHED = -1
 """Instead of a status: the waypoint had more to do than it can, as on a machine that others use, and said so."""
 HTTP2 = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/"), (b":authority", b"db.shop")]

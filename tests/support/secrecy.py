@@ -43,7 +43,7 @@ def _say_openly(source: Host, destination: Host, mark: bytes) -> None:
         listener = socket.create_server((destination.underlay_address, _OPEN_PORT))
     with listener:
         with source.entered():
-            made = socket.create_connection((destination.underlay_address, _OPEN_PORT), timeout=5)
+            made = socket.create_connection((destination.underlay_address, _OPEN_PORT), timeout=30)
         with made, listener.accept()[0] as accepted:
             made.sendall(mark)
             assert accepted.recv(64) == mark

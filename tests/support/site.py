@@ -114,7 +114,7 @@ class Site:
 
     def refusal(self, name: str, *more: str) -> str:
         """What it says when it does not start; it must not take long over it."""
-        ended = subprocess.run(self.command(name, *more), capture_output=True, text=True, timeout=20, check=False)
+        ended = subprocess.run(self.command(name, *more), capture_output=True, text=True, timeout=30, check=False)
         assert ended.returncode == 1, ended.stderr
         assert "Traceback" not in ended.stderr
         return ended.stderr
@@ -145,12 +145,12 @@ def echo_server(address: tuple[str, int]) -> Iterator[None]:
 
 def dial(address: tuple[str, int], message: bytes = b"hello") -> bytes:
     """What comes back of a message; empty when nothing does."""
-    with socket.create_connection(address, timeout=8) as app:
+    with socket.create_connection(address, timeout=30) as app:
         app.sendall(message)
         return app.recv(len(message))
 
 
-def eventually(check: Callable[[], object], seconds: float = 8.0) -> None:
+def eventually(check: Callable[[], object], seconds: float = 40.0) -> None:
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, "it did not come about"
@@ -159,7 +159,7 @@ def eventually(check: Callable[[], object], seconds: float = 8.0) -> None:
 
 def get(address: str, port: int, path: str) -> tuple[int, str]:
     """Status and body of a page."""
-    connection = http.client.HTTPConnection(address, port, timeout=5)
+    connection = http.client.HTTPConnection(address, port, timeout=30)
     connection.request("GET", path)
     response = connection.getresponse()
     return response.status, response.read().decode()

@@ -199,7 +199,7 @@ def run_through(
         app = await asyncio.start_server(server, DB_ADDRESS, 0)
         port = app.sockets[0].getsockname()[1]
         try:
-            async with running_waypoint(directory, authority, port, protocol, known) as through, asyncio.timeout(30):
+            async with running_waypoint(directory, authority, port, protocol, known) as through, asyncio.timeout(90):
                 await client(through)
                 through.pair.plane.run(through.gateway.close_idle)
                 through.pair.plane.run(through.upstream.close)

@@ -116,7 +116,7 @@ class Answer:
 
 
 def asked(method: str, site: Site) -> Answer:
-    connection = http.client.HTTPConnection(*site.forward, timeout=8)
+    connection = http.client.HTTPConnection(*site.forward, timeout=30)
     connection.request(method, "/path?query")
     response = connection.getresponse()
     body = response.read()

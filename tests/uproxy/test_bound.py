@@ -44,7 +44,7 @@ def run(authority: Authority, identities: Path) -> Callable[[Scenario], None]:
             app = await asyncio.start_server(echo, DB_ADDRESS, 0)
             port = app.sockets[0].getsockname()[1]
             try:
-                async with running_pair(identities, authority, port) as pair, asyncio.timeout(30):
+                async with running_pair(identities, authority, port) as pair, asyncio.timeout(90):
                     with running_waypoint(pair, identities, authority) as waypoint:
                         await scenario(pair, waypoint)
                         await eventually(lambda: not pair.plane.tasks, "a connection's coroutine is left")

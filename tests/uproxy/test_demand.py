@@ -188,7 +188,7 @@ def run(published: tuple[dict[str, bytes], bytes], test: Callable[[Proxy], Corou
     async def main() -> None:
         proxy = Proxy(published)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 await test(proxy)
             assert not proxy.plane.tasks
             assert not proxy.demand._waiting

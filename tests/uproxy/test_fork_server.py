@@ -86,7 +86,7 @@ class TestTheServer:
 
     def _ask(self, path: Path, raw: bytes, descriptors: list[int]) -> dict[str, object]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(5)
+            connection.settimeout(30)
             connection.connect(str(path))
             socket.send_fds(connection, [raw], descriptors)
             found = msgpack.unpackb(connection.recv(1000))

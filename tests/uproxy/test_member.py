@@ -122,7 +122,7 @@ def test_a_policy_is_in_force_at_once_also_on_connections_that_are_open(
     running: tuple[MemberSite, object, object],
 ) -> None:
     site, *_ = running
-    with socket.create_connection(site.forward, timeout=8) as app:
+    with socket.create_connection(site.forward, timeout=30) as app:
         app.sendall(b"a")
         assert app.recv(1) == b"a"
         site.control.apply(DENY_WEB)
@@ -139,7 +139,7 @@ def answer_to(site: MemberSite, authority: bytes) -> bytes:
     context = client_context(Credentials.load(site.path / "web"))
     block = hbone.literal_block([(b":method", b"CONNECT"), (b":authority", authority)])
     with (
-        socket.create_connection((site.address("db"), 15008), timeout=8) as tcp,
+        socket.create_connection((site.address("db"), 15008), timeout=30) as tcp,
         context.wrap_socket(tcp) as tls,
     ):
         tls.sendall(hbone.CLIENT_HELLO + hbone.frame(hbone.HEADERS, hbone.END_HEADERS, 1, block))
@@ -195,7 +195,7 @@ def test_it_restarts_and_serves_with_control_plane_and_broker_gone(site: MemberS
         site.broker.start()
         site.control.start()
         site.control.apply(DENY_WEB)
-        eventually(lambda: not served(site), 20)
+        eventually(lambda: not served(site))
 
 
 def test_without_state_it_waits_and_says_for_what(site: MemberSite) -> None:
@@ -216,7 +216,7 @@ def test_without_state_it_waits_and_says_for_what(site: MemberSite) -> None:
             dial(site.forward)
         assert 4.5 < time.monotonic() - began < 7, "held, then refused"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.communicate()
@@ -241,7 +241,7 @@ def test_what_ends_is_reported_as_gone(
     eventually(lambda: online(WEB, "web") and online(DB, "db"))
     assert served(site)
     web.send_signal(signal.SIGTERM)
-    assert web.wait(8) == 0
+    assert web.wait(60) == 0
     assert knows(site, "web", b"svc/shop/db"), "what it learnt last is on disk"
     db.kill()
     eventually(lambda: not online(WEB, "web") and not online(DB, "db"))
@@ -267,10 +267,10 @@ def test_a_certificate_is_renewed_while_it_serves(tmp_path: Path) -> None:
             site.token_file(name)
             stack.enter_context(site.running(name))
         first, ends = (tmp_path / "web" / "chain.pem").read_bytes(), time.time() + 8
-        with socket.create_connection(site.forward, timeout=8) as app:
+        with socket.create_connection(site.forward, timeout=30) as app:
             app.sendall(b"a")
             assert app.recv(1) == b"a"
-            eventually(lambda: all("a new certificate is in use" in site.log(name) for name in ("web", "db")), 20)
+            eventually(lambda: all("a new certificate is in use" in site.log(name) for name in ("web", "db")))
             assert (tmp_path / "web" / "chain.pem").read_bytes() != first
             app.sendall(b"b")
             assert app.recv(1) == b"b"
@@ -288,7 +288,7 @@ def test_who_is_revoked_is_cut_off_everywhere_until_it_joins_anew(site: MemberSi
     with site.running("db") as db, site.running("web") as web:
         assert served(site)
         stolen = client_context(Credentials.load(site.path / "web"))
-        with socket.create_connection(site.forward, timeout=8) as app:
+        with socket.create_connection(site.forward, timeout=30) as app:
             app.sendall(b"before")
             assert app.recv(6) == b"before"
             site.control.revoke(site.path / "web")
@@ -314,7 +314,7 @@ def test_who_is_revoked_is_cut_off_everywhere_until_it_joins_anew(site: MemberSi
 
 def refused_as_revoked(site: MemberSite, context: ssl.SSLContext) -> bool:
     """Whether db takes no tunnel from who has this key and certificate."""
-    with socket.create_connection((site.address("db"), 15008), timeout=8) as tcp:
+    with socket.create_connection((site.address("db"), 15008), timeout=30) as tcp:
         try:
             with context.wrap_socket(tcp) as tls:
                 tls.recv(1)  # with TLS 1.3 the alert comes by the first read

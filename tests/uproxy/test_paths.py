@@ -38,7 +38,7 @@ def run(tmp_path: Path, authority: Authority, server: Server, client: Callable[[
         app = await asyncio.start_server(server, DB_ADDRESS, 0)
         port = app.sockets[0].getsockname()[1]
         try:
-            async with running_pair(tmp_path, authority, port) as pair, asyncio.timeout(30):
+            async with running_pair(tmp_path, authority, port) as pair, asyncio.timeout(90):
                 await client(pair)
                 for _ in range(200):
                     if not pair.plane.tasks:

@@ -50,7 +50,7 @@ def told(ends: tuple[socket.socket, socket.socket], much: int, postponed: bool) 
 
         data_plane.watch(ends[0].fileno(), plane.READ, readable)
         data_plane.call_later(0.0, lambda: data_plane.postpone(begin))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await done.wait()
         assert not data_plane.tasks
         data_plane.close()
@@ -91,7 +91,7 @@ def test_new_work_waits_while_much_is_under_way_but_not_for_ever() -> None:
                 data_plane.queue(lambda: order.append("new"))
 
         data_plane.call_later(0.0, lambda: data_plane.postpone(begin))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await done.wait()
         data_plane.close()
 
@@ -120,7 +120,7 @@ def test_of_much_new_work_a_turn_takes_a_part(ends: tuple[socket.socket, socket.
 
         data_plane.watch(ends[0].fileno(), plane.READ, readable)
         data_plane.call_later(0.0, lambda: data_plane.postpone(begin))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await done.wait()
         data_plane.close()
 

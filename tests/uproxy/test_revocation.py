@@ -21,7 +21,7 @@ from tests.support.site import eventually
 
 pytestmark = pytest.mark.root
 
-SOON_S = 3.0
+SOON_S = 20.0
 """A proxy looks every second."""
 
 

@@ -79,7 +79,7 @@ def test_a_policy_in_the_file_takes_effect_and_a_broken_file_changes_nothing(
     running: tuple[Site, object, object],
 ) -> None:
     site, *_ = running
-    with socket.create_connection(FORWARD, timeout=8) as app:
+    with socket.create_connection(FORWARD, timeout=30) as app:
         app.sendall(b"a")
         assert app.recv(1) == b"a"
         site.mesh.write_text(site.resources + DENY_WEB)
@@ -104,7 +104,7 @@ def test_a_policy_in_the_file_takes_effect_and_a_broken_file_changes_nothing(
 
 def test_a_renewed_certificate_is_used_without_a_failed_connection(running: tuple[Site, object, object]) -> None:
     site, *_ = running
-    with socket.create_connection(FORWARD, timeout=5) as app:
+    with socket.create_connection(FORWARD, timeout=30) as app:
         app.sendall(b"a")
         assert app.recv(1) == b"a"
         csr = (site.path / "web" / "csr.pem").read_bytes()
@@ -128,7 +128,7 @@ def test_rotations_of_both_ends_under_load_fail_no_stream(running: tuple[Site, o
 
     def one_connection() -> int:
         exchanged = 0
-        with socket.create_connection(FORWARD, timeout=8) as app:
+        with socket.create_connection(FORWARD, timeout=30) as app:
             while not over.is_set():
                 app.sendall(b"%08d" % exchanged)
                 assert app.recv(8, socket.MSG_WAITALL) == b"%08d" % exchanged
@@ -178,7 +178,7 @@ def test_a_drain_lets_connections_end_and_refuses_new_ones(
     running: tuple[Site, subprocess.Popen[str], subprocess.Popen[str]],
 ) -> None:
     _, web, db = running
-    with socket.create_connection(FORWARD, timeout=5) as app:
+    with socket.create_connection(FORWARD, timeout=30) as app:
         app.sendall(b"a")
         assert app.recv(1) == b"a"
         db.send_signal(signal.SIGTERM)
@@ -187,20 +187,20 @@ def test_a_drain_lets_connections_end_and_refuses_new_ones(
         assert app.recv(1) == b"b"
         with pytest.raises(ConnectionError):
             call()
-    assert db.wait(timeout=5) == 0
+    assert db.wait(timeout=60) == 0
     web.send_signal(signal.SIGTERM)
-    assert web.wait(timeout=5) == 0
+    assert web.wait(timeout=60) == 0
 
 
 def test_a_drain_ends_by_itself(running: tuple[Site, subprocess.Popen[str], subprocess.Popen[str]]) -> None:
     site, _, db = running
-    with socket.create_connection(FORWARD, timeout=9) as app:
+    with socket.create_connection(FORWARD, timeout=30) as app:
         app.sendall(b"a")
         assert app.recv(1) == b"a"
         db.send_signal(signal.SIGTERM)
         with pytest.raises(ConnectionResetError):
             app.recv(1)  # cut after the drain time, and not as a clean end
-    assert db.wait(timeout=5) == 0
+    assert db.wait(timeout=60) == 0
     assert "1 connections were cut" in site.log("db")
 
 
@@ -256,7 +256,7 @@ def test_a_port_in_use_is_named(site: Site) -> None:
 
 def test_capture_without_a_probe_does_not_start(site: Site) -> None:
     command = [part for part in site.command("db") if part not in ("--capture", "none")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 1
     assert "--probe-fd" in ended.stderr
 
@@ -298,7 +298,7 @@ def test_capture_that_is_not_in_force_is_seen_at_the_start(site: Site, elsewhere
     ],
 )
 def test_a_wrong_option_is_a_usage_error(site: Site, options: list[str]) -> None:
-    ended = subprocess.run(site.command("web", *options), capture_output=True, text=True, timeout=20, check=False)
+    ended = subprocess.run(site.command("web", *options), capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 2
     assert "uproxy run: error:" in ended.stderr
 
@@ -314,7 +314,7 @@ def test_a_wrong_option_is_a_usage_error(site: Site, options: list[str]) -> None
 )
 def test_who_the_workload_is_must_be_said_once(options: list[str], told: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "uproxy", "run", "--identity-dir", str(tmp_path / "id"), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == (2 if "--" in told else 1)
     assert told in ended.stderr
     assert "Traceback" not in ended.stderr

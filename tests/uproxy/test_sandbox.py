@@ -80,7 +80,7 @@ class TestOnThisMachine:
             process = subprocess.Popen(["sleep", "100"], preexec_fn=enter)
         (box.app_cgroup / "below").mkdir()
         sandbox.remove(box)
-        assert process.wait(5) == -9
+        assert process.wait(60) == -9
         assert not box.cgroup.exists()
         assert not box.netns_path.exists()
         assert box.host_link not in os.listdir("/sys/class/net")

@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @contextmanager
 def open_connection(site: Site) -> Iterator[socket.socket]:
-    with socket.create_connection(site.forward, timeout=8) as app:
+    with socket.create_connection(site.forward, timeout=30) as app:
         app.sendall(b"hello")
         assert app.recv(5) == b"hello"
         yield app
@@ -124,7 +124,7 @@ def test_connections_names_both_ends_by_what_they_proved_and_counts_while_they_l
 def test_more_connections_than_are_shown_are_counted(site: Site) -> None:
     with ExitStack() as stack:
         for _ in range(1005):
-            stack.enter_context(socket.create_connection(site.forward, timeout=8))
+            stack.enter_context(socket.create_connection(site.forward, timeout=30))
         eventually(lambda: json.loads(get(f"{NETWORK}.1", 15000, "/connections")[1])["total"] == 1005)
         shown = connections(WEB)[0]
         assert len(shown["connections"]) == 1000
@@ -226,7 +226,7 @@ def _answers(site: Site) -> bool:
 def test_a_fifth_watcher_is_turned_away_and_told_why(site: Site) -> None:
     with ExitStack() as stack:
         for _ in range(4):
-            one = http.client.HTTPConnection(f"{NETWORK}.1", 15000, timeout=8)
+            one = http.client.HTTPConnection(f"{NETWORK}.1", 15000, timeout=30)
             stack.callback(one.close)
             one.request("GET", "/tap")
             stack.enter_context(one.getresponse())
@@ -237,7 +237,7 @@ def test_a_fifth_watcher_is_turned_away_and_told_why(site: Site) -> None:
 
 def test_the_access_log_tells_of_opened_connections_at_debug(site: Site) -> None:
     def level(wanted: str) -> None:
-        asked = http.client.HTTPConnection(f"{NETWORK}.1", 15000, timeout=8)
+        asked = http.client.HTTPConnection(f"{NETWORK}.1", 15000, timeout=30)
         asked.request("POST", f"/logging?level={wanted}")
         assert asked.getresponse().read().decode() == f"level {wanted}\n"
         asked.close()

@@ -161,7 +161,7 @@ def test_streams_of_http2_are_requests_each(running: Site) -> None:
     client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
     client.initiate_connection()
     statuses, ended = Counter[str](), 0
-    with socket.create_connection(running.forward, timeout=8) as sock:
+    with socket.create_connection(running.forward, timeout=30) as sock:
         for number in range(50):
             method = "DELETE" if number % 5 == 0 else "GET"
             head = [(":method", method), (":path", "/"), (":scheme", "http"), (":authority", "db.shop")]
@@ -195,7 +195,7 @@ def test_a_websocket_stays_open_and_large_messages_cross(site: Site) -> None:
     with socket.create_server(site.application) as listener, site.running("db"), site.running("web"):
         serving = threading.Thread(target=serve, args=(listener,))
         serving.start()
-        with socket.create_connection(site.forward, timeout=8) as caller, caller.makefile("rwb") as stream:
+        with socket.create_connection(site.forward, timeout=30) as caller, caller.makefile("rwb") as stream:
             stream.write(ask)
             stream.flush()
             assert b" 101 " in stream.readline()
@@ -268,7 +268,7 @@ spec: {action: DENY, selector: {matchLabels: {app: db}}, rules: [{to: [{operatio
     site.mesh.write_text(known + route)
     with telling(site.application), site.running("db"), site.running("web"):
         eventually(lambda: passes_it(site), PATIENCE_S)
-        connection = http.client.HTTPConnection(*site.forward, timeout=8)
+        connection = http.client.HTTPConnection(*site.forward, timeout=30)
 
         def status() -> int:
             connection.request("GET", "/")
@@ -286,20 +286,20 @@ def test_opaque_connections_go_through_it_and_are_cut_by_policy(site: Site) -> N
     opaque = site.mesh.read_text().replace("appProtocol: http,", "appProtocol: tcp,")
     site.mesh.write_text(opaque.replace("{methods: [DELETE]}", "{ports: ['1']}"))
     with echo_server(site.application), site.running("db"), site.running("web"):
-        with socket.create_connection(site.forward, timeout=8) as app:
+        with socket.create_connection(site.forward, timeout=30) as app:
             app.sendall(b"hello")
             assert app.recv(5) == b"hello"
             assert "istio_tcp_connections_opened_total" in _metrics(f"{OTHER}.2")
             site.mesh.write_text(opaque.replace("{methods: [DELETE]}", "{ports: ['6379']}"))
             with suppress(ConnectionResetError):
                 assert app.recv(5) == b"", "its time is over"
-        with suppress(ConnectionResetError), socket.create_connection(site.forward, timeout=8) as app:
+        with suppress(ConnectionResetError), socket.create_connection(site.forward, timeout=30) as app:
             app.sendall(b"hello")
             assert app.recv(5) == b""
 
 
 def test_an_upgrade_loses_no_request(running: Site) -> None:
-    connection = http.client.HTTPConnection(*running.forward, timeout=8)
+    connection = http.client.HTTPConnection(*running.forward, timeout=30)
 
     def ask() -> None:
         connection.request("GET", "/")

@@ -45,19 +45,19 @@ def test_callers_go_to_a_canary_and_back_and_no_request_fails(tmp_path: Path) ->
         stack.enter_context(site.running("db"))
         stack.enter_context(site.running("web"))
         stack.enter_context(waypoint(site, "--join", str(tmp_path / "wp-1.token"), "--access-log=off"))
-        eventually(lambda: step() == (Phase.ENFORCED, None), 15)
+        eventually(lambda: step() == (Phase.ENFORCED, None))
         annotate("v2=100")
         assert asked("GET", site).status == 200
         assert step() == (Phase.ENFORCED, Step.PREPARING), "no process of it is there"
         with RequestLoad(site.forward) as load:
             stack.enter_context(waypoint(site, "--join", str(tmp_path / "v2-1.token"), "--access-log=off", name="v2"))
-            eventually(lambda: step() == (Phase.ENFORCED, Step.SHARING), 15)
-            eventually(lambda: served(f"{NETWORK}.4") > 20, 15)
+            eventually(lambda: step() == (Phase.ENFORCED, Step.SHARING))
+            eventually(lambda: served(f"{NETWORK}.4") > 20)
             assert asked("DELETE", site).status == 403, "the policy of the Service holds there, too"
             annotate(None)
-            eventually(lambda: control.plane.core.progress()[0].settled, 15)
+            eventually(lambda: control.plane.core.progress()[0].settled)
             before = served(f"{NETWORK}.3")
-            eventually(lambda: served(f"{NETWORK}.3") > before + 20, 15)
+            eventually(lambda: served(f"{NETWORK}.3") > before + 20)
         assert load.failed == []
         assert step() == (Phase.ENFORCED, Step.LEAVING)
         assert "Traceback" not in site.log("wp") + site.log("v2")

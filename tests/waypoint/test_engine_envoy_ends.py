@@ -26,7 +26,7 @@ from waypoint.engine_envoy import child, rendering
 from waypoint.engine_envoy.serving import EnvoyServing
 
 ANN = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/ann")
-PATIENCE_S = 15.0
+PATIENCE_S = 40.0
 
 
 def tunnel(identity: Path) -> HandTunnel:

@@ -28,4 +28,4 @@ def test_an_envoy_in_which_code_never_ends_is_replaced(tmp_path: Path, monkeypat
             except (OSError, EOFError):
                 return False
 
-        eventually(serves, 20)
+        eventually(serves)

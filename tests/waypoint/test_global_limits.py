@@ -215,7 +215,7 @@ def test_a_connection_that_nobody_wants_once_it_is_there_is_closed(
         through.pair.withdraw(TrafficPolicy("shop", "few", (Target("Service", "shop/db"),)))
         through.pair.plane.run(lambda: through.gateway.config_changed(Changes(policies=frozenset({"shop/few"}))))
         release.send(b"now")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await ended.wait()
         assert (await asked)[0] == 200, "open"
         writer.close()
@@ -252,7 +252,7 @@ def test_a_redis_that_wants_a_password_is_no_redis(
     identities: Path, authority: Authority, server: Server, caplog: pytest.LogCaptureFixture
 ):
     secret = ["redis-cli", "-h", DB_ADDRESS, "-p", str(server.port), "config", "set", "requirepass", "x"]
-    subprocess.run(secret, check=True, stdout=subprocess.DEVNULL, timeout=10)
+    subprocess.run(secret, check=True, stdout=subprocess.DEVNULL, timeout=30)
 
     async def client(through: Through) -> None:
         counted(through, server, RateLimit(2, 3_600_000, 2, everywhere=True), fail_open=False)

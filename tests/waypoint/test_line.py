@@ -15,7 +15,7 @@ from waypoint import line
 from waypoint.byte_stream import ByteStream
 from waypoint.line import OUTPUT, UNREAD, Line
 
-PATIENCE_S = 10.0
+PATIENCE_S = 40.0
 DATA = random.Random(7).randbytes(3 << 20)
 
 Scenario = Callable[[ByteStream, socket.socket, asyncio.AbstractEventLoop], Awaitable[None]]

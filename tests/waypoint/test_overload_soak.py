@@ -57,7 +57,7 @@ def application(address: tuple[str, int]) -> Iterator[None]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(5)
+    assert ready.wait(60)
     yield
     loop.call_soon_threadsafe(over.set)
     thread.join()

@@ -78,7 +78,7 @@ def _under_load(site: Site, rounds: int) -> None:
             return stack.enter_context(waypoint(site, *of(site), "--access-log=off", "--take-over", workers))
 
         processes = [begun()]
-        idle = stack.enter_context(socket.create_connection(site.forward, timeout=8))
+        idle = stack.enter_context(socket.create_connection(site.forward, timeout=30))
         assert b"connection: close" not in _answer(idle)
         with _peer("grpc_load", f"{NETWORK}.1", str(GRPC_FORWARD)) as calling, RequestLoad(site.forward) as load:
             for _ in range(rounds):
@@ -95,7 +95,7 @@ def _under_load(site: Site, rounds: int) -> None:
         assert told["beats"] > 10
         assert b"\r\nconnection: close\r\n" in _answer(idle), "it waits in the first one, however long"
         for process in processes[:-1]:
-            assert process.wait(20) == 0, "with its last connection it has ended"
+            assert process.wait(60) == 0, "with its last connection it has ended"
         assert processes[-1].poll() is None
     assert "Traceback" not in site.log("wp")
 
@@ -147,7 +147,7 @@ def test_an_upgrade_changes_the_engine_and_fails_no_request(site: Site) -> None:
             is_answered()
             assert json.loads(get(f"{NETWORK}.3", 15000, "/config_dump")[1])["engine"] == "envoy"
         assert load.failed == []
-        assert [first.wait(20), second.wait(20)] == [0, 0], "no connection is left there"
+        assert [first.wait(60), second.wait(60)] == [0, 0], "no connection is left there"
 
 
 @pytest.mark.soak
@@ -169,7 +169,7 @@ def test_one_that_cannot_start_leaves_all_as_it_was(serving: Site) -> None:
             assert asked("GET", serving).status == 200
         assert old.poll() is None
         with waypoint(serving, *of(serving), "--take-over", "--workers=2"):
-            assert old.wait(10) == 0
+            assert old.wait(60) == 0
             assert asked("GET", serving).status == 200
             assert len(dump()["workers"]) == 2  # type: ignore[arg-type]
 
@@ -208,7 +208,7 @@ def test_a_command_and_sighup_begin_one_with_the_options_as_they_are_now(serving
             second = upgraded(serving)
             try:
                 assert told() == second
-                assert first.wait(10) == 0
+                assert first.wait(60) == 0
                 assert asked("GET", serving).status == 200
                 os.kill(second, signal.SIGHUP)  # nothing has changed
                 options.write_text(options.read_text() + "--nonsense\n")
@@ -244,7 +244,7 @@ def test_request_by_http2_that_is_on_its_way_when_a_drain_begins_is_answered(ser
 
     with waypoint(serving, *of(serving)) as process, ExitStack() as stack:
         asyncio.run(ask())
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_who_is_told_to_end_takes_a_successor_along_that_is_not_ready(
@@ -273,13 +273,13 @@ def test_who_is_told_to_end_takes_a_successor_along_that_is_not_ready(
 def test_sigterm_ends_one_that_drains_after_an_upgrade(serving: Site) -> None:
     with (
         waypoint(serving, *of(serving), "--workers=2", "--drain-timeout-s=0.4") as old,
-        socket.create_connection(serving.forward, timeout=8) as idle,
+        socket.create_connection(serving.forward, timeout=30) as idle,
     ):
         _answer(idle)
         with waypoint(serving, *of(serving), "--take-over"):
             assert old.poll() is None
             old.send_signal(signal.SIGTERM)
-            assert old.wait(10) == 0
+            assert old.wait(60) == 0
             assert idle.recv(1) == b""
             assert asked("GET", serving).status == 200
 
@@ -289,11 +289,11 @@ def test_a_member_begins_with_what_the_one_before_knew(tmp_path: Path) -> None:
         site = stack.enter_context(members(tmp_path, NETWORK))
         control = site.control
         old = stack.enter_context(waypoint(site, *joining(site)))
-        eventually(lambda: [one.state.phase for one in control.plane.core.progress()] == [Phase.ENFORCED], 15)
+        eventually(lambda: [one.state.phase for one in control.plane.core.progress()] == [Phase.ENFORCED])
         assert asked("GET", site).status == 200
         control.stop()
         new = stack.enter_context(waypoint(site, "--take-over", "--workers=2"))
-        assert old.wait(10) == 0
+        assert old.wait(60) == 0
         assert asked("GET", site).status == 200
         control.start()
         control.apply(resources(NETWORK).replace("[DELETE]", "[DELETE, PUT]"))
@@ -302,7 +302,7 @@ def test_a_member_begins_with_what_the_one_before_knew(tmp_path: Path) -> None:
             status = control.status(WP, "wp-1")
             return status is not None and status.roots["shop"][:2] == control.plane.core.roots()["shop"][:2]
 
-        eventually(is_current, 15)
+        eventually(is_current)
         assert asked("PUT", site).status == 403
         assert [one.state.phase for one in control.plane.core.progress()] == [Phase.ENFORCED]
         assert new.poll() is None

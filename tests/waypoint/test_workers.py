@@ -67,7 +67,7 @@ def connected(site: Site, count: int) -> list[ssl.SSLSocket]:
     context = client_context(Credentials.load(site.path / "web"))
     made = []
     for _ in range(count):
-        sock = socket.create_connection((ADDRESS, 15008), timeout=10)
+        sock = socket.create_connection((ADDRESS, 15008), timeout=30)
         made.append(context.wrap_socket(sock))
     return made
 
@@ -111,12 +111,12 @@ def test_requests_are_seen_by_who_watches_the_first_process(site: Site) -> None:
         stack.enter_context(site.running("web"))
         options = ("--config", str(site.mesh), "--workload", "shop/wp-1", f"--workers={WORKERS}")
         stack.enter_context(waypoint(site, *options))
-        watching = http.client.HTTPConnection(ADDRESS, 15000, timeout=20)
+        watching = http.client.HTTPConnection(ADDRESS, 15000, timeout=30)
         stack.callback(watching.close)
         watching.request("GET", "/tap")
         tap = stack.enter_context(watching.getresponse())
         assert live() == []
-        with socket.create_server(site.application), socket.create_connection(site.forward, timeout=8) as app:
+        with socket.create_server(site.application), socket.create_connection(site.forward, timeout=30) as app:
             app.sendall(b"GET /slow HTTP/1.1\r\nhost: db.shop\r\n\r\n")
             eventually(live)
             (request,) = live()
@@ -148,7 +148,7 @@ def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Si
         eventually(lambda: site.log("wp").count("request complete") == 3)
 
         for _ in range(30):
-            with socket.create_connection((ADDRESS, 15008), timeout=10) as stranger:
+            with socket.create_connection((ADDRESS, 15008), timeout=30) as stranger:
                 stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         eventually(lambda: metric("istio_tcp_connections_failed_total") >= 30)
         failed = metric("istio_tcp_connections_failed_total")
@@ -167,7 +167,7 @@ def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Si
         for tunnel in tunnels:
             tunnel.close()
 
-        eventually(lambda: is_ready() and None not in pids(), 20)
+        eventually(lambda: is_ready() and None not in pids())
         again = pids()
         assert again[0] != first[0]
         assert again[1:] == first[1:]
@@ -178,7 +178,7 @@ def test_connections_are_spread_a_dead_worker_is_replaced_and_all_drain(site: Si
         assert asked("DELETE", site).status == 403
 
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, site.log("wp")
+        assert process.wait(60) == 0, site.log("wp")
         assert not any(is_alive(pid) for pid in again)
         assert "Traceback" not in site.log("wp")
         assert site.log("wp").count(": drained") == WORKERS
@@ -210,7 +210,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(site: Site) -> None:
         eventually(lambda: hung not in pids(), APPLY_TIMEOUT_S + 10)
         assert f"worker 1 has answered nothing for {APPLY_TIMEOUT_S:g} s, and is killed" in site.log("wp")
         assert not is_alive(hung)
-        eventually(lambda: is_ready() and None not in pids(), 20)
+        eventually(lambda: is_ready() and None not in pids())
         assert pids()[1] == other
         assert metric("uproxy_waypoint_worker_restarts_total") == 1
 
@@ -250,7 +250,7 @@ def test_what_a_worker_does_not_know_it_asks_the_first_process(site: Site) -> No
         raise AssertionError(f"no {word!r} among {told}")
 
     def asks(authority: str) -> str:
-        with socket.create_connection((ADDRESS, 15008), timeout=10) as sock, pytest.raises(AssertionError) as refused:
+        with socket.create_connection((ADDRESS, 15008), timeout=30) as sock, pytest.raises(AssertionError) as refused:
             HandTunnel(sock, site.path / "web", authority)
         return str(refused.value).rpartition(" ")[2]
 
@@ -302,7 +302,7 @@ def test_only_what_every_worker_has_applied_is_reported(tmp_path: Path) -> None:
         def is_current() -> bool:
             return reported().roots["shop"][:2] == control.plane.core.roots()["shop"][:2]
 
-        eventually(lambda: [one.state.phase for one in control.plane.core.progress()] == [Phase.ENFORCED], 15)
+        eventually(lambda: [one.state.phase for one in control.plane.core.progress()] == [Phase.ENFORCED])
         eventually(lambda: reported().whole and is_current())
         assert asked("GET", site).status == 200
 
@@ -314,11 +314,11 @@ def test_only_what_every_worker_has_applied_is_reported(tmp_path: Path) -> None:
             assert not is_current()
         finally:
             os.kill(slow, signal.SIGCONT)
-        eventually(is_current, 10)
+        eventually(is_current)
         assert asked("PUT", site).status == 403
 
         with none_can_start(site):
             os.kill(slow, signal.SIGKILL)
             eventually(lambda: not reported().whole and "worker 2" in reported().waiting)
-        eventually(lambda: reported().whole and is_current() and is_ready(), 20)
+        eventually(lambda: reported().whole and is_current() and is_ready())
         assert "Traceback" not in site.log("wp")

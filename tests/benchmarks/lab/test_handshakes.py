@@ -59,7 +59,7 @@ def test_version_and_cipher_are_those_that_the_library_tells(identity: Path, ver
     assert told is not None
     assert found.version == str(client.version()).replace("v", " ")
     if version is ssl.TLSVersion.TLSv1_3:
-        assert found.cipher == told[0].removeprefix("TLS_").replace("_", "-").removesuffix("-SHA384")
+        assert found.cipher == told[0].removeprefix("TLS_").replace("_", "-").rpartition("-SHA")[0]
         assert found.group in ("X25519", "X25519MLKEM768")
     assert not found.resumed
 

@@ -200,7 +200,7 @@ def handshake(address: tuple[str, int], identity: Path | None, *, trusted: Path)
     with socket.create_connection(address, 5) as plain:
         try:
             with context.wrap_socket(plain) as secure:
-                secure.settimeout(0.5)
+                secure.settimeout(2)
                 return bool(secure.recv(1))
         except TimeoutError:
             return True  # taken, and nothing to say yet

@@ -74,7 +74,7 @@ def connect(plane, identity_dir, **options) -> aiomqtt.Client:
 async def retained(mqtt: aiomqtt.Client, topic: str) -> bytes:
     """What the broker retains under a topic."""
     await mqtt.subscribe(topic, qos=0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         async for message in mqtt.messages:
             return message.payload
     raise AssertionError
@@ -140,10 +140,10 @@ def test_what_is_applied_reaches_the_broker_and_what_is_deleted_leaves_a_tombsto
             first = messages.decode(await retained(mqtt, POLICY))
             changed = MESH.replace("spec: {}", "spec: {rules: [{}]}")
             await asyncio.to_thread(plane.meshctl, "apply", "-f", "-", stdin=changed)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 second = messages.decode((await anext(aiter(mqtt.messages))).payload)
             await asyncio.to_thread(plane.meshctl, "delete", "policy", "nobody", "-n", "shop")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 third = messages.decode((await anext(aiter(mqtt.messages))).payload)
             await asyncio.to_thread(plane.meshctl, "apply", "-f", "-", stdin=MESH)
             return first, second, third
@@ -306,7 +306,7 @@ def test_the_passphrase_may_be_kept_elsewhere(tmp_path):
 def test_ctrl_c_ends_it_in_order(tmp_path):
     with up(tmp_path / "mesh") as plane:
         plane.process.send_signal(signal.SIGINT)
-        assert plane.process.wait(20) == 0
+        assert plane.process.wait(60) == 0
         assert not plane.socket.exists()
         assert not brokers.accepts(plane.broker_port)
 

@@ -256,7 +256,7 @@ def test_a_child_does_not_outlive_its_parent(joined, deaf, monkeypatch):
 
     started = time.monotonic()
     plane.run(scenario())
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 30.0
     assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 

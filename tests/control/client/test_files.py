@@ -123,7 +123,7 @@ async def _watch_notices_changes(tmp_path):
         happened.set()
 
     async def next_change():
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await happened.wait()
         happened.clear()
 

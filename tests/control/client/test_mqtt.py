@@ -76,7 +76,7 @@ class Peer:
 
     def _serve(self) -> None:
         raw, _ = self._listening.accept()
-        raw.settimeout(5.0)
+        raw.settimeout(30)
         try:
             with self._context.wrap_socket(raw, server_side=True) as tls:
                 self._act(tls)
@@ -134,7 +134,7 @@ def test_a_broker_that_hangs_up_is_not_waited_for(broker_dir, web_dir):
     started = time.monotonic()
     with Peer(broker_dir, lambda tls: tls.unwrap()) as peer:
         assert "it hangs up" in refused(peer.url, web_dir)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < brokers.PATIENCE_S / 2
 
 
 def test_a_broker_that_does_not_know_us_says_so(broker_dir, web_dir):
@@ -236,7 +236,7 @@ def test_a_host_that_does_not_speak_tls_is_left(web_dir):
         thread = threading.Thread(target=answer)
         thread.start()
         assert "wrong version number" in refused(f"mqtts://127.0.0.1:{listening.getsockname()[1]}", web_dir).lower()
-        thread.join(10.0)
+        thread.join(30)
 
 
 def test_nobody_there_is_told_in_words(web_dir):
@@ -275,7 +275,7 @@ def test_connecting_that_is_cancelled_before_the_host_answers_leaves_nothing(bro
 
     def slowly(*arguments, **options):
         began.set()
-        cancelled.wait(10)
+        cancelled.wait(60)
         return real(*arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", slowly)

@@ -98,7 +98,7 @@ async def subscribed(access: BrokerAccess, *filters: str) -> AsyncIterator[Proxy
         data_plane.close()
 
 
-async def until(condition: Callable[[], object], patience_s: float = 30.0) -> None:
+async def until(condition: Callable[[], object], patience_s: float = 60.0) -> None:
     try:
         async with asyncio.timeout(patience_s):
             while not condition():  # noqa: ASYNC110
@@ -310,7 +310,7 @@ def test_while_the_replica_is_not_whole_all_is_asked_for_again(broker, operator,
             topics = await publish(control, "part", "beat")
             async with subscribed(access(broker, web_dir), *topics) as proxy:
                 proxy.replica.whole = False
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(30):
                     while len(asked) < 7:
                         await asyncio.sleep(0.15)
                         await publish(control, "beat")
@@ -341,7 +341,7 @@ async def reports(control) -> AsyncIterator[list[tuple[bool, int]]]:
 
 async def retained_report(operator) -> tuple[bool, int]:
     """What somebody who connects now is told."""
-    async with operator() as control, asyncio.timeout(10):
+    async with operator() as control, asyncio.timeout(30):
         await control.subscribe(STATUS)
         async for message in control.messages:
             return read_report(message.payload)
@@ -529,7 +529,7 @@ def test_an_end_that_meets_the_loss_of_the_connection_is_an_end(broker, web_dir,
     monkeypatch.setattr(subscriber, "_retry_delay_s", lambda failures: 3600.0)
 
     async def scenario() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             async with subscribed(access(broker, web_dir)) as proxy:
                 await until(lambda: proxy.subscriber.connected)
 

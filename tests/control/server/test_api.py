@@ -136,7 +136,7 @@ def test_two_that_set_one_label_at_once_are_not_both_told_that_they_did(ask, pla
     barrier = threading.Barrier(8)
 
     def label(number: int) -> int:
-        barrier.wait(10)
+        barrier.wait(60)
         return ask("POST", "/v1/relabel", {"reference": reference, "labels": {"owner": f"o{number}"}})[0]
 
     with ThreadPoolExecutor(8) as pool:
@@ -148,13 +148,13 @@ def test_whoever_waits_for_a_turn_keeps_nobody_else_waiting(ask, plane, monkeypa
 
     def apply(files, **_):
         entered.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         raise NotFound("nothing, for this test")
 
     monkeypatch.setattr(plane.core, "apply", apply)
     with ThreadPoolExecutor(20) as pool:
         waiting = [pool.submit(ask, "POST", "/v1/apply", {"documents": []}) for _ in range(20)]
-        assert entered.wait(10)
+        assert entered.wait(60)
         for _ in range(3):
             assert ask("GET", "/v1/status")[0] == 200
         assert not any(one.done() for one in waiting)

@@ -154,7 +154,7 @@ def test_of_many_that_race_with_one_token_one_is_served(enrolment):
 
     def join(workload):
         csr = workload.csr()
-        barrier.wait(10)
+        barrier.wait(60)
         try:
             return enrolment.join(token.id, token.secret, csr)
         except EnrolmentError as error:
@@ -170,7 +170,7 @@ def test_retries_that_race_get_one_certificate(enrolment, store):
     barrier = Barrier(6)
 
     def join(_):
-        barrier.wait(10)
+        barrier.wait(60)
         return enrolment.join(token.id, token.secret, workload.csr()).chain_pem
 
     with ThreadPoolExecutor(6) as pool:

@@ -45,7 +45,7 @@ async def while_running(broker: ForeignBroker, steps) -> None:
     """Run the broker's keeper beside some steps."""
     async with asyncio.TaskGroup() as group:
         keeper = group.create_task(broker.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await broker.ready.wait()
             await steps()
         keeper.cancel()

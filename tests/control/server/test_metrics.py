@@ -87,7 +87,7 @@ class Asked:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(sent)
-            return await asyncio.wait_for(reader.read(), 10)
+            return await asyncio.wait_for(reader.read(), 30)
         except ConnectionResetError:
             return b""
         finally:

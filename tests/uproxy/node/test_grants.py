@@ -90,7 +90,7 @@ def in_a_loop(test):
     return run
 
 
-async def becomes(condition: Callable[[], bool], within_s: float = 2.0) -> bool:
+async def becomes(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
     end = time.monotonic() + within_s
     while not condition() and time.monotonic() < end:  # noqa: ASYNC110 - of what the kernel is told
         await asyncio.sleep(0.01)
@@ -208,7 +208,7 @@ def connected(pair: Pair) -> Iterator[tuple[socket.socket, socket.socket]]:
         client.connect((pair.db.address, PORT))
         server, _ = listener.accept()
         with server:
-            server.settimeout(5)
+            server.settimeout(30)
             yield client, server
 
 

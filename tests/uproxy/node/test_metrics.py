@@ -39,7 +39,7 @@ def port() -> int:
 
 
 def get(port: int, path: str, address: str = "127.0.0.1") -> tuple[int, str]:
-    connection = http.client.HTTPConnection(address, port, timeout=5)
+    connection = http.client.HTTPConnection(address, port, timeout=30)
     connection.request("GET", path)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
@@ -106,7 +106,7 @@ def test_an_agent_whose_port_is_taken_goes_on(host):
         with host.agent("--metrics", address) as process:
             assert host.client.status()["error"] == ""
             process.terminate()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
             with process.stderr as log:
                 assert f"no metrics: cannot listen on {address}: " in log.read()
             process.stderr = None

@@ -67,7 +67,7 @@ def serving(pair: Pair, tmp_path: Path) -> Iterator[tuple[Path, Heard]]:
         yield path, heard
     finally:
         loop.call_soon_threadsafe(task.cancel)
-        thread.join(10)
+        thread.join(30)
         listener.close()
 
 

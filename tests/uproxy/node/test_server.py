@@ -53,7 +53,7 @@ def serving(path):
         yield
     finally:
         loop.call_soon_threadsafe(lambda: task.cancel())
-        thread.join(10)
+        thread.join(30)
         listener.close()
         path.unlink()
 
@@ -67,7 +67,7 @@ def path(tmp_path_factory):
 
 def ask(path, raw: bytes, fds=()) -> dict | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(5)
+        sock.settimeout(30)
         sock.connect(str(path))
         socket.send_fds(sock, [raw], list(fds))
         answer = sock.recv(1 << 20)

@@ -96,7 +96,7 @@ def test_a_place_is_not_removed_while_it_is_still_being_made(tmp_path, monkeypat
 
     def make(box):
         making.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         done.append("made")
 
     def remove(box):
@@ -114,7 +114,7 @@ def test_a_place_is_not_removed_while_it_is_still_being_made(tmp_path, monkeypat
     async def main() -> None:
         waypoints = Waypoints(settings, "a")
         waypoints.take(mesh.state, mesh.say({FIRST: HERE}))
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             running = group.create_task(waypoints.run())
             assert await asyncio.to_thread(making.wait, 10)
             waypoints.take(mesh.state, mesh.say({}))
@@ -153,7 +153,7 @@ def test_all_places_are_removed_and_nothing_else_that_is_beside_them(tmp_path):
             os.chown(directory, owner, owner)
         try:
             remove_all(settings)
-            assert process.wait(10) == -signal.SIGKILL
+            assert process.wait(60) == -signal.SIGKILL
             assert not (root / "shop.wp-a").exists()
             assert list(tmp_path.iterdir()) == [by_hand]
         finally:

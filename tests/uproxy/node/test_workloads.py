@@ -41,7 +41,7 @@ def other_site():
 
 
 def dial(address: str, port: int = 80) -> bytes:
-    with socket.create_connection((address, port), timeout=5) as sock:
+    with socket.create_connection((address, port), timeout=30) as sock:
         return sock.recv(64)
 
 
