@@ -48,6 +48,12 @@ PREDICTIONS: Final = (
     _value("lost while a process that reads HTTP is replaced", "upgrade/l7", "remote", 0, 0),
     _value("lost while a process that reads HTTP is replaced", "upgrade/l7", "ours", 0, 0),
     _value("lost while a process that carries connections is replaced", "upgrade/l4", "remote", 1, 12),
+    # Of 24 November.
+    _ratio("processor time, all calls need L7", "cpu", "sidecar-one-pass", 0.6, 0.85),
+    _ratio("processor time, all calls need L7", "cpu", "ours-sidecar", 0.9, 1.4),
+    _ratio("p50, hosts 1 ms apart", "rtt/1", "ours-sidecar", 0.9, 1.2, "p50_us"),
+    _ratio("p99 beside a neighbour's flood", "isolation/flood", "ours-sidecar", 0.6, 2.0),
+    _value("lost while a process that reads HTTP is replaced", "upgrade/l7", "ours-sidecar", 1, 12),
 )
 
 
