@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from control.api.address import HBONE_PORT
 from control.api.policy import Rule
 from control.client.state import Changes
 from control.server.ca import Authority
 from tests.support.envoy_waypoint import running_envoy
 from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP
-from tests.support.through_waypoint import Between
+from tests.support.through_waypoint import WP, WP_ADDRESS, Between
 from tests.waypoint.test_engine_envoy import GETS, applied, denying, got
 from tests.waypoint.test_engine_envoy_ends import hello
 from uproxy import plane
-from waypoint.engine_envoy.parts import Json, extension
-from waypoint.engine_envoy.rendering import Renderer, Rendering
+from uproxy.config import Who
+from waypoint.engine_envoy.files import Files
+from waypoint.engine_envoy.parts import Json, extension, message
+from waypoint.engine_envoy.rendering import Layout, Renderer, Rendering
 from waypoint.engine_envoy.serving import EnvoyServing
 
 NO_GETS = denying(Rule(operations=(GETS,)))
@@ -106,3 +110,64 @@ def test_a_place_whose_routes_are_not_taken_refuses_everybody(
             assert await status(between) == 503
 
     plane.run(main())
+
+
+@pytest.mark.parametrize("kind", ["revoked", "own"])
+def test_of_secrets_that_are_not_taken_a_certificate_stays_and_who_is_revoked_is_waited_for(
+    identities: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Nobody is served who may be revoked."""
+    wrong = {
+        "revoked": extension("revoked", "extensions.filters.http.router.v3.Router"),
+        "own": {
+            **message("extensions.transport_sockets.tls.v3.Secret", name="own"),
+            "tls_certificate": {half: {"inline_string": "none"} for half in ("certificate_chain", "private_key")},
+        },
+    }[kind]
+    if kind == "revoked":
+        wrong = message("config.core.v3.TypedExtensionConfig", **wrong)
+    replaced = Files._replace
+
+    async def main() -> None:
+        async with serving(identities, authority) as (between, envoy):
+            assert await status(between) == 200
+            with monkeypatch.context() as mistake:
+                mistake.setattr(
+                    Files,
+                    "_replace",
+                    lambda its, of, name, right: replaced(its, of, name, [wrong] if of == kind else right),
+                )
+                envoy.renewed()
+                while not envoy.problems():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                named = {"revoked": "whose certificates are revoked", "own": "its certificate"}[kind]
+                assert envoy.problems()[0].startswith(f"Envoy does not take {named}: ")
+                between.pair.apply(NO_GETS)
+                envoy.take((), Changes())
+                if kind == "own":
+                    await applied(between, envoy)
+                    assert (await status(between), bool(envoy.problems())) == (403, True)
+                else:
+                    while envoy._child.lives < 2:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                    with pytest.raises(ConnectionRefusedError):
+                        socket.create_connection((WP_ADDRESS, HBONE_PORT)).close()
+                    assert envoy.waiting()
+            envoy.renewed()
+            while envoy.problems():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await applied(between, envoy)
+            assert await status(between) == 403
+
+    plane.run(main())
+
+
+def test_what_was_rendered_before_a_revocation_believes_the_same_as_what_comes_after(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "envoy-1", Who("wp-1", WP, (WP_ADDRESS,)), WP.trust_domain)
+    files = Files(layout)
+    files.clear()
+    for revocation, roots in enumerate((b"one", b"two")):
+        files.write_secrets(b"", roots, b"", (), revocation)
+    read = [Path(layout.file("roots", str(one))).read_text() for one in range(2)]
+    assert read[0] == read[1]
+    assert "two" in read[0]

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -24,6 +25,8 @@ ASK_TIMEOUT_S: Final = 5.0
 MAX_ANSWER: Final = 64 << 20
 LISTENER_DRAIN_S: Final = 60
 """For how long connections of opaque TCP go on whose policies have changed, and those of places that are gone."""
+MEMORY_SHARE: Final = 0.5
+"""Of the host's memory, what an Envoy may take (RLIMIT_DATA): code of Extensions and callers both take of it."""
 _MAX_LINE: Final = 1 << 20
 _HEALTHY_S: Final = 10.0
 _FLUSH_MS: Final = 50
@@ -46,6 +49,13 @@ def find_envoy() -> str:
             "the distribution's package, or remove the annotation mesh.uproxy.dev/engine"
         )
     return found
+
+
+def memory_limit() -> int:
+    """Bytes of memory that an Envoy may write to. What takes more fails, and Envoy ends if that is itself."""
+    share = int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    return share if most == resource.RLIM_INFINITY else min(share, most)
 
 
 class Child:
@@ -94,7 +104,12 @@ class Child:
 
     async def _live(self) -> None:
         """One of them, to its end."""
-        parent = os.getpid()
+        parent, memory = os.getpid(), memory_limit()
+
+        def prepare() -> None:
+            linux.die_with_parent(parent)
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+
         for name in (ADMIN, PROBE):
             with contextlib.suppress(FileNotFoundError):
                 (self._directory / name).unlink()
@@ -107,7 +122,7 @@ class Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             limit=_MAX_LINE,
-            preexec_fn=lambda: linux.die_with_parent(parent),
+            preexec_fn=prepare,
         )
         self._process = process
         self.lives += 1

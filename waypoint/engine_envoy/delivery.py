@@ -17,7 +17,7 @@ from typing import Final
 
 from uproxy.workers import APPLY_TIMEOUT_S
 from waypoint.engine_envoy.child import PROBE, Child
-from waypoint.engine_envoy.files import Files
+from waypoint.engine_envoy.files import OWN, REVOKED_CALLERS, ROOTS, Files
 from waypoint.engine_envoy.rendering import PROBE as PROBED
 from waypoint.engine_envoy.rendering import Rendering, probed
 from waypoint.engine_envoy.routes import refusing
@@ -37,6 +37,9 @@ _NAMES: Final = {
     "listener_manager.lds": "its listeners",
     "cluster_manager.cds": "its clusters",
     "extension_config_discovery.http_filter.tokens": "its rules about tokens",
+    OWN: "its certificate",
+    ROOTS: "whom it is to believe",
+    REVOKED_CALLERS: "whose certificates are revoked",
 }
 _REFUSED: Final = "Envoy does not take the configuration of this destination; its messages say why"
 
@@ -60,6 +63,8 @@ class Delivery:
         self._counted: dict[str, int] = {}
         """Rejections that are known, of this life of Envoy's."""
         self._rejecting: set[str] = set()
+        self._not_taken: dict[str, tuple[str, int]] = {}
+        """Versions of secrets that Envoy does not take, and in which of its lives."""
 
     def prepare(self, rendering: Rendering) -> None:
         """Lay out what the first Envoy starts with. Raises OSError."""
@@ -70,15 +75,25 @@ class Delivery:
     async def bring(self, rendering: Rendering, version: int) -> bool:
         """Return when all requests are served by it, or, which is False, by the former one, since Envoy does not take
         what this one needs. Each rendering has a `version`. Raises OSError for the files.
+
+        Where Envoy does not take who is revoked or believed, it is killed, and serves nobody until it does; without a
+        new certificate it goes on with the one that it has.
         """
         former = self._now
         wide = rendering if former is None else rendering.beside(former)
-        rejected = await self._taken(self._files.write_places(wide))
+        secrets = {name: (its, self._child.lives) for name, its in self._files.secrets.items()}
+        old = {name for name, its in secrets.items() if self._not_taken.get(name) == its}  # it does not say so again
+        wanted = {name: its for name, its in self._files.secrets.items() if name not in old}
+        rejected = old | await self._taken({**wanted, **self._files.write_places(wide)})
+        self._not_taken = {name: secrets[name] for name in rejected & secrets.keys()}
         routes = {name for name in rejected if name.startswith(_ROUTES)}
         self.problem = await self._told(rejected - routes)
         if self.problem:
             log.error("%s", self.problem)
-            if former is not None and rendering.needs != former.needs:
+            if rejected & {ROOTS, REVOKED_CALLERS}:
+                self._child.kill()
+                return False
+            if former is not None and rendering.needs != former.needs and rejected - routes - {OWN}:
                 await self._taken(self._files.write_places(former))
                 await self._served()
                 return False

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 from waypoint.engine_envoy.extensions import file_of
 from waypoint.engine_envoy.parts import Json, digest, message
@@ -21,6 +22,11 @@ _ROUTES = "config.route.v3.RouteConfiguration"
 _FILTER = "config.core.v3.TypedExtensionConfig"
 _SECRET = "extensions.transport_sockets.tls.v3.Secret"
 
+REVOKED_CALLERS: Final = "extension_config_discovery.http_filter.revoked"
+OWN: Final = "sds.own"
+ROOTS: Final = "sds.roots"
+"""As the statistics of what Envoy reads are named."""
+
 
 class Files:
     """Those of one Envoy."""
@@ -29,8 +35,10 @@ class Files:
         self._layout = layout
         self._written: dict[str, str] = {}
         """Path -> version."""
-        self._roots = ""
-        """The path of the newest."""
+        self._revocations: set[int] = set()
+        """Of whom is believed: those that something may still read."""
+        self.secrets: dict[str, str] = {}
+        """Versions of what `write_secrets` has written."""
 
     def clear(self) -> None:
         """Make room, and remove what processes have left that are gone. Raises OSError."""
@@ -46,17 +54,23 @@ class Files:
     ) -> None:
         """The waypoint's own certificate with its key, and whom it believes; PEM. Raises OSError.
 
-        `serials`: of the certificates in `revocations`. `revocation`: of which renderings (`Rendering.revocation`).
+        `serials`: of the certificates in `revocations`. `revocation`: of which renderings (`Rendering.revocation`);
+        former ones believe the same from now on.
         """
-        self._replace("revoked", "", [message(_FILTER, **revoked(serials))])
         pem = {"inline_string": chain_and_key.decode("ascii")}
-        self._replace("own", "", [message(_SECRET, name="own", tls_certificate=dict.fromkeys(_HALVES, pem))])
+        own = message(_SECRET, name="own", tls_certificate=dict.fromkeys(_HALVES, pem))
         context: Json = {"trusted_ca": {"inline_string": roots.decode("ascii")}}
         if revocations:
             context["crl"] = {"inline_string": revocations.decode("ascii")}
             context["only_verify_leaf_cert_crl"] = True
-        self._roots = self._layout.file("roots", str(revocation))
-        self._replace("roots", str(revocation), [message(_SECRET, name="roots", validation_context=context)])
+        believed = message(_SECRET, name="roots", validation_context=context)
+        self._revocations.add(revocation)
+        self.secrets = {
+            REVOKED_CALLERS: self._replace("revoked", "", [message(_FILTER, **revoked(serials))]),
+            OWN: self._replace("own", "", [own]),
+        }
+        for one in self._revocations:
+            self.secrets[ROOTS] = self._replace("roots", str(one), [believed])
 
     def write_bootstrap(self, bootstrap: Json) -> Path:
         """Raises OSError."""
@@ -94,7 +108,8 @@ class Files:
     def sweep(self, rendering: Rendering) -> None:
         """Remove what nothing of a rendering reads."""
         kept = {self._layout.file(kind) for kind in ("own", "revoked", "clusters", "listeners", "tokens")}
-        kept |= {self._roots, self._layout.file("roots", str(rendering.revocation))}
+        self._revocations = {rendering.revocation, max(self._revocations)}
+        kept |= {self._layout.file("roots", str(one)) for one in self._revocations}
         kept |= {self._layout.file("routes", name) for name in (*rendering.routes, "probe")}
         kept |= {self._layout.file("endpoints", name) for name in rendering.endpoints}
         kept |= {str(file_of(self._layout.directory, module)) for module in rendering.modules.values()}

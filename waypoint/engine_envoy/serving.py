@@ -203,10 +203,8 @@ class EnvoyServing:
 
     def renewed(self) -> None:
         """There is a new certificate, or list of revoked ones."""
-        before = self._revocation
         self._write_secrets()
-        if self._revocation != before:
-            self._changed.set()
+        self._changed.set()
 
     def _write_secrets(self) -> None:
         now = self._credentials.value
