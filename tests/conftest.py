@@ -32,10 +32,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 class _ByFile(LoadScopeScheduling):
-    """Files run side by side, but those that make labs: they look at what there is of labs on the whole machine."""
+    """Files run side by side, but those that make labs: of either directory one at a time, or they would take long."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "lab" if nodeid.startswith(_LABS) else nodeid.partition("::")[0]
+        labs = next((directory for directory in _LABS if nodeid.startswith(directory)), "")
+        return labs or nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:

@@ -18,10 +18,10 @@ from benchmarks import run
 from benchmarks.harness import selfcheck
 from benchmarks.harness.bench import Bench, BenchError, EndedError, Probe, Sample
 from benchmarks.harness.results import Check, Measure, Subject, read
-from benchmarks.lab.remains import left_of
 from benchmarks.load import LoadError
 from benchmarks.peers import pairs
 from control.cli.__main__ import main
+from tests.support import dead_labs, inside
 
 
 class Standing:
@@ -424,5 +424,4 @@ def test_a_run_that_is_told_again_and_again_to_end_leaves_nothing_and_no_traceba
     # The second of the first round: the order turns from round to round.
     assert found.find(found.measures[0].name, "uproxy").rounds
     assert (tmp_path / "out" / "report.html").exists()
-    # Other tests' labs come and go beside it: these names are of this suite.
-    assert not [name for name in left_of() if "uproxy-client" in name or "haproxy-tls" in name]
+    inside.eventually(lambda: not [name for name in dead_labs.left() if "uproxy-client" in name])

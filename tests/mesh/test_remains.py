@@ -82,10 +82,10 @@ def test_killed_owner_leaves_nothing(control: bool) -> None:
 
 def test_a_later_lab_sweeps_what_a_killed_reaper_left() -> None:
     with _owner() as (process, names, reaper):
+        assert remains.left_of(names.prefix)
         os.kill(reaper, signal.SIGKILL)
         process.kill()
         process.wait()
-        assert remains.left_of(names.prefix)
         with Lab() as other:
             assert not remains.left_of(names.prefix)
             assert remains.left_of(other.names.prefix)

@@ -324,7 +324,6 @@ def test_configuration_is_looked_at_in_processes_of_every_kind(tmp_path: Path) -
 
 
 @pytest.mark.root
-@pytest.mark.timeout(120)
 def test_everything_that_a_placement_runs_stands_and_is_charged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

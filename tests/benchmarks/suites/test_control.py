@@ -22,7 +22,6 @@ ONCE = ("whole", "published", "maps", "restart", "new", "new-all")
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(300)
 def test_every_change_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labs: list[Lab] = []
 

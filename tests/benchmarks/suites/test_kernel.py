@@ -59,7 +59,6 @@ def test_what_a_quick_run_measures_decides_on_every_target() -> None:
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(120)
 def test_every_subject_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labs: list[Lab] = []
 
@@ -95,7 +94,6 @@ def test_every_subject_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(120)
 def test_a_direct_path_that_is_not_taken_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connections are captured instead, and a listener answers there: the numbers alone would not tell."""
     lead = Node.lead_directly

@@ -19,7 +19,6 @@ TINY = Plan(sidecars=2, idle=20, seconds=0.3)
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(120)
 def test_every_kind_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labs: list[Lab] = []
 

@@ -122,7 +122,6 @@ def test_what_keeps_cores_awake_ends_with_who_started_it() -> None:
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(300)
 def test_every_subject_is_measured(tmp_path: Path) -> None:
     bench = Bench(Results("now", quick=True), tmp_path, quick=True)
     Paths(TINY).run(bench)
@@ -341,7 +340,6 @@ BAD = """\
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(300)
 def test_peers_that_do_not_start_or_die_are_reported_and_the_others_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,6 @@ PARTS = ("soak-caller", "soak-called", "soak-waypoint", "soak-node-a", "soak-nod
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(300)
 def test_every_program_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labs: list[Lab] = []
 

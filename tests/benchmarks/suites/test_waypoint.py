@@ -20,7 +20,6 @@ TINY = Plan((1, 2), protocols=("grpc",), routes=(1000,), shares=(50,), rounds=1,
 
 @pytest.mark.root
 @pytest.mark.mesh
-@pytest.mark.timeout(120)
 def test_every_waypoint_is_proven_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labs: list[Lab] = []
 
