@@ -222,11 +222,22 @@ def test_wasm_changes_heads_and_answers(suite: Suite, tmp_path: Path) -> None:
         assert (told.status, told.body) == (418, b"tea")
 
 
+@pytest.mark.parametrize("side", ["request", "response"])
 @pytest.mark.parametrize("name", ["x_uproxy_reason", "X_Uproxy_Caller", "x_forwarded_for", "Connection"])
-def test_wasm_does_not_answer_with_what_it_may_not_write(suite: Suite, name: str) -> None:
+def test_wasm_does_not_answer_with_what_it_may_not_write(suite: Suite, name: str, side: str) -> None:
     module = Module()
-    suite.apply(wasm(module.made(module.answer(418, "tea", **{name: "close"}))), attached("code"))
-    assert failed(suite.ask(), by="")
+    code = module.answer(418, "tea", **{name: "close"})
+    suite.apply(wasm(module.made(**{f"on_{side}": code})), attached("code"))
+    answer = suite.ask()
+    assert failed(answer, by="")
+    assert (answer.headers.get("x-uproxy-caller", ""), answer.body) == ("", b"a filter of this waypoint failed\n")
+
+
+def test_wasm_may_answer_in_place_of_a_response(suite: Suite) -> None:
+    module = Module()
+    suite.apply(wasm(module.made(on_response=module.answer(418, "tea", x_own="yes"))), attached("code"))
+    answer = suite.ask()
+    assert (answer.status, answer.headers["x-own"], answer.body) == (418, "yes", b"tea")
 
 
 @pytest.mark.parametrize("body", ["", "tea"])

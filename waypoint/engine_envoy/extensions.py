@@ -25,6 +25,14 @@ from waypoint.engine_envoy.rules import NotExpressibleError, NotThereError
 MAX_FILE: Final = 32 << 20
 """Bytes of a file of code."""
 
+REFUSED_TEXT: Final = "a filter of this waypoint failed\n"
+OF_THE_MESH: Final = tuple(f"{OURS}{name}" for name in ("reason", "policy", "caller"))
+"""What it says of requests."""
+FALSE_ANSWER: Final = "has(metadata.filter_metadata['uproxy.guard'].response) && ({})".format(
+    " || ".join(f"'{name}' in response.headers" for name in (*OF_THE_MESH, *sorted(UNTOUCHED - {"content-length"})))
+)
+"""A condition (CEL): an Extension's own answer, in place of a response that the guard behind has seen, has headers that
+it may not write. It comes past no guard. Envoy answers nothing by itself by then, and says where answers end."""
 _BEFORE: Final = "guard-before"
 _BEHIND: Final = "guard-behind"
 _LUA: Final = Path(__file__).with_name("lua")
@@ -128,7 +136,7 @@ def _guard(side: str, passed: Iterable[str]) -> Json:
 
 def _lua(own: str, script: str) -> Json:
     names = ", ".join(f"[{_quoted(name)}] = true" for name in sorted(UNTOUCHED))
-    known = f"local UNTOUCHED, OURS = {{{names}}}, {_quoted(OURS)}\n"
+    known = f"local UNTOUCHED, OURS, TEXT = {{{names}}}, {_quoted(OURS)}, {_quoted(REFUSED_TEXT)}\n"
     source = known + own + "".join((_LUA / name).read_text() for name in ("refuse.lua", script))
     return extension("lua", "extensions.filters.http.lua.v3.Lua", default_source_code={"inline_string": source})
 

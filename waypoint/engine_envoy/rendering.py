@@ -802,22 +802,32 @@ def _discovered(name: str, layout: Layout, kind: str) -> Json:
 def _refusals() -> Json:
     """What programs are told of refusals by filters (`x-uproxy-reason`)."""
 
-    def mapper(details: str, reason: str) -> Json:
-        asked = extension(
-            "details",
-            "extensions.access_loggers.filters.cel.v3.ExpressionFilter",
-            expression=f"response.code_details.startsWith('{details}')",
-        )
+    def mapper(expression: str, reason: str, **more: Any) -> Json:
+        kind = "extensions.access_loggers.filters.cel.v3.ExpressionFilter"
         told = [header("x-uproxy-reason", reason), header("x-request-id", "%REQ(X-REQUEST-ID)%")]
-        return {"filter": {"extension_filter": asked}, "headers_to_add": told}
+        return {
+            "filter": {"extension_filter": extension("asked", kind, expression=expression)},
+            "headers_to_add": [*told, *more.pop("also", ())],
+            **more,
+        }
+
+    def refused(details: str, reason: str) -> Json:
+        return mapper(f"response.code_details.startsWith('{details}')", reason)
 
     return {
         "mappers": [
-            mapper("rbac_access_denied", "policy"),
-            mapper("jwt_authn_access_denied", "token"),
-            mapper("ext_authz_", "external-authorization"),
-            mapper("fault_filter_abort", "fault"),
-            mapper("wasm_fail_stream", "extension"),
+            mapper(
+                extensions.FALSE_ANSWER,
+                "extension",
+                also=[header(name, "") for name in extensions.OF_THE_MESH[1:]],
+                status_code=503,
+                body={"inline_string": extensions.REFUSED_TEXT},
+            ),
+            refused("rbac_access_denied", "policy"),
+            refused("jwt_authn_access_denied", "token"),
+            refused("ext_authz_", "external-authorization"),
+            refused("fault_filter_abort", "fault"),
+            refused("wasm_fail_stream", "extension"),
         ]
     }
 

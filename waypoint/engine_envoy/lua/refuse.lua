@@ -1,7 +1,5 @@
 -- Answers for a filter that has failed. Before `sandbox.lua` and `guard.lua`, which Envoy runs as one script.
 
-local TEXT = "a filter of this waypoint failed\n"
-
 -- Captured before anybody's code runs, who may change what is global.
 local pairs, tostring, type, pcall, error = pairs, tostring, type, pcall, error
 local sub, lower = string.sub, string.lower
