@@ -23,9 +23,11 @@ from control.api import resources
 from control.api.address import parse_address
 from control.api.identity import SpiffeId
 from control.api.mesh import Mesh
+from control.api.problems import ResourceErrors
 from control.api.records import Record
 from control.client.state import Changes
 from control.server.ca import Authority
+from tests.support.beside_pair import Besides, running_beside
 from tests.support.envoy_waypoint import envoy_serving
 from tests.support.pair import DB_ADDRESS, Pair, Proxy, connected_pair, issued
 from tests.support.through_waypoint import WP, Recorder, Through, bound_pair, running_waypoint
@@ -37,6 +39,8 @@ from waypoint.telemetry import Exchange
 T = TypeVar("T")
 VERSIONS: Final = ("v1", "v2", "v3")
 _VIPS: Final = {"echo": "240.240.7.10", "echo-v1": "240.240.7.1", "echo-v2": "240.240.7.2", "echo-v3": "240.240.7.3"}
+_OWN: Final = {"v1": 9001, "v2": 9002, "v3": 9003}
+"""Ports of Service `echo` for each version, where there is no way to another Service."""
 _JUDGE: Final = """---
 apiVersion: v1
 kind: Service
@@ -81,11 +85,10 @@ metadata: {{name: {name}, namespace: shop, labels: {{istio.io/use-waypoint: wp}}
 spec:
   clusterIP: {vip}
   selector: {{app: echo}}
-  ports:
-  - {{name: http, port: 80, targetPort: {port}}}
-  - {{name: http-alt, port: 8080, targetPort: {port}}}
-  - {{name: http-8083, port: 8083, targetPort: {port}}}
+  ports: [{ports}]
 """
+_PORTS: Final = {"http": 80, "http-alt": 8080, "http-8083": 8083}
+"""Of each service."""
 
 
 @dataclass
@@ -113,7 +116,8 @@ class Echo:
     """One version of the application."""
 
     name: str
-    port: int = 0
+    ports: dict[int, int] = field(default_factory=dict)
+    """Port of a service -> where that is."""
     seen: list[dict[str, Any]] = field(default_factory=list)
     """Every request that it got."""
     failures: Counter[str] = field(default_factory=Counter)
@@ -181,10 +185,14 @@ class Running:
     """Returns when requests are served by what the pair's state says."""
 
     @classmethod
-    def built_in(cls, through: Through) -> Running:
+    def built_in(cls, through: Through | Besides) -> Running:
         async def at_once() -> None: ...
 
         return cls(through.pair, through.telemetry, at_once)
+
+
+class NotBesideError(Exception):
+    """What was to be applied needs another placement than beside the workload, and was refused for that by name."""
 
 
 class Suite:
@@ -230,17 +238,25 @@ class Suite:
         """These resources, and the services; whatever was applied before is gone. `spare`: services that are not there.
         `bound_judge`: whether Service `judge` is bound to this waypoint.
 
-        Raises ResourceErrors.
+        Raises ResourceErrors, NotBesideError.
         """
         services = "".join(
-            _SERVICE.format(name=name, vip=vip, port=self.echoes[name[5:] or "v1"].port)
+            _SERVICE.format(name=name, vip=vip, ports=self._ports(name))
             for name, vip in _VIPS.items()
             if name not in spare
         ) + _JUDGE.format(port=self._judge.port, labels="istio.io/use-waypoint: wp" if bound_judge else "")
-        mesh = Mesh.build(
-            resources.parse("---\n".join([_WORKLOADS.replace("ENGINE", self.engine) + services, *texts]), "f.yaml"),
-            "cluster.local",
-        )
+        wanted = _WORKLOADS.replace("ENGINE", self.engine)
+        if self.engine == BESIDE:
+            wanted = wanted.replace("mesh.uproxy.dev/engine: beside", "mesh.uproxy.dev/placement: sidecar")
+            wanted = wanted.replace(", labels: {gateway.networking.k8s.io/gateway-name: wp}", "")
+            texts = tuple(_within_echo(text) for text in texts)
+        wanted = "---\n".join([wanted + services, *texts])
+        try:
+            mesh = Mesh.build(resources.parse(wanted, "f.yaml"), "cluster.local")
+        except ResourceErrors as errors:
+            if self.engine == BESIDE and all("placement sidecar" in str(one) for one in errors.errors):
+                raise NotBesideError(str(errors)) from None
+            raise
         self.warnings = [str(warning) for warning in mesh.warnings]
         records: dict[str, Record] = {
             f"{type(record).__name__} {getattr(record, 'key', record)}": record
@@ -267,6 +283,16 @@ class Suite:
 
         self._run(take())
         self._applied = records
+
+    def _ports(self, name: str) -> str:
+        """Of a service, in YAML."""
+        echo = self.echoes[name[5:] or "v1"]
+        found = {named: (port, echo) for named, port in _PORTS.items()}
+        if self.engine == BESIDE and name == "echo":
+            found |= {f"http-{one}": (port, self.echoes[one]) for one, port in _OWN.items()}
+        return ", ".join(
+            f"{{name: {named}, port: {port}, targetPort: {one.ports[port]}}}" for named, (port, one) in found.items()
+        )
 
     def ask(
         self,
@@ -336,6 +362,14 @@ class Suite:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
 
+def _within_echo(text: str) -> str:
+    """A route of Service `echo` that leads to its own ports instead of to the versions' Services."""
+    if "parentRefs: [{kind: Service, name: echo-" not in text:
+        for name, port in _OWN.items():
+            text = text.replace(f"name: echo-{name}, port: 8080", f"name: echo, port: {port}")
+    return text
+
+
 async def _answer(reader: asyncio.StreamReader, method: str) -> Answer:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers: dict[str, str] = {}
@@ -390,7 +424,17 @@ async def _envoy(directory: Path, authority: Authority, app_port: int) -> AsyncI
             yield Running(pair, telemetry, applied)
 
 
-ENGINES: Final = {"built-in": _built_in, "envoy": _envoy}
+@contextlib.asynccontextmanager
+async def _beside(directory: Path, authority: Authority, app_port: int) -> AsyncIterator[Running]:
+    async with running_beside(directory, authority, app_port, "http") as besides:
+        yield Running.built_in(besides)
+
+
+BESIDE: Final = "beside"
+"""The built-in engine, beside the workload: a version of the application is a port of Service `echo`, since a route
+leads to no other Service there.
+"""
+ENGINES: Final = {"built-in": _built_in, "envoy": _envoy, BESIDE: _beside}
 
 
 @contextlib.contextmanager
@@ -404,12 +448,21 @@ def running_suite(directory: Path, engine: str = "built-in") -> Iterator[Suite]:
 
     async def main() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            for echo in (*echoes.values(), judge):
-                server = await asyncio.start_server(echo.serve, DB_ADDRESS, 0)
+
+            async def listen(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> int:
+                server = await asyncio.start_server(serve, DB_ADDRESS, 0)
                 stack.callback(server.close)
-                echo.port = server.sockets[0].getsockname()[1]
+                found: int = server.sockets[0].getsockname()[1]
+                return found
+
+            judge.port = await listen(judge.serve)
+            for name, echo in echoes.items():
+                if engine == BESIDE:  # which is told the workload's port, and not the service's
+                    echo.ports = {port: await listen(echo.serve) for port in (*_PORTS.values(), _OWN[name])}
+                else:
+                    echo.ports = dict.fromkeys(_PORTS.values(), await listen(echo.serve))
             waypoint = await stack.enter_async_context(
-                ENGINES[engine](directory / "identities", authority, echoes["v1"].port)
+                ENGINES[engine](directory / "identities", authority, echoes["v1"].ports[80])
             )
             address, pair = parse_address("127.0.77.4"), waypoint.pair
             identity = issued(authority, directory / "identities" / "consumer", CONSUMER)

@@ -26,6 +26,7 @@ from control.client.state import State
 from control.server.ca import Authority
 from tests.support.certificates import DB, WEB, identity_dir
 from uproxy import plane
+from uproxy.beside import Beside
 from uproxy.connections import Connections
 from uproxy.inbound import Inbound
 from uproxy.outbound import Outbound, Self
@@ -54,14 +55,18 @@ class Recorder(Telemetry):
 class Proxy:
     """One of the two."""
 
-    def __init__(self, data_plane: Plane, state: State, own: Self, identity: Path) -> None:
+    def __init__(
+        self, data_plane: Plane, state: State, own: Self, identity: Path, beside: Beside | None = None
+    ) -> None:
         credentials = Credentials.load(identity)
         contexts = client_context(credentials), server_context(credentials)
         self.telemetry = Recorder()
         self.connections = Connections()
         self.pool = Pool(data_plane, lambda: contexts[0], own.addresses)
         self.outbound = Outbound(data_plane, state, self.pool, self.connections, self.telemetry, own)
-        self.inbound = Inbound(data_plane, state, lambda: contexts[1], self.connections, self.telemetry, own)
+        self.inbound = Inbound(
+            data_plane, state, lambda: contexts[1], self.connections, self.telemetry, own, beside=beside
+        )
 
 
 @dataclass
@@ -150,8 +155,10 @@ def issued(authority: Authority, directory: Path, identity: SpiffeId) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def running_pair(directory: Path, authority: Authority, app_port: int) -> AsyncIterator[Pair]:
-    """Start both; `app_port` is where db's application listens, on 127.0.77.2."""
+async def running_pair(
+    directory: Path, authority: Authority, app_port: int, beside: Beside | None = None
+) -> AsyncIterator[Pair]:
+    """Start both; `app_port` is where db's application listens, on 127.0.77.2. `beside`: what stands beside db."""
     data_plane = Plane(asyncio.get_running_loop())
     state = State("cluster.local")
     service = Service("shop", "db", (VIP,), (ServicePort("", SERVICE_PORT, app_port, ""),), {}, (DB,))
@@ -164,8 +171,9 @@ async def running_pair(directory: Path, authority: Authority, app_port: int) -> 
             state,
             Self(f"shop/{name}", str(identity), identity.trust_domain, (address,)),
             issued(authority, directory / name, identity),
+            stands,
         )
-        for name, identity, address in (("web", WEB, WEB_ADDRESS), ("db", DB, DB_ADDRESS))
+        for name, identity, address, stands in (("web", WEB, WEB_ADDRESS, None), ("db", DB, DB_ADDRESS, beside))
     )
     db.inbound.config_changed(changes)
     listener = socket.create_server((DB_ADDRESS, 15008))

@@ -1,10 +1,14 @@
-"""gRPC's own interoperability cases, by grpcio, through a waypoint: what is seen is what is seen without it."""
+"""gRPC's own interoperability cases, by grpcio, through a waypoint, between two uProxies or beside the workload: what
+is seen is what is seen without it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,9 @@ import pytest
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
 from control.server.ca import Authority
 from tests.support import grpc_interop
+from tests.support.beside_pair import Besides, running_beside
 from tests.support.pair import DB_ADDRESS
-from tests.support.through_waypoint import running_waypoint, settled
+from tests.support.through_waypoint import Through, running_waypoint, settled
 from uproxy import plane
 
 Seen = dict[str, object]
@@ -39,7 +44,9 @@ async def called(address: str, port: int) -> Seen:
     return json.loads(told)
 
 
-async def both_ways(directory: Path) -> tuple[Seen, Seen, list[tuple[str, str]]]:
+async def both_ways(
+    directory: Path, start: Callable[..., AbstractAsyncContextManager[Through | Besides]]
+) -> tuple[Seen, Seen, list[tuple[str, str]]]:
     authority = Authority.create(directory / "ca", "cluster.local")
     server = await asyncio.create_subprocess_exec(
         *_PEER, "serve", DB_ADDRESS, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
@@ -48,7 +55,7 @@ async def both_ways(directory: Path) -> tuple[Seen, Seen, list[tuple[str, str]]]
     try:
         port = int(await server.stdout.readline())
         without = await called(DB_ADDRESS, port)
-        async with running_waypoint(directory, authority, port, "grpc") as through, through.door() as door:
+        async with start(directory, authority, port, "grpc") as through, through.door() as door:
             through.pair.apply(DENIED)
             seen = await called(_LOCAL, door)
             through.pair.plane.run(through.gateway.close_idle)
@@ -71,9 +78,12 @@ async def both_ways(directory: Path) -> tuple[Seen, Seen, list[tuple[str, str]]]
     return without, seen, logged
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen, list[tuple[str, str]]]:
-    return plane.run(both_ways(tmp_path_factory.mktemp("grpc")))
+@pytest.fixture(scope="module", params=["between", "beside"])
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Seen, Seen, list[tuple[str, str]]]:
+    start = running_waypoint if request.param == "between" else running_beside
+    return plane.run(both_ways(tmp_path_factory.mktemp("grpc"), start))
 
 
 @pytest.mark.parametrize("case", [case for case in grpc_interop.CASES if case != "refused"])

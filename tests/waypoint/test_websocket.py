@@ -1,4 +1,6 @@
-"""WebSockets through a waypoint: the same as without it, by HTTP/1.1 and HTTP/2 (RFC 8441) on either side."""
+"""WebSockets through a waypoint, between two uProxies or beside the workload: the same as without it, by HTTP/1.1 and
+HTTP/2 (RFC 8441) on either side.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import pytest
 
 from control.api.policy import Action, AuthorizationPolicy, Operation, Rule, Target
 from control.server.ca import Authority
+from tests.support.beside_pair import running_beside
 from tests.support.http2_peer import Headers, Http2Peer, Message, served_by, speaking
 from tests.support.pair import DB_ADDRESS
 from tests.support.through_waypoint import Server, Through, run_through, running_waypoint, settled
@@ -128,7 +131,7 @@ async def asked_by_http2(peer: Http2Peer, case: str) -> Seen:
     return bytes(message.body), "end" if message.ended else f"reset {message.reset}"
 
 
-async def all_cases(directory: Path, caller: str, server: str) -> dict[str, Seen]:
+async def all_cases(directory: Path, caller: str, server: str, *, beside: bool = False) -> dict[str, Seen]:
     """What is seen of each."""
     serve, protocol = SERVERS[server]
     serving = 0
@@ -149,7 +152,8 @@ async def all_cases(directory: Path, caller: str, server: str) -> dict[str, Seen
                 found[case] = await asked_by_http1(*await asyncio.open_connection(DB_ADDRESS, port), case)
             return found
         authority = Authority.create(directory / "ca", "cluster.local")
-        async with running_waypoint(directory, authority, port, protocol) as through, asyncio.timeout(100):
+        start = running_beside if beside else running_waypoint
+        async with start(directory, authority, port, protocol) as through, asyncio.timeout(100):
             if caller == "1.1":
                 seen = {case: await asked_by_http1(*await through.open(), case) for case in CASES}
             else:
@@ -170,10 +174,10 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Seen]:
     return plane.run(all_cases(tmp_path_factory.mktemp("without"), "without", "1.1"))
 
 
-@pytest.fixture(scope="module", params=["1.1 to 1.1", "1.1 to 2", "2 to 1.1", "2 to 2"])
+@pytest.fixture(scope="module", params=["1.1 to 1.1", "1.1 to 2", "2 to 1.1", "2 to 2", "2 to 1.1 beside"])
 def through_it(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Seen]:
-    caller, _, server = request.param.partition(" to ")
-    return plane.run(all_cases(tmp_path_factory.mktemp("through"), caller, server))
+    caller, _, server, *beside = request.param.split()
+    return plane.run(all_cases(tmp_path_factory.mktemp("through"), caller, server, beside=bool(beside)))
 
 
 @pytest.mark.parametrize("case", CASES)

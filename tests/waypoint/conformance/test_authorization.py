@@ -185,7 +185,7 @@ def test_tokens(suite: Suite) -> None:
     assert taken.status == 200
     assert (taken.echoed["headers"]["x-user"], "authorization" in taken.echoed["headers"]) == ("alice", False)
     # As Istio's Envoy says it: a valid token, and not for this service.
-    assert suite.ask(authorization=token(aud="other")).status == (401 if suite.engine == "built-in" else 403)
+    assert suite.ask(authorization=token(aud="other")).status == (403 if suite.engine == "envoy" else 401)
     for bad in (
         token(aud="echo", exp=1),
         token(aud="echo", iss="https://nobody.example"),
