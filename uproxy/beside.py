@@ -69,6 +69,9 @@ class Beside:
         self._whole: dict[str, bytes] = {}
         """What files say, by topic."""
         self._standing: _Standing | None = None
+        """Where streams go."""
+        self._next: _Standing | None = None
+        """Another Gateway's, in its place as soon as it serves: until then nothing is lost."""
         self._waiting: list[Waiter[None]] = []
         self._moved = asyncio.Event()
         self._restarts: int | None = None
@@ -78,44 +81,59 @@ class Beside:
     def begin(self, group: asyncio.TaskGroup) -> None:
         """Its tasks may run from now on."""
         self._group = group
-        if self._standing is not None:
-            self._standing.begin(group)
+        for standing in self._all():
+            standing.begin(group)
 
     def follow(self, sidecar: Sidecar | None) -> None:
         """What the configuration says now."""
         wanted = "" if sidecar is None else sidecar.gateway
-        if self._ended or wanted == self.gateway:
+        if self._ended or wanted == (self.gateway if self._next is None else self._next.gateway):
             return
-        if self._standing is not None:
+        if self._next is not None:
+            self._let_go(self._next)
+            self._next = None
+        # What files say the former one has taken already, and serves nothing any more.
+        goes_on = bool(wanted) and self._serves and self._make_feed is not None
+        if self._standing is not None and not goes_on:
             self._let_go(self._standing)
             self._standing = None
-        if wanted:
+        if wanted and wanted != self.gateway:
             log.info("a process of waypoint %s is started beside this workload", wanted)
             self._count_restarts()
             settings = {**self._settings, "gateway": wanted}
             try:
-                self._standing = _Standing(
-                    wanted, self._plane, self._telemetry, settings, self._changed, self._make_feed
-                )
+                standing = _Standing(wanted, self._plane, self._telemetry, settings, self._changed, self._make_feed)
             except (OSError, ValueError) as error:  # what goes through it alone is refused
                 log.error("no process of waypoint %s can be started: %s", wanted, error)
+                if self._standing is not None:
+                    self._let_go(self._standing)
+                    self._standing = None
                 return
-            self._standing.take(list(self._whole.items()))
+            if self._standing is None:
+                self._standing = standing
+            else:
+                self._next = standing
+                if self._standing.feed is not None:
+                    self._standing.feed.leave()
+            standing.take(list(self._whole.items()))
             if self._group is not None:
-                self._standing.begin(self._group)
+                standing.begin(self._group)
         self._on_change()
 
     def take(self, batch: Batch) -> None:
         """A batch of what files say."""
         if self._make_feed is None:
             self._whole.update(batch)
-            if self._standing is not None:
-                self._standing.take(batch)
+            for standing in self._all():
+                standing.take(batch)
 
     @property
     def gateway(self) -> str:
         """Key of the Gateway whose process stands here; empty: none does."""
         return self._standing.gateway if self._standing is not None else ""
+
+    def _all(self) -> list[_Standing]:
+        return [one for one in (self._standing, self._next) if one is not None]
 
     def missing(self) -> tuple[str, ...]:
         """What keeps it from serving."""
@@ -160,23 +178,28 @@ class Beside:
         return self._standing.connect(header)
 
     def in_force(self, known: Knowledge) -> Knowledge:
-        """What of all that is known holds for every connection; not whole while it is missing."""
-        return known if self._standing is None else self._standing.in_force(known)
+        """What of all that is known holds for every connection; not whole while it, or the next one, is missing."""
+        for standing in self._all():
+            known = standing.in_force(known)
+        return known
 
     def renewed(self) -> None:
         """There is a new certificate."""
-        if self._standing is not None and self._standing.feed is not None:
-            self._standing.feed.renewed()
+        for standing in self._all():
+            if standing.feed is not None:
+                standing.feed.renewed()
 
     async def save(self) -> None:
-        """Have what it is fed with on disk, for a successor."""
-        if self._standing is not None and self._standing.feed is not None:
-            await self._standing.feed.save()
+        """Have what it, or the next one, is fed with on disk, for a successor."""
+        for standing in self._all()[-1:]:
+            if standing.feed is not None:
+                await standing.feed.save()
 
     def leave(self) -> None:
         """Another process keeps that from here on."""
-        if self._standing is not None and self._standing.feed is not None:
-            self._standing.feed.leave()
+        for standing in self._all():
+            if standing.feed is not None:
+                standing.feed.leave()
 
     # -- operators
 
@@ -186,8 +209,8 @@ class Beside:
 
     def reopen_log(self) -> None:
         """The access log's file was moved away."""
-        if self._standing is not None:
-            self._standing.workers.reopen_log()
+        for standing in self._all():
+            standing.workers.reopen_log()
 
     def live(self) -> asyncio.Future[Listing] | None:
         """Requests that are under way there."""
@@ -204,14 +227,17 @@ class Beside:
     async def drain(self, timeout_s: float, grace_s: float) -> None:
         """Let what is under way there end. What was handed over before this is taken; nothing more is handed over."""
         self._ended = True
+        if self._next is not None:
+            self._next.close()
+            self._next = None
         if self._standing is not None:
             await self._standing.workers.drain(timeout_s, grace_s)
 
     def close(self) -> None:
         self._ended = True
-        if self._standing is not None:
-            self._standing.close()
-            self._standing = None
+        for standing in self._all():
+            standing.close()
+        self._standing = self._next = None
 
     def _let_go(self, standing: _Standing) -> None:
         """Nothing new goes there; what is under way may end."""
@@ -238,6 +264,10 @@ class Beside:
         )
 
     def _changed(self) -> None:
+        if self._next is not None and not (self._next.missing() and self._serves):
+            former, self._standing, self._next = self._standing, self._next, None
+            if former is not None:
+                self._let_go(former)
         if not self.missing():
             self._plane.run(self._wake)
         self._moved.set()

@@ -307,11 +307,17 @@ class Ports:
         return tuple((port, self._located(binding, workload)) for port, binding in self._bindings(workload.key))
 
     def sidecar(self, workload: Workload) -> Sidecar | None:
-        """What its uProxy starts. Of several, which are warned of, the first one that streams go through."""
+        """What its uProxy starts. Of several, which are warned of, the first one that streams go through.
+
+        A service that moves from one to another has that which its callers go through: the previous one, then the new.
+        """
         found: dict[str, set[int]] = {}
         for port, standings in self._standing.get(workload.key, {}).items():
             for standing in standings.values():
-                for gateway_key in filter(self._is_sidecar, standing.gateways):
+                those = tuple(filter(self._is_sidecar, standing.gateways))
+                if standing.binding is not None and standing.binding.gateway in those:
+                    those = (standing.binding.gateway,)
+                for gateway_key in those:
                     ports = found.setdefault(gateway_key, set())
                     # Before that, and after it, callers go past it.
                     if standing.binding is not None or standing.enforced:

@@ -57,6 +57,27 @@ spec:
   rules: [{to: [{operation: {methods: [DELETE]}}]}]
 """
 
+_ANOTHER = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata:
+  name: zz
+  namespace: shop
+  labels: {istio.io/waypoint-for: service}
+  annotations: {mesh.uproxy.dev/placement: sidecar}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-put, namespace: shop}
+spec:
+  action: DENY
+  targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: zz}]
+  rules: [{to: [{operation: {methods: [PUT]}}]}]
+"""
+
 
 def _site(directory: Path, network: str = NETWORK) -> Site:
     site = Site.create(directory, network)
@@ -341,6 +362,15 @@ def test_a_label_brings_it_into_force_step_by_step_and_it_outlives_broker_and_co
 
         eventually(is_enforced, PATIENCE_S)
         assert passes_it(site)
+        control.apply(_ANOTHER)
+        control.plane.core.relabel(("Service", "shop", "db"), labels={"istio.io/use-waypoint": "zz"})
+
+        def has_moved() -> bool:
+            assert passes_it(site), "no request fails on the way, or goes past both"
+            return asked("PUT", site).status == 403
+
+        eventually(has_moved, PATIENCE_S)
+        assert beside(f"{OTHER}.2")["gateway"] == "shop/zz"
         eventually(lambda: (tmp_path / "db" / STATE_FILE).exists(), PATIENCE_S)
         control.stop()
         broker.stop()

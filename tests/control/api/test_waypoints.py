@@ -625,6 +625,13 @@ def test_streams_go_through_it_from_when_callers_would(standing, ports):
     assert seen is None or seen.gateway == "shop/far"
 
 
+@pytest.mark.parametrize("through", ["shop/old", "shop/wp"])
+def test_a_service_that_moves_from_one_to_another_has_that_which_its_callers_go_through(through):
+    both = Standing(("shop/old", "shop/wp"), True, Binding(through, Via.WAYPOINT))
+    mesh = build(*BESIDE, placed("sidecar").replace("name: wp,", "name: old,"), standings={WEB: both})
+    assert sidecar_of(mesh) == Sidecar(through, (8080,))
+
+
 @pytest.mark.parametrize(
     ("texts", "problem"),
     [
