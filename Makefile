@@ -8,7 +8,7 @@ PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 # Test files in the order of their names, one after the other on each core.
 SIDE_BY_SIDE := -n auto --no-loadscope-reorder
 
-.PHONY: help setup packages bpf demo test kernels lint check fix bench guard soak fuzz properties clean
+.PHONY: help setup packages bpf demo test kernels lint check fix bench publish guard soak fuzz properties clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ fix: setup  ## Format, and mend what the linter can
 
 bench: setup  ## Measure the mesh against its peers; under an hour
 	$(BIN)/meshctl bench run
+
+publish: setup  ## Put the benchmark run RUN=bench-... where docs/benchmarks shows it
+	$(BIN)/python -m benchmarks.publish $(RUN)
 
 guard: setup  ## Count what the data plane costs, and compare it with the baseline (a part of the tests)
 	$(BIN)/python -m benchmarks.guard

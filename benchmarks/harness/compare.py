@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.harness.results import FILE, Ratio, Results, ResultsError, read
+from benchmarks.harness.results import FILE, PACKED, Ratio, Results, ResultsError, read
 from benchmarks.harness.statistics import agree
 
 Verdict = Literal["agree", "moved", "only in A", "only in B"]
@@ -37,8 +37,11 @@ class Row:
 
 
 def load(path: Path) -> Results:
-    """A results.json, or a directory with one in it. Raises ResultsError."""
-    return read(path / FILE if path.is_dir() else path)
+    """A results.json, or a directory with one in it, compressed or not. Raises ResultsError."""
+    if not path.is_dir():
+        return read(path)
+    packed = path / PACKED
+    return read(packed if packed.exists() else path / FILE)
 
 
 def compare(a: Results, b: Results) -> list[Row]:

@@ -8,6 +8,7 @@ nothing else is ever compared inside a report: absolute times belong to the mach
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 SCHEMA = 1
 FILE = "results.json"
+PACKED = f"{FILE}.xz"
+"""The same, compressed, as it is published."""
 """What a run is called in its directory."""
 
 Better = Literal["less", "more"]
@@ -203,9 +206,11 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """What `Results.write` wrote. Raises ResultsError."""
+    """What `Results.write` wrote, compressed or not. Raises ResultsError."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_text())
+    except lzma.LZMAError as error:
+        raise ResultsError(f"{path} is not compressed by xz ({error}); give the results.json of a run") from error
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; give the results.json of a run") from error
     except ValueError as error:

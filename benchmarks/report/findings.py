@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from benchmarks.harness.histogram import Histogram, count, merge, percentile, width
 from benchmarks.harness.results import Better, Measure, Ratio, Results, Series, Subject, Target
-from benchmarks.report.wording import NAMES, UNITS, percent, question
+from benchmarks.report.wording import NAMES, UNITS, percent, question, times
 
 ASIDE: Final = frozenset({"taken_s", "operations"})
 """Details that say how a round was taken, not what it found."""
@@ -43,10 +43,26 @@ Verdict = Literal["better", "worse", "unclear"]
 
 @dataclass(frozen=True, slots=True)
 class Loss:
+    """A ratio with the whole interval on one side of 1; a gain has a factor below 1."""
+
     ratio: Ratio
     measure: Measure
     factor: float
     """How many times worse than the baseline, by the median."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What one suite says of ours."""
+
+    suite: str
+    losses: Sequence[Loss]
+    """The worst first."""
+    gains: Sequence[Loss]
+    """The best first."""
+    unclear: int
+    """Ratios whose interval holds 1."""
+    targets: Sequence[Target]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +164,41 @@ class Findings:
 
     def losses(self) -> list[Loss]:
         """The worst first."""
-        lost = [
+        return sorted(self._decided("worse"), key=lambda one: (-one.factor, *_place(one)))
+
+    def gains(self) -> list[Loss]:
+        """The best first."""
+        return sorted(self._decided("better"), key=lambda one: (one.factor, *_place(one)))
+
+    def _decided(self, wanted: Verdict) -> list[Loss]:
+        return [
             Loss(ratio, measure, factor(ratio, measure))
             for ratio, measure in self.ours()
-            if verdict(ratio, measure) == "worse"
+            if verdict(ratio, measure) == wanted
         ]
-        return sorted(lost, key=lambda loss: (-loss.factor, loss.measure.name, loss.ratio.subject, loss.ratio.key))
+
+    def tallies(self) -> list[Tally]:
+        """A line for each suite; parts of a suite ("kernel/direct") are one."""
+        lost, gained = self.losses(), self.gains()
+        unclear = [measure for ratio, measure in self.ours() if verdict(ratio, measure) == "unclear"]
+        return [
+            Tally(
+                suite,
+                [one for one in lost if _whole(one.measure.suite) == suite],
+                [one for one in gained if _whole(one.measure.suite) == suite],
+                sum(_whole(measure.suite) == suite for measure in unclear),
+                [one for one in self.results.targets if _whole(one.measure) == suite],
+            )
+            for suite in dict.fromkeys(map(_whole, self.suites()))
+        ]
+
+
+def _place(one: Loss) -> tuple[str, str, str]:
+    return one.measure.name, one.ratio.subject, one.ratio.key
+
+
+def _whole(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def direction(key: str, measure: Measure) -> Better | None:
@@ -176,6 +221,24 @@ def factor(ratio: Ratio, measure: Measure) -> float:
     if direction(ratio.key, measure) == "less":
         return ratio.median
     return 1 / ratio.median if ratio.median > 0 else math.inf
+
+
+def furthest(decided: Sequence[Loss]) -> str:
+    """`2.54 times: round trip, 64 B, of uproxy`: the first of them, by the ratio itself."""
+    if not decided:
+        return ""
+    one = decided[0]
+    return f"{times(one.ratio.median)}: {question(one.measure)} ({one.ratio.subject} / {one.ratio.baseline})"
+
+
+def met(targets: Sequence[Target]) -> str:
+    """`2 of 5 met, 1 not measured`."""
+    if not targets:
+        return ""
+    missing = sum(one.met is None for one in targets)
+    return f"{sum(one.met is True for one in targets)} of {len(targets)} met" + (
+        f", {missing} not measured" if missing else ""
+    )
 
 
 def outcome(target: Target) -> str:

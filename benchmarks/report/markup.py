@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 
@@ -16,7 +17,7 @@ class Html(str):
 
 def text(content: str) -> Html:
     """Text from anywhere. What HTML forbids (controls, lone surrogates) and what could reorder a line is a `?`."""
-    return content if isinstance(content, Html) else Html(escape(printable(" ".join(content.split()))))
+    return content if isinstance(content, Html) else Html(escape(printable(re.sub(r"\s+", " ", content))))
 
 
 def tag(name: str, /, *content: str, **attributes: str | float) -> Html:

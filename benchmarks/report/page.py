@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from benchmarks.harness.results import Results
+from benchmarks.harness.results import FILE, Results
 from benchmarks.report import placements, predictions, verdicts, wording
 from benchmarks.report.findings import Findings
 from benchmarks.report.groups import section
@@ -30,14 +30,14 @@ QUICK: Final = (
 )
 
 
-def write(results: Results, directory: Path) -> Path:
-    """Make report.html, to lie beside results.json and results.csv. Raises OSError."""
+def write(results: Results, directory: Path, data: str = FILE) -> Path:
+    """Make report.html, to lie beside the file `data` and results.csv. Raises OSError."""
     path = directory / "report.html"
-    path.write_text(page(results), encoding="utf-8")
+    path.write_text(page(results, data), encoding="utf-8")
     return path
 
 
-def page(results: Results) -> str:
+def page(results: Results, data: str = FILE) -> str:
     """The same results give the same page, byte for byte."""
     findings = Findings(results)
     title = f"uProxy benchmarks, {wording.moment(results.created)}"
@@ -51,8 +51,9 @@ def page(results: Results) -> str:
         tag("p", _what(results)),
         verdicts.summary(findings),
         _contents(findings),
-        verdicts.losses(findings),
         placements.section(findings),
+        verdicts.losses(findings),
+        verdicts.tallies(findings),
         predictions.section(findings),
         verdicts.targets(findings),
         verdicts.checks(results.checks),
@@ -63,7 +64,7 @@ def page(results: Results) -> str:
         tag("h2", "Machine and conditions", id="machine"),
         _fields("The machine", results.machine),
         _fields("The conditions", {name: said for name, said in results.conditions.items() if name not in special}),
-        _files(),
+        _files(data),
     )
     head = tag(
         "head",
@@ -87,8 +88,9 @@ def _what(results: Results) -> str:
 
 
 def _contents(findings: Findings) -> Html:
-    links = [("losses", "Where we lose")]
-    links += [("placements", "Where should an L7 proxy live?")] if placements.section(findings) else []
+    links = [("placements", "Where should an L7 proxy live?")] if placements.section(findings) else []
+    links += [("losses", "Where we lose")]
+    links += [("tallies", "Suite by suite")] if findings.measures else []
     links += [("predictions", "Predictions")] if findings.results.predictions else []
     links += [("targets", "Targets")]
     links += [("checks", "Checks")] if findings.results.checks else []
@@ -137,9 +139,9 @@ def _fields(caption: str, fields: Mapping[str, str]) -> Html:
     return tag("div", tag("table", tag("caption", caption), tag("tbody", *lines), class_="fields"), class_="scroll")
 
 
-def _files() -> Html:
+def _files(data: str) -> Html:
     items = [
-        tag("li", tag("a", "results.json", href="results.json"), ": everything, with every round and every histogram"),
+        tag("li", tag("a", data, href=data), ": everything, with every round and every histogram"),
         tag(
             "li",
             tag("a", "results.csv", href="results.csv"),

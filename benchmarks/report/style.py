@@ -97,6 +97,8 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; bo
 thead th, thead td { border-bottom: 1.5px solid var(--soft); font-weight: 600; vertical-align: bottom; }
 thead .number { white-space: normal; }
 tbody th { font-weight: 400; }
+tbody th:first-child, thead td:first-child { position: sticky; left: 0; background: var(--page); }
+summary { color: var(--link); cursor: pointer; }
 tbody th:first-child { min-width: 8rem; }
 tbody.measure > tr > th:last-of-type { min-width: 0; }
 tbody.measure > tr:first-child > th:first-child { font-weight: 600; min-width: 8rem; max-width: 14rem; }

@@ -8,10 +8,12 @@ from typing import Final
 
 from benchmarks.harness.results import Check, Ratio, Target
 from benchmarks.report import wording
-from benchmarks.report.findings import Findings, direction, outcome, verdict
+from benchmarks.report.findings import Findings, direction, furthest, met, outcome, verdict
 from benchmarks.report.markup import Html, join, tag, text
 from benchmarks.report.plot import Row, Scale, logarithmic, strip
 
+SHOWN: Final = 12
+"""Losses that are seen at once; the others are a tap away."""
 LEVEL: Final = (0.8, 1.25)
 """Every axis of ratios reaches at least so far: an interval that is drawn large means something."""
 
@@ -48,16 +50,42 @@ def failures(findings: Findings) -> Html:
 def summary(findings: Findings) -> Html:
     """One sentence on ratios, one on targets."""
     said = [verdict(ratio, measure) for ratio, measure in findings.ours()]
-    met = [target.met for target in findings.results.targets]
+    decided = [target.met for target in findings.results.targets]
     sentences = []
     if said:
         sentences.append(
             f"Ratios of uProxy's values to its baselines': {said.count('better')} better, {said.count('worse')} worse, "
             f"{said.count('unclear')} without a difference that this run can show."
         )
-    if met:
-        sentences.append(f"Targets: {met.count(True)} met, {met.count(False)} not met, {met.count(None)} not measured.")
+    if decided:
+        yes, no, open_ = map(decided.count, (True, False, None))
+        sentences.append(f"Targets: {yes} met, {no} not met, {open_} not measured.")
     return tag("p", " ".join(sentences)) if sentences else Html()
+
+
+def tallies(findings: Findings) -> Html:
+    """Suite by suite: how many ratios are worse and better, the furthest of each, and targets."""
+    found = findings.tallies()
+    if not found:
+        return Html()
+    body = [
+        tag(
+            "tr",
+            tag("th", one.suite, scope="row"),
+            tag("td", str(len(one.losses)), class_="number"),
+            tag("td", str(len(one.gains)), class_="number"),
+            tag("td", str(one.unclear), class_="number"),
+            tag("td", furthest(one.losses) or wording.DASH),
+            tag("td", furthest(one.gains) or wording.DASH),
+            tag("td", met(one.targets) or wording.DASH),
+        )
+        for one in found
+    ]
+    note = (
+        "Ratios of what is ours to what is not, by whole 95 % intervals. A suite without a peer has targets and checks."
+    )
+    head = ["suite", "#worse", "#better", "#cannot be told", "furthest behind", "furthest ahead", "targets"]
+    return join([tag("h2", "Suite by suite", id="tallies"), table(note, head, body)])
 
 
 def losses(findings: Findings) -> Html:
@@ -88,7 +116,12 @@ def losses(findings: Findings) -> Html:
         f"{wording.counted(len(lost), 'ratio')} of {compared} with the whole 95 % interval on the wrong side of 1 "
         "(dashed), the largest loss first."
     )
-    return join([title, table(note, ["measure", "#ratio", "", "#worse", "of", "", "subject / baseline"], body)])
+    head = ["measure", "#ratio", "", "#worse", "of", "", "subject / baseline"]
+    if len(body) <= SHOWN:
+        return join([title, table(note, head, body)])
+    rest = wording.counted(len(body) - SHOWN, "smaller loss", "smaller losses")
+    further = tag("details", tag("summary", rest), table("The smaller losses.", head, body[SHOWN:]))
+    return join([title, table(note, head, body[:SHOWN]), further])
 
 
 def targets(findings: Findings) -> Html:

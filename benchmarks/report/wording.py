@@ -115,8 +115,8 @@ def better(direction: Better | None) -> str:
     return {"less": "less is better", "more": "more is better", None: ""}[direction]
 
 
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
 def moment(created: str) -> str:

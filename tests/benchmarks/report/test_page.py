@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from benchmarks.harness.results import Check, Measure, Results, Round, Series, Subject, Withheld, read
+from benchmarks.harness.results import Check, Measure, Ratio, Results, Round, Series, Subject, Target, Withheld, read
 from benchmarks.report import write
+from benchmarks.report.findings import Findings
+from benchmarks.report.markdown import document
+from benchmarks.report.markup import tag
 from benchmarks.report.page import page
 from benchmarks.report.plot import WIDTH
 from benchmarks.report.text import show
+from benchmarks.report.verdicts import SHOWN
 from benchmarks.report.wording import ratio
 from tests.support.results import ROUNDS, realistic, runs
 
@@ -132,6 +136,41 @@ def test_losses_come_before_anything_else_that_was_found() -> None:
         text.index(words) for words in ("with the whole 95 %", "A target is met", "Made in this run", "7 rounds each")
     ]
     assert places == sorted(places)
+
+
+def test_many_losses_are_folded_behind_the_largest() -> None:
+    results = realistic()
+    measures = [Measure(f"paths/x/{n}", "paths", "round trip", f"{n} B", "us") for n in range(SHOWN + 2)]
+    ratios = [Ratio(one.name, "uproxy", "envoy", "value", 2 + n, 1.5 + n, 3 + n, 5) for n, one in enumerate(measures)]
+    text = page(replace(results, measures=measures, ratios=ratios, series=[], targets=[]))
+    (largest, folded, smallest) = (text.index(words) for words in ("15.00 times", "2 smaller losses", "2.00 times"))
+    assert largest < folded < smallest
+    assert "smaller losses" not in page(realistic())
+
+
+def test_each_suite_says_how_often_ours_is_worse_and_better() -> None:
+    measures = [Measure("kernel/a/1", "kernel/a", "dial", "x", "us"), Measure("paths/b", "paths", "rr", "y", "us")]
+    ratios = [
+        Ratio("kernel/a/1", "captured", "bare", "value", 1.25, 1.2, 1.3, 5),
+        Ratio("paths/b", "uproxy", "envoy", "value", 0.5, 0.4, 0.6, 5),
+        Ratio("paths/b", "near-uproxy", "envoy", "value", 1.0, 0.9, 1.1, 5),
+    ]
+    aimed = Target("quickly", "paths/b", "uproxy", "envoy", "value", 0.3, "less", ratios[1])
+    results = Results("now", quick=False, measures=measures, ratios=ratios, targets=[aimed])
+    first, second = Findings(results).tallies()
+    assert (first.suite, len(first.losses), len(first.gains), first.unclear) == ("kernel", 1, 0, 0)
+    assert (second.suite, len(second.losses), len(second.gains), second.unclear) == ("paths", 0, 1, 1)
+    dash = "\N{EN DASH}"
+    text = Document(page(results)).text
+    assert f"kernel 1 0 0 1.25: dial, x (captured / bare) {dash} {dash}" in text
+    assert f"paths 0 1 1 {dash} 0.50: rr, y (uproxy / envoy) 0 of 1 met" in text
+    written = document(results)
+    assert "| kernel | 1 | 0 | 0 | 1.25: dial, x (captured / bare) |  |  |" in written
+    assert written.index("1.25 (1.20") < written.index("## Where we win") < written.index("0.50 (0.40")
+
+
+def test_words_keep_their_distance_from_markup_before_them() -> None:
+    assert tag("p", tag("b", "p99"), " by\n share") == "<p><b>p99</b> by share</p>"
 
 
 def test_every_round_of_every_series_is_drawn() -> None:
