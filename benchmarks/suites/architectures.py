@@ -149,11 +149,11 @@ def _prove(bench: Bench, site: Site) -> None:
 
 
 def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
-    everything = list(site.placements.values())
-    placements = [one for one in everything if one.mesh and one.subject.name != ONE_PASS]
+    deployed = _deployed(site)
+    placements = [one for one in deployed if one.mesh]
     probes = [_latency(program, rate) for rate in plan.rates]
-    bench.interleave(probes[:1], everything, rounds=plan.rounds, seconds=plan.seconds)
-    bench.interleave(probes[1:], everything, rounds=plan.axis_rounds, seconds=plan.seconds)
+    bench.interleave(probes[:1], list(site.placements.values()), rounds=plan.rounds, seconds=plan.seconds)
+    bench.interleave(probes[1:], deployed, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
     for probe in probes:
         add_difference(bench.results, probe.measure.name)
     add_cpu(bench.results, f"{NAME}/latency/{CPU_RATE}", CPU)
@@ -169,8 +169,13 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
 
 
+def _deployed(site: Site) -> list[Placement]:
+    """All but what is there to compare equal work, at one rate."""
+    return [one for one in site.placements.values() if one.subject.name != ONE_PASS]
+
+
 def _with_l7(site: Site) -> list[Placement]:
-    return [one for one in site.placements.values() if one.mesh and one.subject.name not in (L4_ONLY, ONE_PASS)]
+    return [one for one in _deployed(site) if one.mesh and one.subject.name != L4_ONLY]
 
 
 def _check_core(bench: Bench, placements: Sequence[Placement]) -> None:
@@ -238,7 +243,6 @@ def _near_share(percent: int) -> Measure:
 
 def _measure_apart(bench: Bench, site: Site, lab: Lab, program: Path, plan: Plan, rtt_ms: float) -> None:
     """The same with hosts that are further apart: each host's link takes half of it, so that any two are as far."""
-    everything = list(site.placements.values())
     line = link.build(bench.directory)
     before = _round_trip_us(site, program)
     with ExitStack() as stack:
@@ -253,7 +257,7 @@ def _measure_apart(bench: Bench, site: Site, lab: Lab, program: Path, plan: Plan
             parameters={"rtt_ms": rtt_ms},
         )
         bench.interleave(
-            [_at(measure, program, Mix(CPU_RATE))], everything, rounds=plan.axis_rounds, seconds=plan.axis_seconds
+            [_at(measure, program, Mix(CPU_RATE))], _deployed(site), rounds=plan.axis_rounds, seconds=plan.axis_seconds
         )
     add_difference(bench.results, measure.name)
     lost = sum(one.lost for one in carried)
@@ -451,6 +455,12 @@ def _say_conditions(bench: Bench) -> None:
             "node agents and our waypoints report to them, is charged to every placement alike (control_ms, "
             "together_ms), as is their memory where everything is counted: Envoys, which have files here, would have "
             "a control plane too. Kernel maps count to the memory of the hosts of uProxies",
+        ),
+        (
+            "density",
+            "a host's workloads after their start, without load: every other one is called, and up to two of a kind "
+            "share a service account. Looked at are the first of 30 that stand, so that fewer of them know as much: of "
+            "a host its proxies, node agent and kernel maps, and once a remote waypoint, broker and control plane",
         ),
         (
             "memory",

@@ -33,7 +33,7 @@ OWN: Final = "density"
 FORKED: Final = "density-forked"
 _GROUPS: Final = {
     OWN: "Memory of everything, by workloads of a host",
-    FORKED: "The same, with uProxies of a fork server",
+    FORKED: "Memory of everything with uProxies of a fork server, by workloads of a host",
 }
 _SETTLED_S: Final = 5.0
 """Until proxies report as seldom as in the long run."""
