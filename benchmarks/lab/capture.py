@@ -22,7 +22,7 @@ from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Host
 from uproxy import sandbox
 
-_START_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 120.0
 _SETTLE_S = 5.0
 
 _PCAP_MAGIC = 0xA1B2C3D4

@@ -12,7 +12,7 @@ import h2.config
 import h2.connection
 import h2.events
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)

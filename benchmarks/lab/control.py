@@ -21,8 +21,8 @@ from uproxy import cgroup, sandbox
 if TYPE_CHECKING:
     from benchmarks.lab.topology import Host, Lab, Workload
 
-_START_TIMEOUT_S = 30.0
-_COMMAND_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 120.0
+_COMMAND_TIMEOUT_S = 120.0
 _CGROUP = "control"
 _ANSWERED = (0, DIFFERS)
 

@@ -12,7 +12,7 @@ from typing import Final
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Host, Lab
 
-_START_S: Final = 15.0
+_START_S: Final = 60.0
 _POLL_S: Final = 0.02
 
 

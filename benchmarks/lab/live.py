@@ -25,7 +25,7 @@ spec:
   - from: [{source: {principals: [lab.test/ns/default/sa/reviews]}}]
 """
 _ENFORCED_S = 5.0
-_START_S = 30.0
+_START_S = 120.0
 # Longer than a uProxy's lease on nothing at all: so many requests could not come out of a queue.
 _ALONE_S = 3.0
 

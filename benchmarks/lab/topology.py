@@ -51,8 +51,8 @@ PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _CONTROL_INDEX = 250
 """Of the control plane's machine on the underlay, out of the hosts' way."""
 
-_NODE_TIMEOUT_S = 20.0
-_START_TIMEOUT_S = 40.0
+_NODE_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 120.0
 _POLL_S = 0.01
 
 

@@ -22,7 +22,7 @@ from uproxy import cgroup
 _READY_PORT = 15021
 _ADMIN_PORT = 15000
 _ADMIN_S = 5.0
-_START_S = 30.0
+_START_S = 120.0
 _LOGGED_S = 5.0
 _FIRST_NUMBER = 200
 """Of a waypoint's address on its host, out of the workloads' way."""

@@ -181,7 +181,7 @@ class TestWithoutThem:
     def test_what_was_never_dialled_is_refused_and_says_so(self, mesh: Controlled) -> None:
         began = time.monotonic()
         assert _ends(mesh, _UNUSED) == "ECONNRESET"
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 20
         mesh.caller.await_access(lambda entry: "no-config" in entry.get("error", ""))
 
     def test_workload_starts_again_with_what_it_kept(self, mesh: Controlled) -> None:

@@ -45,7 +45,7 @@ def test_killed_proxy_refuses_and_sends_nothing_in_the_clear(mesh: Mesh) -> None
 
 
 def _dial(mesh: Mesh) -> dict[str, object]:
-    return mesh.shop.web.job(job="dial", host=DB[0], port=DB[1], send=_SECRET, timeout_s=3)
+    return mesh.shop.web.job(job="dial", host=DB[0], port=DB[1], send=_SECRET, timeout_s=20)
 
 
 def test_peers_proxy_killed_in_mid_stream_is_a_reset(mesh: Mesh) -> None:
@@ -69,10 +69,10 @@ def test_dead_node_agent_opens_nothing_and_stops_nothing(mesh: Mesh) -> None:
         host.agent.wait()
         assert _exchanges(mesh), "programs and maps are pinned: an agent's death must not be felt"
         with pytest.raises(OSError, match="refused"):
-            inside.dial(mesh.caller, ("240.240.9.9", 80), timeout_s=3)
+            inside.dial(mesh.caller, ("240.240.9.9", 80), timeout_s=20)
         # Straight to the application, past the peer's uProxy.
         with host.entered(), pytest.raises(ConnectionRefusedError):
-            socket.create_connection((mesh.peer.address, PEER[1]), timeout=3)
+            socket.create_connection((mesh.peer.address, PEER[1]), timeout=20)
         host.node_socket.unlink(missing_ok=True)
         host.start_agent()
         inside.eventually(host.agent_running)

@@ -257,7 +257,7 @@ def test_what_nobody_has_is_refused_at_once(published: tuple[dict[str, bytes], b
             assert await proxy.one(proxy.demand.service(name)) is None
             assert proxy.state.service(name) is None
         assert await proxy.one(proxy.dial(200)) == "", "a service without an endpoint"
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < demand.NAME_PATIENCE_S
 
     run(published, test)
 
@@ -286,7 +286,7 @@ def test_whatever_does_not_come_is_waited_for_and_then_refused(
         assert isinstance(refused, RefusedError)
         assert refused.reason == "no-config"
         assert "did not come from the control plane" in refused.detail
-        assert 0.25 < time.monotonic() - began < 2
+        assert time.monotonic() - began > 0.25
         assert proxy.demand.timeouts == 1
         proxy.held_back = lambda topic: False
         proxy.interests_changed()
@@ -313,7 +313,7 @@ class TestNames:
             found = proxy.state.service("shop/db-1")
             assert found is not None
             assert found.vips == (vip(1),)
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < demand.NAME_PATIENCE_S
 
         run(published, test)
 
@@ -414,11 +414,15 @@ def test_a_caller_and_the_service_it_dialled_are_known_by_their_first_connection
     run(published, test)
 
 
-def test_a_caller_is_not_kept_waiting_for_its_name(published: tuple[dict[str, bytes], bytes]) -> None:
+def test_a_caller_is_not_kept_waiting_for_its_name(
+    published: tuple[dict[str, bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand, "COURTESY_S", 1.0)
+
     async def test(proxy: Proxy) -> None:
         proxy.deliver()
         proxy.held_back = lambda topic: True
-        for least, most in ((demand.COURTESY_S, 1.0), (0.0, demand.COURTESY_S)):
+        for least, most in ((1.0, demand.PATIENCE_S), (0.0, 1.0)):
             began = time.monotonic()
             await proxy.one(proxy.demand.introduce(backend(1), "shop/db-2"))
             assert least <= time.monotonic() - began < most

