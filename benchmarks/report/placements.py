@@ -159,7 +159,7 @@ def _chart(
         return Html()
     values = [one.y for curve in curves for one in curve.points]
     drawn = chart(f"{what}, {across}", curves, measured(across, along.values()), axis(unit, fitting(values, values)))
-    return tag("figure", tag("figcaption", tag("b", what), words), drawn)
+    return tag("figure", tag("figcaption", tag("b", what), Html(" "), words), drawn)
 
 
 def _table(findings: Findings, title: str, placements: Sequence[str]) -> Html:
@@ -172,7 +172,7 @@ def _table(findings: Findings, title: str, placements: Sequence[str]) -> Html:
         bodies.append(_body(question, len(shown), [one for one in answers if one]))
     hops = [
         _row("readings of a call as HTTP", [str(_PASSES.get(name, 1)) for name in shown]),
-        _row("where a call is in the clear", [_PLAIN[name] for name in shown]),
+        _row("where a call is in the clear", [_PLAIN[name] for name in shown], style="words"),
     ]
     bodies.append(_body("Plaintext hops", len(shown), hops))
     heads = [tag("th", key(findings.marks[name]), findings.subjects[name].label, scope="col") for name in shown]
@@ -180,7 +180,7 @@ def _table(findings: Findings, title: str, placements: Sequence[str]) -> Html:
     return tag(
         "div",
         tag("table", tag("caption", tag("span", title)), head, *bodies),
-        class_="scroll",
+        class_="scroll questions",
         tabindex="0",
         role="region",
         aria_label=title,
@@ -195,11 +195,11 @@ def _body(question: str, columns: int, answers: Sequence[Html]) -> Html:
     return tag("tbody", tag("tr", title), *answers)
 
 
-def _row(text: str, cells: Sequence[str]) -> Html:
+def _row(text: str, cells: Sequence[str], *, style: str = "number") -> Html:
     """Nothing where no cell says anything."""
     if not any(cells):
         return Html()
-    return tag("tr", tag("th", text, scope="row"), *(tag("td", cell, class_="number") for cell in cells))
+    return tag("tr", tag("th", text, scope="row"), *(tag("td", cell, class_=style) for cell in cells))
 
 
 def _cell(findings: Findings, line: _Line, subject: str) -> str:

@@ -103,6 +103,8 @@ tbody th:first-child { min-width: 8rem; }
 tbody.measure > tr > th:last-of-type { min-width: 0; }
 tbody.measure > tr:first-child > th:first-child { font-weight: 600; min-width: 8rem; max-width: 14rem; }
 .number { text-align: right; white-space: nowrap; }
+.questions th[scope="row"] { min-width: 11rem; }
+.questions .words { min-width: 8rem; }
 .beside, .remark { display: block; color: var(--soft); font-size: .92em; }
 .remark { max-width: 14rem; }
 .nowrap { white-space: nowrap; }
