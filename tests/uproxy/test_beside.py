@@ -91,7 +91,10 @@ def test_one_that_hangs_and_owes_nothing_is_killed_and_replaced(monkeypatch, tmp
             await until(lambda: not one.missing())
             hung = pid_of(one)
             assert hung is not None
-            await asyncio.sleep(3 * workers._WATCH_S)  # it is asked, and answers
+            assert one._standing is not None
+            (worker,) = one._standing.workers._workers
+            applied = worker.heard
+            await until(lambda: worker.heard > applied)  # it is asked, and answers
             assert pid_of(one) == hung
             monkeypatch.setattr(workers, "APPLY_TIMEOUT_S", 1.0)
             os.kill(hung, signal.SIGSTOP)
