@@ -6,7 +6,7 @@ and waypoint of ours has joined one control plane; Envoys have their configurati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -136,12 +136,17 @@ def start_waypoints(control: ControlPlane, host: Host, elsewhere: Host) -> dict[
     return made
 
 
-def put_beside(lab: Lab, control: ControlPlane, some: Sequence[Workload]) -> None:
-    """Have our process stand beside each of these that is called, and return when all do. Raises LabError."""
+def put_beside(lab: Lab, control: ControlPlane, kinds: Collection[Sequence[Workload]]) -> None:
+    """Have our process stand beside each workload that is called, and return when all do. Raises LabError.
+
+    `kinds`: alike workloads, in the order of their numbers.
+    """
     control.meshctl("waypoint", "apply", BESIDE, "--placement", Placement.SIDECAR.value)
-    control.apply(_behind(BESIDE, len(some)))
+    control.apply(_behind(BESIDE, max(map(len, kinds))))
     # Called are those of odd numbers.
-    lab.wait([partial(_has_beside, one) for one in some[1::2]], _START_S, "our processes beside workloads")
+    lab.wait(
+        [partial(_has_beside, one) for some in kinds for one in some[1::2]], _START_S, "our processes beside workloads"
+    )
 
 
 def _has_beside(workload: Workload) -> bool:

@@ -152,8 +152,7 @@ def look(lab: Lab, progress: Callable[[str], None], sizes: Sequence[int]) -> tup
     progress("running: waypoints and Envoys")
     resting_us = _resting_us(control)
     alone = {name: [frames(one.proxy_pid()) for one in some] for name, some in kinds.items()}
-    for some in kinds.values():
-        crowd.put_beside(lab, control, some)
+    crowd.put_beside(lab, control, kinds.values())
     progress("running: our processes beside workloads")
     shared = {OWN: [_agent(a)], FORKED: [_agent(b), frames(server.pid)]}
     uproxies = {
