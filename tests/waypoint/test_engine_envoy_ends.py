@@ -203,3 +203,32 @@ def test_what_an_envoy_cuts_off_never_looks_complete(tmp_path: Path, authority: 
         server.close()
 
     plane.run(main())
+
+
+def test_a_caller_that_reads_nothing_has_an_envoy_hold_little(tmp_path: Path, authority: Authority) -> None:
+    sent = 0
+
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        with contextlib.suppress(ConnectionError):
+            await reader.readexactly(1)
+            while True:
+                writer.write(bytes(1 << 16))
+                await writer.drain()
+                sent += 1 << 16
+
+    async def main() -> None:
+        server = await asyncio.start_server(endless, DB_ADDRESS, 0)
+        port = server.sockets[0].getsockname()[1]
+        async with running_envoy(tmp_path, authority, port, "tcp") as (between, _), asyncio.timeout(30):
+            _, writer = await between.open()
+            writer.write(b"?")
+            before = -1
+            while before != sent or not sent:
+                before = sent
+                await asyncio.sleep(0.5)
+            writer.close()
+        server.close()
+        assert sent < 24 << 20, "with the buffers of two kernels and two uProxies"
+
+    plane.run(main())

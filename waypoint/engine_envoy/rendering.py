@@ -72,6 +72,7 @@ _PEER: Final = "%FILTER_STATE(" + PRINCIPAL + ":PLAIN)%"
 _OURS: Final = {"remove_on_match": {"key_matcher": {"prefix": "x-uproxy-"}}}
 _NOBODY: Final = {"action": "ALLOW", "policies": {}}
 _MAX_STREAMS: Final = 1024  # as a uProxy lets a peer open in one tunnel (`hbone.MAX_CONCURRENT_STREAMS`)
+_WINDOW: Final = 256 << 10  # bytes, as a uProxy gives a stream at first. Envoy holds as much of each that nobody reads
 _CONNECT_TIMEOUT: Final = "10s"  # `tunnel.CONNECT_TIMEOUT_S`
 _MANY: Final = 1_000_000  # Envoy's own limits would refuse what nobody has limited
 
@@ -479,6 +480,7 @@ def _tunnels(name: str, identity: SpiffeId, layout: Layout, revocation: int) -> 
         explicit_http_config={
             "http2_protocol_options": {
                 "allow_connect": True,
+                "initial_stream_window_size": _WINDOW,
                 "connection_keepalive": {"interval": "10s", "timeout": "20s"},
             }
         },
@@ -707,6 +709,7 @@ def _hbone_listeners(layout: Layout, revocation: int) -> Iterator[tuple[str, Jso
         http2_protocol_options={
             "allow_connect": True,
             "max_concurrent_streams": _MAX_STREAMS,
+            "initial_stream_window_size": _WINDOW,
             "connection_keepalive": {"interval": "10s", "timeout": "20s"},
         },
         http_filters=[
