@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.harness.results import Measure, Prediction, Results
 from benchmarks.report import wording
-from benchmarks.report.findings import Findings, Loss, furthest, met, outcome
+from benchmarks.report.findings import OURS, Findings, Loss, furthest, met, outcome
 
 _OUTCOMES = {True: "held", False: "wrong", None: "not decided"}
 
@@ -88,16 +88,28 @@ def _prediction(one: Prediction) -> tuple[str, ...]:
 
 
 def _medians(findings: Findings) -> list[str]:
-    """A table for each suite: a line a measure, a column a subject."""
+    """A table for each suite: a line a measure, a column a subject, then the ratios of ours, of value and CPU."""
     parts = []
     for suite, groups in findings.suites().items():
         measures = [measure for group in groups for measure in group.measures]
         subjects = dict.fromkeys(one.subject for _, one in findings.series(measures))
+        ratios = [
+            (name, key)
+            for name in subjects
+            for key in ("value", "cpu_us")
+            if name in OURS and any(findings.ratio(one.name, name, key) for one in measures)
+        ]
+        head = ["measure", "unit", *subjects]
+        head += [f"{name}, {'ratio' if key == 'value' else 'its CPU'} (95 %)" for name, key in ratios]
         lines = [
-            (wording.question(one), wording.unit(one), *(_median(findings, one, name) for name in subjects))
+            (
+                *(wording.question(one), wording.unit(one)),
+                *(_median(findings, one, name) for name in subjects),
+                *(wording.ratio(found) if (found := findings.ratio(one.name, *of)) else "" for of in ratios),
+            )
             for one in measures
         ]
-        parts += [f"### {suite}", _table(("measure", "unit", *subjects), lines)]
+        parts += [f"### {suite}", _table(head, lines)]
     return parts
 
 

@@ -107,6 +107,7 @@ tbody.measure > tr:first-child > th:first-child { font-weight: 600; min-width: 8
 .questions .words { min-width: 8rem; }
 .beside, .remark { display: block; color: var(--soft); font-size: .92em; }
 .remark { max-width: 14rem; }
+.prose { min-width: 13rem; }
 .nowrap { white-space: nowrap; }
 .outcome { min-width: 8.5rem; }
 .strip { min-width: 110px; width: 170px; }

@@ -75,8 +75,8 @@ def tallies(findings: Findings) -> Html:
             tag("td", str(len(one.losses)), class_="number"),
             tag("td", str(len(one.gains)), class_="number"),
             tag("td", str(one.unclear), class_="number"),
-            tag("td", furthest(one.losses) or wording.DASH),
-            tag("td", furthest(one.gains) or wording.DASH),
+            tag("td", furthest(one.losses) or wording.DASH, class_="prose"),
+            tag("td", furthest(one.gains) or wording.DASH, class_="prose"),
             tag("td", met(one.targets) or wording.DASH),
         )
         for one in found
@@ -161,7 +161,7 @@ def checks(found: Sequence[Check]) -> Html:
             "tr",
             tag("th", check.name, scope="row"),
             tag("td", tag("b", "passed", class_="good") if check.passed else tag("b", "failed", class_="bad")),
-            tag("td", check.text),
+            tag("td", check.text, class_="prose"),
             tag("td", "; ".join(f"{name.replace('_', ' ')} {wording.number(v)}" for name, v in check.details.items())),
         )
         for check in found

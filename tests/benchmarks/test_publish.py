@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.harness.compare import load
 from benchmarks.publish import main
+from benchmarks.report.wording import question, ratio
 from tests.support.results import realistic
 
 
@@ -21,7 +22,12 @@ def test_a_published_run_is_read_as_the_run_itself(tmp_path: Path, capsys: pytes
     assert (shown / "results.json.xz").stat().st_size < (run / "results.json").stat().st_size / 2
     assert sorted(one.name for one in shown.iterdir()) == ["report.html", "results.csv", "results.json.xz", "tables.md"]
     assert 'href="results.json.xz"' in (shown / "report.html").read_text()
-    assert "## Where we lose" in (shown / "tables.md").read_text()
+    tables = (shown / "tables.md").read_text()
+    assert "## Where we lose" in tables
+    ours = next(one for one in results.ratios if (one.subject, one.key) == ("uproxy", "value"))
+    measure = next(one for one in results.measures if one.name == ours.measure)
+    (line,) = (one for one in tables.partition("## Medians")[2].splitlines() if question(measure) in one)
+    assert ratio(ours) in line
     assert "report.html" in capsys.readouterr().out
 
 
