@@ -109,6 +109,7 @@ class Beside:
                     self._let_go(self._standing)
                     self._standing = None
                 return
+            self._telemetry.taps.on_change = self._tap
             if self._standing is None:
                 self._standing = standing
             else:
@@ -211,6 +212,10 @@ class Beside:
         """The access log's file was moved away."""
         for standing in self._all():
             standing.workers.reopen_log()
+
+    def _tap(self) -> None:
+        for standing in self._all():
+            standing.workers.tap()
 
     def live(self) -> asyncio.Future[Listing] | None:
         """Requests that are under way there."""

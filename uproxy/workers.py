@@ -133,7 +133,7 @@ class Workers:
         self._ready = asyncio.Event()
         self._failure = ""
         self._timers: set[asyncio.TimerHandle] = set()
-        telemetry.taps.on_change = self._tap
+        telemetry.taps.on_change = self.tap
 
     # -- configuration
 
@@ -403,7 +403,7 @@ class Workers:
         if question is not None:
             question.answer()
 
-    def _tap(self) -> None:
+    def tap(self) -> None:
         """Somebody watches now, or nobody does any more."""
         for worker in self._workers:
             if worker.channel is not None:

@@ -133,6 +133,12 @@ class _Fed:
         self.left = True
 
 
+class _Watcher:
+    waiting = 0
+
+    def write(self, data: bytes) -> None: ...
+
+
 def test_who_moves_to_another_gateway_is_served_by_the_former_until_the_other_serves(tmp_path):
     feeds: dict[str, _Fed] = {}
 
@@ -142,7 +148,8 @@ def test_who_moves_to_another_gateway_is_served_by_the_former_until_the_other_se
 
     async def main() -> None:
         data_plane = Plane(asyncio.get_running_loop())
-        one = Beside(data_plane, Telemetry("1"), settings(tmp_path), lambda: None, make)
+        telemetry = Telemetry("1")
+        one = Beside(data_plane, telemetry, settings(tmp_path), lambda: None, make)
         known = Knowledge(True, (), {})
         async with asyncio.TaskGroup() as group:
             one.begin(group)
@@ -154,6 +161,15 @@ def test_who_moves_to_another_gateway_is_served_by_the_former_until_the_other_se
             one.follow(Sidecar("shop/other", (80,)))
             one.follow(Sidecar("shop/zz", (80,)))
             assert feeds["shop/other"].left
+            assert one._standing is not None
+            (worker,) = one._standing.workers._workers
+            assert worker.channel is not None
+            told = []
+            worker.channel.send = lambda *message: told.append(message)
+            untap = telemetry.taps.add(_Watcher())
+            assert told == [("tap", True)], "who watches sees the former as well"
+            del worker.channel.send
+            untap()
             assert (one.gateway, await one.ready(wait=False), one.in_force(known).whole) == ("shop/wp", True, False)
             feeds["shop/zz"].tell()
             await until(lambda: one.gateway == "shop/zz")
