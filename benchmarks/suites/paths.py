@@ -98,7 +98,7 @@ QUICK: Final = Plan(
     http=(16,),
     more=False,
     rounds=5,
-    seconds=0.4,
+    seconds=0.3,
     tail_seconds=0.4,
 )
 FULL: Final = Plan(
