@@ -24,7 +24,7 @@ ratios.
 """
 
 QUICK: Final = (
-    "A quick run: few and short rounds, wide intervals. Left out are round trips of 1 KB, 8 streams, links of 1 ms, "
+    "A quick run: few and short rounds, wide intervals. Left out are round trips of 1 KB, 8 streams, delayed links, "
     "idle connections, slow readers, dials of workloads by their own addresses, the other rates, and of the placements "
     "our waypoints, most shares of L7, calls that stay on their host, hosts that are apart, isolation and upgrades."
 )
