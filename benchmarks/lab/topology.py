@@ -191,7 +191,7 @@ class Workload:
                     entries.append(entry)
         return entries
 
-    def await_access(self, matches: Callable[[dict[str, Any]], bool], timeout_s: float = 5.0) -> dict[str, Any]:
+    def await_access(self, matches: Callable[[dict[str, Any]], bool], timeout_s: float = 30.0) -> dict[str, Any]:
         """The first access-log entry that matches, which may be written a moment after the connection ended."""
         deadline = time.monotonic() + timeout_s
         while True:

@@ -19,7 +19,7 @@ from tests.support.job import FOREVER, argv_of, gone, is_ready, pid_or_0, runnin
 def _run(job: Workload, *command: str, **options: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error; and nothing of it is left."""
     with started(job, argv_of(job, *command, **options)) as process:
-        output, errors = process.communicate(timeout=40)
+        output, errors = process.communicate(timeout=100)
     gone(job)
     return process.returncode, output.decode(), errors.decode()
 
@@ -27,7 +27,7 @@ def _run(job: Workload, *command: str, **options: str) -> tuple[int, str, str]:
 class TestTheCommand:
     def test_status_output_input_and_user_are_kept(self, job: Workload) -> None:
         with started(job, argv_of(job, "sh", "-c", "cat; id -un; echo $HOME; echo oops >&2; exit 7")) as process:
-            output, errors = process.communicate(b"typed\n", timeout=40)
+            output, errors = process.communicate(b"typed\n", timeout=100)
         assert process.returncode == 7
         assert output.decode().split() == ["typed", "nobody", "/nonexistent"]
         assert "oops" in errors.decode()
@@ -69,7 +69,7 @@ class TestTheCommand:
         at = argv.index("--")
         argv[at:at] = ["--capture", "none", "--forward", "127.0.0.1:7000=peer.load:9000"]
         with inside.serving(mesh.peer, PEER[1], inside.echo), started(job, argv) as process:
-            output, errors = process.communicate(timeout=40)
+            output, errors = process.communicate(timeout=100)
         assert (process.returncode, output) == (0, b"b'x'\n"), errors
         gone(job)
 

@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def says(job: Workload, content: bytes) -> bytes:
-    with inside.dial(job, PEER, 5) as connection:
+    with inside.dial(job, PEER) as connection:
         connection.sendall(content)
         return connection.recv(100)
 

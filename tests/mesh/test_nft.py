@@ -121,7 +121,7 @@ def _vip(peer: str) -> str:
 
 def _exchanges(caller: Workload, address: tuple[str, int]) -> bool:
     try:
-        with inside.dial(caller, address, timeout_s=5) as made:
+        with inside.dial(caller, address) as made:
             made.sendall(b"x")
             return made.recv(1) == b"x"
     except OSError:
@@ -574,7 +574,7 @@ def _run(
 ) -> tuple[int, str, str]:
     """Exit status, standard output and standard error; and nothing of it is left."""
     with _started(job, options, command, before) as process:
-        output, errors = process.communicate(timeout=40)
+        output, errors = process.communicate(timeout=100)
     left = [entry for entry in remains.left_of(job.netns) if Path(entry).name.startswith(job.netns)]
     assert not left
     assert not job.box.cgroup.exists()

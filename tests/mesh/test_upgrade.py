@@ -157,7 +157,7 @@ def test_sidecar_of_a_fork_server_is_upgraded_by_it(mesh: Mesh, job: Workload, p
         fork_server(job, path) as server,
         inside.serving(mesh.peer, PEER[1], inside.echo),
         running(job, "sh", "-c", FOREVER, launched=["--fork-server", str(path)]),
-        inside.dial(job, PEER, 5) as held,
+        inside.dial(job, PEER) as held,
     ):
         held.sendall(b"x")
         assert held.recv(1) == b"x"

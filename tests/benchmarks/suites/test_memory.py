@@ -14,7 +14,7 @@ from benchmarks.lab.topology import Lab
 from benchmarks.suites import memory
 from benchmarks.suites.memory import Memory, Plan
 
-TINY = Plan(sidecars=2, idle=20, seconds=0.3)
+TINY = Plan(sidecars=2, idle=20, seconds=1.0)
 
 
 @pytest.mark.root
