@@ -10,7 +10,8 @@ import pytest
 
 from tests.support.conformance import running_suite
 from tests.support.site import eventually
-from tests.waypoint.test_engine_extensions import attached, failed, lua
+from tests.support.wasm import Module
+from tests.waypoint.test_engine_extensions import attached, failed, lua, wasm
 from waypoint.engine_envoy import child
 
 BOMB = """
@@ -41,3 +42,5 @@ def test_code_that_takes_memory_without_end_takes_no_more_than_an_envoy_may(
             return False
 
         eventually(serves)
+        suite.apply(wasm(Module().made()), attached("code"))  # V8 maps more than that
+        assert suite.ask().status == 200

@@ -26,7 +26,7 @@ MAX_ANSWER: Final = 64 << 20
 LISTENER_DRAIN_S: Final = 60
 """For how long connections of opaque TCP go on whose policies have changed, and those of places that are gone."""
 MEMORY_SHARE: Final = 0.5
-"""Of the host's memory, what an Envoy may take (RLIMIT_DATA): code of Extensions and callers both take of it."""
+"""Of the host's memory, what an Envoy may take (RLIMIT_DATA) that runs no WebAssembly."""
 _MAX_LINE: Final = 1 << 20
 _HEALTHY_S: Final = 10.0
 _FLUSH_MS: Final = 50
@@ -76,6 +76,7 @@ class Child:
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._ending = False
+        self._unbound = False
         self.restarts = 0
         self.lives = 0
         """How many there have been."""
@@ -83,6 +84,14 @@ class Child:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
+
+    def unbound(self) -> None:
+        """Bound its memory no more: V8 maps gigabytes that it never writes to, for each module in each thread."""
+        if not self._unbound and self.pid is not None:
+            _, most = resource.getrlimit(resource.RLIMIT_DATA)
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(self.pid, resource.RLIMIT_DATA, (most, most))
+        self._unbound = True
 
     async def run(self) -> None:
         """Have one, until `end`."""
@@ -105,10 +114,12 @@ class Child:
     async def _live(self) -> None:
         """One of them, to its end."""
         parent, memory = os.getpid(), memory_limit()
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
 
         def prepare() -> None:
             linux.die_with_parent(parent)
-            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+            if not self._unbound:
+                resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
 
         for name in (ADMIN, PROBE):
             with contextlib.suppress(FileNotFoundError):

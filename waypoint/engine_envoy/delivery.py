@@ -68,6 +68,8 @@ class Delivery:
 
     def prepare(self, rendering: Rendering) -> None:
         """Lay out what the first Envoy starts with. Raises OSError."""
+        if rendering.modules:
+            self._child.unbound()
         self._files.write_places(rendering)
         self._files.write_routes(rendering.routes)
         self._files.write_routes({PROBED: probed("")})
@@ -79,6 +81,8 @@ class Delivery:
         Where Envoy does not take who is revoked or believed, it is killed, and serves nobody until it does; without a
         new certificate it goes on with the one that it has.
         """
+        if rendering.modules:
+            self._child.unbound()
         former = self._now
         wide = rendering if former is None else rendering.beside(former)
         secrets = {name: (its, self._child.lives) for name, its in self._files.secrets.items()}
