@@ -113,7 +113,7 @@ FULL: Final = Plan(
     more=True,
     rounds=5,
     seconds=0.5,
-    tail_seconds=1.5,
+    tail_seconds=1.0,
 )
 
 
