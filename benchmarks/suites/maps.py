@@ -24,7 +24,9 @@ _NOBODY: Final = 1
 """A caller that there is not, the root cgroup: whose services are declared in its name are in nobody's way."""
 BACKENDS: Final = 10
 _CHANGES: Final = 250
-"""Of one take: a range of backends rests for a second before it is written again, and these have to fit meanwhile."""
+"""Of one take."""
+_REST_S: Final = 0.2
+"""Before each: a range is not written again for a second, and all that rest have to fit beside those in use."""
 _CHANGING: Final = "changes of the maps"
 _HOLDING: Final = "the kernel's memory"
 _WRITING: Final = "writing all of a large mesh"
@@ -113,6 +115,7 @@ def backend_changes() -> Probe[Held]:
 def _changes(name: str, label: str, change: Callable[[Held, int], None]) -> Probe[Held]:
     def take(held: Held, seconds: float, number: int) -> Sample:
         del seconds, number  # always as many
+        time.sleep(_REST_S)
         began, used = time.monotonic_ns(), time.thread_time_ns()
         for _ in range(_CHANGES):
             change(held, next(held.at))
