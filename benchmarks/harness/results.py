@@ -12,13 +12,17 @@ import lzma
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 SCHEMA = 1
 FILE = "results.json"
 PACKED = f"{FILE}.xz"
 """The same, compressed, as it is published."""
 """What a run is called in its directory."""
+LEAST_ROUNDS: Final = 3
+"""Of fewer there is no ratio: the interval of two reaches 6 standard deviations to each side, and says nothing."""
+UNSUSTAINED: Final = "did not sustain"
+"""How the reason of a round, or of a refusal, begins where the subject carried less than it was asked for."""
 
 Better = Literal["less", "more"]
 
@@ -67,7 +71,8 @@ class Round:
     histogram: Mapping[int, int] = field(default_factory=dict)
     """HDR counts: lower bound of the bucket in ns -> how many; empty where nothing was timed."""
     bottleneck: str = ""
-    """Why the load generator, not the subject, decided this round: it is shown, and is in no ratio."""
+    """Why this round is shown, and is in no ratio: the load generator decided it, or the subject did not sustain the
+    rate (UNSUSTAINED)."""
 
 
 @dataclass(slots=True)
@@ -155,8 +160,8 @@ class Prediction:
 
     @property
     def held(self) -> bool | None:
-        """None: not measured, or the interval reaches out of what was expected without leaving it."""
-        if self.ratio is None:
+        """None: not measured, too few rounds, or the interval reaches out of what was expected without leaving it."""
+        if self.ratio is None or self.ratio.rounds < LEAST_ROUNDS:
             return None
         if self.low <= self.ratio.low and self.ratio.high <= self.high:
             return True

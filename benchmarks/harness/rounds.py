@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from benchmarks.harness.results import Series
+from benchmarks.harness.results import UNSUSTAINED, Series
 
 WARM_UP_S: Final = 0.3
 """The longest that the round before the first one takes; it is not counted."""
@@ -23,15 +23,23 @@ def in_turn(subjects: Sequence[T], number: int) -> list[T]:
 
 
 def judge(series: Series, *, reference: bool) -> None:
-    """Refuse a series whose rounds the load generator decided, more than a third of them; label a reference."""
+    """Refuse a series of which more than a third of the rounds say nothing: the load generator decided them, or the
+    subject did not sustain the rate. A reference is labelled instead."""
     bound = [one.bottleneck for one in series.rounds if one.bottleneck]
-    if series.refused or len(bound) <= _GENERATORS_SHARE * len(series.rounds):
+    allowed = _GENERATORS_SHARE * len(series.rounds)
+    if series.refused or len(bound) <= allowed:
         return
-    most = max(sorted(set(bound)), key=bound.count)
-    if reference:
-        series.remark = f"{_BOUND}: {most}"
+    own = [one for one in bound if one.startswith(UNSUSTAINED)]
+    if len(own) > allowed:
+        reason = remark = f"{own[0]} ({len(own)} of {len(series.rounds)} rounds)"
     else:
-        series.refused = f"{len(bound)} of {len(series.rounds)} rounds say nothing of the subject: {most}"
+        most = max(sorted(set(bound)), key=bound.count)
+        reason = f"{len(bound)} of {len(series.rounds)} rounds say nothing of the subject: {most}"
+        remark = f"{_BOUND}: {most}"
+    if reference:
+        series.remark = remark
+    else:
+        series.refused = reason
 
 
 class Estimate:

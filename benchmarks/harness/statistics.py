@@ -26,11 +26,10 @@ from itertools import accumulate
 from statistics import median
 from typing import Final
 
-from benchmarks.harness.results import Ratio, Results, Series, Withheld
+from benchmarks.harness.histogram import count
+from benchmarks.harness.results import LEAST_ROUNDS, Ratio, Results, Round, Series, Withheld
 
 CONFIDENCE: Final = 0.95
-LEAST_ROUNDS: Final = 3
-"""Of fewer there is no ratio: the interval of two reaches 6 standard deviations to each side, and says nothing."""
 RESTARTED: Final = 0.02
 """What every interval reaches at least to each side: by so much the memory of processes, which hardly differs from
 round to round, was seen to differ between runs that started them anew."""
@@ -42,7 +41,9 @@ The part of a delay that was its own is known for each request (benchmarks/load/
 _TAILS: Final = {"p99_us": 0.01, "p999_us": 0.001}
 """Percentile -> the share of operations that were slower."""
 _SLOWER: Final = 10
-"""Of a percentile there is a ratio where at least so many operations of each round were slower."""
+"""Of a percentile, which a value may be too, there is a ratio where so many operations of each round were slower."""
+TOO_FEW: Final = "too few requests"
+"""How the reason begins why such a ratio is withheld."""
 
 _RESAMPLES: Final = 20_000
 _SIMULATIONS: Final = 50_000
@@ -117,7 +118,7 @@ def ratios(results: Results, baselines: Mapping[str, str]) -> tuple[list[Ratio],
         for series in results.series:
             if series.measure == measure.name and series is not baseline and not series.refused:
                 for key in KEYS:
-                    one = _ratio(series, baseline, key)
+                    one = paired(series, baseline, key)
                     found += [one] if isinstance(one, Ratio) else []
                     withheld += [one] if isinstance(one, Withheld) else []
     return found, withheld
@@ -132,9 +133,10 @@ def value(results: Results, measure: str, subject: str) -> Ratio | None:
     return Ratio(measure, subject, "", "value", found.median, found.low, found.high, len(series.counted))
 
 
-def _ratio(series: Series, baseline: Series, key: str) -> Ratio | Withheld | None:
-    if not _known(series, key) or not _known(baseline, key):
-        return None
+def paired(series: Series, baseline: Series, key: str) -> Ratio | Withheld | None:
+    """The ratio of two series of one measure; None of percentiles beside the value that are luck, and of few rounds."""
+    if reason := too_few(series, key) or too_few(baseline, key):
+        return Withheld(series.measure, series.subject, baseline.subject, key, reason) if key == "value" else None
     ours, theirs = _by_round(series, key), _by_round(baseline, key)
     numbers = sorted(ours.keys() & theirs.keys())
     if len(numbers) < LEAST_ROUNDS:
@@ -165,7 +167,25 @@ def _by_round(series: Series, key: str) -> dict[int, float]:
     return {number: value for number, value in values.items() if value > 0}
 
 
-def _known(series: Series, key: str) -> bool:
-    """Whether enough operations were slower than a percentile for it to be more than luck; true of anything else."""
-    share = _TAILS.get(key)
-    return share is None or all(one.details.get("operations", 0) * share >= _SLOWER for one in series.counted)
+def too_few(series: Series, key: str) -> str:
+    """Why a percentile of these rounds is luck; empty where enough requests were slower, and of anything else."""
+    share = _TAILS.get(_percentile_of(series) if key == "value" else key)
+    least = min((_operations(one) for one in series.counted), default=0.0)
+    if share is None or least * share >= _SLOWER:
+        return ""
+    return (
+        f"{TOO_FEW}: {least:.0f} in a round of {series.subject}, of which {least * share:.1f} are slower than "
+        f"this percentile; {_SLOWER} have to be"
+    )
+
+
+def _percentile_of(series: Series) -> str:
+    """Which percentile the value is, if any."""
+    for key in _TAILS:
+        if series.counted and all(one.value == one.details.get(key) for one in series.counted):
+            return key
+    return ""
+
+
+def _operations(one: Round) -> float:
+    return one.details.get("operations") or count(one.histogram)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from benchmarks.harness import histogram
 from benchmarks.harness.histogram import Histogram
+from benchmarks.harness.results import UNSUSTAINED
 from benchmarks.harness.statistics import PUNCTUAL
 
 ECHO, SINK, HTTP, SOURCE = range(4)
@@ -35,7 +36,8 @@ in the value too; `statistics` gives no ratio that it could have moved out of it
 CARRIED_SHARE = 0.95
 """Of the rate of bulk streams beside requests. Who carries less has less to do, and no p99 to compare."""
 BEHIND_SHARE = 0.1
-"""Of the counted time: an open loop that ends further behind its schedule than this was overloaded throughout."""
+"""Of the counted time: an open loop that ends further behind its schedule was asked for more than the subject carries,
+unless the generator itself was busy or late."""
 
 _HERE = Path(__file__).parent
 _WARM_UP_SHARE = 0.1
@@ -265,6 +267,8 @@ class Outcome:
     start_ns: int
     end_ns: int
     """The counted part, on CLOCK_MONOTONIC (time.monotonic_ns)."""
+    rate: float = 0.0
+    """What an open loop was to send a second; 0 of others."""
 
     @property
     def failed(self) -> int:
@@ -272,15 +276,10 @@ class Outcome:
 
     @property
     def bottleneck(self) -> str:
-        """Why the generator, or the load itself, decided this and not the subject; empty when neither did."""
+        """Why its latencies say nothing: the generator decided them, or the subject fell behind (UNSUSTAINED)."""
         own = self.generator
         if own.cpu_share >= BUSIEST:
             return f"the load generator used {own.cpu_share:.0%} of its core: give it a core of its own, or less to do"
-        if own.behind_s >= BEHIND_SHARE * self.seconds:
-            return (
-                f"the rate was too high: the last request was sent {own.behind_s * 1000:.0f} ms after its time, since "
-                "every connection was busy; ask for less, or over more connections"
-            )
         if self.gbit_per_s < CARRIED_SHARE * self.asked_gbit_per_s:
             return (
                 f"the streams beside carried {self.gbit_per_s:.2f} of {self.asked_gbit_per_s:g} Gbit/s, which is less "
@@ -291,6 +290,8 @@ class Outcome:
                 f"the load generator sent late: of a p99 of {self.percentile_us(0.99):.0f} us, without that it might "
                 f"have been {self.punctual_us(0.99):.0f} us; give it a core of its own"
             )
+        if own.behind_s >= BEHIND_SHARE * self.seconds:
+            return unsustained(self.rate, own.behind_s)
         return ""
 
     def percentile_us(self, share: float) -> float:
@@ -312,6 +313,14 @@ class Outcome:
         if self.gbit_per_s:
             made["gbit_per_s"] = self.gbit_per_s
         return made
+
+
+def unsustained(rate: float, behind_s: float) -> str:
+    """For a round in which the subject fell behind a generator that was neither busy nor late: it carries less."""
+    return (
+        f"{UNSUSTAINED} {rate:,.0f} requests/s: the last one was sent {behind_s * 1000:.0f} ms after its time, since "
+        "every connection was busy"
+    )
 
 
 def punctual(found: Histogram) -> dict[str, float]:
@@ -376,6 +385,7 @@ def _outcome(found: Mapping[str, Any]) -> Outcome:
         ),
         start_ns=found["start_ns"],
         end_ns=found["end_ns"],
+        rate=found.get("rate", 0.0),
     )
 
 

@@ -320,7 +320,7 @@ static void load_requests(const struct options *options)
 	findings.broken += broken_readers(options->readers);
 	report_requests(options, window, &findings);
 	report_count("bytes", streamed.bytes);
-	printf(", \"bulk_rate\": %.0f", options->bulk_rate);
+	printf(", \"rate\": %.6g, \"bulk_rate\": %.0f", requests.rate, options->bulk_rate);
 	puts("}");
 }
 

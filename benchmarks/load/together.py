@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from benchmarks import load
 from benchmarks.harness import histogram
 from benchmarks.harness.bench import BenchError, Sample
+from benchmarks.harness.results import UNSUSTAINED
 from benchmarks.load import LoadError, Outcome
 
 Started = Callable[[], "subprocess.Popen[bytes]"]
@@ -66,7 +67,12 @@ class Together:
     def _bottleneck(self, share: float) -> str:
         if share >= load.BUSIEST:
             return f"generators and applications used {share:.0%} of their core"
-        return next((one.bottleneck for one in self.outcomes if one.bottleneck), "")
+        found = [one.bottleneck for one in self.outcomes if one.bottleneck]
+        own = [one for one in found if not one.startswith(UNSUSTAINED)]
+        if own or not found:
+            return next(iter(own), "")
+        behind_s = max(one.generator.behind_s for one in self.outcomes)
+        return load.unsustained(sum(one.rate for one in self.outcomes), behind_s)
 
 
 def start_together(subject: str, started: Sequence[subprocess.Popen[bytes]]) -> None:

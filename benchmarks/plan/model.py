@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
-from benchmarks.harness.results import Results, Round
-from benchmarks.harness.statistics import LEAST_ROUNDS, Interval, for_any_run, interval
+from benchmarks.harness.results import LEAST_ROUNDS, Results, Round
+from benchmarks.harness.statistics import Interval, for_any_run, interval
 from benchmarks.plan.topology import Instance, PlanError, Workload
 from benchmarks.plan.traffic import Traffic
 from benchmarks.suites.placements.application import INSTANCES, SERVICES

@@ -9,7 +9,20 @@ from statistics import median
 from typing import Final, Literal
 
 from benchmarks.harness.histogram import Histogram, count, merge, percentile, width
-from benchmarks.harness.results import Better, Measure, Ratio, Results, Series, Subject, Target
+from benchmarks.harness.results import (
+    LEAST_ROUNDS,
+    UNSUSTAINED,
+    Better,
+    Measure,
+    Prediction,
+    Ratio,
+    Results,
+    Series,
+    Subject,
+    Target,
+)
+from benchmarks.harness.targets import BASELINES
+from benchmarks.report.earlier import mended
 from benchmarks.report.wording import NAMES, UNITS, percent, question, times
 
 ASIDE: Final = frozenset({"taken_s", "operations"})
@@ -22,7 +35,6 @@ OURS: Final = frozenset(
             "waypoint",
             "built-in",
             "remote",
-            "remote-l4",
             "captured",
             "captured-full",
             "direct",
@@ -33,7 +45,11 @@ OURS: Final = frozenset(
         *("near-uproxy", "near-direct"),
     )
 )
-"""Subjects that are made of uProxies or of our programs in the kernel; every other one is a peer, or a floor."""
+"""Subjects that are made of uProxies or of our programs in the kernel; every other one is a peer, or a floor.
+
+`remote-l4` is none of them: it reads no HTTP, and is compared with a `sidecar` that does so twice. Equal work without
+L7 is `l7/0` and `l7-cpu/0` of `remote`.
+"""
 TAIL: Final = 10
 """A percentile is drawn where at least so many requests were slower; beyond it stands luck."""
 PERCENTILES: Final = {"p50_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
@@ -52,6 +68,22 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class Unsustained:
+    """A rate that a subject did not sustain."""
+
+    series: Series
+    measure: Measure
+    by: str
+    """The baseline, if that did; else empty."""
+
+    @property
+    def text(self) -> str:
+        """`remote did not sustain 1,000 requests/s: ...; sidecar did`."""
+        other = f"; {self.by} did" if self.by else ""
+        return f"{self.series.subject} {self.series.refused}, at {question(self.measure)}{other}"
+
+
+@dataclass(frozen=True, slots=True)
 class Tally:
     """What one suite says of ours."""
 
@@ -62,6 +94,7 @@ class Tally:
     """The best first."""
     unclear: int
     """Ratios whose interval holds 1."""
+    unsustained: Sequence[Unsustained]
     targets: Sequence[Target]
 
 
@@ -93,7 +126,7 @@ class Findings:
     """A run, indexed."""
 
     def __init__(self, results: Results) -> None:
-        self.results = results
+        self.results = results = mended(results)
         self.measures = {one.name: one for one in results.measures}
         self.subjects = {one.name: one for one in results.subjects}
         for series in results.series:
@@ -162,6 +195,20 @@ class Findings:
                 found.setdefault((one.subject, one.refused), []).append(self.measures[one.measure])
         return [Failure(subject, reason, measures) for (subject, reason), measures in found.items()]
 
+    def unsustained(self) -> list[Unsustained]:
+        """Rates that ours did not sustain, where it is compared with what is not ours."""
+        found = []
+        for one in self.results.series:
+            measure = self.measures.get(one.measure)
+            baseline = BASELINES.get(measure.suite, "") if measure is not None else ""
+            if measure is None or one.subject not in OURS or not baseline or baseline in OURS:
+                continue
+            if one.refused.startswith(UNSUSTAINED):
+                beside = self._series.get((one.measure, baseline))
+                sustained = beside is not None and bool(beside.counted) and not beside.refused
+                found.append(Unsustained(one, measure, baseline if sustained else ""))
+        return found
+
     def losses(self) -> list[Loss]:
         """The worst first."""
         return sorted(self._decided("worse"), key=lambda one: (-one.factor, *_place(one)))
@@ -179,7 +226,7 @@ class Findings:
 
     def tallies(self) -> list[Tally]:
         """A line for each suite; parts of a suite ("kernel/direct") are one."""
-        lost, gained = self.losses(), self.gains()
+        lost, gained, carried = self.losses(), self.gains(), self.unsustained()
         unclear = [measure for ratio, measure in self.ours() if verdict(ratio, measure) == "unclear"]
         return [
             Tally(
@@ -187,6 +234,7 @@ class Findings:
                 [one for one in lost if _whole(one.measure.suite) == suite],
                 [one for one in gained if _whole(one.measure.suite) == suite],
                 sum(_whole(measure.suite) == suite for measure in unclear),
+                [one for one in carried if _whole(one.measure.suite) == suite],
                 [one for one in self.results.targets if _whole(one.measure) == suite],
             )
             for suite in dict.fromkeys(map(_whole, self.suites()))
@@ -250,6 +298,15 @@ def outcome(target: Target) -> str:
     return f"{'met' if target.met else 'not met'}: the median is {middle}, the interval's end {last}"
 
 
+def judgement(findings: Findings, one: Prediction) -> str:
+    """`held`; `one round: not decided`."""
+    if one.ratio is None:
+        return "withheld" if findings.withheld(one.measure, one.subject, one.key) else "not measured"
+    if one.ratio.rounds < LEAST_ROUNDS:
+        return f"{'one round' if one.ratio.rounds == 1 else f'{one.ratio.rounds} rounds'}: not decided"
+    return {True: "held", False: "wrong", None: "not decided"}[one.held]
+
+
 def _distance(target: Target, found: float) -> str:
     """How far a ratio is from the bound, as a share of it."""
     kept = found <= target.bound if target.better == "less" else found >= target.bound
@@ -272,14 +329,19 @@ def parameter(measures: Sequence[Measure]) -> str | None:
 
 
 def details(series: Series) -> dict[str, float]:
-    """Medians of the details of rounds that count; percentiles that none gave are of all their requests together."""
+    """Medians of the details of rounds that count; percentiles that none gave are of all their requests together.
+
+    So is p99.9 always, and it is there where more than TAIL requests were slower.
+    """
     found: dict[str, list[float]] = {}
     for one in series.counted:
         for key, value in one.details.items():
             found.setdefault(key, []).append(value)
     requests = merge(one.histogram for one in series.counted)
     whole = {key: percentile(requests, share) / 1e3 for key, share in PERCENTILES.items()} if count(requests) else {}
-    return whole | {key: median(values) for key, values in found.items()}
+    if count(requests) * (1 - PERCENTILES["p999_us"]) < TAIL * (1 - 1e-9):
+        whole.pop("p999_us", None)
+    return whole | {key: median(values) for key, values in found.items() if not key.endswith("p999_us")}
 
 
 def columns(found: Iterable[Mapping[str, float]]) -> list[str]:

@@ -7,14 +7,13 @@ from statistics import median
 
 from benchmarks.harness.results import Measure, Prediction, Results
 from benchmarks.report import wording
-from benchmarks.report.findings import OURS, Findings, Loss, furthest, met, outcome
-
-_OUTCOMES = {True: "held", False: "wrong", None: "not decided"}
+from benchmarks.report.findings import OURS, Findings, Loss, furthest, judgement, met, outcome
 
 
 def document(results: Results) -> str:
     """The same results give the same text, byte for byte."""
     findings = Findings(results)
+    results = findings.results
     machine, conditions = results.machine, results.conditions
     facts = [f"{name} {machine[name]}" for name in sorted(machine)]
     parts = [
@@ -27,13 +26,14 @@ def document(results: Results) -> str:
             ("suite", "worse", "better", "cannot be told", "furthest behind", "furthest ahead", "targets"),
             (
                 (
-                    *(one.suite, len(one.losses), len(one.gains), one.unclear),
+                    *(one.suite, len(one.losses) + len(one.unsustained), len(one.gains), one.unclear),
                     *(furthest(one.losses), furthest(one.gains), met(one.targets)),
                 )
                 for one in findings.tallies()
             ),
         ),
         "## Where we lose",
+        *[f"- {_text(one.text)}" for one in findings.unsustained()],
         _decided(findings.losses()),
         "## Where we win",
         _decided(findings.gains()),
@@ -47,7 +47,8 @@ def document(results: Results) -> str:
         ),
         "## Predictions",
         _table(
-            ("of", "subject / baseline", "expected", "found (95 %)", "outcome"), map(_prediction, results.predictions)
+            ("of", "subject / baseline", "expected", "found (95 %)", "outcome"),
+            (_prediction(findings, one) for one in results.predictions),
         ),
         "## Medians",
         *_medians(findings),
@@ -76,14 +77,14 @@ def _decided(found: Sequence[Loss]) -> str:
     )
 
 
-def _prediction(one: Prediction) -> tuple[str, ...]:
+def _prediction(findings: Findings, one: Prediction) -> tuple[str, ...]:
     found = one.ratio
     return (
         one.text,
         f"{one.subject} / {one.baseline}" if one.baseline else one.subject,
         wording.span(one.low, one.high),
         f"{wording.number(found.median)} ({wording.span(found.low, found.high)})" if found else "",
-        _OUTCOMES[one.held] if found else "not measured",
+        judgement(findings, one),
     )
 
 

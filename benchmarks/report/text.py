@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from benchmarks.harness.results import Measure, Results
+from benchmarks.harness.statistics import TOO_FEW
 from benchmarks.report import wording
 from benchmarks.report.findings import OURS, Findings, outcome, verdict
 from control.cli.output import printable, show_table
@@ -13,6 +14,7 @@ from control.cli.output import printable, show_table
 def show(results: Results) -> None:
     """Print a table for each suite, a line for each measure; then the targets, and what may not be trusted."""
     findings = Findings(results)
+    results = findings.results
     for suite, groups in findings.suites().items():
         measures = [measure for group in groups for measure in group.measures]
         subjects = list(dict.fromkeys(one.subject for _, one in findings.series(measures)))
@@ -75,7 +77,11 @@ def _show_remarks(results: Results) -> None:
     """Why there is no number, or not a number to compare with."""
     found = [(one.measure, one.subject, one.refused or one.remark) for one in results.series if not one.failed]
     remarks = [one for one in found if one[-1]]
-    remarks += [(one.measure, one.subject, one.reason) for one in results.withheld if one.key == "value"]
+    withheld = [one for one in results.withheld if one.key == "value"]
+    few = [one for one in withheld if one.reason.startswith(TOO_FEW)]
+    remarks += [(one.measure, one.subject, one.reason) for one in withheld if one not in few]
     if remarks:
         print("\nRefused, or to be read with care")
         show_table(("MEASURE", "SUBJECT", "WHY"), remarks)
+    if few:
+        print(f"\nWithheld for {TOO_FEW}: {wording.counted(len(few), 'ratio')} of percentiles; the report has each.")

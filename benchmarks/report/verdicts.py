@@ -57,6 +57,8 @@ def summary(findings: Findings) -> Html:
             f"Ratios of uProxy's values to its baselines': {said.count('better')} better, {said.count('worse')} worse, "
             f"{said.count('unclear')} without a difference that this run can show."
         )
+    if carried := findings.unsustained():
+        sentences.append(f"{wording.counted(len(carried), 'rate')} that ours did not sustain.")
     if decided:
         yes, no, open_ = map(decided.count, (True, False, None))
         sentences.append(f"Targets: {yes} met, {no} not met, {open_} not measured.")
@@ -72,7 +74,7 @@ def tallies(findings: Findings) -> Html:
         tag(
             "tr",
             tag("th", one.suite, scope="row"),
-            tag("td", str(len(one.losses)), class_="number"),
+            tag("td", str(len(one.losses) + len(one.unsustained)), class_="number"),
             tag("td", str(len(one.gains)), class_="number"),
             tag("td", str(one.unclear), class_="number"),
             tag("td", furthest(one.losses) or wording.DASH, class_="prose"),
@@ -82,21 +84,24 @@ def tallies(findings: Findings) -> Html:
         for one in found
     ]
     note = (
-        "Ratios of what is ours to what is not, by whole 95 % intervals. A suite without a peer has targets and checks."
+        "Ratios of what is ours to what is not, by whole 95 % intervals; a rate that ours did not sustain is worse. A "
+        "suite without a peer has targets and checks."
     )
     head = ["suite", "#worse", "#better", "#cannot be told", "furthest behind", "furthest ahead", "targets"]
     return join([tag("h2", "Suite by suite", id="tallies"), table(note, head, body)])
 
 
 def losses(findings: Findings) -> Html:
-    """Every ratio whose whole interval is on the wrong side of 1, the worst first."""
+    """Every rate that ours did not sustain, and every ratio whose whole interval is on the wrong side of 1."""
     lost, compared = findings.losses(), len(findings.ours())
-    title = tag("h2", "Where we lose", id="losses")
+    carried = [tag("li", one.text) for one in findings.unsustained()]
+    title = join([tag("h2", "Where we lose", id="losses"), tag("ul", *carried) if carried else Html()])
     if not compared:
         return join([title, tag("p", "Nothing of ours was compared with a baseline in this run.")])
     if not lost:
+        also = "Besides, nowhere" if carried else "Nowhere"
         return join(
-            [title, tag("p", f"Nowhere that this run can tell: no interval of {compared} is wholly on the wrong side.")]
+            [title, tag("p", f"{also} that this run can tell: no interval of {compared} is wholly on the wrong side.")]
         )
     scale = ratios([loss.ratio for loss in lost])
     body = [

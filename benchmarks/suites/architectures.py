@@ -17,9 +17,8 @@ from typing import Final
 
 from benchmarks import load
 from benchmarks.harness.bench import Bench, BenchError, Probe, Sample
-from benchmarks.harness.results import Check, Measure, Results, Round, Series
+from benchmarks.harness.results import LEAST_ROUNDS, Check, Measure, Results, Round, Series
 from benchmarks.harness.rounds import judge
-from benchmarks.harness.statistics import LEAST_ROUNDS
 from benchmarks.lab import cores, link
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
@@ -37,6 +36,7 @@ from benchmarks.suites.placements.placement import (
     PROXY_CORE,
     NodeAgent,
     Placement,
+    Process,
 )
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
@@ -58,7 +58,7 @@ class Plan:
     rates: Sequence[int]
     """CPU_RATE first."""
     rounds: int
-    """Of that rate."""
+    """Of that rate, each of more than 1,000 requests in full runs: else its p99 has no ratio."""
     seconds: float
     l7_percent: Sequence[int] = ()
     """Shares of calls that need L7, besides all of them."""
@@ -85,7 +85,7 @@ QUICK = Plan(rates=(CPU_RATE,), rounds=4, seconds=1.0, axis_seconds=0.8, l7_perc
 FULL = Plan(
     rates=(CPU_RATE, 250, 1000),
     rounds=5,
-    seconds=2.0,
+    seconds=2.3,
     axis_seconds=1.25,
     l7_percent=(0, 10, 50),
     near_percent=(50, 90),
@@ -161,9 +161,9 @@ def _measure(bench: Bench, site: Site, program: Path, plan: Plan) -> None:
     _measure_axes(bench, with_l7, program, plan)
     if plan.isolation:
         *others, bad_filter = isolation.probes(NAME, program)
-        bench.interleave(others, with_l7, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
+        bench.interleave(others, with_l7, rounds=plan.axis_rounds, seconds=isolation.SECONDS)
         able = [one for one in with_l7 if one.subject.name != BESIDE]
-        bench.interleave([bad_filter], able, rounds=plan.axis_rounds, seconds=plan.axis_seconds)
+        bench.interleave([bad_filter], able, rounds=plan.axis_rounds, seconds=isolation.SECONDS)
     _check_core(bench, placements)
     bench.interleave([_memory()], placements, rounds=LEAST_ROUNDS, seconds=0.0)
     bench.interleave([_identities()], placements, rounds=1, seconds=0.0)
@@ -292,7 +292,7 @@ def add_difference(results: Results, measure: str) -> None:
 
 
 def _added(details: Mapping[str, float], without: Mapping[str, float]) -> dict[str, float]:
-    return {f"added_{key}": details[key] - without[key] for key in ("p50_us", "p99_us")}
+    return {f"added_{key}": details[key] - without[key] for key in ("p50_us", "p99_us", "p999_us")}
 
 
 CPU: Final = Measure(
@@ -346,15 +346,18 @@ def _memory() -> Probe[Placement]:
     return Probe(measure, _remember)
 
 
+def _processes(one: Process) -> list[int]:
+    """What a placement has of it: with what it starts, but for what the benchmark's bad filter starts at a waypoint."""
+    return [one.pid] if one.role == "waypoint" else with_children(one.pid)
+
+
 def _remember(placement: Placement, seconds: float, number: int) -> Sample:
     del seconds, number  # it takes as long as it takes
     by_host: dict[str, list[int]] = {}
     for one in placement.mesh:
-        by_host.setdefault(one.host, []).append(one.pid)
+        by_host.setdefault(one.host, []).extend(_processes(one))
     try:
-        found = {
-            host: resident_mb(each for pid in pids for each in with_children(pid)) for host, pids in by_host.items()
-        }
+        found = {host: resident_mb(pids) for host, pids in by_host.items()}
     except ProcessLookupError as error:
         raise BenchError(f"{placement.subject.name}: process {error} is gone") from error
     maps = {one.host: maps_mb(one.pins) for one in placement.mesh if isinstance(one, NodeAgent)}
@@ -383,7 +386,7 @@ def _count_keys(placement: Placement, seconds: float, number: int) -> Sample:
     del seconds, number
     keys = [one.private_keys() for one in placement.mesh]
     details = {
-        "processes": sum(len(with_children(one.pid)) for one in placement.mesh),
+        "processes": sum(len(_processes(one)) for one in placement.mesh),
         "keys": len(set().union(*keys)),
         "most_identities": max(len(set(one.values())) for one in keys),
         "could_pass_for": max(sum(map(_workloads, set(one.values()))) for one in keys),
@@ -398,13 +401,16 @@ def _say_conditions(bench: Bench) -> None:
             "placement",
             f"{INSTANCES} callers of each of {len(SERVICES)} service accounts on host a; on host b {INSTANCES} called "
             "workloads of each of as many, and another caller of each, which asks where calls are to stay on their "
-            "host; all placements stand at once, one has load at a time",
+            "host; all placements stand at once, one has load at a time. The application has two tiers: callers are "
+            "load generators, called services are nginx. The Envoys of all placements are configured by the "
+            "benchmark itself, not by the annotation `engine: envoy`",
         ),
         (
             "pinning",
             f"every proxy, node agent and filter on core {PROXY_CORE}, so that all processes of a placement share one "
-            "CPU between them and no placement has more, as by a quota of one CPU, without its throttling; nginx and "
-            "the load generators on core "
+            "CPU between them and no placement has more, as by a quota of one CPU, without its throttling. The "
+            "harness, which reads clocks meanwhile, is pinned to no core, and the other placements rest on the same "
+            "one; nginx and the load generators on core "
             f"{LOAD_CORE}, where the generators go first (SCHED_FIFO). They are awake for up to 0.1 ms before each "
             "request, which nginx waits for: it was seen to add some 20 us to p90, alike for all",
         ),
@@ -423,7 +429,8 @@ def _say_conditions(bench: Bench) -> None:
             "isolation",
             f"{isolation.RATE} requests/s by the callers of one service, beside: nothing; those of the other as fast "
             f"as 64 connections go; the same against a limit of {LIMIT_PER_S} requests/s, which each process that "
-            "reads its requests counts by itself, and an Envoy of a node or service account for each called workload; "
+            "reads its requests counts by itself, so that several let several times as much through, and an Envoy of "
+            "a node or service account counts for each called workload; "
             f"10 requests/s of them to a filter that takes {BUSY_MS} ms of processor time, in Lua in an Envoy "
             "and in Python at our waypoint, where a filter is a process of its own",
         ),
@@ -433,13 +440,15 @@ def _say_conditions(bench: Bench) -> None:
             "without: one of each kind, added up for two hosts with ten workloads of five service accounts each. Each "
             f"workload calls {configuration.CALLED} services: of those alone knows a sidecar, as with Istio's Sidecar "
             "resource, or the proxy of a service account; one of a node, of those of its five accounts; a waypoint and "
-            "a node agent, of all; a uProxy, of all names and of what it dials. Kernel maps and the control plane are "
-            "not in it",
+            "a node agent, of all; a uProxy, of all names and of what it dials. Kernel maps of hosts with uProxies are "
+            "in it, by how much they grow; the control plane is not. ours-sidecar is not measured: in that lab nobody "
+            "is called, and no process stands beside a workload",
         ),
         (
             "upgrade",
             f"{replacing.RATE} requests/s, half of which need L7; one process is replaced, of the called host where "
-            f"there are several: the next one serves beside it, then it drains for {DRAIN_S} s and ends. A sidecar in "
+            f"there are several: the next one serves beside it, then it drains for {DRAIN_S} s and ends. Envoys do so "
+            "without hot restart, as Istio runs them. A sidecar in "
             "a pod is replaced with its pod instead. An idle connection that its proxy ends in order counts as cut "
             "only if it did not say so before",
         ),
@@ -465,7 +474,8 @@ def _say_conditions(bench: Bench) -> None:
         (
             "memory",
             "distinct physical pages of each host's processes, so that the program that the Envoys of all placements "
-            "share counts in full for each placement; pss_mb divides it by all of them",
+            "share counts in full for each placement; pss_mb divides it by all of them. Of our waypoints it is without "
+            "the processes of the bad filter",
         ),
     ):
         bench.condition(f"{NAME}: {name}", text)

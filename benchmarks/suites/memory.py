@@ -17,8 +17,7 @@ from typing import Final
 
 from benchmarks import load
 from benchmarks.harness.bench import Bench, BenchError, EndedError, Probe, Sample
-from benchmarks.harness.results import Measure, Subject
-from benchmarks.harness.statistics import LEAST_ROUNDS
+from benchmarks.harness.results import LEAST_ROUNDS, Measure, Subject
 from benchmarks.lab import forking
 from benchmarks.lab.apps import commands
 from benchmarks.lab.remains import Owner

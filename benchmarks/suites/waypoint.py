@@ -17,9 +17,8 @@ from typing import Final
 
 from benchmarks import load
 from benchmarks.harness.bench import Bench, BenchError, EndedError, Probe, Sample
-from benchmarks.harness.results import Check, Measure, Results, Round, Series
+from benchmarks.harness.results import LEAST_ROUNDS, Check, Measure, Results, Round, Series
 from benchmarks.harness.rounds import judge
-from benchmarks.harness.statistics import LEAST_ROUNDS
 from benchmarks.harness.usage import Meter
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab

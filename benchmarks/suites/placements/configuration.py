@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 from benchmarks.harness.bench import Bench
@@ -26,8 +27,9 @@ from benchmarks.peers import envoy
 from benchmarks.suites.placements import envoys
 from benchmarks.suites.placements.application import CALLERS, SERVICE_PORT, Member, Service, identity
 from benchmarks.suites.placements.envoys import INBOUND_PORT, Endpoint
-from benchmarks.suites.placements.memory import resident_mb
+from benchmarks.suites.placements.memory import maps_mb, resident_mb
 from benchmarks.suites.placements.placement import ask_socket, until
+from benchmarks.suites.placements.standing import map_pins
 
 SIZES: Final = (10, 100, 1000)
 ENDPOINTS: Final = 2
@@ -39,6 +41,9 @@ HOSTS, WORKLOADS, ACCOUNTS = 2, 10, 5
 _APPLIED_S: Final = 120.0
 _CALLER: Final = sorted(CALLERS)[0]
 _GATEWAY: Final = "wp"
+_MAPS: Final = "kernel maps"
+_EMPTY_STARTS: Final = 3
+"""Of an Envoy without services, whose memory differs from start to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,8 @@ class Holder:
         return min(self.services or services, services)
 
 
-_UPROXIES: Final = (Holder("uproxy", HOSTS * WORKLOADS, 0), Holder("node agent", HOSTS, 0))
-"""A uProxy is told of services that it dials, and of each other's name and version."""
+_UPROXIES: Final = (Holder("uproxy", HOSTS * WORKLOADS, 0), Holder("node agent", HOSTS, 0), Holder(_MAPS, HOSTS, 0))
+"""A uProxy is told of services that it dials, and of each other's name and version. Each host has its maps."""
 PLACEMENTS: Final[Mapping[str, Sequence[Holder]]] = {
     "sidecar": (Holder("envoy", HOSTS * WORKLOADS, CALLED),),
     "node": (Holder("envoy", HOSTS, ACCOUNTS * CALLED),),
@@ -68,14 +73,20 @@ PLACEMENTS: Final[Mapping[str, Sequence[Holder]]] = {
 }
 
 Held = Mapping[tuple[str, int], float]
-"""(Kind, services) -> KB of one process."""
+"""(Kind, services) -> KB of one process, or of the maps of one host."""
 
 
 def measure(bench: Bench, suite: str, sizes: Sequence[int] = SIZES) -> None:
     """One round: what a process holds hardly differs from one start to the next. Raises LabError."""
     with Lab(control=True) as lab:
-        held = {**_ours(lab, bench.progress, sizes), **_envoys(lab, bench.progress, sizes)}
-    add(bench, suite, held, sizes)
+        ours = _ours(lab, bench.progress, sizes)
+        held, spread_kb = _envoys(lab, bench.progress, sizes)
+    bench.condition(
+        f"{suite}: starts",
+        f"what an Envoy takes without services is the median of {_EMPTY_STARTS} starts, which were up to "
+        f"{spread_kb:.0f} KB apart: configuration below that cannot be told from nothing",
+    )
+    add(bench, suite, {**ours, **held}, sizes)
 
 
 def add(bench: Bench, suite: str, held: Held, sizes: Sequence[int]) -> None:
@@ -95,7 +106,11 @@ def add(bench: Bench, suite: str, held: Held, sizes: Sequence[int]) -> None:
             if subject in known:
                 each = {one: held[one.kind, one.of(services)] for one in holders}
                 details = {f"{one.kind.replace(' ', '_')}_kb": kb for one, kb in each.items()}
-                details |= {"most_kb": max(each.values()), "processes": float(sum(one.count for one in holders))}
+                processes = [one for one in holders if one.kind != _MAPS]
+                details |= {
+                    "most_kb": max(each[one] for one in processes),
+                    "processes": float(sum(one.count for one in processes)),
+                }
                 total = sum(one.count * kb for one, kb in each.items())
                 bench.results.series.append(Series(made.name, subject, [Round(1, total, details)]))
 
@@ -113,7 +128,11 @@ def _ours(lab: Lab, progress: Callable[[str], None], sizes: Sequence[int]) -> di
     waypoint.start()
     assert a.agent is not None
     pids = {"uproxy": caller.proxy_pid(), "node agent": a.agent.pid, "waypoint": waypoint.pid}
-    before = {kind: resident_mb([pid]) for kind, pid in pids.items()}
+
+    def look() -> dict[str, float]:
+        return {kind: resident_mb([pid]) for kind, pid in pids.items()} | {_MAPS: maps_mb(map_pins(a))}
+
+    before = look()
     found: dict[tuple[str, int], float] = {}
     known = 0
     for services in sizes:
@@ -125,7 +144,7 @@ def _ours(lab: Lab, progress: Callable[[str], None], sizes: Sequence[int]) -> di
         for number in range(called):
             _dials(caller, number)
         lab.wait([partial(_has_heard, caller, called)], _APPLIED_S, "what is dialled")
-        held = {kind: (resident_mb([pid]) - before[kind]) * 1000 for kind, pid in pids.items()}
+        held = {kind: (mb - before[kind]) * 1000 for kind, mb in look().items()}
         progress(f"{services} services: " + ", ".join(f"{kind} {kb:.0f} KB" for kind, kb in held.items()))
         found |= {(kind, services): kb for kind, kb in held.items()}
     return found
@@ -187,18 +206,23 @@ spec:
 # -- Envoys, each started for its size
 
 
-def _envoys(lab: Lab, progress: Callable[[str], None], sizes: Sequence[int]) -> dict[tuple[str, int], float]:
+def _envoys(
+    lab: Lab, progress: Callable[[str], None], sizes: Sequence[int]
+) -> tuple[dict[tuple[str, int], float], float]:
+    """And by how many KB starts without services differ at the most."""
     key = lab.directory / "keys"
     lab.issue(identity(_CALLER), key)
     beside = [one for holders in PLACEMENTS.values() for one in holders if one.kind == "envoy"]
     scoped = {one.of(size) for one in beside for size in sizes}
     found: dict[tuple[str, int], float] = {}
+    spread_kb = 0.0
     for kind, counts in (("envoy", sorted(scoped)), ("envoy waypoint", list(sizes))):
-        empty = _resident_kb(lab, kind, 0, key)
+        empty = [_resident_kb(lab, kind, 0, key) for _ in range(_EMPTY_STARTS)]
+        spread_kb = max(spread_kb, max(empty) - min(empty))
         for services in counts:
-            found[kind, services] = _resident_kb(lab, kind, services, key) - empty
+            found[kind, services] = _resident_kb(lab, kind, services, key) - median(empty)
             progress(f"{services} services: {kind} {found[kind, services]:.0f} KB")
-    return found
+    return found, spread_kb
 
 
 def _resident_kb(lab: Lab, kind: str, count: int, key: Path) -> float:
@@ -216,6 +240,7 @@ def _resident_kb(lab: Lab, kind: str, count: int, key: Path) -> float:
         config = envoys.calling(services, endpoints, key, admin)
     else:
         config = envoys.gateway(services, endpoints, admin)
+    admin.unlink(missing_ok=True)  # of an earlier start
     written, log = admin.with_suffix(".json"), admin.with_suffix(".log")
     written.write_text(json.dumps(config))
     with log.open("wb") as output:

@@ -123,7 +123,7 @@ class Process(Protocol):
         ...
 
     def private_keys(self) -> dict[str, str]:
-        """Which private keys it holds, asked of itself: the serial number of each one's certificate -> its identity."""
+        """Which private keys it holds, as it says: the serial number of each one's certificate -> its identity."""
         ...
 
 

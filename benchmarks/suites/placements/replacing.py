@@ -1,9 +1,9 @@
 """What becomes of calls while a process is replaced: one that reads HTTP, then one that carries connections.
 
-The next process serves beside the one that runs, which then drains for DRAIN_S and ends: the gentlest way that each
-has. A uProxy and our waypoint are upgraded; an Envoy starts beside the other on the same ports, which is then told to
-drain its listeners. Half of the calls need L7. One process is replaced, of the host of the called services where
-there are several: whom that concerns is what differs.
+The next process serves beside the one that runs, which then drains for DRAIN_S and ends. A uProxy and our waypoint are
+upgraded. An Envoy starts beside the other on the same ports, which is then told to drain its listeners: without hot
+restart, as Istio runs it. Half of the calls need L7. One of the placement's processes is replaced, of the host of the
+called services where there are several: whom that concerns is what differs.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ _DESCRIPTIONS = {
     "sidecar": "An Envoy in each workload's namespace holds that workload's key; its caller reaches it on loopback. "
     "Two L7 passes: routes at the caller, policy at the callee, HTTP/1.1 in mTLS between them.",
     ONE_PASS: "The same Envoys, whose callers' ends carry connections in mTLS unread. One L7 pass, at the callee: "
-    "policy and who calls, and no routes to an instance. Nobody deploys it; it is as much L7 as a waypoint does.",
+    "policy and who calls. It has no routes by path, which a waypoint has. Nobody deploys it; it reads HTTP as often "
+    "as a waypoint.",
     "node": "One Envoy per host serves all workloads there, holds a key for each of their service accounts, and proves "
     "to be whom it serves; callers reach it at the host's address. Two L7 passes, as with sidecars.",
     "service-account": "One Envoy per service account and host, in a namespace of its own, holds that account's key; "

@@ -39,14 +39,16 @@ def test_the_whole_interval_decides(low: float, high: float, held: bool | None) 
 def test_ratios_and_counts_of_a_run_are_found(tmp_path: Path) -> None:
     found = Results("now", quick=True)
     found.measures.append(Measure("architectures/upgrade/l7", "architectures", "lost", "", "requests"))
-    found.series.append(Series("architectures/upgrade/l7", "remote", [Round(1, 0.0), Round(2, 0.0)]))
-    found.series.append(Series("architectures/upgrade/l7", "node", [Round(1, 3.0), Round(2, 30.0)]))
+    found.series.append(Series("architectures/upgrade/l7", "remote", [Round(number, 0.0) for number in (1, 2, 3)]))
+    found.series.append(Series("architectures/upgrade/l7", "node", [Round(1, 3.0), Round(2, 30.0), Round(3, 9.0)]))
+    found.series.append(Series("architectures/upgrade/l7", "ours", [Round(1, 0.0)]))
     found.ratios.append(Ratio("architectures/cpu", "node", "sidecar", "value", 0.9, 0.85, 0.95, 5))
     found.predictions = judged(found)
     outcomes = {(one.measure, one.subject): one.held for one in found.predictions if one.ratio}
     assert outcomes == {
         ("architectures/upgrade/l7", "remote"): True,
         ("architectures/upgrade/l7", "node"): None,
+        ("architectures/upgrade/l7", "ours"): None,
         ("architectures/cpu", "node"): False,
     }
     found.write(tmp_path / "results.json")

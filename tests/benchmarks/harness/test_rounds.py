@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.harness.rounds import Estimate, duration, in_turn
+from benchmarks.harness.results import UNSUSTAINED, Round, Series
+from benchmarks.harness.rounds import Estimate, duration, in_turn, judge
 
 
 def test_another_subject_leads_each_round():
@@ -30,3 +31,29 @@ def test_an_estimate_expects_of_the_rest_what_the_takes_so_far_needed():
 )
 def test_durations_are_for_people(seconds, text):
     assert duration(seconds) == text
+
+
+GENERATOR, SUBJECT = "its core was busy 97 %", f"{UNSUSTAINED} 500 requests/s: 700 ms"
+
+
+@pytest.mark.parametrize(
+    ("bound", "refused", "remark"),
+    [
+        ([SUBJECT, "", "", ""], "", ""),
+        ([SUBJECT, SUBJECT, "", ""], f"{SUBJECT} (2 of 4 rounds)", f"{SUBJECT} (2 of 4 rounds)"),
+        ([SUBJECT, SUBJECT, GENERATOR, ""], f"{SUBJECT} (2 of 4 rounds)", f"{SUBJECT} (2 of 4 rounds)"),
+        (
+            [SUBJECT, GENERATOR, GENERATOR, ""],
+            f"3 of 4 rounds say nothing of the subject: {GENERATOR}",
+            f"bound by the generator: {GENERATOR}",
+        ),
+    ],
+)
+def test_a_rate_that_was_not_sustained_is_the_subjects_matter(bound, refused, remark):
+    found, reference = (
+        Series("m", "a", [Round(number, 1.0, bottleneck=why) for number, why in enumerate(bound)]) for _ in range(2)
+    )
+    judge(found, reference=False)
+    judge(reference, reference=True)
+    assert (found.refused, found.remark) == (refused, "")
+    assert (reference.refused, reference.remark) == ("", remark)

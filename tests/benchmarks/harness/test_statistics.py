@@ -198,6 +198,26 @@ def test_a_percentile_has_a_ratio_where_ten_operations_of_each_round_were_slower
     assert {one.key for one in ratios(run(*both), BASELINES)} == keys
 
 
+@pytest.mark.parametrize(("operations", "stated"), [(999, False), (1000, True)])
+def test_a_value_that_is_a_percentile_is_judged_as_one(operations, stated):
+    both = [Series("m", name, rounds(8, 8, 8, p99_us=8, operations=1000)) for name in ("ours", "theirs")]
+    both[1].rounds[1].details["operations"] = operations
+    found, withheld = statistics.ratios(run(*both), BASELINES)
+    assert ([one.key for one in found], [one.key for one in withheld]) == (
+        (["value", "p99_us"], []) if stated else ([], ["value"])
+    )
+    assert stated or "999 in a round of theirs, of which 10.0 are slower" in withheld[0].reason
+
+
+def test_what_was_timed_is_counted_where_nothing_is_divided_by_it():
+    """As beside a neighbour, where processor time is not that of the requests alone."""
+    both = [Series("m", name, rounds(8, 8, 8, p99_us=8)) for name in ("ours", "theirs")]
+    assert ratios(run(*both), BASELINES) == []
+    for series in both:
+        series.rounds = [replace(one, histogram={8000: 1000}) for one in series.rounds]
+    assert {one.key for one in ratios(run(*both), BASELINES)} == {"value", "p99_us"}
+
+
 def test_a_round_that_the_generator_decided_is_in_no_ratio():
     theirs = [Round(1, 10), Round(2, 10), Round(3, 10), Round(4, 10), Round(5, 99, bottleneck="late")]
     ours = [Round(1, 99, bottleneck="late"), Round(2, 5), Round(3, 5), Round(4, 5), Round(5, 5)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -44,3 +47,29 @@ def test_one_that_cannot_begin_is_said_and_nobody_is_left(program: Path, served:
     with pytest.raises(BenchError, match=r"x: second: .*Connection refused"):
         run_together("x", {"first": partial(start, somewhere), "second": partial(start, nowhere)}, SECONDS)
     assert [one.poll() is None for one in started] == [False, False]
+
+
+def test_what_callers_together_did_not_sustain_is_their_rate(program: Path) -> None:
+    with socket.create_server((LOOPBACK, 0)) as listener:
+
+        def slowly() -> None:
+            made = [listener.accept()[0] for _ in range(2)]
+            with contextlib.ExitStack() as stack:
+                for one in map(stack.enter_context, made):
+                    threading.Thread(target=answer, args=(one,), daemon=True).start()
+                ended.wait()
+
+        def answer(one: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := one.recv(64):
+                    ended.wait(0.02)
+                    one.sendall(data)
+
+        ended = threading.Event()
+        thread = threading.Thread(target=slowly)
+        thread.start()
+        argv = load.argv(program, load.opened(1, 64, 100), LOOPBACK, listener.getsockname()[1], SECONDS, waits=True)
+        found = run_together("x", {name: partial(_start, argv) for name in ("a", "b")}, SECONDS)
+        ended.set()
+        thread.join()
+    assert found.sample("p99_us", 0.0).bottleneck.startswith("did not sustain 200 requests/s: ")

@@ -10,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.histogram import histogram_of, width
-from benchmarks.harness.results import Better, Measure, Ratio, Results, Target
+from benchmarks.harness.results import (
+    UNSUSTAINED,
+    Better,
+    Measure,
+    Prediction,
+    Ratio,
+    Results,
+    Round,
+    Series,
+    Target,
+)
 from benchmarks.harness.targets import TARGETS
-from benchmarks.report.findings import OURS, TAIL, Findings, curve, outcome, parameter, verdict
+from benchmarks.report.findings import OURS, TAIL, Findings, curve, details, judgement, outcome, parameter, verdict
 from benchmarks.report.wording import number, question, ratio, short, times
 
 LESS = Measure("time", "paths", "round trip", "64 B", "us")
@@ -57,6 +67,12 @@ def test_nothing_is_said_of_a_detail_whose_better_side_is_unknown() -> None:
 def test_another_ones_loss_is_not_ours() -> None:
     assert losses(compared(2, 3, subject="haproxy-tls")) == []
     assert len(losses(compared(2, 3, subject="remote"))) == 1
+
+
+def test_uproxies_without_l7_neither_lose_nor_win_against_sidecars_with_it() -> None:
+    for less, more in ((0.3, 0.5), (2, 3)):
+        results = Results("now", False, measures=[LESS], ratios=[compared(less, more, subject="remote-l4")])
+        assert (Findings(results).losses(), Findings(results).gains()) == ([], [])
 
 
 def test_whatever_has_a_target_is_ours() -> None:
@@ -125,3 +141,51 @@ def test_a_ratio_near_1_shows_its_side() -> None:
 def test_a_question_names_its_group_once() -> None:
     assert question(LESS) == "round trip, 64 B"
     assert question(Measure("n", "s", "round trip", "round trip of 64 B", "us")) == "round trip of 64 B"
+
+
+def test_a_rate_that_ours_did_not_sustain_is_said() -> None:
+    measure = Measure("architectures/latency/1000", "architectures", "latency", "p99 at 1,000 requests/s", "us")
+    why = f"{UNSUSTAINED} 1,000 requests/s: 700 ms (3 of 3 rounds)"
+    results = Results(
+        "now",
+        False,
+        measures=[measure],
+        series=[
+            Series(measure.name, "sidecar", [Round(1, 5.0)]),
+            Series(measure.name, "node", refused=why),
+            Series(measure.name, "remote-l4", refused=why),
+            Series(measure.name, "remote", refused=why),
+            Series(measure.name, "ours", refused="the load generator sent late"),
+        ],
+    )
+    findings = Findings(results)
+    assert [one.text for one in findings.unsustained()] == [
+        f"remote {why}, at latency, p99 at 1,000 requests/s; sidecar did"
+    ]
+    assert [len(one.unsustained) for one in findings.tallies()] == [1]
+    results.series[0].refused = why
+    assert [one.by for one in Findings(results).unsustained()] == [""]
+
+
+@pytest.mark.parametrize(("requests", "told"), [(9_999, False), (10_000, True)])
+def test_p999_is_of_all_rounds_together_and_of_enough_requests(requests: int, told: bool) -> None:
+    """Not the median of the rounds' own, which is that of one or two requests."""
+    half = requests // 2
+    rounds = [
+        Round(1, 1.0, {"p999_us": 77.0, "added_p999_us": 7.0, "p50_us": 3.0}, {1000: half}),
+        Round(2, 1.0, {"p999_us": 99.0, "added_p999_us": 9.0, "p50_us": 5.0}, {2000: requests - half}),
+    ]
+    found = details(Series("m", "a", rounds))
+    assert found["p50_us"] == 4.0
+    assert "added_p999_us" not in found
+    assert ("p999_us" in found) is told
+    assert not told or found["p999_us"] == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"), [(1, "one round: not decided"), (2, "2 rounds: not decided"), (3, "held"), (0, "not measured")]
+)
+def test_a_prediction_is_judged_by_three_rounds(rounds: int, said: str) -> None:
+    found = Ratio("m", "a", "", "value", 2, 2, 2, rounds) if rounds else None
+    findings = Findings(Results("now", False))
+    assert judgement(findings, Prediction("lost", "m", "a", "", "value", 1, 8, found)) == said

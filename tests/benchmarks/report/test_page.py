@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from benchmarks.harness.results import Check, Measure, Ratio, Results, Round, Series, Subject, Target, Withheld, read
+from benchmarks.harness.statistics import TOO_FEW
 from benchmarks.report import write
 from benchmarks.report.findings import Findings
 from benchmarks.report.markdown import document
@@ -221,6 +222,18 @@ def test_a_ratio_that_is_withheld_has_its_reason_in_its_place(capsys: pytest.Cap
     assert re.search(r"^paths/open/500 +uproxy +the generator was late$", out, re.MULTILINE)
 
 
+def test_ratios_of_too_few_requests_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    results = realistic()
+    results.withheld += [
+        Withheld("paths/open/500", name, "envoy-hbone", "value", f"{TOO_FEW}: 500 in a round of {name}")
+        for name in ("uproxy", "envoy-tls")
+    ]
+    show(results)
+    out = capsys.readouterr().out
+    assert "Withheld for too few requests: 2 ratios of percentiles" in out
+    assert "500 in a round" not in out
+
+
 def test_a_refused_series_has_its_reason_and_no_dot() -> None:
     text = Document(page(realistic())).text
     assert "no number: the load generator decided 3 of 7 rounds" in text
@@ -279,6 +292,73 @@ def test_placements_are_one_table_and_two_charts() -> None:
     assert "isolation" not in table[: table.index("readings of a call as HTTP")], "nothing was measured of it"
     assert "Plaintext hops" in table
     assert "Memory of everything" not in document.text
+
+
+def placement(results: Results, name: str, subject: str) -> Series:
+    """A series of the suite; a measure that the run did not have is made."""
+    full = f"architectures/{name}"
+    if full not in {one.name for one in results.measures}:
+        results.measures.append(Measure(full, "architectures", name, name, "us"))
+    if results.find(full, subject) is None:
+        results.series.append(Series(full, subject, [Round(number, 2000.0 + number) for number in (1, 2, 3)]))
+    found = results.find(full, subject)
+    assert found is not None
+    return found
+
+
+def test_a_table_says_why_there_is_no_number() -> None:
+    results = realistic()
+    for subject in ("sidecar", "node", "service-account", "remote"):
+        placement(results, "latency/500", subject)
+        placement(results, "upgrade/l7", subject)
+    placement(results, "latency/500", "node").refused = "did not sustain 500 requests/s"
+    failed = placement(results, "upgrade/l7", "service-account")
+    failed.refused, failed.failed = "it ended", True
+    sidecar = placement(results, "latency/500", "sidecar")
+    sidecar.rounds = [replace(one, details={"added_p99_us": 800.0}) for one in sidecar.rounds]
+    placement(results, "latency/500", "remote").rounds = [Round(1, 5.0, {"p999_us": 9.0}, {5000: 500})]
+    text = Document(page(results)).text
+    table = text[text.index("Envoy reads HTTP in every placement") :]
+    assert "added to p99, ms 0.800 refused added to p99.9, ms refused withheld p99.9, ms refused withheld" in table
+    assert "failed and cut 2002 2002 failed 2002 ... of so many 10 2 6 1" in table
+    assert "plaintext hops between namespaces 0 2 2 0 0" in table
+    assert "that of a real mesh holds one" in text
+
+
+def test_equal_work_stands_beside_the_table() -> None:
+    results = realistic()
+    results.subjects.append(Subject("sidecar-one-pass", "one pass", ""))
+    assert "Equal work" not in Document(page(results)).text
+    own = results.find("architectures/cpu", "remote")
+    assert own is not None
+    halves = [replace(one, value=one.value / 2) for one in own.rounds]
+    results.series.append(Series("architectures/cpu", "sidecar-one-pass", halves))
+    said = "ratio of remote to sidecar-one-pass, with 95 % intervals: processor time 2.00 (1.96\N{EN DASH}2.04)."
+    assert said in Document(page(results)).text
+
+
+@pytest.mark.parametrize(("rounds", "shaded"), [(1, False), (7, True)])
+def test_break_even_is_drawn_with_the_range_of_the_rounds(rounds: int, shaded: bool) -> None:
+    results = realistic()
+    for one in results.series:
+        one.rounds = [replace(each, histogram={}) for each in one.rounds[:rounds]]
+    document = Document(page(results))
+    assert ("band" in document.attributes("class")) is shaded
+    assert "placements may break even where ranges overlap" in document.text
+
+
+def test_rates_that_ours_did_not_sustain_are_the_first_losses() -> None:
+    results = realistic()
+    name = "architectures/latency/1000"
+    for subject, mark in (("remote", "remote did not sustain"), ("remote-l4", "")):
+        series = results.find(name, subject)
+        assert series is not None
+        series.refused = "did not sustain 1,000 requests/s: 700 ms (7 of 7 rounds)"
+        text = Document(page(results)).text
+        assert text.index("remote did not sustain 1,000") < text.index("with the whole 95 %")
+        assert not mark or mark in document(results)
+    assert "remote-l4 did not sustain" not in text
+    assert "1 rate that ours did not sustain." in text
 
 
 def test_memory_of_placements_stands_along_the_workloads_of_a_host() -> None:

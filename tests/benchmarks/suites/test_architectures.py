@@ -22,12 +22,14 @@ from benchmarks.lab.capture import Capture, occurs
 from benchmarks.lab.evidence import fresh_payload
 from benchmarks.lab.sources import LabError
 from benchmarks.lab.topology import Lab
+from benchmarks.report import placements
 from benchmarks.suites import architectures
 from benchmarks.suites.placements import configuration, density, isolation, mix, replacing
 from benchmarks.suites.placements.application import HTTP_PORT, LIMIT_PER_S, SERVICES
-from benchmarks.suites.placements.memory import resident_mb, size_mb
+from benchmarks.suites.placements.envoys import LOOPBACK
+from benchmarks.suites.placements.memory import resident_mb, size_mb, with_children
 from benchmarks.suites.placements.mix import Mix
-from benchmarks.suites.placements.placement import PLAIN, NodeAgent
+from benchmarks.suites.placements.placement import PLAIN, Envoy, NodeAgent
 from benchmarks.suites.placements.proof import prove
 from benchmarks.suites.placements.standing import Site, stand
 
@@ -149,6 +151,34 @@ def test_a_request_that_is_refused_ends_the_round(site: Site, program: Path) -> 
         mix.take(program, dataclasses.replace(placement, callers=strangers), Mix(200), 0.3, 1)
 
 
+@pytest.mark.root
+def test_what_a_report_declares_of_placements_is_so(site: Site) -> None:
+    """How many processes read HTTP and carry connections, and how often a call leaves a namespace in the clear."""
+    for name in placements.READERS:
+        mesh = [one for one in site.placements[name].mesh if one.role != "node agent"]
+        readers = [one for one in mesh if one.role == "waypoint"]
+        carriers = [one for one in mesh if one.role != "waypoint"]
+        if name == "ours-sidecar":  # what its uProxies have started
+            readers = [one for one in mesh if len(with_children(one.pid)) > 1]
+        assert (len(readers or carriers), len(carriers)) == (placements.READERS[name], placements.CARRIERS[name]), name
+    for name in WITH_L7:
+        proxied = [one for one in site.placements[name].callers if isinstance(site.placements[name].mesh[0], Envoy)]
+        outside = {address != LOOPBACK for one in proxied for address, _ in one.entries.values()} or {False}
+        assert outside == {placements.BETWEEN.get(name, 0) == 2}, name
+
+
+def test_what_the_bad_filter_starts_is_not_charged_to_a_waypoint(tmp_path: Path) -> None:
+    with subprocess.Popen(["sh", "-c", "sleep 60 & echo; wait"], process_group=0, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        charged = [
+            len(architectures._processes(NodeAgent("x", role, "a", parent.pid, tmp_path)))
+            for role in ("waypoint", "server proxy")
+        ]
+        os.killpg(parent.pid, signal.SIGKILL)
+    assert charged == [1, 2]
+
+
 TOUCH = """
 import mmap, os, sys
 held = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_ANONYMOUS | mmap.{flag})
@@ -184,6 +214,7 @@ def results() -> Results:
                 {
                     "p50_us": number * 10,
                     "p99_us": number * 100 + added,
+                    "p999_us": number * 200 + added,
                     "cpu_us": 500 * number,
                     "cpu_us/server proxy": 300,
                     "behind_share": 0.0,
@@ -201,7 +232,8 @@ def test_latency_is_compared_with_the_wire_of_the_same_round() -> None:
     architectures.add_difference(found, "architectures/latency/500")
     sidecar = found.find("architectures/latency/500", "sidecar")
     assert sidecar is not None
-    assert [(one.details["added_p50_us"], one.details["added_p99_us"]) for one in sidecar.rounds] == [(0, 700)] * 2
+    added = [[one.details[f"added_{key}_us"] for key in ("p50", "p99", "p999")] for one in sidecar.rounds]
+    assert added == [[0, 700, 700]] * 2
 
 
 def test_processor_time_counts_although_requests_were_sent_late_but_not_when_answers_were_missing() -> None:
@@ -276,7 +308,9 @@ def test_a_neighbour_does_what_is_asked_of_it(
     """
     seconds = 0.5
     probes = {probe.measure.name.rpartition("/")[2]: probe for probe in isolation.probes("architectures", program)}
-    found = {one: probes[one].take(site.placements[name], seconds, 1).details for one in situations}
+    taken = {one: probes[one].take(site.placements[name], seconds, 1) for one in situations}
+    assert {one.operations for one in taken.values()} == {0}, "proxies' time is not of these requests alone"
+    found = {one: sample.details for one, sample in taken.items()}
     for situation, told in found.items():
         assert (told["neighbour_per_second"] > 0) == (situation != "calm")
         assert not told["neighbour_refused"] or situation == "limited"
@@ -315,11 +349,13 @@ def test_configuration_is_looked_at_in_processes_of_every_kind(tmp_path: Path) -
     found = Results("now", quick=False)
     found.subjects += [Subject(name, name, "") for name in ("sidecar", "remote", "ours", PLAIN)]
     configuration.measure(Bench(found, tmp_path, quick=False), "architectures", (1, 2))
+    assert "3 starts" in found.conditions["architectures: starts"]
     sizes = {one.measure for one in found.series}
     assert sizes == {"architectures/config/1", "architectures/config/2"}
     assert {one.subject for one in found.series} == {"sidecar", "remote", "ours"}
     assert {key for one in found.series for key in one.rounds[0].details} == {
-        *("uproxy_kb", "node_agent_kb", "envoy_kb", "envoy_waypoint_kb", "waypoint_kb", "most_kb", "processes")
+        *("uproxy_kb", "node_agent_kb", "kernel_maps_kb", "envoy_kb", "envoy_waypoint_kb", "waypoint_kb"),
+        *("most_kb", "processes"),
     }
 
 
@@ -410,15 +446,15 @@ def test_broker_and_control_plane_are_charged_to_every_placement_alike() -> None
 def test_what_processes_hold_is_added_up_for_the_placements_of_a_run(tmp_path: Path) -> None:
     found = Results("now", quick=False)
     found.subjects += [Subject(name, name, "") for name in ("sidecar", "node", "remote", "ours", PLAIN)]
-    ours = {("uproxy", 100): 1.0, ("node agent", 100): 10.0, ("waypoint", 100): 400.0}
+    ours = {("uproxy", 100): 1.0, ("node agent", 100): 10.0, ("kernel maps", 100): 450.0, ("waypoint", 100): 400.0}
     held = {**ours, ("envoy", 10): 30.0, ("envoy", 50): 90.0, ("envoy waypoint", 100): 500.0}
     configuration.add(Bench(found, tmp_path, quick=False), "architectures", held, (100,))
     kb = {one.subject: one.rounds[0] for one in found.series}
     assert {name: one.value for name, one in kb.items()} == {
         "sidecar": 20 * 30,
         "node": 2 * 90,
-        "remote": 20 * 1 + 2 * 10 + 500,
-        "ours": 20 * 1 + 2 * 10 + 400,
+        "remote": 20 * 1 + 2 * 10 + 2 * 450 + 500,
+        "ours": 20 * 1 + 2 * 10 + 2 * 450 + 400,
     }
     assert {name: one.details["most_kb"] for name, one in kb.items()} == {
         "sidecar": 30,
