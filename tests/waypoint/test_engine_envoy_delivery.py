@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -16,10 +18,10 @@ from control.api.policy import Rule
 from control.client.state import Changes
 from control.server.ca import Authority
 from tests.support.envoy_waypoint import running_envoy
-from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP
+from tests.support.pair import DB_ADDRESS, SERVICE_PORT, VIP, issued
 from tests.support.through_waypoint import WP, WP_ADDRESS, Between
 from tests.waypoint.test_engine_envoy import GETS, applied, denying, got
-from tests.waypoint.test_engine_envoy_ends import hello
+from tests.waypoint.test_engine_envoy_ends import ANN, hello, revoke
 from uproxy import plane
 from uproxy.config import Who
 from waypoint.engine_envoy.files import Files
@@ -158,6 +160,35 @@ def test_of_secrets_that_are_not_taken_a_certificate_stays_and_who_is_revoked_is
                 await asyncio.sleep(0.01)
             await applied(between, envoy)
             assert await status(between) == 403
+
+    plane.run(main())
+
+
+def test_a_revocation_that_comes_while_a_change_is_brought_comes_with_it(
+    identities: Path, authority: Authority
+) -> None:
+    """And the Envoy that is a little late is not killed."""
+
+    async def main() -> None:
+        issued(authority, identities / "ann", ANN)
+        async with serving(identities, authority) as (between, envoy):
+            assert await status(between) == 200
+            pid, before = envoy._child.pid, envoy._renderings
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                between.pair.apply(NO_GETS)
+                envoy.take((), Changes())
+                while envoy._renderings == before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                revoke(authority, identities, "ann")
+                while not envoy._revocation:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            await applied(between, envoy)
+            assert await status(between) == 403
+            assert envoy._child.lives == 1
 
     plane.run(main())
 

@@ -87,11 +87,18 @@ class Child:
 
     def unbound(self) -> None:
         """Bound its memory no more: V8 maps gigabytes that it never writes to, for each module in each thread."""
-        if not self._unbound and self.pid is not None:
-            _, most = resource.getrlimit(resource.RLIMIT_DATA)
-            with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(self.pid, resource.RLIMIT_DATA, (most, most))
-        self._unbound = True
+        if not self._unbound:
+            self._unbound = True
+            self._unbind()
+
+    def _unbind(self) -> None:
+        if self.pid is None:
+            return
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        try:
+            resource.prlimit(self.pid, resource.RLIMIT_DATA, (most, most))
+        except OSError as error:
+            log.error("cannot have Envoy take more memory: %s", error)
 
     async def run(self) -> None:
         """Have one, until `end`."""
@@ -136,6 +143,8 @@ class Child:
             preexec_fn=prepare,
         )
         self._process = process
+        if self._unbound:  # maybe since it was forked
+            self._unbind()
         self.lives += 1
         assert process.stdout is not None
         try:

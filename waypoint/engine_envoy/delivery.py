@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Collection
 from typing import Final
 
 from uproxy.workers import APPLY_TIMEOUT_S
@@ -62,7 +63,6 @@ class Delivery:
         """Places that are served nothing but refusals, since Envoy does not take what holds there."""
         self._counted: dict[str, int] = {}
         """Rejections that are known, of this life of Envoy's."""
-        self._rejecting: set[str] = set()
         self._not_taken: dict[str, tuple[str, int]] = {}
         """Versions of secrets that Envoy does not take, and in which of its lives."""
 
@@ -85,11 +85,11 @@ class Delivery:
             self._child.unbound()
         former = self._now
         wide = rendering if former is None else rendering.beside(former)
-        secrets = {name: (its, self._child.lives) for name, its in self._files.secrets.items()}
-        old = {name for name, its in secrets.items() if self._not_taken.get(name) == its}  # it does not say so again
-        wanted = {name: its for name, its in self._files.secrets.items() if name not in old}
-        rejected = old | await self._taken({**wanted, **self._files.write_places(wide)})
-        self._not_taken = {name: secrets[name] for name in rejected & secrets.keys()}
+        secrets, life = self._files.secrets, self._child.lives
+        old = [name for name, its in secrets.items() if self._not_taken.get(name) == (its, life)]  # not said again
+        not_taken = await self._taken({**secrets, **self._files.write_places(wide)}, old)
+        rejected, life = set(not_taken), self._child.lives
+        self._not_taken = {name: (not_taken[name], life) for name in rejected & secrets.keys()}
         routes = {name for name in rejected if name.startswith(_ROUTES)}
         self.problem = await self._told(rejected - routes)
         if self.problem:
@@ -103,7 +103,7 @@ class Delivery:
                 return False
         # The first one has nothing before it: without what it needs, a place refuses whoever asks.
         rest = {name: content for name, content in rendering.routes.items() if _ROUTES + name not in routes}
-        routes |= await self._taken(self._files.write_routes(rest))
+        routes.update(await self._taken(self._files.write_routes(rest)))
         self.rejected = {name.removeprefix(_ROUTES) for name in routes}
         if routes:
             log.error(
@@ -131,14 +131,18 @@ class Delivery:
         why = "; ".join(sorted(failed)) or "its messages, on standard error, say why"
         return f"Envoy does not take {', '.join(sorted(map(_named, rejected)))}: {why}"
 
-    async def _taken(self, versions: dict[str, str]) -> set[str]:
-        """Return when Envoy has these versions, and is warm: those that it does not take. One that tells of none for
-        long is killed.
+    async def _taken(self, versions: dict[str, str], known: Collection[str] = ()) -> dict[str, str]:
+        """Return when Envoy has these versions, of secrets the newest, and is warm: those that it does not take, of
+        which some may be `known`. One that tells of none for long is killed.
         """
         wanted = {_plain(name): name for name in versions}
+        rejected = set(known)
         began, life, pause_s = time.monotonic(), self._child.lives, _POLL_S
         while True:
-            missing, rejected = set(wanted), set[str]()
+            secrets = {name: its for name, its in self._files.secrets.items() if name in versions}
+            rejected -= {name for name, its in secrets.items() if its != versions[name]}
+            versions = {**versions, **secrets}
+            missing = set(wanted)
             try:
                 told = (await self._child.ask(_ASKED)).decode()
             except OSError:
@@ -153,12 +157,10 @@ class Delivery:
                     elif (failed := sum(counts.get(stat + kind, 0) for kind in _FAILED)) > self._counted.get(stat, 0):
                         self._counted[stat] = failed
                         rejected.add(wanted[place])
-                self._rejecting |= rejected
-                missing -= {_plain(name) for name in self._rejecting}
+                missing -= {_plain(name) for name in rejected}
                 warming = any(count for name, count in counts.items() if "warming" in name)
                 if not missing and not warming:
-                    rejected, self._rejecting = self._rejecting, set()
-                    return rejected
+                    return {name: versions[name] for name in rejected}
             if self._child.lives != life:
                 life, began, self._counted = self._child.lives, time.monotonic(), {}
             if time.monotonic() - began > APPLY_TIMEOUT_S:
