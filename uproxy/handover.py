@@ -19,21 +19,24 @@ An operator asks it for less, and waits for its successor:
     old  {"pid": n}                              it has taken over
 
 Until it is asked to leave, the old one goes on as before when the new one is gone, or slow. Instead of any answer it
-may send {"refused": why}. Whoever hangs up without a word has died.
+may send {"refused": why}, and to a first word {"again": true}: another one has just taken over, who is to be asked.
+Whoever hangs up without a word has died.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
+import select
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import msgpack
 
@@ -43,7 +46,11 @@ SOCKET_NAME: Final = "handover.sock"
 SECRET_NAME: Final = "handover.secret"
 PROTOCOL: Final = 1
 HELLO_S: Final = 5.0
-"""For the first word, and for each answer of the old one."""
+"""For a place in the old one's line, and for each of its answers."""
+FIRST_WORD_S: Final = 1.0
+"""For who has connected to say what is wanted, and show the secret."""
+STRANGERS: Final = 16
+"""Who may do so at the same time, and as many wait in line."""
 CONFIGURED_S: Final = 60.0
 """For the new one to read its configuration."""
 UPGRADE_S: Final = 90.0
@@ -56,6 +63,7 @@ SOCKETS_AT_ONCE: Final = 64
 
 _SEND_BUFFER: Final = 2 * MAX_MESSAGE
 _PAUSE_S: Final = 1.0
+_LINE_S: Final = 0.02  # between two looks whether there is a place in line
 
 Message = Mapping[str, Any]
 
@@ -121,6 +129,12 @@ class Line:
     def close(self) -> None:
         self._sock.close()
 
+    def is_cut(self) -> bool:
+        """Whether the other one has hung up, also if what it said last is still here to be received."""
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        return bool(poll.poll(0))
+
     async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         await self.offer(lambda: (message, descriptors))
 
@@ -133,7 +147,7 @@ class Line:
                 socket.send_fds(self._sock, [msgpack.packb(message)], descriptors)
                 return True
             except BlockingIOError:
-                await self._ready(loop.add_writer, loop.remove_writer)
+                await _ready(self._sock, loop.add_writer, loop.remove_writer)
             except ConnectionError:
                 return False  # it is gone, but what it said last may still be here to be received
 
@@ -162,19 +176,22 @@ class Line:
             try:
                 return socket.recv_fds(self._sock, MAX_MESSAGE, most, socket.MSG_CMSG_CLOEXEC)[:3]
             except BlockingIOError:
-                await self._ready(loop.add_reader, loop.remove_reader)
+                await _ready(self._sock, loop.add_reader, loop.remove_reader)
             except ConnectionResetError:
                 continue  # told once, ahead of what it said last
 
-    async def _ready(
-        self, watch: Callable[[socket.socket, Callable[[], object]], None], unwatch: Callable[[socket.socket], object]
-    ) -> None:
-        ready = asyncio.Event()
-        watch(self._sock, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            unwatch(self._sock)
+
+async def _ready(
+    sock: socket.socket,
+    watch: Callable[[socket.socket, Callable[[], object]], None],
+    unwatch: Callable[[socket.socket], object],
+) -> None:
+    ready = asyncio.Event()
+    watch(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        unwatch(sock)
 
 
 def _close_all(descriptors: Iterable[int]) -> None:
@@ -204,23 +221,17 @@ class Predecessor:
     @classmethod
     async def find(cls, directory: Path, hello: Hello) -> Predecessor | None:
         """The one that runs with this identity directory; None when none does. Raises HandoverError when it refuses."""
-        line = _dialled(directory)
-        if line is None:
-            return None
         try:
             async with asyncio.timeout(HELLO_S):
-                await line.send({**hello.pack(), "secret": _secret(directory)})
-                said, _ = await line.receive()
-            return cls(line, str(said.get("welcome", "")))
+                answered = await _answered(directory, hello.pack())
         except GoneError:
-            line.close()
             return None
         except TimeoutError:
-            line.close()
             raise HandoverError(f"it does not answer within {HELLO_S:g} s") from None
-        except BaseException:
-            line.close()
-            raise
+        if answered is None:
+            return None
+        line, said = answered
+        return cls(line, str(said.get("welcome", "")))
 
     async def sockets(self) -> list[socket.socket]:
         """All that it listens on. It accepts no more from here on. Raises HandoverError."""
@@ -284,18 +295,16 @@ def _told_in_time() -> Iterator[None]:
 
 async def ask_for_upgrade(directory: Path) -> int:
     """Have the one that runs with this identity directory start its successor; its pid. Raises HandoverError."""
-    line = _dialled(directory)
-    if line is None:
-        raise HandoverError(f"nobody runs with {directory}")
     try:
         async with asyncio.timeout(UPGRADE_S + HELLO_S):
-            await line.send({"ask": "upgrade", "secret": _secret(directory)})
-            said, _ = await line.receive()
+            answered = await _answered(directory, {"ask": "upgrade"})
+        if answered is None:
+            raise HandoverError(f"nobody runs with {directory}")
+        line, said = answered
+        line.close()
         return int(said["pid"])
     except (GoneError, TimeoutError, KeyError, ValueError):
         raise HandoverError("it does not say what has become of it: see its log") from None
-    finally:
-        line.close()
 
 
 def serves(directory: Path) -> bool:
@@ -303,30 +312,57 @@ def serves(directory: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
         sock.setblocking(False)
         try:
-            with linux.short_path(directory, SOCKET_NAME) as path:
-                sock.connect(path)
+            _connected(sock, directory)  # or others wait in line
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        except BlockingIOError:
-            pass  # others wait in line
         return True
 
 
-def _dialled(directory: Path) -> Line | None:
-    """A line to the one that runs; None when none does. Raises HandoverError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+async def _answered(directory: Path, first: Message) -> tuple[Line, Message] | None:
+    """What the one that runs answers to a first word; None when none runs. Raises HandoverError and GoneError."""
+    while True:
+        line = await _dialled(directory)
+        if line is None:
+            return None
+        try:
+            await line.send({**first, "secret": _secret(directory)})
+            said, _ = await line.receive()
+        except BaseException:
+            line.close()
+            raise
+        if "again" not in said:
+            return line, said
+        line.close()
+
+
+async def _dialled(directory: Path) -> Line | None:
+    """A line to the one that runs, as soon as there is a place; None when none does. Raises HandoverError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        owner = directory.stat().st_uid
-        with linux.short_path(directory, SOCKET_NAME) as path:
-            sock.connect(path)
+        owner = os.stat(directory).st_uid
+        while not _connected(sock, directory):  # noqa: ASYNC110 - others wait in line
+            await asyncio.sleep(_LINE_S)
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         return None
     except OSError as error:
         sock.close()
         raise HandoverError(f"{directory / SOCKET_NAME}: {error.strerror}") from None
+    except BaseException:
+        sock.close()
+        raise
     # Root asks for the upgrade of a process that has a directory and a uid of its own.
     return Line(sock, owner)
+
+
+def _connected(sock: socket.socket, directory: Path) -> bool:
+    """False: there is no place in line. Raises OSError."""
+    with linux.short_path(directory, SOCKET_NAME) as path:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            return False
+    return True
 
 
 # -- the old one
@@ -375,6 +411,7 @@ def listen(directory: Path, inherited: socket.socket | None = None) -> socket.so
     `inherited`: where one found our predecessor, if that handed it over; it had no secret if it was an older version.
     """
     if inherited is not None:
+        inherited.listen(STRANGERS)  # an older version's line is shorter
         try:
             if not _secret(directory):
                 _make_secret(directory)
@@ -385,13 +422,14 @@ def listen(directory: Path, inherited: socket.socket | None = None) -> socket.so
     try:
         with linux.short_path(directory, SOCKET_NAME) as path:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-                if probe.connect_ex(path) == 0:
+                probe.setblocking(False)
+                if probe.connect_ex(path) in (0, errno.EAGAIN):
                     raise OSError(0, "another one runs with this identity directory")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             linux.bind_file(sock, path)
         _make_secret(directory)
-        sock.listen(1)
+        sock.listen(STRANGERS)
         return sock
     except OSError as error:
         sock.close()
@@ -424,63 +462,113 @@ def _make_secret(directory: Path) -> None:
 
 async def serve(listener: socket.socket, directory: Path, own: Hello, giver: Giver) -> None:
     """Until somebody has taken over. `directory`: as of `listen`."""
-    loop = asyncio.get_running_loop()
+    listener.setblocking(False)
     async with asyncio.TaskGroup() as group:
+        await _Reception(listener, directory, own, giver, group).over.wait()
+
+
+class _Reception:
+    """Whoever connects is listened to, some at a time; one of them at a time takes over."""
+
+    def __init__(
+        self, listener: socket.socket, directory: Path, own: Hello, giver: Giver, group: asyncio.TaskGroup
+    ) -> None:
+        self._listener = listener
+        self._directory = directory
+        self._own = own
+        self._giver = giver
+        self._group = group
+        self._places = asyncio.Semaphore(STRANGERS)
+        self._turn = asyncio.Lock()
+        self.over = asyncio.Event()
+        """Somebody has taken over."""
+        self._accepting = group.create_task(self._accept())
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            await self._places.acquire()
             try:
-                sock, _ = await loop.sock_accept(listener)
+                # Whoever is accepted is served, also when this is cancelled: with loop.sock_accept he might be lost.
+                sock = self._listener.accept()[0]
+            except BlockingIOError:
+                self._places.release()
+                await _ready(self._listener, loop.add_reader, loop.remove_reader)
             except OSError as error:  # no descriptor is left
+                self._places.release()
                 log.warning("nobody takes over: %s", error)
                 await asyncio.sleep(_PAUSE_S)
-                continue
+            else:
+                self._group.create_task(self._receive(sock))
+
+    async def _receive(self, sock: socket.socket) -> None:
+        """Raises nothing."""
+        try:
             try:
                 line = Line(sock)
-                said = await _first_word(line)
-                if said is None:
-                    continue  # who wanted to know whether anybody is here (`serves`)
-                await _check_secret(line, said, directory)
-                if said.get("ask") == "upgrade":
-                    group.create_task(_upgrade(line, giver))
-                elif await _converse(line, said, own, giver):
-                    # The successor's alone from now on: should it die, this one must not seem to be in its place.
-                    listener.close()
+                said = await _first_word(line, self._directory)
+            finally:
+                self._places.release()
+            if said is None:
+                return  # who wanted to know whether anybody is here (`serves`)
+            async with self._turn:
+                if self.over.is_set():
+                    await _say_last(line, {"again": True})
                     return
-            except HandoverError as error:
-                log.warning("nobody takes over: %s", error)
-            except Exception:
-                log.exception("a hand-over failed as none should; this one goes on")
+                if said.get("ask") != "upgrade":
+                    if await _converse(line, said, self._own, self._giver):
+                        await self._end()
+                    return
+            await _upgrade(line, self._giver)
+        except HandoverError as error:
+            log.warning("nobody takes over: %s", error)
+        except Exception:
+            log.exception("a hand-over failed as none should; this one goes on")
+
+    async def _end(self) -> None:
+        """The successor's alone from now on: should it die, this one must not seem to be in its place."""
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
+        self._listener.close()
+        self.over.set()
 
 
-async def _first_word(line: Line) -> Message | None:
-    """None: the other one hung up; the line is closed then. Raises HandoverError, after which it is closed too."""
+async def _first_word(line: Line, directory: Path) -> Message | None:
+    """Of one that shows the secret. None: the other one hung up; the line is closed then. Raises HandoverError, after
+    which it is closed too.
+    """
     try:
-        async with asyncio.timeout(HELLO_S):
-            return (await line.receive())[0]
+        async with asyncio.timeout(FIRST_WORD_S):
+            said, _ = await line.receive()
     except GoneError:
         line.close()
         return None
     except TimeoutError:
-        line.close()
-        raise HandoverError("the other one says nothing; this one goes on") from None
+        await _refuse(line, f"it says nothing for {FIRST_WORD_S:g} s")
     except BaseException:
         line.close()
         raise
-
-
-async def _check_secret(line: Line, said: Message, directory: Path) -> None:
-    """Raises HandoverError, after which the line is closed."""
     shown, ours = said.get("secret"), _secret(directory)
-    if ours and isinstance(shown, str) and secrets.compare_digest(shown.encode(), ours.encode()):
-        return
-    why = f"it does not show what {directory / SECRET_NAME} says, as older versions do not: restart instead"
+    if not (ours and isinstance(shown, str) and secrets.compare_digest(shown.encode(), ours.encode())):
+        why = f"it does not show what {directory / SECRET_NAME} says, as older versions do not: restart instead"
+        await _refuse(line, why)
+    return said
+
+
+async def _refuse(line: Line, why: str) -> NoReturn:
+    """Raises HandoverError, after which the line is closed."""
+    await _say_last(line, {"refused": why})
+    raise HandoverError(why)
+
+
+async def _say_last(line: Line, message: Message) -> None:
+    """And close the line, heard or not."""
     try:
-        async with asyncio.timeout(HELLO_S):
-            await line.send({"refused": why})
-    except TimeoutError:
-        pass  # it is refused anyway
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_WORD_S):
+                await line.send(message)
     finally:
         line.close()
-    raise HandoverError(why)
 
 
 async def _upgrade(line: Line, giver: Giver) -> None:
@@ -520,6 +608,8 @@ async def _converse(line: Line, said: Message, own: Hello, giver: Giver) -> bool
             await _asked(line, "rest")
             await _give_rest(line, giver)
             await _asked(line, "leave")
+            if line.is_cut():  # it has waited for too long, and ended
+                raise GoneError
             paused = False
             giver.leave()
             await line.send({"left": True})

@@ -395,11 +395,12 @@ class _Proxy:
             await self._serve()
             self._go_on_with(await predecessor.rest())
             await self._listen_to_operators()
+            process.report_ready(self._who, self.settings.ready_fd, log)
+            await predecessor.leave()
+            # Not before: what others find it by stays the old one's, if that takes its place back.
             inherited = self._inherited.take(socket.SOCK_SEQPACKET, "", 0)
             self._successors = handover.listen(self.settings.identity_dir, inherited)
             self._inherited.close()
-            process.report_ready(self._who, self.settings.ready_fd, log)
-            await predecessor.leave()
         except HandoverError as error:
             raise StartError(f"the uProxy that runs takes its place back: {error}") from None
         finally:

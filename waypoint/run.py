@@ -322,11 +322,12 @@ class _Process:
                 return
             await self._listen_to_operators()
             await predecessor.rest()
+            process.report_ready(self._who, self.settings.ready_fd, log)
+            await predecessor.leave()
+            # Not before: what others find it by stays the old one's, if that takes its place back.
             inherited = self._inherited.take(socket.SOCK_SEQPACKET, "", 0)
             self._handover = handover.listen(self.settings.identity_dir, inherited)
             self._inherited.close()
-            process.report_ready(self._who, self.settings.ready_fd, log)
-            await predecessor.leave()
         except HandoverError as error:
             raise StartError(f"the one that runs takes its place back: {error}") from None
         finally:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import uproxy
 from tests.support.site import Site, dial, echo_server, eventually, get
+from tests.support.waiting import until
 from uproxy import handover
 from uproxy.handover import PROTOCOL, HandoverError, Hello, Line, Message, Movable, Predecessor
 from uproxy.listener import Inherited
@@ -193,9 +194,8 @@ class Successor:
     def __init__(self, site: Site) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.settimeout(30)
-        directory = site.path / "web"
-        self._sock.connect(str(directory / handover.SOCKET_NAME))
-        self._secret = (directory / handover.SECRET_NAME).read_text()
+        self._directory = site.path / "web"
+        self._said = False
 
     def __enter__(self) -> Successor:
         return self
@@ -204,7 +204,11 @@ class Successor:
         self._sock.close()
 
     def ask(self, message: Message) -> tuple[dict[str, object], list[int]]:
-        self._sock.send(msgpack.packb({"secret": self._secret, **message}))
+        if not self._said:  # who has connected has a second for that
+            self._said = True
+            message = {"secret": (self._directory / handover.SECRET_NAME).read_text(), **message}
+            self._sock.connect(str(self._directory / handover.SOCKET_NAME))
+        self._sock.send(msgpack.packb(message))
         raw, fds, _, _ = socket.recv_fds(self._sock, 1 << 20, 253)
         return msgpack.unpackb(raw) if raw else {}, fds
 
@@ -394,6 +398,138 @@ def test_a_successor_that_is_slow_loses_its_turn(tmp_path: Path, monkeypatch: py
                 serving.cancel()
 
     asyncio.run(main())
+
+
+def test_a_successor_that_gave_up_before_its_leave_was_read_does_not_take_over(tmp_path: Path) -> None:
+    async def main() -> None:
+        with listening(tmp_path) as listener:
+            giver = Giver([listener])
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, tmp_path, OWN, giver))
+                hasty = await Predecessor.find(tmp_path, OWN)
+                assert hasty is not None
+                for sock in await hasty.sockets():
+                    sock.close()
+                await hasty.rest()
+                await hasty._line.send({"ask": "leave"})
+                hasty.close()
+                async with asyncio.timeout(30):
+                    await giver.resumed.wait()
+                assert giver.history == ["prepare", "pause", "resume"]
+                serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_one_that_must_not_take_over_after_all_leaves_the_way_to_the_one_that_runs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, directory = handover._asked, site.path / "web"
+
+    async def all_but_leave(line: Line, what: str) -> None:
+        if what == "leave":
+            raise TimeoutError
+        await asked(line, what)
+
+    monkeypatch.setattr(handover, "_asked", all_but_leave)
+
+    async def main() -> None:
+        with listening(directory) as listener:
+            giver = Giver([listener])
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, directory, OWN, giver))
+                said = await asyncio.to_thread(site.refusal, "web", "--take-over")
+                assert "takes its place back: it took too long" in said
+                assert giver.history == ["prepare", "pause", "resume"]
+                found = await Predecessor.find(directory, OWN)
+                assert found is not None
+                found.close()
+                serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_whoever_connects_and_says_nothing_keeps_nobody_from_taking_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "FIRST_WORD_S", 0.2)
+    told: list[bytes] = []
+    connected: set[int] = set()
+
+    async def say_nothing(number: int) -> None:
+        while True:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.setblocking(False)
+                try:
+                    sock.connect(str(tmp_path / handover.SOCKET_NAME))
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)
+                    continue
+                connected.add(number)
+                told.append(await asyncio.get_running_loop().sock_recv(sock, 1000))
+
+    async def main() -> None:
+        with listening(tmp_path) as listener:
+            giver = Giver([listener])
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(handover.serve(listener, tmp_path, OWN, giver))
+                silent = [group.create_task(say_nothing(number)) for number in range(8)]
+                await until(lambda: len(connected) == 8)
+                async with asyncio.timeout(5):
+                    found = await Predecessor.find(tmp_path, OWN)
+                assert found is not None
+                await until(lambda: len(told) > 8)
+                assert "says nothing" in msgpack.unpackb(told[0])["refused"]
+                for sock in await found.sockets():
+                    sock.close()
+                found.close()
+                await giver.resumed.wait()
+                for task in (serving, *silent):
+                    task.cancel()
+
+    asyncio.run(main())
+
+
+def test_whoever_waits_while_another_takes_over_asks_that_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        with listening(tmp_path) as listener:
+            giver = Giver([listener])
+            async with asyncio.TaskGroup() as group:
+                former = group.create_task(handover.serve(listener, tmp_path, OWN, giver))
+                first = await Predecessor.find(tmp_path, OWN)
+                assert first is not None
+                second = group.create_task(Predecessor.find(tmp_path, OWN))
+                (handed,) = await first.sockets()
+                await first.rest()
+                await first.leave()
+                first.close()
+                await former
+                assert giver.history == ["prepare", "pause", "leave"]
+                assert listener.fileno() == -1
+                with handed:
+                    newer = Hello("2", "shop/web", (WEB,), "none")
+                    assert handover.listen(tmp_path, handed) is handed
+                    serving = group.create_task(handover.serve(handed, tmp_path, newer, Giver()))
+                    found = await second
+                    assert found is not None
+                    assert found.version == "2"
+                    found.close()
+                    serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_line_that_is_full_is_waited_in_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "HELLO_S", 0.2)
+    with listening(tmp_path), ExitStack() as stack:
+        for _ in range(handover.STRANGERS + 1):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.setblocking(False)
+            sock.connect(str(tmp_path / handover.SOCKET_NAME))
+        assert handover.serves(tmp_path)
+        assert handover.listen(tmp_path) is None, "another one runs"
+        with pytest.raises(HandoverError, match="does not answer"):
+            asyncio.run(Predecessor.find(tmp_path, OWN))
 
 
 def test_connections_that_a_successor_can_no_longer_take_stay(tmp_path: Path) -> None:

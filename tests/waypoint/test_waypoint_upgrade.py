@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from control.server.bindings import Phase
@@ -24,6 +26,7 @@ from tests.support.http_app import telling
 from tests.support.request_load import HTTP2, RequestLoad
 from tests.support.site import Site, eventually, get
 from tests.support.waypoint_site import WP, asked, bound_site, joining, members, resources, waypoint
+from uproxy import handover
 from waypoint.successor import Successor
 
 NETWORK, OTHER = "127.0.65", "127.0.66"
@@ -229,6 +232,40 @@ def test_a_command_and_sighup_begin_one_with_the_options_as_they_are_now(serving
         check=False,
     )
     assert (missing.returncode, "nobody runs with" in missing.stderr) == (1, True)
+
+
+def test_one_that_must_not_take_over_after_all_leaves_the_way_to_the_one_that_runs(serving: Site) -> None:
+    directory = serving.path / "wp"
+    listener = handover.listen(directory)
+    assert listener is not None
+    listener.settimeout(60)
+
+    answers: list[dict[str, object]] = [
+        {"welcome": "1"},
+        {"sockets": 1},
+        {"done": True},
+        {"refused": "this one goes on"},
+    ]
+
+    def take_back() -> None:
+        taking, _ = listener.accept()
+        with taking:
+            taking.settimeout(60)
+            for answer in answers:
+                taking.recv(1 << 16)
+                fds = [listener.fileno()] if "sockets" in answer else []
+                socket.send_fds(taking, [msgpack.packb(answer)], fds)
+
+    with listener:
+        running = threading.Thread(target=take_back)
+        running.start()
+        command = [sys.executable, "-m", "waypoint", "run", "--state", str(directory), *of(serving), "--take-over"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        running.join()
+        assert ended.returncode == 1
+        assert "takes its place back: this one goes on" in ended.stderr
+        assert handover.serves(directory)
+        handover.remove(directory)
 
 
 def test_request_by_http2_that_is_on_its_way_when_a_drain_begins_is_answered(serving: Site) -> None:
