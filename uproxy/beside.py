@@ -36,6 +36,8 @@ _ATTEMPTS: Final = 4
 """To make a connection to it, while strangers fill the backlog."""
 RETIRE_S: Final = 30.0
 """How long what was begun may go on in a process that another Gateway, or none, follows."""
+RETRY_S: Final = 2.0
+"""Until another attempt to make what one needs that could not be made."""
 GRACE_S: Final = 1.0
 """How long a connection may wait for a request, in a process that ends: as `gateway.GRACE_S` of a waypoint."""
 
@@ -72,6 +74,9 @@ class Beside:
         """Where streams go."""
         self._next: _Standing | None = None
         """Another Gateway's, in its place as soon as it serves: until then nothing is lost."""
+        self._retry: asyncio.TimerHandle | None = None
+        self._unmade = ""
+        """The Gateway whose process could not be made, while that is tried again."""
         self._waiting: list[Waiter[None]] = []
         self._moved = asyncio.Event()
         self._restarts: int | None = None
@@ -87,39 +92,55 @@ class Beside:
     def follow(self, sidecar: Sidecar | None) -> None:
         """What the configuration says now."""
         wanted = "" if sidecar is None else sidecar.gateway
+        pending, self._retry, self._unmade = self._retry, None, ""
+        if pending is not None:
+            pending.cancel()
         if self._ended or wanted == (self.gateway if self._next is None else self._next.gateway):
+            if pending is not None:
+                self._on_change()
             return
         if self._next is not None:
             self._let_go(self._next)
             self._next = None
+            if self._standing is not None and self._standing.feed is not None:
+                self._standing.feed.keep()
         # What files say the former one has taken already, and serves nothing any more.
-        goes_on = bool(wanted) and self._serves and self._make_feed is not None
-        if self._standing is not None and not goes_on:
+        goes_on = bool(wanted) and self._make_feed is not None
+        if self._standing is not None and not (goes_on and self._standing.launched):
             self._let_go(self._standing)
             self._standing = None
         if wanted and wanted != self.gateway:
-            log.info("a process of waypoint %s is started beside this workload", wanted)
-            self._count_restarts()
-            settings = {**self._settings, "gateway": wanted}
-            try:
-                standing = _Standing(wanted, self._plane, self._telemetry, settings, self._changed, self._make_feed)
-            except (OSError, ValueError) as error:  # what goes through it alone is refused
-                log.error("no process of waypoint %s can be started: %s", wanted, error)
-                if self._standing is not None:
-                    self._let_go(self._standing)
-                    self._standing = None
-                return
-            self._telemetry.taps.on_change = self._tap
-            if self._standing is None:
-                self._standing = standing
-            else:
-                self._next = standing
-                if self._standing.feed is not None:
-                    self._standing.feed.leave()
-            standing.take(list(self._whole.items()))
-            if self._group is not None:
-                standing.begin(self._group)
+            self._add(wanted, sidecar)
         self._on_change()
+
+    def _add(self, wanted: str, sidecar: Sidecar | None) -> None:
+        """Have a process for another Gateway, if that can be."""
+        settings = {**self._settings, "gateway": wanted}
+        try:
+            standing = _Standing(wanted, self._plane, self._telemetry, settings, self._changed, self._make_feed)
+        except OSError as error:  # no descriptor is left: the former one goes on
+            log.error("no process of waypoint %s can be started yet: %s", wanted, error)
+            self._retry = self._plane.loop.call_later(RETRY_S, self.follow, sidecar)
+            self._unmade = wanted
+            return
+        except ValueError as error:  # what goes through it alone is refused
+            log.error("no process of waypoint %s can be started: %s", wanted, error)
+            if self._standing is not None:
+                self._let_go(self._standing)
+                self._standing = None
+            return
+        log.info("a process of waypoint %s is started beside this workload", wanted)
+        self._count_restarts()
+        self._telemetry.taps.on_change = self._tap
+        if self._standing is None:
+            self._standing = standing
+        else:
+            self._next = standing
+            if self._standing.feed is not None:
+                self._standing.feed.leave()
+        standing.take(list(self._whole.items()))
+        if self._group is not None:
+            standing.begin(self._group)
 
     def take(self, batch: Batch) -> None:
         """A batch of what files say."""
@@ -138,7 +159,12 @@ class Beside:
 
     def missing(self) -> tuple[str, ...]:
         """What keeps it from serving."""
-        return self._standing.missing() if self._standing is not None else ()
+        if self._standing is not None:
+            return self._standing.missing()
+        return self._not_made()
+
+    def _not_made(self) -> tuple[str, ...]:
+        return (f"a process of Gateway {self._unmade}",) if self._unmade else ()
 
     async def started(self) -> None:
         """Return when it serves, or has not in a while: then what goes through it alone is refused."""
@@ -182,6 +208,8 @@ class Beside:
         """What of all that is known holds for every connection; not whole while it, or the next one, is missing."""
         for standing in self._all():
             known = standing.in_force(known)
+        if self._unmade:
+            known = Knowledge(False, (*known.waiting, *self._not_made()), known.roots)
         return known
 
     def renewed(self) -> None:
@@ -269,7 +297,7 @@ class Beside:
         )
 
     def _changed(self) -> None:
-        if self._next is not None and not (self._next.missing() and self._serves):
+        if self._next is not None and not self._next.missing():
             former, self._standing, self._next = self._standing, self._next, None
             if former is not None:
                 self._let_go(former)
@@ -307,7 +335,8 @@ class _Standing:
         self._door.setblocking(False)
         self._theirs.setblocking(False)
         self._on_change = on_change
-        self._launched = False
+        self.launched = False
+        """Whether there was a configuration for it."""
         self._group: asyncio.TaskGroup | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._fed = False
@@ -331,7 +360,7 @@ class _Standing:
             self._launch()
 
     def missing(self) -> tuple[str, ...]:
-        if not self._launched:
+        if not self.launched:
             return (f"the configuration of Gateway {self.gateway}",)
         return self.workers.waiting()
 
@@ -426,8 +455,8 @@ class _Standing:
     def _launch(self) -> None:
         """Start it, once there is a configuration for it."""
         fed = self._fed and (self.feed is None or self.feed.whole)
-        if fed and self._group is not None and not self._launched:
-            self._launched = True
+        if fed and self._group is not None and not self.launched:
+            self.launched = True
             self._tasks.append(self._group.create_task(self.workers.start(self._group, Inherited())))
 
     def _on_workers(self) -> None:

@@ -98,8 +98,13 @@ class Feed:
         await asyncio.to_thread(self._save, self._replica.dump())
 
     def leave(self) -> None:
-        """Another process keeps the file from here on."""
+        """Another process, or another Gateway's feed, keeps the file from here on."""
         self._keeps = False
+
+    def keep(self) -> None:
+        """That one has left."""
+        self._keeps = True
+        self._unsaved.set()
 
     # -- what the process asks (directory.Directory)
 

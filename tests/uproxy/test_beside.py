@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from control.api.address import parse_address
 from control.api.gateway import Gateway, Sidecar, Traffic
 from control.api.status import Knowledge
-from tests.support.certificates import DB
+from control.client.membership import Membership
+from control.server.ca import Authority
+from tests.support.certificates import DB, identity_dir
 from tests.support.pair import published, workload
 from tests.support.waiting import until
-from uproxy import beside, plane, workers
+from uproxy import beside, beside_feed, plane, workers
 from uproxy.beside import Beside
+from uproxy.credentials import CurrentCredentials
 from uproxy.errors import RefusedError
 from uproxy.plane import Plane
 from uproxy.telemetry import Telemetry
@@ -132,6 +138,9 @@ class _Fed:
     def leave(self) -> None:
         self.left = True
 
+    def keep(self) -> None:
+        self.left = False
+
 
 class _Watcher:
     waiting = 0
@@ -180,5 +189,125 @@ def test_who_moves_to_another_gateway_is_served_by_the_former_until_the_other_se
             assert (feeds["shop/wp"].left, feeds["shop/zz"].left) == (True, False)
             one.close()
         data_plane.close()
+
+    plane.run(main())
+
+
+@asynccontextmanager
+async def _served(directory, make):
+    """By wp's process, and what has fed it; `make` may raise for others."""
+    feeds: dict[str, _Fed] = {}
+
+    def made(gateway, on_batch, on_progress):
+        make(gateway)
+        feeds[gateway] = _Fed(gateway, on_batch, on_progress)
+        return feeds[gateway]
+
+    data_plane = Plane(asyncio.get_running_loop())
+    one = Beside(data_plane, Telemetry("1"), settings(directory), lambda: None, made)
+    async with asyncio.TaskGroup() as group:
+        one.begin(group)
+        one.follow(Sidecar("shop/wp", (80,)))
+        await until(lambda: "shop/wp" in feeds)
+        feeds["shop/wp"].tell()
+        await until(lambda: not one.missing())
+        yield one, feeds, data_plane
+        one.close()
+    data_plane.close()
+
+
+def _any(gateway):
+    pass
+
+
+@pytest.mark.parametrize("dies", ["before", "meanwhile"])
+def test_a_former_process_that_dies_during_a_move_is_replaced_and_serves_on(monkeypatch, tmp_path, dies):
+    monkeypatch.setattr(beside, "PATIENCE_S", 60.0)
+
+    async def main() -> None:
+        async with _served(tmp_path, _any) as (one, feeds, data_plane):
+            if dies == "meanwhile":
+                one.follow(Sidecar("shop/zz", (80,)))
+            os.kill(pid_of(one), signal.SIGKILL)
+            await until(one.missing)
+            one.follow(Sidecar("shop/zz", (80,)))
+            assert one.gateway == "shop/wp", "the other one has nothing to serve with yet"
+            found = []
+
+            async def stream() -> None:
+                found.append(await one.ready(wait=True))
+
+            data_plane.run(lambda: data_plane.spawn(stream()))
+            await until(lambda: found == [True])
+            assert one.gateway == "shop/wp"
+            feeds["shop/zz"].tell()
+            await until(lambda: one.gateway == "shop/zz")
+            assert not one.missing()
+
+    plane.run(main())
+
+
+def test_who_is_moved_and_moved_back_is_kept_on_disk_by_the_former_feed(tmp_path):
+    async def main() -> None:
+        async with _served(tmp_path, _any) as (one, feeds, _):
+            former = pid_of(one)
+            one.follow(Sidecar("shop/zz", (80,)))
+            assert (feeds["shop/wp"].left, feeds["shop/zz"].left) == (True, False)
+            one.follow(Sidecar("shop/wp", (80,)))
+            assert (feeds["shop/wp"].left, feeds["shop/zz"].left) == (False, True)
+            assert (one.gateway, pid_of(one)) == ("shop/wp", former)
+
+    plane.run(main())
+
+
+def test_a_process_that_cannot_be_made_yet_is_tried_again_while_the_former_serves(monkeypatch, tmp_path):
+    monkeypatch.setattr(beside, "RETRY_S", 0.05)
+    attempts = []
+
+    def make(gateway):
+        attempts.append(gateway)
+        if attempts.count(gateway) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main() -> None:
+        known = Knowledge(True, (), {})
+        async with _served(tmp_path, make) as (one, feeds, _):
+            assert attempts == ["shop/wp"] * 2, "the first one, too"
+            former = pid_of(one)
+            one.follow(Sidecar("shop/zz", (80,)))
+            assert (one.gateway, pid_of(one), await one.ready(wait=False)) == ("shop/wp", former, True)
+            assert not one.in_force(known).whole, "what goes to the other one is not enforced"
+            await until(lambda: "shop/zz" in feeds)
+            assert not one.in_force(known).whole
+            feeds["shop/zz"].tell()
+            await until(lambda: one.gateway == "shop/zz")
+            assert one.in_force(known).whole
+            one.follow(Sidecar("shop/other", (80,)))
+            one.follow(Sidecar("shop/zz", (80,)))
+            assert one.in_force(known).whole, "nothing else is wanted any more"
+            assert attempts == ["shop/wp", "shop/wp", "shop/zz", "shop/zz", "shop/other"]
+
+    plane.run(main())
+
+
+def test_a_feed_keeps_the_file_until_it_leaves_and_when_it_is_to_keep_it_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(beside_feed, "_SAVE_INTERVAL_S", 0.01)
+    directory = tmp_path / "db"
+    identity_dir(Authority.create(tmp_path / "ca", "cluster.local"), directory, DB)
+    membership = Membership(DB, "db", (parse_address("127.0.0.1"),), "https://127.0.0.1:1", ("mqtts://127.0.0.1:1",))
+
+    async def main() -> None:
+        feed = beside_feed.Feed(
+            membership, directory, CurrentCredentials(directory, DB), "shop/wp", lambda _: None, lambda: None
+        )
+        async with asyncio.TaskGroup() as group:
+            saving = group.create_task(feed._keep_saved())
+            feed.leave()
+            feed._unsaved.set()
+            await until(lambda: not feed._unsaved.is_set())
+            assert not (directory / beside_feed.STATE_FILE).exists()
+            feed.keep()
+            await until((directory / beside_feed.STATE_FILE).exists)
+            saving.cancel()
 
     plane.run(main())
