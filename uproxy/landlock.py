@@ -6,6 +6,7 @@ import ctypes
 import os
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -35,7 +36,8 @@ def close_to_us(directory: Path) -> None:
     nor trace others; where the kernel (6.12) has that, nor signal others or connect to abstract Unix sockets of theirs.
 
     Landlock knows only what is allowed: whatever stands beside the way to that directory now. What is made there later
-    is closed too. Raises OSError, where the kernel has no Landlock with ENOSYS or EOPNOTSUPP.
+    is closed too; and of a directory above it that our user may not list, all but what modules are loaded from. Raises
+    OSError, where the kernel has no Landlock with ENOSYS or EOPNOTSUPP.
     """
     version = _call("landlock_create_ruleset", _CREATE_RULESET, 0, 0, _VERSION)
     wanted = _RULESET.pack(_ALL) if version < _SCOPED_SINCE else _SCOPED_RULESET.pack(_ALL, 0, _SCOPED)
@@ -50,13 +52,23 @@ def close_to_us(directory: Path) -> None:
 
 
 def _beside(directory: Path) -> Iterator[Path]:
-    """Everything that is neither in it nor on the way to it."""
+    """Everything that is neither in it nor on the way to it, as far as we may see that. Raises OSError."""
     inner = directory
     for outer in directory.parents:
-        for entry in os.scandir(outer):
-            if entry.name != inner.name:
-                yield Path(entry.path)
+        try:
+            found = [Path(entry.path) for entry in os.scandir(outer)]
+        except PermissionError:
+            if outer == outer.parent:
+                raise  # hardly anything would be left
+            found = [path for path in _loaded_from() if outer in path.parents]
+        for path in found:
+            if not path.is_relative_to(inner):
+                yield path
         inner = outer
+
+
+def _loaded_from() -> list[Path]:
+    return [Path(one).resolve() for one in (sys.prefix, sys.base_prefix, *sys.path)]
 
 
 def _allow(ruleset: int, path: Path) -> None:

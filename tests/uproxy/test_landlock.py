@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 _CHILD = """
@@ -62,3 +64,45 @@ def _is_scoped() -> bool:
     """Whether the kernel has what Landlock scopes: Linux 6.12."""
     major, minor = platform.release().split(".")[:2]
     return (int(major), int(minor)) >= (6, 12)
+
+
+_UNLISTED = """
+import json, os, sys
+from pathlib import Path
+from uproxy.landlock import close_to_us
+outer = Path(sys.argv[1])
+sys.path.append(str(outer / "modules"))
+if os.geteuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+key, other = outer / "db" / "key.pem", outer / "file"
+before = [key.read_text(), other.read_text()]
+close_to_us(outer / "db")
+
+def can(act):
+    try:
+        act()
+    except OSError:
+        return False
+    return True
+
+print(json.dumps([before, can(key.read_text), can(other.read_text), __import__("module_of_a_filter").VALUE]))
+"""
+
+
+def test_a_directory_is_closed_below_one_that_may_be_entered_and_not_listed() -> None:
+    """Of that, modules can be loaded and nothing else."""
+    outer = Path(tempfile.mkdtemp())  # tmp_path is closed to other users, as whom root's child goes on
+    try:
+        for name in ("db", "modules"):
+            (outer / name).mkdir()
+        (outer / "db" / "key.pem").write_text("a key")
+        (outer / "file").write_text("something")
+        (outer / "modules" / "module_of_a_filter.py").write_text("VALUE = 5")
+        outer.chmod(0o111)
+        command = [sys.executable, "-c", _UNLISTED, str(outer)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    finally:
+        outer.chmod(0o700)
+        shutil.rmtree(outer)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == [["a key", "something"], False, False, 5]
