@@ -113,13 +113,16 @@ class ByteStream:
         received, ended = relay.hand_over(stream)
         stream._received += received
         stream._ended = ended
+        stream._deaf = stream.stream.local_closed  # its peer has reset it, behind its end
         return stream
 
     def hand_over(self, owner: StreamOwner) -> tuple[bytes, bool]:
         """Give the stream to another owner. What was not received, and whether that is all.
 
-        Raises ConnectionResetError when it is lost.
+        Raises ConnectionResetError when it is lost, or its peer reads no more.
         """
+        if self._deaf:
+            self.abort("the peer reads no more")
         if self._error:
             raise StreamError(self._error, self._code)
         self.stream.owner = owner

@@ -48,7 +48,7 @@ class Http1Incoming:
         self.whole = True
         self.trailers: Fields = ()
         self.pipelined = False
-        """Whether the request had come before the one before was answered: what it waited for is that answer."""
+        """Whether all of its head had come before the one before was answered: what it waited for is that answer."""
         self._stream = stream
         self._reader = RequestReader(authority)
         self._writer = ResponseWriter(self.head)
@@ -65,20 +65,21 @@ class Http1Incoming:
 
     @property
     def reusable(self) -> bool:
-        """Whether another request may follow the one that was answered."""
-        return self.whole and not self._writer.close
+        """Whether another request may follow the one that was answered, and somebody would read its answer."""
+        return self.whole and not self._writer.close and not self._stream.gone
 
     async def next(self) -> RequestHead | None:
         """The next request, once the last one is whole and answered; None when the caller ends well.
 
         Raises MessageError for what is no request, which may be answered; ConnectionResetError, TimeoutError.
         """
-        self.pipelined = self._begun and not self.quiet
+        self.pipelined = self._begun
         try:
             events = self._reader.proceed() if self._begun else []
             deadline = time.monotonic() + HEAD_TIMEOUT_S
             while not events:
                 idle = self._reader.idle
+                self.pipelined = self.pipelined and not self._stream.quiet
                 data = await self._stream.receive(IDLE_TIMEOUT_S if idle else max(deadline - time.monotonic(), 0.0))
                 if idle:
                     deadline = time.monotonic() + HEAD_TIMEOUT_S
@@ -130,6 +131,8 @@ class Http1Incoming:
     @on_gone.setter
     def on_gone(self, callback: Callable[[], None]) -> None:
         self._stream.on_gone = callback
+        if self._stream.gone:  # before it was asked for the request
+            callback()
 
     def at_hand(self, most: int) -> bytes:
         events = self._events

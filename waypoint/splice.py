@@ -39,6 +39,8 @@ class Splice:
             # Without a timeout: silence is no fault of TCP, and `Connections.tick` ends what is half-closed and silent.
             while data := await source.receive(None):
                 await target.send(data, None)
+                if target.gone:
+                    break  # it reads no more, and whoever sends without an end would send for ever
                 self.active = True
                 if source is self._caller:
                     self.received += len(data)

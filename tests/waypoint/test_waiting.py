@@ -138,3 +138,36 @@ def test_requests_beyond_a_turns_part_wait_in_their_connection(
     assert len(late) >= 32
     assert late[0] < late[len(late) // 2], "the later, the longer"
     assert kept[-1] == 0.0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut"])
+def test_only_a_whole_head_waits_for_the_answer_before(
+    identities: Path, authority: Authority, waits: list[float | None], whole: bool
+) -> None:
+    answer = asyncio.Event()
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            await reader.readuntil(b"\r\n\r\n")
+            await answer.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async def client(through: Through) -> None:
+        reader, writer = await through.open()
+        writer.write(GET)
+        await until(lambda: waits)
+        (tunnel,) = (one for one in through.server.tunnels() if one.peer == WEB)
+        (stream,) = tunnel.connection.streams.values()
+        here = len(GET) if whole else 20
+        writer.write(GET[:here])
+        await until(lambda: not stream.owner.quiet)
+        answer.set()
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(GET[here:])
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        assert len(waits) == 2
+        assert (waits[1] is None) == whole
+
+    run_through(identities, authority, late, client)
