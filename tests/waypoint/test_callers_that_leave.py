@@ -73,6 +73,8 @@ async def by_hand(identities: Path) -> AsyncIterator[Caller]:
         yield Caller(reader, writer)
     finally:
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 class Backend:
