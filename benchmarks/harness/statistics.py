@@ -30,7 +30,7 @@ from benchmarks.harness.histogram import count
 from benchmarks.harness.results import LEAST_ROUNDS, Ratio, Results, Round, Series, Withheld
 
 CONFIDENCE: Final = 0.95
-RESTARTED: Final = 0.02
+RESTARTED: Final = 0.03
 """What every interval reaches at least to each side: by so much the memory of processes, which hardly differs from
 round to round, was seen to differ between runs that started them anew."""
 KEYS: Final = ("value", "p50_us", "p99_us", "p999_us", "cpu_us")

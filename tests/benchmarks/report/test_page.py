@@ -333,7 +333,7 @@ def test_equal_work_stands_beside_the_table() -> None:
     assert own is not None
     halves = [replace(one, value=one.value / 2) for one in own.rounds]
     results.series.append(Series("architectures/cpu", "sidecar-one-pass", halves))
-    said = "ratio of remote to sidecar-one-pass, with 95 % intervals: processor time 2.00 (1.96\N{EN DASH}2.04)."
+    said = "ratio of remote to sidecar-one-pass, with 95 % intervals: processor time 2.00 (1.94\N{EN DASH}2.06)."
     assert said in Document(page(results)).text
 
 
