@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import median
 
-from benchmarks.harness.results import Measure, Prediction, Results
+from benchmarks.harness.results import Prediction, Results
 from benchmarks.report import wording
 from benchmarks.report.findings import OURS, Findings, Loss, furthest, judgement, met, outcome
+from benchmarks.report.text import median_said
 
 
 def document(results: Results) -> str:
@@ -105,22 +105,13 @@ def _medians(findings: Findings) -> list[str]:
         lines = [
             (
                 *(wording.question(one), wording.unit(one)),
-                *(_median(findings, one, name) for name in subjects),
+                *(median_said(findings, one, name) for name in subjects),
                 *(wording.ratio(found) if (found := findings.ratio(one.name, *of)) else "" for of in ratios),
             )
             for one in measures
         ]
         parts += [f"### {suite}", _table(head, lines)]
     return parts
-
-
-def _median(findings: Findings, measure: Measure, subject: str) -> str:
-    found = findings.results.find(measure.name, subject)
-    if found is None or not (found.counted or found.refused):
-        return ""
-    if found.refused:
-        return "failed" if found.failed else "refused"
-    return wording.number(median(one.value for one in found.counted))
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:

@@ -27,7 +27,7 @@ def show(results: Results) -> None:
                 (
                     wording.question(measure),
                     wording.unit(measure),
-                    *(_median(findings, measure, subject) for subject in subjects),
+                    *(median_said(findings, measure, subject) for subject in subjects),
                     *(_ratio(findings, measure, subject) for subject in ours),
                 )
                 for measure in measures
@@ -55,7 +55,8 @@ def show(results: Results) -> None:
         print("\nThe instrument was not checked in this run.")
 
 
-def _median(findings: Findings, measure: Measure, subject: str) -> str:
+def median_said(findings: Findings, measure: Measure, subject: str) -> str:
+    """Empty: not measured."""
     found = findings.results.find(measure.name, subject)
     if found is None or not (found.counted or found.refused):
         return ""

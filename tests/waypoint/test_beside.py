@@ -35,7 +35,7 @@ NETWORK, OTHER = "127.0.95", "127.0.96"
 DB = f"{NETWORK}.2"
 PATIENCE_S = 40.0
 CALLER = "URI=spiffe://cluster.local/ns/shop/sa/web"
-_GATEWAY = """
+_SIDECAR = """
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
@@ -47,6 +47,10 @@ metadata:
 spec:
   gatewayClassName: istio-waypoint
   listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+"""
+_GATEWAY = (
+    _SIDECAR
+    + """
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -56,18 +60,11 @@ spec:
   targetRefs: [{group: "", kind: Service, name: db}]
   rules: [{to: [{operation: {methods: [DELETE]}}]}]
 """
+)
 
-_ANOTHER = """
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata:
-  name: zz
-  namespace: shop
-  labels: {istio.io/waypoint-for: service}
-  annotations: {mesh.uproxy.dev/placement: sidecar}
-spec:
-  gatewayClassName: istio-waypoint
-  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+_ANOTHER = (
+    _SIDECAR.replace("name: wp", "name: zz")
+    + """
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -77,6 +74,7 @@ spec:
   targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: zz}]
   rules: [{to: [{operation: {methods: [PUT]}}]}]
 """
+)
 
 
 def _site(directory: Path, network: str = NETWORK) -> Site:
