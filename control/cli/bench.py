@@ -24,10 +24,10 @@ examples:
   meshctl bench run --suite paths --output /tmp/paths
   meshctl bench run --peer ztunnel=/usr/local/bin/ztunnel
 
-Needs root; --quick takes under five minutes, all of it more than an hour. Progress goes to stderr, a summary to
-stdout, and into DIR: results.json (everything), results.csv (a row for each round), report.html (for people). Exit
-status 1 if something failed; what the harness refuses to report is no failure. Interrupted, it writes what it has: 130.
-One run at a time measures on a machine.
+Needs root; --quick takes under five minutes, all of it under an hour. Progress goes to stderr, a summary to stdout, and
+into DIR: results.json (everything), results.csv (a row for each round), report.html (for people). Exit status 1 if
+something failed; what the harness refuses to report is no failure. Interrupted, it writes what it has: 130. One run at
+a time measures on a machine.
 """
 _COMPARE_EXAMPLES: Final = """\
 examples:
