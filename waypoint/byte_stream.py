@@ -288,6 +288,12 @@ class ByteStream:
         """Whether the peer reads no more."""
         return bool(self._error) or self._deaf
 
+    def when_gone(self, callback: Callable[[], None]) -> None:
+        """Have it called once the peer reads no more: now, if it does so no more already."""
+        self.on_gone = callback
+        if self.gone:
+            callback()
+
     def on_reset(self, code: int, text: str = "") -> None:
         if code == ErrorCode.NO_ERROR and not text and self._ended:
             # What it has sent is whole, and it reads no more (see `Relay.on_reset`).

@@ -130,9 +130,7 @@ class Http1Incoming:
 
     @on_gone.setter
     def on_gone(self, callback: Callable[[], None]) -> None:
-        self._stream.on_gone = callback
-        if self._stream.gone:  # before it was asked for the request
-            callback()
+        self._stream.when_gone(callback)  # it may have left before it was asked for the request
 
     def at_hand(self, most: int) -> bytes:
         events = self._events

@@ -36,9 +36,7 @@ class Http2Incoming:
 
     @on_gone.setter
     def on_gone(self, callback: Callable[[], None]) -> None:
-        self._stream.on_gone = callback
-        if self._stream.gone:  # in the turn in which the request came
-            callback()
+        self._stream.when_gone(callback)  # it may have left in the turn in which the request came
 
     @property
     def trailers(self) -> Fields:
